@@ -1,0 +1,28 @@
+"""dtrain: a small training loop for PyTorch that behaves on a thousand ranks as on one."""
+
+from dtrain.callback import Callback, Sink
+from dtrain.data import Data
+from dtrain.errors import DtrainError
+from dtrain.state import Context, Loss, Mean, Progress, Report, Step
+from dtrain.trainer import FitResult, Trainer
+from dtrain.world import World, init, on_main
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Callback",
+    "Context",
+    "Data",
+    "DtrainError",
+    "FitResult",
+    "Loss",
+    "Mean",
+    "Progress",
+    "Report",
+    "Sink",
+    "Step",
+    "Trainer",
+    "World",
+    "init",
+    "on_main",
+]

@@ -1,0 +1,243 @@
+"""Callbacks, sinks, and the order in which hooks fire.
+
+Subclass :class:`Callback` and override the hooks you need; the others cost nothing. The hook
+is the order; within a hook, the order of the list counts. There are no priorities.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
+
+from dtrain.errors import ConfigError
+from dtrain.precision import Precision
+from dtrain.state import Context, Progress, Report, Step
+
+P = ParamSpec("P")
+S = TypeVar("S")
+
+
+class Callback:
+    """One tweak of the training, whole in itself.
+
+    Hooks fire on every rank, in the order below. In ``on_step_start``, ``on_grads_ready`` and
+    ``on_step_end``, prefer ``ctx.request`` and ``ctx.log``, which cost nothing, to
+    ``ctx.comm``, which waits for all ranks.
+
+    Where a callback has state that a resumed run needs, it overrides :meth:`state_dict` and
+    :meth:`load_state_dict`.
+
+    Example::
+
+        class StopAtTarget(Callback):
+            def __init__(self, accuracy: float) -> None:
+                self.accuracy = accuracy
+
+            def on_eval_end(self, ctx, metrics):
+                if metrics["eval/accuracy"] >= self.accuracy:
+                    ctx.request.stop(f"reached {self.accuracy:.1%}")
+
+    Attributes:
+        name: identifies the callback in checkpoints and messages; unique in a run. The
+            class's name, unless set.
+
+    Ranks: all.
+    """
+
+    name: str = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+        for attribute, value in vars(cls).items():
+            if attribute.startswith("on_") and callable(value) and attribute not in HOOK_NAMES:
+                close = difflib.get_close_matches(attribute, HOOK_NAMES, n=1)
+                hint = f"did you mean `{close[0]}`? " if close else ""
+                raise TypeError(
+                    f"{cls.__name__}.{attribute} is no hook: {hint}The hooks are "
+                    f"{', '.join(HOOK_NAMES)}."
+                )
+
+    def on_fit_start(self, ctx: Context) -> None:
+        """``fit`` begins; model and progress are restored, other state is restored next."""
+
+    def on_epoch_start(self, ctx: Context) -> None:
+        """An epoch begins, or goes on after a resume."""
+
+    def on_step_start(self, ctx: Context, step: Step) -> None:
+        """A global step begins: set any hyper-parameter here."""
+
+    def on_batch(self, ctx: Context, step: Step) -> None:
+        """Each micro-batch, before the forward: ``step.batch`` may be replaced."""
+
+    def on_loss(self, ctx: Context, step: Step) -> None:
+        """The loss is computed, not yet backward: ``step.loss.mean`` may be added to."""
+
+    def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        """Gradients are summed over micro-batches and ranks, weighted and unscaled."""
+
+    def on_step_end(self, ctx: Context, step: Step) -> None:
+        """The optimizer has stepped, if ``step.applied``."""
+
+    def on_eval_start(self, ctx: Context) -> None:
+        """An evaluation begins; submodules are in eval mode."""
+
+    def on_eval_batch(self, ctx: Context, step: Step) -> None:
+        """Each micro-batch of an evaluation; ``step.loss.outputs`` is what was returned."""
+
+    def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
+        """The metrics are agreed; more may be added, equal on all ranks."""
+
+    def on_save(self, ctx: Context) -> None:
+        """A checkpoint is about to be made."""
+
+    def on_epoch_end(self, ctx: Context) -> None:
+        """An epoch is over; its evaluation and checkpoint are done."""
+
+    def on_fit_end(self, ctx: Context) -> None:
+        """``fit`` is about to return; not called where it raises."""
+
+    def on_error(self, ctx: Context, error: BaseException) -> None:
+        """``fit`` is about to raise ``error``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs: JSON values and tensors, nested at will."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned; called after ``on_fit_start``."""
+
+
+HOOK_NAMES = tuple(name for name in vars(Callback) if name.startswith("on_"))
+
+
+class Hooks:
+    """Which callbacks override which hook, found out once.
+
+    Example::
+
+        hooks.fire(Callback.on_step_end, ctx, step)
+    """
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self.callbacks = tuple(callbacks)
+        self.failed_in = ""  # the hook that raised, for messages
+        self._bound: dict[Any, tuple[Callable[..., None], ...]] = {}
+        for name in HOOK_NAMES:
+            base = vars(Callback)[name]
+            self._bound[base] = tuple(
+                getattr(callback, name)
+                for callback in self.callbacks
+                if getattr(type(callback), name) is not base
+            )
+
+    def fire(
+        self, hook: Callable[Concatenate[Callback, P], None], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Calls ``hook`` of every callback that overrides it, in the list's order."""
+        try:
+            for method in self._bound[hook]:
+                method(*args, **kwargs)
+        except Exception:
+            self.failed_in = hook.__name__
+            raise
+
+    def has(self, hook: Callable[Concatenate[Callback, P], None]) -> bool:
+        """Says whether any callback overrides ``hook``."""
+        return bool(self._bound[hook])
+
+
+class Sink:
+    """Takes a run's figures somewhere. Runs on rank 0 only, in a thread of its own.
+
+    Override :meth:`write`; it is handed frozen numbers and can reach no other rank.
+
+    Ranks: rank 0 only.
+    """
+
+    def open(self, run_dir: Path | None) -> None:
+        """The run begins; ``run_dir`` is its folder, or None where it keeps no files."""
+
+    def write(self, report: Report) -> None:
+        """One report: see :class:`dtrain.state.Report` for its kinds."""
+
+    def close(self) -> None:
+        """The run is over, well or badly; what is buffered must be written now."""
+
+
+# A callback may fill a slot of the loop. Slots are found by shape, so that the loop knows no
+# concrete callback; each can be filled once.
+
+
+@runtime_checkable
+class PrecisionSlot(Protocol):
+    """Fills the precision slot: autocast, scale, unscale and step."""
+
+    def make_precision(self, device_type: str) -> Precision:
+        """Returns what computes in the wanted precision on ``"cpu"`` or ``"cuda"``."""
+        ...
+
+
+@runtime_checkable
+class AccumulationSlot(Protocol):
+    """Fills the accumulation slot: how a rank's share becomes micro-batches."""
+
+    def split(self, share: int) -> list[int]:
+        """Returns the micro-batches' sizes; they sum to ``share``."""
+        ...
+
+    def batches_per_step(self) -> int:
+        """Returns how many ready-made batches of a stream make a step."""
+        ...
+
+
+@runtime_checkable
+class CheckpointSlot(Protocol):
+    """Fills the checkpoint slot: when to save and what to keep."""
+
+    def due_after_step(self, progress: Progress) -> bool:
+        """Says whether this step is to be saved; equal on all ranks, must not communicate."""
+        ...
+
+    def due_after_epoch(self, progress: Progress) -> bool:
+        """The same, asked after an epoch and its evaluation."""
+        ...
+
+    def prune(self, saved: list[tuple[int, dict[str, float]]]) -> list[int]:
+        """Returns the steps to delete, given each saved step (oldest first) and its metrics."""
+        ...
+
+
+def the_only(slot: type[S], callbacks: Iterable[Callback]) -> S | None:
+    """Returns the callback that fills ``slot``, or None.
+
+    Raises:
+        ConfigError: more than one does.
+    """
+    found = [callback for callback in callbacks if isinstance(callback, slot)]
+    if len(found) > 1:
+        names = " and ".join(type(callback).__name__ for callback in found)
+        what = slot.__name__.removesuffix("Slot").lower()
+        raise ConfigError(f"{names} both decide the {what} of this run; keep one of them")
+    return found[0] if found else None
+
+
+def check_names(callbacks: Iterable[Callback]) -> None:
+    """Raises where two callbacks share a name.
+
+    Raises:
+        ConfigError: names the duplicate.
+    """
+    seen: dict[str, Callback] = {}
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigError(f"callbacks: {callback!r} is no dtrain.Callback")
+        if callback.name in seen:
+            raise ConfigError(
+                f"two callbacks are named {callback.name!r}; checkpoints could not tell them "
+                f"apart. Remove one, or name it: `second.name = '{callback.name}2'`"
+            )
+        seen[callback.name] = callback

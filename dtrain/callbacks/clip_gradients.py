@@ -1,0 +1,49 @@
+"""Gradient clipping, after unscaling, once an optimizer step."""
+
+from __future__ import annotations
+
+import torch
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError
+from dtrain.state import Context, Step
+
+
+class ClipGradients(Callback):
+    """Bounds the gradient of the whole global batch, by norm or value by value.
+
+    With ``max_norm``, all gradients are multiplied by ``max_norm / norm`` where their joint
+    Euclidean norm is larger (Pascanu et al., "On the difficulty of training recurrent neural
+    networks", ICML 2013). The norm is logged as ``grad_norm`` without a host sync.
+
+    Example::
+
+        Trainer(model, optimizer, loss_fn, callbacks=[ClipGradients(max_norm=1.0)])
+
+    Args:
+        max_norm: largest joint norm.
+        max_value: largest absolute value of each entry.
+
+    Raises:
+        ConfigError: not exactly one of them is given, or it is not positive.
+
+    Ranks: all, local; gradients are equal on all ranks, and so is what becomes of them.
+    """
+
+    def __init__(self, max_norm: float | None = None, *, max_value: float | None = None) -> None:
+        if (max_norm is None) == (max_value is None):
+            raise ConfigError("ClipGradients: give max_norm or max_value, one of them")
+        if not (max_norm or max_value or 0) > 0:
+            raise ConfigError(
+                f"ClipGradients(max_norm={max_norm}, max_value={max_value}): must be more than 0"
+            )
+        self._max_norm = max_norm
+        self._max_value = max_value
+
+    def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        """Clips."""
+        params = [p for group in ctx.optimizer.param_groups for p in group["params"]]
+        if self._max_value is not None:
+            torch.nn.utils.clip_grad_value_(params, self._max_value)
+        elif self._max_norm is not None:
+            ctx.log("grad_norm", torch.nn.utils.clip_grad_norm_(params, self._max_norm))

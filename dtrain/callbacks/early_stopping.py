@@ -1,0 +1,141 @@
+"""Early stopping, agreed by all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from dtrain.callback import Callback
+from dtrain.comm import Rule
+from dtrain.errors import ConfigError
+from dtrain.state import Context
+
+Mode = Literal["min", "max"]
+
+
+class EarlyStopping(Callback):
+    """Stops once a metric has not improved for ``patience`` checks in a row.
+
+    A metric by name is agreed, so all ranks stop at the same step by themselves. Where
+    ``monitor`` is a function, each rank judges by its own value, and ``vote`` decides.
+
+    Metrics ``eval/...`` are checked after each evaluation; ``train/...`` and functions at the
+    end of each epoch.
+
+    Example::
+
+        EarlyStopping("eval/accuracy", mode="max", patience=3, restore_best=True)
+
+    Args:
+        monitor: a metric's name, or a function from the context to this rank's number.
+        mode: whether less (``"min"``) or more (``"max"``) is better.
+        patience: how many checks without improvement are borne.
+        min_delta: what counts as an improvement must be larger than this.
+        restore_best: at the end, the model gets the weights of the best check.
+        vote: for a function: stop if ``"any"``, the ``"majority"`` or ``"all"`` ranks would.
+
+    Raises:
+        ConfigError: an argument is off, or there is no such metric.
+
+    Ranks: all, communicates once a check where ``monitor`` is a function.
+    """
+
+    def __init__(
+        self,
+        monitor: str | Callable[[Context], float],
+        *,
+        mode: Mode = "min",
+        patience: int = 3,
+        min_delta: float = 0.0,
+        restore_best: bool = False,
+        vote: Rule = "any",
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise ConfigError(f"EarlyStopping(mode={mode!r}): choose 'min' or 'max'")
+        if vote not in get_args(Rule):
+            raise ConfigError(f"EarlyStopping(vote={vote!r}): choose 'any', 'majority' or 'all'")
+        if patience < 0 or min_delta < 0:
+            raise ConfigError(
+                f"EarlyStopping(patience={patience}, min_delta={min_delta}): must be 0 or more"
+            )
+        if restore_best and callable(monitor):
+            raise ConfigError(
+                "EarlyStopping(restore_best=True) needs a metric by name: with a function, ranks "
+                "may differ about which weights were best"
+            )
+        self._monitor = monitor
+        self._sign = 1.0 if mode == "min" else -1.0
+        self._patience = patience
+        self._min_delta = min_delta
+        self._restore_best = restore_best
+        self._vote: Rule = vote
+        self.best = math.inf  # of sign * value: less is better
+        self.bad_checks = 0
+        self._weights: dict[str, Tensor] = {}
+
+    def on_fit_start(self, ctx: Context) -> None:
+        """Refuses a monitor that can never be there."""
+        if isinstance(self._monitor, str) and not self._monitor.startswith(("train/", "eval/")):
+            raise ConfigError(
+                f"EarlyStopping({self._monitor!r}): a metric's name begins with 'train/' or 'eval/'"
+            )
+        if self._after_evaluation and not ctx.has_eval:
+            raise ConfigError(f"EarlyStopping({self._monitor!r}) needs fit(eval_set=...)")
+
+    def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
+        """Checks an ``eval/...`` metric."""
+        if self._after_evaluation:
+            self._check(ctx, self._value(metrics))
+
+    def on_epoch_end(self, ctx: Context) -> None:
+        """Checks a ``train/...`` metric, or asks the function."""
+        if callable(self._monitor):
+            self._check(ctx, float(self._monitor(ctx)))
+        elif not self._after_evaluation:
+            self._check(ctx, self._value(ctx.metrics))
+
+    def on_fit_end(self, ctx: Context) -> None:
+        """Gives the model its best weights, if asked to."""
+        if self._weights:
+            ctx.model.load_state_dict(self._weights)
+
+    @property
+    def _after_evaluation(self) -> bool:
+        return isinstance(self._monitor, str) and self._monitor.startswith("eval/")
+
+    def _value(self, metrics: dict[str, float]) -> float:
+        assert isinstance(self._monitor, str)
+        if self._monitor not in metrics:
+            raise ConfigError(
+                f"EarlyStopping: no metric {self._monitor!r}; there are "
+                f"{', '.join(sorted(metrics)) or 'none'}"
+            )
+        return metrics[self._monitor]
+
+    def _check(self, ctx: Context, value: float) -> None:
+        if self._sign * value < self.best - self._min_delta:
+            self.best = self._sign * value
+            self.bad_checks = 0
+            if self._restore_best:
+                state = ctx.model.state_dict()
+                self._weights = {name: tensor.detach().clone() for name, tensor in state.items()}
+        else:
+            self.bad_checks += 1  # NaN is no improvement
+        enough = self.bad_checks > 0 and self.bad_checks >= self._patience
+        if callable(self._monitor):
+            enough = ctx.comm.vote("early stopping", enough, self._vote)
+        if enough:
+            what = self._monitor if isinstance(self._monitor, str) else "the monitor"
+            ctx.request.stop(f"early stopping: {what} has not improved {self.bad_checks} times")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the best value, its weights, and the patience used up."""
+        return {"best": self.best, "bad_checks": self.bad_checks, "weights": self._weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.best, self.bad_checks = state["best"], state["bad_checks"]
+        self._weights = state["weights"]

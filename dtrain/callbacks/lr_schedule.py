@@ -1,0 +1,120 @@
+"""Learning-rate schedules: torch's own schedulers, stepped once and only once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError
+from dtrain.state import Context, Step
+
+Factory = Callable[[Optimizer, int], LRScheduler]
+
+
+class LRSchedule(Callback):
+    """Steps one of torch's schedulers, once an optimizer step or once an epoch.
+
+    Never more often on more ranks, nor with accumulation. Steps that were left out (a loss
+    scale overflowed, every rank skipped) are not counted. ``ReduceLROnPlateau`` is stepped
+    with an agreed metric after each evaluation, so that all ranks decide alike.
+
+    Example::
+
+        LRSchedule(lambda opt, steps: CosineAnnealingLR(opt, steps), every="step")
+
+    Args:
+        scheduler: a scheduler of the Trainer's optimizer; or a function from the optimizer
+            and how often it will be stepped in all (optimizer steps, or epochs) to one.
+        every: ``"step"`` or ``"epoch"``.
+        monitor: the metric for ``ReduceLROnPlateau``, such as ``"eval/loss"``.
+
+    Raises:
+        ConfigError: an argument is off, or the number of steps is needed but unknown.
+
+    Ranks: all, local.
+    """
+
+    def __init__(
+        self,
+        scheduler: LRScheduler | Factory,
+        *,
+        every: Literal["step", "epoch"] = "step",
+        monitor: str | None = None,
+    ) -> None:
+        if every not in ("step", "epoch"):
+            raise ConfigError(f"LRSchedule(every={every!r}): choose 'step' or 'epoch'")
+        if not isinstance(scheduler, LRScheduler) and not callable(scheduler):
+            raise ConfigError(
+                f"LRSchedule: {scheduler!r} is neither a scheduler nor a function (optimizer, "
+                "total_steps) -> scheduler"
+            )
+        self._given = scheduler
+        self._every = every
+        self._monitor = monitor
+        self._scheduler: LRScheduler | None = None
+
+    def on_fit_start(self, ctx: Context) -> None:
+        """Makes the scheduler, now that the optimizer and the number of steps are known."""
+        if self._scheduler is not None and self._scheduler.optimizer is ctx.optimizer:
+            return  # a second fit goes on
+        if isinstance(self._given, LRScheduler):
+            scheduler: LRScheduler = self._given
+        else:
+            total = ctx.progress.total_steps if self._every == "step" else ctx.progress.total_epochs
+            if total is None:
+                raise ConfigError(
+                    f"LRSchedule(every={self._every!r}) needs to know how many "
+                    f"{self._every}s there will be: pass max_steps to fit (for every='epoch', "
+                    "epochs), or a scheduler instead of a function"
+                )
+            scheduler = self._given(ctx.optimizer, total)
+        if not isinstance(scheduler, LRScheduler):
+            raise ConfigError(f"LRSchedule: the function returned {scheduler!r}, no scheduler")
+        if scheduler.optimizer is not ctx.optimizer:
+            raise ConfigError(
+                "LRSchedule: the scheduler is of another optimizer than the Trainer's"
+            )
+        if isinstance(scheduler, ReduceLROnPlateau) != (self._monitor is not None):
+            raise ConfigError(
+                "LRSchedule: ReduceLROnPlateau needs monitor='eval/loss' or another metric, and no "
+                "other scheduler takes one"
+            )
+        if self._monitor is not None and not ctx.has_eval:
+            raise ConfigError(f"LRSchedule(monitor={self._monitor!r}) needs fit(eval_set=...)")
+        self._scheduler = scheduler
+
+    def on_step_end(self, ctx: Context, step: Step) -> None:
+        """Steps the scheduler, if the optimizer has stepped."""
+        if self._every == "step" and step.applied and self._monitor is None:
+            assert self._scheduler is not None
+            self._scheduler.step()
+
+    def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
+        """Steps ReduceLROnPlateau with the agreed metric."""
+        if self._monitor is None:
+            return
+        if self._monitor not in metrics:
+            raise ConfigError(
+                f"LRSchedule: no metric {self._monitor!r}; there are {', '.join(sorted(metrics))}"
+            )
+        assert isinstance(self._scheduler, ReduceLROnPlateau)
+        self._scheduler.step(metrics[self._monitor])
+
+    def on_epoch_end(self, ctx: Context) -> None:
+        """Steps a scheduler that counts epochs."""
+        if self._every == "epoch" and self._monitor is None:
+            assert self._scheduler is not None
+            self._scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the scheduler's state."""
+        return {} if self._scheduler is None else {"scheduler": self._scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the scheduler's state."""
+        if "scheduler" in state and self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])

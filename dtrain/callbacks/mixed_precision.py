@@ -1,0 +1,60 @@
+"""Mixed precision: compute in 16 bits, keep parameters in 32."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError
+from dtrain.precision import Autocast, Precision, ScaledAutocast
+
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MixedPrecision(Callback):
+    """Runs the loss function under autocast; in fp16 with a dynamic loss scale.
+
+    ``bf16`` needs no loss scale. In ``fp16`` gradients are unscaled before ``on_grads_ready``,
+    so that clipping sees true ones; a step whose gradients overflowed is left out, and
+    schedules do not count it.
+
+    Example::
+
+        Trainer(model, optimizer, loss_fn, callbacks=[MixedPrecision("bf16")])
+
+    Args:
+        dtype: ``"bf16"`` or ``"fp16"``.
+        init_scale: first loss scale (fp16).
+        growth_interval: steps without overflow after which the scale doubles (fp16).
+
+    Raises:
+        ConfigError: ``dtype`` is neither.
+
+    Ranks: all, local.
+    """
+
+    def __init__(
+        self,
+        dtype: Literal["bf16", "fp16"],
+        *,
+        init_scale: float = 65536.0,
+        growth_interval: int = 2000,
+    ) -> None:
+        if dtype not in _TYPES:
+            raise ConfigError(f"MixedPrecision({dtype!r}): choose 'bf16' or 'fp16'")
+        if init_scale <= 0 or growth_interval < 1:
+            raise ConfigError(
+                f"MixedPrecision: init_scale={init_scale} must be more than 0, and "
+                f"growth_interval={growth_interval} 1 or more"
+            )
+        self._dtype = dtype
+        self._init_scale = init_scale
+        self._growth_interval = growth_interval
+
+    def make_precision(self, device_type: str) -> Precision:
+        """Fills the precision slot."""
+        if self._dtype == "bf16":
+            return Autocast(device_type, torch.bfloat16)
+        return ScaledAutocast(device_type, torch.float16, self._init_scale, self._growth_interval)

@@ -1,0 +1,38 @@
+"""The random streams of this process, as state that a checkpoint can hold."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def capture() -> dict[str, Any]:
+    """Returns the state of Python's, NumPy's and torch's global generators.
+
+    Ranks: all, local.
+    """
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    words = np.asarray(keys).tolist()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (str(kind), words, int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Restores what :func:`capture` returned.
+
+    Ranks: all, local.
+    """
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,193 @@
+"""``run_dir/status.json``: where a run stands; and whether to go on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dtrain.checkpoint import files
+from dtrain.checkpoint.files import Saved
+from dtrain.errors import CheckpointError, ConfigError, ResumeError
+
+State = Literal["running", "finished", "preempted", "failed"]
+ResumeMode = Literal["auto", "never", "must"]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where a run stands.
+
+    Attributes:
+        status: ``running`` (or killed before it could say more), ``finished``, ``preempted``
+            or ``failed``.
+        reason: why, in plain words.
+        step: global steps taken.
+        epoch: epochs finished.
+        make_up: what the run is made of; a run is continued only by one of the same make-up.
+        updated: when this was written, in seconds since 1970.
+    """
+
+    status: State
+    reason: str = ""
+    step: int = 0
+    epoch: int = 0
+    make_up: Mapping[str, Any] = field(default_factory=dict)
+    updated: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether to continue, from where, and what to tell the user.
+
+    Attributes:
+        saved: the checkpoint to continue from, or None to begin.
+        notes: what was decided, in plain words.
+    """
+
+    saved: Saved | None
+    notes: tuple[str, ...] = ()
+
+
+def write(run_dir: Path, status: Status) -> None:
+    """Replaces ``run_dir/status.json`` in one piece.
+
+    Raises:
+        CheckpointError: it cannot be written.
+
+    Ranks: rank 0 only.
+    """
+    aside = run_dir / ".status.json.writing"
+    try:
+        aside.write_text(json.dumps(asdict(status), indent=1) + "\n")
+        os.replace(aside, run_dir / "status.json")
+    except OSError as error:
+        raise CheckpointError(f"{run_dir}/status.json cannot be written: {error}") from error
+
+
+def read(run_dir: Path) -> Status | None:
+    """Returns where the run in ``run_dir`` stands, or None if there is none.
+
+    Raises:
+        ResumeError: status.json is there but cannot be read.
+
+    Ranks: all, local.
+    """
+    file = run_dir / "status.json"
+    try:
+        return Status(**json.loads(file.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise ResumeError(f"{file} cannot be read: {error}; move {run_dir} away") from error
+
+
+def prepare(run_dir: Path) -> None:
+    """Makes ``run_dir`` and proves that it can be written.
+
+    Raises:
+        ConfigError: it cannot.
+
+    Ranks: rank 0 only.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".can-write"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written: {error}") from error
+
+
+def decide(
+    run_dir: Path,
+    mode: ResumeMode,
+    make_up: Mapping[str, Any],
+    *,
+    epochs: int | None,
+    max_steps: int | None,
+) -> Decision:
+    """Decides whether to continue the run in ``run_dir``.
+
+    Args:
+        run_dir: the run's folder.
+        mode: ``"auto"`` continues an unfinished run, ``"must"`` insists on one, ``"never"``
+            begins anew and moves the old run's files aside.
+        make_up: what this run is made of.
+        epochs: how many epochs this run is to have in all, if it counts them.
+        max_steps: how many steps, if it counts them.
+
+    Raises:
+        ResumeError: the old run is finished, or of another make-up, or there is none.
+        ConfigError: ``mode`` is none of the three.
+
+    Ranks: rank 0 only.
+    """
+    if mode not in get_args(ResumeMode):
+        raise ConfigError(f"resume={mode!r}: choose one of {', '.join(get_args(ResumeMode))}")
+    status = read(run_dir)
+    if mode == "never":
+        return _set_aside(run_dir) if status is not None else Decision(None)
+    saved, damage = files.find(run_dir / "checkpoints")
+    notes = [f"left out, because it is damaged: {what}" for what in damage]
+    if status is None or saved is None:
+        if mode == "must":
+            what = "no run" if status is None else "no intact checkpoint"
+            raise ResumeError(
+                f"resume='must', but there is {what} in {run_dir}"
+                + "".join(f"\n  {note}" for note in notes)
+            )
+        return Decision(None, tuple(notes))
+    _compare(run_dir, status, make_up)
+    done_epochs, done_steps = status.epoch, status.step
+    more = (epochs is not None and epochs > done_epochs) or (epochs is None and max_steps is None)
+    if epochs is None and max_steps is not None:
+        more = max_steps > done_steps
+    elif max_steps is not None:
+        more = more and max_steps > done_steps
+    if status.status == "finished" and not (more and _by_plan(status.reason)):
+        raise ResumeError(
+            f"the run in {run_dir} is finished ({status.reason}; step {done_steps}, "
+            f"{done_epochs} epochs). To go on, ask for more (a larger epochs or max_steps); to "
+            "begin another, choose another run_dir; to begin anew here, pass resume='never' (the "
+            "old files are moved aside)."
+        )
+    what = f"continuing at step {saved.step} from {saved.path}"
+    compared = f"the same make-up: {', '.join(make_up)}"
+    return Decision(saved, (*notes, f"{what} ({compared})"))
+
+
+def _by_plan(reason: str) -> bool:
+    """A run that stopped by itself (early stopping) is not continued by a larger plan."""
+    return reason in ("all epochs done", "max_steps reached")
+
+
+def _compare(run_dir: Path, status: Status, make_up: Mapping[str, Any]) -> None:
+    different = [
+        f"  {key}: {status.make_up.get(key)!r} there, {value!r} here"
+        for key, value in make_up.items()
+        if status.make_up.get(key) != value
+    ]
+    if different:
+        raise ResumeError(
+            f"the run in {run_dir} is of another make-up:\n"
+            + "\n".join(different)
+            + "\nChoose another run_dir, or pass resume='never' to begin anew here (the old files "
+            "are moved aside)."
+        )
+
+
+def _set_aside(run_dir: Path) -> Decision:
+    number = 1
+    while (run_dir / f"before-{number}").exists():
+        number += 1
+    aside = run_dir / f"before-{number}"
+    aside.mkdir()
+    for path in sorted(run_dir.iterdir()):
+        if not path.name.startswith("before-"):
+            path.rename(aside / path.name)
+    return Decision(None, (f"beginning anew; the old run's files are in {aside}",))

@@ -1,0 +1,83 @@
+"""Nested state as JSON and named tensors, and back. No pickle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtrain.errors import CheckpointError
+
+_TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
+
+
+def split(state: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Returns ``state`` as JSON values, and the tensors that were in it, by path.
+
+    Dicts, lists, tuples, tensors, numbers, text, True, False and None may be nested at will.
+
+    Raises:
+        CheckpointError: names the path of anything else.
+    """
+    tensors: dict[str, Tensor] = {}
+    return _encode(state, "", tensors), tensors
+
+
+def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
+    """Returns what :func:`split` was given.
+
+    Raises:
+        CheckpointError: a tensor is missing.
+    """
+    if isinstance(plain, list):
+        return [join(value, tensors) for value in plain]
+    if not isinstance(plain, dict):
+        return plain
+    if _TENSOR in plain:
+        if plain[_TENSOR] not in tensors:
+            raise CheckpointError(f"the tensor {plain[_TENSOR]!r} is missing")
+        return tensors[plain[_TENSOR]]
+    if _TUPLE in plain:
+        return tuple(join(value, tensors) for value in plain[_TUPLE])
+    if _ITEMS in plain:
+        return {join(k, tensors): join(v, tensors) for k, v in plain[_ITEMS]}
+    return {key: join(value, tensors) for key, value in plain.items()}
+
+
+def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, Tensor):
+        name = path or "value"
+        # A copy: two names for one memory (tied weights) are two tensors in a file.
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {_TENSOR: name}
+    if isinstance(value, tuple):
+        return {_TUPLE: [_encode(v, _under(path, i), tensors) for i, v in enumerate(value)]}
+    if isinstance(value, list):
+        return [_encode(v, _under(path, i), tensors) for i, v in enumerate(value)]
+    if isinstance(value, dict):
+        if all(isinstance(k, str) and not k.startswith("__") for k in value):
+            return {k: _encode(v, _under(path, k), tensors) for k, v in value.items()}
+        return {
+            _ITEMS: [
+                [_encode(k, "", tensors), _encode(v, _under(path, k), tensors)]
+                for k, v in value.items()
+            ]
+        }
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    raise CheckpointError(
+        f"{path or 'the state'} is {type(value).__name__}; a checkpoint holds dicts, lists, "
+        "tuples, tensors, numbers, text, True, False and None"
+    )
+
+
+def _under(path: str, key: object) -> str:
+    return f"{path}/{key}" if path else str(key)

@@ -1,0 +1,363 @@
+"""The only door to other ranks, for everything that is not a gradient.
+
+Every call carries a label. Before any data moves, ranks exchange a small header (verb,
+label, call site, shape, step, and whether this rank failed). Ranks that meet in different
+calls all get :class:`RankMismatch` with a table of who was where; where a rank failed, all
+others get :class:`RemoteError` in the same call. A plain process group would instead hang
+or, with equal shapes, silently mix the numbers of two different calls.
+
+The exchange runs on a gloo group of its own, so it never interleaves with gradients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from dtrain.errors import CommError, ConfigError, DtrainError, Failure, RankMismatch, RemoteError
+
+T = TypeVar("T")
+Op = Literal["sum", "mean", "max", "min"]
+Rule = Literal["any", "majority", "all"]
+
+_REDUCE = {
+    "sum": dist.ReduceOp.SUM,
+    "mean": dist.ReduceOp.SUM,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+}
+
+
+class Comm:
+    """Labelled verbs between ranks. It has no rank: what it returns is equal on all of them.
+
+    Every verb must be called by all ranks, in the same order and with the same label.
+
+    Ranks: all, communicates.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        host: str = "localhost",
+        group: dist.ProcessGroup | None = None,
+        store: Store | None = None,
+    ) -> None:
+        self._rank = rank
+        self._size = size
+        self._host = host
+        self._group = group
+        self._store = store
+        self._step = 0
+        self._failed = False
+
+    # -- verbs ------------------------------------------------------------------------------
+
+    def all_reduce(self, label: str, tensor: Tensor, op: Op = "sum") -> Tensor:
+        """Returns the ``sum``, ``mean``, ``max`` or ``min`` of ``tensor`` over all ranks.
+
+        Args:
+            label: names the call; equal on all ranks.
+            tensor: any shape, equal on all ranks. It is not changed.
+            op: how values of different ranks become one.
+
+        Raises:
+            RankMismatch: ranks met in different calls.
+            RemoteError: another rank failed.
+
+        Ranks: all, communicates.
+        """
+        if op not in _REDUCE:
+            raise ConfigError(f"all_reduce({label!r}): op={op!r}; choose one of {sorted(_REDUCE)}")
+        self._meet("all_reduce", label, f"{op} {_describe(tensor)}")
+        out = tensor.detach().clone()
+        if self._group is None:
+            return out
+        buffer = out.cpu().contiguous()
+        with self._bounded(label):
+            dist.all_reduce(buffer, op=_REDUCE[op], group=self._group)
+        if op == "mean":
+            buffer = buffer / self._size
+        return buffer.to(tensor.device)
+
+    def all_gather(self, label: str, tensor: Tensor) -> Tensor:
+        """Returns every rank's ``tensor``, stacked: shape ``[world size, *tensor.shape]``.
+
+        Raises:
+            RankMismatch: ranks met in different calls, or with different shapes.
+            RemoteError: another rank failed.
+
+        Ranks: all, communicates.
+        """
+        self._meet("all_gather", label, _describe(tensor))
+        if self._group is None:
+            return tensor.detach().clone().unsqueeze(0)
+        mine = tensor.detach().cpu().contiguous()
+        parts = [torch.empty_like(mine) for _ in range(self._size)]
+        with self._bounded(label):
+            dist.all_gather(parts, mine, group=self._group)
+        return torch.stack(parts).to(tensor.device)
+
+    def broadcast(self, label: str, tensor: Tensor) -> Tensor:
+        """Returns rank 0's ``tensor`` on every rank; the argument is not changed.
+
+        Raises:
+            RankMismatch: ranks met in different calls, or with different shapes.
+            RemoteError: another rank failed.
+
+        Ranks: all, communicates.
+        """
+        self._meet("broadcast", label, _describe(tensor))
+        if self._group is None:
+            return tensor.detach().clone()
+        buffer = tensor.detach().cpu().clone().contiguous()
+        with self._bounded(label):
+            dist.broadcast(buffer, group_src=0, group=self._group)
+        return buffer.to(tensor.device)
+
+    def barrier(self, label: str) -> None:
+        """Returns once every rank has called it with this label.
+
+        Raises:
+            RankMismatch: ranks met in different calls.
+            RemoteError: another rank failed.
+
+        Ranks: all, communicates.
+        """
+        self._meet("barrier", label)
+
+    def vote(self, label: str, yes: bool, rule: Rule = "any") -> bool:
+        """Returns one answer on all ranks: did ``any``, the ``majority`` or ``all`` say yes?
+
+        ``majority`` means more than half of the ranks.
+
+        Raises:
+            RankMismatch: ranks met in different calls.
+            RemoteError: another rank failed.
+
+        Ranks: all, communicates.
+        """
+        rules = {"any": 1, "majority": self._size // 2 + 1, "all": self._size}
+        if rule not in rules:
+            raise ConfigError(f"vote({label!r}): rule={rule!r}; choose one of {sorted(rules)}")
+        count = self.all_reduce(label, torch.tensor(int(yes)))
+        return int(count) >= rules[rule]
+
+    def gather_objects(self, label: str, value: T) -> list[T]:
+        """Returns every rank's ``value``, by rank. For small things: the values are pickled.
+
+        Raises:
+            RankMismatch: ranks met in different calls.
+            RemoteError: another rank failed.
+
+        Ranks: all, communicates.
+        """
+        self._meet("gather_objects", label)
+        return self._exchange(label, value)
+
+    def on_main(self, label: str, fn: Callable[[], T]) -> T:
+        """Rank 0 calls ``fn``; every rank gets its result, or its failure.
+
+        Raises:
+            RemoteError: ``fn`` raised on rank 0, where the original error is raised.
+            RankMismatch: ranks met in different calls.
+
+        Ranks: all, communicates; ``fn`` runs on rank 0 only.
+        """
+        self._meet("on_main", label)
+        if self._group is None:
+            return fn()
+        reply: list[Any] = [None, None]
+        error: Exception | None = None
+        if self._rank == 0:
+            try:
+                reply[0] = fn()
+            except Exception as caught:  # noqa: BLE001 -- told to every rank, then raised again
+                error = caught
+                reply[1] = self._describe_failure(caught, f"on_main({label!r})")
+        with self._bounded(label):
+            dist.broadcast_object_list(reply, group_src=0, group=self._group)
+        if error is not None:
+            self._failed = True
+            raise error
+        if reply[1] is not None:
+            self._failed = True
+            raise RemoteError(str(reply[1]))
+        result: T = reply[0]
+        return result
+
+    # -- failures ---------------------------------------------------------------------------
+
+    @contextmanager
+    def lockstep(self, where: str) -> Iterator[None]:
+        """Makes an exception in the block reach every rank in its next call of a verb.
+
+        For phases in which ranks meet only in verbs of this class (evaluation, saving,
+        start and end of a run), not for anything that may wait in a gradient reduction.
+
+        Ranks: all, communicates when the block raises.
+        """
+        try:
+            yield
+        except (RemoteError, RankMismatch, CommError):
+            raise  # every rank knows already
+        except Exception as error:
+            self.fail(error, where)
+            raise
+
+    def fail(self, error: BaseException, where: str) -> None:
+        """Tells the other ranks, in the verb that they are in or enter next, that this one failed.
+
+        Ranks: this one, while the others call any verb.
+        """
+        self.record(error, where)
+        if self._group is None or self._failed:
+            return
+        self._failed = True
+        try:
+            self._headers("fail", where, "", failed=True)
+            self._exchange(where, self._describe_failure(error, where))
+        except (DtrainError, RuntimeError) as broken:
+            # The others left first; this rank's own error is raised by the caller and
+            # stays the one that counts.
+            error.add_note(f"(the other ranks could not be told: {broken})")
+
+    def record(self, error: BaseException, where: str) -> None:
+        """Leaves this rank's failure in the store, for ranks that find a broken collective.
+
+        Ranks: all, local.
+        """
+        if self._store is None or isinstance(error, RemoteError):
+            return
+        failure = self._describe_failure(error, where)
+        try:
+            # compare_set: the first writer wins, so the root cause is kept.
+            self._store.compare_set("failure", "", json.dumps(asdict(failure)))
+        except RuntimeError as unreachable:
+            error.add_note(f"(could not be recorded for the other ranks: {unreachable})")
+
+    def explain(self, error: BaseException) -> DtrainError | None:
+        """Returns the recorded failure of another rank, if that is why ``error`` happened.
+
+        Ranks: all, local.
+        """
+        if self._store is None or isinstance(error, DtrainError):
+            return None
+        try:
+            text = self._store.get("failure") if self._store.check(["failure"]) else b""
+        except RuntimeError:
+            return None  # the store went away with its host: nothing better than `error` is known
+        if not text:
+            return None
+        failure = Failure(**json.loads(text))
+        if failure.rank == self._rank:
+            return None
+        return RemoteError(str(failure))
+
+    def mark_step(self, step: int) -> None:
+        """Says which step this rank is at; ranks that meet at different steps are told.
+
+        Ranks: all, local.
+        """
+        self._step = step
+
+    def raise_failures(self, label: str, error: Exception | None, where: str) -> None:
+        """Raises on all ranks if any has an error: the original where it happened.
+
+        Ranks: all, communicates.
+        """
+        mine = None if error is None else self._describe_failure(error, where)
+        failures = [f for f in self.gather_objects(label, mine) if f is not None]
+        if failures:
+            self._failed = True
+        if error is not None:
+            raise error
+        if failures:
+            raise RemoteError("; ".join(str(f) for f in failures))
+
+    def _describe_failure(self, error: BaseException, where: str) -> Failure:
+        return Failure.of(error, rank=self._rank, host=self._host, where=where, step=self._step)
+
+    # -- the header -------------------------------------------------------------------------
+
+    def _meet(self, verb: str, label: str, detail: str = "") -> None:
+        if not isinstance(label, str) or not label:
+            raise ConfigError(f"{verb}: the first argument is a label (text), got {label!r}")
+        if self._group is None:
+            return
+        site = _call_site()
+        header = self._headers(verb, label, f"{site} {detail}")
+        if bool(header[:, 1].any()):
+            self._failed = True
+            failures = [f for f in self._exchange(label, None) if f is not None]
+            raise RemoteError("; ".join(str(f) for f in failures))
+        if bool((header[:, 0] != header[0, 0]).any()):
+            rows = self._exchange(
+                label, f"step {self._step}  {verb}({label!r})  {detail or '-'}  at {site}"
+            )
+            self._failed = True
+            table = "\n".join(f"  rank {rank}: {row}" for rank, row in enumerate(rows))
+            raise RankMismatch(
+                "ranks met in different calls; each verb must be called by all ranks in the "
+                f"same order:\n{table}"
+            )
+
+    def _headers(self, verb: str, label: str, detail: str, *, failed: bool = False) -> Tensor:
+        """Returns ``[world size, 2]``: a digest of each rank's call, and whether it failed."""
+        text = f"{verb}\0{label}\0{detail}\0{self._step}"
+        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+        mine = torch.tensor([digest, int(failed)])
+        rows = [torch.empty_like(mine) for _ in range(self._size)]
+        with self._bounded(label):
+            dist.all_gather(rows, mine, group=self._group)
+        return torch.stack(rows)
+
+    def _exchange(self, label: str, value: T) -> list[T]:
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self._size
+        with self._bounded(label):
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    @contextmanager
+    def _bounded(self, label: str) -> Iterator[None]:
+        """Turns a broken collective into the reason that another rank left for it."""
+        try:
+            yield
+        except RuntimeError as broken:
+            reason = self.explain(broken)
+            if reason is not None:
+                raise reason from broken
+            raise CommError(
+                f"rank {self._rank} on {self._host} lost the other ranks in {label!r} at step "
+                f"{self._step}, and none of them said why (killed, or out of time): {broken}"
+            ) from broken
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _call_site() -> str:
+    """Returns ``file:line`` of the caller, the first frame outside of this module.
+
+    Only the file's name counts: installations may lie in different folders on two hosts.
+    """
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -1,0 +1,25 @@
+"""Who gets which part of a global batch."""
+
+from __future__ import annotations
+
+
+def split_evenly(total: int, parts: int) -> list[int]:
+    """Returns ``parts`` sizes that sum to ``total``, differing by at most 1, larger first."""
+    small, larger = divmod(total, parts)
+    return [small + (i < larger) for i in range(parts)]
+
+
+def share_of(start: int, stop: int, *, rank: int, size: int) -> tuple[int, int]:
+    """Returns this rank's slice of the positions ``start`` to ``stop - 1``: first and stop.
+
+    Slices are contiguous, in the order of ranks; where it does not divide, lower ranks have
+    one sample more. A rank's slice may be empty.
+    """
+    shares = split_evenly(stop - start, size)
+    first = start + sum(shares[:rank])
+    return first, first + shares[rank]
+
+
+def split_share(share: int, *, steps: int) -> list[int]:
+    """Returns up to ``steps`` micro-batch sizes that sum to ``share``; none is empty."""
+    return [size for size in split_evenly(share, steps) if size]

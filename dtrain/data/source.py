@@ -1,0 +1,150 @@
+"""What to train on: :class:`Data`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from dtrain.data.order import Order
+from dtrain.errors import ConfigError, DataError
+
+
+class Data:
+    """What to train on: a map-style dataset, or an iterable of ready batches.
+
+    A map-style dataset (``__len__`` and ``__getitem__``) comes with a ``batch_size``; order,
+    sharding and resume are then exact. An iterable yields ready batches, each rank its own
+    stream.
+
+    Example::
+
+        trainer.fit(dtrain.Data(train_set, 64, num_workers=2), epochs=10)
+
+    Args:
+        dataset: the dataset or iterable.
+        batch_size: the *global* batch: samples that one optimizer step sees, over all ranks.
+        shuffle: a new order in every epoch, the same at every world size.
+        drop_last: leave out an epoch's last global batch if it is smaller than the others.
+        collate_fn: makes a batch of a list of samples; torch's default if None.
+        num_workers: loader processes of each rank; 0 loads in the training process.
+        prefetch: micro-batches that each worker holds ready.
+        order: your own order of samples, instead of ``shuffle``.
+
+    Raises:
+        ConfigError: an argument is out of range, or contradicts another.
+        DataError: the dataset is empty, or of a kind that cannot be trained on.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        *,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        order: Order | None = None,
+    ) -> None:
+        _refuse_loader(dataset, batch_size)
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.collate_fn = collate_fn
+        self.num_workers = num_workers
+        self.prefetch = prefetch
+        self.order = order
+        if batch_size is None:
+            self._check_stream()
+        else:
+            self._check_map_style(batch_size)
+
+    @property
+    def is_stream(self) -> bool:
+        """True for an iterable of ready batches."""
+        return self.batch_size is None
+
+    def _check_stream(self) -> None:
+        if isinstance(self.dataset, Dataset) and not isinstance(self.dataset, IterableDataset):
+            raise ConfigError(
+                f"{type(self.dataset).__name__} has samples, not ready batches: pass batch_size "
+                "(the global batch, over all ranks)"
+            )
+        if not isinstance(self.dataset, Iterable):
+            raise DataError(
+                f"cannot train on {type(self.dataset).__name__}: neither a dataset "
+                "(__len__ and __getitem__) nor an iterable of batches"
+            )
+        if self.order is not None or self.drop_last or self.collate_fn or self.num_workers:
+            raise ConfigError(
+                "order, drop_last, collate_fn and num_workers need a map-style dataset; an "
+                "iterable comes as ready batches"
+            )
+
+    def _check_map_style(self, batch_size: int) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size!r}: must be a whole number of 1 or more")
+        if self.num_workers < 0 or self.prefetch < 0:
+            raise ConfigError(
+                f"num_workers={self.num_workers} and prefetch={self.prefetch} must be 0 or more"
+            )
+        if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
+            raise ConfigError(
+                f"batch_size={batch_size} needs a dataset with __len__ and __getitem__; "
+                f"{type(self.dataset).__name__} is an iterable, which comes as ready batches: "
+                "leave batch_size out"
+            )
+        if len(self.dataset) == 0:
+            raise DataError(f"the dataset ({type(self.dataset).__name__}) is empty")
+        if self.order is not None and len(self.order) == 0:
+            raise DataError(f"the order ({type(self.order).__name__}) is empty")
+        length = len(self.order) if self.order is not None else len(self.dataset)
+        if self.drop_last and length < batch_size:
+            raise DataError(
+                f"drop_last leaves nothing: the dataset has {length} samples, a batch {batch_size}"
+            )
+
+
+def as_data(data: Any, batch_size: int | None, *, shuffle: bool) -> Data:
+    """Returns ``data`` as :class:`Data`, with ``batch_size`` if it is not Data already.
+
+    Raises:
+        ConfigError: ``batch_size`` is given twice, or missing.
+    """
+    if not isinstance(data, Data):
+        return Data(data, batch_size, shuffle=shuffle)
+    if batch_size is not None and batch_size != data.batch_size:
+        raise ConfigError(
+            f"batch_size is given twice: {batch_size} here and {data.batch_size} in Data"
+        )
+    return data
+
+
+def _refuse_loader(dataset: Any, batch_size: int | None) -> None:
+    """A loader over a map-style dataset would give every rank all of the data."""
+    if not isinstance(dataset, DataLoader):
+        return
+    if isinstance(dataset.dataset, IterableDataset):
+        if batch_size is not None:
+            raise ConfigError("a DataLoader over an iterable has its batch size: leave it out here")
+        return
+    arguments = [f"batch_size={dataset.batch_size or '...'} * world.size"]
+    sampler = type(dataset.sampler).__name__
+    if sampler == "SequentialSampler":
+        arguments.append("shuffle=False")
+    if dataset.drop_last:
+        arguments.append("drop_last=True")
+    if dataset.collate_fn is not default_collate:
+        arguments.append(f"collate_fn={getattr(dataset.collate_fn, '__name__', '...')}")
+    if dataset.num_workers:
+        arguments.append(f"num_workers={dataset.num_workers}")
+    raise ConfigError(
+        "a DataLoader over a map-style dataset would give every rank all of the data. Pass the "
+        "dataset itself, with the global batch size:\n"
+        f"    dtrain.Data({type(dataset.dataset).__name__.lower()}, {', '.join(arguments)})\n"
+        "(or batch_size without `* world.size`, if that is the batch one step is to see)"
+    )

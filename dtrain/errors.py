@@ -1,0 +1,107 @@
+"""The exceptions dtrain raises.
+
+::
+
+    DtrainError
+    ├── ConfigError       what was asked for cannot work; raised before a step is taken
+    ├── LaunchError       the environment does not say who this rank is
+    ├── DataError         a dataset or stream cannot be trained on
+    ├── LossError         loss_fn returned something that cannot be trained on
+    ├── RankMismatch      ranks met in different calls
+    ├── RemoteError       another rank failed, and this one stopped with it
+    ├── CommError         ranks can no longer reach one another
+    ├── UnusedParameters  the model has parameters that no gradient reached
+    └── CheckpointError   a checkpoint cannot be written or read
+        └── ResumeError   the run in run_dir cannot be continued as asked
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class DtrainError(Exception):
+    """Base class of everything dtrain raises on purpose."""
+
+
+class ConfigError(DtrainError, ValueError):
+    """What was asked for cannot work; nothing was trained."""
+
+
+class LaunchError(DtrainError):
+    """The environment does not say who this rank is."""
+
+
+class DataError(DtrainError, ValueError):
+    """A dataset or stream cannot be trained on."""
+
+
+class LossError(DtrainError, ValueError):
+    """The loss function returned something that cannot be trained on."""
+
+
+class RankMismatch(DtrainError):
+    """Ranks met in different calls; the message has a table of who was where."""
+
+
+class RemoteError(DtrainError):
+    """Another rank failed; this rank stopped with it. The message names rank and cause."""
+
+
+class CommError(DtrainError):
+    """Ranks can no longer reach one another, and none of them said why."""
+
+
+class UnusedParameters(DtrainError):
+    """Parameters that no gradient reached; the message names them."""
+
+
+class CheckpointError(DtrainError):
+    """A checkpoint cannot be written or read."""
+
+
+class ResumeError(CheckpointError):
+    """The run in ``run_dir`` cannot be continued as asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What one rank tells the others about an exception of its own."""
+
+    rank: int
+    host: str
+    where: str
+    step: int
+    kind: str
+    message: str
+    location: str
+
+    @classmethod
+    def of(cls, error: BaseException, *, rank: int, host: str, where: str, step: int) -> Failure:
+        """Describes ``error`` in words that can be sent to another rank."""
+        return cls(rank, host, where, step, type(error).__name__, str(error), locate(error))
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} on {self.host} failed in {self.where} at step {self.step}: "
+            f"{self.kind}: {self.message} ({self.location})"
+        )
+
+
+def locate(error: BaseException) -> str:
+    """Returns ``file:line`` of the user's code that raised ``error``.
+
+    The innermost frame outside dtrain and installed libraries; where there is none, the
+    innermost frame of all.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return "unknown place"
+    own = str(Path(__file__).parent)
+    for frame in reversed(frames):
+        inside = frame.filename.startswith((own, "<")) or "site-packages" in frame.filename
+        if not inside and "/lib/python3" not in frame.filename:
+            return f"{frame.filename}:{frame.lineno}"
+    return f"{frames[-1].filename}:{frames[-1].lineno}"

@@ -1,0 +1,87 @@
+"""Exact evaluation: every sample once, sums reduced once, the same numbers on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.callback import Callback, Hooks
+from dtrain.comm import Comm
+from dtrain.data import EndOfStream, Feed
+from dtrain.metrics import Means
+from dtrain.microstep import LossFn, as_loss
+from dtrain.precision import Precision
+from dtrain.state import Context, Step
+
+
+def evaluate(
+    feed: Feed, loss_fn: LossFn, *, label: str, context: Context, hooks: Hooks, precision: Precision
+) -> dict[str, float]:
+    """Returns ``label/loss`` and every metric that ``loss_fn`` gives, over all of the data.
+
+    Args:
+        feed: one pass over the data; nothing in it is padded, dropped or repeated.
+        loss_fn: gets the bare model, in eval mode, without gradients.
+        label: what the metrics' names begin with, such as ``"eval"``.
+        context: for the hooks, and the model.
+        hooks: fire ``on_eval_batch``.
+        precision: the same as in training.
+
+    Ranks: all, communicates once, at the end.
+    """
+    means = Means(label, context.device)
+    with torch.no_grad(), eval_mode(context.model):
+        for number, step_feed in enumerate(feed.epoch(0, 0)):
+            step = Step(number=number, micros=step_feed.micros)
+            try:
+                for micro in range(step_feed.micros):
+                    fetched = step_feed.next()
+                    if fetched is None:
+                        continue
+                    step.micro = micro
+                    step.batch, step.samples = fetched
+                    with precision.autocast():
+                        returned = loss_fn(context.model, step.batch, context)
+                    step.loss = loss = as_loss(returned, step.samples)
+                    assert loss.weight is not None
+                    means.add(f"{label}/loss", loss.mean, loss.weight)
+                    for name, value in loss.metrics.items():
+                        means.add(f"{label}/{name}", value, loss.weight)
+                    hooks.fire(Callback.on_eval_batch, context, step)
+            except EndOfStream:
+                break
+    return means.agree(context.comm)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts every submodule in eval mode, and each back into its own mode afterwards.
+
+    Ranks: all, local.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        # Not `model.train()`: that would wake parts that the user keeps in eval mode.
+        for module in training:
+            module.training = True
+
+
+def share_buffers(model: nn.Module, comm: Comm) -> None:
+    """Gives all ranks rank 0's buffers (such as BatchNorm's running statistics).
+
+    Ranks: all, communicates: once for each dtype among the buffers.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in model.buffers():
+        by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for dtype, buffers in by_dtype.items():
+        flat = torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
+        flat = comm.broadcast(f"buffers of {dtype}", flat)
+        for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            buffer.detach().copy_(values.view_as(buffer))

@@ -1,0 +1,235 @@
+"""The lane: what ranks tell one another inside the gradient reduction that happens anyway.
+
+:class:`Lane` owns one extra parameter of a few zeros. In each step's last backward, a small
+autograd function gives it as gradient what this rank has to say: how much weight its samples
+had, its weighted loss, its votes. DDP sums that over ranks in the bucket it sends anyway, so
+that after backward every rank knows the global weight (which normalises the gradients), the
+global loss and everyone's votes, without a collective.
+
+The parameter is no part of the user's model, optimizer or checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dtrain.errors import DtrainError
+
+
+class Slot(IntEnum):
+    """Places in the lane. All but ``WEIGHT`` and ``LOSS`` are counts."""
+
+    CANARY = 0  # rank 0 says 1, the others 0: the sum is 1, or no reduction happened
+    WEIGHT = 1  # units / reference weight
+    LOSS = 2  # units / reference weight * mean loss
+    SAMPLES = 3
+    STOP = 4
+    SAVE = 5
+    PREEMPT = 6
+    SKIPPED = 7  # micro-batches left out on request
+    ERROR = 8
+    NONFINITE = 9  # micro-batches whose loss is NaN or infinite
+    EXHAUSTED = 10  # ranks whose stream of batches has ended
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What all ranks said in a step. Equal on all of them.
+
+    Attributes:
+        weight: units in the global batch.
+        loss_mean: mean loss over those units; NaN where there are none.
+        factor: what the reduced gradients must be multiplied by to be those of ``loss_mean``.
+        samples: samples in the global batch.
+        stop, save, preempt, errors, exhausted: how many ranks said so.
+        skipped, nonfinite: how many micro-batches, over all ranks.
+    """
+
+    weight: float
+    loss_mean: float
+    factor: float
+    samples: int
+    stop: int
+    save: int
+    preempt: int
+    skipped: int
+    errors: int
+    nonfinite: int
+    exhausted: int
+
+
+class LaneSilent(DtrainError):
+    """The lane came back without a reduction: some parameter's gradient never arrived."""
+
+
+class Lane:
+    """One rank's end of the lane.
+
+    A step is: :meth:`open`, then :meth:`add` for each micro-batch and :meth:`say` for votes,
+    :meth:`attach` at the start of the last forward, and :meth:`read` after its backward.
+
+    Args:
+        model: decides the lane's dtype (float64 if a parameter is, else float32) and device.
+        rank: this rank.
+        size: the world size.
+
+    Ranks: all, local; what is said travels with the gradients.
+    """
+
+    def __init__(self, model: nn.Module, *, rank: int, size: int) -> None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        double = any(p.dtype == torch.float64 for p in parameters)
+        device = parameters[0].device if parameters else torch.device("cpu")
+        dtype = torch.float64 if double else torch.float32
+        self.param = nn.Parameter(torch.zeros(len(Slot), dtype=dtype, device=device))
+        self.reference = 1.0
+        self._rank = rank
+        self._size = size
+        self._message = torch.zeros(len(Slot), dtype=dtype)
+        self._said: np.ndarray[Any, Any] = self._message.numpy()  # a view: no torch op to write
+        # On an accelerator the loss is not read; it is added up where it is.
+        self._on_device: Tensor | None = None if device.type == "cpu" else self.param.new_zeros(4)
+
+    def expect(self, weight: float) -> None:
+        """Sets the reference weight from what a rank's share of a step is expected to weigh.
+
+        Weights are divided by it before they touch the loss: in float16, a sum over 65,536
+        tokens would leave no room for the loss scale. A power of two, so that nothing is
+        rounded. Equal on all ranks, because ``weight`` is.
+        """
+        if weight > 0 and math.isfinite(weight):
+            self.reference = 2.0 ** round(math.log2(weight))
+
+    def observe(self, verdict: Verdict) -> None:
+        """Moves the reference weight where steps turn out to weigh otherwise than expected.
+
+        Only where they differ by more than a factor of 4 (tokens where samples were expected):
+        a ragged last batch must not make the next step's gradients need another factor.
+        """
+        share = verdict.weight / self._size
+        if share > 0 and not 0.25 <= share / self.reference <= 4:
+            self.expect(share)
+
+    def open(self) -> None:
+        """Begins a step: nothing is said yet."""
+        self._said[:] = 0
+        self._said[Slot.CANARY] = self._rank == 0
+        if self._on_device is not None:
+            self._on_device.zero_()
+        self.param.grad = None
+
+    def add(self, loss: Tensor, weight: float | Tensor, samples: int) -> Tensor:
+        """Adds a micro-batch; returns the term of the loss that backward starts from."""
+        scaled = weight / self.reference
+        value = loss.detach()
+        if self._on_device is None:
+            number = float(value)
+            self._said[Slot.WEIGHT] += float(scaled)
+            self._said[Slot.LOSS] += self._said.dtype.type(float(scaled) * number)
+            self._said[Slot.NONFINITE] += not math.isfinite(number)
+        else:
+            whole = torch.as_tensor(scaled, dtype=self.param.dtype, device=self.param.device)
+            value = value.to(self.param.dtype)
+            bad = (~torch.isfinite(value)).to(self.param.dtype)
+            self._on_device += torch.stack((whole, whole * value, bad, whole.new_zeros(())))
+        self._said[Slot.SAMPLES] += samples
+        return loss * scaled
+
+    def say(self, slot: Slot, count: int = 1) -> None:
+        """Adds ``count`` to a slot."""
+        self._said[slot] += count
+
+    def attach(self) -> Tensor:
+        """Returns a zero that carries the lane; add it to the loss.
+
+        Made at the start of the forward: autograd runs what was recorded first last, so that
+        the lane is the last gradient to arrive, and its coming back proves that every bucket
+        before it was reduced. What is said until backward still counts.
+        """
+        zero: Tensor = _Speak.apply(self.param, self)  # type: ignore[no-untyped-call]
+        return zero
+
+    def message(self) -> Tensor:
+        """Returns what this rank says, in the order of :class:`Slot`."""
+        if self._on_device is None:
+            return self._message.clone()
+        message = self._message.to(self.param.device, non_blocking=True)
+        message[Slot.WEIGHT] += self._on_device[0]
+        message[Slot.LOSS] += self._on_device[1]
+        message[Slot.NONFINITE] += self._on_device[2]
+        return message
+
+    def read(self) -> Verdict:
+        """Returns what all ranks said, after the last backward.
+
+        Raises:
+            LaneSilent: no reduction happened.
+        """
+        if self.param.grad is None:
+            raise LaneSilent("no gradient reached the lane")
+        # The gradients' mean over ranks is what DDP leaves; on CUDA this is the step's sync.
+        mean: np.ndarray[Any, Any] = self.param.grad.cpu().numpy()
+        counts = [_count(value * self._size) for value in mean]
+        if counts[Slot.CANARY] != 1:
+            raise LaneSilent("the lane's gradient was not reduced")
+        share, loss = float(mean[Slot.WEIGHT]), float(mean[Slot.LOSS])
+        return Verdict(
+            weight=share * self.reference * self._size,
+            loss_mean=loss / share if share > 0 else math.nan,
+            factor=1.0 / share if share > 0 else 0.0,
+            samples=counts[Slot.SAMPLES],
+            stop=counts[Slot.STOP],
+            save=counts[Slot.SAVE],
+            preempt=counts[Slot.PREEMPT],
+            skipped=counts[Slot.SKIPPED],
+            errors=counts[Slot.ERROR],
+            nonfinite=counts[Slot.NONFINITE],
+            exhausted=counts[Slot.EXHAUSTED],
+        )
+
+
+def _count(value: float) -> int:
+    """Rounds: DDP multiplies by 1 / world size, which is inexact at 3. NaN is no count."""
+    return round(value) if math.isfinite(value) else -1
+
+
+class _Speak(torch.autograd.Function):
+    """Zero forward; backward gives the lane's parameter what this rank says."""
+
+    @staticmethod
+    def forward(ctx: Any, param: Tensor, lane: Lane) -> Tensor:
+        ctx.lane = lane
+        return param.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.lane.message(), None
+
+
+class _Idle(torch.autograd.Function):
+    """Zero forward; backward gives each parameter a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, *params: Tensor) -> Tensor:
+        ctx.params = params
+        return params[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(p) for p in ctx.params)
+
+
+def idle(params: list[nn.Parameter]) -> Tensor:
+    """Returns a zero that takes part in a reduction of ``params`` and changes nothing.
+
+    Zeros are given outright: ``0 * p.sum()`` would turn an infinite parameter into NaN.
+    """
+    zero: Tensor = _Idle.apply(*params)  # type: ignore[no-untyped-call]
+    return zero

@@ -1,0 +1,193 @@
+"""Shows a run to the person who started it."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console as Terminal
+from rich.file_proxy import FileProxy
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from dtrain.callback import Sink
+from dtrain.state import Report
+
+_BAR_WIDTH = (8, 40)
+_REDRAW_S = 0.05  # drawing takes about 1 ms, and the training would wait for it (the GIL)
+
+
+class Console(Sink):
+    """Shows progress: a live bar on a terminal, plain lines in a file or a pipe.
+
+    On a terminal, evaluations and messages appear above the bar, and so does what the
+    training itself prints on this rank. Elsewhere each report is a line, without colours.
+
+    Epochs count from 1 here. Samples per second are those of all ranks, since the report
+    before, without the time that evaluations take; the time left is estimated from the whole
+    run so far.
+
+    Args:
+        stream: where to write; ``sys.stdout`` at the run's start if None.
+
+    Ranks: rank 0 only.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self._out: TextIO = sys.stdout
+        self._terminal: Terminal | None = None
+        self._live: Live | None = None
+        self._first: Report | None = None
+        self._mark = (0, 0.0)
+        self._speed = ""
+        self._drawn = -math.inf
+
+    def open(self, run_dir: Path | None) -> None:
+        """Finds out whether it writes to a terminal."""
+        self._out = self._stream or sys.stdout
+        terminal = Terminal(
+            file=self._out, markup=False, emoji=False, highlight=False, force_jupyter=False
+        )
+        # isatty as well, because FORCE_COLOR makes rich believe that a file is a terminal.
+        self._terminal = terminal if self._out.isatty() and terminal.is_interactive else None
+        self._live = None
+        self._first = None
+        self._mark = (0, 0.0)
+        self._speed = ""
+
+    def write(self, report: Report) -> None:
+        """Shows one report."""
+        if report.kind == "train":
+            place, pace = _place(report), self._pace(report)
+            if self._terminal is None:
+                self._print("  ".join([*place, *_figures(report.values, "train/"), *pace]))
+            else:
+                loss = {k: v for k, v in report.values.items() if k == "train/loss"}
+                self._show_bar(report, [*place, *_figures(loss, "train/"), *pace])
+        elif report.kind == "eval":
+            self._print("  ".join([*_place(report), *_figures(report.values)]), style="bold")
+            self._mark = (report.samples, report.seconds)
+        else:
+            if report.kind == "end":
+                self._stop_bar()  # it stays where it is, and the last words come below it
+            if report.text:
+                self._print(report.text)
+            if report.kind == "start":
+                self._first = report
+                self._mark = (report.samples, report.seconds)
+                self._show_bar(report, _place(report))
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+        self._stop_bar()
+
+    def _pace(self, report: Report) -> list[str]:
+        """Returns samples per second and the time left, as far as they are known."""
+        samples, seconds = report.samples - self._mark[0], report.seconds - self._mark[1]
+        if samples > 0 and seconds > 0:
+            self._speed = f"{_rate(samples / seconds)} samples/s"
+            self._mark = (report.samples, report.seconds)
+        self._first = self._first or report
+        steps, seconds = report.step - self._first.step, report.seconds - self._first.seconds
+        left = (report.total_steps or 0) - report.step
+        time_left = f"{_duration(left * seconds / steps)} left" if left > 0 and steps > 0 else ""
+        return [part for part in (self._speed, time_left) if part]
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        if self._terminal is None:
+            print(text, file=self._out, flush=True)
+        else:
+            self._terminal.print(text, style=style, soft_wrap=True)
+
+    def _show_bar(self, report: Report, parts: list[str]) -> None:
+        if self._terminal is None:
+            return
+        text = Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+        row = Table.grid(padding=(0, 2))
+        room = self._terminal.width - text.cell_len - 4  # 2 between bar and text, 2 for the cursor
+        narrowest, widest = _BAR_WIDTH
+        if report.total_steps and room >= narrowest:
+            row.add_column(width=min(room, widest), no_wrap=True)
+            row.add_column(no_wrap=True)
+            row.add_row(ProgressBar(total=report.total_steps, completed=report.step), text)
+        else:
+            row.add_column(no_wrap=True)
+            row.add_row(text)
+        if self._live is None:
+            self._live = Live(
+                console=self._terminal,
+                auto_refresh=False,  # a report is what changes it; no second thread
+                redirect_stdout=sys.stdout.isatty(),  # not if it is a file: prints belong there
+                redirect_stderr=sys.stderr.isatty(),
+            )
+            self._drawn = -math.inf
+            self._live.start()
+            self._terminal.show_cursor(True)  # a killed run must not leave it hidden
+        redraw = report.seconds - self._drawn >= _REDRAW_S
+        if redraw:
+            self._drawn = report.seconds
+        # Where it is not drawn now, it is with the next line above it, or at the end.
+        self._live.update(row, refresh=redraw)
+
+    def _stop_bar(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+
+
+def _place(report: Report) -> list[str]:
+    step = f"step {report.step}"
+    epoch = f"epoch {report.epoch + 1}"
+    if report.total_steps:
+        step += f"/{report.total_steps}"
+        if report.steps_per_epoch:
+            epoch += f"/{math.ceil(report.total_steps / report.steps_per_epoch)}"
+    return [step, epoch]
+
+
+def _figures(values: Mapping[str, float], without: str = "") -> list[str]:
+    return [f"{name.removeprefix(without)} {_number(name, v)}" for name, v in values.items()]
+
+
+def _number(name: str, value: float) -> str:
+    if name.rpartition("/")[2] == "lr" or name.startswith("lr/"):
+        return f"{value:.1e}"
+    if 1e4 <= abs(value) < 1e9:
+        return f"{value:.0f}"
+    return f"{value:.4g}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    s = math.ceil(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60:02} min"
+    return f"{s // 86400} d {s % 86400 // 3600} h"
+
+
+def _forget_bar() -> None:
+    """Lets a forked process, such as a data loader's worker, print straight to the terminal.
+
+    Its parent's bar would be drawn twice, and the lock around it may be held for ever.
+    """
+    if isinstance(sys.stdout, FileProxy):
+        sys.stdout = sys.stdout.rich_proxied_file
+    if isinstance(sys.stderr, FileProxy):
+        sys.stderr = sys.stderr.rich_proxied_file
+
+
+os.register_at_fork(after_in_child=_forget_bar)

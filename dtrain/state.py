@@ -1,0 +1,233 @@
+"""What hooks are handed: progress, the step, its loss, requests, reports and the context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.comm import Comm
+from dtrain.errors import ConfigError
+
+Number = float | int | Tensor
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far the run is. Equal on all ranks.
+
+    Attributes:
+        step: global steps taken since the run began, over all epochs and restarts.
+        updates: steps whose optimizer update was applied; fewer than ``step`` where a
+            loss scale overflowed or every rank skipped.
+        epoch: the epoch under way, from 0; after ``fit``, how many were finished.
+        step_in_epoch: steps taken in this epoch.
+        samples: samples all ranks trained on since the run began.
+        total_steps: steps planned, or None where nobody can know.
+        steps_per_epoch: steps planned in an epoch, or None.
+        total_epochs: epochs planned, or None.
+    """
+
+    step: int = 0
+    updates: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    samples: int = 0
+    total_steps: int | None = None
+    steps_per_epoch: int | None = None
+    total_epochs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A metric with a denominator of its own: ``total / weight``, summed over all ranks."""
+
+    total: Number
+    weight: Number
+
+
+@dataclass(slots=True)
+class Loss:
+    """What a loss function returns: a mean, over how many units, and what else to report.
+
+    Attributes:
+        mean: 0-dim tensor with a gradient; a mean over ``weight`` units.
+        weight: how many units (samples, tokens) the mean was over; a number or a 0-dim tensor.
+            None means the samples of the micro-batch. With weight 0 nothing is contributed,
+            even if the mean is NaN.
+        metrics: name to value: a number or 0-dim tensor that is a mean over the same units,
+            or a :class:`Mean`.
+        outputs: anything; reaches ``on_eval_batch``.
+    """
+
+    mean: Tensor
+    weight: Number | None = None
+    metrics: Mapping[str, Number | Mean] = field(default_factory=dict)
+    outputs: Any = None
+
+    @classmethod
+    def from_sum(
+        cls,
+        total: Tensor,
+        weight: Number,
+        metrics: Mapping[str, Number | Mean] | None = None,
+        outputs: Any = None,
+    ) -> Loss:
+        """A loss given as a sum over ``weight`` units. With weight 0 nothing is divided by 0."""
+        if isinstance(weight, Tensor):
+            safe: Number = torch.where(weight == 0, torch.ones_like(weight), weight)
+        else:
+            safe = weight or 1
+        return cls(total / safe, weight, metrics or {}, outputs)
+
+
+@dataclass(slots=True)
+class Step:
+    """The step under way, handed to hooks.
+
+    Attributes:
+        number: how many global steps were taken before this one.
+        micro: which micro-batch of this rank, from 0.
+        micros: how many micro-batches this rank has in this step, or None for a stream.
+        samples: samples in the micro-batch, on this rank.
+        batch: the micro-batch, on the device; writable in ``on_batch``.
+        loss: what the loss function returned; writable in ``on_loss``.
+        applied: in ``on_step_end``: whether the optimizer's update was applied.
+        loss_mean: in ``on_step_end``: the loss of the global batch, over all ranks.
+        weight: in ``on_step_end``: units in the global batch, over all ranks.
+    """
+
+    number: int
+    micro: int = 0
+    micros: int | None = None
+    samples: int = 0
+    batch: Any = None
+    loss: Loss | None = None
+    applied: bool = False
+    loss_mean: float = float("nan")
+    weight: float = 0.0
+
+
+ReportKind = Literal["start", "train", "eval", "message", "end"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Numbers for sinks; nothing in it can reach another rank.
+
+    Attributes:
+        kind: ``start`` and ``end`` of a run, ``train`` and ``eval`` figures, or a ``message``.
+        step: global steps taken.
+        epoch: the epoch, from 0.
+        values: name to value, such as ``train/loss``, ``eval/accuracy``, ``lr``.
+        text: for ``start``, ``message`` and ``end``: what to tell a person, in plain words.
+        seconds: since ``fit`` began.
+        samples: samples all ranks trained on since ``fit`` began.
+        total_steps: steps planned, or None.
+        steps_per_epoch: steps planned in an epoch, or None.
+    """
+
+    kind: ReportKind
+    step: int
+    epoch: int
+    values: Mapping[str, float] = field(default_factory=dict)
+    text: str = ""
+    seconds: float = 0.0
+    samples: int = 0
+    total_steps: int | None = None
+    steps_per_epoch: int | None = None
+
+
+class Request:
+    """What a callback asks of the run. Nothing here communicates; the loop makes it agreed.
+
+    Ranks: all, local.
+    """
+
+    __slots__ = ("pending", "skippable", "skipped")
+
+    def __init__(self) -> None:
+        self.pending: dict[str, list[str]] = {"stop": [], "save": [], "preempt": []}
+        self.skippable = False
+        self.skipped: list[str] = []
+
+    def stop(self, why: str) -> None:
+        """Asks that all ranks stop after the same step. One rank's wish suffices."""
+        self.pending["stop"].append(why)
+
+    def save(self, why: str) -> None:
+        """Asks for a checkpoint, made by all ranks at the same step."""
+        self.pending["save"].append(why)
+
+    def preempt(self, why: str) -> None:
+        """Asks to save and leave: the run is to be continued by another start."""
+        self.pending["preempt"].append(why)
+
+    def skip(self, why: str) -> None:
+        """Leaves this rank's micro-batch out, as if its weight were 0.
+
+        Raises:
+            ConfigError: called outside of ``on_batch`` and ``on_loss``.
+        """
+        if not self.skippable:
+            raise ConfigError(
+                f"request.skip({why!r}) works in on_batch and on_loss only: elsewhere no "
+                "micro-batch is under way that could be left out"
+            )
+        self.skipped.append(why)
+
+
+@dataclass(eq=False)
+class Context:
+    """What every hook gets first.
+
+    Attributes:
+        model: the user's own module, never wrapped.
+        optimizer: the user's own optimizer.
+        progress: how far the run is.
+        comm: verbs between ranks; all ranks must call them.
+        request: ask to stop, skip or save; never communicates.
+        rng: a generator of this rank's own.
+        shared_rng: a generator that is equal on all ranks.
+        device: where this rank computes.
+        run_dir: where the run keeps its files, or None.
+        has_eval: whether `fit` was given an eval_set.
+        metrics: the newest agreed metrics, equal on all ranks.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    progress: Progress
+    comm: Comm
+    request: Request
+    rng: torch.Generator
+    shared_rng: torch.Generator
+    device: torch.device
+    run_dir: Path | None
+    has_eval: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    logged: dict[str, list[Number]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def log(self, name: str, value: Number) -> None:
+        """Keeps a value; reported as its mean over calls and ranks at the next sync point.
+
+        The value is not read here, so a CUDA tensor costs no sync.
+
+        Ranks: all, local.
+        """
+        self.logged.setdefault(name, []).append(
+            value.detach() if isinstance(value, Tensor) else value
+        )
+
+    def say(self, text: str) -> None:
+        """Tells the person at the terminal something, once, from rank 0's view.
+
+        Ranks: all, local; rank 0's words are shown.
+        """
+        self.notes.append(text)

@@ -1,0 +1,73 @@
+"""The strategy seam: how gradients of different ranks meet."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import nn
+
+from dtrain.data import StepFeed
+from dtrain.lane import Verdict
+from dtrain.microstep import MicroStep
+from dtrain.state import Step
+from dtrain.world import World
+
+
+class Strategy(ABC):
+    """How gradients of different ranks meet. The loop knows only this.
+
+    In a step the loop calls :meth:`run` for each micro-batch, then :meth:`verdict`.
+    """
+
+    #: True where the reduction itself looks for parameters that no gradient reached.
+    find_unused = False
+
+    def check(self, *, accumulates: bool) -> None:  # noqa: B027 -- most have nothing to refuse
+        """Refuses what cannot work with this strategy.
+
+        Args:
+            accumulates: whether a step may have more than one micro-batch.
+
+        Raises:
+            ConfigError: says what cannot work, and what to do.
+
+        Ranks: all, local.
+        """
+
+    def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
+        """Returns the model, changed in place where the strategy needs it.
+
+        Ranks: all, local.
+        """
+        return model
+
+    @abstractmethod
+    def make_equal(self, model: nn.Module, world: World) -> bool:
+        """Gives all ranks rank 0's parameters and buffers; returns whether any differed here.
+
+        Ranks: all, communicates.
+        """
+
+    @abstractmethod
+    def wrap(self, micro_step: MicroStep, world: World) -> None:
+        """Takes what is to be run in each micro-step.
+
+        Ranks: all, communicates.
+        """
+
+    @abstractmethod
+    def run(self, step: Step, feed: StepFeed, last: bool) -> None:
+        """Runs forward and backward; gradients are reduced in the last micro-batch.
+
+        Ranks: all; communicates where ``last``.
+        """
+
+    @abstractmethod
+    def verdict(self) -> Verdict:
+        """Returns what all ranks said in the step, after its last micro-batch.
+
+        Raises:
+            UnusedParameters: names parameters whose gradients never arrived.
+
+        Ranks: all, local.
+        """

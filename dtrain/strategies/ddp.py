@@ -1,0 +1,167 @@
+"""Torch's DistributedDataParallel: gradients meet in buckets while backward still runs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.data import StepFeed
+from dtrain.errors import ConfigError, UnusedParameters
+from dtrain.lane import LaneSilent, Verdict
+from dtrain.microstep import MicroStep
+from dtrain.state import Step
+from dtrain.strategies.base import Strategy
+from dtrain.world import World
+
+# 2.13 renamed the argument; 2.11 has only the old name.
+_ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
+_SYNC_BUFFERS = (
+    "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers"
+)
+
+
+class DDP(Strategy):
+    """Reduces gradients with DistributedDataParallel. In a world of one it wraps nothing.
+
+    Buffers (such as BatchNorm's running statistics) are not sent in each step; rank 0's go
+    to all ranks before an evaluation and before a checkpoint.
+
+    Args:
+        find_unused_parameters: set it where a step may leave parameters without gradient.
+        static_graph: the graph is the same in every step; not with accumulation.
+        bucket_cap_mb: size of a bucket of gradients, in MiB.
+        sync_batchnorm: BatchNorm takes its statistics over all ranks' samples.
+
+    Ranks: all, communicates.
+    """
+
+    def __init__(
+        self,
+        *,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        bucket_cap_mb: float = 25.0,
+        sync_batchnorm: bool = False,
+    ) -> None:
+        self.find_unused = find_unused_parameters
+        self._static_graph = static_graph
+        self._bucket_cap_mb = bucket_cap_mb
+        self._sync_batchnorm = sync_batchnorm
+        self._micro_step: MicroStep | None = None
+        self._ddp: DistributedDataParallel | None = None
+        self._checked = False
+
+    def check(self, *, accumulates: bool) -> None:
+        """Refuses static_graph with accumulation, where DDP's own assertion would fail.
+
+        Raises:
+            ConfigError: both were asked for.
+
+        Ranks: all, local.
+        """
+        if self._static_graph and accumulates:
+            raise ConfigError(
+                "DDP(static_graph=True) cannot work with gradient accumulation: its graph changes "
+                "between the first micro-batch and the last. Remove one of them."
+            )
+
+    def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
+        """Turns BatchNorm into SyncBatchNorm, if asked for.
+
+        Ranks: all, local.
+        """
+        if self._sync_batchnorm and world.size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model
+
+    def make_equal(self, model: nn.Module, world: World) -> bool:
+        """Gives all ranks rank 0's parameters and buffers; returns whether any differed here.
+
+        Ranks: all, communicates.
+        """
+        if world.size == 1:
+            return False
+        differed = False
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                sent = tensor.detach().clone().contiguous()
+                dist.broadcast(sent, src=0)
+                if not torch.equal(sent, tensor):
+                    differed = True
+                    tensor.copy_(sent)
+        return differed
+
+    def wrap(self, micro_step: MicroStep, world: World) -> None:
+        """Wraps the micro-step, where there is another rank.
+
+        Ranks: all, communicates.
+        """
+        self._micro_step = micro_step
+        if world.size == 1:
+            return
+        options: dict[str, Any] = {_SYNC_BUFFERS: False}
+        self._ddp = DistributedDataParallel(
+            micro_step,
+            bucket_cap_mb=self._bucket_cap_mb,
+            find_unused_parameters=self.find_unused,
+            gradient_as_bucket_view=True,
+            static_graph=self._static_graph,
+            init_sync=False,  # the Trainer has made models equal, and said so
+            **options,
+        )
+
+    def run(self, step: Step, feed: StepFeed, last: bool) -> None:
+        """Runs forward and backward; gradients are reduced in the last micro-batch.
+
+        Ranks: all; communicates where ``last``.
+        """
+        assert self._micro_step is not None, "wrap() comes first"
+        if self._ddp is None:
+            _backward(self._micro_step(step, feed, last))
+        elif last:
+            _backward(self._ddp(step, feed, last))
+        else:
+            with self._ddp.no_sync():
+                _backward(self._ddp(step, feed, last))
+
+    def verdict(self) -> Verdict:
+        """Returns what all ranks said in the step.
+
+        Raises:
+            UnusedParameters: names parameters whose gradients never arrived.
+
+        Ranks: all, local.
+        """
+        assert self._micro_step is not None, "wrap() comes first"
+        try:
+            verdict = self._micro_step.lane.read()
+        except LaneSilent as silent:
+            raise self._unused() from silent
+        # Alone, nothing waits for a missing gradient. It is refused all the same, so that a
+        # script that runs on one rank runs on two.
+        if self._ddp is None and not self._checked and not self.find_unused and verdict.weight:
+            self._checked = True
+            if any(p.requires_grad and p.grad is None for p in self._micro_step.model.parameters()):
+                raise self._unused()
+        return verdict
+
+    def _unused(self) -> UnusedParameters:
+        assert self._micro_step is not None
+        named = self._micro_step.model.named_parameters()
+        names = [name for name, p in named if p.requires_grad and p.grad is None]
+        return UnusedParameters(
+            f"no gradient reached {', '.join(names) or 'some parameters'}, so the ranks' "
+            "gradients could not be summed and nothing was updated. Use the parameters in every "
+            "loss, freeze them (`p.requires_grad_(False)` before the Trainer is made), or allow "
+            "it with `strategy=DDP(find_unused_parameters=True)`."
+        )
+
+
+def _backward(term: torch.Tensor | None) -> None:
+    if term is not None:
+        term.backward()

@@ -1,0 +1,316 @@
+"""Who am I? Rank, host, device and process group, from whatever launched this process.
+
+torchrun and ``accelerate launch`` describe a rank in ``RANK``, ``WORLD_SIZE`` and so on;
+``srun`` in ``SLURM_PROCID`` and so on, which are translated. Without either, this process is
+the whole world and no process group is opened.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import re
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from dtrain.comm import Comm
+from dtrain.errors import ConfigError, LaunchError
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT_S = 600.0
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(eq=False)
+class World:
+    """This process's place among the ranks, and the means to reach the others.
+
+    Attributes:
+        rank: 0 to ``size - 1``.
+        local_rank: the rank within this host.
+        size: how many ranks there are (the world size).
+        host: this host's name.
+        device: where this rank computes.
+        backend: ``"nccl"``, ``"gloo"``, or ``"none"`` in a world of one.
+        launcher: ``"torchrun"``, ``"slurm"`` or ``"solo"``.
+        seed: what all random streams are derived from.
+        comm: labelled verbs to the other ranks.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    host: str
+    device: torch.device
+    backend: str
+    launcher: str
+    seed: int
+    comm: Comm
+    _opened: bool = field(default=False, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Closes the process group, if :func:`init` opened it. A second call does nothing.
+
+        Ranks: all, local.
+        """
+        global _current  # noqa: PLW0603 -- see `_current`
+        if _current is self:
+            _current = None
+        if self._opened:
+            self._opened = False
+            atexit.unregister(self._close_at_exit)
+            dist.destroy_process_group()
+            _forget_partial_state()
+
+    def _close_at_exit(self) -> None:
+        # After an uncaught error, closing may wait for ranks that are stuck: just leave.
+        if getattr(sys, "last_exc", None) is None and getattr(sys, "last_value", None) is None:
+            self.close()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+
+
+# torch's process group exists once in a process, and so does what dtrain knows of it.
+_current: World | None = None
+
+
+def init(*, seed: int = 0, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
+    """Finds out who this rank is, opens the process group, and seeds every random stream.
+
+    Call it first, before the model is made: the ranks then make equal models. A second call
+    returns the same world, seeded anew. The result is also a context manager that closes
+    what it opened.
+
+    Args:
+        seed: a number from 0 to 2**32 - 1; Python's, NumPy's and torch's streams start from
+            it, equal on all ranks. ``Trainer.fit`` gives each rank a stream of its own.
+        timeout_s: how long, in seconds, a rank waits for the others before it gives up.
+
+    Raises:
+        LaunchError: the environment is half set.
+        ConfigError: ``seed`` or ``timeout_s`` is out of range.
+
+    Ranks: all, communicates.
+    """
+    global _current  # noqa: PLW0603 -- see `_current`
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed}: must be from 0 to 2**32 - 1")
+    if timeout_s <= 0:
+        raise ConfigError(f"timeout_s={timeout_s}: must be more than 0 seconds")
+    if _current is None:
+        _current = _open(seed, timeout_s)
+    _current.seed = seed
+    seed_everything(seed)
+    return _current
+
+
+def current() -> World | None:
+    """Returns the world that :func:`init` made, or None before it was called.
+
+    Ranks: all, local.
+    """
+    return _current
+
+
+def on_main(label: str, fn: Callable[[], T]) -> T:
+    """Rank 0 calls ``fn``; every rank gets its result, or its failure. For scripts.
+
+    Example::
+
+        path = dtrain.on_main("download", lambda: fetch_dataset())
+
+    Raises:
+        RemoteError: ``fn`` raised on rank 0, where the original error is raised.
+
+    Ranks: all, communicates; ``fn`` runs on rank 0 only.
+    """
+    return (_current or init()).comm.on_main(label, fn)
+
+
+def seed_everything(seed: int, *stream: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators from ``seed`` and a stream's numbers.
+
+    Ranks: all, local.
+    """
+    word = derive_seed(seed, *stream) if stream else seed
+    random.seed(word)
+    np.random.seed(word % 2**32)
+    torch.manual_seed(word)
+
+
+def derive_seed(seed: int, *stream: int) -> int:
+    """Returns a 63-bit seed for the stream that ``stream`` numbers; streams are independent.
+
+    Ranks: all, local.
+    """
+    words = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
+
+
+def find_launcher(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """Says what launched this process, and the rendezvous variables that follow from it.
+
+    Args:
+        env: the environment.
+
+    Returns:
+        ``"torchrun"``, ``"slurm"`` or ``"solo"``; and the variables to add to the environment.
+
+    Raises:
+        LaunchError: some of torchrun's variables are set and others are not, or a number is
+            no number.
+
+    Ranks: all, local.
+    """
+    given = [name for name in _RENDEZVOUS if env.get(name)]
+    # MASTER_ADDR and MASTER_PORT alone are often left over in cluster profiles.
+    if any(name in given for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        missing = [name for name in _RENDEZVOUS if name not in given]
+        if missing:
+            raise LaunchError(
+                f"the environment has {_show(env, given)} but not {', '.join(missing)}. Start "
+                "with torchrun (`torchrun --nproc-per-node=2 train.py`), or unset them all to "
+                "run in one process."
+            )
+        numbers = {name: _number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
+            raise LaunchError(f"RANK must be from 0 to WORLD_SIZE - 1: {_show(env, given)}")
+        return "torchrun", {}
+    # Only srun sets SLURM_STEP_NUM_TASKS; in a bare sbatch script one process runs.
+    if int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")
+        missing = [name for name in needed if not env.get(name)]
+        if missing:
+            raise LaunchError(
+                f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks, but the environment has no "
+                f"{', '.join(missing)}. Start with srun, or unset SLURM_STEP_NUM_TASKS."
+            )
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
+        return "slurm", {
+            "RANK": env["SLURM_PROCID"],
+            "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": env["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": str(_tasks_per_node(env)),
+            "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(nodes),
+            # Two jobs on a node must not meet: the port follows from the job's number.
+            "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + int(env["SLURM_JOB_ID"]) % 20000),
+        }
+    return "solo", {}
+
+
+def first_host(nodelist: str) -> str:
+    """Returns the first host of a SLURM node list: ``gpu[03-05,9],x1`` gives ``gpu03``.
+
+    Ranks: all, local.
+    """
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodelist)
+    if match is None:
+        raise LaunchError(
+            f"cannot read the first host from SLURM's node list {nodelist!r}; set MASTER_ADDR to "
+            "the host of task 0"
+        )
+    return match[1] + (match[2] or "")
+
+
+def _tasks_per_node(env: Mapping[str, str]) -> int:
+    first = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return int(first[0]) if first else 1
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise LaunchError(f"{name}={env[name]!r} is no number") from None
+
+
+def _show(env: Mapping[str, str], names: list[str]) -> str:
+    return ", ".join(f"{name}={env[name]}" for name in names)
+
+
+def _open(seed: int, timeout_s: float) -> World:
+    launcher, variables = find_launcher(os.environ)
+    host = socket.gethostname()
+    size = int(variables.get("WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    if launcher == "solo" or size == 1:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return World(0, 0, 1, host, device, "none", launcher, seed, Comm(host=host))
+    os.environ.update(variables)
+    # One thread each unless told otherwise: ranks that share a host share its cores.
+    if not os.environ.get("OMP_NUM_THREADS"):
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        threads = max(1, (os.cpu_count() or 1) // local_size)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    # Late: most of a single process's start would go into this import.
+    from accelerate.state import PartialState
+
+    opened = not dist.is_initialized()
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout_s))
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    rank = dist.get_rank()
+    comm = Comm(rank=rank, size=size, host=host, group=control, store=_own_store(timeout_s))
+    world = World(
+        rank=rank,
+        local_rank=state.local_process_index,
+        size=size,
+        host=host,
+        device=torch.device(state.device),
+        backend=dist.get_backend(),
+        launcher=launcher,
+        seed=seed,
+        comm=comm,
+        _opened=opened,
+    )
+    atexit.register(world._close_at_exit)
+    return world
+
+
+def _own_store(timeout_s: float) -> Store:
+    """A connection of its own to the rendezvous store, apart from the process group's.
+
+    Keys are kept apart by restart attempt: the launcher's store outlives an attempt.
+    """
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"dtrain/{attempt}", store)
+
+
+def _forget_partial_state() -> None:
+    """Lets a later :func:`init` in this process find a new world (the state is a singleton)."""
+    from accelerate.state import PartialState
+
+    PartialState._reset_state()

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Runs the tests.
+#
+#   launch/test.sh [ARGUMENTS OF pytest]       e.g. launch/test.sh tests/laws -k resume
+set -euo pipefail
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+cd -- "$root"
+launch/setup.sh test
+
+# Tests make their own ranks. In a shell that is itself one rank of a job, or that has set a
+# launcher up, they would meet the wrong ones.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_NAME ROLE_RANK \
+    ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT NODE_RANK NNODES RANKS RESTARTS OMP_NUM_THREADS \
+    TORCH_DISTRIBUTED_DEBUG TORCH_DISABLE_SHARE_RDZV_TCP_STORE PYTHONWARNINGS \
+    "${!ACCELERATE_@}" "${!GLOO_@}" "${!OMPI_@}" "${!PMI_@}" "${!RDZV_@}" "${!SLURM_@}" \
+    "${!TORCHELASTIC_@}"
+
+exec .venv/bin/python -m pytest "$@"
