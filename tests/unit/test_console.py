@@ -245,14 +245,14 @@ def test_a_bar_that_is_redrawn_below_the_lines(tty: Tty) -> None:
     sink.write(train(115, 10.0, 4120, **PLAN))
     bar = "━━━━━━╸━━━━━━  step 115/230  epoch 2/10  loss 0.8123  412 samples/s  10 s left"
     assert tty.screen() == ["hello", "world", bar]
-    sink.write(Report("eval", 115, 1, {"eval/loss": 0.7}, 11.0, 4120, **PLAN))
+    sink.write(Report("eval", 115, 1, {"eval/loss": 0.7}, "", 11.0, 4120, **PLAN))
     sink.write(Report("message", 115, 1, text="saved [bold]1/3[/bold] :tada:"))
     lines = ["step 115/230  epoch 2/10  eval/loss 0.7", "saved [bold]1/3[/bold] :tada:"]
     assert tty.screen() == ["hello", "world", *lines, bar]
     sink.write(train(230, 20.0, 8240, **PLAN))
     sink.write(Report("end", 230, 10, text="done"))
     sink.close()
-    bar = "━" * 22 + "  step 230/230  epoch 2/10  loss 0.8123  458 samples/s"
+    bar = "━" * 24 + "  step 230/230  epoch 2/10  loss 0.8123  458 samples/s"
     assert tty.screen() == ["hello", "world", *lines, bar, "done", ""]
 
 
@@ -324,8 +324,7 @@ def test_a_forked_process_prints_past_the_bar(tty: Tty, monkeypatch: pytest.Monk
     sink = Console()
     sink.open(None)
     sink.write(train(5))
-    assert isinstance(sys.stdout, FileProxy)
-    assert isinstance(sys.stderr, FileProxy)
+    assert [type(sys.stdout), type(sys.stderr)] == [FileProxy, FileProxy]
     _forget_bar()
     assert sys.stdout is tty
     assert sys.stderr is tty

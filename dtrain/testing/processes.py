@@ -1,0 +1,250 @@
+"""Real ranks for tests: processes that meet over gloo, each result or exception by rank."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from dtrain.errors import DtrainError
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one rank.
+
+    Attributes:
+        rank: which.
+        value: what the function returned, if it did.
+        error: what it raised, or why it ended without either (killed, out of time).
+        trace: the traceback as text, where it raised.
+        output: what it wrote to stdout and stderr.
+        exitcode: of the process; negative for a signal.
+    """
+
+    rank: int
+    value: Any
+    error: BaseException | None
+    trace: str
+    output: str
+    exitcode: int | None
+
+
+class RanksFailed(DtrainError, AssertionError):
+    """Some rank raised, died, or did not come back in time.
+
+    Attributes:
+        outcomes: every rank's, by rank.
+    """
+
+    def __init__(self, outcomes: list[Outcome]) -> None:
+        self.outcomes = outcomes
+        parts = []
+        for outcome in outcomes:
+            if outcome.error is None:
+                parts.append(f"rank {outcome.rank}: fine")
+            else:
+                what = outcome.trace or f"{outcome.error}\n"
+                parts.append(f"rank {outcome.rank}: {what}{_tail(outcome.output)}")
+        super().__init__("\n".join(parts))
+
+
+def run_processes(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 60.0,
+    env: dict[str, str] | None = None,
+) -> list[Any]:
+    """Runs ``fn(*args)`` on ``world_size`` real ranks; returns each rank's result, by rank.
+
+    Each rank is a process with the environment that torchrun would give it, so that
+    ``dtrain.init()`` works in ``fn``. The caller's warning filters apply on the ranks.
+
+    Example::
+
+        def double_rank():
+            with dtrain.init() as world:
+                return world.comm.all_reduce("sum", torch.tensor(world.rank)).item()
+
+        assert run_processes(double_rank, 3) == [3, 3, 3]
+
+    Args:
+        fn: a function of a module (it is pickled by name).
+        world_size: how many ranks.
+        *args: the same for each rank; pickled.
+        timeout_s: ranks that take longer are killed, in seconds.
+        env: more environment variables.
+
+    Raises:
+        RanksFailed: a rank raised, died or ran out of time; it has every rank's outcome.
+
+    Ranks: none; called in the test's process.
+    """
+    outcomes = run_outcomes(fn, world_size, *args, timeout_s=timeout_s, env=env)
+    if any(outcome.error is not None for outcome in outcomes):
+        raise RanksFailed(outcomes)
+    return [outcome.value for outcome in outcomes]
+
+
+def run_outcomes(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 60.0,
+    env: dict[str, str] | None = None,
+) -> list[Outcome]:
+    """Like :func:`run_processes`, for ranks that are expected to fail: raises nothing itself.
+
+    Args:
+        fn: a function of a module (it is pickled by name).
+        world_size: how many ranks.
+        *args: the same for each rank; pickled.
+        timeout_s: ranks that take longer are killed, in seconds.
+        env: more environment variables.
+
+    Returns:
+        Every rank's outcome, by rank.
+
+    Ranks: none; called in the test's process.
+    """
+    # The rendezvous store lives here, as it lives in torchrun's agent: no rank's death takes
+    # it away, and no free port has to be guessed.
+    store = TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
+    # Processes are forked from a server that has imported torch once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dtrain.testing.processes", "dtrain", "torch.nn.parallel"])
+    payload = pickle.dumps((fn, args, list(warnings.filters)))
+    deadline = time.monotonic() + timeout_s
+    with tempfile.TemporaryDirectory(prefix="dtrain-ranks-") as folder:
+        ranks: list[tuple[ForkServerProcess, Connection]] = []
+        for rank in range(world_size):
+            variables = _environment(rank, world_size, store.port) | (env or {})
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_run_rank,
+                args=(payload, variables, theirs, str(_log(folder, rank)), timeout_s),
+                name=f"rank {rank}",
+            )
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+        messages = _collect([connection for _, connection in ranks], deadline)
+        outcomes = []
+        for rank, (process, connection) in enumerate(ranks):
+            process.join(max(1.0, deadline - time.monotonic()) if rank in messages else 0.0)
+            late = process.is_alive()
+            if late:
+                process.kill()
+                process.join()
+            connection.close()
+            output = _log(folder, rank).read_text(errors="replace")
+            outcomes.append(_outcome(rank, messages.get(rank), late, process.exitcode, output))
+            process.close()
+    return outcomes
+
+
+def _collect(connections: list[Connection], deadline: float) -> dict[int, bytes]:
+    """Returns what ranks sent (nothing where one died), until all have or time is over."""
+    messages: dict[int, bytes] = {}
+    open_ = list(connections)
+    while open_ and (left := deadline - time.monotonic()) > 0:
+        for ready in wait(open_, timeout=left):
+            assert isinstance(ready, Connection)
+            open_.remove(ready)
+            try:
+                messages[connections.index(ready)] = ready.recv_bytes()
+            except EOFError:
+                messages[connections.index(ready)] = b""  # gone; its exit code tells more
+    return messages
+
+
+def _outcome(
+    rank: int, message: bytes | None, late: bool, exitcode: int | None, output: str
+) -> Outcome:
+    if message:
+        value, error, trace = pickle.loads(message)  # noqa: S301 -- from our own child
+        return Outcome(rank, value, error, trace, output, exitcode)
+    why = "did not come back in time and was killed" if late else f"ended with code {exitcode}"
+    return Outcome(rank, None, DtrainError(f"rank {rank} {why}"), "", output, exitcode)
+
+
+def _run_rank(
+    payload: bytes, variables: dict[str, str], parent: Connection, log: str, timeout_s: float
+) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    # A rank that is stuck says where, before it is killed.
+    faulthandler.dump_traceback_later(timeout_s * 0.9, file=sys.__stderr__ or 2)
+    os.environ.update(variables)
+    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
+    value: Any = None
+    error: BaseException | None = None
+    trace = ""
+    try:
+        fn, args, filters = pickle.loads(payload)  # noqa: S301 -- from our own parent
+        warnings.filters[:] = filters
+        value = fn(*args)
+    except BaseException as caught:  # noqa: BLE001 -- told to the parent
+        error = caught
+        trace = "".join(traceback.format_exception(caught))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent.send_bytes(_pickled(value, error, trace))
+    parent.close()
+    faulthandler.cancel_dump_traceback_later()
+    if error is not None:
+        os._exit(1)  # closing down normally may wait for ranks that are stuck
+
+
+def _pickled(value: Any, error: BaseException | None, trace: str) -> bytes:
+    try:
+        message = pickle.dumps((value, error, trace))
+        pickle.loads(message)  # noqa: S301 -- our own: some exceptions pickle, and do not unpickle
+    except Exception as unpicklable:  # noqa: BLE001 -- anything may be raised by __reduce__
+        told = error or unpicklable
+        stand_in = DtrainError(f"{type(told).__name__}: {told}")
+        message = pickle.dumps((None, stand_in, trace or traceback.format_exc()))
+    return message
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _log(folder: str, rank: int) -> Path:
+    return Path(folder) / f"rank-{rank}.txt"
+
+
+def _tail(output: str, lines: int = 30) -> str:
+    kept = output.splitlines()[-lines:]
+    return "".join(f"  | {line}\n" for line in kept)
