@@ -62,7 +62,7 @@ class Comm:
         self._group = group
         self._store = store
         self._step = 0
-        self._failed = False
+        self._told: BaseException | None = None  # the last error that all ranks know of
 
     # -- verbs ------------------------------------------------------------------------------
 
@@ -191,10 +191,9 @@ class Comm:
         with self._bounded(label):
             dist.broadcast_object_list(reply, group_src=0, group=self._group)
         if error is not None:
-            self._failed = True
+            self._told = error
             raise error
         if reply[1] is not None:
-            self._failed = True
             raise RemoteError(str(reply[1]))
         result: T = reply[0]
         return result
@@ -223,13 +222,14 @@ class Comm:
 
         Ranks: this one, while the others call any verb.
         """
-        self.record(error, where)
-        if self._group is None or self._failed:
+        if self._group is None or error is self._told:
             return
-        self._failed = True
+        self.record(error, where)
         try:
             self._headers("fail", where, "", failed=True)
             self._exchange(where, self._describe_failure(error, where))
+            self._told = error
+            self._forget()
         except (DtrainError, RuntimeError) as broken:
             # The others left first; this rank's own error is raised by the caller and
             # stays the one that counts.
@@ -240,7 +240,7 @@ class Comm:
 
         Ranks: all, local.
         """
-        if self._store is None or isinstance(error, RemoteError):
+        if self._store is None or error is self._told or isinstance(error, RemoteError):
             return
         failure = self._describe_failure(error, where)
         try:
@@ -248,6 +248,11 @@ class Comm:
             self._store.compare_set("failure", "", json.dumps(asdict(failure)))
         except RuntimeError as unreachable:
             error.add_note(f"(could not be recorded for the other ranks: {unreachable})")
+
+    def _forget(self) -> None:
+        """Removes the record: all ranks know, and a later failure must not be taken for it."""
+        if self._store is not None:
+            self._store.delete_key("failure")
 
     def explain(self, error: BaseException) -> DtrainError | None:
         """Returns the recorded failure of another rank, if that is why ``error`` happened.
@@ -281,9 +286,8 @@ class Comm:
         """
         mine = None if error is None else self._describe_failure(error, where)
         failures = [f for f in self.gather_objects(label, mine) if f is not None]
-        if failures:
-            self._failed = True
         if error is not None:
+            self._told = error
             raise error
         if failures:
             raise RemoteError("; ".join(str(f) for f in failures))
@@ -301,14 +305,12 @@ class Comm:
         site = _call_site()
         header = self._headers(verb, label, f"{site} {detail}")
         if bool(header[:, 1].any()):
-            self._failed = True
             failures = [f for f in self._exchange(label, None) if f is not None]
             raise RemoteError("; ".join(str(f) for f in failures))
         if bool((header[:, 0] != header[0, 0]).any()):
             rows = self._exchange(
                 label, f"step {self._step}  {verb}({label!r})  {detail or '-'}  at {site}"
             )
-            self._failed = True
             table = "\n".join(f"  rank {rank}: {row}" for rank, row in enumerate(rows))
             raise RankMismatch(
                 "ranks met in different calls; each verb must be called by all ranks in the "

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -22,7 +23,7 @@ from dtrain.metrics import Means
 from dtrain.microstep import MicroStep
 from dtrain.precision import Precision
 from dtrain.reporting import Reporter
-from dtrain.state import Context, Report, ReportKind, Step
+from dtrain.state import Context, Progress, Report, ReportKind, Step
 from dtrain.strategies import Strategy
 
 ALL_EPOCHS = "all epochs done"
@@ -45,6 +46,14 @@ class Plan:
     eval_every: int | str | None
     log_every: int
 
+    def fulfilled_by(self, progress: Progress) -> str:
+        """Returns why ``progress`` is all that was planned, or nothing where it is not."""
+        if self.max_steps is not None and progress.step >= self.max_steps:
+            return MAX_STEPS
+        if self.epochs is not None and progress.epoch >= self.epochs:
+            return ALL_EPOCHS
+        return ""
+
 
 @dataclass
 class Loop:
@@ -63,7 +72,7 @@ class Loop:
     reporter: Reporter
     world_size: int
     evaluate: Callable[[], dict[str, float]]
-    save: Callable[[], None]
+    save: Callable[[dict[str, Any]], None]
     checkpoint: CheckpointSlot | None
     stop_reason: str = ""
     preempted: bool = False
@@ -79,15 +88,20 @@ class Loop:
         self._save_asked = False
         self._warned_nonfinite = False
 
-    def resumed(self, epoch_evaluated: bool, stop_reason: str) -> None:
-        """Takes up the state that was saved with a checkpoint.
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint must hold of the loop itself."""
+        return {
+            "epoch_evaluated": self.epoch_evaluated,
+            "stop_reason": "" if self.preempted else self.stop_reason,
+        }
 
-        Ranks: all, local.
-        """
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what :meth:`state_dict` returned; the progress is restored already."""
         progress = self.context.progress
-        self.epoch_evaluated = epoch_evaluated
+        self.epoch_evaluated = epoch_evaluated = state["epoch_evaluated"]
         # A run that had fulfilled its plan is continued by a larger one.
-        self.stop_reason = "" if stop_reason in (ALL_EPOCHS, MAX_STEPS) else stop_reason
+        reason = state["stop_reason"]
+        self.stop_reason = "" if reason in (ALL_EPOCHS, MAX_STEPS) else reason
         self._samples_before = progress.samples
         self._saved_at = progress.step
         if epoch_evaluated:
@@ -111,12 +125,7 @@ class Loop:
             self.hooks.fire(Callback.on_fit_end, self.context)
 
     def _finished(self) -> bool:
-        progress = self.context.progress
-        if not self.stop_reason:
-            if self.plan.max_steps is not None and progress.step >= self.plan.max_steps:
-                self.stop_reason = MAX_STEPS
-            elif self.plan.epochs is not None and progress.epoch >= self.plan.epochs:
-                self.stop_reason = ALL_EPOCHS
+        self.stop_reason = self.stop_reason or self.plan.fulfilled_by(self.context.progress)
         # An epoch that is over is ended in form, also where the run stops with it.
         return bool(self.stop_reason) and not self.epoch_evaluated
 
@@ -265,9 +274,10 @@ class Loop:
         self._save_asked = False
         if self._saved_at == step:
             return
+        self._log()  # sums since the last report are in no checkpoint, so none may be open
         with self._phase("saving a checkpoint"):
             self.hooks.fire(Callback.on_save, self.context)
-            self.save()
+            self.save(self.state_dict())
         self._saved_at = step
 
     def _settle(self) -> None:
@@ -356,7 +366,7 @@ class Loop:
                 kind=kind,
                 step=progress.step,
                 epoch=progress.epoch,
-                values=values,
+                values=dict(values),  # callbacks may keep and change theirs
                 text=text,
                 seconds=time.perf_counter() - self._began,
                 samples=progress.samples - self._samples_before,

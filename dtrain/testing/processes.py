@@ -202,7 +202,7 @@ def _run_rank(
     trace = ""
     try:
         fn, args, filters = pickle.loads(payload)  # noqa: S301 -- from our own parent
-        warnings.filters[:] = filters
+        warnings.filters[:] = filters  # type: ignore[index]
         value = fn(*args)
     except BaseException as caught:  # noqa: BLE001 -- told to the parent
         error = caught

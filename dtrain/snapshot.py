@@ -1,0 +1,121 @@
+"""The whole state of a run, as it goes into a checkpoint and comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dtrain.callback import Callback
+from dtrain.checkpoint import files, rng
+from dtrain.checkpoint.files import Saved
+from dtrain.precision import Precision
+from dtrain.state import Context
+from dtrain.world import World
+
+_PROGRESS = ("step", "updates", "epoch", "step_in_epoch", "samples")
+
+
+class Snapshot:
+    """Collects and restores what a run is in the middle of.
+
+    Restoring goes in two parts: the model and the progress before ``on_fit_start``, in which
+    callbacks look at them; all else after it, because a scheduler that is made there changes
+    the optimizer.
+
+    Ranks: all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        precision: Precision,
+        callbacks: tuple[Callback, ...],
+        context: Context,
+        world: World,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._precision = precision
+        self._callbacks = callbacks
+        self._context = context
+        self._world = world
+
+    def save(self, folder: Path, loop: dict[str, Any]) -> None:
+        """Writes a checkpoint of the run into ``folder``.
+
+        Args:
+            folder: ``run_dir/checkpoints``.
+            loop: the loop's own state.
+
+        Raises:
+            CheckpointError: it could not be written.
+
+        Ranks: all, communicates.
+        """
+        context = self._context
+        files.save(
+            folder,
+            step=context.progress.step,
+            model=self._model.state_dict(),
+            state={
+                "optimizer": self._optimizer.state_dict(),
+                "precision": self._precision.state_dict(),
+                "callbacks": {c.name: c.state_dict() for c in self._callbacks},
+                "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
+                "loop": loop,
+                "shared_rng": context.shared_rng.get_state(),
+                "metrics": context.metrics,
+            },
+            rank_state={"rng": rng.capture(), "own_rng": context.rng.get_state()},
+            metrics=context.metrics,
+            rank=self._world.rank,
+            comm=self._world.comm,
+        )
+
+    def restore_model(self, saved: Saved) -> dict[str, Any]:
+        """Restores parameters, buffers and progress; returns the rest, for :meth:`restore_rest`.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+
+        Ranks: all, local.
+        """
+        self._model.load_state_dict(files.load_model(saved.path))
+        state = files.load_state(saved.path)
+        for name in _PROGRESS:
+            setattr(self._context.progress, name, state["progress"][name])
+        return state
+
+    def restore_rest(
+        self, saved: Saved, state: dict[str, Any], new_rank: Callable[[], None]
+    ) -> None:
+        """Restores optimizer, precision, callbacks, metrics and random streams.
+
+        Args:
+            saved: the checkpoint.
+            state: what :meth:`restore_model` returned.
+            new_rank: called on a rank that the saved run did not have, to seed its streams.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+
+        Ranks: all, local.
+        """
+        context = self._context
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._precision.load_state_dict(state["precision"])
+        for callback in self._callbacks:
+            callback.load_state_dict(state["callbacks"][callback.name])
+        context.shared_rng.set_state(state["shared_rng"])
+        context.metrics.update(state["metrics"])
+        mine = files.load_rank_state(saved.path, self._world.rank)
+        if mine is None:
+            new_rank()
+        else:
+            rng.restore(mine["rng"])
+            context.rng.set_state(mine["own_rng"])

@@ -1,0 +1,73 @@
+"""What a run says at its start and its end, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from dtrain.data import Data
+from dtrain.loop import Loop
+from dtrain.precision import Precision
+from dtrain.world import World
+
+
+def describe_start(
+    model: nn.Module,
+    precision: Precision,
+    world: World,
+    data: Data,
+    loop: Loop,
+    split: Callable[[int], list[int]],
+) -> str:
+    """Returns the start block: what is trained, where, and how a batch is shared out.
+
+    Ranks: all, local.
+    """
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ranks = f"{world.size} rank{'s' * (world.size > 1)}"
+    where = f"{world.device.type}, {world.backend}" if world.size > 1 else world.device.type
+    name = type(model).__name__
+    lines = [f"{name}: {count:,} trainable parameters, {precision.name}, {ranks} ({where})"]
+    if data.batch_size is not None:
+        share = -(-data.batch_size // world.size)
+        sizes = split(share)
+        even = world.size * sum(sizes) == data.batch_size and len(set(sizes)) == 1
+        lines.append(
+            f"global batch {data.batch_size} = {'' if even else 'up to '}{ranks} x {len(sizes)} x "
+            f"{max(sizes)} samples"
+        )
+        if data.batch_size < world.size:
+            idle = world.size - data.batch_size
+            lines.append(
+                f"warning: the batch is smaller than the number of ranks; {idle} of them have "
+                "nothing to do in a step"
+            )
+        elif share < 4 and world.size > 1:
+            lines.append(
+                f"warning: a rank's share is only {share} samples; `batch_size=... * world.size` "
+                "keeps ranks busy"
+            )
+    progress = loop.context.progress
+    if progress.total_steps is not None:
+        lines.append(f"{progress.total_steps:,} steps in all")
+    return "\n".join(lines)
+
+
+def describe_end(state: str, loop: Loop) -> str:
+    """Returns the end block: why it ended, the evaluation's figures, where the files are.
+
+    Ranks: all, local.
+    """
+    context = loop.context
+    progress, metrics = context.progress, context.metrics
+    lines = [
+        f"{state} after {progress.step:,} steps, {progress.epoch} "
+        f"epoch{'s' * (progress.epoch != 1)}: {loop.stop_reason}"
+    ]
+    figures = [f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/")]
+    if figures:
+        lines.append("  ".join(figures))
+    if context.run_dir is not None:
+        lines.append(f"files are in {context.run_dir}")
+    return "\n".join(lines)
