@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -56,6 +57,7 @@ class LRSchedule(Callback):
         self._every = every
         self._monitor = monitor
         self._scheduler: LRScheduler | None = None
+        self._restored = False
 
     def on_fit_start(self, ctx: Context) -> None:
         """Makes the scheduler, now that the optimizer and the number of steps are known."""
@@ -90,8 +92,7 @@ class LRSchedule(Callback):
     def on_step_end(self, ctx: Context, step: Step) -> None:
         """Steps the scheduler, if the optimizer has stepped."""
         if self._every == "step" and step.applied and self._monitor is None:
-            assert self._scheduler is not None
-            self._scheduler.step()
+            self._advance()
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         """Steps ReduceLROnPlateau with the agreed metric."""
@@ -107,7 +108,17 @@ class LRSchedule(Callback):
     def on_epoch_end(self, ctx: Context) -> None:
         """Steps a scheduler that counts epochs."""
         if self._every == "epoch" and self._monitor is None:
-            assert self._scheduler is not None
+            self._advance()
+
+    def _advance(self) -> None:
+        assert self._scheduler is not None
+        if not self._restored:
+            self._scheduler.step()
+            return
+        self._restored = False
+        with warnings.catch_warnings():
+            # The optimizer has stepped, in the process that made the checkpoint.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,3 +129,4 @@ class LRSchedule(Callback):
         """Restores the scheduler's state."""
         if "scheduler" in state and self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
+            self._restored = True

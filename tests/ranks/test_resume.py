@@ -104,7 +104,7 @@ def test_killed_anywhere_and_started_again(tmp_path, world_size, schedule):
         killed = run_outcomes(train, world_size, run_dir, hook, at, "auto", schedule)
         assert {outcome.exitcode for outcome in killed} == {9}
         assert json.loads((run_dir / "status.json").read_text())["status"] == "running"
-        again = run_processes(train, world_size, run_dir, "", 0, "must", schedule)
+        again = run_processes(train, world_size, run_dir, "", 0, "auto", schedule)
         assert again == whole
         assert json.loads((run_dir / "status.json").read_text())["status"] == "finished"
         assert lines(run_dir) == lines(tmp_path / "whole")

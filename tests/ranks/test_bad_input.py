@@ -1,0 +1,697 @@
+"""Bad input, and failures on one rank: a clear error on every rank, or it works. Never a hang."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader, TensorDataset
+
+import dtrain
+from dtrain.callbacks import (
+    Checkpoint,
+    ClipGradients,
+    EarlyStopping,
+    GradientAccumulation,
+    LRSchedule,
+    MixedPrecision,
+)
+from dtrain.errors import (
+    ConfigError,
+    DataError,
+    DtrainError,
+    LossError,
+    RankMismatch,
+    RemoteError,
+    ResumeError,
+    UnusedParameters,
+)
+from dtrain.sinks import JSONLines
+from dtrain.testing import run_outcomes, run_processes
+
+# A hang is a failure: a launch takes a second, all cases of a table a few.
+TIMEOUT_S = 30.0
+FEATURES = 3
+HERE = Path(__file__).name
+
+
+def rank():
+    return int(os.environ["RANK"])
+
+
+def rows(samples=16):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(samples, FEATURES, generator=generator, dtype=torch.float64)
+    return x, x.sum(1, keepdim=True).tanh()
+
+
+def dataset(samples=16):
+    return TensorDataset(*rows(samples))
+
+
+def make_model(width=4):
+    torch.manual_seed(1)
+    layers = nn.Sequential(nn.Linear(FEATURES, width), nn.Tanh(), nn.Linear(width, 1))
+    return layers.double()
+
+
+def mse(model, batch):
+    x, y = batch
+    return F.mse_loss(model(x), y)
+
+
+def sgd(model):
+    return SGD(model.parameters(), lr=0.1)
+
+
+def make_trainer(loss_fn=mse, callbacks=(), *, model=None, optimizer=sgd, sinks=(), **options):
+    """A Trainer that prints nothing."""
+    dtrain.init(seed=0)
+    model = model or make_model()
+    return dtrain.Trainer(model, optimizer, loss_fn, callbacks=callbacks, sinks=sinks, **options)
+
+
+def fit(loss_fn=mse, callbacks=(), data=None, *, trainer=None, **options):
+    """Two epochs of four steps, evaluated; ``options`` go to the Trainer or to ``fit``."""
+    of_trainer = {"model", "optimizer", "sinks", "run_dir", "seed", "strategy", "eval_fn"}
+    made_of = {key: value for key, value in options.items() if key in of_trainer}
+    plan = {key: value for key, value in options.items() if key not in of_trainer}
+    data = dataset() if data is None else data
+    if isinstance(data, TensorDataset):
+        plan.setdefault("batch_size", 4)
+    if "max_steps" not in plan:
+        plan.setdefault("epochs", 2)
+    trainer = trainer or make_trainer(loss_fn, callbacks, **made_of)
+    return trainer.fit(data, **plan)
+
+
+def parameters(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def told(fn, *args):
+    """Returns what ``fn`` raised: its type and its message; None where it returned."""
+    try:
+        fn(*args)
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+def assert_told(found, kind, words):
+    assert found is not None, "nothing was raised"
+    assert found[0] is kind, f"{found[0].__name__}: {found[1]}"
+    for word in words:
+        assert word in found[1]
+
+
+def assert_failed(found, failing, kind, words, where=None, step=None):
+    """The original on the rank that failed; the others were told rank, place and error."""
+    for here, one in enumerate(found):
+        if here == failing:
+            assert_told(one, kind, words)
+        else:
+            assert_told(one, RemoteError, [*words, f"rank {failing} on ", f"{kind.__name__}: "])
+            # ...: rank, host, hook or phase, step, type, message and file:line
+            told_where, told_step, told_place = re.search(
+                rf"rank {failing} on \S+ failed in (.+?) at step (\d+): .*\((.+:\d+)\)$",
+                one[1],
+                re.DOTALL,
+            ).groups()
+            if where is not None:
+                assert told_where == where
+            if step is not None:
+                assert int(told_step) == step
+            if "planted" in words:
+                assert HERE in told_place
+
+
+def outcomes(fn, *args, world_size=2, timeout_s=TIMEOUT_S):
+    """What each rank was told; that a rank did not come back at all is an error here."""
+    found = []
+    for outcome in run_outcomes(fn, world_size, *args, timeout_s=timeout_s):
+        assert outcome.exitcode in (0, 1), f"{outcome.error}\n{outcome.output}"
+        error = outcome.error
+        found.append(None if error is None else (type(error), str(error)))
+    return found
+
+
+# -- what every rank asks for alike, and no rank gets ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A call that cannot work, and what all ranks are told."""
+
+    call: object  # gets a folder of its own
+    kind: type
+    words: tuple[str, ...]
+    main_only: bool = False  # found out by rank 0; the others are told that it failed
+
+
+class Renamed(GradientAccumulation):
+    pass
+
+
+class Shortened(MixedPrecision):
+    pass
+
+
+def planned(**options):
+    """A call of ``fit`` with a dataset, and no ``epochs`` unless given."""
+    return make_trainer().fit(dataset(), **options)
+
+
+def one_argument(model):
+    return mse(model, rows())
+
+
+def four_arguments(model, batch, ctx, extra):
+    return mse(model, batch)
+
+
+def misspelt_hook():
+    class Late(dtrain.Callback):
+        def on_steps_end(self, ctx, step):
+            pass
+
+
+def other_optimizer():
+    return make_trainer(optimizer=sgd(make_model(width=2)))
+
+
+def all_frozen():
+    return make_trainer(model=make_model().requires_grad_(False))
+
+
+def frozen_on_rank_1():
+    model = make_model()
+    model[0].weight.requires_grad_(rank() != 1)
+    return make_trainer(model=model)
+
+
+def plateau(monitor, **options):
+    schedule = LRSchedule(lambda opt, steps: ReduceLROnPlateau(opt), monitor=monitor)
+    return fit(callbacks=[schedule], **options)
+
+
+def file_in_the_way(folder):
+    path = folder / "file"
+    if rank() == 0:
+        path.touch()
+    return fit(run_dir=path / "run")
+
+
+def finished_again(folder):
+    run = {"run_dir": folder / "run", "epochs": 1}
+    fit(callbacks=[Checkpoint()], **run)
+    return fit(callbacks=[Checkpoint()], **run)
+
+
+def generator_twice():
+    x, y = rows()
+    return fit(data=((x[i : i + 2], y[i : i + 2]) for i in range(0, 16, 2)))
+
+
+def loader_of_samples():
+    return fit(data=DataLoader(dataset(), batch_size=8, drop_last=True, num_workers=0))
+
+
+class SkipAt(dtrain.Callback):
+    """Asks for a skip in a hook where there is nothing to skip."""
+
+    def on_step_start(self, ctx, step):
+        ctx.request.skip("too late")
+
+
+REFUSALS = {
+    "an empty dataset": Refusal(
+        lambda folder: fit(data=dataset(0)),
+        DataError,
+        ("the dataset (TensorDataset) is empty",),
+    ),
+    "batch_size=0": Refusal(
+        lambda folder: fit(batch_size=0), ConfigError, ("batch_size=0: ", "whole number")
+    ),
+    "batch_size=-1": Refusal(
+        lambda folder: fit(batch_size=-1), ConfigError, ("batch_size=-1: ", "whole number")
+    ),
+    "batch_size=True": Refusal(
+        lambda folder: fit(batch_size=True), ConfigError, ("batch_size=True: ", "whole number")
+    ),
+    "batch_size=2.5": Refusal(
+        lambda folder: fit(batch_size=2.5), ConfigError, ("batch_size=2.5: ", "whole number")
+    ),
+    "no batch_size": Refusal(
+        lambda folder: fit(batch_size=None), ConfigError, ("TensorDataset has samples",)
+    ),
+    "no data at all": Refusal(
+        lambda folder: make_trainer().fit(7, epochs=1), DataError, ("cannot train on int",)
+    ),
+    "a DataLoader over samples": Refusal(
+        lambda folder: loader_of_samples(),
+        ConfigError,
+        (
+            "would give every rank all of the data",
+            "dtrain.Data(tensordataset, batch_size=8 * world.size, shuffle=False, drop_last=True)",
+        ),
+    ),
+    "a generator for two epochs": Refusal(
+        lambda folder: generator_twice(),
+        DataError,
+        ("no rank's stream gave a batch in epoch 1", "generator gives its batches once"),
+    ),
+    "neither epochs nor max_steps": Refusal(
+        lambda folder: planned(batch_size=4), ConfigError, ("pass epochs, max_steps",)
+    ),
+    "epochs=0": Refusal(
+        lambda folder: planned(batch_size=4, epochs=0), ConfigError, ("epochs=0: ", "1 or more")
+    ),
+    "epochs=True": Refusal(
+        lambda folder: planned(batch_size=4, epochs=True), ConfigError, ("epochs=True: ",)
+    ),
+    "epochs=1.5": Refusal(
+        lambda folder: planned(batch_size=4, epochs=1.5), ConfigError, ("epochs=1.5: ",)
+    ),
+    "max_steps='9'": Refusal(
+        lambda folder: planned(batch_size=4, max_steps="9"), ConfigError, ("max_steps='9': ",)
+    ),
+    "eval_every='never'": Refusal(
+        lambda folder: fit(eval_every="never"), ConfigError, ("eval_every='never': 'epoch', ",)
+    ),
+    "eval_every=True": Refusal(
+        lambda folder: fit(eval_every=True, eval_set=dataset()), ConfigError, ("eval_every=True: ",)
+    ),
+    "other epochs on each rank": Refusal(
+        lambda folder: fit(epochs=1 + rank()),
+        RankMismatch,
+        ("  rank 0: ", "epochs=1", "  rank 1: ", "epochs=2"),
+    ),
+    "data of other lengths": Refusal(
+        lambda folder: fit(data=dataset(16 - 4 * rank())),
+        RankMismatch,
+        ("  rank 0: ", "  rank 1: ", "different length"),
+    ),
+    "data of other lengths in as many steps": Refusal(
+        lambda folder: fit(data=dataset(16 - rank())),
+        RankMismatch,
+        ("  rank 0: ", "16", "  rank 1: ", "15"),
+    ),
+    "other batch sizes in as many steps": Refusal(
+        lambda folder: fit(batch_size=12 + rank()),
+        RankMismatch,
+        ("  rank 0: ", "12", "  rank 1: ", "13"),
+    ),
+    "evaluation data of other lengths": Refusal(
+        lambda folder: fit(eval_set=dataset(8 - rank())),
+        RankMismatch,
+        ("  rank 0: ", "8", "  rank 1: ", "7"),
+    ),
+    "evaluation data on one rank": Refusal(
+        lambda folder: fit(eval_set=None if rank() else dataset()),
+        RankMismatch,
+        ("  rank 0: ", "eval_every='epoch'", "  rank 1: ", "eval_every=None"),
+    ),
+    "other seeds": Refusal(
+        lambda folder: fit(seed=rank()), RankMismatch, ("  rank 0: ", "  rank 1: ", "seed")
+    ),
+    "models of other shapes": Refusal(
+        lambda folder: make_trainer(model=make_model(width=4 + rank())),
+        RankMismatch,
+        ("different models", "  rank 0: ", "  rank 1: ", "0.weight [5, 3]", "0.weight [4, 3]"),
+    ),
+    "a parameter frozen on one rank": Refusal(
+        lambda folder: frozen_on_rank_1(),
+        RankMismatch,
+        ("different models", "  rank 0: ", "  rank 1: ", "0.weight"),
+    ),
+    "a model without trainable parameters": Refusal(
+        lambda folder: all_frozen(), ConfigError, ("nothing to train",)
+    ),
+    "another model's optimizer": Refusal(
+        lambda folder: other_optimizer(),
+        ConfigError,
+        ("4 of the optimizer's 4 parameters are not the model's", "[2, 3]", "lambda m:"),
+    ),
+    "a function that returns no optimizer": Refusal(
+        lambda folder: make_trainer(optimizer=lambda model: None), ConfigError, ("optimizer",)
+    ),
+    "an unknown strategy": Refusal(
+        lambda folder: make_trainer(strategy="dpp"), ConfigError, ("strategy='dpp': choose 'ddp'",)
+    ),
+    "a loss_fn of one argument": Refusal(
+        lambda folder: make_trainer(one_argument),
+        LossError,
+        ("must take (model, batch) or (model, batch, ctx)", "one_argument", "takes model"),
+    ),
+    "a loss_fn of four arguments": Refusal(
+        lambda folder: make_trainer(four_arguments),
+        LossError,
+        ("must take (model, batch)", "takes model, batch, ctx, extra"),
+    ),
+    "two precisions": Refusal(
+        lambda folder: make_trainer(callbacks=[MixedPrecision("bf16"), Shortened("bf16")]),
+        ConfigError,
+        ("MixedPrecision and Shortened both decide the precision of this run",),
+    ),
+    "two accumulations": Refusal(
+        lambda folder: make_trainer(callbacks=[GradientAccumulation(2), Renamed(4)]),
+        ConfigError,
+        ("GradientAccumulation and Renamed both decide the accumulation of this run",),
+    ),
+    "two callbacks of one name": Refusal(
+        lambda folder: make_trainer(callbacks=[ClipGradients(1.0), ClipGradients(2.0)]),
+        ConfigError,
+        ("two callbacks are named 'ClipGradients'", "second.name = 'ClipGradients2'"),
+    ),
+    "no callback": Refusal(
+        lambda folder: make_trainer(callbacks=[print]),
+        ConfigError,
+        ("<built-in function print> is no dtrain.Callback",),
+    ),
+    "a callback's class": Refusal(
+        lambda folder: make_trainer(callbacks=[GradientAccumulation]),
+        ConfigError,
+        ("GradientAccumulation'> is no dtrain.Callback", "did you mean `GradientAccumulation()`?"),
+    ),
+    "a misspelt hook": Refusal(
+        lambda folder: misspelt_hook(),
+        TypeError,
+        ("Late.on_steps_end is no hook", "did you mean `on_step_end`?", "on_fit_start, "),
+    ),
+    "early stopping without evaluation": Refusal(
+        lambda folder: fit(callbacks=[EarlyStopping("eval/loss")]),
+        ConfigError,
+        ("EarlyStopping('eval/loss') needs fit(eval_set=...)",),
+    ),
+    "early stopping by half a name": Refusal(
+        lambda folder: fit(callbacks=[EarlyStopping("loss")], eval_set=dataset()),
+        ConfigError,
+        ("EarlyStopping('loss')", "begins with 'train/' or 'eval/'"),
+    ),
+    "early stopping by an unknown eval metric": Refusal(
+        lambda folder: fit(callbacks=[EarlyStopping("eval/los")], eval_set=dataset()),
+        ConfigError,
+        ("no metric 'eval/los'; there are eval/loss",),
+    ),
+    "early stopping by an unknown train metric": Refusal(
+        lambda folder: fit(callbacks=[EarlyStopping("train/los")]),
+        ConfigError,
+        ("no metric 'train/los'; there are lr, train/loss",),
+    ),
+    "a plateau of an unknown metric": Refusal(
+        lambda folder: plateau("eval/los", eval_set=dataset()),
+        ConfigError,
+        ("LRSchedule: no metric 'eval/los'; there are eval/loss",),
+    ),
+    "a plateau without evaluation": Refusal(
+        lambda folder: plateau("eval/loss"), ConfigError, ("needs fit(eval_set=...)",)
+    ),
+    "a plateau of no metric": Refusal(
+        lambda folder: plateau(None, eval_set=dataset()),
+        ConfigError,
+        ("ReduceLROnPlateau needs monitor='eval/loss'",),
+    ),
+    "a schedule of unknown length": Refusal(
+        lambda folder: fit(
+            callbacks=[LRSchedule(lambda opt, steps: StepLR(opt, steps))], data=[rows(), rows()]
+        ),
+        ConfigError,
+        ("needs to know how many steps there will be: pass max_steps",),
+    ),
+    "Checkpoint without run_dir": Refusal(
+        lambda folder: make_trainer(callbacks=[Checkpoint()]),
+        ConfigError,
+        ("checkpoints need a place: pass Trainer(run_dir=",),
+    ),
+    "JSONLines without run_dir": Refusal(
+        lambda folder: fit(sinks=[JSONLines()]),
+        ConfigError,
+        ("JSONLines writes metrics.jsonl", "Trainer(run_dir="),
+        main_only=True,
+    ),
+    "a sink's class": Refusal(
+        lambda folder: fit(sinks=[JSONLines]),
+        ConfigError,
+        ("is no dtrain.Sink", "did you mean `JSONLines()`?"),
+    ),
+    "a file where run_dir shall be": Refusal(
+        lambda folder: file_in_the_way(folder),
+        ConfigError,
+        ("run_dir", "file/run cannot be written: "),
+        main_only=True,
+    ),
+    "a finished run again": Refusal(
+        lambda folder: finished_again(folder),
+        ResumeError,
+        (
+            "is finished (all epochs done; step 4, 1 epochs)",
+            "larger epochs or max_steps",
+            "another run_dir",
+            "resume='never'",
+        ),
+        main_only=True,
+    ),
+    "resume='must' without a run": Refusal(
+        lambda folder: fit(run_dir=folder / "nothing", resume="must"),
+        ResumeError,
+        ("resume='must', but there is no run in ",),
+        main_only=True,
+    ),
+    "resume='must' without run_dir": Refusal(
+        lambda folder: fit(resume="must"), ConfigError, ("resume='must' needs a run_dir",)
+    ),
+    "resume='sometimes'": Refusal(
+        lambda folder: fit(resume="sometimes"),
+        ConfigError,
+        ("resume='sometimes': choose one of auto, never, must",),
+    ),
+    "request.skip where nothing can be skipped": Refusal(
+        lambda folder: fit(callbacks=[SkipAt()]),
+        ConfigError,
+        ("request.skip('too late') works in on_batch and on_loss only",),
+    ),
+}
+
+
+def all_refusals(folder):
+    found = {}
+    for number, (name, refusal) in enumerate(REFUSALS.items()):
+        own = Path(folder) / str(number)
+        own.mkdir(exist_ok=True)
+        found[name] = told(refusal.call, own)
+    return found
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """What both ranks were told by each case: one launch, one case after another."""
+    folder = str(tmp_path_factory.mktemp("refused"))
+    return run_processes(all_refusals, 2, folder, timeout_s=2 * TIMEOUT_S)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_all_ranks_are_told_why_it_cannot_work(refused, name):
+    refusal = REFUSALS[name]
+    first, second = (found[name] for found in refused)
+    assert_told(first, refusal.kind, refusal.words)
+    if refusal.main_only:
+        assert_told(second, RemoteError, ("rank 0 on ", refusal.kind.__name__, *refusal.words))
+    else:
+        assert_told(second, refusal.kind, refusal.words)
+
+
+# -- what goes wrong in a step, on one rank or on all ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What fails in a step: in the loss function, or in the data."""
+
+    kind: type
+    words: tuple[str, ...]
+    loss_fn: object = mse  # on the ranks and in the step that fail; elsewhere it is mse
+    data: object = dataset  # from (failing ranks, step) to what is trained on
+    where: str = "loss_fn"
+    step: int = 0
+
+
+def planted(*args):
+    raise ValueError("planted")
+
+
+def as_loss(**options):
+    return lambda model, batch: dtrain.Loss(mse(model, batch), **options)
+
+
+class FailingRows(TensorDataset):
+    """Fails on ``ranks`` in the first fetch of ``step``; a rank has two samples in each."""
+
+    def __init__(self, ranks, step):
+        super().__init__(*rows())
+        self.fetches_left = 2 * step if rank() in ranks else 1000
+
+    def __getitem__(self, index):
+        if self.fetches_left == 0:
+            planted()
+        self.fetches_left -= 1
+        return super().__getitem__(index)
+
+
+def failing_rows(ranks, step):
+    return dtrain.Data(FailingRows(ranks, step), 4)
+
+
+def failing_collate(ranks, step):
+    batches_left = [step if rank() in ranks else 1000]
+
+    def collate(samples):
+        if batches_left[0] == 0:
+            planted()
+        batches_left[0] -= 1
+        return [torch.stack(parts) for parts in zip(*samples, strict=True)]
+
+    return dtrain.Data(dataset(), 4, collate_fn=collate)
+
+
+def failing_stream(ranks, step):
+    x, y = rows()
+    for number in range(8):
+        if rank() in ranks and number == step:
+            planted()
+        yield x[:2], y[:2]
+
+
+def stream_of_text(ranks, step):
+    x, y = rows()
+    return [(x, y) if rank() not in ranks or n != step else ["text"] for n in range(4)]
+
+
+FAILURES = {
+    "a loss of many numbers": Failure(
+        LossError,
+        ("the loss has shape [2, 1], not one number", "Loss.from_sum"),
+        lambda model, batch: model(batch[0]),
+    ),
+    "a detached loss": Failure(
+        LossError,
+        ("the loss has no gradient: it was detached",),
+        lambda model, batch: mse(model, batch).detach(),
+    ),
+    "no loss": Failure(
+        LossError,
+        ("loss_fn returned NoneType; return a scalar tensor or dtrain.Loss",),
+        lambda model, batch: None,
+    ),
+    "a loss read with item()": Failure(
+        LossError, ("loss_fn returned float",), lambda model, batch: mse(model, batch).item()
+    ),
+    "a Loss of a float": Failure(
+        LossError, ("Loss.mean is float, not a tensor",), lambda model, batch: dtrain.Loss(1.0)
+    ),
+    "a loss of the wrong type in the fourth step": Failure(
+        LossError, ("loss_fn returned dict",), lambda model, batch: {}, step=3
+    ),
+    "a loss_fn that raises": Failure(ValueError, ("planted",), planted),
+    "a loss_fn that raises in the fourth step": Failure(
+        ValueError, ("planted",), planted, step=3
+    ),
+    "a metric of many numbers": Failure(
+        LossError,
+        ("metric 'each' is a tensor of shape [2, 1]", "Loss(outputs=...)"),
+        lambda model, batch: as_loss(metrics={"each": batch[1]})(model, batch),
+    ),
+    "a metric in words": Failure(
+        LossError,
+        ("metric 'state' is 'good'; a metric is a number",),
+        as_loss(metrics={"state": "good"}),
+    ),
+    "metrics that are no dict": Failure(
+        LossError, ("Loss(metrics=...) must be a dict", "not list"), as_loss(metrics=[1.0])
+    ),
+    "a metric named loss": Failure(
+        LossError, ("metric", "'loss'"), as_loss(metrics={"loss": 1.0})
+    ),
+    "a negative weight": Failure(
+        LossError, ("weight -1", "must be 0 or more"), as_loss(weight=-1)
+    ),
+    "a negative weight in a tensor": Failure(
+        LossError, ("weight -0.5", "must be 0 or more"), as_loss(weight=torch.tensor(-0.5))
+    ),
+    "a weight that is NaN": Failure(LossError, ("weight nan",), as_loss(weight=float("nan"))),
+    "an infinite weight": Failure(LossError, ("weight inf",), as_loss(weight=float("inf"))),
+    "a weight for each sample": Failure(
+        LossError, ("weight", "[2]"), as_loss(weight=torch.ones(2))
+    ),
+    "a dataset that raises": Failure(
+        ValueError, ("planted",), data=failing_rows, where="data", step=2
+    ),
+    "a collate_fn that raises": Failure(
+        ValueError, ("planted",), data=failing_collate, where="data", step=1
+    ),
+    "a stream that raises": Failure(
+        ValueError, ("planted",), data=failing_stream, where="data", step=3
+    ),
+    "a stream without tensors": Failure(
+        DataError, ("a stream yielded list without a tensor in it",), data=stream_of_text,
+        where="data", step=1,
+    ),
+}  # fmt: skip
+WHO_FAILS = {"rank 0": (0,), "rank 1": (1,), "both": (0, 1)}
+
+
+def fail_in_a_step(failure, ranks):
+    """Returns what this rank was told, and the model it was left with."""
+
+    def loss_fn(model, batch, ctx):
+        due = failure.where == "loss_fn" and ctx.progress.step == failure.step
+        return (failure.loss_fn if due and rank() in ranks else mse)(model, batch)
+
+    data = failure.data(ranks, failure.step) if failure.where == "data" else dataset()
+    model = make_model()
+    return told(lambda: fit(loss_fn, data=data, model=model)), parameters(model)
+
+
+def before_the_failure(failure):
+    """Returns the model after the steps that went well."""
+    model = make_model()
+    if failure.step > 0:
+        data = failure.data((), 0) if failure.where == "data" else dataset()
+        fit(data=data, model=model, max_steps=failure.step)
+    return parameters(model)
+
+
+def all_failures():
+    found = {}
+    for name, failure in FAILURES.items():
+        before = before_the_failure(failure)
+        for who, ranks in WHO_FAILS.items():
+            error, after = fail_in_a_step(failure, ranks)
+            unchanged = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            found[name, who] = error, unchanged
+    return found
+
+
+@pytest.fixture(scope="module")
+def failed():
+    """What both ranks were told: one launch, one failed run after another."""
+    return run_processes(all_failures, 2, timeout_s=2 * TIMEOUT_S)
+
+
+@pytest.mark.parametrize("who", WHO_FAILS)
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_in_a_step_reaches_all_ranks_in_that_step(failed, name, who):
+    failure, ranks = FAILURES[name], WHO_FAILS[who]
+    errors, unchanged = zip(*(each[name, who] for each in failed), strict=True)
+    if len(ranks) == 1:
+        assert_failed(errors, ranks[0], failure.kind, failure.words, failure.where, failure.step)
+    else:
+        for error in errors:
+            assert_told(error, failure.kind, failure.words)
+    assert unchanged == (True, True)  # by the failed step
