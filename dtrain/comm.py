@@ -30,6 +30,7 @@ from dtrain.errors import CommError, ConfigError, DtrainError, Failure, RankMism
 T = TypeVar("T")
 Op = Literal["sum", "mean", "max", "min"]
 Rule = Literal["any", "majority", "all"]
+Place = str | Callable[[], str]  # where something failed; a function if that is known only then
 
 _REDUCE = {
     "sum": dist.ReduceOp.SUM,
@@ -201,7 +202,7 @@ class Comm:
     # -- failures ---------------------------------------------------------------------------
 
     @contextmanager
-    def lockstep(self, where: str) -> Iterator[None]:
+    def lockstep(self, where: Place) -> Iterator[None]:
         """Makes an exception in the block reach every rank in its next call of a verb.
 
         For phases in which ranks meet only in verbs of this class (evaluation, saving,
@@ -214,7 +215,22 @@ class Comm:
         except (RemoteError, RankMismatch, CommError):
             raise  # every rank knows already
         except Exception as error:
-            self.fail(error, where)
+            self.fail(error, where if isinstance(where, str) else where())
+            raise
+
+    @contextmanager
+    def alone(self, where: Place) -> Iterator[None]:
+        """Leaves an exception in the block in the store, for ranks that wait in a reduction.
+
+        For phases in which the others may be anywhere. Once this rank has left, their broken
+        collective is explained by what it left behind.
+
+        Ranks: all, local.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.record(error, where if isinstance(where, str) else where())
             raise
 
     def fail(self, error: BaseException, where: str) -> None:

@@ -6,24 +6,23 @@ that is what keeps them together.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from dtrain.agreement import Agreed, Agreement
 from dtrain.callback import Callback, CheckpointSlot, Hooks
 from dtrain.data import Feed, StepFeed
-from dtrain.errors import CommError, DataError, RankMismatch, RemoteError
+from dtrain.errors import DataError
+from dtrain.journal import Journal
 from dtrain.lane import Lane, Verdict
 from dtrain.metrics import Means
 from dtrain.microstep import MicroStep
 from dtrain.precision import Precision
-from dtrain.reporting import Reporter
-from dtrain.state import Context, Progress, Report, ReportKind, Step
+from dtrain.state import Context, Progress, Step
 from dtrain.strategies import Strategy
 
 ALL_EPOCHS = "all epochs done"
@@ -69,7 +68,8 @@ class Loop:
     precision: Precision
     optimizer: Optimizer
     means: Means
-    reporter: Reporter
+    agreement: Agreement
+    journal: Journal
     world_size: int
     evaluate: Callable[[], dict[str, float]]
     save: Callable[[dict[str, Any]], None]
@@ -78,11 +78,8 @@ class Loop:
     preempted: bool = False
     #: The end of an epoch that was saved, but whose `on_epoch_end` a resumed run still owes.
     epoch_evaluated: bool = False
-    history: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._began = time.perf_counter()
-        self._samples_before = self.context.progress.samples
         self._loss_sum = self._loss_weight = 0.0  # since the last report; agreed
         self._saved_at = self._evaluated_at = -1
         self._save_asked = False
@@ -102,7 +99,6 @@ class Loop:
         # A run that had fulfilled its plan is continued by a larger one.
         reason = state["stop_reason"]
         self.stop_reason = "" if reason in (ALL_EPOCHS, MAX_STEPS) else reason
-        self._samples_before = progress.samples
         self._saved_at = progress.step
         if epoch_evaluated:
             self._evaluated_at = progress.step
@@ -121,7 +117,7 @@ class Loop:
             self._evaluate()
         if self.checkpoint is not None or self.preempted:
             self._save_once()
-        with self._phase("the end of fit"):
+        with self.context.comm.lockstep(self._at("the end of fit")):
             self.hooks.fire(Callback.on_fit_end, self.context)
 
     def _finished(self) -> bool:
@@ -134,7 +130,7 @@ class Loop:
     def _run_epoch(self) -> None:
         progress, context = self.context.progress, self.context
         if not self.epoch_evaluated:
-            with self._phase("the start of an epoch"):
+            with self.context.comm.lockstep(self._at("the start of an epoch")):
                 self.hooks.fire(Callback.on_epoch_start, context)
             for step_feed in self.feed.epoch(progress.epoch, progress.step_in_epoch):
                 if not self._step(step_feed):
@@ -157,7 +153,7 @@ class Loop:
             due = self.checkpoint is not None and self.checkpoint.due_after_epoch(progress)
             if due or self._save_asked:
                 self._save_once()
-        with self._phase("the end of an epoch"):
+        with self.context.comm.lockstep(self._at("the end of an epoch")):
             self.hooks.fire(Callback.on_epoch_end, context)
         self._settle()
         self.epoch_evaluated = False
@@ -188,7 +184,7 @@ class Loop:
         context, hooks, progress = self.context, self.hooks, self.context.progress
         context.comm.mark_step(progress.step)
         step = Step(number=progress.step, micros=step_feed.micros)
-        with self._alone("a training step"):
+        with context.comm.alone(self._at("a training step")):
             hooks.fire(Callback.on_step_start, context, step)
             self.optimizer.zero_grad(set_to_none=True)
             self.lane.open()
@@ -198,9 +194,11 @@ class Loop:
             verdict = self.strategy.verdict()  # agreed, and all below follows from it
         if verdict.errors:
             self._raise_failures()
+        if verdict.stop or verdict.save or verdict.preempt:
+            self._heed(self.agreement.carried())
         if verdict.exhausted == self.world_size:
             return False
-        with self._alone("a training step"):
+        with context.comm.alone(self._at("a training step")):
             if verdict.weight > 0:
                 self.precision.unscale(self.optimizer)
                 self._normalise(verdict.factor)
@@ -209,8 +207,6 @@ class Loop:
             step.loss_mean, step.weight = verdict.loss_mean, verdict.weight
             self._count(step, verdict)
             hooks.fire(Callback.on_step_end, context, step)
-        if verdict.stop or verdict.save or verdict.preempt:
-            self._heed(self.micro_step.take_sent())
         return True
 
     def _normalise(self, factor: float) -> None:
@@ -245,7 +241,7 @@ class Loop:
         if not self._loss_weight:
             return
         context = self.context
-        with self._phase("agreeing on training metrics"):
+        with self.context.comm.lockstep(self._at("agreeing on training metrics")):
             for name, logged in context.logged.items():
                 for value in logged:
                     self.means.add(name, value, 1)
@@ -256,17 +252,17 @@ class Loop:
         values |= self.precision.values()
         self._loss_sum = self._loss_weight = 0.0
         context.metrics |= values
-        self._report("train", values)
+        self.journal.report("train", values)
 
     def _evaluate(self) -> None:
         context = self.context
         self._evaluated_at = context.progress.step
-        with self._phase("evaluation"):
+        with self.context.comm.lockstep(self._at("evaluation")):
             self.hooks.fire(Callback.on_eval_start, context)
             metrics = self.evaluate()
             self.hooks.fire(Callback.on_eval_end, context, metrics)
         context.metrics |= metrics
-        self._report("eval", metrics)
+        self.journal.report("eval", metrics)
         self._settle()
 
     def _save_once(self) -> None:
@@ -275,62 +271,26 @@ class Loop:
         if self._saved_at == step:
             return
         self._log()  # sums since the last report are in no checkpoint, so none may be open
-        with self._phase("saving a checkpoint"):
+        with self.context.comm.lockstep(self._at("saving a checkpoint")):
             self.hooks.fire(Callback.on_save, self.context)
             self.save(self.state_dict())
         self._saved_at = step
 
     def _settle(self) -> None:
-        """Agrees on what was requested since the last backward, and what is to be told."""
-        context, pending = self.context, self.context.request.pending
-        with self._phase("settling requests"):
-            asked = torch.tensor([bool(pending[kind]) for kind in pending], dtype=torch.int64)
-            if int(context.comm.all_reduce("requests", asked).sum()):
-                self._heed(self.micro_step.take_pending())
+        """Agrees on what was requested since the last backward."""
+        with self.context.comm.lockstep("settling requests"):
+            self._heed(self.agreement.settle())
 
-    def _heed(self, mine: dict[str, list[str]]) -> None:
-        """Gathers who asked for what; all ranks then know the same."""
-        with self._phase("gathering requests"):
-            by_rank = self.context.comm.gather_objects("reasons", mine)
-        for kind in mine:
-            reasons = [
-                f"{why} (asked by rank {rank})" if self.world_size > 1 else why
-                for rank, asked in enumerate(by_rank)
-                for why in asked[kind]
-            ]
-            if not reasons:
-                continue
-            if len({why for asked in by_rank for why in asked[kind]}) == 1 and all(
-                asked[kind] for asked in by_rank
-            ):
-                reasons = by_rank[0][kind][:1]  # all asked alike
-            if kind == "save":
-                self._save_asked = True
-            else:
-                self.preempted |= kind == "preempt"
-                self.stop_reason = self.stop_reason or "; ".join(reasons)
+    def _heed(self, agreed: Agreed) -> None:
+        self._save_asked |= agreed.save
+        self.preempted |= agreed.preempt
+        self.stop_reason = self.stop_reason or agreed.stop_reason
 
     # -- failures ---------------------------------------------------------------------------
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """A phase in which ranks meet only in comm's verbs: an error reaches all of them there."""
-        try:
-            yield
-        except (RemoteError, RankMismatch, CommError):
-            raise  # every rank has it
-        except Exception as error:
-            self.context.comm.fail(error, self.hooks.failed_in or name)
-            raise
-
-    @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
-        """A phase in which others may wait in the reduction: an error is left in the store."""
-        try:
-            yield
-        except Exception as error:
-            self.context.comm.record(error, self.hooks.failed_in or name)
-            raise
+    def _at(self, phase: str) -> Callable[[], str]:
+        """Where an error happened: in a hook, if one raised it, else in the phase."""
+        return lambda: self.hooks.failed_in or phase
 
     def _raise_failures(self) -> None:
         """The lane said that some rank failed; nothing was updated. Raises on every rank."""
@@ -339,38 +299,4 @@ class Loop:
             "failures in a step",
             None if trouble is None else trouble.error,
             "" if trouble is None else trouble.where,
-        )
-
-    # -- reports ----------------------------------------------------------------------------
-
-    def _report(self, kind: ReportKind, values: dict[str, float], text: str = "") -> None:
-        context, progress = self.context, self.context.progress
-        for note in context.notes:
-            self._send("message", {}, note)
-        context.notes.clear()
-        if kind in ("train", "eval"):
-            self.history.append({"step": progress.step, "epoch": progress.epoch, **values})
-        self._send(kind, values, text)
-
-    def tell(self, kind: ReportKind, text: str) -> None:
-        """Sends a text to the sinks.
-
-        Ranks: all, local; rank 0's reaches the sinks.
-        """
-        self._report(kind, {}, text)
-
-    def _send(self, kind: ReportKind, values: dict[str, float], text: str) -> None:
-        progress = self.context.progress
-        self.reporter.send(
-            Report(
-                kind=kind,
-                step=progress.step,
-                epoch=progress.epoch,
-                values=dict(values),  # callbacks may keep and change theirs
-                text=text,
-                seconds=time.perf_counter() - self._began,
-                samples=progress.samples - self._samples_before,
-                total_steps=progress.total_steps,
-                steps_per_epoch=progress.steps_per_epoch,
-            )
         )

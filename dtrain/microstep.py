@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dtrain.agreement import Agreement
 from dtrain.callback import Callback, Hooks
 from dtrain.data import EndOfStream, StepFeed
 from dtrain.errors import LossError
@@ -23,8 +24,6 @@ from dtrain.lane import Lane, Slot, idle
 from dtrain.metrics import Means, as_metrics
 from dtrain.precision import Precision
 from dtrain.state import Context, Loss, Step
-
-_SLOTS = {"stop": Slot.STOP, "save": Slot.SAVE, "preempt": Slot.PREEMPT}
 
 UserLoss = Callable[..., Loss | Tensor]
 LossFn = Callable[[nn.Module, Any, Context], Loss | Tensor]
@@ -48,6 +47,7 @@ class MicroStep(nn.Module):
         precision: the precision slot.
         hooks: the callbacks, for ``on_batch`` and ``on_loss``.
         context: what hooks get.
+        agreement: requests that the reduction is to carry.
         means: collects the loss function's metrics.
         find_unused: True where the reduction looks for unused parameters itself.
 
@@ -63,6 +63,7 @@ class MicroStep(nn.Module):
         precision: Precision,
         hooks: Hooks,
         context: Context,
+        agreement: Agreement,
         means: Means,
         find_unused: bool = False,
     ) -> None:
@@ -78,7 +79,7 @@ class MicroStep(nn.Module):
         self._context = context
         self._means = means
         self._find_unused = find_unused
-        self._sent: dict[str, list[str]] = {kind: [] for kind in _SLOTS}
+        self._agreement = agreement
         self._trainable = [p for p in model.parameters() if p.requires_grad]
 
     def forward(self, step: Step, feed: StepFeed, last: bool) -> Tensor | None:
@@ -95,31 +96,11 @@ class MicroStep(nn.Module):
         term = self._term(step, feed)
         if voice is None:
             return term
-        self._say_requests()
+        self._agreement.say(self.lane)
         if term is not None:
             return term + voice
         # With find_unused, gradients of zero would make AdamW decay an unused parameter.
         return voice if self._find_unused else voice + idle(self._trainable)
-
-    def take_sent(self) -> dict[str, list[str]]:
-        """Returns, once, the reasons of the requests that the last reduction carried."""
-        sent, self._sent = self._sent, {kind: [] for kind in self._sent}
-        return sent
-
-    def take_pending(self) -> dict[str, list[str]]:
-        """Returns, once, the reasons of the requests that no reduction has carried yet."""
-        pending = self._context.request.pending
-        taken = {kind: list(reasons) for kind, reasons in pending.items()}
-        for reasons in pending.values():
-            reasons.clear()
-        return taken
-
-    def _say_requests(self) -> None:
-        pending = self._context.request.pending
-        if pending["stop"] or pending["save"] or pending["preempt"]:
-            self._sent = self.take_pending()
-            for kind, slot in _SLOTS.items():
-                self.lane.say(slot, int(bool(self._sent[kind])))
 
     def _term(self, step: Step, feed: StepFeed) -> Tensor | None:
         """The weighted, scaled loss; None where this rank has nothing to say."""

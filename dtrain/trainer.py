@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.agreement import Agreement
 from dtrain.callback import (
     AccumulationSlot,
     Callback,
@@ -28,6 +29,7 @@ from dtrain.checks import check_optimizer, check_plan, check_same_model, check_s
 from dtrain.data import Data, Feed, MapFeed, StreamFeed, as_data
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.evaluation import evaluate, share_buffers
+from dtrain.journal import Journal
 from dtrain.lane import Lane
 from dtrain.loop import Loop, Plan
 from dtrain.metrics import Means
@@ -117,6 +119,7 @@ class Trainer:
         self._eval_fn = eval_fn
         self._means = Means("train", world.device)
         self._lane = Lane(self.model, rank=world.rank, size=world.size)
+        self._agreement = Agreement(self.context.request, world.comm, world.size)
         self._micro_step = MicroStep(
             self.model,
             loss_fn,
@@ -124,6 +127,7 @@ class Trainer:
             precision=self.precision,
             hooks=self.hooks,
             context=self.context,
+            agreement=self._agreement,
             means=self._means,
             find_unused=self._strategy.find_unused,
         )
@@ -232,7 +236,7 @@ class Trainer:
                 data = as_data(train, batch_size, shuffle=True)
                 evals = self._eval_feeds(eval_set, data.batch_size)
                 loop = self._assemble(plan, data, evals, reporter)
-                self._begin(loop, data, resume)
+                self._begin(loop, data, reporter, resume)
             loop.run()
             with self.world.comm.lockstep("the end of fit"):
                 self._finish(loop)
@@ -250,7 +254,7 @@ class Trainer:
             epochs=progress.epoch,
             stop_reason=loop.stop_reason,
             metrics=dict(self.context.metrics),
-            history=loop.history,
+            history=loop.journal.history,
             preempted=loop.preempted,
         )
 
@@ -340,14 +344,15 @@ class Trainer:
             precision=self.precision,
             optimizer=self.optimizer,
             means=self._means,
-            reporter=reporter,
+            agreement=self._agreement,
+            journal=Journal(self.context, reporter),
             world_size=self.world.size,
             evaluate=lambda: self._evaluate(evals),
             save=self._save,
             checkpoint=self._checkpoint,
         )
 
-    def _begin(self, loop: Loop, data: Data, resume: ResumeMode) -> None:
+    def _begin(self, loop: Loop, data: Data, reporter: Reporter, resume: ResumeMode) -> None:
         """Everything before the first step: resume, hooks, wrapping, the start block."""
         comm, context = self.world.comm, self.context
         saved = None if self._live else self._find_saved(loop.plan, resume)
@@ -358,20 +363,20 @@ class Trainer:
                 "run's beginning, so ask for more"
             )
         state = {} if saved is None else self._snapshot.restore_model(saved)
-        comm.on_main("open sinks", loop.reporter.open)
+        comm.on_main("open sinks", reporter.open)
         self.hooks.fire(Callback.on_fit_start, context)
         if saved is not None:
             self._snapshot.restore_rest(saved, state, self._seed_rank)
             loop.load_state_dict(state["loop"])
+            loop.journal = Journal(context, reporter)  # counts from here
         elif not self._live:
             self._seed_rank()
         if not self._live:
             self._strategy.wrap(self._micro_step, self.world)
         self._live = True
         comm.on_main("status", lambda: self._write_status("running"))
-        loop.tell(
-            "start", describe_start(self.model, self.precision, self.world, data, loop, self._split)
-        )
+        words = describe_start(self.model, self.precision, self.world, data, loop, self._split)
+        loop.journal.report("start", {}, words)
 
     def _find_saved(self, plan: Plan, resume: ResumeMode) -> Saved | None:
         """Returns the checkpoint to go on from, if there is one and the user wants it."""
@@ -398,7 +403,7 @@ class Trainer:
     def _finish(self, loop: Loop) -> None:
         state: status.State = "preempted" if loop.preempted else "finished"
         self.world.comm.on_main("status", lambda: self._write_status(state, loop.stop_reason))
-        loop.tell("end", describe_end(state, loop))
+        loop.journal.report("end", {}, describe_end(state, loop))
 
     def _fail(self, loop: Loop | None, error: BaseException) -> None:
         """What a rank does on its own before ``fit`` raises: no other rank is waited for."""

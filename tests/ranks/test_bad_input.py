@@ -36,7 +36,7 @@ from dtrain.sinks import JSONLines
 from dtrain.testing import run_outcomes, run_processes
 
 # A hang is a failure: a launch takes a second, all cases of a table a few.
-TIMEOUT_S = 30.0
+TIMEOUT_S = 15.0
 FEATURES = 3
 HERE = Path(__file__).name
 
@@ -695,3 +695,58 @@ def test_a_failure_in_a_step_reaches_all_ranks_in_that_step(failed, name, who):
         for error in errors:
             assert_told(error, failure.kind, failure.words)
     assert unchanged == (True, True)  # by the failed step
+
+
+# -- a hook that raises on one rank ----------------------------------------------------------------
+
+
+def raise_in(hook, ranks):
+    """A callback that raises in ``hook`` on ``ranks``: in the steps' hooks, in the third step."""
+
+    def raises(self, ctx, *args):
+        in_a_step = args and hook not in ("on_eval_batch", "on_eval_end")
+        if rank() in ranks and (not in_a_step or args[0].number == 2):
+            raise ValueError(f"planted in {hook}")
+
+    return type("Raises", (dtrain.Callback,), {hook: raises})()
+
+
+def run_into(hook, ranks, folder):
+    callbacks = [raise_in(hook, ranks), Checkpoint(every_epochs=1)]
+    return fit(callbacks=callbacks, run_dir=folder, eval_set=dataset(8))
+
+
+# From the hook to the step that messages name: the last one that was begun.
+HOOKS = {
+    "on_fit_start": 0,
+    "on_epoch_start": 0,
+    "on_step_start": 2,
+    "on_batch": 2,
+    "on_loss": 2,
+    "on_grads_ready": 2,
+    "on_step_end": 2,
+    "on_eval_start": 3,
+    "on_eval_batch": 3,
+    "on_eval_end": 3,
+    "on_save": 3,
+    "on_epoch_end": 3,
+    "on_fit_end": 7,
+}
+
+
+def test_every_hook_is_in_the_table():
+    hooks = [name for name in vars(dtrain.Callback) if name.startswith("on_")]
+    assert [*HOOKS, "on_error"] == hooks
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_raises_on_one_rank_ends_all(tmp_path, hook, failing):
+    found = outcomes(run_into, hook, (failing,), tmp_path)
+    assert_failed(found, failing, ValueError, ("planted",), hook, HOOKS[hook])
+
+
+@pytest.mark.parametrize("hook", ["on_epoch_start", "on_step_end", "on_loss", "on_eval_start"])
+def test_each_rank_raises_its_own_error(tmp_path, hook):
+    for error in outcomes(run_into, hook, (0, 1), tmp_path):
+        assert_told(error, ValueError, (f"planted in {hook}",))

@@ -1,0 +1,99 @@
+"""From what one rank requests to what all ranks do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dtrain.comm import Comm
+from dtrain.lane import Lane, Slot
+from dtrain.state import Request
+
+Reasons = dict[str, list[str]]
+
+_SLOTS = {"stop": Slot.STOP, "save": Slot.SAVE, "preempt": Slot.PREEMPT}
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks do. Equal on all of them.
+
+    Attributes:
+        save: make a checkpoint.
+        preempt: save and leave; the run is to be continued.
+        stop_reason: why to stop, or nothing.
+    """
+
+    save: bool = False
+    preempt: bool = False
+    stop_reason: str = ""
+
+
+class Agreement:
+    """Carries requests to all ranks: in the lane during a step, in a verb between steps.
+
+    Only counts travel in the lane. Reasons are gathered as text once somebody asked.
+
+    Ranks: all.
+    """
+
+    def __init__(self, request: Request, comm: Comm, world_size: int) -> None:
+        self._request = request
+        self._comm = comm
+        self._world_size = world_size
+        self._carried: Reasons = {}
+
+    def say(self, lane: Lane) -> None:
+        """Puts what is pending into the lane, for the reduction that comes next.
+
+        Ranks: all, local.
+        """
+        pending = self._request.pending
+        if pending["stop"] or pending["save"] or pending["preempt"]:
+            self._carried = self._take()
+            for kind, slot in _SLOTS.items():
+                lane.say(slot, int(bool(self._carried[kind])))
+
+    def carried(self) -> Agreed:
+        """Returns what the lane's votes amount to; called where any rank has voted.
+
+        Ranks: all, communicates.
+        """
+        mine, self._carried = self._carried, {}
+        return self._gather(mine)
+
+    def settle(self) -> Agreed:
+        """Returns what was requested since the last reduction.
+
+        Ranks: all, communicates.
+        """
+        pending = self._request.pending
+        asked = torch.tensor(sum(map(len, pending.values())))
+        if not int(self._comm.all_reduce("requests", asked)):
+            return Agreed()
+        return self._gather(self._take())
+
+    def _take(self) -> Reasons:
+        taken = {kind: list(reasons) for kind, reasons in self._request.pending.items()}
+        for reasons in self._request.pending.values():
+            reasons.clear()
+        return taken
+
+    def _gather(self, mine: Reasons) -> Agreed:
+        by_rank = self._comm.gather_objects("reasons", mine)
+        preempt, stop = self._words(by_rank, "preempt"), self._words(by_rank, "stop")
+        return Agreed(
+            save=any(reasons.get("save") for reasons in by_rank),
+            preempt=bool(preempt),
+            stop_reason=preempt or stop,
+        )
+
+    def _words(self, by_rank: list[Reasons], kind: str) -> str:
+        """Who asked, and why; once, where all ranks asked for the same reason."""
+        asked = [reasons.get(kind, []) for reasons in by_rank]
+        if asked[0] and all(reasons == asked[0] for reasons in asked):
+            return "; ".join(asked[0])
+        return "; ".join(
+            f"{why} (asked by rank {rank})" for rank, reasons in enumerate(asked) for why in reasons
+        )

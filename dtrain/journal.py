@@ -1,0 +1,49 @@
+"""What a run reports: to the sinks, and to whoever called ``fit``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from dtrain.reporting import Reporter
+from dtrain.state import Context, Report, ReportKind
+
+
+class Journal:
+    """Turns figures into reports: puts step, epoch and time to them, and keeps a history.
+
+    Ranks: all, local; rank 0's reach the sinks.
+    """
+
+    def __init__(self, context: Context, reporter: Reporter) -> None:
+        self.history: list[dict[str, float]] = []
+        self._context = context
+        self._reporter = reporter
+        self._began = time.perf_counter()
+        self._samples_before = context.progress.samples
+
+    def report(self, kind: ReportKind, values: Mapping[str, float], text: str = "") -> None:
+        """Sends figures or a text to the sinks, after what callbacks had to say."""
+        progress = self._context.progress
+        for note in self._context.notes:
+            self._send("message", {}, note)
+        self._context.notes.clear()
+        if kind in ("train", "eval"):
+            self.history.append({"step": progress.step, "epoch": progress.epoch, **values})
+        self._send(kind, values, text)
+
+    def _send(self, kind: ReportKind, values: Mapping[str, float], text: str) -> None:
+        progress = self._context.progress
+        self._reporter.send(
+            Report(
+                kind=kind,
+                step=progress.step,
+                epoch=progress.epoch,
+                values=dict(values),  # callbacks may keep and change theirs
+                text=text,
+                seconds=time.perf_counter() - self._began,
+                samples=progress.samples - self._samples_before,
+                total_steps=progress.total_steps,
+                steps_per_epoch=progress.steps_per_epoch,
+            )
+        )

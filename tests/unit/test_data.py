@@ -1,0 +1,396 @@
+"""What to train on, and how it reaches the ranks."""
+
+import ast
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+from dtrain.comm import Comm
+from dtrain.data import Data, EndOfStream, MapFeed, Sequential, Shuffled, StreamFeed, as_data
+from dtrain.data.feed import Feed, Split, fetch
+from dtrain.data.shares import split_share
+from dtrain.errors import ConfigError, DataError
+from dtrain.world import World
+
+SEED = 3
+
+
+def world(rank: int = 0, size: int = 1) -> World:
+    return World(rank, rank, size, "here", torch.device("cpu"), "none", "solo", 0, Comm())
+
+
+def numbers(length: int) -> TensorDataset:
+    return TensorDataset(torch.arange(length))
+
+
+def whole(share: int) -> list[int]:
+    return [share]
+
+
+def in_three(share: int) -> list[int]:
+    return split_share(share, steps=3)
+
+
+def take(feed: Feed, epoch: int = 0, first_step: int = 0) -> list[list[tuple[Any, int]]]:
+    """Returns the micro-batches and their sizes, by step."""
+    steps = []
+    for step in feed.epoch(epoch, first_step):
+        micros = [micro for _ in range(step.micros) if (micro := step.next()) is not None]
+        assert step.next() is None
+        steps.append(micros)
+    return steps
+
+
+def rows(feed: Feed, epoch: int = 0, first_step: int = 0) -> list[list[int]]:
+    """Returns the samples of a rank, by step, where a sample is its own number."""
+    steps = take(feed, epoch, first_step)
+    for micros in steps:
+        assert [len(batch[0]) for batch, _ in micros] == [size for _, size in micros]
+    return [[n for batch, _ in micros for n in batch[0].tolist()] for micros in steps]
+
+
+# ----------------------------------------------------------------------------- Data
+
+
+class Samples:
+    """A map-style dataset that is no torch Dataset, and not iterable."""
+
+    def __init__(self, length: int = 6) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, row: int) -> tuple[Tensor, str]:
+        return torch.tensor([float(row)]), f"sample {row}"
+
+
+class Batches(IterableDataset):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(12.0).split(2))
+
+
+class SizedBatches(Batches):
+    def __len__(self) -> int:
+        return 6
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Data(numbers(6)), ConfigError, ["TensorDataset has samples", "pass batch_size"]),
+        (lambda: Data(Samples()), ConfigError, ["Samples has samples", "pass batch_size"]),
+        (lambda: Data(7), DataError, ["cannot train on int", "nor an iterable"]),
+        (lambda: Data([1], drop_last=True), ConfigError, ["drop_last", "map-style"]),
+        (lambda: Data([1], num_workers=1), ConfigError, ["num_workers", "map-style"]),
+        (lambda: Data([1], collate_fn=list), ConfigError, ["collate_fn", "map-style"]),
+        (lambda: Data([1], order=Sequential(1)), ConfigError, ["order", "map-style"]),
+        (lambda: Data(numbers(6), 0), ConfigError, ["batch_size=0", "1 or more"]),
+        (lambda: Data(numbers(6), True), ConfigError, ["batch_size=True"]),
+        (lambda: Data(numbers(6), 1.5), ConfigError, ["batch_size=1.5", "whole number"]),
+        (lambda: Data(numbers(6), 2, num_workers=-1), ConfigError, ["num_workers=-1"]),
+        (lambda: Data(numbers(6), 2, prefetch=-1), ConfigError, ["prefetch=-1"]),
+        (lambda: Data(Batches(), 2), ConfigError, ["Batches is an iterable", "batch_size out"]),
+        (lambda: Data(SizedBatches(), 2), ConfigError, ["SizedBatches is an iterable"]),
+        (lambda: Data(iter([1]), 2), ConfigError, ["list_iterator is an iterable"]),
+        (lambda: Data(numbers(0), 2), DataError, ["TensorDataset", "is empty"]),
+        (lambda: Data(numbers(6), 2, order=Sequential(0)), DataError, ["Sequential", "is empty"]),
+        (lambda: Data(numbers(6), 7, drop_last=True), DataError, ["6 samples", "a batch 7"]),
+        (lambda: Data(numbers(6), 3, drop_last=True, order=Sequential(2)), DataError, ["2 samp"]),
+        (lambda: as_data(Data([1]), 4, shuffle=True), ConfigError, ["batch_size", "stream|ready"]),
+        (lambda: as_data(Data(numbers(6), 2), 4, shuffle=True), ConfigError, ["4 here and 2 in"]),
+        (lambda: Data(DataLoader(Batches(), 2), 2), ConfigError, ["leave it out"]),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    make: Callable[[], Data], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as raised:
+        make()
+    for word in words:
+        assert any(part in str(raised.value) for part in word.split("|")), word
+
+
+def test_what_works() -> None:
+    assert Data([torch.ones(2)]).is_stream
+    assert Data(Batches()).is_stream
+    assert Data(DataLoader(Batches(), batch_size=None)).is_stream
+    assert not Data(numbers(6), 6, drop_last=True).is_stream
+    assert not Data(Samples(), 2).is_stream
+    assert not Data([1, 2, 3], 2).is_stream  # a list has __len__ and __getitem__
+    data = Data(numbers(6), 2)
+    assert as_data(data, None, shuffle=False) is data
+    assert as_data(data, 2, shuffle=False) is data
+    assert not as_data(numbers(6), 4, shuffle=False).shuffle
+
+
+def first(samples: list[Any]) -> Any:
+    return samples[0]
+
+
+@pytest.mark.parametrize(
+    ("loader", "told"),
+    [
+        (
+            DataLoader(numbers(6), 16, shuffle=True),
+            "dtrain.Data(tensordataset, batch_size=16 * world.size)",
+        ),
+        (
+            DataLoader(numbers(6), 4, drop_last=True, collate_fn=first, num_workers=2),
+            "dtrain.Data(tensordataset, batch_size=4 * world.size, shuffle=False, drop_last=True, "
+            "collate_fn=first, num_workers=2)",
+        ),
+        (
+            DataLoader(numbers(6), batch_sampler=[[0, 1]]),
+            "dtrain.Data(tensordataset, batch_size=... * world.size, shuffle=False)",
+        ),
+        (
+            DataLoader(Samples(), 2, shuffle=True, collate_fn=lambda samples: samples),
+            "dtrain.Data(samples, batch_size=2 * world.size, collate_fn=...)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_a_loader_is_refused_with_what_to_write_instead(
+    loader: DataLoader[Any], told: str, batch_size: int | None
+) -> None:
+    with pytest.raises(ConfigError, match="give every rank all of the data") as raised:
+        Data(loader, batch_size)
+    assert f"    {told}\n" in str(raised.value)
+    ast.parse(told)  # to be pasted, it must be Python
+
+
+def test_a_loader_with_a_sampler_is_told_that_its_order_needs_a_word() -> None:
+    loader = DataLoader(numbers(6), 2, sampler=WeightedRandomSampler([1.0] * 6, 6))
+    with pytest.raises(ConfigError, match="order="):
+        Data(loader)
+
+
+# ----------------------------------------------------------------------------- MapFeed
+
+
+@pytest.mark.parametrize("split", [whole, in_three])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(
+    ("length", "batch", "drop_last", "sizes"),
+    [
+        (24, 8, False, [8, 8, 8]),
+        (30, 8, False, [8, 8, 8, 6]),  # the last is ragged
+        (25, 8, False, [8, 8, 8, 1]),  # and leaves most ranks without a sample
+        (30, 8, True, [8, 8, 8]),
+        (10, 3, False, [3, 3, 3, 1]),  # smaller than four ranks
+        (2, 8, False, [2]),
+        (5, 1, False, [1] * 5),
+    ],
+)
+def test_ranks_share_the_batches_of_one(
+    length: int, batch: int, drop_last: bool, sizes: list[int], shuffle: bool, split: Split
+) -> None:
+    data = Data(numbers(length), batch, shuffle=shuffle, drop_last=drop_last)
+    for epoch in (0, 1):
+        one = rows(MapFeed(data, world(), whole, SEED), epoch)
+        assert [len(step) for step in one] == sizes
+        order = Shuffled(length, SEED) if shuffle else Sequential(length)
+        assert sum(one, []) == order.indices(epoch, 0, sum(sizes)).tolist()
+        for size in (1, 2, 3, 4):
+            feeds = [MapFeed(data, world(rank, size), split, SEED) for rank in range(size)]
+            assert {feed.steps_per_epoch for feed in feeds} == {len(sizes)}
+            assert {feed.samples for feed in feeds} == {sum(sizes)}
+            parts = [rows(feed, epoch) for feed in feeds]
+            for step, together in enumerate(one):
+                assert [n for part in parts for n in part[step]] == together
+                lengths = [len(part[step]) for part in parts]
+                assert max(lengths) - min(lengths) <= 1
+
+
+def test_micro_batches_are_the_splits_of_a_share() -> None:
+    data = Data(numbers(15), 10, shuffle=False)
+    steps = take(MapFeed(data, world(1, 2), in_three, SEED))
+    assert [[batch[0].tolist() for batch, _ in micros] for micros in steps] == [
+        [[5, 6], [7, 8], [9]],
+        [[13], [14]],
+    ]
+
+
+def test_a_rank_without_samples_takes_part_idle() -> None:
+    feed = MapFeed(Data(numbers(2), 2), world(2, 3), whole, SEED)
+    (step,) = feed.epoch(0, 0)
+    assert step.micros == 1
+    assert step.next() is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_goes_on_in_the_middle(workers: int) -> None:
+    data = Data(numbers(30), 8, num_workers=workers)
+    feed = MapFeed(data, world(1, 2), in_three, SEED)
+    plain = MapFeed(Data(numbers(30), 8), world(1, 2), in_three, SEED)
+    for epoch in (0, 1):
+        for first_step in (2, 0, 3, 1, 4):
+            assert rows(feed, epoch, first_step) == rows(plain, epoch)[first_step:]
+        next(iter(feed.epoch(epoch, 0))).next()  # left in the middle, as by a stop
+
+
+def test_a_user_order_takes_the_place_of_shuffle() -> None:
+    class Backwards:
+        def __len__(self) -> int:
+            return 4
+
+        def indices(self, epoch: int, start: int, stop: int) -> Any:
+            return Sequential(10).indices(epoch, start, stop)[::1] * -1 + 9
+
+    feed = MapFeed(Data(numbers(10), 3, order=Backwards()), world(), whole, SEED)
+    assert rows(feed) == [[9, 8, 7], [6]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_collate_fn_makes_the_batch(workers: int) -> None:
+    def join(samples: list[tuple[Tensor, str]]) -> dict[str, Any]:
+        return {"x": torch.stack([x[0] for x, _ in samples]), "names": [n for _, n in samples]}
+
+    data = Data(Samples(5), 3, shuffle=False, collate_fn=join, num_workers=workers)
+    steps = take(MapFeed(data, world(), whole, SEED))
+    assert [(b["x"].tolist(), b["names"], n) for micros in steps for b, n in micros] == [
+        ([0, 1, 2], ["sample 0", "sample 1", "sample 2"], 3),
+        ([3, 4], ["sample 3", "sample 4"], 2),
+    ]
+
+
+class Noisy(Dataset):
+    """Each sample comes with noise, as an augmentation adds it."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, row: int) -> Tensor:
+        return torch.cat([torch.tensor([float(row)]), torch.rand(1)])
+
+
+def noise(feed: MapFeed, epoch: int, first_step: int = 0) -> list[list[float]]:
+    return [row for micros in take(feed, epoch, first_step) for b, _ in micros for row in b.tolist()]
+
+
+def test_noise_of_workers_is_drawn_from_the_seed() -> None:
+    data = Data(Noisy(), 4, num_workers=1)
+    zero, one = (noise(MapFeed(data, world(), whole, seed), 0) for seed in (0, 1))
+    assert noise(MapFeed(data, world(), whole, 0), 0) == zero
+    assert len({value for _, value in zero + one}) == 24  # none is drawn twice
+
+
+@pytest.mark.parametrize(("epoch", "first_step"), [(1, 0), (0, 1)])
+def test_noise_of_workers_is_the_same_after_a_restart(epoch: int, first_step: int) -> None:
+    """A resumed run has new workers; one that was never stopped has had them for a while."""
+    data = Data(Noisy(), 4, num_workers=1)
+    feed = MapFeed(data, world(), whole, SEED)
+    unbroken = [noise(feed, 0), noise(feed, 1)][epoch][4 * first_step :]
+    resumed = noise(MapFeed(data, world(), whole, SEED), epoch, first_step)
+    assert resumed == unbroken
+
+
+# ----------------------------------------------------------------------------- fetch
+
+
+def test_fetching_whole_equals_collating() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dataset = TensorDataset(
+        torch.randn(9, 3, 2, generator=generator), torch.arange(9), torch.rand(9) < 0.5
+    )
+    for chosen in ([0], [3, 1, 8, 1], list(range(9))):
+        fast = fetch(dataset, chosen, None)
+        slow = default_collate([dataset[row] for row in chosen])
+        assert type(fast) is type(slow) is list
+        for one, other in zip(fast, slow, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+    assert fetch(dataset, [2, 0], lambda samples: [int(s[1]) for s in samples]) == [2, 0]
+
+
+def test_a_subclass_of_tensor_dataset_is_asked_itself() -> None:
+    class Doubled(TensorDataset):
+        def __getitem__(self, row: int) -> Any:
+            return tuple(2 * tensor for tensor in super().__getitem__(row))
+
+    (batch,) = fetch(Doubled(torch.arange(5)), [4, 2], None)
+    assert batch.tolist() == [8, 4]
+
+
+def test_getitems_is_asked_for_all_rows_at_once() -> None:
+    asked: list[list[int]] = []
+
+    class Bulk(Samples):
+        def __getitem__(self, row: int) -> Any:
+            raise AssertionError("one by one")
+
+        def __getitems__(self, rows: list[int]) -> list[int]:
+            asked.append(rows)
+            return [10 * row for row in rows]
+
+    feed = MapFeed(Data(Bulk(5), 3, shuffle=False), world(), whole, SEED)
+    assert [batch.tolist() for micros in take(feed) for batch, _ in micros] == [[0, 10, 20], [30, 40]]
+    assert asked == [[0, 1, 2], [3, 4]]
+
+
+# ----------------------------------------------------------------------------- StreamFeed
+
+
+def stream(feed: StreamFeed, steps: int, first_step: int = 0) -> list[list[tuple[Any, int]]]:
+    return [
+        [step.next() for _ in range(step.micros)]
+        for step in islice(feed.epoch(0, first_step), steps)
+    ]
+
+
+def test_consecutive_batches_of_a_stream_make_a_step() -> None:
+    feed = StreamFeed(Data(Batches()), world(), 2)
+    assert feed.steps_per_epoch is None
+    steps = stream(feed, 3)
+    assert [[(b.tolist(), n) for b, n in step] for step in steps] == [
+        [([0, 1], 2), ([2, 3], 2)],
+        [([4, 5], 2), ([6, 7], 2)],
+        [([8, 9], 2), ([10, 11], 2)],
+    ]
+    # Each epoch asks the iterable anew, and a resume goes on in the middle.
+    assert [b.tolist() for b, _ in stream(feed, 1, first_step=2)[0]] == [[8, 9], [10, 11]]
+
+
+def test_the_end_of_a_stream_is_told_each_time() -> None:
+    steps = StreamFeed(Data([torch.ones(3)]), world(), 2).epoch(0, 0)
+    step = next(steps)
+    assert step.micros == 2
+    assert step.next()[1] == 3
+    for again in (step, next(steps), next(steps)):
+        with pytest.raises(EndOfStream):
+            again.next()
+    with pytest.raises(EndOfStream):  # resumed beyond its end
+        next(StreamFeed(Data([torch.ones(3)]), world(), 2).epoch(0, 9)).next()
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.ones(5, 2),
+        [torch.ones(5), torch.ones(1)],
+        {"x": (torch.ones(5),), "name": ["a"]},
+        {"name": ["a", "b", "c", "d", "e"], "x": torch.ones(5)},  # the tensor comes last
+    ],
+)
+def test_the_samples_of_a_ready_batch_are_counted(batch: Any) -> None:
+    assert stream(StreamFeed(Data([batch]), world(), 1), 1)[0][0][1] == 5
+
+
+@pytest.mark.parametrize("batch", ["text", 3, None, ["a"], [], {}, torch.tensor(1.0)])
+def test_a_ready_batch_without_a_countable_tensor_is_refused(batch: Any) -> None:
+    step = next(StreamFeed(Data([batch]), world(), 1).epoch(0, 0))
+    with pytest.raises(DataError, match=type(batch).__name__):
+        step.next()
