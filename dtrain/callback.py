@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from dtrain.errors import ConfigError
 from dtrain.precision import Precision
@@ -155,8 +155,14 @@ class Sink:
 
     Override :meth:`write`; it is handed frozen numbers and can reach no other rank.
 
+    Attributes:
+        on_error: ``"warn"``: a failure is reported once, the sink left out, and the training
+            goes on; ``"raise"``: the run ends on all ranks at the next sync point.
+
     Ranks: rank 0 only.
     """
+
+    on_error: Literal["warn", "raise"] = "warn"
 
     def open(self, run_dir: Path | None) -> None:
         """The run begins; ``run_dir`` is its folder, or None where it keeps no files."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 from torch.optim import Optimizer
 
@@ -16,6 +20,24 @@ Shapes = list[tuple[str, list[int], str]]
 def shapes_of(model: nn.Module) -> Shapes:
     """Returns name, shape and dtype of each parameter and buffer."""
     return [(name, list(t.shape), str(t.dtype)) for name, t in model.state_dict().items()]
+
+
+def check_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the user's settings as a dict of JSON values.
+
+    Raises:
+        ConfigError: they are not.
+
+    Ranks: all, local.
+    """
+    try:
+        # Through JSON and back: what is kept is what can be read again.
+        values: object = json.loads(json.dumps(config if config is not None else {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"Trainer(config=...) must hold JSON values only: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"Trainer(config=...) must be a dict, not {type(config).__name__}")
+    return values
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
@@ -88,7 +110,11 @@ def check_same_plan(plan: Plan, steps_per_epoch: int | None, comm: Comm) -> None
 
 
 def check_plan(
-    epochs: int | None, max_steps: int | None, eval_every: int | str | None, log_every: int
+    epochs: int | None,
+    max_steps: int | None,
+    eval_every: int | str | None,
+    log_every: int,
+    eval_first: bool,
 ) -> Plan:
     """Returns the plan that ``fit``'s arguments make.
 
@@ -105,4 +131,4 @@ def check_plan(
     by_steps = isinstance(eval_every, int) and eval_every >= 1
     if not (eval_every is None or eval_every == "epoch" or by_steps):
         raise ConfigError(f"eval_every={eval_every!r}: 'epoch', a number of steps, or None")
-    return Plan(epochs, max_steps, eval_every, log_every)
+    return Plan(epochs, max_steps, eval_every, log_every, eval_first)

@@ -11,6 +11,7 @@
     ├── RemoteError       another rank failed, and this one stopped with it
     ├── CommError         ranks can no longer reach one another
     ├── UnusedParameters  the model has parameters that no gradient reached
+    ├── SinkError         a sink failed that was to stop the run if it does
     └── CheckpointError   a checkpoint cannot be written or read
         └── ResumeError   the run in run_dir cannot be continued as asked
 """
@@ -56,6 +57,10 @@ class CommError(DtrainError):
 
 class UnusedParameters(DtrainError):
     """Parameters that no gradient reached; the message names them."""
+
+
+class SinkError(DtrainError):
+    """A sink failed whose ``on_error`` is ``"raise"``."""
 
 
 class CheckpointError(DtrainError):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from dtrain.reporting import Reporter
-from dtrain.state import Context, Report, ReportKind
+from dtrain.state import Context, Report, ReportKind, Shown
 
 
 class Journal:
@@ -22,17 +23,45 @@ class Journal:
         self._began = time.perf_counter()
         self._samples_before = context.progress.samples
 
-    def report(self, kind: ReportKind, values: Mapping[str, float], text: str = "") -> None:
+    def check(self) -> None:
+        """Raises if a sink failed that must not.
+
+        Raises:
+            SinkError: on rank 0.
+
+        Ranks: all, local; inside a phase in which an error reaches all ranks.
+        """
+        self._reporter.check()
+
+    def report(
+        self,
+        kind: ReportKind,
+        values: Mapping[str, float],
+        text: str = "",
+        *,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         """Sends figures or a text to the sinks, after what callbacks had to say."""
         progress = self._context.progress
         for note in self._context.notes:
             self._send("message", {}, note)
         self._context.notes.clear()
+        for shown in self._context.shown:
+            self._send("sample", {}, shown.text, sample=shown)
+        self._context.shown.clear()
         if kind in ("train", "eval"):
             self.history.append({"step": progress.step, "epoch": progress.epoch, **values})
-        self._send(kind, values, text)
+        self._send(kind, values, text, config=config)
 
-    def _send(self, kind: ReportKind, values: Mapping[str, float], text: str) -> None:
+    def _send(
+        self,
+        kind: ReportKind,
+        values: Mapping[str, float],
+        text: str,
+        *,
+        config: Mapping[str, Any] | None = None,
+        sample: Shown | None = None,
+    ) -> None:
         progress = self._context.progress
         self._reporter.send(
             Report(
@@ -45,5 +74,7 @@ class Journal:
                 samples=progress.samples - self._samples_before,
                 total_steps=progress.total_steps,
                 steps_per_epoch=progress.steps_per_epoch,
+                config=config or {},
+                sample=sample,
             )
         )

@@ -38,12 +38,14 @@ class Plan:
         max_steps: global steps in all, or None.
         eval_every: ``"epoch"``, or every so many steps; None never evaluates.
         log_every: training figures are agreed and reported every so many steps.
+        eval_first: evaluate before the first step, too.
     """
 
     epochs: int | None
     max_steps: int | None
     eval_every: int | str | None
     log_every: int
+    eval_first: bool = False
 
     def fulfilled_by(self, progress: Progress) -> str:
         """Returns why ``progress`` is all that was planned, or nothing where it is not."""
@@ -111,6 +113,8 @@ class Loop:
         Ranks: all, communicates.
         """
         progress = self.context.progress
+        if self.plan.eval_first and not progress.step and self.plan.eval_every:
+            self._evaluate()
         while not self._finished():
             self._run_epoch()
         if not self.preempted and self.plan.eval_every and self._evaluated_at != progress.step:
@@ -132,6 +136,7 @@ class Loop:
         if not self.epoch_evaluated:
             with self.context.comm.lockstep(self._at("the start of an epoch")):
                 self.hooks.fire(Callback.on_epoch_start, context)
+                self.strategy.refresh()  # a callback may have frozen something
             for step_feed in self.feed.epoch(progress.epoch, progress.step_in_epoch):
                 if not self._step(step_feed):
                     break  # every rank's stream has ended
@@ -199,12 +204,17 @@ class Loop:
         if verdict.exhausted == self.world_size:
             return False
         with context.comm.alone(self._at("a training step")):
+            step.loss_mean, step.weight = verdict.loss_mean, verdict.weight
+            step.nonfinite = verdict.nonfinite
             if verdict.weight > 0:
                 self.precision.unscale(self.optimizer)
                 self._normalise(verdict.factor)
                 hooks.fire(Callback.on_grads_ready, context, step)
-                step.applied = self.precision.step(self.optimizer)
-            step.loss_mean, step.weight = verdict.loss_mean, verdict.weight
+                if step.vetoed:
+                    self.precision.skip()
+                    context.log("vetoed", 1 / self.world_size, "sum")
+                else:
+                    step.applied = self.precision.step(self.optimizer)
             self._count(step, verdict)
             hooks.fire(Callback.on_step_end, context, step)
         return True
@@ -232,7 +242,7 @@ class Loop:
             self._warned_nonfinite = True
             self.context.say(f"warning: the loss is not finite at step {step.number}")
         if verdict.skipped:
-            self.context.log("skipped", verdict.skipped)
+            self.context.log("skipped", verdict.skipped / self.world_size, "sum")
 
     # -- sync points: what is agreed between steps ----------------------------------------------
 
@@ -243,9 +253,9 @@ class Loop:
         context = self.context
         with self.context.comm.lockstep(self._at("agreeing on training metrics")):
             for name, logged in context.logged.items():
-                for value in logged:
-                    self.means.add(name, value, 1)
+                self.means.add_logged(name, logged.values, logged.reduce)
             context.logged.clear()
+            self.journal.check()
             values = {"train/loss": self._loss_sum / self._loss_weight}
             values |= self.means.agree(context.comm)
         values["lr"] = float(self.optimizer.param_groups[0]["lr"])

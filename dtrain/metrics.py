@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dtrain import metric_objects
 from dtrain.comm import Comm
 from dtrain.errors import LossError
-from dtrain.state import Mean, Number
+from dtrain.metric_objects import MetricObject
+from dtrain.state import Mean, Number, Reduce
+
+Metric = Number | Mean | MetricObject
 
 
 class Means:
-    """Named weighted means over micro-batches and, once agreed, over ranks.
+    """Named metrics over micro-batches and, once agreed, over ranks.
 
     Nothing is read from the device before :meth:`agree`.
 
@@ -29,10 +34,12 @@ class Means:
         self._on_cpu = device.type == "cpu"
         self._sums: dict[str, list[float]] = {}
         self._device_sums: dict[str, Tensor] = {}
-        self._names: list[str] = []
+        self._reduce: dict[str, Reduce] = {}
+        self._objects: dict[str, MetricObject] = {}
+        self._names: list[str] = []  # agreed
 
-    def add(self, name: str, value: Number | Mean, weight: Number) -> None:
-        """Adds a mean over ``weight`` units, or a :class:`Mean`, which has its own.
+    def add(self, name: str, value: Metric, weight: Number) -> None:
+        """Adds a mean over ``weight`` units; or a :class:`Mean` or object, with its own.
 
         A value with weight 0 counts for nothing, even if it is NaN.
 
@@ -43,10 +50,13 @@ class Means:
         """
         if isinstance(value, Mean):
             total, units = value.total, value.weight
-        else:
+        elif isinstance(value, Tensor | Real):
             _check_number(name, value)
             units = weight
             total = value * weight
+        else:
+            self._add_object(name, value)
+            return
         _check_number(name, total)
         _check_number(name, units)
         if self._on_cpu:
@@ -66,34 +76,86 @@ class Means:
         seen = self._device_sums.get(name)
         self._device_sums[name] = both if seen is None else seen + both
 
+    def add_logged(self, name: str, values: list[Number], reduce: Reduce) -> None:
+        """Adds what was logged under a name since the last sync point.
+
+        Raises:
+            LossError: a value is no number.
+
+        Ranks: all, local.
+        """
+        self._reduce[name] = reduce
+        for value in values:
+            _check_number(name, value)
+        if reduce == "last":
+            values = values[-1:]
+        if reduce == "max":
+            values = [torch.stack([torch.as_tensor(value) for value in values]).max()]
+        for value in values:
+            self.add(name, value, 1)
+
+    def _add_object(self, name: str, value: Any) -> None:
+        parts = value.items() if hasattr(value, "items") else [("", value)]
+        for key, part in parts:  # a MetricCollection is several
+            if not isinstance(part, MetricObject):
+                raise LossError(
+                    f"metric {name!r} is {part!r}; a metric is a number, a 0-dim tensor, "
+                    "dtrain.Mean(total, weight) or a torchmetrics object"
+                )
+            self._objects[f"{name}/{key}" if key else name] = part
+
     def agree(self, comm: Comm) -> dict[str, float]:
-        """Returns each mean over all ranks, in the order of first use, and starts anew.
+        """Returns each metric over all ranks, in the order of first use, and starts anew.
 
         A rank that had no data, or did not report a name, contributes nothing to it.
 
-        Ranks: all, communicates: one packed reduction, and an exchange when a name is new.
+        Ranks: all, communicates: one packed reduction; an exchange when a name is new, one
+        for maxima and one for torchmetrics objects, where there are any.
         """
         sums = {name: tuple(pair) for name, pair in self._sums.items()}
         sums |= {name: tuple(pair.tolist()) for name, pair in self._device_sums.items()}
         self._sums, self._device_sums = {}, {}
+        maxima = {n: pair for n, pair in sums.items() if self._reduce.get(n) == "max"}
+        sums = {n: pair for n, pair in sums.items() if n not in maxima}
         # Names are agreed once; after that a sync point is one packed reduction, which also
         # says whether some rank has a name that the others have not seen.
         new = {name: pair for name, pair in sums.items() if name not in self._names}
         known = [sums.get(name, (0.0, 0.0)) for name in self._names]
-        packed = torch.tensor([(float(bool(new)), 0.0), *known], dtype=torch.float64)
+        first = [(float(bool(new)), float(bool(maxima))), (float(bool(self._objects)), 0.0)]
+        packed = torch.tensor([*first, *known], dtype=torch.float64)
         rows = comm.all_reduce(f"{self._label}: sums", packed).tolist()
-        agreed = dict(zip(self._names, rows[1:], strict=True))
+        agreed = dict(zip(self._names, rows[2:], strict=True))
         if rows[0][0]:
-            for theirs in comm.gather_objects(f"{self._label}: new names", new):
+            kinds = {name: self._reduce.get(name, "mean") for name in new}
+            for theirs, how in comm.gather_objects(f"{self._label}: new names", (new, kinds)):
+                self._reduce = how | self._reduce
                 for name, (total, weight) in theirs.items():
                     seen = agreed.setdefault(name, [0.0, 0.0])
                     seen[0] += total
                     seen[1] += weight
             self._names = list(agreed)
-        return {name: total / weight for name, (total, weight) in agreed.items() if weight}
+        values = {
+            name: total if self._reduce.get(name) == "sum" else total / weight
+            for name, (total, weight) in agreed.items()
+            if weight
+        }
+        if rows[0][1]:
+            values |= _largest(comm.gather_objects(f"{self._label}: maxima", maxima))
+        if rows[1][0]:
+            values |= metric_objects.agree(self._objects, self._label, comm)
+            self._objects = {}
+        return values
 
 
-def as_metrics(metrics: Mapping[str, Number | Mean]) -> Mapping[str, Number | Mean]:
+def _largest(by_rank: list[dict[str, tuple[float, ...]]]) -> dict[str, float]:
+    largest: dict[str, float] = {}
+    for maxima in by_rank:
+        for name, pair in maxima.items():
+            largest[name] = max(pair[0], largest.get(name, pair[0]))
+    return largest
+
+
+def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns ``metrics`` if it is a mapping from names to numbers.
 
     Raises:

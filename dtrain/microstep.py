@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dtrain.agreement import Agreement
 from dtrain.callback import Callback, Hooks
 from dtrain.data import EndOfStream, StepFeed
-from dtrain.errors import LossError
+from dtrain.errors import ConfigError, LossError
 from dtrain.lane import Lane, Slot, idle
 from dtrain.metrics import Means, as_metrics
 from dtrain.precision import Precision
@@ -80,7 +80,19 @@ class MicroStep(nn.Module):
         self._means = means
         self._find_unused = find_unused
         self._agreement = agreement
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        self._trainable: list[nn.Parameter] = []
+
+    def take_trainable(self) -> list[int]:
+        """Looks up which parameters require a gradient now; returns their places in the model.
+
+        Raises:
+            ConfigError: none does.
+        """
+        places = [i for i, p in enumerate(self.model.parameters()) if p.requires_grad]
+        if not places:
+            raise ConfigError("every parameter of the model is frozen: nothing to train")
+        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        return places
 
     def forward(self, step: Step, feed: StepFeed, last: bool) -> Tensor | None:
         """Runs a micro-batch; returns the term to call backward on, or None for nothing.

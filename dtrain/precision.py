@@ -34,6 +34,9 @@ class Precision:
         optimizer.step()
         return True
 
+    def skip(self) -> None:
+        """Ends a step whose update is not applied."""
+
     def values(self) -> dict[str, float]:
         """Returns figures worth reporting."""
         return {}
@@ -89,6 +92,10 @@ class ScaledAutocast(Autocast):
         self._scaler.update()
         # The scale shrinks only after an overflow; GradScaler tells it in no other way.
         return self._scaler.get_scale() >= before
+
+    def skip(self) -> None:
+        """Ends a step whose update is not applied; an overflow still adapts the scale."""
+        self._scaler.update()
 
     def values(self) -> dict[str, float]:
         """Returns the loss scale."""

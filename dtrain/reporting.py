@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dtrain.callback import Sink
-from dtrain.errors import ConfigError, locate
+from dtrain.errors import ConfigError, SinkError, locate
 from dtrain.state import Report
 
 
@@ -68,6 +68,21 @@ class Reporter:
     def dropped(self) -> dict[str, int]:
         """How many reports were left out of which sink because it was too slow."""
         return {w.name: w.dropped for w in self._workers if w.dropped}
+
+    def check(self) -> None:
+        """Raises if a sink with ``on_error="raise"`` has failed.
+
+        Raises:
+            SinkError: names the sink and its error.
+
+        Ranks: rank 0 only; elsewhere it never raises.
+        """
+        for worker in self._workers:
+            if worker.error is not None and worker.must_work:
+                raise SinkError(
+                    f"the sink {worker.name} failed, and on_error='raise': "
+                    f"{_describe(worker.error)}"
+                ) from worker.error
 
     def open(self) -> None:
         """Opens every sink, here and now, and starts the threads that feed them.
@@ -135,6 +150,17 @@ class Reporter:
             notice.join(1.0)
         self._notices.clear()
 
+    def finish(self) -> None:
+        """Closes, and raises if a sink with ``on_error="raise"`` has failed.
+
+        Raises:
+            SinkError: names the sink and its error.
+
+        Ranks: rank 0 only.
+        """
+        self.close()
+        self.check()
+
     def _notify(self, text: str) -> None:
         # stderr can block as well (a paused terminal, a full pipe), and this is the thread
         # that trains.
@@ -150,6 +176,7 @@ class _Worker:
         self.name = name
         self.error: BaseException | None = None
         self.dropped = 0
+        self.must_work = sink.on_error == "raise"
         self._sink = sink
         self._capacity = capacity
         self._waiting: deque[Report] = deque()
@@ -219,7 +246,8 @@ class _Worker:
         if error is not None:
             _say(
                 f"dtrain: the sink {self.name} failed in {where} and is left out from here on: "
-                f"{_describe(error)}. Training goes on."
+                f"{_describe(error)}. "
+                + ("The run is stopped." if self.must_work else "Training goes on.")
             )
 
     def _attempt(self, action: Callable[[], None]) -> BaseException | None:

@@ -37,6 +37,7 @@ class Snapshot:
         callbacks: tuple[Callback, ...],
         context: Context,
         world: World,
+        config: dict[str, Any],
     ) -> None:
         self._model = model
         self._optimizer = optimizer
@@ -44,6 +45,7 @@ class Snapshot:
         self._callbacks = callbacks
         self._context = context
         self._world = world
+        self._config = config
 
     def save(self, folder: Path, loop: dict[str, Any]) -> None:
         """Writes a checkpoint of the run into ``folder``.
@@ -70,6 +72,7 @@ class Snapshot:
                 "loop": loop,
                 "shared_rng": context.shared_rng.get_state(),
                 "metrics": context.metrics,
+                "config": self._config,
             },
             rank_state={"rng": rng.capture(), "own_rng": context.rng.get_state()},
             metrics=context.metrics,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class Progress:
     samples: int = 0
     total_steps: int | None = None
     steps_per_epoch: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    sample: Shown | None = None
     total_epochs: int | None = None
 
 
@@ -97,6 +99,9 @@ class Step:
         samples: samples in the micro-batch, on this rank.
         batch: the micro-batch, on the device; writable in ``on_batch``.
         loss: what the loss function returned; writable in ``on_loss``.
+        nonfinite: from ``on_grads_ready`` on: micro-batches, over all ranks, whose loss was NaN
+            or infinite.
+        vetoed: why the update is not to be applied, if :meth:`veto` was called.
         applied: in ``on_step_end``: whether the optimizer's update was applied.
         loss_mean: in ``on_step_end``: the loss of the global batch, over all ranks.
         weight: in ``on_step_end``: units in the global batch, over all ranks.
@@ -108,12 +113,25 @@ class Step:
     samples: int = 0
     batch: Any = None
     loss: Loss | None = None
+    nonfinite: int = 0
+    vetoed: str = ""
     applied: bool = False
     loss_mean: float = float("nan")
     weight: float = 0.0
 
+    def veto(self, why: str) -> None:
+        """In ``on_grads_ready``: leaves parameters and optimizer as they are in this step.
 
-ReportKind = Literal["start", "train", "eval", "message", "end"]
+        Gradients are equal on all ranks there, so a rule that looks only at them, at the
+        loss and at what is agreed decides alike on all of them; another rule must not veto.
+
+        Ranks: all, local; must be called on all ranks or on none.
+        """
+        self.vetoed = why
+
+
+ReportKind = Literal["start", "train", "eval", "sample", "message", "end"]
+Reduce = Literal["mean", "sum", "max", "last"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +139,8 @@ class Report:
     """Numbers for sinks; nothing in it can reach another rank.
 
     Attributes:
-        kind: ``start`` and ``end`` of a run, ``train`` and ``eval`` figures, or a ``message``.
+        kind: ``start`` and ``end`` of a run, ``train`` and ``eval`` figures, a ``message``, or
+            a ``sample``: a text or picture.
         step: global steps taken.
         epoch: the epoch, from 0.
         values: name to value, such as ``train/loss``, ``eval/accuracy``, ``lr``.
@@ -130,6 +149,8 @@ class Report:
         samples: samples all ranks trained on since ``fit`` began.
         total_steps: steps planned, or None.
         steps_per_epoch: steps planned in an epoch, or None.
+        config: for ``start``: the user's own settings.
+        sample: for ``sample``: what to show.
     """
 
     kind: ReportKind
@@ -141,6 +162,31 @@ class Report:
     samples: int = 0
     total_steps: int | None = None
     steps_per_epoch: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    sample: Shown | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A text or a picture for the sinks.
+
+    Attributes:
+        name: what it is.
+        text: any text.
+        image: 8-bit values, ``[height, width]`` or ``[height, width, 3]``; or None.
+    """
+
+    name: str
+    text: str = ""
+    image: Any = None
+
+
+@dataclass(slots=True)
+class Logged:
+    """Values logged under one name since the last sync point."""
+
+    reduce: Reduce
+    values: list[Number] = field(default_factory=list)
 
 
 class Request:
@@ -211,19 +257,46 @@ class Context:
     run_dir: Path | None
     has_eval: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
-    logged: dict[str, list[Number]] = field(default_factory=dict)
+    logged: dict[str, Logged] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)
+    run_loss: Callable[[Any], Loss] | None = None
 
-    def log(self, name: str, value: Number) -> None:
-        """Keeps a value; reported as its mean over calls and ranks at the next sync point.
+    def log(self, name: str, value: Number, reduce: Reduce = "mean") -> None:
+        """Keeps a value; all values are reported as one number at the next sync point.
 
         The value is not read here, so a CUDA tensor costs no sync.
 
+        Args:
+            name: what to report it as; the same name always with the same ``reduce``.
+            value: a number or a 0-dim tensor.
+            reduce: over calls and ranks: their ``"mean"``, ``"sum"`` or ``"max"``; ``"last"`` is
+                the mean over ranks of each rank's last value.
+
+        Raises:
+            ConfigError: ``reduce`` is none of these, or another than before.
+
         Ranks: all, local.
         """
-        self.logged.setdefault(name, []).append(
-            value.detach() if isinstance(value, Tensor) else value
-        )
+        if reduce not in get_args(Reduce):
+            raise ConfigError(f"log({name!r}, reduce={reduce!r}): one of {get_args(Reduce)}")
+        logged = self.logged.setdefault(name, Logged(reduce))
+        if logged.reduce != reduce:
+            raise ConfigError(
+                f"log({name!r}, reduce={reduce!r}): it was logged with {logged.reduce!r} before"
+            )
+        logged.values.append(value.detach() if isinstance(value, Tensor) else value)
+
+    def loss_of(self, batch: Any) -> Loss:
+        """Runs the loss function once more, as training would, for debugging.
+
+        The model's parameters get no gradient by this alone.
+
+        Ranks: all, local, unless the loss function communicates.
+        """
+        if self.run_loss is None:
+            raise ConfigError("loss_of works during fit only")
+        return self.run_loss(batch)
 
     def say(self, text: str) -> None:
         """Tells the person at the terminal something, once, from rank 0's view.
@@ -231,3 +304,16 @@ class Context:
         Ranks: all, local; rank 0's words are shown.
         """
         self.notes.append(text)
+
+    def show(self, name: str, *, text: str = "", image: Any = None) -> None:
+        """Hands a text or a picture to the sinks, with the next report.
+
+        Args:
+            name: what it is, such as ``"eval/sample"``.
+            text: any text.
+            image: an array of 8-bit values, shape ``[height, width]`` or
+                ``[height, width, 3]``.
+
+        Ranks: all, local; rank 0's is shown.
+        """
+        self.shown.append(Shown(name, text, image))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,14 @@ from dtrain.callback import (
 from dtrain.checkpoint import files, status
 from dtrain.checkpoint.files import Saved, fingerprint
 from dtrain.checkpoint.status import ResumeMode, Status
-from dtrain.checks import check_optimizer, check_plan, check_same_model, check_same_plan, shapes_of
+from dtrain.checks import (
+    check_config,
+    check_optimizer,
+    check_plan,
+    check_same_model,
+    check_same_plan,
+    shapes_of,
+)
 from dtrain.data import Data, Feed, MapFeed, StreamFeed, as_data
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.evaluation import evaluate, share_buffers
@@ -33,12 +41,12 @@ from dtrain.journal import Journal
 from dtrain.lane import Lane
 from dtrain.loop import Loop, Plan
 from dtrain.metrics import Means
-from dtrain.microstep import MicroStep, UserLoss, adapt
+from dtrain.microstep import MicroStep, UserLoss, adapt, as_loss
 from dtrain.precision import Precision
 from dtrain.reporting import Reporter
 from dtrain.sinks import Console
 from dtrain.snapshot import Snapshot
-from dtrain.state import Context, Progress, Request
+from dtrain.state import Context, Loss, Progress, Request
 from dtrain.strategies import DDP, Strategy
 from dtrain.words import describe_end, describe_start
 from dtrain.world import current, derive_seed, init, seed_everything
@@ -86,6 +94,8 @@ class Trainer:
         run_dir: a folder for checkpoints, metrics and status; None writes nothing.
         seed: of the order of data and the ranks' random streams; ``dtrain.init``'s if None.
         eval_fn: another function for evaluation, of the same form as ``loss_fn``.
+        config: your own settings (JSON values), kept in ``run_dir/config.json``, in checkpoints
+            and in sinks.
 
     Raises:
         ConfigError: what was asked for cannot work.
@@ -106,17 +116,20 @@ class Trainer:
         run_dir: str | Path | None = None,
         seed: int | None = None,
         eval_fn: UserLoss | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.world = world = current() or init(seed=seed or 0)
         self._seed = world.seed if seed is None else seed
         self._sinks = tuple(sinks) if sinks is not None else (Console(),)
         # What fails on one rank only (its own data, its own code) reaches all of them.
         with world.comm.lockstep("Trainer(...)"):
+            self._config = check_config(config)
             self._fill_slots(callbacks, strategy, run_dir)
             self._take_model(model, optimizer)
             eval_fn = adapt(eval_fn or loss_fn)
             loss_fn = adapt(loss_fn)
         self._eval_fn = eval_fn
+        self._loss_fn = loss_fn
         self._means = Means("train", world.device)
         self._lane = Lane(self.model, rank=world.rank, size=world.size)
         self._agreement = Agreement(self.context.request, world.comm, world.size)
@@ -138,8 +151,10 @@ class Trainer:
             self.hooks.callbacks,
             self.context,
             world,
+            self._config,
         )
         self._make_up: dict[str, Any] = {}
+        self.context.run_loss = self._run_loss
         self._live = False  # a fit has begun in this process
 
     def _fill_slots(
@@ -199,6 +214,7 @@ class Trainer:
         max_steps: int | None = None,
         eval_set: Any = None,
         eval_every: int | str | None = "epoch",
+        eval_first: bool = False,
         log_every: int = 50,
         resume: ResumeMode = "auto",
     ) -> FitResult:
@@ -212,6 +228,7 @@ class Trainer:
             max_steps: how many global steps the run has in all.
             eval_set: what to evaluate on, like ``train``; or a dict of several.
             eval_every: ``"epoch"``, or every so many steps.
+            eval_first: evaluate before the first step, too.
             log_every: training figures are agreed and reported every so many steps.
             resume: ``"auto"`` continues an unfinished run in ``run_dir``; ``"must"`` insists
                 on one; ``"never"`` begins anew and moves the old run's files aside. A second
@@ -232,7 +249,7 @@ class Trainer:
         reporter = Reporter(self._sinks, self._run_dir, active=self.world.is_main)
         try:
             with self.world.comm.lockstep("the start of fit"):
-                plan = check_plan(epochs, max_steps, eval_every, log_every)
+                plan = check_plan(epochs, max_steps, eval_every, log_every, eval_first)
                 data = as_data(train, batch_size, shuffle=True)
                 evals = self._eval_feeds(eval_set, data.batch_size)
                 loop = self._assemble(plan, data, evals, reporter)
@@ -247,7 +264,7 @@ class Trainer:
             if cause is not None:
                 raise cause from error
             raise
-        reporter.close()
+        self.world.comm.on_main("close sinks", reporter.finish)
         progress = self.context.progress
         return FitResult(
             steps=progress.step,
@@ -302,6 +319,10 @@ class Trainer:
                 else MapFeed(data, self.world, self._split, 0)
             )
         return feeds
+
+    def _run_loss(self, batch: Any) -> Loss:
+        with self.precision.autocast():
+            return as_loss(self._loss_fn(self.model, batch, self.context), 1)
 
     def _evaluate(self, feeds: dict[str, Feed]) -> dict[str, float]:
         share_buffers(self.model, self.world.comm)
@@ -374,9 +395,9 @@ class Trainer:
         if not self._live:
             self._strategy.wrap(self._micro_step, self.world)
         self._live = True
-        comm.on_main("status", lambda: self._write_status("running"))
+        comm.on_main("status", self._write_start)
         words = describe_start(self.model, self.precision, self.world, data, loop, self._split)
-        loop.journal.report("start", {}, words)
+        loop.journal.report("start", {}, words, config=self._config)
 
     def _find_saved(self, plan: Plan, resume: ResumeMode) -> Saved | None:
         """Returns the checkpoint to go on from, if there is one and the user wants it."""
@@ -452,6 +473,12 @@ class Trainer:
             "samples": len(data.dataset) if hasattr(data.dataset, "__len__") else None,
             "seed": self._seed,
         }
+
+    def _write_start(self) -> None:
+        self._write_status("running")
+        if self._run_dir is not None and self._config:
+            text = json.dumps(self._config, indent=1) + "\n"
+            (self._run_dir / "config.json").write_text(text)
 
     def _write_status(self, state: status.State, reason: str = "") -> None:
         if self._run_dir is None:

@@ -56,6 +56,16 @@ class Strategy(ABC):
         """
 
     @abstractmethod
+    def refresh(self) -> None:
+        """Takes notice of parameters that were frozen or unfrozen, on all ranks alike.
+
+        Raises:
+            ConfigError: every parameter is frozen.
+
+        Ranks: all, communicates if any was.
+        """
+
+    @abstractmethod
     def run(self, step: Step, feed: StepFeed, last: bool) -> None:
         """Runs forward and backward; gradients are reduced in the last micro-batch.
 

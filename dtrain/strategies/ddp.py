@@ -55,6 +55,8 @@ class DDP(Strategy):
         self._micro_step: MicroStep | None = None
         self._ddp: DistributedDataParallel | None = None
         self._checked = False
+        self._world: World | None = None
+        self._trainable: list[int] = []
 
     def check(self, *, accumulates: bool) -> None:
         """Refuses static_graph with accumulation, where DDP's own assertion would fail.
@@ -102,6 +104,8 @@ class DDP(Strategy):
         Ranks: all, communicates.
         """
         self._micro_step = micro_step
+        self._world = world
+        self._trainable = micro_step.take_trainable()
         if world.size == 1:
             return
         options: dict[str, Any] = {_SYNC_BUFFERS: False}
@@ -114,6 +118,23 @@ class DDP(Strategy):
             init_sync=False,  # the Trainer has made models equal, and said so
             **options,
         )
+
+    def refresh(self) -> None:
+        """Wraps anew where parameters were frozen or unfrozen: DDP's buckets are of the others.
+
+        Raises:
+            ConfigError: every parameter is frozen.
+
+        Ranks: all, communicates if any was.
+        """
+        assert self._micro_step is not None, "wrap() comes first"
+        assert self._world is not None
+        if self._micro_step.take_trainable() == self._trainable:
+            return
+        for parameter in self._micro_step.parameters():
+            parameter.grad = None  # views into the old buckets
+        self._checked = False
+        self.wrap(self._micro_step, self._world)
 
     def run(self, step: Step, feed: StepFeed, last: bool) -> None:
         """Runs forward and backward; gradients are reduced in the last micro-batch.

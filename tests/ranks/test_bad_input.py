@@ -716,15 +716,12 @@ def run_into(hook, ranks, folder):
     return fit(callbacks=callbacks, run_dir=folder, eval_set=dataset(8))
 
 
-# From the hook to the step that messages name: the last one that was begun.
+# From the hook to the step that messages name: the last one that was begun. After a failure in
+# one of these, ranks meet again: the failed runs of a launch follow one another.
 HOOKS = {
     "on_fit_start": 0,
-    "on_epoch_start": 0,
-    "on_step_start": 2,
     "on_batch": 2,
     "on_loss": 2,
-    "on_grads_ready": 2,
-    "on_step_end": 2,
     "on_eval_start": 3,
     "on_eval_batch": 3,
     "on_eval_end": 3,
@@ -732,21 +729,373 @@ HOOKS = {
     "on_epoch_end": 3,
     "on_fit_end": 7,
 }
+# What fails in these is noticed when the process ends: a launch for each.
+LONELY_HOOKS = {"on_epoch_start": 0, "on_step_start": 2, "on_grads_ready": 2, "on_step_end": 2}
 
 
-def test_every_hook_is_in_the_table():
-    hooks = [name for name in vars(dtrain.Callback) if name.startswith("on_")]
-    assert [*HOOKS, "on_error"] == hooks
+def test_every_hook_is_in_a_table():
+    hooks = {name for name in vars(dtrain.Callback) if name.startswith("on_")}
+    assert {*HOOKS, *LONELY_HOOKS, "on_error"} == hooks
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+def all_hooks(folder):
+    return {
+        (hook, who): told(run_into, hook, ranks, Path(folder) / f"{hook} {who}")
+        for hook in HOOKS
+        for who, ranks in WHO_FAILS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def hooks_failed(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("hooks"))
+    return run_processes(all_hooks, 2, folder, timeout_s=2 * TIMEOUT_S)
+
+
+@pytest.mark.parametrize("who", WHO_FAILS)
 @pytest.mark.parametrize("hook", HOOKS)
-def test_a_hook_that_raises_on_one_rank_ends_all(tmp_path, hook, failing):
-    found = outcomes(run_into, hook, (failing,), tmp_path)
-    assert_failed(found, failing, ValueError, ("planted",), hook, HOOKS[hook])
+def test_a_hook_that_raises_ends_all_ranks(hooks_failed, hook, who):
+    assert_hook_failed([found[hook, who] for found in hooks_failed], hook, who, HOOKS[hook])
 
 
-@pytest.mark.parametrize("hook", ["on_epoch_start", "on_step_end", "on_loss", "on_eval_start"])
-def test_each_rank_raises_its_own_error(tmp_path, hook):
-    for error in outcomes(run_into, hook, (0, 1), tmp_path):
-        assert_told(error, ValueError, (f"planted in {hook}",))
+@pytest.mark.parametrize("who", WHO_FAILS)
+@pytest.mark.parametrize("hook", LONELY_HOOKS)
+def test_a_hook_that_raises_between_meetings_ends_all_ranks(tmp_path, hook, who):
+    found = outcomes(run_into, hook, WHO_FAILS[who], tmp_path)
+    assert_hook_failed(found, hook, who, LONELY_HOOKS[hook])
+
+
+def assert_hook_failed(found, hook, who, step):
+    words = ("planted", f"planted in {hook}")
+    if who == "both":
+        for error in found:
+            assert_told(error, ValueError, words)
+    else:
+        assert_failed(found, WHO_FAILS[who][0], ValueError, words, hook, step)
+
+
+# -- one rank alone ---------------------------------------------------------------------------------
+
+
+def on_rank_1(value, otherwise):
+    return value if rank() == 1 else otherwise
+
+
+def optimizer_fails(folder):
+    return make_trainer(optimizer=on_rank_1(planted, sgd))
+
+
+def empty_on_rank_1(folder):
+    return fit(data=dataset(on_rank_1(0, 16)))
+
+
+def evaluation_data_fails(folder):
+    return fit(eval_set=on_rank_1(7, dataset()))
+
+
+def evaluation_fails(folder):
+    return fit(eval_set=dataset(), eval_fn=on_rank_1(planted, mse))
+
+
+def evaluate_fails(folder):
+    return make_trainer(eval_fn=on_rank_1(planted, mse)).evaluate(dataset(), batch_size=4)
+
+
+def state_fails(folder):
+    class Stateful(dtrain.Callback):
+        def state_dict(self):
+            return on_rank_1({"set": {1, 2}}, {})
+
+    return fit(callbacks=[Stateful(), Checkpoint()], run_dir=folder)
+
+
+def logged_words(folder):
+    class Words(dtrain.Callback):
+        def on_step_end(self, ctx, step):
+            ctx.log("mood", on_rank_1("good", 1.0))
+
+    return fit(callbacks=[Words()])
+
+
+ALONE = {
+    "the optimizer's function": (optimizer_fails, ValueError, ("planted",)),
+    "its data are empty": (empty_on_rank_1, DataError, ("is empty",)),
+    "its evaluation data are none": (evaluation_data_fails, DataError, ("cannot train on int",)),
+    "its eval_fn, in fit": (evaluation_fails, ValueError, ("planted",)),
+    "its eval_fn, in evaluate": (evaluate_fails, ValueError, ("planted",)),
+    "a logged value": (logged_words, LossError, ("metric 'mood' is 'good'",)),
+}
+
+
+def all_alone(folder):
+    found = {}
+    for number, (name, (call, _, _)) in enumerate(ALONE.items()):
+        found[name] = told(call, Path(folder) / str(number))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("alone"))
+    return run_processes(all_alone, 2, folder, timeout_s=2 * TIMEOUT_S)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_fails_on_one_rank_reaches_the_other(alone, name):
+    _, kind, words = ALONE[name]
+    assert_failed([found[name] for found in alone], 1, kind, words)
+
+
+def callback_on_rank_0(folder):
+    return fit(callbacks=[] if rank() else [Checkpoint(every_steps=1)], run_dir=folder)
+
+
+def test_a_callback_on_one_rank_only(tmp_path):
+    for error in outcomes(callback_on_rank_0, tmp_path):
+        assert_told(error, RankMismatch, ("  rank 0: ", "  rank 1: ", "Checkpoint"))
+
+
+def leave_in_a_step(hook):
+    def leave(self, ctx, step):
+        if rank() == 1 and step.number == 2:
+            raise SystemExit("planted")
+
+    return fit(callbacks=[type("Leaves", (dtrain.Callback,), {hook: leave})()])
+
+
+@pytest.mark.parametrize("hook", ["on_step_start", "on_loss", "on_step_end"])
+def test_a_rank_that_leaves_with_sys_exit(hook):
+    found = outcomes(leave_in_a_step, hook)
+    assert_failed(found, 1, SystemExit, ("planted",), hook, 2)
+
+
+# -- unused parameters --------------------------------------------------------------------------------
+
+
+def skip_first_layer(model, batch):
+    x, y = batch
+    return F.mse_loss(model[2](torch.cat([x, x[:, :1]], 1)), y)
+
+
+def fit_unused(ranks):
+    model = make_model()
+    before = parameters(model)
+    error = told(lambda: fit(skip_first_layer if rank() in ranks else mse, model=model))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return error
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_unused_parameters_are_named(world_size):
+    for error in run_processes(fit_unused, world_size, (0, 1), timeout_s=TIMEOUT_S):
+        words = ("no gradient reached 0.weight, 0.bias, so", "nothing was updated")
+        assert_told(error, UnusedParameters, (*words, "DDP(find_unused_parameters=True)"))
+
+
+def fit_unused_and_raise(ranks):
+    fit(skip_first_layer if rank() in ranks else mse)
+
+
+def test_unused_parameters_on_one_rank():
+    found = outcomes(fit_unused_and_raise, (1,))
+    assert_failed(found, 1, UnusedParameters, ("no gradient reached 0.weight, 0.bias",))
+
+
+# -- what works ---------------------------------------------------------------------------------------
+
+
+def smaller_than_the_world(world_size):
+    model = make_model()
+    result = fit(data=dataset(5), batch_size=1, epochs=3, model=model)
+    assert result.steps == 15
+    return parameters(model)
+
+
+def frozen(world_size):
+    model = make_model()
+    model[0].requires_grad_(False)
+    before = parameters(model)
+    fit(model=model)
+    after = parameters(model)
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+    assert not torch.equal(before[2], after[2])
+    return after
+
+
+def optimizer_of_a_function(world_size):
+    model = make_model()
+    fit(model=model, optimizer=lambda m: Adam(m.parameters(), lr=0.01))
+    return parameters(model)
+
+
+def streams_of_unequal_length(world_size):
+    """Rank 0 has 5 batches of 2, rank 1 has 3 of 3; alone, one rank has what they have together."""
+    x, y = rows(19)
+    streams = [
+        [(x[i : i + 2], y[i : i + 2]) for i in range(0, 10, 2)],
+        [(x[i : i + 3], y[i : i + 3]) for i in range(10, 19, 3)],
+    ]
+    if world_size == 1:
+        first, second = streams
+        joined = [
+            tuple(torch.cat(parts) for parts in zip(a, b, strict=True))
+            for a, b in zip(first, second, strict=False)
+        ]
+        stream = [*joined, *first[3:]]
+    else:
+        stream = streams[rank()]
+    model = make_model()
+    result = fit(data=stream, model=model)
+    assert (result.steps, result.epochs) == (10, 2)
+    return parameters(model)
+
+
+def nan_of_no_weight(world_size):
+    """The second half of each batch is NaN and has no weight; alone, a rank has the first half."""
+
+    def loss_fn(model, batch):
+        x, _ = batch
+        bad = bool((x[:, 0] > 10).any())
+        mean = mse(model, batch)
+        return dtrain.Loss(mean * float("nan") if bad else mean, weight=0 if bad else len(x))
+
+    x, y = rows(8)
+    if world_size == 2:
+        halves = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 8, 2)]
+        x = torch.cat([torch.cat([a, torch.full_like(a, 99.0)]) for a, _ in halves])
+        y = torch.cat([torch.cat([b, b]) for _, b in halves])
+    data = dtrain.Data(TensorDataset(x, y), 2 * world_size, shuffle=False)
+    model = make_model()
+    trainer = make_trainer(loss_fn, model=model)
+    result = trainer.fit(data, epochs=2)
+    assert result.steps == 8
+    assert trainer.context.progress.updates == 8
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    return [*parameters(model), torch.tensor(result.metrics["train/loss"], dtype=torch.float64)]
+
+
+WORKS = [
+    smaller_than_the_world,
+    frozen,
+    optimizer_of_a_function,
+    streams_of_unequal_length,
+    nan_of_no_weight,
+]
+
+
+def all_works():
+    world_size = dtrain.init(seed=0).size
+    return {case.__name__: case(world_size) for case in WORKS}
+
+
+@pytest.fixture(scope="module")
+def worked():
+    """The same on one rank and on two: what each of the three was left with."""
+    return [
+        *run_processes(all_works, 1, timeout_s=TIMEOUT_S),
+        *run_processes(all_works, 2, timeout_s=TIMEOUT_S),
+    ]
+
+
+@pytest.mark.parametrize("name", [case.__name__ for case in WORKS])
+def test_it_works_and_two_ranks_are_as_one(worked, name):
+    alone, first, second = (found[name] for found in worked)
+    for one, ours, theirs in zip(alone, first, second, strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.linalg.norm(ours - one) <= 1e-12 * torch.linalg.norm(one)
+
+
+def weigh_nothing():
+    model = make_model()
+    before = parameters(model)
+    trainer = make_trainer(as_loss(weight=0), model=model)
+    result = trainer.fit(dataset(), batch_size=4, epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return result.steps, trainer.context.progress.updates, "train/loss" in result.metrics
+
+
+def test_steps_without_weight_change_nothing():
+    assert run_processes(weigh_nothing, 2, timeout_s=TIMEOUT_S) == [(4, 0, False)] * 2
+
+
+class Listen(dtrain.Sink):
+    """Keeps what a person would be told."""
+
+    def __init__(self):
+        self.texts = []
+
+    def write(self, report):
+        self.texts.append(report.text)
+
+
+def unequal_models():
+    dtrain.init(seed=0)
+    torch.manual_seed(10 + rank())
+    model = nn.Linear(FEATURES, 1).double()
+    before = parameters(model)
+    sink = Listen()
+    trainer = make_trainer(model=model, sinks=[sink])
+    after = parameters(model)
+    fit(trainer=trainer, epochs=1)
+    return before, after, parameters(model), [t for t in sink.texts if "models" in t]
+
+
+def test_models_of_unequal_values_are_made_equal_and_it_is_said():
+    first, second = run_processes(unequal_models, 2, timeout_s=TIMEOUT_S)
+    for ours, theirs, made_equal in zip(first[0], second[0], second[1], strict=True):
+        assert not torch.equal(ours, theirs)
+        assert torch.equal(ours, made_equal)  # rank 0's
+    for ours, theirs in zip(first[2], second[2], strict=True):
+        assert torch.equal(ours, theirs)
+    assert len(first[3]) == 1
+    assert "the ranks' models were not equal; all have rank 0's now" in first[3][0]
+    assert "dtrain.init(seed=...)" in first[3][0]
+
+
+def unequal_metrics():
+    def loss_fn(model, batch, ctx):
+        own = {"first": 1.0} if rank() == 0 else {"second": 3.0}
+        # A name that turns up later, on one rank, in some steps.
+        if rank() == 1 and ctx.progress.step >= 4:
+            own["late"] = float(ctx.progress.step)
+        own["rank"] = rank()
+        own["third"] = dtrain.Mean(rank(), 1 + 2 * rank())
+        return dtrain.Loss(mse(model, batch), metrics=own)
+
+    result = fit(loss_fn, data=dataset(18), batch_size=6, log_every=3, eval_set=dataset(6))
+    return result.history
+
+
+def test_a_metric_is_a_mean_over_the_ranks_that_report_it():
+    first, second = run_processes(unequal_metrics, 2, timeout_s=TIMEOUT_S)
+    assert first == second
+    of_train = [row for row in first if "train/loss" in row]
+    of_eval = [row for row in first if "eval/loss" in row]
+    assert [(row["step"], row.get("train/late")) for row in of_train] == [(3, None), (6, 4.5)]
+    for kind, found in (("train", of_train), ("eval", of_eval)):
+        assert len(found) == 2
+        for row in found:
+            assert row[f"{kind}/first"] == 1.0
+            assert row[f"{kind}/second"] == 3.0
+            assert row[f"{kind}/rank"] == 0.5
+            assert row[f"{kind}/third"] == 0.25
+
+
+# -- after a failure ----------------------------------------------------------------------------------
+
+
+def go_on_after(failure):
+    """Training after a failure that the script caught; and the next failure is told as itself."""
+    found = {"caught": told(failure)}
+    model = make_model()
+    fit(model=model)
+    found["model"] = parameters(model)
+    found["again"] = told(lambda: fit(callbacks=[raise_in("on_fit_start", (0,))]))
+    found["at last"] = told(lambda: fit(callbacks=[raise_in("on_eval_end", (1,))], eval_set=dataset()))
+    return found
+
+
+def caught_in_a_step():
+    failure = FAILURES["a loss_fn that raises"]
+    return go_on_after(lambda: fit_failing(failure, (1,)))

@@ -1,8 +1,10 @@
 """What to train on, and how it reaches the ranks."""
 
 import ast
+import gc
 from collections.abc import Callable, Iterator
 from itertools import islice
+from multiprocessing import active_children
 from typing import Any
 
 import pytest
@@ -296,6 +298,21 @@ def test_noise_of_workers_is_the_same_after_a_restart(epoch: int, first_step: in
     unbroken = [noise(feed, 0), noise(feed, 1)][epoch][4 * first_step :]
     resumed = noise(MapFeed(data, world(), whole, SEED), epoch, first_step)
     assert resumed == unbroken
+
+
+def test_workers_leave_with_their_feed() -> None:
+    """A feed in a reference cycle would keep them until some collection, which waits 5 s each."""
+    gc.collect()
+    gc.disable()
+    try:
+        feed = MapFeed(Data(numbers(12), 4, num_workers=2), world(), whole, SEED)
+        rows(feed)
+        workers = active_children()
+        assert len(workers) == 2
+        del feed
+        assert not active_children()
+    finally:
+        gc.enable()
 
 
 # ----------------------------------------------------------------------------- fetch

@@ -1,0 +1,263 @@
+"""Who am I: what launched this process, its seeds, and the world that init makes."""
+
+import os
+import random
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import dtrain
+from dtrain.errors import ConfigError, LaunchError
+from dtrain.testing import run_processes
+from dtrain.world import current, derive_seed, find_launcher, first_host, seed_everything
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "host7",
+    "MASTER_PORT": "29500",
+}
+SRUN = {
+    "SLURM_JOB_ID": "712345",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_JOB_NODELIST": "gpu[01-04]",
+}
+SUBSETS = [set(names) for n in range(5) for names in combinations(TORCHRUN, n)]
+
+# ----------------------------------------------------------------------------- launchers
+
+
+def test_torchrun_describes_a_rank() -> None:
+    assert find_launcher(TORCHRUN) == ("torchrun", {})
+    assert find_launcher(SRUN | TORCHRUN) == ("torchrun", {})  # torchrun under srun
+
+
+@pytest.mark.parametrize("names", SUBSETS, ids=lambda names: "+".join(sorted(names)) or "nothing")
+def test_half_an_environment_is_refused(names: set[str]) -> None:
+    env = {name: TORCHRUN[name] for name in names} | {name: "" for name in TORCHRUN.keys() - names}
+    if names <= {"MASTER_ADDR", "MASTER_PORT"}:  # left over in a profile
+        assert find_launcher(env) == ("solo", {})
+        return
+    with pytest.raises(LaunchError) as raised:
+        find_launcher(env)
+    given = ", ".join(f"{name}={value}" for name, value in TORCHRUN.items() if name in names)
+    missing = ", ".join(name for name in TORCHRUN if name not in names)
+    assert f"the environment has {given} but not {missing}." in str(raised.value)
+    assert "torchrun --nproc-per-node=2" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"RANK": "4"}, "RANK must be from 0 to WORLD_SIZE - 1: RANK=4, WORLD_SIZE=4"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"RANK": "one"}, "RANK='one' is no number"),
+        ({"WORLD_SIZE": "4.0"}, "WORLD_SIZE='4.0' is no number"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' is no number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is no number"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(change: dict[str, str], words: str) -> None:
+    with pytest.raises(LaunchError) as raised:
+        find_launcher(TORCHRUN | change)
+    assert words in str(raised.value)
+
+
+def test_srun_describes_a_task() -> None:
+    assert find_launcher(SRUN) == (
+        "slurm",
+        {
+            "RANK": "5",
+            "WORLD_SIZE": "8",
+            "LOCAL_RANK": "1",
+            "LOCAL_WORLD_SIZE": "4",
+            "MASTER_ADDR": "gpu03",
+            "MASTER_PORT": "32345",
+        },
+    )
+
+
+def test_srun_leaves_the_meeting_place_to_who_knows_better() -> None:
+    _, variables = find_launcher(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4"})
+    assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("10.0.0.1", "4")
+    without_step = {k: v for k, v in SRUN.items() if not k.startswith("SLURM_STEP_NODE")}
+    assert find_launcher(without_step)[1]["MASTER_ADDR"] == "gpu01"
+
+
+def test_an_sbatch_script_without_srun_runs_one_process() -> None:
+    sbatch = {k: v for k, v in SRUN.items() if "_STEP_" not in k} | {"SLURM_NTASKS": "8"}
+    assert find_launcher(sbatch) == ("solo", {})
+    assert find_launcher(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}) == ("solo", {})
+    assert find_launcher({}) == ("solo", {})
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"])
+def test_half_of_sruns_variables_are_refused(name: str) -> None:
+    with pytest.raises(LaunchError, match=f"8 tasks, but the environment has no {name}"):
+        find_launcher({k: v for k, v in SRUN.items() if k != name})
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"])
+def test_what_is_no_number_under_srun_is_refused(name: str) -> None:
+    with pytest.raises(LaunchError, match=f"{name}='many' is no number"):
+        find_launcher(SRUN | {name: "many"})
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("gpu[03-05,9],x1", "gpu03"),
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("a-b-[7,9]", "a-b-7"),
+        ("n[001]", "n001"),
+        ("x1,gpu[03-05]", "x1"),
+        ("login.cluster.org,n[1-2]", "login.cluster.org"),
+        ("n[1-2].cluster.org", "n1.cluster.org"),
+        ("rack[0-1]node[04-07]", "rack0node04"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+@pytest.mark.parametrize("nodelist", ["", "[1-2]", ",a"])
+def test_a_node_list_without_a_host_is_refused(nodelist: str) -> None:
+    with pytest.raises(LaunchError, match="set MASTER_ADDR"):
+        first_host(nodelist)
+
+
+# ----------------------------------------------------------------------------- seeds
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+
+def test_streams_of_a_seed_are_independent() -> None:
+    streams = [(), *((i,) for i in range(4)), *((i, j) for i in range(4) for j in range(4))]
+    seeds = [derive_seed(seed, *stream) for seed in (0, 1, 2**32 - 1) for stream in streams]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    # Half of the bits differ between neighbours: 0.5 +- 5 sigma over all pairs.
+    flips = [(a ^ b).bit_count() for a, b in zip(seeds, seeds[1:], strict=False)]
+    assert abs(np.mean(flips) / 63 - 0.5) < 5 * 0.5 / (63 * len(flips)) ** 0.5
+
+
+def test_derived_seeds_are_fixed_for_good() -> None:
+    assert derive_seed(5, 3) == 4032576983210384345
+
+
+def test_seeding_starts_all_three_generators() -> None:
+    seed_everything(7, 1, 2)
+    once = draws()
+    seed_everything(7, 1, 3)
+    other = draws()
+    seed_everything(7, 1, 2)
+    assert draws() == once
+    assert all(a != b for a, b in zip(once, other, strict=True))
+
+
+# ----------------------------------------------------------------------------- init
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "must be from 0 to 2"),
+        ({"timeout_s": 0}, "timeout_s=0: must be more than 0"),
+    ],
+)
+def test_init_refuses_what_is_out_of_range(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        dtrain.init(**arguments)
+    assert words in str(raised.value)
+    assert current() is None
+
+
+def test_a_world_of_one_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    with dtrain.init(seed=4) as world:
+        once = draws()
+        assert (world.rank, world.local_rank, world.size, world.seed) == (0, 0, 1, 4)
+        assert (world.backend, world.launcher, world.is_main) == ("none", "solo", True)
+        assert not dist.is_initialized()
+        assert current() is world
+        assert dtrain.init(seed=5) is world
+        assert world.seed == 5
+        assert draws() != once
+        dtrain.init(seed=4)
+        assert draws() == once
+    assert current() is None
+    world.close()  # a second time does nothing
+
+
+def test_on_main_makes_a_world_where_there_is_none() -> None:
+    assert current() is None
+    assert dtrain.on_main("one", lambda: 41 + 1) == 42
+    world = current()
+    assert world is not None
+    world.close()
+
+
+def lives() -> dict[str, Any]:
+    """Two worlds, one after the other, in the same process."""
+    told: dict[str, Any] = {}
+    for life in range(2):
+        with dtrain.init(seed=life) as world:
+            assert dtrain.init(seed=life) is world
+            told[f"draws {life}"] = draws()
+            told[f"ranks {life}"] = world.comm.all_gather("r", torch.tensor(world.rank)).tolist()
+            told["who"] = (world.rank, world.local_rank, world.size, world.is_main)
+            told["how"] = (world.backend, world.launcher, str(world.device))
+            told[f"main {life}"] = dtrain.on_main("pid", os.getpid)
+        assert current() is None
+        assert not dist.is_initialized()
+    told["pid"] = os.getpid()
+    return told
+
+
+def test_init_close_and_init_again_on_two_ranks() -> None:
+    one, two = run_processes(lives, 2, timeout_s=30)
+    for life in range(2):
+        assert one[f"draws {life}"] == two[f"draws {life}"]
+        assert one[f"ranks {life}"] == two[f"ranks {life}"] == [0, 1]
+        assert one[f"main {life}"] == two[f"main {life}"] == one["pid"] != two["pid"]
+    assert all(a != b for a, b in zip(one["draws 0"], one["draws 1"], strict=True))
+    assert (one["who"], two["who"]) == ((0, 0, 2, True), (1, 1, 2, False))
+    assert one["how"] == two["how"] == ("gloo", "torchrun", "cpu")
+
+
+def new_life_after_a_failure() -> str:
+    with dtrain.init() as world:
+        if world.rank == 0:
+            world.comm.record(ValueError("of the first life"), "the first life")
+        world.comm.barrier("recorded")
+    with dtrain.init() as world:
+        told = str(world.comm.explain(RuntimeError("of the second life")))
+        world.comm.barrier("read")
+    return told
+
+
+def test_a_new_world_knows_nothing_of_an_old_failure() -> None:
+    assert run_processes(new_life_after_a_failure, 2, timeout_s=30) == ["None", "None"]
+
+
+def world_of_one_by_torchrun() -> tuple[int, str, str]:
+    with dtrain.init() as world:
+        return world.size, world.backend, world.launcher
+
+
+def test_torchrun_with_one_process_is_a_world_of_one() -> None:
+    assert run_processes(world_of_one_by_torchrun, 1, timeout_s=30) == [(1, "none", "torchrun")]
