@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class Comm:
         self._group = group
         self._store = store
         self._step = 0
+        self._kept: tuple[Tensor, ...] = ()
         self._told: BaseException | None = None  # the last error that all ranks know of
 
     # -- verbs ------------------------------------------------------------------------------
@@ -87,7 +89,7 @@ class Comm:
         out = tensor.detach().clone()
         if self._group is None:
             return out
-        buffer = out.cpu().contiguous()
+        buffer = self._keep(out.cpu().contiguous())
         with self._bounded(label):
             dist.all_reduce(buffer, op=_REDUCE[op], group=self._group)
         if op == "mean":
@@ -106,10 +108,7 @@ class Comm:
         self._meet("all_gather", label, _describe(tensor))
         if self._group is None:
             return tensor.detach().clone().unsqueeze(0)
-        mine = tensor.detach().cpu().contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self._size)]
-        with self._bounded(label):
-            dist.all_gather(parts, mine, group=self._group)
+        parts = self._gather(label, tensor.detach().cpu().contiguous())
         return torch.stack(parts).to(tensor.device)
 
     def broadcast(self, label: str, tensor: Tensor) -> Tensor:
@@ -125,9 +124,7 @@ class Comm:
         if self._group is None:
             return tensor.detach().clone()
         buffer = tensor.detach().cpu().clone().contiguous()
-        with self._bounded(label):
-            dist.broadcast(buffer, group_src=0, group=self._group)
-        return buffer.to(tensor.device)
+        return self._send(label, buffer).to(tensor.device)
 
     def barrier(self, label: str) -> None:
         """Returns once every rank has called it with this label.
@@ -181,16 +178,22 @@ class Comm:
         self._meet("on_main", label)
         if self._group is None:
             return fn()
-        reply: list[Any] = [None, None]
+        reply: tuple[Any, Failure | None] = (None, None)
         error: Exception | None = None
         if self._rank == 0:
             try:
-                reply[0] = fn()
+                reply = (fn(), None)
+                content = pickle.dumps(reply)
             except Exception as caught:  # noqa: BLE001 -- told to every rank, then raised again
                 error = caught
-                reply[1] = self._describe_failure(caught, f"on_main({label!r})")
-        with self._bounded(label):
-            dist.broadcast_object_list(reply, group_src=0, group=self._group)
+                reply = (None, self._describe_failure(caught, f"on_main({label!r})"))
+                content = pickle.dumps(reply)
+            self._send(label, torch.tensor(len(content)))
+            self._send(label, torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        else:
+            length = self._send(label, torch.tensor(0))
+            received = self._send(label, torch.empty(int(length), dtype=torch.uint8))
+            reply = pickle.loads(received.numpy().tobytes())  # noqa: S301 -- from our own rank 0
         if error is not None:
             self._told = error
             raise error
@@ -337,19 +340,46 @@ class Comm:
         """Returns ``[world size, 2]``: a digest of each rank's call, and whether it failed."""
         text = f"{verb}\0{label}\0{detail}\0{self._step}"
         digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-        mine = torch.tensor([digest, int(failed)])
-        rows = [torch.empty_like(mine) for _ in range(self._size)]
-        with self._bounded(label):
-            dist.all_gather(rows, mine, group=self._group)
-        return torch.stack(rows)
+        return torch.stack(self._gather(label, torch.tensor([digest, int(failed)])))
 
     def _exchange(self, label: str, value: T) -> list[T]:
         if self._group is None:
             return [value]
-        values: list[Any] = [None] * self._size
+        content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        lengths = [int(n) for n in self._gather(label, torch.tensor(len(content)))]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(content)] = content
+        parts = self._gather(label, padded)
+        return [
+            pickle.loads(part[:length].numpy().tobytes())  # noqa: S301 -- from our own ranks
+            for part, length in zip(parts, lengths, strict=True)
+        ]
+
+    # -- the wire ---------------------------------------------------------------------------
+
+    def _gather(self, label: str, mine: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(mine) for _ in range(self._size)]
+        self._keep(mine, *parts)
         with self._bounded(label):
-            dist.all_gather_object(values, value, group=self._group)
-        return values
+            dist.all_gather(parts, mine, group=self._group)
+        return parts
+
+    def _send(self, label: str, tensor: Tensor) -> Tensor:
+        """Gives every rank rank 0's ``tensor``, in place."""
+        self._keep(tensor)
+        with self._bounded(label):
+            dist.broadcast(tensor, group_src=0, group=self._group)
+        return tensor
+
+    def _keep(self, *tensors: Tensor) -> Tensor:
+        """Holds on to the tensors of the call under way until the next call.
+
+        Gloo's own thread lets go of them a little after the call has returned. Were it the
+        last to do so, it would need the interpreter's lock, and if the interpreter is ending
+        just then, the process aborts.
+        """
+        self._kept = tensors
+        return tensors[0]
 
     @contextmanager
     def _bounded(self, label: str) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,9 @@ from dtrain.callbacks import (
     MixedPrecision,
 )
 from dtrain.errors import (
+    CheckpointError,
     ConfigError,
     DataError,
-    DtrainError,
     LossError,
     RankMismatch,
     RemoteError,
@@ -36,7 +36,7 @@ from dtrain.sinks import JSONLines
 from dtrain.testing import run_outcomes, run_processes
 
 # A hang is a failure: a launch takes a second, all cases of a table a few.
-TIMEOUT_S = 15.0
+TIMEOUT_S = 20.0
 FEATURES = 3
 HERE = Path(__file__).name
 
@@ -95,11 +95,16 @@ def parameters(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
+def equal(ours, theirs):
+    """Bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def told(fn, *args):
     """Returns what ``fn`` raised: its type and its message; None where it returned."""
     try:
         fn(*args)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 -- whatever it is, the test compares it
         return type(error), str(error)
     return None
 
@@ -673,7 +678,7 @@ def all_failures():
         before = before_the_failure(failure)
         for who, ranks in WHO_FAILS.items():
             error, after = fail_in_a_step(failure, ranks)
-            unchanged = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            unchanged = equal(before, after)
             found[name, who] = error, unchanged
     return found
 
@@ -774,7 +779,7 @@ def assert_hook_failed(found, hook, who, step):
         assert_failed(found, WHO_FAILS[who][0], ValueError, words, hook, step)
 
 
-# -- one rank alone ---------------------------------------------------------------------------------
+# -- one rank alone --------------------------------------------------------------------------------
 
 
 def on_rank_1(value, otherwise):
@@ -804,7 +809,7 @@ def evaluate_fails(folder):
 def state_fails(folder):
     class Stateful(dtrain.Callback):
         def state_dict(self):
-            return on_rank_1({"set": {1, 2}}, {})
+            return {"seen": {1, 2}}  # a set
 
     return fit(callbacks=[Stateful(), Checkpoint()], run_dir=folder)
 
@@ -818,18 +823,20 @@ def logged_words(folder):
 
 
 ALONE = {
-    "the optimizer's function": (optimizer_fails, ValueError, ("planted",)),
-    "its data are empty": (empty_on_rank_1, DataError, ("is empty",)),
-    "its evaluation data are none": (evaluation_data_fails, DataError, ("cannot train on int",)),
-    "its eval_fn, in fit": (evaluation_fails, ValueError, ("planted",)),
-    "its eval_fn, in evaluate": (evaluate_fails, ValueError, ("planted",)),
-    "a logged value": (logged_words, LossError, ("metric 'mood' is 'good'",)),
+    "the optimizer's function": (optimizer_fails, 1, ValueError, ("planted",)),
+    "empty data": (empty_on_rank_1, 1, DataError, ("is empty",)),
+    "evaluation data that are none": (evaluation_data_fails, 1, DataError, ("int",)),
+    "eval_fn, in fit": (evaluation_fails, 1, ValueError, ("planted",)),
+    "eval_fn, in evaluate": (evaluate_fails, 1, ValueError, ("planted",)),
+    "a logged value": (logged_words, 1, LossError, ("metric 'mood' is 'good'",)),
+    # Written by rank 0 for all.
+    "a callback's state": (state_fails, 0, CheckpointError, ("callbacks/Stateful/seen is set",)),
 }
 
 
 def all_alone(folder):
     found = {}
-    for number, (name, (call, _, _)) in enumerate(ALONE.items()):
+    for number, (name, (call, *_)) in enumerate(ALONE.items()):
         found[name] = told(call, Path(folder) / str(number))
     return found
 
@@ -842,8 +849,22 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ALONE)
 def test_what_fails_on_one_rank_reaches_the_other(alone, name):
-    _, kind, words = ALONE[name]
-    assert_failed([found[name] for found in alone], 1, kind, words)
+    _, failing, kind, words = ALONE[name]
+    assert_failed([found[name] for found in alone], failing, kind, words)
+
+
+class AskToSave(dtrain.Callback):
+    def on_step_end(self, ctx, step):
+        ctx.request.save("now")
+
+
+def save_without_a_place():
+    return fit(callbacks=[AskToSave(), raise_in("on_save", (1,))])
+
+
+def test_on_save_that_raises_where_nothing_is_saved():
+    found = outcomes(save_without_a_place)
+    assert_failed(found, 1, ValueError, ("planted in on_save",), "on_save")
 
 
 def callback_on_rank_0(folder):
@@ -869,7 +890,7 @@ def test_a_rank_that_leaves_with_sys_exit(hook):
     assert_failed(found, 1, SystemExit, ("planted",), hook, 2)
 
 
-# -- unused parameters --------------------------------------------------------------------------------
+# -- unused parameters -----------------------------------------------------------------------------
 
 
 def skip_first_layer(model, batch):
@@ -881,7 +902,7 @@ def fit_unused(ranks):
     model = make_model()
     before = parameters(model)
     error = told(lambda: fit(skip_first_layer if rank() in ranks else mse, model=model))
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert equal(before, model.parameters())
     return error
 
 
@@ -901,7 +922,7 @@ def test_unused_parameters_on_one_rank():
     assert_failed(found, 1, UnusedParameters, ("no gradient reached 0.weight, 0.bias",))
 
 
-# -- what works ---------------------------------------------------------------------------------------
+# -- what works ------------------------------------------------------------------------------------
 
 
 def smaller_than_the_world(world_size):
@@ -1011,7 +1032,7 @@ def weigh_nothing():
     before = parameters(model)
     trainer = make_trainer(as_loss(weight=0), model=model)
     result = trainer.fit(dataset(), batch_size=4, epochs=1)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert equal(before, model.parameters())
     return result.steps, trainer.context.progress.updates, "train/loss" in result.metrics
 
 
@@ -1082,20 +1103,56 @@ def test_a_metric_is_a_mean_over_the_ranks_that_report_it():
             assert row[f"{kind}/third"] == 0.25
 
 
-# -- after a failure ----------------------------------------------------------------------------------
+# -- after a failure that the script caught --------------------------------------------------------
 
 
-def go_on_after(failure):
-    """Training after a failure that the script caught; and the next failure is told as itself."""
-    found = {"caught": told(failure)}
+def raise_on_rank_1(step):
+    """A loss function that raises once: on rank 1, in ``step``."""
+    left = [planted] if rank() == 1 else []
+
+    def loss_fn(model, batch, ctx):
+        return left.pop()() if left and ctx.progress.step == step else mse(model, batch)
+
+    return loss_fn
+
+
+def go_on_with_a_new_trainer():
+    unbroken = make_model()
+    fit(model=unbroken)
     model = make_model()
+    found = {"at first": told(lambda: fit(raise_on_rank_1(2)))}
     fit(model=model)
-    found["model"] = parameters(model)
-    found["again"] = told(lambda: fit(callbacks=[raise_in("on_fit_start", (0,))]))
-    found["at last"] = told(lambda: fit(callbacks=[raise_in("on_eval_end", (1,))], eval_set=dataset()))
-    return found
+    found["at the start"] = told(lambda: fit(callbacks=[raise_in("on_fit_start", (0,))]))
+    found["at last"] = told(lambda: fit(eval_set=dataset(), eval_fn=on_rank_1(planted, mse)))
+    same = equal(unbroken.parameters(), model.parameters())
+    return found, same
 
 
-def caught_in_a_step():
-    failure = FAILURES["a loss_fn that raises"]
-    return go_on_after(lambda: fit_failing(failure, (1,)))
+def test_a_caught_failure_leaves_nothing_behind():
+    (first, first_same), (second, second_same) = run_processes(
+        go_on_with_a_new_trainer, 2, timeout_s=TIMEOUT_S
+    )
+    words = ("planted",)
+    assert_failed([first["at first"], second["at first"]], 1, ValueError, words, "loss_fn", 2)
+    assert_failed([first["at the start"], second["at the start"]], 0, ValueError, words)
+    assert_failed([first["at last"], second["at last"]], 1, ValueError, words, "evaluation")
+    assert first_same
+    assert second_same
+
+
+def go_on_with_the_same_trainer():
+    unbroken = make_model()
+    fit(model=unbroken)
+    model = make_model()
+    trainer = make_trainer(raise_on_rank_1(2), model=model)
+    error = told(lambda: fit(trainer=trainer))
+    result = fit(trainer=trainer)
+    same = equal(unbroken.parameters(), model.parameters())
+    return error, result.steps, same
+
+
+def test_the_same_trainer_goes_on_after_a_caught_failure():
+    found = run_processes(go_on_with_the_same_trainer, 2, timeout_s=TIMEOUT_S)
+    assert_failed([error for error, _, _ in found], 1, ValueError, ("planted",), "loss_fn", 2)
+    # The failed step changed nothing, so that taking it again ends where an unbroken run ends.
+    assert [(steps, same) for _, steps, same in found] == [(8, True)] * 2
