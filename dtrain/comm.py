@@ -65,7 +65,17 @@ class Comm:
         self._store = store
         self._step = 0
         self._kept: tuple[Tensor, ...] = ()
+        self._closed = False
         self._told: BaseException | None = None  # the last error that all ranks know of
+
+    def close(self) -> None:
+        """Lets go of the process group; the verbs must not be called any more.
+
+        Ranks: all, local.
+        """
+        self._group = self._store = None
+        self._closed = self._size > 1
+        self._kept = ()
 
     # -- verbs ------------------------------------------------------------------------------
 
@@ -319,6 +329,8 @@ class Comm:
     def _meet(self, verb: str, label: str, detail: str = "") -> None:
         if not isinstance(label, str) or not label:
             raise ConfigError(f"{verb}: the first argument is a label (text), got {label!r}")
+        if self._closed:
+            raise CommError(f"{verb}({label!r}): the world was closed")
         if self._group is None:
             return
         site = _call_site()

@@ -17,6 +17,7 @@ class Precision:
     """
 
     name = "full precision"
+    scales_loss = False
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the loss function runs."""
@@ -68,6 +69,8 @@ class ScaledAutocast(Autocast):
     The scale is doubled after ``growth_interval`` steps without overflow and halved after
     one; see Micikevicius et al., "Mixed Precision Training", ICLR 2018.
     """
+
+    scales_loss = True
 
     def __init__(
         self, device_type: str, dtype: torch.dtype, init_scale: float, growth_interval: int

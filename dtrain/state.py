@@ -242,6 +242,8 @@ class Context:
         shared_rng: a generator that is equal on all ranks.
         device: where this rank computes.
         run_dir: where the run keeps its files, or None.
+        loss_scaled: whether the precision scales the loss; a gradient that overflows is then
+            no trouble.
         has_eval: whether `fit` was given an eval_set.
         metrics: the newest agreed metrics, equal on all ranks.
     """
@@ -256,6 +258,7 @@ class Context:
     device: torch.device
     run_dir: Path | None
     has_eval: bool = False
+    loss_scaled: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     logged: dict[str, Logged] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

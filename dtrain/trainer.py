@@ -200,6 +200,7 @@ class Trainer:
             shared_rng=_generator(self._seed, _SHARED_STREAM),
             device=world.device,
             run_dir=self._run_dir,
+            loss_scaled=self.precision.scales_loss,
             notes=notes,
         )
 

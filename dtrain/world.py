@@ -59,11 +59,21 @@ class World:
     seed: int
     comm: Comm
     _opened: bool = field(default=False, repr=False)
+    _closers: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     @property
     def is_main(self) -> bool:
         """True on rank 0."""
         return self.rank == 0
+
+    def at_close(self, release: Callable[[], None]) -> None:
+        """Has ``release`` called before the process group is closed.
+
+        For whoever holds something that holds the process group.
+
+        Ranks: all, local.
+        """
+        self._closers.append(release)
 
     def close(self) -> None:
         """Closes the process group, if :func:`init` opened it. A second call does nothing.
@@ -76,6 +86,12 @@ class World:
         if self._opened:
             self._opened = False
             atexit.unregister(self._close_at_exit)
+            # A process group ends its threads when the last reference to it goes. Should that
+            # be while the interpreter ends, the process may abort: so it has to be here.
+            for release in self._closers:
+                release()
+            self._closers.clear()
+            self.comm.close()
             dist.destroy_process_group()
             _forget_partial_state()
 

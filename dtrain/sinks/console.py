@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich.console import Console as Terminal
 from rich.file_proxy import FileProxy
@@ -35,11 +35,15 @@ class Console(Sink):
 
     Args:
         stream: where to write; ``sys.stdout`` at the run's start if None.
+        on_error: ``"raise"`` ends the run if it cannot be written; see :class:`~dtrain.Sink`.
 
     Ranks: rank 0 only.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, *, on_error: Literal["warn", "raise"] = "warn"
+    ) -> None:
+        self.on_error = on_error
         self._stream = stream
         self._out: TextIO = sys.stdout
         self._terminal: Terminal | None = None

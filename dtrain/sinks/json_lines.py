@@ -6,7 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from dtrain.callback import Sink
 from dtrain.errors import ConfigError
@@ -27,12 +27,16 @@ class JSONLines(Sink):
 
     Args:
         filename: the file's name, within the run's folder.
+        on_error: ``"raise"`` ends the run if it cannot be written; see :class:`~dtrain.Sink`.
 
     Ranks: rank 0 only.
     """
 
-    def __init__(self, filename: str = "metrics.jsonl") -> None:
+    def __init__(
+        self, filename: str = "metrics.jsonl", *, on_error: Literal["warn", "raise"] = "warn"
+    ) -> None:
         self.filename = filename
+        self.on_error = on_error
         self._path = Path()
         self._file: TextIO | None = None
 

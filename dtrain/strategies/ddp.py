@@ -108,6 +108,8 @@ class DDP(Strategy):
         self._trainable = micro_step.take_trainable()
         if world.size == 1:
             return
+        if self._ddp is None:
+            world.at_close(self._release)
         options: dict[str, Any] = {_SYNC_BUFFERS: False}
         self._ddp = DistributedDataParallel(
             micro_step,
@@ -118,6 +120,9 @@ class DDP(Strategy):
             init_sync=False,  # the Trainer has made models equal, and said so
             **options,
         )
+
+    def _release(self) -> None:
+        self._ddp = None
 
     def refresh(self) -> None:
         """Wraps anew where parameters were frozen or unfrozen: DDP's buckets are of the others.

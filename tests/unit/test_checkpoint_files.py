@@ -50,14 +50,22 @@ tensors = st.builds(
 )
 words = st.text(alphabet="ab/_0.é\n", max_size=4)
 leaves = (
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | words | tensors | tensors
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=True)
+    | words
+    | tensors
+    | tensors
 )
 keys = words | st.integers(0, 2) | st.none() | st.tuples(st.integers(0, 1), words)
 states = st.recursive(
     leaves,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.lists(inner, max_size=3).map(tuple)
-    | st.dictionaries(keys, inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(keys, inner, max_size=4)
+    ),
     max_leaves=12,
 )
 

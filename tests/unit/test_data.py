@@ -3,7 +3,7 @@
 import ast
 import gc
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import active_children
 from typing import Any
 
@@ -205,7 +205,7 @@ def test_ranks_share_the_batches_of_one(
         one = rows(MapFeed(data, world(), whole, SEED), epoch)
         assert [len(step) for step in one] == sizes
         order = Shuffled(length, SEED) if shuffle else Sequential(length)
-        assert sum(one, []) == order.indices(epoch, 0, sum(sizes)).tolist()
+        assert [*chain(*one)] == order.indices(epoch, 0, sum(sizes)).tolist()
         for size in (1, 2, 3, 4):
             feeds = [MapFeed(data, world(rank, size), split, SEED) for rank in range(size)]
             assert {feed.steps_per_epoch for feed in feeds} == {len(sizes)}
@@ -280,7 +280,9 @@ class Noisy(Dataset):
 
 
 def noise(feed: MapFeed, epoch: int, first_step: int = 0) -> list[list[float]]:
-    return [row for micros in take(feed, epoch, first_step) for b, _ in micros for row in b.tolist()]
+    return [
+        row for micros in take(feed, epoch, first_step) for b, _ in micros for row in b.tolist()
+    ]
 
 
 def test_noise_of_workers_is_drawn_from_the_seed() -> None:
@@ -354,7 +356,10 @@ def test_getitems_is_asked_for_all_rows_at_once() -> None:
             return [10 * row for row in rows]
 
     feed = MapFeed(Data(Bulk(5), 3, shuffle=False), world(), whole, SEED)
-    assert [batch.tolist() for micros in take(feed) for batch, _ in micros] == [[0, 10, 20], [30, 40]]
+    assert [batch.tolist() for micros in take(feed) for batch, _ in micros] == [
+        [0, 10, 20],
+        [30, 40],
+    ]
     assert asked == [[0, 1, 2], [3, 4]]
 
 

@@ -1,0 +1,143 @@
+"""An exponential moving average of the weights, evaluated in their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError
+from dtrain.state import Context, Step
+
+
+class EMA(Callback):
+    """Keeps an exponential moving average of the parameters, and evaluates it.
+
+    After an applied update, ``average = d * average + (1 - d) * parameter`` (Polyak and Juditsky,
+    "Acceleration of stochastic approximation by averaging", 1992, with exponential weights). It
+    starts as the parameters are. With ``warmup``, ``d = min(decay, (1 + t) / (10 + t))`` after
+    ``t`` updates of the average, so that the first weights are soon forgotten (as
+    TensorFlow's ``ExponentialMovingAverage`` does with ``num_updates``).
+
+    Parameters that require a gradient are averaged, in float32 at least; buffers are not: an
+    evaluation sees the model's own. Evaluations in ``fit`` see the averages; the training, its
+    checkpoints (which hold both) and ``Trainer.evaluate`` see the model's own weights. An
+    ``EarlyStopping(restore_best=True)`` that comes before it in the list keeps the averages.
+
+    The formula is torch's. Its ``AveragedModel`` is not used: it needs a model that can be
+    deep-copied, and reads a counter from the device in each step.
+
+    Example::
+
+        ema = EMA(decay=0.9999, use_at_end=True)
+        trainer = Trainer(model, optimizer, loss_fn, callbacks=[ema])
+        trainer.fit(train_set, batch_size=64, epochs=10, eval_set=val_set)
+
+    Args:
+        decay: ``d``, from 0 to less than 1.
+        warmup: begin with a smaller ``d``.
+        every: average after every so many applied updates; ``decay`` is for each averaging.
+        use_at_end: the model holds the averages after ``fit``. A further ``fit`` goes on from
+            the model's own weights, which are kept until then.
+
+    Raises:
+        ConfigError: an argument is off.
+
+    Ranks: all, local; parameters are equal on all ranks, and so are the averages.
+    """
+
+    def __init__(
+        self,
+        decay: float = 0.999,
+        *,
+        warmup: bool = True,
+        every: int = 1,
+        use_at_end: bool = False,
+    ) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"EMA(decay={decay}): must be from 0 to less than 1, such as 0.999")
+        if isinstance(every, bool) or every < 1:
+            raise ConfigError(f"EMA(every={every!r}): must be 1 or more")
+        self._decay = decay
+        self._warmup = warmup
+        self._every = every
+        self._use_at_end = use_at_end
+        self.updates = 0
+        self.averages: dict[str, Tensor] = {}
+        self._params: list[Tensor] = []  # in the order of `averages`
+        self._own: list[Tensor] = []  # the model's weights, while the averages are in it
+
+    def on_fit_start(self, ctx: Context) -> None:
+        """Takes the averages out again, if an earlier ``fit`` left them in the model."""
+        self._take_out()
+
+    def on_epoch_start(self, ctx: Context) -> None:
+        """Begins an average of every parameter that requires a gradient and has none yet."""
+        for name, p in ctx.model.named_parameters():
+            if p.requires_grad and name not in self.averages:
+                wide = torch.promote_types(p.dtype, torch.float32)
+                self.averages[name] = p.detach().to(wide, copy=True)
+        self._find_params(ctx)
+
+    def on_step_end(self, ctx: Context, step: Step) -> None:
+        """Averages, if the optimizer has stepped."""
+        if not step.applied or ctx.progress.updates % self._every:
+            return
+        averages = list(self.averages.values())
+        current = [p.detach().to(a.dtype) for p, a in zip(self._params, averages, strict=True)]
+        get_ema_multi_avg_fn(self.decay_at(self.updates))(averages, current, self.updates)
+        self.updates += 1
+
+    def on_eval_start(self, ctx: Context) -> None:
+        """Puts the averages into the model."""
+        self._put_in(ctx)
+
+    def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
+        """Gives the model its own weights back, bit for bit."""
+        self._take_out()
+
+    def on_error(self, ctx: Context, error: BaseException) -> None:
+        """Gives the model its own weights back, where the evaluation failed."""
+        self._take_out()
+
+    def on_fit_end(self, ctx: Context) -> None:
+        """Leaves the averages in the model, if asked to."""
+        if self._use_at_end:
+            self._put_in(ctx)
+
+    def decay_at(self, updates: int) -> float:
+        """Returns ``d`` after so many updates of the average."""
+        return min(self._decay, (1 + updates) / (10 + updates)) if self._warmup else self._decay
+
+    def _find_params(self, ctx: Context) -> None:
+        named = dict(ctx.model.named_parameters())
+        self._params = [named[name] for name in self.averages]
+        for name, p in zip(self.averages, self._params, strict=True):
+            self.averages[name] = self.averages[name].to(p.device)
+
+    def _put_in(self, ctx: Context) -> None:
+        self._find_params(ctx)
+        self._own = [p.detach().clone() for p in self._params]
+        _copy(self._params, list(self.averages.values()))
+
+    def _take_out(self) -> None:
+        if self._own:
+            _copy(self._params, self._own)
+            self._own = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the averages, and how often they were updated."""
+        return {"averages": self.averages, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.averages, self.updates = dict(state["averages"]), state["updates"]
+
+
+@torch.no_grad()
+def _copy(params: list[Tensor], values: list[Tensor]) -> None:
+    if params:
+        torch._foreach_copy_(params, values)

@@ -1,0 +1,124 @@
+"""Freezing a part of the model for the first epochs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError
+from dtrain.state import Context
+
+
+class Freeze(Callback):
+    """Keeps parameters as they are until an epoch begins, then trains them too.
+
+    A frozen parameter gets no gradient, so the optimizer leaves it alone, weight decay
+    included, and no rank sends anything for it. What is frozen follows from the epoch, so a
+    resumed run goes on exactly. A parameter that you froze yourself before ``fit`` stays
+    frozen. After ``fit``, everything requires a gradient again that did before it.
+
+    Example::
+
+        Freeze("encoder", until_epoch=2)
+        Freeze({"embed": 3, "blocks.[01]": 2, "blocks.2": 1}, eval_mode=True)  # thaws from above
+
+    Args:
+        what: names of parameters, or of modules with all that is in them; ``*``, ``?`` and
+            ``[]`` match as in file names, ``*`` also across dots. Or a dict from such a name
+            to its ``until_epoch``; where several match, the latest counts.
+        until_epoch: the first epoch, counted from 0, in which they train.
+        eval_mode: also keep frozen modules in eval mode, so that their BatchNorm statistics
+            stay as they are, and dropout in them rests.
+
+    Raises:
+        ConfigError: an argument is off, or a name matches no parameter; lists the names.
+
+    Ranks: all, local; the strategy takes notice at the start of the epoch.
+    """
+
+    def __init__(
+        self,
+        what: str | Mapping[str, int],
+        *,
+        until_epoch: int | None = None,
+        eval_mode: bool = False,
+    ) -> None:
+        if isinstance(what, str) == (until_epoch is None):
+            raise ConfigError(
+                f"Freeze({what!r}, until_epoch={until_epoch!r}): give a name and until_epoch, or a "
+                "dict from names to epochs"
+            )
+        self._until = dict(what) if isinstance(what, Mapping) else {what: until_epoch or 0}
+        for name, epoch in self._until.items():
+            if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1:
+                raise ConfigError(f"Freeze({name!r}, until_epoch={epoch!r}): must be 1 or more")
+        self._eval_mode = eval_mode
+        self._frozen: list[nn.Parameter] = []  # by this callback, just now
+        self._resting: list[nn.Module] = []
+
+    def on_fit_start(self, ctx: Context) -> None:
+        """Refuses names that match nothing."""
+        names = [name for name, _ in _named(ctx.model)]
+        for pattern in self._until:
+            if not any(_matches(name, pattern) for name in names):
+                close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
+                meant = f" Did you mean {close[0]!r}?" if close else ""
+                more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+                raise ConfigError(
+                    f"Freeze({pattern!r}) matches no parameter.{meant} There are "
+                    f"{', '.join(names[:20])}{more}"
+                )
+
+    def on_epoch_start(self, ctx: Context) -> None:
+        """Freezes and thaws what this epoch wants."""
+        self._thaw()
+        now = [pattern for pattern, until in self._until.items() if ctx.progress.epoch < until]
+        held: dict[nn.Parameter, bool] = {}
+        for name, p in _named(ctx.model):
+            held[p] = held.get(p, False) or any(_matches(name, pattern) for pattern in now)
+        # Only what requires a gradient now is kept in mind, and thawed again.
+        self._frozen = [p for p, frozen in held.items() if frozen and p.requires_grad]
+        for p in self._frozen:
+            p.requires_grad_(False)
+        if self._eval_mode:
+            self._resting = [
+                module
+                for name, module in ctx.model.named_modules()
+                if module.training
+                and (any(_matches(name, pattern) for pattern in now) or _all_held(module, held))
+            ]
+            for module in self._resting:
+                module.training = False
+
+    def on_fit_end(self, ctx: Context) -> None:
+        """Thaws, so that the model is as it was given."""
+        self._thaw()
+
+    def on_error(self, ctx: Context, error: BaseException) -> None:
+        """Thaws, so that the model is as it was given."""
+        self._thaw()
+
+    def _thaw(self) -> None:
+        for p in self._frozen:
+            p.requires_grad_(True)
+        for module in self._resting:
+            module.training = True
+        self._frozen, self._resting = [], []
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Returns every parameter with its name; a tied one under each of its names."""
+    return list(model.named_parameters(remove_duplicate=False))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def _all_held(module: nn.Module, held: Mapping[nn.Parameter, bool]) -> bool:
+    inside = list(module.parameters())
+    return bool(inside) and all(held[p] for p in inside)

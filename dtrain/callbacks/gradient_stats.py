@@ -1,0 +1,73 @@
+"""Norms of gradients, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError
+from dtrain.state import Context, Step
+
+
+class GradientStats(Callback):
+    """Logs the Euclidean norm of each layer's gradient as ``grad_norm/<layer>``.
+
+    Gradients are those of the whole global batch, equal on all ranks and at every world size.
+    Before ``ClipGradients`` in the list of callbacks it sees them unclipped, after it clipped.
+    Norms are computed every so many steps, and not read before the next report, so that they
+    cost no host sync; where several fall into one report, their mean is reported. With
+    ``every`` equal to ``fit``'s ``log_every``, each report has the norms of its last step.
+
+    Example::
+
+        Trainer(model, optimizer, loss_fn, callbacks=[GradientStats(every=50), ClipGradients(1.0)])
+
+    Args:
+        every: compute them every so many global steps.
+        per: a layer is a ``"parameter"``, or a ``"module"``: a direct child of the model.
+
+    Raises:
+        ConfigError: an argument is off.
+
+    Ranks: all, local.
+    """
+
+    def __init__(
+        self, every: int = 50, *, per: Literal["parameter", "module"] = "parameter"
+    ) -> None:
+        if isinstance(every, bool) or every < 1:
+            raise ConfigError(f"GradientStats(every={every!r}): must be 1 or more")
+        if per not in ("parameter", "module"):
+            raise ConfigError(f"GradientStats(per={per!r}): choose 'parameter' or 'module'")
+        self._every = every
+        self._per_module = per == "module"
+
+    def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        """Computes the norms, where it is time."""
+        if (step.number + 1) % self._every:
+            return
+        found = {n: _dense(p.grad) for n, p in ctx.model.named_parameters() if p.grad is not None}
+        if not found:
+            return
+        norms = dict(zip(found, _norms(list(found.values())), strict=True))
+        if self._per_module:
+            by_module: dict[str, list[Tensor]] = {}
+            for name, norm in norms.items():
+                by_module.setdefault(name.partition(".")[0], []).append(norm)
+            norms = {name: torch.stack(each).norm() for name, each in by_module.items()}
+        for name, norm in norms.items():
+            ctx.log(f"grad_norm/{name}", norm)
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Returns each tensor's norm, computed in 32 bits where it has fewer."""
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    dtype = torch.float64 if double else torch.float32
+    return list(torch._foreach_norm(tensors, 2, dtype=dtype))
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.is_sparse else grad

@@ -1,0 +1,82 @@
+"""L1 and L2 penalties on the weights, as a part of the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError
+from dtrain.state import Context, Step
+
+
+class L1L2Penalty(Callback):
+    """Adds ``l1 * sum(|w|) + l2 * sum(w ** 2)`` to the loss.
+
+    It is added to the mean of every micro-batch, and yet counts once: the loss of a step is a
+    weighted mean over micro-batches and ranks, whose weights sum to 1, and the mean of
+    ``loss_i + penalty`` is ``mean(loss_i) + penalty``. So neither more ranks nor accumulation
+    change its strength. ``train/loss`` includes it, ``train/penalty`` is the penalty alone;
+    ``eval/loss`` does not include it.
+
+    ``l2`` gives the gradient ``2 * l2 * w``. With SGD that is a ``weight_decay`` of ``2 * l2``;
+    with Adam it is not the decoupled decay of AdamW (Loshchilov and Hutter, "Decoupled weight
+    decay regularization", ICLR 2019). A subgradient step of ``l1`` shrinks weights, and rarely
+    makes one exactly 0.
+
+    Example::
+
+        Trainer(model, optimizer, loss_fn, callbacks=[L1L2Penalty(l1=1e-5)])
+
+    Args:
+        l1: the factor of the sum of absolute values.
+        l2: the factor of the sum of squares.
+        params: says by name and parameter which are meant; by default those with two or more
+            dimensions, which leaves out biases and the scales of norms. Frozen ones never
+            count.
+
+    Raises:
+        ConfigError: a factor is negative, both are 0, or ``params`` chooses nothing.
+
+    Ranks: all, local; parameters are equal on all ranks, and so is the penalty.
+    """
+
+    def __init__(
+        self,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        params: Callable[[str, nn.Parameter], bool] | None = None,
+    ) -> None:
+        if not (0 <= l1 < math.inf and 0 <= l2 < math.inf and l1 + l2 > 0):
+            raise ConfigError(f"L1L2Penalty(l1={l1}, l2={l2}): from 0 on, and one of them above it")
+        self._l1 = l1
+        self._l2 = l2
+        self._chosen = params or (lambda name, parameter: parameter.ndim >= 2)
+        self._params: list[nn.Parameter] = []
+
+    def on_fit_start(self, ctx: Context) -> None:
+        """Looks up the parameters."""
+        named = list(ctx.model.named_parameters())
+        self._params = [p for name, p in named if self._chosen(name, p)]
+        if not self._params:
+            raise ConfigError(
+                f"L1L2Penalty(params=...) chose none of the model's {len(named)} parameters: "
+                f"{', '.join(name for name, _ in named[:20])}{', ...' * (len(named) > 20)}"
+            )
+
+    def on_loss(self, ctx: Context, step: Step) -> None:
+        """Adds the penalty."""
+        assert step.loss is not None
+        penalty = torch.zeros_like(step.loss.mean)
+        for p in self._params:
+            if p.requires_grad:  # asked each time: it may be frozen for some epochs
+                if self._l1:
+                    penalty = penalty + self._l1 * p.abs().sum()
+                if self._l2:
+                    penalty = penalty + self._l2 * p.square().sum()
+        step.loss.mean = step.loss.mean + penalty
+        # A metric is weighted as the loss is, so that their difference is the loss without it.
+        step.loss.metrics = {**step.loss.metrics, "penalty": penalty.detach()}

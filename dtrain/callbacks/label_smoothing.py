@@ -1,0 +1,65 @@
+"""Label smoothing: targets that leave some doubt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError, DataError
+from dtrain.state import Context, Step
+
+
+class LabelSmoothing(Callback):
+    """Mixes each training target with the uniform distribution over the classes.
+
+    ``y = (1 - eps) * onehot(y) + eps / C`` (Szegedy et al., "Rethinking the Inception
+    architecture", CVPR 2016). The loss function gets soft targets ``[B, C]``. That is linear in
+    the target, so with ``Mixup`` in the list before or after it, the result is the same.
+    Evaluation gets its labels as they are; in the loss function, ``hard_labels(y)`` from
+    :mod:`dtrain.callbacks` makes class indices of both for metrics.
+
+    Where the loss is a plain cross entropy, ``F.cross_entropy(logits, y, label_smoothing=0.1)``
+    gives the same without a callback, and ``Trainer(eval_fn=...)`` an evaluation without it.
+
+    Example::
+
+        Trainer(model, optimizer, loss_fn, callbacks=[LabelSmoothing(0.1, num_classes=10)])
+
+    Args:
+        eps: the part of the uniform distribution.
+        num_classes: ``C``.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        DataError: a batch is no pair of inputs and labels.
+
+    Ranks: all, local.
+    """
+
+    def __init__(self, eps: float, num_classes: int) -> None:
+        if not 0 <= eps < 1 or num_classes < 2:
+            raise ConfigError(
+                f"LabelSmoothing(eps={eps}, num_classes={num_classes}): eps must be from 0 to "
+                "below 1, and there must be 2 classes or more"
+            )
+        self._eps = eps
+        self._num_classes = num_classes
+
+    def on_batch(self, ctx: Context, step: Step) -> None:
+        """Smooths the targets of the micro-batch."""
+        if not isinstance(step.batch, list | tuple) or len(step.batch) != 2:
+            raise DataError("LabelSmoothing: a batch must be a pair (x, y)")
+        x, y = step.batch
+        soft = isinstance(y, Tensor) and y.is_floating_point()
+        if not isinstance(y, Tensor) or y.shape[1:] != ((self._num_classes,) if soft else ()):
+            found = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise DataError(
+                f"LabelSmoothing: targets must be class indices [B], or soft targets "
+                f"[B, {self._num_classes}], not {found}"
+            )
+        if not soft:
+            floats = x.dtype if isinstance(x, Tensor) and x.is_floating_point() else torch.float32
+            y = F.one_hot(y, self._num_classes).to(torch.promote_types(floats, torch.float32))
+        step.batch = (x, (1 - self._eps) * y + self._eps / self._num_classes)

@@ -1,0 +1,131 @@
+"""Shows what the model makes of a few samples: texts and pictures, at evaluations."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import numpy as np
+from torch import Tensor
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError
+from dtrain.state import Context, Step
+from dtrain.world import current
+
+
+class LogSamples(Callback):
+    """Hands texts and pictures of an evaluation's first micro-batch to the sinks and to files.
+
+    The function runs on rank 0 only, once an evaluation (of several sets: in the first), with
+    rank 0's first micro-batch. What it returns goes to the sinks that can show it, and into
+    ``run_dir/samples/step-.../``: a text as ``<name>.txt``, a picture as ``<name>.png``.
+
+    Example::
+
+        LogSamples(lambda outputs, batch: {"first answer": tokenizer.decode(outputs[0])})
+
+    Args:
+        fn: from ``Loss(outputs=...)`` and the micro-batch to a dict from name to text or
+            picture: 8-bit values, shape ``[height, width]`` or ``[height, width, 3]``, as an
+            array or tensor.
+        every: at each evaluation (``"eval"``), or at every so many, from the first on.
+
+    Raises:
+        ConfigError: an argument is off, or ``fn`` returned something else.
+
+    Ranks: all, local; ``fn`` runs on rank 0 only.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[Any, Any], Mapping[str, Any]],
+        *,
+        every: int | Literal["eval"] = "eval",
+    ) -> None:
+        if not callable(fn):
+            raise ConfigError(f"LogSamples({fn!r}): must be a function of (outputs, batch)")
+        if every != "eval" and (isinstance(every, bool | str) or every < 1):
+            raise ConfigError(f"LogSamples(every={every!r}): 'eval', or a number from 1 up")
+        self._fn = fn
+        self._every = 1 if every == "eval" else every
+        self._evaluations = 0
+        self._due = False
+
+    def on_eval_start(self, ctx: Context) -> None:
+        """Finds out whether it is time, and whether this is rank 0."""
+        world = current()
+        is_main = world is None or world.is_main
+        self._due = is_main and self._evaluations % self._every == 0
+        self._evaluations += 1
+
+    def on_eval_batch(self, ctx: Context, step: Step) -> None:
+        """Shows samples of the first micro-batch.
+
+        Raises:
+            ConfigError: the function returned no dict of texts and pictures.
+        """
+        if not self._due:
+            return
+        self._due = False
+        assert step.loss is not None
+        shown = self._fn(step.loss.outputs, step.batch)
+        if not isinstance(shown, Mapping):
+            raise ConfigError(f"LogSamples: fn returned {type(shown).__name__}, not a dict")
+        for name, value in shown.items():
+            image = None if isinstance(value, str) else _as_image(name, value)
+            ctx.show(name, text=value if image is None else "", image=image)
+            if ctx.run_dir is not None:
+                data = value.encode() if image is None else _png(image)
+                folder = ctx.run_dir / "samples" / f"step-{ctx.progress.step:08d}"
+                _write(folder, name + (".txt" if image is None else ".png"), data)
+
+    def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
+        """An evaluation in which rank 0 had no data shows nothing."""
+        self._due = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns how many evaluations there were."""
+        return {"evaluations": self._evaluations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self._evaluations = state["evaluations"]
+
+
+def _as_image(name: str, value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    image = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    fits = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+    if image.dtype != np.uint8 or not fits or not image.size:
+        raise ConfigError(
+            f"LogSamples: {name!r} is {image.dtype} of shape {list(image.shape)}; a picture is "
+            "uint8 of shape [height, width] or [height, width, 3]. From floats of shape "
+            "[3, height, width] in 0 to 1: (x * 255).clamp(0, 255).byte().permute(1, 2, 0)"
+        )
+    return image
+
+
+def _write(folder: Path, name: str, data: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / quote(name, safe=" ")).write_bytes(data)  # a "/" must not make another folder
+
+
+def _png(image: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """Returns the picture as a PNG file; see the PNG specification (W3C, 2003), sections 5 and 9.
+
+    Written here, so that no picture depends on what else is installed.
+    """
+    height, width = image.shape[:2]
+    rows = b"".join(b"\0" + row.tobytes() for row in image)  # filter 0: as it is
+    colour_type = 0 if image.ndim == 2 else 2
+    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

@@ -1,0 +1,116 @@
+"""A guard against loss spikes: a step that is far above the last ones is not applied."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from typing import Any, Literal, get_args
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError
+from dtrain.state import Context, Step
+
+Action = Literal["skip", "stop", "warn"]
+
+_LEAST_SPREAD = 0.01  # of the median; a window of equal losses has a spread of 0
+
+
+class LossSpikeGuard(Callback):
+    """Leaves a step out, stops or warns where the loss jumps above the last steps' losses.
+
+    A loss is a spike if it is more than ``median + factor * spread`` of the last ``window``
+    losses, where ``spread = 1.4826 * median(|loss - median|)``: the standard deviation, for
+    normal noise, but not moved by single outliers (Iglewicz and Hoaglin, "How to Detect and
+    Handle Outliers", 1993). A spread below 1 % of the median counts as 1 %. NaN is a spike.
+    OLMo-core's ``SkipStepOptimizer`` has the same defaults, with mean and standard deviation.
+
+    The loss is that of the global batch, which every rank knows, so all decide alike. A spike
+    that is skipped is not taken into the window; BatchNorm statistics have seen its batch.
+    Losses are compared once the window is full.
+
+    Example::
+
+        Trainer(model, optimizer, loss_fn, callbacks=[LossSpikeGuard(factor=6, action="skip")])
+
+    Args:
+        factor: how many spreads above the median are borne.
+        window: how many losses are looked back at.
+        action: ``"skip"``: the step's update is not applied; ``"stop"``: nor is it, and the
+            run stops after the next step; ``"warn"``: only tell.
+        patience: with ``"skip"``: after so many spikes in a row the run stops, because leaving
+            steps out does not help. None bears any number.
+
+    Raises:
+        ConfigError: an argument is off.
+
+    Ranks: all, local.
+    """
+
+    def __init__(
+        self,
+        factor: float = 6.0,
+        *,
+        window: int = 128,
+        action: Action = "skip",
+        patience: int | None = 10,
+    ) -> None:
+        if not factor > 0:
+            raise ConfigError(f"LossSpikeGuard(factor={factor}): must be more than 0")
+        if isinstance(window, bool) or window < 2:
+            raise ConfigError(f"LossSpikeGuard(window={window!r}): must be 2 or more")
+        if action not in get_args(Action):
+            raise ConfigError(f"LossSpikeGuard(action={action!r}): one of {get_args(Action)}")
+        if patience is not None and patience < 1:
+            raise ConfigError(f"LossSpikeGuard(patience={patience}): must be 1 or more, or None")
+        self._factor = factor
+        self._action: Action = action
+        self._patience = patience
+        self.losses: deque[float] = deque(maxlen=window)
+        self.spikes_in_a_row = 0
+
+    def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        """Compares the step's loss with the window's."""
+        loss, bound = step.loss_mean, self.bound()
+        if loss <= bound:
+            self.spikes_in_a_row = 0
+            self.losses.append(loss)
+            return
+        self.spikes_in_a_row += 1
+        why = f"step {step.number}: the loss {loss:.4g} is above {bound:.4g}, a spike"
+        if self._action == "warn":
+            if loss < float("inf"):  # a lasting new level becomes the window's, in time
+                self.losses.append(loss)
+            if self.spikes_in_a_row == 1:
+                ctx.say(f"warning: {why}")
+            return
+        step.veto(why)
+        if self._action == "stop":
+            ctx.request.stop(why)
+        elif self.spikes_in_a_row == self._patience:
+            ctx.request.stop(f"{why}, number {self.spikes_in_a_row} in a row")
+        else:
+            ctx.say(f"{why}; its update is left out")
+
+    def bound(self) -> float:
+        """Returns what a loss may be; any that is finite, where the window is not full."""
+        assert self.losses.maxlen is not None
+        if len(self.losses) < self.losses.maxlen:
+            return sys.float_info.max
+        median = _median([*self.losses])
+        spread = 1.4826 * _median([abs(loss - median) for loss in self.losses])
+        return median + self._factor * max(spread, _LEAST_SPREAD * abs(median))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the window, and how many spikes came in a row."""
+        return {"losses": list(self.losses), "spikes_in_a_row": self.spikes_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.losses.clear()
+        self.losses.extend(state["losses"])
+        self.spikes_in_a_row = state["spikes_in_a_row"]
+
+
+def _median(values: list[float]) -> float:
+    values, middle = sorted(values), len(values) // 2
+    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2

@@ -1,0 +1,102 @@
+"""Mixup: training on mixtures of two samples and of their labels."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError, DataError
+from dtrain.state import Context, Step
+
+
+def hard_labels(y: Tensor) -> Tensor:
+    """Returns class indices, whether ``y`` holds these already or soft targets.
+
+    For metrics in a loss function that is used with :class:`Mixup` or ``LabelSmoothing`` in
+    training, and without them in evaluation.
+
+    Example::
+
+        accuracy = (logits.argmax(1) == hard_labels(y)).float().mean()
+
+    Args:
+        y: indices, any shape ``[B, ...]``; or a float for each class, ``[B, C, ...]``.
+
+    Returns:
+        Indices, ``[B, ...]``. Of a mixture, the class with the larger part.
+
+    Ranks: all, local.
+    """
+    return y.argmax(1) if y.is_floating_point() else y
+
+
+class Mixup(Callback):
+    """Mixes each micro-batch with itself in another order, inputs and targets alike.
+
+    ``x = m * x_i + (1 - m) * x_j`` and the same for the one-hot targets, with one ``m`` a
+    micro-batch from Beta(alpha, alpha) and ``j`` from a random permutation (Zhang et al.,
+    "mixup: Beyond Empirical Risk Minimization", ICLR 2018). The loss function gets soft
+    targets ``[B, C]``, which ``F.cross_entropy`` takes; evaluation gets its labels as they are.
+
+    This is an exception to "one is many": partners are sought within a micro-batch, with the
+    rank's own ``ctx.rng``, so another number of ranks mixes other samples. With the same ranks,
+    runs repeat and resume exactly.
+
+    Example::
+
+        Trainer(model, optimizer, loss_fn, callbacks=[Mixup(0.2, num_classes=10)])
+
+    Args:
+        alpha: how much is mixed: near 0 hardly, at 1 by any share alike.
+        num_classes: ``C``.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        DataError: a batch is no pair of a float tensor and labels.
+
+    Ranks: all, local.
+    """
+
+    def __init__(self, alpha: float, num_classes: int) -> None:
+        if not 0 < alpha < math.inf or num_classes < 2:
+            raise ConfigError(
+                f"Mixup(alpha={alpha}, num_classes={num_classes}): alpha must be more than 0, and "
+                "there must be 2 classes or more"
+            )
+        self._alpha = alpha
+        self._num_classes = num_classes
+
+    def on_batch(self, ctx: Context, step: Step) -> None:
+        """Mixes the micro-batch."""
+        x, y = self._check(step.batch)
+        # Both draws are made on the CPU, from a generator that checkpoints hold.
+        seed = int(torch.randint(2**63 - 1, (), generator=ctx.rng))
+        share = float(np.random.default_rng(seed).beta(self._alpha, self._alpha))
+        partners = torch.randperm(len(x), generator=ctx.rng).to(x.device, non_blocking=True)
+        if not y.is_floating_point():
+            # No fewer bits than float32: a share of 0.999 must not become 1.
+            y = F.one_hot(y, self._num_classes).to(torch.promote_types(x.dtype, torch.float32))
+        step.batch = tuple(share * part + (1 - share) * part[partners] for part in (x, y))
+
+    def _check(self, batch: object) -> tuple[Tensor, Tensor]:
+        match batch:
+            case [Tensor() as x, Tensor() as y] if x.is_floating_point():
+                wanted = (len(x), self._num_classes) if y.is_floating_point() else (len(x),)
+                if y.shape == wanted:
+                    return x, y
+                raise DataError(
+                    "Mixup: targets must be class indices [B], or soft targets "
+                    f"[B, {self._num_classes}], not {y.dtype} {list(y.shape)}"
+                )
+            case [*parts]:
+                found = ", ".join(
+                    str(getattr(part, "dtype", type(part).__name__)) for part in parts
+                )
+            case _:
+                found = type(batch).__name__
+        raise DataError(f"Mixup: a batch must be a pair (x, y), x of floats; this is ({found})")

@@ -1,0 +1,275 @@
+"""A guard against NaN and infinity, which finds out where they come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.callback import Callback
+from dtrain.checkpoint import rng
+from dtrain.errors import ConfigError
+from dtrain.state import Context, Number, Step
+
+Action = Literal["stop", "skip", "warn"]
+
+_MOST = 4  # findings that a message tells
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A micro-batch of the step under way, with what it takes to run it again."""
+
+    micro: int
+    batch: Any
+    streams: list[Tensor]
+    mean: Tensor
+    weight: Number | None
+
+
+class NonFiniteGuard(Callback):
+    """Leaves a step out, or stops, where its loss or gradient is NaN or infinite; says why.
+
+    All ranks see the same trouble (the count of bad losses travels with the gradients, and these
+    are equal), so all decide alike. Then each rank replays its own micro-batches of the step,
+    with the random streams and buffers of then, and names the first module whose output, or
+    the parameters whose gradient, is not finite. A step that is left out changes nothing:
+    parameters, optimizer state and buffers are as before.
+
+    With a loss scale (``MixedPrecision("fp16")``) an overflow of the gradient is no trouble, as
+    the scale adapts; only the loss is looked at.
+
+    Put it last in the list, so that it keeps batches as the model gets them. A step costs a copy
+    of the buffers, the state of the random streams, references to the micro-batches and one norm
+    of the gradient, which on CUDA waits for the device. Models with SyncBatchNorm are not
+    replayed, because a replay is one rank's alone.
+
+    Example::
+
+        Trainer(model, optimizer, loss_fn, callbacks=[NonFiniteGuard(action="skip")])
+
+    Args:
+        action: ``"stop"``: the step is left out, and the run stops after the next; ``"skip"``:
+            it is left out; ``"warn"``: only tell, once in a row.
+        patience: with ``"skip"``: after so many such steps in a row the run stops; None bears
+            any number.
+
+    Raises:
+        ConfigError: an argument is off.
+
+    Ranks: all, communicates in a step that is not finite.
+    """
+
+    def __init__(self, action: Action = "stop", *, patience: int | None = 10) -> None:
+        if action not in get_args(Action):
+            raise ConfigError(f"NonFiniteGuard(action={action!r}): one of {get_args(Action)}")
+        if patience is not None and patience < 1:
+            raise ConfigError(f"NonFiniteGuard(patience={patience}): must be 1 or more, or None")
+        self._action: Action = action
+        self._patience = patience
+        self.bad_in_a_row = 0
+        self._kept: list[_Kept] = []
+        self._streams: list[Tensor] = []
+        self._buffers: list[Tensor] = []  # as they were before the step
+
+    def on_step_start(self, ctx: Context, step: Step) -> None:
+        """Keeps the buffers."""
+        self._kept.clear()
+        self._buffers = [buffer.detach().clone() for buffer in ctx.model.buffers()]
+
+    def on_batch(self, ctx: Context, step: Step) -> None:
+        """Keeps the random streams that the loss function will draw from."""
+        self._streams = _streams(ctx)
+
+    def on_loss(self, ctx: Context, step: Step) -> None:
+        """Keeps the micro-batch."""
+        loss = step.loss
+        if loss is not None and not ctx.request.skipped:
+            mean = loss.mean.detach()  # neither the graph nor the outputs
+            self._kept.append(_Kept(step.micro, step.batch, self._streams, mean, loss.weight))
+
+    def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        """Looks at the loss and the gradient, and decides."""
+        if not step.nonfinite and (ctx.loss_scaled or _finite_gradients(ctx)):
+            self.bad_in_a_row = 0
+            return
+        self.bad_in_a_row += 1
+        if self._action == "warn" and self.bad_in_a_row > 1:
+            return
+        by_rank = ctx.comm.gather_objects("non-finite: where from", self._look(ctx, step))
+        why = f"step {step.number}: {_words(by_rank, step.nonfinite)}"
+        if self._action == "warn":
+            ctx.say(f"warning: {why}")
+            return
+        step.veto(why)
+        _put_back(ctx.model, self._buffers)
+        if self._action == "stop" or self.bad_in_a_row == self._patience:
+            ctx.request.stop(why)
+        else:
+            ctx.say(f"{why}. Its update is left out.")
+
+    def on_step_end(self, ctx: Context, step: Step) -> None:
+        """Lets the micro-batches go."""
+        self._kept.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns how many steps in a row were not finite."""
+        return {"bad_in_a_row": self.bad_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.bad_in_a_row = state["bad_in_a_row"]
+
+    def _look(self, ctx: Context, step: Step) -> list[tuple[str, str]]:
+        """Returns what this rank finds: in which micro-batch, and what.
+
+        Ranks: all, local.
+        """
+        bad = [repr(name) for name, p in ctx.model.named_parameters() if _kind(p)]
+        if bad:
+            return [("", f"NaN or infinite before the step: parameter {_some(bad)}")]
+        kept = [one for one in self._kept if one.weight is None or float(one.weight) != 0]
+        if step.nonfinite:
+            kept = [one for one in kept if _kind(one.mean)]
+        if any(isinstance(module, nn.SyncBatchNorm) for module in ctx.model.modules()):
+            if not step.nonfinite:
+                return [("", "the gradient is not finite; not replayed, for SyncBatchNorm")]
+            return [(_place(one), f"the loss is {_kind(one.mean)}") for one in kept]
+        streams, others, logged = _streams(ctx), rng.capture(), ctx.logged
+        buffers = [buffer.detach().clone() for buffer in ctx.model.buffers()]
+        ctx.logged = {}  # what the loss function logs was logged before
+        try:
+            found = []
+            for one in kept:
+                _put_back(ctx.model, self._buffers)
+                _restore(ctx, one.streams)
+                found.append((_place(one), _replay(ctx, one)))
+            return [(place, what) for place, what in found if what]
+        finally:
+            ctx.logged = logged
+            rng.restore(others)
+            _restore(ctx, streams)
+            _put_back(ctx.model, buffers)
+
+
+def _replay(ctx: Context, one: _Kept) -> str:
+    """Runs a micro-batch again, without a trace; returns what is not finite in it, or nothing."""
+    first: dict[str, str] = {}  # NaN or infinite: in which module's output it is seen first
+
+    def watch(where: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            for tensor in _tensors(output):
+                if kind := _kind(tensor):
+                    first.setdefault(kind, where)
+
+        return look
+
+    handles = [
+        module.register_forward_hook(watch(f"{name or 'the model'!r} ({type(module).__name__})"))
+        for name, module in ctx.model.named_modules()
+    ]
+    told = _kind(one.mean)
+    words = [f"the loss is {told}"] if told else []
+    try:
+        mean = ctx.loss_of(one.batch).mean
+        if not told and not _kind(mean):
+            # Does not touch .grad, and fires none of the reduction's hooks.
+            named = {name: p for name, p in ctx.model.named_parameters() if p.requires_grad}
+            grads = torch.autograd.grad(mean, list(named.values()), allow_unused=True)
+            pairs = zip(named, grads, strict=True)
+            bad = [repr(name) for name, grad in pairs if grad is not None and _kind(grad)]
+            if not bad:
+                return ""
+            words.append(f"the loss is finite, its gradient is not: {_some(bad[::-1])}")
+    except Exception as error:  # noqa: BLE001 -- the replay is a help; the run must not end by it
+        return "; ".join([*words, f"replaying it raised {error!r}"])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if kinds := {kind for tensor in _tensors(one.batch) if (kind := _kind(tensor))}:
+        words.append(f"the batch holds {' and '.join(sorted(kinds))} values")
+    words += [f"first {kind}: output of {where}" for kind, where in first.items()]
+    if told and not _kind(mean):
+        words.append("replayed, it is finite: on_loss of a callback, or chance, made it so")
+    elif told and not first:
+        words.append("the outputs of all modules are finite: it arose in the loss function")
+    return "; ".join(words)
+
+
+def _words(by_rank: list[list[tuple[str, str]]], nonfinite: int) -> str:
+    told = [(f"rank {rank}", *one) for rank, found in enumerate(by_rank) for one in found]
+    if len(by_rank) > 1 and by_rank[0] and all(found == by_rank[0] for found in by_rank):
+        told = [("every rank", *one) for one in by_rank[0]]
+    if told:
+        some = [f"{who}{', ' if place else ''}{place}: {what}" for who, place, what in told]
+        more = f" (and {len(some) - _MOST} more)" if len(some) > _MOST else ""
+        return "; ".join(some[:_MOST]) + more
+    if nonfinite:
+        return (
+            f"the loss of {nonfinite} micro-batches is not finite, but was when NonFiniteGuard saw "
+            "it; put it last in the list of callbacks"
+        )
+    return (
+        "the gradient is not finite, though each micro-batch's is when it is replayed: their sum "
+        "overflowed, or a callback changed it"
+    )
+
+
+def _place(one: _Kept) -> str:
+    return f"micro-batch {one.micro}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _finite_gradients(ctx: Context) -> bool:
+    params = [p for group in ctx.optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in params if p.grad is not None]
+    # The largest absolute value: unlike a Euclidean norm it does not overflow by itself. On
+    # CUDA, reading it waits for the device.
+    return math.isfinite(float(torch.nn.utils.get_total_norm(grads, norm_type=math.inf)))
+
+
+def _kind(tensor: Tensor) -> str:
+    if not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all()):
+        return ""
+    return "NaN" if bool(tensor.isnan().any()) else "infinite"
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _streams(ctx: Context) -> list[Tensor]:
+    # Torch's alone: NumPy's state takes 100 us to get, and loss functions rarely draw from it.
+    states = [torch.get_rng_state(), ctx.rng.get_state(), ctx.shared_rng.get_state()]
+    if ctx.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(ctx.device))
+    return states
+
+
+def _restore(ctx: Context, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    ctx.rng.set_state(states[1])
+    ctx.shared_rng.set_state(states[2])
+    if ctx.device.type == "cuda":
+        torch.cuda.set_rng_state(states[3], ctx.device)
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, buffers: list[Tensor]) -> None:
+    for buffer, kept in zip(model.buffers(), buffers, strict=False):
+        buffer.copy_(kept)

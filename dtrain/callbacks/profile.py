@@ -1,0 +1,148 @@
+"""A trace of chosen steps: what ran when, on the host and on the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError
+from dtrain.state import Context, Step
+from dtrain.world import current
+
+
+class Profile(Callback):
+    """Records steps with ``torch.profiler``, into ``run_dir/profile/rank-...-step-....json``.
+
+    A trace is made for each chosen rank; the number in its name is that of its first step.
+    Each step is an event ``step N`` in it. Open it in https://ui.perfetto.dev or in
+    ``chrome://tracing``. Steps count from 0 and over restarts. Recording slows these steps, on
+    all ranks, which wait for the slowest; leave the first few out, they are not typical.
+
+    What runs between the chosen steps, such as an evaluation, is in the trace as well. Put it
+    first in the list of callbacks, so that the others' hooks lie within the events.
+
+    Example::
+
+        Profile(steps=range(10, 13), ranks=(0, 1))
+
+    Args:
+        steps: ``range(start, stop)`` or ``(start, stop)``; ``stop`` is not recorded.
+        ranks: which ranks record; those that the run does not have are left out.
+        shapes: records the shapes of operators' inputs.
+        memory: records what is allocated and freed.
+        stacks: records where in the source each operator was called; slow.
+
+    Raises:
+        ConfigError: an argument is off, or the run has no folder.
+
+    Ranks: all, local; the chosen ones write a file each.
+    """
+
+    def __init__(
+        self,
+        steps: range | tuple[int, int],
+        *,
+        ranks: Collection[int] = (0,),
+        shapes: bool = False,
+        memory: bool = False,
+        stacks: bool = False,
+    ) -> None:
+        if not isinstance(steps, range):
+            if not (isinstance(steps, tuple) and len(steps) == 2):
+                raise ConfigError(f"Profile(steps={steps!r}): give range(start, stop)")
+            steps = range(*steps)
+        if steps.step != 1 or steps.start < 0 or not steps:
+            raise ConfigError(
+                f"Profile(steps={steps!r}): must be at least one step, from 0 up, without gaps"
+            )
+        if not ranks or min(ranks) < 0:
+            raise ConfigError(f"Profile(ranks={ranks!r}): must be at least one rank, from 0 up")
+        self._steps = steps
+        self._ranks = sorted(set(ranks))
+        self._shapes = shapes
+        self._memory = memory
+        self._stacks = stacks
+        self._rank = 0
+        self._path = Path()
+        self._profiler: torch.profiler.profile | None = None
+        self._event: torch.profiler.record_function | None = None
+
+    def on_fit_start(self, ctx: Context) -> None:
+        """Says where traces will be.
+
+        Raises:
+            ConfigError: the run has no folder.
+        """
+        if ctx.run_dir is None:
+            raise ConfigError("Profile writes traces: pass Trainer(run_dir='runs/...')")
+        world = current()
+        self._rank = 0 if world is None else world.rank
+        size = 1 if world is None else world.size
+        ranks = [rank for rank in self._ranks if rank < size]
+        if not ranks:
+            ctx.say(f"Profile: there is no rank {self._ranks[0]} among {size}; nothing is profiled")
+        elif ctx.progress.step < self._steps.stop:
+            ctx.say(
+                f"profiling steps {self._steps.start} to {self._steps.stop - 1} on rank"
+                f"{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}, into "
+                f"{ctx.run_dir / 'profile'}"
+            )
+
+    def on_step_start(self, ctx: Context, step: Step) -> None:
+        """Starts recording, where it is time."""
+        if step.number not in self._steps or self._rank not in self._ranks:
+            return
+        if self._profiler is None:
+            assert ctx.run_dir is not None
+            name = f"rank-{self._rank:05d}-step-{step.number:08d}.json"
+            self._path = ctx.run_dir / "profile" / name
+            self._profiler = self._start(ctx.device)
+        self._event = torch.profiler.record_function(f"step {step.number}")
+        self._event.__enter__()
+
+    def on_step_end(self, ctx: Context, step: Step) -> None:
+        """Ends a step's event; after the last one, writes the trace."""
+        self._end_event()
+        if step.number + 1 == self._steps.stop:
+            self._finish()
+
+    def on_fit_end(self, ctx: Context) -> None:
+        """Writes the trace of a run that ended early."""
+        self._finish()
+
+    def on_error(self, ctx: Context, error: BaseException) -> None:
+        """Writes what was recorded until the error."""
+        self._end_event()
+        self._finish()
+
+    def _start(self, device: torch.device) -> torch.profiler.profile:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        profiler = torch.profiler.profile(
+            activities=activities,
+            record_shapes=self._shapes,
+            profile_memory=self._memory,
+            with_stack=self._stacks,
+        )
+        profiler.start()
+        return profiler
+
+    def _end_event(self) -> None:
+        event, self._event = self._event, None
+        if event is not None:
+            event.__exit__(None, None, None)
+
+    def _finish(self) -> None:
+        profiler, self._profiler = self._profiler, None
+        if profiler is None:
+            return
+        profiler.stop()  # waits for the device, once
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self._path.with_suffix(".writing")
+        profiler.export_chrome_trace(str(aside))
+        os.replace(aside, self._path)

@@ -1,0 +1,218 @@
+"""How fast the training is, and where a step's time goes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from dtrain.callback import Callback
+from dtrain.errors import ConfigError
+from dtrain.state import Context, Step
+from dtrain.world import current
+
+PHASES = ("data", "forward", "backward", "optimizer")
+_STEP_S = "throughput/step_s"
+
+
+class Throughput(Callback):
+    """Logs speed, memory and the shares of a step's time, over the steps since the last report.
+
+    ========================== ===================================================================
+    ``samples_per_s``          samples of all ranks in the time of the steps
+    ``tokens_per_s``           the same, where ``tokens_per_sample`` is given
+    ``step_s``                 a step's mean length
+    ``{phase}_share``          of that: ``data`` (waiting for a batch), ``forward``, ``backward``
+                               (with waiting for other ranks), ``optimizer`` (with clipping)
+    ``data_max_s``             the longest that any rank waited for its data in a step
+    ``memory_gib``             the peak on any rank: CUDA's allocator, or the process on CPUs
+    ``tflops_per_s``, ``mfu``  of a device, where FLOPs and ``peak_flops`` are known
+    ========================== ===================================================================
+
+    All names begin with ``throughput/``. What lies between steps (evaluation, saving, reports)
+    counts as no step's time. Hooks of other callbacks count to the phase in which they run.
+
+    Times are the host's and nothing waits for the device. On CUDA the host runs ahead until it
+    reads what the ranks agreed on, after backward: the step's length is right on average, but
+    ``backward_share`` also holds the device's time for forward and the last optimizer step. To
+    tell these apart, use :class:`~dtrain.callbacks.Profile`.
+
+    Model FLOPs utilisation is ``flops_per_sample * samples/s / (devices * peak_flops)``
+    (Chowdhery et al., "PaLM", 2022, appendix B).
+
+    Example::
+
+        Throughput(tokens_per_sample=1024, count_flops=True, peak_flops=989e12)
+
+    Args:
+        tokens_per_sample: tokens in a sample.
+        flops_per_sample: floating-point operations that training on one sample takes, forward
+            and backward, without what activation checkpointing computes again.
+        count_flops: counts those of the first forward, and takes three times as many: backward
+            needs two products for each of forward's. That step is left out of the figures.
+        peak_flops: what a device can do in a second, by its maker.
+
+    Raises:
+        ConfigError: an argument is off.
+
+    Ranks: all, local.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens_per_sample: float | None = None,
+        flops_per_sample: float | None = None,
+        count_flops: bool = False,
+        peak_flops: float | None = None,
+    ) -> None:
+        for name, value in (
+            ("tokens_per_sample", tokens_per_sample),
+            ("flops_per_sample", flops_per_sample),
+            ("peak_flops", peak_flops),
+        ):
+            if value is not None and not value > 0:
+                raise ConfigError(f"Throughput({name}={value!r}): must be more than 0")
+        if count_flops and flops_per_sample is not None:
+            raise ConfigError("Throughput: give flops_per_sample or count_flops, not both")
+        if peak_flops is not None and not count_flops and flops_per_sample is None:
+            raise ConfigError("Throughput(peak_flops=...) needs flops_per_sample or count_flops")
+        self._tokens_per_sample = tokens_per_sample
+        self._flops_per_sample = flops_per_sample
+        self._peak_flops = peak_flops
+        self._to_count = count_flops
+        self._counter: Any = None
+        self._counted_in = -1
+        self._devices = 1
+        self._since = 0.0
+        self._samples_before = 0
+        self._grads_ready = False
+        self._step = dict.fromkeys(PHASES, 0.0)  # seconds in this step
+        self._sums = dict.fromkeys(PHASES, 0.0)  # and in those since the last report
+        self._samples = 0
+
+    def on_fit_start(self, ctx: Context) -> None:
+        """Asks how many devices there are."""
+        world = current()
+        self._devices = 1 if world is None else world.size
+
+    def on_step_start(self, ctx: Context, step: Step) -> None:
+        """Starts the clock."""
+        if _STEP_S not in ctx.logged:  # what was logged has been reported
+            self._sums = dict.fromkeys(PHASES, 0.0)
+            self._samples = 0
+        self._step = dict.fromkeys(PHASES, 0.0)
+        self._samples_before = ctx.progress.samples
+        self._grads_ready = False
+        self._since = perf_counter()
+
+    def on_batch(self, ctx: Context, step: Step) -> None:
+        """A batch has come."""
+        self._stop_counter()
+        self._end("data")
+        if self._to_count:
+            self._counted_in = step.number
+            self._counter = _FlopCounter()  # type: ignore[no-untyped-call]
+            self._counter.__enter__()
+
+    def on_loss(self, ctx: Context, step: Step) -> None:
+        """Forward is over."""
+        flops = self._stop_counter()
+        self._end("forward")
+        if flops is not None:
+            self._to_count = False
+            self._flops_per_sample = 3 * flops / step.samples if flops else None
+            if not flops:
+                ctx.say("Throughput: no FLOPs could be counted; give flops_per_sample instead")
+        if step.loss is not None and step.micro + 1 != step.micros:
+            step.loss.mean.register_hook(self._watch_backward)  # the next batch comes after it
+
+    def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        """Backward is over, and gradients are agreed."""
+        self._stop_counter()  # a micro-batch that was skipped has no on_loss
+        self._end("backward")
+        self._grads_ready = True
+
+    def on_step_end(self, ctx: Context, step: Step) -> None:
+        """Logs the figures."""
+        self._end("optimizer" if self._grads_ready else "backward")
+        self._stop_counter()
+        if self._counted_in == step.number:
+            return
+        if not self._samples:
+            ctx.log("throughput/memory_gib", _peak_bytes(ctx.device) / 2**30, "max")
+        self._samples += ctx.progress.samples - self._samples_before
+        for phase in PHASES:
+            self._sums[phase] += self._step[phase]
+        seconds = sum(self._sums.values())
+        samples_per_s = self._samples / seconds
+        ctx.log("throughput/samples_per_s", samples_per_s, "last")
+        if self._tokens_per_sample is not None:
+            ctx.log("throughput/tokens_per_s", samples_per_s * self._tokens_per_sample, "last")
+        ctx.log(_STEP_S, sum(self._step.values()))
+        for phase in PHASES:
+            ctx.log(f"throughput/{phase}_share", self._sums[phase] / seconds, "last")
+        ctx.log("throughput/data_max_s", self._step["data"], "max")
+        if self._flops_per_sample is not None:
+            flops_per_s = self._flops_per_sample * samples_per_s / self._devices
+            ctx.log("throughput/tflops_per_s", flops_per_s / 1e12, "last")
+            if self._peak_flops is not None:
+                ctx.log("throughput/mfu", flops_per_s / self._peak_flops, "last")
+
+    def on_error(self, ctx: Context, error: BaseException) -> None:
+        """Leaves no counter behind."""
+        self._stop_counter()
+
+    def _end(self, phase: str) -> None:
+        now = perf_counter()
+        self._step[phase] += now - self._since
+        self._since = now
+
+    def _watch_backward(self, grad: Tensor) -> None:
+        # Backward begins here; the engine calls back when it is done, as it does for DDP.
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: self._end("backward"))
+
+    def _stop_counter(self) -> int | None:
+        """Returns what was counted, where a counter was at work."""
+        counter, self._counter = self._counter, None
+        if counter is None:
+            return None
+        counter.__exit__(None, None, None)
+        return int(counter.flops)
+
+
+class _FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of what runs while it is entered, and changes nothing.
+
+    torch's own FlopCounterMode would make torch.compile give up on what it first sees inside.
+    """
+
+    flops = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=out)
+        return out
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

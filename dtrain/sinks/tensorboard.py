@@ -1,0 +1,136 @@
+"""Writes a run's figures, settings and samples for TensorBoard."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from dtrain.callback import Sink
+from dtrain.errors import ConfigError
+from dtrain.state import Report
+
+
+class TensorBoard(Sink):
+    """Writes event files into the run's folder: scalars, hyper-parameters, texts and pictures.
+
+    Hyper-parameters are ``Trainer(config=...)``, nested names joined with dots. Samples come
+    from ``ctx.show``. Look at them with ``tensorboard --logdir runs``.
+
+    A run that is continued adds a file; figures of steps that are now taken again are hidden
+    by TensorBoard.
+
+    Example::
+
+        Trainer(model, optimizer, loss_fn, sinks=[Console(), TensorBoard()], run_dir="runs/first")
+
+    Args:
+        folder: the folder's name, within the run's folder.
+        on_error: ``"raise"`` ends the run if it cannot be written; see :class:`~dtrain.Sink`.
+
+    Raises:
+        ConfigError: the package tensorboard is not installed.
+
+    Ranks: rank 0 only.
+    """
+
+    def __init__(
+        self, folder: str = "tensorboard", *, on_error: Literal["warn", "raise"] = "warn"
+    ) -> None:
+        # Looked for here, on all ranks, and imported on rank 0, in open: it takes a second.
+        # A mere folder of that name in the current one has no origin.
+        if getattr(importlib.util.find_spec("tensorboard"), "origin", None) is None:
+            raise ConfigError(
+                "TensorBoard needs the package tensorboard: pip install dtrain[tensorboard]"
+            )
+        self.folder = folder
+        self.on_error = on_error
+        self._path: Path | None = None
+        self._writer: Any = None
+        self._session_end: Any = None
+
+    def open(self, run_dir: Path | None) -> None:
+        """Makes the folder.
+
+        Raises:
+            ConfigError: the run has no folder.
+            OSError: it cannot be made.
+        """
+        import torch.utils.tensorboard  # noqa: F401 -- in the main thread, where it may raise
+
+        if run_dir is None:
+            raise ConfigError(
+                f"TensorBoard writes {self.folder}/ into the run's folder, and this run has none: "
+                'name one with Trainer(run_dir="runs/first"), or remove the sink'
+            )
+        self._path = run_dir / self.folder
+        self._path.mkdir(parents=True, exist_ok=True)
+
+    def write(self, report: Report) -> None:
+        """Writes a report's figures; ``start`` hides what comes again, and has the settings."""
+        if self._path is None:
+            raise RuntimeError("TensorBoard.write() was called before open()")
+        if self._writer is None:  # what is said while the run starts comes before `start`
+            self._writer = _begin(self._path, report.step)
+        if report.kind == "start":
+            self._write_config(report)
+        elif report.kind in ("train", "eval"):
+            for name, value in report.values.items():
+                self._writer.add_scalar(name, value, report.step)
+        elif report.sample is not None:
+            self._show(report)
+        elif report.kind == "end" and self._session_end is not None:
+            self._writer.file_writer.add_summary(self._session_end)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def _write_config(self, report: Report) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        if not report.config:
+            return
+        # As SummaryWriter.add_hparams does, but without its second folder.
+        experiment, begin, self._session_end = hparams(
+            _flat(report.config), {"train/loss": 0.0, "eval/loss": 0.0}
+        )
+        self._writer.file_writer.add_summary(experiment)
+        self._writer.file_writer.add_summary(begin)
+        text = json.dumps(dict(report.config), indent=1)
+        self._writer.add_text("config", f"```json\n{text}\n```", report.step)
+
+    def _show(self, report: Report) -> None:
+        sample = report.sample
+        assert sample is not None
+        if sample.image is not None:
+            form = "HW" if sample.image.ndim == 2 else "HWC"
+            self._writer.add_image(sample.name, sample.image, report.step, dataformats=form)
+        if sample.text:
+            self._writer.add_text(sample.name, sample.text, report.step)
+
+
+def _begin(folder: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # Of an earlier start, TensorBoard hides what is from `purge_step` on. A run that begins
+    # writes step 0 again; one that is continued does not repeat the step it goes on from.
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
+    """Returns nested settings under joined names; what is no number or text becomes text."""
+    flat: dict[str, bool | float | str] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, bool | int | float | str):
+            flat[prefix + name] = value
+        else:
+            flat[prefix + name] = json.dumps(value)
+    return flat

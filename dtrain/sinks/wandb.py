@@ -1,0 +1,105 @@
+"""Sends a run's figures, settings and samples to Weights & Biases."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import secrets
+from pathlib import Path
+from typing import Any, Literal
+
+from dtrain.callback import Sink
+from dtrain.errors import ConfigError
+from dtrain.state import Report
+
+
+class WandB(Sink):
+    """Logs scalars, the Trainer's ``config``, texts and pictures to a wandb run.
+
+    Figures have ``step`` (global steps) as their x axis. Samples come from ``ctx.show``. wandb
+    keeps its files in the run's folder, too.
+
+    A run that is continued goes on in the same wandb run, whose id is kept in
+    ``run_dir/wandb-id.txt``. wandb takes nothing back: steps that are taken again are there twice.
+    A run that failed or was killed is marked as such.
+
+    Example::
+
+        Trainer(model, optimizer, loss_fn, sinks=[Console(), WandB("digits")], run_dir="runs/first")
+
+    Args:
+        project: wandb's project.
+        name: the run's name there; wandb makes one up if None.
+        mode: ``"online"``, ``"offline"`` or ``"disabled"``; wandb's own settings decide if None.
+        on_error: ``"raise"`` ends the run if wandb fails; see :class:`~dtrain.Sink`.
+        **init: more arguments of ``wandb.init``, such as ``entity`` or ``tags``.
+
+    Raises:
+        ConfigError: the package wandb is not installed.
+
+    Ranks: rank 0 only.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        name: str | None = None,
+        mode: Literal["online", "offline", "disabled"] | None = None,
+        *,
+        on_error: Literal["warn", "raise"] = "warn",
+        **init: Any,
+    ) -> None:
+        # Looked for here, on all ranks, and imported on rank 0, in open: it takes a second.
+        # A mere folder of that name, as wandb makes in the current one, has no origin.
+        if getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
+            raise ConfigError("WandB needs the package wandb: pip install dtrain[wandb]")
+        self.on_error = on_error
+        self._init = {"project": project, "name": name, "mode": mode, "resume": "allow", **init}
+        self._wandb: Any = None
+        self._run: Any = None
+        self._ended = False
+
+    def open(self, run_dir: Path | None) -> None:
+        """Begins the wandb run, or goes on with it.
+
+        Raises:
+            Exception: whatever ``wandb.init`` raises.
+        """
+        import wandb
+
+        place: dict[str, Any] = {}
+        if run_dir is not None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            kept = run_dir / "wandb-id.txt"
+            if not kept.exists():
+                kept.write_text(self._init.get("id") or secrets.token_hex(4))
+            place = {"dir": str(run_dir), "id": kept.read_text().strip()}
+        self._ended = False
+        self._wandb = wandb
+        self._run = wandb.init(**{**place, **self._init})
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, report: Report) -> None:
+        """Logs a report's figures or sample; ``start`` has the settings."""
+        if self._run is None:
+            raise RuntimeError("WandB.write() was called before open()")
+        if report.kind == "start":
+            self._run.config.update(dict(report.config), allow_val_change=True)
+        elif report.kind in ("train", "eval"):
+            self._run.log({**report.values, "step": report.step})
+        elif report.sample is not None:
+            sample = report.sample
+            if sample.image is not None:
+                self._run.log({sample.name: self._wandb.Image(sample.image), "step": report.step})
+            if sample.text:
+                shown = self._wandb.Html(f"<pre>{html.escape(sample.text)}</pre>")
+                self._run.log({sample.name: shown, "step": report.step})
+        elif report.kind == "end":
+            self._ended = True
+
+    def close(self) -> None:
+        """Ends the wandb run, as failed where the training was not reported to have ended."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.finish(exit_code=0 if self._ended else 1)

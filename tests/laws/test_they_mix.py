@@ -1,0 +1,232 @@
+"""They mix: every pair of callbacks, and random subsets in random order, at two ranks.
+
+Each case trains three epochs of a small model twice: in one go, and stopped in the middle and
+resumed in a new Trainer. Both must end with the same bits, on both ranks, without a warning.
+"""
+
+import itertools
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import dtrain
+from dtrain import schedules
+from dtrain.callbacks import (
+    EMA,
+    Checkpoint,
+    ClipGradients,
+    EarlyStopping,
+    Freeze,
+    GradientAccumulation,
+    GradientNoise,
+    GradientStats,
+    L1L2Penalty,
+    LabelSmoothing,
+    LogSamples,
+    LossSpikeGuard,
+    LRSchedule,
+    MixedPrecision,
+    Mixup,
+    NonFiniteGuard,
+    OverfitBatches,
+    ParamSchedule,
+    Profile,
+    StochasticWeightAveraging,
+    Throughput,
+    TimeLimit,
+    hard_labels,
+)
+from dtrain.errors import ConfigError
+from dtrain.testing import run_processes
+
+MAKE = {
+    "EMA": lambda: EMA(0.9),
+    "ClipGradients": lambda: ClipGradients(max_norm=0.1),
+    "ClipGradients by value": lambda: ClipGradients(max_value=0.01),
+    "EarlyStopping": lambda: EarlyStopping("eval/loss", patience=9, restore_best=True),
+    "Freeze": lambda: Freeze("0", until_epoch=1),
+    "GradientAccumulation": lambda: GradientAccumulation(micro_batch_size=3),
+    "GradientNoise": lambda: GradientNoise(0.01),
+    "GradientStats": lambda: GradientStats(every=2),
+    "L1L2Penalty": lambda: L1L2Penalty(l1=1e-4, l2=1e-3),
+    "LabelSmoothing": lambda: LabelSmoothing(0.1, 3),
+    "LogSamples": lambda: LogSamples(lambda outputs, batch: {"y": str(outputs[0].item())}),
+    "LossSpikeGuard": lambda: LossSpikeGuard(window=4),
+    "LRSchedule by step": lambda: LRSchedule(lambda opt, n: CosineAnnealingLR(opt, n)),
+    "LRSchedule by epoch": lambda: LRSchedule(schedules.step_decay(0.5, 1), every="epoch"),
+    "MixedPrecision bf16": lambda: MixedPrecision("bf16"),
+    "MixedPrecision fp16": lambda: MixedPrecision("fp16", init_scale=256.0),
+    "Mixup": lambda: Mixup(0.4, 3),
+    "NonFiniteGuard": lambda: NonFiniteGuard("skip"),
+    "OverfitBatches": lambda: OverfitBatches(2),
+    "ParamSchedule": lambda: ParamSchedule("weight_decay", lambda p: 0.1 / (1 + p.step)),
+    "Profile": lambda: Profile((1, 2)),
+    "StochasticWeightAveraging": lambda: StochasticWeightAveraging(1),
+    "Throughput": lambda: Throughput(),
+    "TimeLimit": lambda: TimeLimit("1h"),
+}
+# Two of these would be two of one kind, which is refused (tested below).
+ONE_OF = [
+    ("ClipGradients", "ClipGradients by value"),
+    ("LRSchedule by step", "LRSchedule by epoch"),
+    ("MixedPrecision bf16", "MixedPrecision fp16"),
+]
+# Batches kept in memory are gone in a new process; its documentation says so.
+NOT_RESUMABLE = {"OverfitBatches"}
+# Among these, order does not matter: none looks at what another changes.
+COMMUTE = {
+    "GradientStats",
+    "LogSamples",
+    "LRSchedule by step",
+    "MixedPrecision bf16",
+    "GradientAccumulation",
+    "Throughput",
+    "TimeLimit",
+    "L1L2Penalty",
+    "ParamSchedule",
+}
+
+
+class Interrupt(dtrain.Callback):
+    """Asks, on one rank, to save and leave at a step; the loop makes it agreed."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_start(self, ctx, step):
+        if step.number == self.at and dtrain.init(seed=0).rank == 1:
+            ctx.request.preempt("interrupted")
+
+
+def loss_fn(net, batch):
+    x, y = batch
+    logits = net(x)
+    labels = hard_labels(y)
+    right = (logits.argmax(-1) == labels).float().mean()
+    loss = F.cross_entropy(logits, y)
+    return dtrain.Loss(loss, metrics={"accuracy": right}, outputs=logits.argmax(-1))
+
+
+def data():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(22, 5, generator=generator)
+    return torch.utils.data.TensorDataset(x, x[:, :3].argmax(-1))
+
+
+def train(names, run_dir, interrupt_at=-1):
+    dtrain.init(seed=0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 3))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, fused=True)
+    callbacks = [Interrupt(interrupt_at), *(MAKE[n]() for n in names)]
+    callbacks.append(Checkpoint(every_epochs=1, keep=1))
+    trainer = dtrain.Trainer(
+        net, optimizer, loss_fn, callbacks=callbacks, sinks=[], run_dir=run_dir
+    )
+    result = trainer.fit(data(), batch_size=12, epochs=3, eval_set=data(), log_every=2)
+    bits = [p.detach().clone() for p in net.state_dict().values()]
+    return bits, result.preempted, result.steps
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def run_case(folder, names, interrupt_at):
+    """Returns what is wrong, or nothing."""
+    world = dtrain.init(seed=0)
+    whole, _, steps = train(names, folder / "whole")
+    if steps != 6:
+        return f"took {steps} steps"
+    everyones = world.comm.gather_objects("bits", [t.double().sum().item() for t in whole])
+    if everyones[0] != everyones[1]:
+        return "the ranks have different parameters"
+    if NOT_RESUMABLE & set(names):
+        return ""
+    _, preempted, _ = train(names, folder / "parts", interrupt_at)
+    if not preempted:
+        return "was not interrupted"
+    parts, _, steps = train(names, folder / "parts")
+    if steps != 6 or not same(whole, parts):
+        return f"resumed after step {interrupt_at}: other bits, or steps {steps}"
+    if set(names) <= COMMUTE:
+        backwards, _, _ = train(names[::-1], folder / "backwards")
+        if not same(whole, backwards):
+            return "another order gives other bits"
+    return ""
+
+
+def run_cases(cases):
+    """Runs cases on this rank; rank 0 makes and removes the folder."""
+    world = dtrain.init(seed=0)
+    wrong = []
+    for number, (names, interrupt_at) in enumerate(cases):
+        folder = Path(world.comm.on_main("folder", lambda: tempfile.mkdtemp(prefix="mix-")))
+        try:
+            told = run_case(folder, names, interrupt_at)
+        except Exception as error:
+            raise AssertionError(f"case {number}: {names}, stopped at {interrupt_at}") from error
+        world.comm.on_main("tidy", lambda folder=folder: shutil.rmtree(folder))
+        if told:
+            wrong.append(f"{names}, stopped at {interrupt_at}: {told}")
+    return wrong
+
+
+def allowed(names):
+    return not any(a in names and b in names for a, b in ONE_OF)
+
+
+def pairs():
+    rng = random.Random(0)
+    cases = [list(pair) for pair in itertools.combinations(MAKE, 2) if allowed(pair)]
+    return [(rng.sample(names, 2), rng.randrange(5)) for names in cases]
+
+
+def subsets(count):
+    """Random subsets in random order, drawn by hypothesis from a fixed seed."""
+    cases = []
+
+    @seed(20)
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.permutations(list(MAKE)), st.integers(3, len(MAKE)), st.integers(0, 4))
+    def draw(order, size, interrupt_at):
+        names = []
+        for name in order[:size]:
+            if allowed([*names, name]):
+                names.append(name)
+        cases.append((names, interrupt_at))
+
+    draw()
+    return cases[:count]
+
+
+def test_every_pair_mixes():
+    cases = pairs()
+    assert len(cases) == len(MAKE) * (len(MAKE) - 1) // 2 - len(ONE_OF)
+    assert run_processes(run_cases, 2, cases, timeout_s=400) == [[], []]
+
+
+def test_random_subsets_in_random_order_mix():
+    cases = subsets(200)
+    assert len(cases) == 200
+    assert run_processes(run_cases, 2, cases, timeout_s=400) == [[], []]
+
+
+@pytest.mark.parametrize("names", ONE_OF)
+def test_what_cannot_mix_is_refused_at_construction(names, tmp_path):
+    with pytest.raises(ConfigError, match=r"both decide|are named"):
+        train(list(names), tmp_path)

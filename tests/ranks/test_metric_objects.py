@@ -1,0 +1,414 @@
+"""Metrics: torchmetrics objects, what callbacks log, several sets, and when they are reported."""
+
+import json
+
+import pytest
+import tiny
+import torch
+import torchmetrics
+from torch.utils.data import TensorDataset
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    BinaryAUROC,
+    BinaryF1Score,
+    MulticlassAccuracy,
+)
+from torchmetrics.retrieval import RetrievalMAP
+
+import dtrain
+from dtrain.callbacks import Checkpoint, GradientAccumulation
+from dtrain.errors import LossError, RemoteError
+from dtrain.testing import run_processes
+
+FEATURES = 3
+
+
+def dataset(samples, seed=5):
+    """Features, labels, and scores that look at the labels a little; ties among the scores."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, FEATURES, generator=generator, dtype=torch.float64)
+    y = torch.randint(2, (samples,), generator=generator)
+    scores = ((x[:, 0].sigmoid() + 0.3 * y) / 1.3 * 20).round() / 20
+    return TensorDataset(x, y, scores)
+
+
+class Objects:
+    """A loss function that updates one metric of each kind. Scores do not depend on the model."""
+
+    def __init__(self):
+        self.f1 = BinaryF1Score()
+        self.auroc = BinaryAUROC(thresholds=None)
+        self.mean = torchmetrics.MeanMetric()
+        self.largest = torchmetrics.MaxMetric()
+        self.several = torchmetrics.MetricCollection(
+            {"accuracy": BinaryAccuracy(), "f1": BinaryF1Score(), "auroc": BinaryAUROC()}
+        )
+
+    def __call__(self, net, batch):
+        x, y, scores = batch
+        self.f1.update(scores, y)
+        self.auroc.update(scores, y)
+        self.mean.update(x[:, 1], weight=scores)
+        self.largest.update(x[:, 2])
+        self.several.update(scores, y)
+        return dtrain.Loss(
+            torch.nn.functional.cross_entropy(net(x), y),
+            metrics={
+                "f1": self.f1,
+                "auroc": self.auroc,
+                "mean": self.mean,
+                "largest": self.largest,
+                "several": self.several,
+                "plain": scores.mean(),
+            },
+        )
+
+
+def expected(samples):
+    """The same metrics, by torchmetrics itself, on all data at once."""
+    x, y, scores = (torch.stack(column) for column in zip(*samples, strict=True))
+    mean = torchmetrics.MeanMetric()
+    mean.update(x[:, 1], weight=scores)
+    return {
+        "f1": BinaryF1Score()(scores, y).item(),
+        "auroc": BinaryAUROC()(scores, y).item(),
+        "mean": mean.compute().item(),
+        "largest": x[:, 2].max().item(),
+        "several/accuracy": BinaryAccuracy()(scores, y).item(),
+        "several/f1": BinaryF1Score()(scores, y).item(),
+        "several/auroc": BinaryAUROC()(scores, y).item(),
+        "plain": scores.mean().item(),
+    }
+
+
+def sgd(net):
+    return torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+def trainer(loss, *callbacks, **options):
+    net = tiny.model(FEATURES, torch.float64)
+    return tiny.trainer(callbacks, net=net, optimizer=sgd, loss=loss, **options)
+
+
+class KeepBatches(dtrain.Callback):
+    """The samples that each step trained on, over all ranks."""
+
+    def __init__(self):
+        self.mine = []
+
+    def on_loss(self, ctx, step):
+        self.mine.append((step.number, [column.tolist() for column in step.batch]))
+
+    def samples(self, comm, steps):
+        every = comm.gather_objects("batches", self.mine)
+        rows = []
+        for number, columns in (one for mine in every for one in mine):
+            if number in steps:
+                rows += [tuple(torch.tensor(v) for v in row) for row in zip(*columns, strict=True)]
+        return [(x.double(), y, s.double()) for x, y, s in rows]
+
+
+def without(prefix, values):
+    found = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+    found.pop("loss", None)
+    return found
+
+
+def train_and_evaluate():
+    """Figures of each train report with what they should be, and the same of evaluations."""
+    comm = dtrain.init(seed=0).comm
+    found = {}
+    # Ragged: 30 = 4 batches of 7 and one of 2, which some ranks have no part in.
+    for name, callbacks in (("plain", []), ("accumulated", [GradientAccumulation(steps=2)])):
+        kept = KeepBatches()
+        run = trainer(Objects(), kept, *callbacks)
+        sets = {"small": dataset(3, seed=1), "large": dataset(25, seed=2)}
+        result = run.fit(
+            dataset(30), batch_size=7, epochs=2, log_every=2, eval_set=sets, eval_every=4
+        )
+        rows = [row for row in result.history if "train/loss" in row]
+        bounds = [0, *(row["step"] for row in rows)]
+        found[name, "train"] = [
+            (without("train/", row), expected(kept.samples(comm, range(start, stop))))
+            for start, stop, row in zip(bounds, bounds[1:], rows, strict=False)
+        ]
+        evaluated = [row for row in result.history if "eval/small/loss" in row]
+        found[name, "steps"] = [row["step"] for row in rows], [row["step"] for row in evaluated]
+        found[name, "eval"] = [
+            (without(f"eval/{which}/", row), expected(sets[which]))
+            for row in evaluated
+            for which in sets
+        ]
+    # The fewest samples: some ranks, or all but one, have none.
+    run = trainer(Objects())
+    found["few"] = [
+        (without("eval/", run.evaluate(dataset(n), batch_size=4)), expected(dataset(n)))
+        for n in range(1, 10)
+    ]
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_objects_are_those_of_one_process_on_all_data(world_size):
+    results = run_processes(train_and_evaluate, world_size)
+    assert all(one == results[0] for one in results)  # also bit for bit, between ranks
+    found = results[0]
+    for name in ("plain", "accumulated"):
+        assert found[name, "steps"] == ([2, 4, 6, 8, 10], [4, 8, 10])
+        assert len(found[name, "train"]) == 5
+        assert len(found[name, "eval"]) == 6
+        pairs = [*found[name, "train"], *found[name, "eval"], *found["few"]]
+        for values, truth in pairs:
+            assert values == pytest.approx(truth, rel=1e-6, abs=1e-12)
+    # Not the mean of the batches' values: that would be another number.
+    values, _ = found["plain", "eval"][1]
+    assert 0 < values["auroc"] < 1
+    assert values["several/f1"] == values["f1"]
+
+
+# -------------------------------------------------------------------- objects in special situations
+
+
+class Special:
+    def __init__(self, metric, update=None, weight=None, skip=lambda y: False):
+        self.metric, self.update, self.weight, self.skip = metric, update, weight, skip
+
+    def __call__(self, net, batch, ctx):
+        x, y, scores = batch
+        if not self.skip(y):
+            (self.update or (lambda m, x, y, s: m.update(s, y)))(self.metric, x, y, scores)
+        return dtrain.Loss(
+            torch.nn.functional.cross_entropy(net(x), y),
+            weight=self.weight,
+            metrics={} if self.skip(y) else {"m": self.metric},
+        )
+
+
+def special():
+    found = {}
+    data = dataset(26, seed=3)
+
+    def both(name, make, update=None, **options):
+        """Evaluates with dtrain, and with torchmetrics on all at once."""
+        run = trainer(Special(make(), update, **options))
+        values = without("eval/", run.evaluate(data, batch_size=6))
+        metric = make()
+        skip = options.get("skip", lambda y: False)
+        for row in data:
+            x, y, scores = (column.unsqueeze(0) for column in row)
+            if not skip(y):
+                (update or (lambda m, x, y, s: m.update(s, y)))(metric, x, y, scores)
+        found[name] = values, {"m": float(metric.compute())}
+
+    both("f1", BinaryF1Score)
+    both("macro", lambda: MulticlassAccuracy(num_classes=2, average="macro"), by_class)
+    # States that are lists of unequal length on the ranks: one entry an update.
+    both("retrieval", RetrievalMAP, retrieve)
+    # It was looked at before, as for a progress bar: a value that was kept is of this rank only.
+    both("looked at", lambda: BinaryF1Score(sync_on_compute=False), look)
+    both("forward", BinaryF1Score, lambda m, x, y, s: m(s, y))
+
+    # Only some micro-batches, on some ranks, know of the metric.
+    rare = dataset(26, seed=3)
+    first = rare.tensors[0][0, 0]
+    run = trainer(Sometimes(first))
+    found["rare"] = without("eval/", run.evaluate(rare, batch_size=6)), {"m": 1.0}
+    return found
+
+
+class Sometimes:
+    """Only the micro-batch with one certain sample has a metric."""
+
+    def __init__(self, first):
+        self.first = first
+        self.metric = torchmetrics.SumMetric()
+
+    def __call__(self, net, batch):
+        x, y, _ = batch
+        loss = torch.nn.functional.cross_entropy(net(x), y)
+        if not (x[:, 0] == self.first).any():
+            return loss
+        self.metric.update(1.0)
+        return dtrain.Loss(loss, metrics={"m": self.metric})
+
+
+def by_class(metric, x, y, scores):
+    metric.update((scores > 0.5).long(), y)
+
+
+def retrieve(metric, x, y, scores):
+    metric.update(scores.float(), y, indexes=(x[:, 0] > 0).long())
+
+
+def look(metric, x, y, scores):
+    metric.update(scores, y)
+    metric.compute()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_objects_in_special_situations(world_size):
+    results = run_processes(special, world_size)
+    assert all(one == results[0] for one in results)
+    for name, (values, truth) in results[0].items():
+        assert values == pytest.approx(truth, rel=1e-6), name
+
+
+def refusals():
+    found = []
+    for metric, update in (
+        (MulticlassAccuracy(num_classes=2, average="none"), by_class),
+        ("a text", lambda *args: None),
+        (torch.zeros(3), lambda *args: None),
+    ):
+        run = trainer(Special(metric, update))
+        try:
+            run.evaluate(dataset(8), batch_size=4)
+        except (LossError, RemoteError) as error:
+            found.append(str(error))
+    return found
+
+
+def test_what_is_no_single_number_is_refused_by_name():
+    for told in run_processes(refusals, 2):
+        for text, words in zip(
+            told,
+            (
+                r"the metric 'eval/m' computes a tensor of shape [2]",
+                r"metric 'eval/m' is 'a text'; a metric is a number, a 0-dim tensor",
+                r"metric 'eval/m' is a tensor of shape [3]",
+            ),
+            strict=True,
+        ):
+            assert words in text
+
+
+# ---------------------------------------------------------------------------------- what is logged
+
+
+class Logs(dtrain.Callback):
+    """Logs under each way of reduction: 10 x step + rank + 1, on some ranks in some steps."""
+
+    def __init__(self):
+        self.rank = dtrain.init(seed=0).rank
+
+    def on_step_end(self, ctx, step):
+        value = 10 * step.number + self.rank + 1
+        for reduce in ("mean", "sum", "max", "last"):
+            ctx.log(f"{reduce}_number", value, reduce)
+            ctx.log(f"{reduce}_tensor", torch.tensor(float(value)), reduce)
+        if self.rank == 1:
+            ctx.log("only_rank_1", value, "sum")
+            ctx.log("only_rank_1_max", -value, "max")
+        if step.number == 2:
+            ctx.log("late", value)
+        ctx.log("exact", 0.1, "max")
+        ctx.log("large", 2**40 + 1, "max")
+
+
+def logged():
+    run = tiny.trainer([Logs()])
+    data = tiny.dataset()
+    result = run.fit(data, batch_size=12, max_steps=5, log_every=2, eval_set=data, eval_first=True)
+    names = ("loss", "accuracy")
+    return [
+        {k: v for k, v in row.items() if k.rpartition("/")[2] not in names}
+        for row in result.history
+    ]
+
+
+def test_values_logged_by_callbacks():
+    by_rank = run_processes(logged, 2)
+    assert by_rank[0] == by_rank[1]
+    # Steps 0 and 1, 2 and 3, then 4: before it, after it, and nothing of it twice.
+    first, *trained, last = by_rank[0]
+    assert first == {"step": 0, "epoch": 0}
+    assert last == {"step": 5, "epoch": 0}
+    for row, numbers in zip(trained, ([0, 1], [2, 3], [4]), strict=True):
+        values = {rank: [10 * n + rank + 1 for n in numbers] for rank in (0, 1)}
+        every = values[0] + values[1]
+        lasts = [values[rank][-1] for rank in (0, 1)]
+        truth = {
+            "mean": sum(every) / len(every),
+            "sum": sum(every),
+            "max": max(every),
+            "last": sum(lasts) / 2,
+        }
+        for reduce, value in truth.items():
+            assert row.pop(f"{reduce}_number") == pytest.approx(value, rel=1e-12), reduce
+            assert row.pop(f"{reduce}_tensor") == pytest.approx(value, rel=1e-12), reduce
+        assert row.pop("only_rank_1") == sum(values[1])
+        assert row.pop("only_rank_1_max") == max(-value for value in values[1])
+        assert row.pop("late", None) == (21.5 if 2 in numbers else None)
+        assert row.pop("exact") == 0.1
+        assert row.pop("large") == 2**40 + 1
+        assert set(row) == {"step", "epoch", "lr"}
+
+
+# --------------------------------------------------------------------------------- when, and config
+
+
+def when():
+    found = {}
+    data = tiny.dataset()
+    for name, options in (
+        ("epoch", {"epochs": 2}),
+        ("first", {"epochs": 2, "eval_first": True}),
+        ("steps", {"epochs": 2, "eval_every": 3}),
+        ("steps and first", {"max_steps": 5, "eval_every": 2, "eval_first": True}),
+        ("within an epoch", {"max_steps": 6}),
+        ("never", {"epochs": 1, "eval_every": None, "eval_first": True}),
+    ):
+        run = tiny.trainer()
+        result = run.fit(data, batch_size=24, eval_set=data, **options)
+        found[name] = [row["step"] for row in result.history if "eval/loss" in row]
+        if "eval/loss" in result.metrics:
+            again = run.evaluate(data, batch_size=24)
+            assert {k: result.metrics[k] for k in again} == again
+    return found
+
+
+def test_when_is_evaluated():
+    for found in run_processes(when, 2):
+        assert found == {
+            "epoch": [4, 8],
+            "first": [0, 4, 8],
+            "steps": [3, 6, 8],
+            "steps and first": [0, 2, 4, 5],
+            "within an epoch": [4, 6],
+            "never": [],
+        }
+
+
+CONFIG = {"lr": 0.1, "model": {"depth": 3, "sizes": [1, 2]}, "note": "größe", "none": None}
+
+
+def with_config(folder):
+    class Seen(dtrain.Sink):
+        configs = []
+
+        def write(self, report):
+            if report.kind == "start":
+                self.configs.append(dict(report.config))
+
+    for epochs in (1, 2):  # the second goes on
+        dtrain.init(seed=0)
+        run = dtrain.Trainer(
+            tiny.model(),
+            tiny.adam,
+            tiny.loss_fn,
+            callbacks=[Checkpoint(keep=None)],
+            sinks=[Seen()],
+            run_dir=folder,
+            config=CONFIG | {"epochs": epochs},
+        )
+        run.fit(tiny.dataset(), batch_size=24, epochs=epochs)
+    return Seen.configs
+
+
+def test_config_is_kept_with_the_run_and_in_each_checkpoint(tmp_path):
+    seen = run_processes(with_config, 2, tmp_path)
+    assert seen == [[CONFIG | {"epochs": 1}, CONFIG | {"epochs": 2}], []]
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG | {"epochs": 2}
+    for step, epochs in ((4, 1), (8, 2)):
+        state = tmp_path / "checkpoints" / f"step-{step:08d}" / "state.json"
+        assert json.loads(state.read_text())["config"] == CONFIG | {"epochs": epochs}
