@@ -112,7 +112,7 @@ class MicroStep(nn.Module):
         if term is not None:
             return term + voice
         # With find_unused, gradients of zero would make AdamW decay an unused parameter.
-        return voice if self._find_unused else voice + idle(self._trainable)
+        return voice if self._find_unused else voice + idle(self._trainable[::-1])
 
     def _term(self, step: Step, feed: StepFeed) -> Tensor | None:
         """The weighted, scaled loss; None where this rank has nothing to say."""

@@ -44,6 +44,17 @@ class StepFeed(Protocol):
         ...
 
 
+class _NoData:
+    micros = 1
+
+    def next(self) -> MicroBatch | None:
+        return None
+
+
+#: A step in which this rank has nothing to do.
+NO_DATA: StepFeed = _NoData()
+
+
 class Feed(Protocol):
     """All steps of a run, on one rank."""
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.data import StepFeed
+from dtrain.data import NO_DATA, StepFeed
 from dtrain.errors import ConfigError, UnusedParameters
 from dtrain.lane import LaneSilent, Verdict
 from dtrain.microstep import MicroStep
@@ -120,6 +120,22 @@ class DDP(Strategy):
             init_sync=False,  # the Trainer has made models equal, and said so
             **options,
         )
+        if not (self.find_unused or self._static_graph):
+            self._fix_buckets()
+
+    def _fix_buckets(self) -> None:
+        """Takes an idle step, after which DDP's buckets stay as they are.
+
+        DDP rebuilds its buckets once, after the first step of a process, and with them the
+        order in which more than two ranks are added up. A run that is resumed would then
+        differ in the last bits from one that never stopped.
+        """
+        assert self._micro_step is not None
+        assert self._ddp is not None
+        self._micro_step.lane.open()
+        _backward(self._ddp(Step(number=0), NO_DATA, True))
+        for parameter in self._micro_step.parameters():
+            parameter.grad = None
 
     def _release(self) -> None:
         self._ddp = None

@@ -359,6 +359,8 @@ def caught_and_again(comm, rank, size, lines):
         with pytest.raises((ValueError, RemoteError)) as raised:
             fails_on({attempt % size}, comm, rank, lines)
         told.append(str(raised.value).rpartition(" (")[0] or str(raised.value))
+        comm.barrier("all know")
+        assert comm.explain(RuntimeError("a later one")) is None  # the old one explains no other
     return told
 
 

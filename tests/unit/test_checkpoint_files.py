@@ -367,6 +367,14 @@ def test_a_newer_format_is_told_apart_from_damage(folder: Path) -> None:
     assert f"format {files.FORMAT + 1}; this dtrain reads {files.FORMAT}" in damage[0]
 
 
+def test_a_file_of_another_size_is_told_with_both_sizes(folder: Path) -> None:
+    file = folder / NEWEST / "state.json"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-3])
+    _, damage = files.find(folder)
+    assert damage == [f"{file} has {size - 3} bytes, not the {size} written"]
+
+
 def test_each_damaged_checkpoint_is_told(folder: Path) -> None:
     flip(folder / NEWEST / "state.json", 3)
     (folder / "step-00000010" / "model.safetensors").unlink()
