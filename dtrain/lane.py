@@ -136,9 +136,11 @@ class Lane:
             self._said[Slot.NONFINITE] += not math.isfinite(number)
         else:
             whole = torch.as_tensor(scaled, dtype=self.param.dtype, device=self.param.device)
-            value = value.to(self.param.dtype)
+            # Weight 0 counts for nothing, even if the mean is NaN; it is not read to find out.
+            value = torch.where(whole > 0, value.to(self.param.dtype), 0.0)
             bad = (~torch.isfinite(value)).to(self.param.dtype)
             self._on_device += torch.stack((whole, whole * value, bad, whole.new_zeros(())))
+            loss = torch.where(whole > 0, loss, 0.0)
         self._said[Slot.SAMPLES] += samples
         return loss * scaled
 

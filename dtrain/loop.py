@@ -235,7 +235,8 @@ class Loop:
         progress.updates += step.applied
         progress.samples += verdict.samples
         self.lane.observe(verdict)
-        if verdict.weight > 0:
+        # A step that was left out for its loss must not make the whole report's loss NaN.
+        if verdict.weight > 0 and not (step.vetoed and verdict.nonfinite):
             self._loss_sum += verdict.loss_mean * verdict.weight
             self._loss_weight += verdict.weight
         if verdict.nonfinite and not self._warned_nonfinite:

@@ -40,8 +40,6 @@ class Progress:
     samples: int = 0
     total_steps: int | None = None
     steps_per_epoch: int | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    sample: Shown | None = None
     total_epochs: int | None = None
 
 
@@ -103,8 +101,8 @@ class Step:
             or infinite.
         vetoed: why the update is not to be applied, if :meth:`veto` was called.
         applied: in ``on_step_end``: whether the optimizer's update was applied.
-        loss_mean: in ``on_step_end``: the loss of the global batch, over all ranks.
-        weight: in ``on_step_end``: units in the global batch, over all ranks.
+        loss_mean: from ``on_grads_ready`` on: the loss of the global batch, over all ranks.
+        weight: from ``on_grads_ready`` on: units in the global batch, over all ranks.
     """
 
     number: int

@@ -15,7 +15,7 @@ from dtrain.checkpoint import rng
 from dtrain.errors import ConfigError
 from dtrain.state import Context, Number, Step
 
-Action = Literal["stop", "skip", "warn"]
+Action = Literal["stop", "skip", "ignore"]
 
 _MOST = 4  # findings that a message tells
 
@@ -54,7 +54,7 @@ class NonFiniteGuard(Callback):
 
     Args:
         action: ``"stop"``: the step is left out, and the run stops after the next; ``"skip"``:
-            it is left out; ``"warn"``: only tell, once in a row.
+            it is left out; ``"ignore"``: only tell, once in a row.
         patience: with ``"skip"``: after so many such steps in a row the run stops; None bears
             any number.
 
@@ -98,11 +98,11 @@ class NonFiniteGuard(Callback):
             self.bad_in_a_row = 0
             return
         self.bad_in_a_row += 1
-        if self._action == "warn" and self.bad_in_a_row > 1:
+        if self._action == "ignore" and self.bad_in_a_row > 1:
             return
         by_rank = ctx.comm.gather_objects("non-finite: where from", self._look(ctx, step))
         why = f"step {step.number}: {_words(by_rank, step.nonfinite)}"
-        if self._action == "warn":
+        if self._action == "ignore":
             ctx.say(f"warning: {why}")
             return
         step.veto(why)

@@ -75,8 +75,19 @@ class DDP(Strategy):
     def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
         """Turns BatchNorm into SyncBatchNorm, if asked for.
 
+        Raises:
+            ConfigError: SyncBatchNorm on the CPU.
+
         Ranks: all, local.
         """
+        if world.size > 1 and world.device.type == "cpu":
+            has_sync = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+            if has_sync or self._sync_batchnorm:
+                raise ConfigError(
+                    "SyncBatchNorm works on GPUs only, and this rank computes on the CPU: leave "
+                    "sync_batchnorm out here (BatchNorm then sees its own rank's samples), or use "
+                    "GroupNorm or LayerNorm"
+                )
         if self._sync_batchnorm and world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return model
