@@ -92,15 +92,14 @@ def main():
     metrics = trainer.evaluate(val_set, batch_size=args.batch_size)
     if world.is_main:
         ranks = 4 if world.device.type == "cpu" and world.size < 4 else 1
-        again = f"{sys.argv[0]} --run-dir {args.run_dir}-on-{ranks}"
+        again = f"launch/torchrun.sh {sys.argv[0]} --run-dir {args.run_dir}-again"
         print(
             f"\nBest weights: accuracy {metrics['eval/accuracy']:.2%}, "
             f"loss {metrics['eval/loss']:.6f}\n"
             "What next?\n"
-            f"  all figures of this run       {args.run_dir}/metrics.jsonl\n"
-            f"  the same on {ranks} rank{'s' * (ranks > 1):<16} "
-            f"RANKS={ranks} bash launch/torchrun.sh {again}\n"
-            "  write a callback of your own  examples/custom_callback.py"
+            f"  all figures of this run        {args.run_dir}/metrics.jsonl\n"
+            f"  the same, RANKS={ranks}              RANKS={ranks} bash {again}\n"
+            "  write a callback of your own   examples/custom_callback.py"
         )
     if metrics["eval/accuracy"] < args.target_accuracy:
         sys.exit(f"accuracy is below the target of {args.target_accuracy:.2%}")

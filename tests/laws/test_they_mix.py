@@ -80,6 +80,8 @@ ONE_OF = [
     ("LRSchedule by step", "LRSchedule by epoch"),
     ("MixedPrecision bf16", "MixedPrecision fp16"),
 ]
+# Saves are many here, and not what is tested.
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 # Batches kept in memory are gone in a new process; its documentation says so.
 NOT_RESUMABLE = {"OverfitBatches"}
 # Among these, order does not matter: none looks at what another changes.
@@ -100,10 +102,11 @@ class Interrupt(dtrain.Callback):
     """Asks, on one rank, to save and leave at a step; the loop makes it agreed."""
 
     def __init__(self, at):
+        self.mine = dtrain.init(seed=0).rank == 1
         self.at = at
 
     def on_step_start(self, ctx, step):
-        if step.number == self.at and dtrain.init(seed=0).rank == 1:
+        if self.mine and step.number == self.at:
             ctx.request.preempt("interrupted")
 
 
@@ -123,11 +126,11 @@ def data():
 
 
 def train(names, run_dir, interrupt_at=-1):
-    dtrain.init(seed=0)
+    interrupt = Interrupt(interrupt_at)  # before the model: it seeds
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 3))
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, fused=True)
-    callbacks = [Interrupt(interrupt_at), *(MAKE[n]() for n in names)]
-    callbacks.append(Checkpoint(every_epochs=1, keep=1))
+    callbacks = [interrupt, *(MAKE[n]() for n in names)]
+    callbacks.append(Checkpoint(every_epochs=2, keep=1))
     trainer = dtrain.Trainer(
         net, optimizer, loss_fn, callbacks=callbacks, sinks=[], run_dir=run_dir
     )
@@ -169,7 +172,7 @@ def run_cases(cases):
     world = dtrain.init(seed=0)
     wrong = []
     for number, (names, interrupt_at) in enumerate(cases):
-        folder = Path(world.comm.on_main("folder", lambda: tempfile.mkdtemp(prefix="mix-")))
+        folder = Path(world.comm.on_main("folder", lambda: tempfile.mkdtemp(prefix="mix-", dir=MEMORY)))
         try:
             told = run_case(folder, names, interrupt_at)
         except Exception as error:

@@ -360,7 +360,8 @@ def caught_and_again(comm, rank, size, lines):
             fails_on({attempt % size}, comm, rank, lines)
         told.append(str(raised.value).rpartition(" (")[0] or str(raised.value))
         comm.barrier("all know")
-        assert comm.explain(RuntimeError("a later one")) is None  # the old one explains no other
+        told.append(comm.explain(RuntimeError("a later one")))  # not explained by the old one
+        comm.barrier("all asked")
     return told
 
 
@@ -375,6 +376,8 @@ def converted(comm, rank, size, lines):
 
 def test_after_a_failure_comes_the_next():
     told = by_scene([caught_and_again], 2)["caught_and_again"]
+    assert [rank[1::2] for rank in told] == [[None] * 3] * 2
+    told = [rank[::2] for rank in told]
     by = [f"rank {r} on {socket.gethostname()} failed in the phase at step 0: " for r in range(2)]
     assert told[0] == ["planted on 0", f"{by[1]}ValueError: planted on 1", "planted on 0"]
     assert told[1] == [

@@ -2,6 +2,9 @@
 
 import json
 import resource
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +49,36 @@ def refused(fn, *args, **options):
     except (ConfigError, RemoteError) as error:
         return type(error).__name__, str(error)
     return "nothing was raised"
+
+
+def all_cases(folder):
+    """Starting ranks is slow: everything in this file, in one start."""
+    return {
+        "speeds": speeds(folder / "speeds"),
+        "bits": with_and_without(folder / "bits"),
+        "profile": profiles(folder / "profile"),
+        "norms": gradient_norms(),
+        "samples": samples(folder / "samples"),
+    }
+
+
+@dataclass
+class Watched:
+    world_size: int
+    folder: Path
+    results: list
+
+    def of(self, case):
+        """What each rank returned."""
+        return [result[case] for result in self.results]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def watched(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watched")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error")
+        return Watched(request.param, folder, run_processes(all_cases, request.param, folder))
 
 
 # -------------------------------------------------------------------------------------- Throughput
@@ -99,7 +132,7 @@ def speed(folder, *callbacks, fake=True, batch_size=12, log_every=2, max_steps=1
     clock = Clock(dtrain.world.current().rank + 1)
     before = throughput.perf_counter
     throughput.perf_counter = clock if fake else before
-    watched = trainer(
+    run = trainer(
         Throughput(**arguments),
         *callbacks,
         Waste(clock),
@@ -107,7 +140,7 @@ def speed(folder, *callbacks, fake=True, batch_size=12, log_every=2, max_steps=1
         run_dir=folder,
     )
     data = tiny.dataset()
-    result = watched.fit(
+    result = run.fit(
         data, batch_size=batch_size, max_steps=max_steps, log_every=log_every, eval_set=data
     )
     throughput.perf_counter = before
@@ -144,9 +177,8 @@ def speeds(folder):
     }
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_throughput(tmp_path, world_size):
-    results = run_processes(speeds, world_size, tmp_path)
+def test_throughput(watched):
+    world_size, results = watched.world_size, watched.of("speeds")
     found = results[0]
     assert all(one["plain"] == found["plain"] for one in results)
     mean_tick = (1 + world_size) / 2
@@ -210,7 +242,7 @@ def test_throughput(tmp_path, world_size):
             assert row["samples_per_s"] * row["step_s"] == pytest.approx(12)
 
 
-def watched_or_not(folder):
+def with_and_without(folder):
     """What training leaves behind, with every watching callback and without."""
 
     class Dropout(nn.Module):
@@ -254,10 +286,9 @@ def watched_or_not(folder):
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_watching_changes_no_bit(tmp_path, world_size):
-    for bare, watched in run_processes(watched_or_not, world_size, tmp_path):
-        assert bare == watched
+def test_watching_changes_no_bit(watched):
+    for without, with_callbacks in watched.of("bits"):
+        assert without == with_callbacks
 
 
 def compile_and_count():
@@ -274,8 +305,8 @@ def compile_and_count():
     def loss(model, batch):
         return nn.functional.cross_entropy(compiled(batch[0]), batch[1])
 
-    watched = trainer(Throughput(count_flops=True), net=net, loss=loss)
-    result = watched.fit(tiny.dataset(), batch_size=12, max_steps=3, log_every=1)
+    run = trainer(Throughput(count_flops=True), net=net, loss=loss)
+    result = run.fit(tiny.dataset(), batch_size=12, max_steps=3, log_every=1)
     return len(graphs), "throughput/tflops_per_s" in result.metrics
 
 
@@ -327,11 +358,11 @@ def profiles(folder):
     return why, [report.text for report in keep.reports if report.kind == "message"]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_profile(tmp_path, world_size):
-    (why, said), *_ = run_processes(profiles, world_size, tmp_path)
+def test_profile(watched):
+    world_size, folder = watched.world_size, watched.folder / "profile"
+    why, said = watched.of("profile")[0]
     traces = {}
-    for path in tmp_path.glob("*/profile/*"):
+    for path in folder.glob("*/profile/*"):
         events = json.loads(path.read_text())["traceEvents"]
         names = sorted({e["name"] for e in events if e.get("name", "").startswith("step ")})
         assert any(event.get("name") == "aten::addmm" for event in events)
@@ -350,12 +381,12 @@ def test_profile(tmp_path, world_size):
     assert traces == expected
     both = "s 0, 1" if world_size == 2 else " 0"
     assert said == [
-        f"profiling steps 2 to 3 on rank 0, into {tmp_path}/chosen/profile",
-        f"profiling steps 2 to 2 on rank{both}, into {tmp_path}/all/profile",
+        f"profiling steps 2 to 3 on rank 0, into {folder}/chosen/profile",
+        f"profiling steps 2 to 2 on rank{both}, into {folder}/all/profile",
         f"Profile: there is no rank 7 among {world_size}; nothing is profiled",
-        f"profiling steps 6 to 99 on rank 0, into {tmp_path}/too long/profile",
-        f"profiling steps 8 to 99 on rank 0, into {tmp_path}/never/profile",
-        f"profiling steps 1 to 4 on rank{both}, into {tmp_path}/failed/profile",
+        f"profiling steps 6 to 99 on rank 0, into {folder}/too long/profile",
+        f"profiling steps 8 to 99 on rank 0, into {folder}/never/profile",
+        f"profiling steps 1 to 4 on rank{both}, into {folder}/failed/profile",
     ]
     assert why == ("ConfigError", "Profile writes traces: pass Trainer(run_dir='runs/...')")
 
@@ -418,9 +449,8 @@ def gradient_norms():
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_gradient_stats(world_size):
-    results = run_processes(gradient_norms, world_size)
+def test_gradient_stats(watched):
+    results = watched.of("norms")
     found = results[0]
     assert all(one == found for one in results)
     parameters = {"0.weight", "0.bias", "2.weight", "2.bias"}
@@ -507,9 +537,8 @@ def samples(folder):
     return world.rank, calls, shown, kinds, steps, wrong
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_log_samples(tmp_path, world_size):
-    results = run_processes(samples, world_size, tmp_path)
+def test_log_samples(watched):
+    world_size, results = watched.world_size, watched.of("samples")
     _, calls, shown, kinds, steps, wrong = results[0]
     x = tiny.dataset(7).tensors[0][:, 0].tolist()
     # Rank 0's share of the first four, and of that the first of two micro-batches.
@@ -527,7 +556,7 @@ def test_log_samples(tmp_path, world_size):
     # The other ranks never call it, and show nothing.
     assert all((calls, shown) == ([], []) for _, calls, shown, *_ in results[1:])
 
-    folder = tmp_path / "run" / "samples"
+    folder = watched.folder / "samples" / "run" / "samples"
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
         f"step-0000000{step}/{name}"
         for step in (2, 4)

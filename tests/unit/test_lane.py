@@ -137,7 +137,7 @@ def test_each_slot_has_its_place_in_the_verdict(slot: Slot, field: str) -> None:
 # ----------------------------------------------------------------------------- many ranks
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 1000])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 41, 49, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_verdict_is_that_of_the_global_batch(size: int, dtype: torch.dtype) -> None:
     lanes = [lane(rank, size, dtype) for rank in range(size)]
