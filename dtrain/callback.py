@@ -124,7 +124,8 @@ class Hooks:
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self.callbacks = tuple(callbacks)
-        self.failed_in = ""  # the hook that raised, for messages
+        self.error: BaseException | None = None  # what a hook raised
+        self.failed_in = ""  # which hook, for messages
         self._bound: dict[Any, tuple[Callable[..., None], ...]] = {}
         for name in HOOK_NAMES:
             base = vars(Callback)[name]
@@ -141,8 +142,9 @@ class Hooks:
         try:
             for method in self._bound[hook]:
                 method(*args, **kwargs)
-        except Exception:
+        except BaseException as error:
             self.failed_in = hook.__name__
+            self.error = error
             raise
 
     def has(self, hook: Callable[Concatenate[Callback, P], None]) -> bool:
@@ -240,7 +242,8 @@ def check_names(callbacks: Iterable[Callback]) -> None:
     seen: dict[str, Callback] = {}
     for callback in callbacks:
         if not isinstance(callback, Callback):
-            raise ConfigError(f"callbacks: {callback!r} is no dtrain.Callback")
+            hint = f"; did you mean `{callback.__name__}()`?" if isinstance(callback, type) else ""
+            raise ConfigError(f"callbacks: {callback!r} is no dtrain.Callback{hint}")
         if callback.name in seen:
             raise ConfigError(
                 f"two callbacks are named {callback.name!r}; checkpoints could not tell them "

@@ -49,6 +49,8 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     Ranks: all, local.
     """
     ours = {id(p) for p in model.parameters()}
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"the optimizer is {optimizer!r}, no torch.optim.Optimizer")
     held = [p for group in optimizer.param_groups for p in group["params"]]
     strange = [p for p in held if id(p) not in ours]
     if strange:
@@ -93,17 +95,21 @@ def check_same_model(model: nn.Module, comm: Comm) -> None:
     )
 
 
-def check_same_plan(plan: Plan, steps_per_epoch: int | None, comm: Comm) -> None:
-    """Raises where the ranks were called with different arguments or unequal data.
+def check_same_call(arguments: Mapping[str, object], comm: Comm) -> None:
+    """Raises where the ranks called ``fit`` with different arguments or unequal data.
 
     Raises:
         RankMismatch: with every rank's.
 
     Ranks: all, communicates.
     """
-    plans = comm.gather_objects("plan", f"{plan}, steps_per_epoch={steps_per_epoch}")
-    if len(set(plans)) > 1:
-        table = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(plans))
+    everyones = comm.gather_objects("fit", {name: str(value) for name, value in arguments.items()})
+    differing = [n for n in arguments if len({one.get(n) for one in everyones}) > 1]
+    if differing:
+        table = "\n".join(
+            f"  rank {rank}: " + ", ".join(f"{name}: {one.get(name)}" for name in differing)
+            for rank, one in enumerate(everyones)
+        )
         raise RankMismatch(
             f"the ranks called fit with different arguments or data of different length:\n{table}"
         )
@@ -126,9 +132,10 @@ def check_plan(
     if epochs is None and max_steps is None:
         raise ConfigError("how long? pass epochs, max_steps, or both (the first reached counts)")
     for name, value in (("epochs", epochs), ("max_steps", max_steps), ("log_every", log_every)):
-        if value is not None and (isinstance(value, bool) or value < 1):
-            raise ConfigError(f"{name}={value!r}: must be 1 or more")
-    by_steps = isinstance(eval_every, int) and eval_every >= 1
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= 1):
+            raise ConfigError(f"{name}={value!r}: must be a whole number of 1 or more")
+    by_steps = isinstance(eval_every, int) and not isinstance(eval_every, bool) and eval_every >= 1
     if not (eval_every is None or eval_every == "epoch" or by_steps):
         raise ConfigError(f"eval_every={eval_every!r}: 'epoch', a number of steps, or None")
     return Plan(epochs, max_steps, eval_every, log_every, eval_first)

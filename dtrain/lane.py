@@ -26,7 +26,7 @@ from dtrain.errors import DtrainError
 class Slot(IntEnum):
     """Places in the lane. All but ``WEIGHT`` and ``LOSS`` are counts."""
 
-    CANARY = 0  # rank 0 says 1, the others 0: the sum is 1, or no reduction happened
+    CANARY = 0  # rank 0 says 1, the others 2: the sum is 2W - 1, or no reduction happened
     WEIGHT = 1  # units / reference weight
     LOSS = 2  # units / reference weight * mean loss
     SAMPLES = 3
@@ -120,7 +120,7 @@ class Lane:
     def open(self) -> None:
         """Begins a step: nothing is said yet."""
         self._said[:] = 0
-        self._said[Slot.CANARY] = self._rank == 0
+        self._said[Slot.CANARY] = 1 if self._rank == 0 else 2
         if self._on_device is not None:
             self._on_device.zero_()
         self.param.grad = None
@@ -179,7 +179,7 @@ class Lane:
         # The gradients' mean over ranks is what DDP leaves; on CUDA this is the step's sync.
         mean: np.ndarray[Any, Any] = self.param.grad.cpu().numpy()
         counts = [_count(value * self._size) for value in mean]
-        if counts[Slot.CANARY] != 1:
+        if counts[Slot.CANARY] != 2 * self._size - 1:
             raise LaneSilent("the lane's gradient was not reduced")
         share, loss = float(mean[Slot.WEIGHT]), float(mean[Slot.LOSS])
         return Verdict(

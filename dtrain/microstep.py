@@ -137,6 +137,8 @@ class MicroStep(nn.Module):
                 self.lane.say(Slot.SKIPPED)
                 request.skipped.clear()
                 return None
+            if step.loss is not None:
+                where = "loss_fn"
             return self._weigh(step.loss, step.samples)
         except EndOfStream:
             # A rank that ran dry in the middle of a step still had something to say.
@@ -168,10 +170,14 @@ class MicroStep(nn.Module):
         if weight is None:
             weight = samples
         if isinstance(weight, Tensor) and weight.device.type == "cpu":
+            if weight.numel() != 1:
+                raise LossError(
+                    f"the loss has a weight of shape {list(weight.shape)}, not one number"
+                )
             weight = float(weight)  # no sync: it is here already
         if not isinstance(weight, Tensor):
-            if not weight >= 0:
-                raise LossError(f"the loss has weight {weight}; it must be 0 or more")
+            if not 0 <= weight < float("inf"):
+                raise LossError(f"the loss has weight {weight}; it must be 0 or more, and finite")
             if weight == 0:
                 return None  # not `0 * mean`: the mean may be NaN
         for name, value in loss.metrics.items():
@@ -202,6 +208,8 @@ def as_loss(returned: object, samples: int) -> Loss:
     if loss.weight is None:
         loss.weight = samples
     as_metrics(loss.metrics)
+    if "loss" in loss.metrics:
+        raise LossError("a metric is named 'loss', which is the loss itself; name it otherwise")
     return loss
 
 

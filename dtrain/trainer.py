@@ -30,8 +30,8 @@ from dtrain.checks import (
     check_config,
     check_optimizer,
     check_plan,
+    check_same_call,
     check_same_model,
-    check_same_plan,
     shapes_of,
 )
 from dtrain.data import Data, Feed, MapFeed, StreamFeed, as_data
@@ -249,7 +249,7 @@ class Trainer:
         loop: Loop | None = None
         reporter = Reporter(self._sinks, self._run_dir, active=self.world.is_main)
         try:
-            with self.world.comm.lockstep("the start of fit"):
+            with self.world.comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                 plan = check_plan(epochs, max_steps, eval_every, log_every, eval_first)
                 data = as_data(train, batch_size, shuffle=True)
                 evals = self._eval_feeds(eval_set, data.batch_size)
@@ -261,7 +261,7 @@ class Trainer:
         except BaseException as error:
             self._fail(loop, error)
             reporter.close()
-            cause = self.world.comm.explain(error)
+            cause = None if error is self.hooks.error else self.world.comm.explain(error)
             if cause is not None:
                 raise cause from error
             raise
@@ -343,7 +343,13 @@ class Trainer:
         feed = self._feed(data)
         if not evals:
             plan = replace(plan, eval_every=None)
-        check_same_plan(plan, feed.steps_per_epoch, self.world.comm)
+        self._make_up = self._describe_make_up(data)
+        # A stream is each rank's own, and so is its length.
+        same = {k: v for k, v in self._make_up.items() if not (data.is_stream and k == "samples")}
+        sizes = {label: str(one) for label, one in evals.items()}
+        check_same_call(same | {"plan": plan, "evaluation": sizes}, self.world.comm)
+        self._micro_step.trouble = None  # of an earlier fit, if that failed
+        self.hooks.failed_in = ""
         progress = self.context.progress
         progress.steps_per_epoch = feed.steps_per_epoch
         progress.total_epochs = plan.epochs
@@ -354,7 +360,6 @@ class Trainer:
         self.context.has_eval = bool(evals)
         if data.batch_size is not None:
             self._lane.expect(data.batch_size / self.world.size)
-        self._make_up = self._describe_make_up(data)
         return Loop(
             plan=plan,
             feed=feed,
@@ -394,6 +399,7 @@ class Trainer:
         elif not self._live:
             self._seed_rank()
         if not self._live:
+            comm.barrier("wrap the model")  # here whoever failed above is met, not in a reduction
             self._strategy.wrap(self._micro_step, self.world)
         self._live = True
         comm.on_main("status", self._write_start)
@@ -403,6 +409,7 @@ class Trainer:
     def _find_saved(self, plan: Plan, resume: ResumeMode) -> Saved | None:
         """Returns the checkpoint to go on from, if there is one and the user wants it."""
         run_dir = self._run_dir
+        status.check_mode(resume)
         if run_dir is None:
             if resume == "must":
                 raise ConfigError("resume='must' needs a run_dir to resume from")
@@ -449,6 +456,7 @@ class Trainer:
         comm, context, run_dir = self.world.comm, self.context, self._run_dir
         if run_dir is None:
             context.say("a checkpoint was asked for, but the Trainer has no run_dir: none is made")
+            comm.barrier("nothing to save")
             return
         folder = run_dir / "checkpoints"
         share_buffers(self.model, comm)

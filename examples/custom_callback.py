@@ -1,10 +1,10 @@
 """Three callbacks of one's own, each with another way to deal with many ranks.
 
     python examples/custom_callback.py
-    bash launch/torchrun.sh examples/custom_callback.py --seconds 3
+    bash launch/torchrun.sh examples/custom_callback.py
 
 A callback runs on every rank. It may look at what is here (LogStepTime), ask for something
-that all ranks then do (TimeBudget), or put together what every rank has (HardestDigit).
+that all ranks then do (StopOnFile), or put together what every rank has (HardestDigit).
 """
 
 import argparse
@@ -29,18 +29,16 @@ class LogStepTime(Callback):
         ctx.log("step_ms", 1000 * (time.perf_counter() - self.began))
 
 
-class TimeBudget(Callback):
-    """A request: each rank has its own clock. The first to ask stops all, after the same step."""
+class StopOnFile(Callback):
+    """A request: `touch runs/custom_callback/STOP` ends the run.
 
-    def __init__(self, seconds):
-        self.seconds = seconds
-
-    def on_fit_start(self, ctx):
-        self.began = time.monotonic()
+    Ranks on other hosts may see the file later, or never. One that sees it is enough: all
+    stop after the same step.
+    """
 
     def on_step_end(self, ctx, step):
-        if time.monotonic() - self.began > self.seconds:
-            ctx.request.stop(f"the {self.seconds:g} s are over")
+        if (ctx.run_dir / "STOP").exists():
+            ctx.request.stop(f"found {ctx.run_dir / 'STOP'}")
 
 
 class HardestDigit(Callback):
@@ -74,7 +72,6 @@ def loss_fn(model, batch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=60.0, help="stop after this time")
     parser.add_argument("--run-dir", default="runs/custom_callback", help="where files go")
     args = parser.parse_args()
 
@@ -85,7 +82,7 @@ def main():
         model,
         torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True),
         loss_fn,
-        callbacks=[LogStepTime(), TimeBudget(args.seconds), HardestDigit()],
+        callbacks=[LogStepTime(), StopOnFile(), HardestDigit()],
         sinks=[Console(), JSONLines()],
         run_dir=args.run_dir,
     )

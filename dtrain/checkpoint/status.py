@@ -103,6 +103,18 @@ def prepare(run_dir: Path) -> None:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error}") from error
 
 
+def check_mode(mode: str) -> None:
+    """Refuses what is no way to resume.
+
+    Raises:
+        ConfigError: ``mode`` is not one of :data:`ResumeMode`.
+
+    Ranks: all, local.
+    """
+    if mode not in get_args(ResumeMode):
+        raise ConfigError(f"resume={mode!r}: choose one of {', '.join(get_args(ResumeMode))}")
+
+
 def decide(
     run_dir: Path,
     mode: ResumeMode,
@@ -127,8 +139,7 @@ def decide(
 
     Ranks: rank 0 only.
     """
-    if mode not in get_args(ResumeMode):
-        raise ConfigError(f"resume={mode!r}: choose one of {', '.join(get_args(ResumeMode))}")
+    check_mode(mode)
     status = read(run_dir)
     if mode == "never":
         return _set_aside(run_dir) if status is not None else Decision(None)

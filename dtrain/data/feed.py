@@ -58,6 +58,10 @@ NO_DATA: StepFeed = _NoData()
 class Feed(Protocol):
     """All steps of a run, on one rank."""
 
+    def __str__(self) -> str:
+        """Returns what must be equal on all ranks, in words."""
+        ...
+
     @property
     def steps_per_epoch(self) -> int | None:
         """How many steps an epoch has, or None where nobody can know."""
@@ -93,6 +97,9 @@ class MapFeed:
         self.steps_per_epoch = -(-self.samples // self._batch_size)
         self._loader: DataLoader[Any] | None = None
         self._plan = _WorkerPlan(self)
+
+    def __str__(self) -> str:
+        return f"{self.samples} samples in batches of {self._batch_size}"
 
     def shares(self, step: int) -> tuple[int, list[int]]:
         """Returns this rank's first position in a step, and its micro-batches' sizes."""
@@ -189,6 +196,9 @@ class StreamFeed:
         self._batches_per_step = batches_per_step
         # A length is this rank's alone; the plan must be equal on all of them.
         self.steps_per_epoch: int | None = None
+
+    def __str__(self) -> str:
+        return "a stream of each rank's own"
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[StepFeed]:
         """Yields steps without end; whoever calls stops once every rank's stream has ended."""

@@ -57,12 +57,13 @@ class Strategy(ABC):
 
     @abstractmethod
     def refresh(self) -> None:
-        """Takes notice of parameters that were frozen or unfrozen, on all ranks alike.
+        """Takes notice of parameters that were frozen or unfrozen.
 
         Raises:
             ConfigError: every parameter is frozen.
+            RankMismatch: ranks froze different ones.
 
-        Ranks: all, communicates if any was.
+        Ranks: all, communicates.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.data import NO_DATA, StepFeed
-from dtrain.errors import ConfigError, UnusedParameters
+from dtrain.errors import ConfigError, RankMismatch, UnusedParameters
 from dtrain.lane import LaneSilent, Verdict
 from dtrain.microstep import MicroStep
 from dtrain.state import Step
@@ -156,12 +156,18 @@ class DDP(Strategy):
 
         Raises:
             ConfigError: every parameter is frozen.
+            RankMismatch: ranks froze different ones.
 
-        Ranks: all, communicates if any was.
+        Ranks: all, communicates.
         """
         assert self._micro_step is not None, "wrap() comes first"
         assert self._world is not None
-        if self._micro_step.take_trainable() == self._trainable:
+        trainable = self._micro_step.take_trainable()
+        everyones = self._world.comm.gather_objects("trainable parameters", trainable)
+        if any(theirs != everyones[0] for theirs in everyones):
+            counts = ", ".join(f"{len(t)} on rank {rank}" for rank, t in enumerate(everyones))
+            raise RankMismatch(f"ranks train different parameters: {counts}; freeze alike on all")
+        if trainable == self._trainable:
             return
         for parameter in self._micro_step.parameters():
             parameter.grad = None  # views into the old buckets

@@ -131,7 +131,10 @@ def run_outcomes(
     )
     # Processes are forked from a server that has imported torch once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dtrain.testing.processes", "dtrain", "torch.nn.parallel"])
+    context.set_forkserver_preload(
+        # The first optimizer imports the last of these, for more than two seconds.
+        ["dtrain.testing.processes", "dtrain", "torch.nn.parallel", "torch._dynamo"]
+    )
     payload = pickle.dumps((fn, args, list(warnings.filters)))
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory(prefix="dtrain-ranks-") as folder:
@@ -141,7 +144,7 @@ def run_outcomes(
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
                 target=_run_rank,
-                args=(payload, variables, theirs, str(_log(folder, rank)), timeout_s),
+                args=(payload, variables, theirs, str(_log(folder, rank)), deadline),
                 name=f"rank {rank}",
             )
             process.start()
@@ -188,13 +191,14 @@ def _outcome(
 
 
 def _run_rank(
-    payload: bytes, variables: dict[str, str], parent: Connection, log: str, timeout_s: float
+    payload: bytes, variables: dict[str, str], parent: Connection, log: str, deadline: float
 ) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     # A rank that is stuck says where, before it is killed.
-    faulthandler.dump_traceback_later(timeout_s * 0.9, file=sys.__stderr__ or 2)
+    left = max(0.5, deadline - time.monotonic())
+    faulthandler.dump_traceback_later(left * 0.9, file=sys.__stderr__ or 2)
     os.environ.update(variables)
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     value: Any = None

@@ -172,7 +172,9 @@ def run_cases(cases):
     world = dtrain.init(seed=0)
     wrong = []
     for number, (names, interrupt_at) in enumerate(cases):
-        folder = Path(world.comm.on_main("folder", lambda: tempfile.mkdtemp(prefix="mix-", dir=MEMORY)))
+        folder = Path(
+            world.comm.on_main("folder", lambda: tempfile.mkdtemp(prefix="mix-", dir=MEMORY))
+        )
         try:
             told = run_case(folder, names, interrupt_at)
         except Exception as error:

@@ -15,6 +15,7 @@ from torchmetrics.classification import (
     MulticlassAccuracy,
 )
 from torchmetrics.retrieval import RetrievalMAP
+from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
 
 import dtrain
 from dtrain.callbacks import Checkpoint, GradientAccumulation
@@ -68,7 +69,7 @@ class Objects:
 def expected(samples):
     """The same metrics, by torchmetrics itself, on all data at once."""
     x, y, scores = (torch.stack(column) for column in zip(*samples, strict=True))
-    mean = torchmetrics.MeanMetric()
+    mean = torchmetrics.MeanMetric(sync_on_compute=False)
     mean.update(x[:, 1], weight=scores)
     return {
         "f1": BinaryF1Score()(scores, y).item(),
@@ -197,7 +198,8 @@ def by_class(metric, x, y, scores):
 
 
 def retrieve(metric, x, y, scores):
-    metric.update(scores.float(), y, indexes=(x[:, 0] > 0).long())
+    # Scores without ties: among equal ones the order of samples counts.
+    metric.update(x[:, 1].float(), y, indexes=(x[:, 0] > 0).long())
 
 
 def look(metric, x, y, scores):
@@ -236,19 +238,21 @@ SPECIAL = {
 }
 
 
+def alone(metric, update, data):
+    """The metric on all data at once, without other ranks."""
+    metric.distributed_available_fn = lambda: False
+    update(metric, *data.tensors)
+    return metric.compute()
+
+
 def special():
     """Evaluates with dtrain, and with torchmetrics on all at once."""
     found = {}
     data = dataset(26, seed=3)
     for name, (make, update) in SPECIAL.items():
-        whole = make()
-        update(whole, *data.tensors)
         run = trainer(Special(make(), update))
-        try:
-            values = without("eval/", run.evaluate(data, batch_size=6))
-        except (IndexError, RemoteError) as error:
-            values = str(error)
-        found[name] = values, {"m": float(whole.compute())}
+        values = without("eval/", run.evaluate(data, batch_size=6))
+        found[name] = values, {"m": float(alone(make(), update, data))}
     run = trainer(Sometimes(data.tensors[0][0, 0]))
     found["rare"] = without("eval/", run.evaluate(data, batch_size=6)), {"m": 1.0}
     return found
@@ -258,6 +262,40 @@ def special():
 def test_objects_in_special_situations(at_each_size, name):
     for _, found in at_each_size:
         values, truth = found[name]
+        assert values == pytest.approx(truth, rel=1e-6)
+
+
+def update(metric, x, y, scores):
+    metric.update(scores, y)
+
+
+WRAPPERS = {
+    "classwise": (lambda: ClasswiseWrapper(MulticlassAccuracy(2, average=None)), by_class),
+    "minmax": (lambda: MinMaxMetric(BinaryF1Score()), update),
+    "sum": (lambda: BinaryF1Score() + 1.0, update),
+}
+
+
+def wrappers():
+    found = []
+    for samples in (20, 1):  # of one sample, the second rank has nothing
+        data = dataset(samples, seed=3)
+        for make, update in WRAPPERS.values():
+            run = trainer(Special(make(), update))
+            found.append(without("eval/", run.evaluate(data, batch_size=6)))
+    return found
+
+
+def test_metrics_inside_of_metrics():
+    by_rank = run_processes(wrappers, 2)
+    assert by_rank[0] == by_rank[1]
+    truths = []
+    for samples in (20, 1):
+        for make, update in WRAPPERS.values():
+            truth = alone(make(), update, dataset(samples, seed=3))
+            named = truth.items() if isinstance(truth, dict) else [("", truth)]
+            truths.append({f"m/{key}".rstrip("/"): float(value) for key, value in named})
+    for values, truth in zip(by_rank[0], truths, strict=True):
         assert values == pytest.approx(truth, rel=1e-6)
 
 

@@ -158,10 +158,11 @@ def test_a_finished_run_is_continued_by_a_larger_plan_only(
         assert choice in text
 
 
-def test_a_finished_run_without_checkpoints_is_not_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("epochs", [3, 9])
+def test_a_finished_run_without_checkpoints_is_not_overwritten(tmp_path: Path, epochs: int) -> None:
     old_run(tmp_path, "finished", saved=None)
     with pytest.raises(ResumeError, match="is finished"):
-        choose(tmp_path)
+        choose(tmp_path, epochs=epochs)
 
 
 # ----------------------------------------------------------------------------- another make-up
