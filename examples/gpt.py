@@ -144,8 +144,7 @@ class Write(dtrain.Callback):
 
     def on_eval_end(self, ctx: dtrain.Context, metrics: dict[str, float]) -> None:
         text = ctx.comm.on_main("write", lambda: ctx.model.generate("def ", 200))
-        ctx.say(f"--- step {ctx.progress.step}, the model writes:\n{text}\n---")
-        ctx.show("sample", text=text)
+        ctx.show("the model writes", text=text)
 
 
 def decay_groups(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -163,6 +162,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="windows in a global batch")
     parser.add_argument("--micro-batch-size", type=int)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", default="runs/gpt")
     parser.add_argument("--resume", choices=["auto", "never", "must"], default="auto")
@@ -178,7 +178,7 @@ def main() -> None:
         decay_groups(model, args.lr or size.lr),
         loss_fn,
         callbacks=[
-            MixedPrecision("bf16"),
+            *([] if args.precision == "fp32" else [MixedPrecision(args.precision)]),
             GradientAccumulation(micro_batch_size=args.micro_batch_size or size.micro_batch_size),
             ClipGradients(max_norm=1.0),
             LRSchedule(schedules.warmup_cosine(max(1, steps // 20), final_fraction=0.1)),

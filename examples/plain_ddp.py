@@ -4,8 +4,7 @@
     bash launch/torchrun.sh examples/plain_ddp.py
 
 It has gradient accumulation, clipping, a schedule, the loss over all ranks and an exact
-evaluation. It has no checkpoints, no resume, no mixed precision and no early stopping; and if
-one rank fails, the others wait for it until a timeout.
+evaluation; it has no checkpoints, no resume, no mixed precision and no early stopping.
 """
 
 import os
