@@ -224,6 +224,7 @@ def test_throughput(watched):
     # Where all ranks skip, there is no update, and its time is still the step's.
     (row,) = found["all skipped"]
     assert row["step_s"] == pytest.approx((4 + 2) / 2 * mean_tick)
+    assert [row[f"{p}_share"] * 6 for p in PHASES] == pytest.approx([2, 1, 2, 1])
     assert row["samples_per_s"] == pytest.approx(12 / 6 * mean_pace)
     # Two products of 8 x 16 and 16 x 2, two operations each, three times. The step in which a
     # rank counts them is left out: the first, and on rank 0 the second, too. (Alone, it has no
@@ -365,7 +366,8 @@ def test_profile(watched):
     for path in folder.glob("*/profile/*"):
         events = json.loads(path.read_text())["traceEvents"]
         names = sorted({e["name"] for e in events if e.get("name", "").startswith("step ")})
-        assert any(event.get("name") == "aten::addmm" for event in events)
+        # The model has two layers, and nothing else is recorded than these steps.
+        assert [e.get("name") for e in events].count("aten::addmm") == 2 * len(names)
         traces[path.parent.parent.name, path.name] = names
     expected = {
         ("chosen", "rank-00000-step-00000002.json"): ["step 2", "step 3"],

@@ -219,6 +219,8 @@ def test_tensorboard_scalars(tmp_path: Path) -> None:
     sink.write(train(20, **{"train/loss": INF}))
     folder = tmp_path / "tensorboard"
     assert scalars(folder, "train/loss") == [(10, 0.5), (20, INF)]  # before it is closed
+    sink.write(train(30, **{"train/loss": 0.25}))
+    assert scalars(folder, "train/loss") == [(10, 0.5), (20, INF), (30, 0.25)]
     sink.write(Report("end", 20, 1))
     sink.close()
     sink.close()
