@@ -142,6 +142,7 @@ class Hooks:
         try:
             for method in self._bound[hook]:
                 method(*args, **kwargs)
+            self.failed_in = ""
         except BaseException as error:
             self.failed_in = hook.__name__
             self.error = error

@@ -251,7 +251,7 @@ class Comm:
 
         Ranks: this one, while the others call any verb.
         """
-        if self._group is None or error is self._told:
+        if self._group is None or self._is_told(error):
             return
         self.record(error, where)
         try:
@@ -269,7 +269,7 @@ class Comm:
 
         Ranks: all, local.
         """
-        if self._store is None or error is self._told or isinstance(error, RemoteError):
+        if self._store is None or self._is_told(error) or isinstance(error, RemoteError):
             return
         failure = self._describe_failure(error, where)
         try:
@@ -277,6 +277,13 @@ class Comm:
             self._store.compare_set("failure", "", json.dumps(asdict(failure)))
         except RuntimeError as unreachable:
             error.add_note(f"(could not be recorded for the other ranks: {unreachable})")
+
+    def _is_told(self, error: BaseException) -> bool:
+        """Says whether all ranks know of ``error``, or of what it was made from."""
+        known: BaseException | None = error
+        while known is not None and known is not self._told:
+            known = known.__cause__
+        return known is not None
 
     def _forget(self) -> None:
         """Removes the record: all ranks know, and a later failure must not be taken for it."""

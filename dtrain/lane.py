@@ -132,7 +132,8 @@ class Lane:
         if self._on_device is None:
             number = float(value)
             self._said[Slot.WEIGHT] += float(scaled)
-            self._said[Slot.LOSS] += self._said.dtype.type(float(scaled) * number)
+            # Through torch: NumPy would warn of each overflow and NaN.
+            self._message[Slot.LOSS] += float(scaled) * number
             self._said[Slot.NONFINITE] += not math.isfinite(number)
         else:
             whole = torch.as_tensor(scaled, dtype=self.param.dtype, device=self.param.device)

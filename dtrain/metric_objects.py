@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtrain.comm import Comm
 from dtrain.errors import LossError
 
-Gather = Callable[..., list[Tensor]]
+State = Any  # a tensor, or a list of tensors (or, in detection, of tuples)
+States = dict[str, dict[str, State]]  # by the metric's place within the object, and by name
 
 
 @runtime_checkable
@@ -19,8 +20,11 @@ class MetricObject(Protocol):
     """What dtrain needs of a ``torchmetrics.Metric``."""
 
     update_called: bool
-    dist_sync_fn: Gather | None
+    device: torch.device
     distributed_available_fn: Callable[[], bool] | None
+    metric_state: dict[str, State]
+    _computed: Any
+    _reductions: dict[str, Callable[[Any], Any] | None]
 
     def compute(self) -> Any:
         """Returns the metric's value."""
@@ -30,23 +34,17 @@ class MetricObject(Protocol):
         """Forgets all updates."""
         ...
 
-    def sync(
-        self, dist_sync_fn: Gather | None = None, *, distributed_available: Callable[[], bool]
-    ) -> None:
-        """Merges other ranks' states into this one's."""
-        ...
-
-    def unsync(self) -> None:
-        """Takes a merge back."""
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The metric itself and, in a wrapper or a sum of metrics, those inside it."""
         ...
 
 
 def agree(metrics: Mapping[str, MetricObject], label: str, comm: Comm) -> dict[str, float]:
     """Returns each metric's value over all ranks' updates, and resets it.
 
-    All states of all metrics travel in one exchange. Merging is torchmetrics' own; it is only
-    handed the other ranks' states in place of a collective per state. A rank that updated
-    nothing, or never saw the metric, gets the value all the same.
+    All states of all metrics travel in one exchange, and are merged as torchmetrics would; its
+    own collectives, one for each state, are never called. A rank that updated nothing, or never
+    saw the metric, gets the value all the same.
 
     Args:
         metrics: by name; the same names need not be there on all ranks.
@@ -58,7 +56,7 @@ def agree(metrics: Mapping[str, MetricObject], label: str, comm: Comm) -> dict[s
 
     Ranks: all, communicates.
     """
-    mine = {name: _states(metric) for name, metric in metrics.items() if metric.update_called}
+    mine = {name: _states(metric) for name, metric in metrics.items() if _was_updated(metric)}
     everyones = comm.gather_objects(f"{label}: metric states", mine)
     names = list(dict.fromkeys(name for states in everyones for name in states))
     values: dict[str, float] = {}
@@ -76,39 +74,61 @@ def agree(metrics: Mapping[str, MetricObject], label: str, comm: Comm) -> dict[s
     return agreed
 
 
-def _states(metric: MetricObject) -> list[Tensor]:
-    """Returns the metric's states, in the order in which it would send them."""
-    states: list[Tensor] = []
-
-    def record(state: Tensor, group: object = None) -> list[Tensor]:
-        states.append(state.detach().cpu())
-        return [state]
-
-    metric.sync(record, distributed_available=lambda: True)
-    metric.unsync()
-    return states
+def _parts(metric: MetricObject) -> dict[str, MetricObject]:
+    """The metric and those that it wraps or sums, by their place in it."""
+    return {path: part for path, part in metric.named_modules() if isinstance(part, MetricObject)}
 
 
-def _compute(metric: MetricObject, everyones: list[list[Tensor]]) -> Any:
-    """Computes with all ranks' states, by rank, as if they had come from a collective."""
-    number = 0
+def _was_updated(metric: MetricObject) -> bool:
+    return any(part.update_called for part in _parts(metric).values())
 
-    def hand_over(state: Tensor, group: object = None) -> list[Tensor]:
-        nonlocal number
-        number += 1
-        return [states[number - 1].to(state.device) for states in everyones]
 
-    before = metric.dist_sync_fn, metric.distributed_available_fn
-    metric.dist_sync_fn, metric.distributed_available_fn = hand_over, lambda: True
+def _states(metric: MetricObject) -> States:
+    cpu = torch.device("cpu")
+    return {
+        path: {name: _moved(state, cpu) for name, state in part.metric_state.items()}
+        for path, part in _parts(metric).items()
+    }
+
+
+def _moved(state: State, device: torch.device) -> State:
+    if isinstance(state, Tensor):
+        return state.detach().to(device)
+    return [_moved(one, device) if isinstance(one, Tensor) else one for one in state]
+
+
+def _compute(metric: MetricObject, everyones: list[States]) -> Any:
+    """Computes with all ranks' states, by rank; to be followed by a reset."""
+    parts = _parts(metric)
+    before = {path: part.distributed_available_fn for path, part in parts.items()}
     try:
+        for path, part in parts.items():
+            part.distributed_available_fn = lambda: False  # merged here, not by a collective
+            part._computed = None  # it may have been looked at: that value is of this rank only
+            for name in part.metric_state:
+                theirs = [states[path][name] for states in everyones]
+                setattr(part, name, _moved(_merge(theirs, part._reductions[name]), part.device))
         return metric.compute()
     finally:
-        metric.dist_sync_fn, metric.distributed_available_fn = before
+        for path, part in parts.items():
+            part.distributed_available_fn = before[path]
+
+
+def _merge(states: list[State], reduction: Callable[[Any], Any] | None) -> State:
+    """As ``torchmetrics.Metric`` does after its collectives."""
+    if isinstance(states[0], Tensor):
+        stacked = torch.stack(states)
+        return stacked if reduction is None else reduction(stacked)
+    flat = [one for each in states for one in each]
+    return flat if reduction is None or not flat else [reduction(flat)]
 
 
 def _flatten(name: str, value: Any) -> dict[str, float]:
     if isinstance(value, Mapping):
-        return {f"{name}/{key}": float(one) for key, one in value.items()}
+        flat: dict[str, float] = {}
+        for key, one in value.items():
+            flat |= _flatten(f"{name}/{key}", one)
+        return flat
     if isinstance(value, Tensor) and value.numel() != 1:
         raise LossError(
             f"the metric {name!r} computes a tensor of shape {list(value.shape)}; sinks take "

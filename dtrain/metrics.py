@@ -63,7 +63,7 @@ class Means:
             pair = self._sums.setdefault(name, [0.0, 0.0])
             units = float(units)
             if units != 0:
-                pair[0] += float(total)
+                pair[0] += float(total.detach() if isinstance(total, Tensor) else total)
                 pair[1] += units
             return
         both = torch.stack(
@@ -90,9 +90,12 @@ class Means:
         if reduce == "last":
             values = values[-1:]
         if reduce == "max":
-            values = [torch.stack([torch.as_tensor(value) for value in values]).max()]
+            values = [torch.cat([self._as_double(value) for value in values]).max()]
         for value in values:
             self.add(name, value, 1)
+
+    def _as_double(self, value: Number) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64, device=self._device).detach().reshape(1)
 
     def _add_object(self, name: str, value: Any) -> None:
         parts = value.items() if hasattr(value, "items") else [("", value)]

@@ -464,7 +464,9 @@ class Trainer:
 
         def tidy() -> None:
             if self._checkpoint is not None:
-                saved = [(one.step, one.metrics) for one in files.listed(folder)]
+                # Later ones are of an earlier start, and damaged, or we had begun there.
+                now = context.progress.step
+                saved = [(s.step, s.metrics) for s in files.listed(folder) if s.step <= now]
                 for step in self._checkpoint.prune(saved):
                     files.remove(folder, step)
             self._write_status("running")

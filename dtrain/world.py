@@ -8,6 +8,7 @@ the whole world and no process group is opened.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import random
 import re
@@ -17,12 +18,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from dtrain.comm import Comm
 from dtrain.errors import ConfigError, LaunchError
@@ -113,6 +115,9 @@ class World:
             self.close()
 
 
+# Counts worlds opened one after another, so that one does not read what another left behind.
+_lives = itertools.count()
+
 # torch's process group exists once in a process, and so does what dtrain knows of it.
 _current: World | None = None
 
@@ -186,7 +191,8 @@ def derive_seed(seed: int, *stream: int) -> int:
 
     Ranks: all, local.
     """
-    words = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)
+    # The length goes in as well: SeedSequence takes [1] and [1, 0] for the same.
+    words = np.random.SeedSequence([seed, len(stream), *stream]).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(1))
 
 
@@ -215,12 +221,12 @@ def find_launcher(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
                 "with torchrun (`torchrun --nproc-per-node=2 train.py`), or unset them all to "
                 "run in one process."
             )
-        numbers = {name: _number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        numbers = {name: _number(env, name) for name in _RENDEZVOUS if name != "MASTER_ADDR"}
         if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
             raise LaunchError(f"RANK must be from 0 to WORLD_SIZE - 1: {_show(env, given)}")
         return "torchrun", {}
     # Only srun sets SLURM_STEP_NUM_TASKS; in a bare sbatch script one process runs.
-    if int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+    if env.get("SLURM_STEP_NUM_TASKS") and _number(env, "SLURM_STEP_NUM_TASKS") > 1:
         needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")
         missing = [name for name in needed if not env.get(name)]
         if missing:
@@ -236,7 +242,8 @@ def find_launcher(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
             "LOCAL_WORLD_SIZE": str(_tasks_per_node(env)),
             "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(nodes),
             # Two jobs on a node must not meet: the port follows from the job's number.
-            "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + int(env["SLURM_JOB_ID"]) % 20000),
+            "MASTER_PORT": env.get("MASTER_PORT")
+            or str(20000 + _number(env, "SLURM_JOB_ID") % 20000),
         }
     return "solo", {}
 
@@ -246,13 +253,16 @@ def first_host(nodelist: str) -> str:
 
     Ranks: all, local.
     """
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodelist)
-    if match is None:
+    # The first entry ends at the first comma outside of brackets; of each bracket, the first
+    # number of the first range counts.
+    entry = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodelist)
+    host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", entry[0]) if entry is not None else ""
+    if not host or nodelist.startswith("["):
         raise LaunchError(
             f"cannot read the first host from SLURM's node list {nodelist!r}; set MASTER_ADDR to "
             "the host of task 0"
         )
-    return match[1] + (match[2] or "")
+    return host
 
 
 def _tasks_per_node(env: Mapping[str, str]) -> int:
@@ -289,16 +299,24 @@ def _open(seed: int, timeout_s: float) -> World:
     from accelerate.state import PartialState
 
     opened = not dist.is_initialized()
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout_s))
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    life = next(_lives)
+    timeout = timedelta(seconds=timeout_s)
+    options: dict[str, Any] = {"timeout": timeout}
+    if life:
+        # A store that lives on still has the addresses of the group that was closed.
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        options |= {"store": PrefixStore(f"life-{life}", store), "rank": rank, "world_size": size}
+    state = PartialState(cpu=not torch.cuda.is_available(), **options)
+    control = dist.new_group(backend="gloo", timeout=timeout)
     rank = dist.get_rank()
-    comm = Comm(rank=rank, size=size, host=host, group=control, store=_own_store(timeout_s))
+    comm = Comm(rank=rank, size=size, host=host, group=control, store=_own_store(timeout, life))
     world = World(
         rank=rank,
         local_rank=state.local_process_index,
         size=size,
         host=host,
-        device=torch.device(state.device),
+        # A CPU has no number; PartialState gives it one.
+        device=torch.device("cpu" if state.device.type == "cpu" else state.device),
         backend=dist.get_backend(),
         launcher=launcher,
         seed=seed,
@@ -309,7 +327,7 @@ def _open(seed: int, timeout_s: float) -> World:
     return world
 
 
-def _own_store(timeout_s: float) -> Store:
+def _own_store(timeout: timedelta, life: int) -> Store:
     """A connection of its own to the rendezvous store, apart from the process group's.
 
     Keys are kept apart by restart attempt: the launcher's store outlives an attempt.
@@ -319,10 +337,10 @@ def _own_store(timeout_s: float) -> Store:
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"dtrain/{attempt}", store)
+    return PrefixStore(f"dtrain/{attempt}/{life}", store)
 
 
 def _forget_partial_state() -> None:

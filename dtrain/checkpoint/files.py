@@ -80,18 +80,31 @@ def save(
     aside = folder / f".writing-{final.name}"
 
     def begin() -> None:
-        shutil.rmtree(aside, ignore_errors=True)
+        for leftover in folder.glob(".writing-*"):  # of a save that was killed
+            _delete(leftover)
         aside.mkdir(parents=True)
 
-    with comm.lockstep("saving a checkpoint"), _plain_words(final):
-        comm.on_main("checkpoint: begin", begin)
+    try:
+        with comm.lockstep("saving a checkpoint"), _plain_words(final):
+            comm.on_main("checkpoint: begin", begin)
+            if rank == 0:
+                _write_tensors(aside / "model.safetensors", _copies(model))
+                _write_tree(aside / "state", state)
+            _write_tree(aside / f"rank-{rank:05d}", rank_state)
+            comm.barrier("checkpoint: written")
+            comm.on_main("checkpoint: commit", lambda: _commit(aside, final, step, metrics))
+    except Exception:
         if rank == 0:
-            _write_tensors(aside / "model.safetensors", _copies(model))
-            _write_tree(aside / "state", state)
-        _write_tree(aside / f"rank-{rank:05d}", rank_state)
-        comm.barrier("checkpoint: written")
-        comm.on_main("checkpoint: commit", lambda: _commit(aside, final, step, metrics))
+            shutil.rmtree(aside, ignore_errors=True)  # it may be the disk that is full
+        raise
     return final
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _commit(aside: Path, final: Path, step: int, metrics: dict[str, float]) -> None:
@@ -100,6 +113,7 @@ def _commit(aside: Path, final: Path, step: int, metrics: dict[str, float]) -> N
         for path in sorted(aside.iterdir())
     }
     manifest = {"format": FORMAT, "step": step, "metrics": metrics, "files": files}
+    manifest["sha256"] = _digest_of(manifest)
     _write_bytes(aside / _MANIFEST, json.dumps(manifest, indent=1).encode())
     _sync_folder(aside)
     if final.exists():  # the same step saved again, after a resume
@@ -114,7 +128,7 @@ def find(folder: Path) -> tuple[Saved | None, list[str]]:
     Ranks: all, local; reads every byte of the files it looks at.
     """
     damage: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(_by_step(folder)):
         try:
             return _check(path), damage
         except CheckpointError as error:
@@ -125,7 +139,7 @@ def find(folder: Path) -> tuple[Saved | None, list[str]]:
 def listed(folder: Path) -> list[Saved]:
     """Returns the checkpoints in ``folder``, oldest first, by their manifests alone."""
     saved = []
-    for path in sorted(folder.glob("step-*")):
+    for path in _by_step(folder):
         try:
             manifest = _read_manifest(path)
         except CheckpointError:
@@ -169,8 +183,21 @@ def remove(folder: Path, step: int) -> None:
     """
     path = folder / f"step-{step:08d}"
     aside = folder / f".removing-{path.name}"
+    if aside.exists():  # killed while it removed, and the step was saved again
+        shutil.rmtree(aside)
     path.rename(aside)
     shutil.rmtree(aside)
+
+
+def _by_step(folder: Path) -> list[Path]:
+    numbered = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name[5:]))
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    """Returns the digest of a manifest's own content, but for the digest itself."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(value: object) -> str:
@@ -201,6 +228,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} has format {manifest['format']}; this dtrain reads {FORMAT}"
             )
+        if manifest["sha256"] != _digest_of(manifest):
+            raise ValueError("it was changed since it was written")
         facts = [(f["bytes"], f["sha256"]) for f in manifest["files"].values()]
         if not isinstance(manifest["step"], int) or not facts:
             raise ValueError("step or files")
@@ -208,8 +237,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError("a file outside of its folder")
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: the checkpoint is not complete") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error!r}") from error
     return dict(manifest)
 
 
@@ -223,7 +252,7 @@ def _read_tree(base: Path) -> dict[str, Any]:
     file = base.with_suffix(".json")
     try:
         plain = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     return dict(tree.join(plain, _read_tensors(base.with_suffix(".safetensors"))))
 
@@ -235,7 +264,12 @@ def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, file)
+    try:
+        save_file(tensors, file)
+    except KeyError as unknown:  # what safetensors says of a dtype that it does not know
+        raise CheckpointError(
+            f"{file} could not be written: no tensor of dtype {unknown} can be saved"
+        ) from unknown
     _sync_file(file)
 
 

@@ -140,12 +140,13 @@ def decide(
     Ranks: rank 0 only.
     """
     check_mode(mode)
-    status = read(run_dir)
     if mode == "never":
-        return _set_aside(run_dir) if status is not None else Decision(None)
+        traces = (run_dir / "status.json", run_dir / "checkpoints")
+        return _set_aside(run_dir) if any(t.exists() for t in traces) else Decision(None)
+    status = read(run_dir)
     saved, damage = files.find(run_dir / "checkpoints")
     notes = [f"left out, because it is damaged: {what}" for what in damage]
-    if status is None or saved is None:
+    if status is None or (saved is None and status.status != "finished"):
         if mode == "must":
             what = "no run" if status is None else "no intact checkpoint"
             raise ResumeError(
@@ -160,13 +161,15 @@ def decide(
         more = max_steps > done_steps
     elif max_steps is not None:
         more = more and max_steps > done_steps
-    if status.status == "finished" and not (more and _by_plan(status.reason)):
+    goes_on = more and _by_plan(status.reason) and saved is not None
+    if status.status == "finished" and not goes_on:
         raise ResumeError(
             f"the run in {run_dir} is finished ({status.reason}; step {done_steps}, "
             f"{done_epochs} epochs). To go on, ask for more (a larger epochs or max_steps); to "
             "begin another, choose another run_dir; to begin anew here, pass resume='never' (the "
             "old files are moved aside)."
         )
+    assert saved is not None
     what = f"continuing at step {saved.step} from {saved.path}"
     compared = f"the same make-up: {', '.join(make_up)}"
     return Decision(saved, (*notes, f"{what} ({compared})"))

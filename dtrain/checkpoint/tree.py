@@ -54,7 +54,10 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, int | float):
         return value
     if isinstance(value, Tensor):
+        # Unique, also where a key has a slash in it or is a name that safetensors reserves.
         name = path or "value"
+        if name in tensors or name.startswith("__"):
+            name = f"{name}~{len(tensors)}"
         # A copy: two names for one memory (tied weights) are two tensors in a file.
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: name}

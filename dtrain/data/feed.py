@@ -6,18 +6,19 @@ without micro-batches, and takes part idle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import find_batch_size, send_to_device
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
 from dtrain.data.order import Order, Sequential, Shuffled
 from dtrain.data.shares import share_of
 from dtrain.data.source import Data
 from dtrain.errors import DataError
-from dtrain.world import World, derive_seed
+from dtrain.world import World, derive_seed, seed_everything
 
 Split = Callable[[int], list[int]]
 MicroBatch = tuple[Any, int]
@@ -79,7 +80,7 @@ class MapFeed:
         data: made with a batch size.
         world: which rank's slice.
         split: from a rank's share to the sizes of its micro-batches.
-        seed: which orders.
+        seed: which orders, and which random numbers workers draw.
 
     Ranks: all, local.
     """
@@ -87,82 +88,128 @@ class MapFeed:
     def __init__(self, data: Data, world: World, split: Split, seed: int) -> None:
         assert data.batch_size is not None
         self._data = data
-        self._batch_size = data.batch_size
-        self._world = world
-        self._split = split
+        self._device = world.device
         self._seed = seed
-        self._order = _order_of(data, seed)
-        length = len(self._order)
-        self.samples = length - length % self._batch_size if data.drop_last else length
-        self.steps_per_epoch = -(-self.samples // self._batch_size)
+        order = _order_of(data, seed)
+        samples = len(order) - len(order) % data.batch_size if data.drop_last else len(order)
+        self._slices = _Slices(order, samples, data.batch_size, world.rank, world.size, split)
+        self.samples = samples
+        self.steps_per_epoch = self._slices.steps
+        self._tasks = _Tasks(self._slices, derive_seed(seed, _WORKER_STREAM, world.rank))
         self._loader: DataLoader[Any] | None = None
-        self._plan = _WorkerPlan(self)
 
     def __str__(self) -> str:
-        return f"{self.samples} samples in batches of {self._batch_size}"
+        return f"{self.samples} samples in batches of {self._slices.batch_size}"
 
     def shares(self, step: int) -> tuple[int, list[int]]:
         """Returns this rank's first position in a step, and its micro-batches' sizes."""
-        start = step * self._batch_size
-        stop = min(start + self._batch_size, self.samples)
-        first, end = share_of(start, stop, rank=self._world.rank, size=self._world.size)
-        return first, self._split(end - first) if end > first else []
+        return self._slices.shares(step)
 
     def indices(self, epoch: int, first_step: int) -> Iterator[list[int]]:
         """Yields the samples of each micro-batch of this rank, step after step."""
-        for step in range(first_step, self.steps_per_epoch):
-            first, sizes = self.shares(step)
-            rows = self._order.indices(epoch, first, first + sum(sizes)).tolist()
-            for size in sizes:
-                yield rows[:size]
-                rows = rows[size:]
+        for _, _, rows in self._slices.rows(epoch, first_step):
+            yield rows
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[StepFeed]:
         """Yields the steps of ``epoch`` from ``first_step`` on."""
         batches = self._batches(epoch, first_step)
         for step in range(first_step, self.steps_per_epoch):
-            _, sizes = self.shares(step)
-            yield _MapStep(batches, sizes, self._world.device)
+            yield _MapStep(batches, self.shares(step)[1], self._device)
 
     def _batches(self, epoch: int, first_step: int) -> Iterator[Any]:
         dataset, collate = self._data.dataset, self._data.collate_fn
         if self._data.num_workers == 0:
             return (fetch(dataset, rows, collate) for rows in self.indices(epoch, first_step))
         if self._loader is None:
-            self._loader = self._make_loader()
-        self._plan.begin(epoch, first_step)
-        generator = self._loader.generator
-        assert generator is not None
-        generator.manual_seed(
-            derive_seed(self._seed, _WORKER_STREAM, epoch, first_step, self._world.rank)
-        )
+            self._loader = DataLoader(
+                _Fetcher(dataset, collate),
+                sampler=self._tasks,
+                batch_size=None,  # a task is a whole micro-batch
+                collate_fn=_as_it_is,
+                num_workers=self._data.num_workers,
+                prefetch_factor=max(1, self._data.prefetch),
+                persistent_workers=True,
+                pin_memory=self._device.type == "cuda",
+                # Of its own: starting workers must not draw from this rank's stream.
+                generator=torch.Generator(),
+            )
+        self._tasks.begin(epoch, first_step)
         return iter(self._loader)
 
-    def _make_loader(self) -> DataLoader[Any]:
-        return DataLoader(
-            self._data.dataset,
-            batch_sampler=self._plan,
-            num_workers=self._data.num_workers,
-            collate_fn=self._data.collate_fn,
-            prefetch_factor=max(1, self._data.prefetch),
-            persistent_workers=True,
-            pin_memory=self._world.device.type == "cuda",
-            generator=torch.Generator(),
-        )
+
+@dataclass(frozen=True, slots=True)
+class _Slices:
+    """Which samples this rank has in which step."""
+
+    order: Order
+    samples: int
+    batch_size: int
+    rank: int
+    size: int
+    split: Split
+
+    @property
+    def steps(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+    def shares(self, step: int) -> tuple[int, list[int]]:
+        start = step * self.batch_size
+        stop = min(start + self.batch_size, self.samples)
+        first, end = share_of(start, stop, rank=self.rank, size=self.size)
+        return first, self.split(end - first) if end > first else []
+
+    def rows(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, list[int]]]:
+        """Yields step, number and samples of each micro-batch."""
+        for step in range(first_step, self.steps):
+            first, sizes = self.shares(step)
+            rows = self.order.indices(epoch, first, first + sum(sizes)).tolist()
+            for micro, size in enumerate(sizes):
+                yield step, micro, rows[:size]
+                rows = rows[size:]
 
 
-class _WorkerPlan:
-    """The batch sampler that a DataLoader with workers reads from; it is told where to begin."""
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A micro-batch that a worker is to fetch, and the seed of what is drawn for it."""
 
-    def __init__(self, feed: MapFeed) -> None:
-        self._feed = feed
+    rows: list[int]
+    seed: int
+
+
+class _Tasks(Sampler[_Task]):
+    """The loader's sampler; it is told where to begin."""
+
+    def __init__(self, slices: _Slices, seed: int) -> None:
+        self._slices = slices
+        self._seed = seed
         self._begin = (0, 0)
 
     def begin(self, epoch: int, first_step: int) -> None:
         self._begin = (epoch, first_step)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._feed.indices(*self._begin)
+    def __iter__(self) -> Iterator[_Task]:
+        epoch, first_step = self._begin
+        for step, micro, rows in self._slices.rows(epoch, first_step):
+            yield _Task(rows, derive_seed(self._seed, epoch, step, micro))
+
+
+class _Fetcher(Dataset[Any]):
+    """What a worker runs. Each micro-batch draws from a stream of its own.
+
+    So random augmentation is the same after a restart, with any number of workers.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any] | None) -> None:
+        self._dataset = dataset
+        self._collate = collate
+
+    def __getitem__(self, task: _Task) -> Any:
+        seed_everything(task.seed)
+        return fetch(self._dataset, task.rows, self._collate)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _MapStep:
@@ -221,16 +268,25 @@ class _StreamStep:
             batch = next(self._stream)
         except StopIteration:
             raise EndOfStream from None
-        try:
-            samples = find_batch_size(batch)
-        except TypeError:
-            samples = None
+        samples = _count_samples(batch)
         if samples is None:
             raise DataError(
                 f"a stream yielded {type(batch).__name__} without a tensor in it, so its number of "
                 "samples is unknown; yield tensors, or lists or dicts of tensors"
             )
-        return send_to_device(batch, self._device, non_blocking=True), int(samples)
+        return send_to_device(batch, self._device, non_blocking=True), samples
+
+
+def _count_samples(batch: Any) -> int | None:
+    """Returns the length of the first tensor in a batch that has one, or None."""
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.dim() else None
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, list | tuple):
+        counts = (_count_samples(part) for part in batch)
+        return next((count for count in counts if count is not None), None)
+    return None
 
 
 def fetch(dataset: Any, rows: Sequence[int], collate: Callable[[list[Any]], Any] | None) -> Any:

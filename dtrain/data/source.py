@@ -69,7 +69,11 @@ class Data:
         return self.batch_size is None
 
     def _check_stream(self) -> None:
-        if isinstance(self.dataset, Dataset) and not isinstance(self.dataset, IterableDataset):
+        indexed = hasattr(self.dataset, "__getitem__") and not isinstance(self.dataset, Iterable)
+        map_style = isinstance(self.dataset, Dataset) and not isinstance(
+            self.dataset, IterableDataset
+        )
+        if indexed or map_style:
             raise ConfigError(
                 f"{type(self.dataset).__name__} has samples, not ready batches: pass batch_size "
                 "(the global batch, over all ranks)"
@@ -92,7 +96,8 @@ class Data:
             raise ConfigError(
                 f"num_workers={self.num_workers} and prefetch={self.prefetch} must be 0 or more"
             )
-        if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
+        indexed = hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__")
+        if not indexed or isinstance(self.dataset, IterableDataset):
             raise ConfigError(
                 f"batch_size={batch_size} needs a dataset with __len__ and __getitem__; "
                 f"{type(self.dataset).__name__} is an iterable, which comes as ready batches: "
@@ -117,6 +122,11 @@ def as_data(data: Any, batch_size: int | None, *, shuffle: bool) -> Data:
     """
     if not isinstance(data, Data):
         return Data(data, batch_size, shuffle=shuffle)
+    if batch_size is not None and data.is_stream:
+        raise ConfigError(
+            f"batch_size={batch_size} is given, but an iterable comes as ready batches: leave it "
+            "out"
+        )
     if batch_size is not None and batch_size != data.batch_size:
         raise ConfigError(
             f"batch_size is given twice: {batch_size} here and {data.batch_size} in Data"
@@ -138,8 +148,11 @@ def _refuse_loader(dataset: Any, batch_size: int | None) -> None:
         arguments.append("shuffle=False")
     if dataset.drop_last:
         arguments.append("drop_last=True")
+    elif sampler != "RandomSampler" and dataset.batch_size is not None:
+        arguments.append("order=...")
     if dataset.collate_fn is not default_collate:
-        arguments.append(f"collate_fn={getattr(dataset.collate_fn, '__name__', '...')}")
+        name = getattr(dataset.collate_fn, "__name__", "...")
+        arguments.append(f"collate_fn={name if name.isidentifier() else '...'}")
     if dataset.num_workers:
         arguments.append(f"num_workers={dataset.num_workers}")
     raise ConfigError(
