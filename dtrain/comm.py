@@ -41,6 +41,17 @@ _REDUCE = {
 }
 
 
+_SUMMED_BY_GLOO = {
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+}
+
+
 class Comm:
     """Labelled verbs between ranks. It has no rank: what it returns is equal on all of them.
 
@@ -66,6 +77,7 @@ class Comm:
         self._step = 0
         self._kept: tuple[Tensor, ...] = ()
         self._closed = False
+        self._on_main = ""  # the label, while rank 0 runs a function alone
         self._told: BaseException | None = None  # the last error that all ranks know of
 
     def close(self) -> None:
@@ -96,12 +108,14 @@ class Comm:
         if op not in _REDUCE:
             raise ConfigError(f"all_reduce({label!r}): op={op!r}; choose one of {sorted(_REDUCE)}")
         self._meet("all_reduce", label, f"{op} {_describe(tensor)}")
-        out = tensor.detach().clone()
-        if self._group is None:
-            return out
-        buffer = self._keep(out.cpu().contiguous())
-        with self._bounded(label):
-            dist.all_reduce(buffer, op=_REDUCE[op], group=self._group)
+        buffer = tensor.detach().clone().cpu().contiguous()
+        if self._group is not None:
+            if tensor.dtype in _SUMMED_BY_GLOO:
+                self._keep(buffer)
+                with self._bounded(label):
+                    dist.all_reduce(buffer, op=_REDUCE[op], group=self._group)
+            else:
+                buffer = _reduce_here(torch.stack(self._gather_any(label, buffer)), op)
         if op == "mean":
             buffer = buffer / self._size
         return buffer.to(tensor.device)
@@ -118,7 +132,7 @@ class Comm:
         self._meet("all_gather", label, _describe(tensor))
         if self._group is None:
             return tensor.detach().clone().unsqueeze(0)
-        parts = self._gather(label, tensor.detach().cpu().contiguous())
+        parts = self._gather_any(label, tensor.detach().cpu().contiguous())
         return torch.stack(parts).to(tensor.device)
 
     def broadcast(self, label: str, tensor: Tensor) -> Tensor:
@@ -134,7 +148,8 @@ class Comm:
         if self._group is None:
             return tensor.detach().clone()
         buffer = tensor.detach().cpu().clone().contiguous()
-        return self._send(label, buffer).to(tensor.device)
+        self._send(label, buffer.reshape(-1).view(torch.uint8))  # as bytes: of any dtype
+        return buffer.to(tensor.device)
 
     def barrier(self, label: str) -> None:
         """Returns once every rank has called it with this label.
@@ -161,8 +176,11 @@ class Comm:
         rules = {"any": 1, "majority": self._size // 2 + 1, "all": self._size}
         if rule not in rules:
             raise ConfigError(f"vote({label!r}): rule={rule!r}; choose one of {sorted(rules)}")
-        count = self.all_reduce(label, torch.tensor(int(yes)))
-        return int(count) >= rules[rule]
+        self._meet("vote", label, rule)
+        if self._group is None:
+            return bool(yes)
+        votes = self._gather(label, torch.tensor(int(yes)))
+        return sum(int(vote) for vote in votes) >= rules[rule]
 
     def gather_objects(self, label: str, value: T) -> list[T]:
         """Returns every rank's ``value``, by rank. For small things: the values are pickled.
@@ -173,8 +191,9 @@ class Comm:
 
         Ranks: all, communicates.
         """
+        content = pickle.dumps(value)  # before the ranks meet: it may not be possible
         self._meet("gather_objects", label)
-        return self._exchange(label, value)
+        return [value] if self._group is None else self._exchange_bytes(label, content)
 
     def on_main(self, label: str, fn: Callable[[], T]) -> T:
         """Rank 0 calls ``fn``; every rank gets its result, or its failure.
@@ -191,6 +210,7 @@ class Comm:
         reply: tuple[Any, Failure | None] = (None, None)
         error: Exception | None = None
         if self._rank == 0:
+            self._on_main = label
             try:
                 reply = (fn(), None)
                 content = pickle.dumps(reply)
@@ -198,6 +218,8 @@ class Comm:
                 error = caught
                 reply = (None, self._describe_failure(caught, f"on_main({label!r})"))
                 content = pickle.dumps(reply)
+            finally:
+                self._on_main = ""
             self._send(label, torch.tensor(len(content)))
             self._send(label, torch.frombuffer(bytearray(content), dtype=torch.uint8))
         else:
@@ -338,6 +360,11 @@ class Comm:
             raise ConfigError(f"{verb}: the first argument is a label (text), got {label!r}")
         if self._closed:
             raise CommError(f"{verb}({label!r}): the world was closed")
+        if self._on_main:
+            raise ConfigError(
+                f"{verb}({label!r}) inside of on_main({self._on_main!r}): that runs on rank 0 "
+                "only, and the other ranks would never come. Call it outside, on all ranks."
+            )
         if self._group is None:
             return
         site = _call_site()
@@ -362,9 +389,10 @@ class Comm:
         return torch.stack(self._gather(label, torch.tensor([digest, int(failed)])))
 
     def _exchange(self, label: str, value: T) -> list[T]:
-        if self._group is None:
-            return [value]
-        content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        return [value] if self._group is None else self._exchange_bytes(label, pickle.dumps(value))
+
+    def _exchange_bytes(self, label: str, pickled: bytes) -> list[Any]:
+        content = torch.frombuffer(bytearray(pickled), dtype=torch.uint8)
         lengths = [int(n) for n in self._gather(label, torch.tensor(len(content)))]
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(content)] = content
@@ -382,6 +410,11 @@ class Comm:
         with self._bounded(label):
             dist.all_gather(parts, mine, group=self._group)
         return parts
+
+    def _gather_any(self, label: str, mine: Tensor) -> list[Tensor]:
+        """Gathers as bytes, so that every dtype can travel."""
+        parts = self._gather(label, mine.reshape(-1).view(torch.uint8))
+        return [part.view(mine.dtype).reshape(mine.shape) for part in parts]
 
     def _send(self, label: str, tensor: Tensor) -> Tensor:
         """Gives every rank rank 0's ``tensor``, in place."""
@@ -413,6 +446,16 @@ class Comm:
                 f"rank {self._rank} on {self._host} lost the other ranks in {label!r} at step "
                 f"{self._step}, and none of them said why (killed, or out of time): {broken}"
             ) from broken
+
+
+def _reduce_here(parts: Tensor, op: Op) -> Tensor:
+    """Reduces ``[world size, ...]`` of a dtype that gloo cannot add."""
+    if op == "max":
+        return parts.amax(0)
+    if op == "min":
+        return parts.amin(0)
+    total = parts.sum(0)
+    return total if op == "mean" else total.to(parts.dtype)
 
 
 def _describe(tensor: Tensor) -> str:

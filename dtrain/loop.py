@@ -121,6 +121,7 @@ class Loop:
             self._evaluate()
         if self.checkpoint is not None or self.preempted:
             self._save_once()
+        self._log(final=True)
         with self.context.comm.lockstep(self._at("the end of fit")):
             self.hooks.fire(Callback.on_fit_end, self.context)
 
@@ -247,9 +248,12 @@ class Loop:
 
     # -- sync points: what is agreed between steps ----------------------------------------------
 
-    def _log(self) -> None:
-        """Agrees on training figures since the last report, and reports them."""
-        if not self._loss_weight:
+    def _log(self, *, final: bool = False) -> None:
+        """Agrees on training figures since the last report, and reports them.
+
+        Where no step was taken since, only the ``final`` call looks for what was logged.
+        """
+        if not self._loss_weight and not final:
             return
         context = self.context
         with self.context.comm.lockstep(self._at("agreeing on training metrics")):
@@ -257,8 +261,12 @@ class Loop:
                 self.means.add_logged(name, logged.values, logged.reduce)
             context.logged.clear()
             self.journal.check()
-            values = {"train/loss": self._loss_sum / self._loss_weight}
+            values = {}
+            if self._loss_weight:
+                values["train/loss"] = self._loss_sum / self._loss_weight
             values |= self.means.agree(context.comm)
+        if not values:
+            return
         values["lr"] = float(self.optimizer.param_groups[0]["lr"])
         values |= self.precision.values()
         self._loss_sum = self._loss_weight = 0.0

@@ -50,6 +50,10 @@ class Reporter:
         for sink in self._sinks:
             if not isinstance(sink, Sink):
                 raise ConfigError(f"sinks: {sink!r} is no dtrain.Sink{_hint(sink)}")
+            if sink.on_error not in ("warn", "raise"):
+                raise ConfigError(
+                    f"{type(sink).__name__}(on_error={sink.on_error!r}): choose 'warn' or 'raise'"
+                )
         if capacity < 1:
             raise ConfigError(f"capacity={capacity}: at least one report must be able to wait")
         self._run_dir = run_dir

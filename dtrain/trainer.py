@@ -257,7 +257,7 @@ class Trainer:
                 self._begin(loop, data, reporter, resume)
             loop.run()
             with self.world.comm.lockstep("the end of fit"):
-                self._finish(loop)
+                self._finish(loop, reporter)
         except BaseException as error:
             self._fail(loop, error)
             reporter.close()
@@ -265,7 +265,6 @@ class Trainer:
             if cause is not None:
                 raise cause from error
             raise
-        self.world.comm.on_main("close sinks", reporter.finish)
         progress = self.context.progress
         return FitResult(
             steps=progress.step,
@@ -429,10 +428,11 @@ class Trainer:
         """Gives this rank its own streams; a later start of the run draws fresh ones."""
         seed_everything(self._seed, _RANK_STREAM, self.world.rank, self.context.progress.step)
 
-    def _finish(self, loop: Loop) -> None:
+    def _finish(self, loop: Loop, reporter: Reporter) -> None:
         state: status.State = "preempted" if loop.preempted else "finished"
-        self.world.comm.on_main("status", lambda: self._write_status(state, loop.stop_reason))
         loop.journal.report("end", {}, describe_end(state, loop))
+        self.world.comm.on_main("close sinks", reporter.finish)
+        self.world.comm.on_main("status", lambda: self._write_status(state, loop.stop_reason))
 
     def _fail(self, loop: Loop | None, error: BaseException) -> None:
         """What a rank does on its own before ``fit`` raises: no other rank is waited for."""

@@ -286,7 +286,7 @@ def _open(seed: int, timeout_s: float) -> World:
     host = socket.gethostname()
     size = int(variables.get("WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     if launcher == "solo" or size == 1:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if _has_gpu() else "cpu")
         return World(0, 0, 1, host, device, "none", launcher, seed, Comm(host=host))
     os.environ.update(variables)
     # One thread each unless told otherwise: ranks that share a host share its cores.
@@ -306,7 +306,7 @@ def _open(seed: int, timeout_s: float) -> World:
         # A store that lives on still has the addresses of the group that was closed.
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         options |= {"store": PrefixStore(f"life-{life}", store), "rank": rank, "world_size": size}
-    state = PartialState(cpu=not torch.cuda.is_available(), **options)
+    state = PartialState(cpu=not _has_gpu(), **options)
     control = dist.new_group(backend="gloo", timeout=timeout)
     rank = dist.get_rank()
     comm = Comm(rank=rank, size=size, host=host, group=control, store=_own_store(timeout, life))
@@ -325,6 +325,21 @@ def _open(seed: int, timeout_s: float) -> World:
     )
     atexit.register(world._close_at_exit)
     return world
+
+
+def serve_store(timeout_s: float) -> TCPStore:
+    """Serves a rendezvous store at a free port of this host, for ranks that are started here.
+
+    Ranks: none; called where the ranks are started.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+
+
+def _has_gpu() -> bool:
+    """There is one, and ``accelerate launch --cpu`` did not say to leave it alone."""
+    told_not_to = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return torch.cuda.is_available() and not told_not_to
 
 
 def _own_store(timeout: timedelta, life: int) -> Store:

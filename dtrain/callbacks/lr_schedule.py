@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from dtrain.callback import Callback
 from dtrain.errors import ConfigError
@@ -58,6 +58,7 @@ class LRSchedule(Callback):
         self._monitor = monitor
         self._scheduler: LRScheduler | None = None
         self._restored = False
+        self._total: int | None = None
 
     def on_fit_start(self, ctx: Context) -> None:
         """Makes the scheduler, now that the optimizer and the number of steps are known."""
@@ -74,6 +75,7 @@ class LRSchedule(Callback):
                     "epochs), or a scheduler instead of a function"
                 )
             scheduler = self._given(ctx.optimizer, total)
+            self._total = total
         if not isinstance(scheduler, LRScheduler):
             raise ConfigError(f"LRSchedule: the function returned {scheduler!r}, no scheduler")
         if scheduler.optimizer is not ctx.optimizer:
@@ -123,10 +125,27 @@ class LRSchedule(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the scheduler's state."""
-        return {} if self._scheduler is None else {"scheduler": self._scheduler.state_dict()}
+        if self._scheduler is None:
+            return {}
+        return {"scheduler": self._scheduler.state_dict(), "total": self._total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the scheduler's state."""
+        """Restores the scheduler's state.
+
+        Raises:
+            ConfigError: a one-cycle schedule was planned for fewer steps than there will be.
+        """
+        planned = state.get("total")
+        if (
+            isinstance(self._scheduler, OneCycleLR)
+            and None not in (planned, self._total)
+            and planned < self._total
+        ):
+            raise ConfigError(
+                f"LRSchedule: the one-cycle schedule was planned for {planned} {self._every}s and "
+                f"cannot go on for {self._total}: its cycle is over. Begin anew "
+                "(resume='never'), or continue with the epochs it was planned for"
+            )
         if "scheduler" in state and self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
             self._restored = True

@@ -13,16 +13,15 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dtrain.errors import DtrainError
+from dtrain.world import serve_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +125,7 @@ def run_outcomes(
     """
     # The rendezvous store lives here, as it lives in torchrun's agent: no rank's death takes
     # it away, and no free port has to be guessed.
-    store = TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-    )
+    store = serve_store(timeout_s)
     # Processes are forked from a server that has imported torch once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(

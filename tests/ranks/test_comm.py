@@ -374,6 +374,15 @@ def converted(comm, rank, size, lines):
             raise CheckpointError("could not be written") from error
 
 
+def converted_by_all(comm, rank, size, lines):
+    """The same, where the other ranks find other words as well."""
+    with comm.lockstep("the phase"):
+        try:
+            comm.on_main("write", lambda: os.stat("/no/such/file"))
+        except (OSError, RemoteError) as error:
+            raise CheckpointError("could not be written") from error
+
+
 def test_after_a_failure_comes_the_next():
     told = by_scene([caught_and_again], 2)["caught_and_again"]
     assert [rank[1::2] for rank in told] == [[None] * 3] * 2
@@ -392,6 +401,8 @@ def test_an_error_that_all_know_is_not_told_twice_in_other_words():
     assert one[:2] == (CheckpointError, "could not be written")
     assert two[0] is RemoteError
     assert "failed in on_main('write') at step 0: FileNotFoundError" in two[1]
+    for kind, text, _ in by_scene([converted_by_all], 2)["converted_by_all"]:
+        assert (kind, text) == (CheckpointError, "could not be written")
 
 
 # ----------------------------------------------------------------------------- on_main
@@ -448,7 +459,7 @@ def test_a_value_that_cannot_be_sent_reaches_all():
 
 
 def verb_on_main():
-    with dtrain.init(timeout_s=3) as world:
+    with dtrain.init(timeout_s=20) as world:
         world.comm.on_main("mine", lambda: world.comm.barrier("inside"))
 
 

@@ -560,7 +560,7 @@ def test_a_few_batches_are_learned_by_heart(world_size):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: NonFiniteGuard("ignore"), "one of"),
+        (lambda: NonFiniteGuard("warn"), "one of"),
         (lambda: NonFiniteGuard(patience=0), "1 or more"),
         (lambda: LossSpikeGuard(0), "more than 0"),
         (lambda: LossSpikeGuard(window=1), "2 or more"),
