@@ -135,12 +135,9 @@ class LRSchedule(Callback):
         Raises:
             ConfigError: a one-cycle schedule was planned for fewer steps than there will be.
         """
-        planned = state.get("total")
-        if (
-            isinstance(self._scheduler, OneCycleLR)
-            and None not in (planned, self._total)
-            and planned < self._total
-        ):
+        planned, total = state.get("total"), self._total
+        extended = planned is not None and total is not None and planned < total
+        if extended and isinstance(self._scheduler, OneCycleLR):
             raise ConfigError(
                 f"LRSchedule: the one-cycle schedule was planned for {planned} {self._every}s and "
                 f"cannot go on for {self._total}: its cycle is over. Begin anew "

@@ -78,6 +78,9 @@ class Console(Sink):
         elif report.kind == "eval":
             self._print("  ".join([*_place(report), *_figures(report.values)]), style="bold")
             self._mark = (report.samples, report.seconds)
+        elif report.kind == "sample":
+            if report.sample is not None and report.text:
+                self._print(f"--- {report.sample.name}:\n{report.text}\n---")
         else:
             if report.kind == "end":
                 self._stop_bar()  # it stays where it is, and the last words come below it

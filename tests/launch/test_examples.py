@@ -70,10 +70,8 @@ def test_the_readmes_training_runs_as_it_is(tmp_path):
 
 
 def test_gpt_trains_evaluates_and_writes(tmp_path):
-    told = run(
-        [*TORCHRUN, ROOT / "examples" / "gpt.py", "--steps", "4", "--batch-size", "8"]
-        + ["--micro-batch-size", "2", "--precision", "fp32", "--run-dir", tmp_path / "run"]
-    )
+    options = "--steps 4 --batch-size 8 --micro-batch-size 2 --precision fp32 --run-dir".split()
+    told = run([*TORCHRUN, ROOT / "examples" / "gpt.py", *options, tmp_path / "run"])
     assert "validation loss: " in told
     assert "the model writes" in told
     assert [row["step"] for row in evaluations(tmp_path / "run")] == [1, 2, 3, 4]
