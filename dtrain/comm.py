@@ -303,9 +303,11 @@ class Comm:
     def _is_told(self, error: BaseException) -> bool:
         """Says whether all ranks know of ``error``, or of what it was made from."""
         known: BaseException | None = error
-        while known is not None and known is not self._told:
+        while known is not None:
+            if known is self._told or isinstance(known, RemoteError | RankMismatch | CommError):
+                return True
             known = known.__cause__
-        return known is not None
+        return False
 
     def _forget(self) -> None:
         """Removes the record: all ranks know, and a later failure must not be taken for it."""

@@ -156,7 +156,8 @@ def run_outcomes(
                 process.kill()
                 process.join()
             connection.close()
-            output = _log(folder, rank).read_text(errors="replace")
+            log = _log(folder, rank)  # not there, where a rank did not even begin in time
+            output = log.read_text(errors="replace") if log.exists() else ""
             outcomes.append(_outcome(rank, messages.get(rank), late, process.exitcode, output))
             process.close()
     return outcomes

@@ -70,7 +70,17 @@ def test_the_readmes_training_runs_as_it_is(tmp_path):
 
 
 def test_gpt_trains_evaluates_and_writes(tmp_path):
-    options = "--steps 4 --batch-size 8 --micro-batch-size 2 --precision fp32 --run-dir".split()
+    options = [
+        "--steps",
+        "4",
+        "--batch-size",
+        "8",
+        "--micro-batch-size",
+        "2",
+        "--precision",
+        "fp32",
+        "--run-dir",
+    ]
     told = run([*TORCHRUN, ROOT / "examples" / "gpt.py", *options, tmp_path / "run"])
     assert "validation loss: " in told
     assert "the model writes" in told
