@@ -461,6 +461,8 @@ def _reduce_here(parts: Tensor, op: Op) -> Tensor:
 
 
 def _describe(tensor: Tensor) -> str:
+    if not isinstance(tensor, Tensor):
+        raise ConfigError(f"this verb takes a tensor, not {tensor!r}: wrap it in torch.tensor(...)")
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 

@@ -87,7 +87,9 @@ def test_gpt_trains_evaluates_and_writes(tmp_path):
     assert [row["step"] for row in evaluations(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/callbacks.md"]
+)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
