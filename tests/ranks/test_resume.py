@@ -98,7 +98,8 @@ def lines(run_dir):
 @pytest.mark.parametrize("schedule", ["step", "epoch"])
 def test_killed_anywhere_and_started_again(tmp_path, world_size, schedule):
     whole = run_processes(train, world_size, tmp_path / "whole", "", 0, "auto", schedule)
-    places = [("epoch_end", 0), ("epoch_end", 2), ("epoch_start", 1), ("step", 5), ("step", 3)]
+    places = [("epoch_end", epoch) for epoch in range(EPOCHS)]
+    places += [("epoch_start", 1), ("step", 5), ("step", 3)]
     for hook, at in places:
         run_dir = tmp_path / f"{hook}-{at}"
         killed = run_outcomes(train, world_size, run_dir, hook, at, "auto", schedule)
