@@ -18,13 +18,21 @@ from dtrain.state import Context, Step
 
 
 def evaluate(
-    feed: Feed, loss_fn: LossFn, *, label: str, context: Context, hooks: Hooks, precision: Precision
+    feed: Feed,
+    loss_fn: LossFn,
+    means: Means,
+    *,
+    label: str,
+    context: Context,
+    hooks: Hooks,
+    precision: Precision,
 ) -> dict[str, float]:
     """Returns ``label/loss`` and every metric that ``loss_fn`` gives, over all of the data.
 
     Args:
         feed: one pass over the data; nothing in it is padded, dropped or repeated.
         loss_fn: gets the bare model, in eval mode, without gradients.
+        means: kept from one evaluation to the next, because ranks agree on names only once.
         label: what the metrics' names begin with, such as ``"eval"``.
         context: for the hooks, and the model.
         hooks: fire ``on_eval_batch``.
@@ -32,7 +40,7 @@ def evaluate(
 
     Ranks: all, communicates once, at the end.
     """
-    means = Means(label, context.device)
+    means.drop()  # of an evaluation that failed
     with torch.no_grad(), eval_mode(context.model):
         for number, step_feed in enumerate(feed.epoch(0, 0)):
             step = Step(number=number, micros=step_feed.micros)

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain import metric_objects
 from dtrain.comm import Comm
 from dtrain.errors import LossError
-from dtrain.metric_objects import MetricObject
+from dtrain.metric_objects import MetricObject, Objects
 from dtrain.state import Mean, Number, Reduce
 
 Metric = Number | Mean | MetricObject
@@ -35,7 +34,7 @@ class Means:
         self._sums: dict[str, list[float]] = {}
         self._device_sums: dict[str, Tensor] = {}
         self._reduce: dict[str, Reduce] = {}
-        self._objects: dict[str, MetricObject] = {}
+        self._objects = Objects()
         self._names: list[str] = []  # agreed
 
     def add(self, name: str, value: Metric, weight: Number) -> None:
@@ -105,7 +104,15 @@ class Means:
                     f"metric {name!r} is {part!r}; a metric is a number, a 0-dim tensor, "
                     "dtrain.Mean(total, weight) or a torchmetrics object"
                 )
-            self._objects[f"{name}/{key}" if key else name] = part
+            self._objects.add(f"{name}/{key}" if key else name, part)
+
+    def drop(self) -> None:
+        """Forgets what was added and not agreed, as after a failure.
+
+        Ranks: all, local.
+        """
+        self._sums, self._device_sums = {}, {}
+        self._objects.drop()
 
     def agree(self, comm: Comm) -> dict[str, float]:
         """Returns each metric over all ranks, in the order of first use, and starts anew.
@@ -113,7 +120,8 @@ class Means:
         A rank that had no data, or did not report a name, contributes nothing to it.
 
         Ranks: all, communicates: one packed reduction; an exchange when a name is new, one
-        for maxima and one for torchmetrics objects, where there are any.
+        for maxima, and one for states of torchmetrics objects that are no sums, where there
+        are any.
         """
         sums = {name: tuple(pair) for name, pair in self._sums.items()}
         sums |= {name: tuple(pair.tolist()) for name, pair in self._device_sums.items()}
@@ -123,15 +131,22 @@ class Means:
         # Names are agreed once; after that a sync point is one packed reduction, which also
         # says whether some rank has a name that the others have not seen.
         new = {name: pair for name, pair in sums.items() if name not in self._names}
-        known = [sums.get(name, (0.0, 0.0)) for name in self._names]
-        first = [(float(bool(new)), float(bool(maxima))), (float(bool(self._objects)), 0.0)]
-        packed = torch.tensor([*first, *known], dtype=torch.float64)
-        rows = comm.all_reduce(f"{self._label}: sums", packed).tolist()
-        agreed = dict(zip(self._names, rows[2:], strict=True))
-        if rows[0][0]:
+        lists = self._objects.collect()
+        new_objects = self._objects.news()
+        known = [number for name in self._names for number in sums.get(name, (0.0, 0.0))]
+        flags = [bool(new or new_objects), bool(maxima), lists, True]
+        figures = torch.tensor([*flags, *known], dtype=torch.float64)
+        packed = comm.all_reduce(f"{self._label}: sums", torch.cat([figures, self._objects.pack()]))
+        any_new, any_maxima, any_lists, ranks = map(int, packed[:4].tolist())
+        pairs = packed[4 : len(figures)].view(-1, 2).tolist()
+        agreed = dict(zip(self._names, pairs, strict=True))
+        news: list[dict[str, Any]] = []
+        if any_new:
             kinds = {name: self._reduce.get(name, "mean") for name in new}
-            for theirs, how in comm.gather_objects(f"{self._label}: new names", (new, kinds)):
+            everyones = comm.gather_objects(f"{self._label}: new names", (new, kinds, new_objects))
+            for theirs, how, objects in everyones:
                 self._reduce = how | self._reduce
+                news.append(objects)
                 for name, (total, weight) in theirs.items():
                     seen = agreed.setdefault(name, [0.0, 0.0])
                     seen[0] += total
@@ -142,12 +157,16 @@ class Means:
             for name, (total, weight) in agreed.items()
             if weight
         }
-        if rows[0][1]:
+        if any_maxima:
             values |= _largest(comm.gather_objects(f"{self._label}: maxima", maxima))
-        if rows[1][0]:
-            values |= metric_objects.agree(self._objects, self._label, comm)
-            self._objects = {}
-        return values
+        return values | self._objects.agree(
+            packed[len(figures) :],
+            news,
+            exchange=bool(any_lists),
+            ranks=ranks,
+            label=self._label,
+            comm=comm,
+        )
 
 
 def _largest(by_rank: list[dict[str, tuple[float, ...]]]) -> dict[str, float]:

@@ -131,6 +131,7 @@ class Trainer:
         self._eval_fn = eval_fn
         self._loss_fn = loss_fn
         self._means = Means("train", world.device)
+        self._eval_means: dict[str, Means] = {}
         self._lane = Lane(self.model, rank=world.rank, size=world.size)
         self._agreement = Agreement(self.context.request, world.comm, world.size)
         self._micro_step = MicroStep(
@@ -331,6 +332,7 @@ class Trainer:
             metrics |= evaluate(
                 feed,
                 self._eval_fn,
+                self._eval_means.setdefault(label, Means(label, self.world.device)),
                 label=label,
                 context=self.context,
                 hooks=self.hooks,
@@ -348,6 +350,7 @@ class Trainer:
         sizes = {label: str(one) for label, one in evals.items()}
         check_same_call(same | {"plan": plan, "evaluation": sizes}, self.world.comm)
         self._micro_step.trouble = None  # of an earlier fit, if that failed
+        self._means.drop()
         self.hooks.failed_in = ""
         progress = self.context.progress
         progress.steps_per_epoch = feed.steps_per_epoch

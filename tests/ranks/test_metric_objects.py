@@ -299,6 +299,78 @@ def test_metrics_inside_of_metrics():
         assert values == pytest.approx(truth, rel=1e-6)
 
 
+class Grows:
+    """States that begin as one number and become one for each class, in the first update."""
+
+    def __init__(self, sizes):
+        self.metric = torchmetrics.SumMetric()
+        self.sizes = sizes
+
+    def __call__(self, net, batch):
+        x, y, _ = batch
+        self.metric.sum_value = self.metric.sum_value + torch.ones(self.sizes[len(x)])
+        self.metric._update_count = 1
+        return dtrain.Loss(
+            torch.nn.functional.cross_entropy(net(x), y),
+            metrics={"m": self.metric},
+        )
+
+
+def exchanges():
+    """What travels besides the packed reduction, in three evaluations; and where shapes differ."""
+    comm = dtrain.init(seed=0).comm
+    gather, labels, sent = comm.gather_objects, [], []
+    comm.gather_objects = lambda label, value: (labels.append(label), gather(label, value))[1]
+    reduce = comm.all_reduce
+    comm.all_reduce = lambda label, t: (sent.append((label, len(t))), reduce(label, t))[1]
+    found = {}
+    data = dataset(12, seed=3)
+    for name, metric, how in (
+        ("sums", MulticlassConfusion(), by_class),
+        ("list", BinaryAUROC(thresholds=None), update),
+    ):
+        run = trainer(Special(metric, how))
+        for again in range(3):
+            labels.clear()
+            sent.clear()
+            value = run.evaluate(data, batch_size=6)["eval/m"]
+            found[name, again] = value, list(labels), [size for _, size in sent]
+    found["truth"] = [
+        float(alone(MulticlassConfusion(), by_class, data)),
+        float(alone(BinaryAUROC(thresholds=None), update, data)),
+    ]
+    run = trainer(Grows({3: 2, 2: 5}))
+    try:
+        run.evaluate(dataset(5), batch_size=5)
+    except LossError as error:
+        found["shapes"] = str(error)
+    return found
+
+
+class MulticlassConfusion(torchmetrics.classification.MulticlassConfusionMatrix):
+    """A sum state of 40 x 40, of which one number is the value."""
+
+    def __init__(self):
+        super().__init__(num_classes=40)
+
+    def compute(self):
+        return self.confmat[0, 1]
+
+
+def test_sums_ride_in_the_packed_reduction():
+    by_rank = run_processes(exchanges, 2)
+    assert by_rank[0] == by_rank[1]
+    found = by_rank[0]
+    sums, list_ = found["truth"]
+    # Four flags, the loss's sum and weight, one count; the matrix from the second time on.
+    news = (sums, ["eval: new names"], [4])
+    assert found["sums", 0] == news
+    assert found["sums", 1] == found["sums", 2] == (sums, [], [4 + 2 + 1 + 40 * 40])
+    assert found["list", 0] == (list_, ["eval: new names", "eval: metric states"], [4])
+    assert found["list", 1] == found["list", 2] == (list_, ["eval: metric states"], [4 + 2 + 1])
+    assert "'eval/m' have the shapes [[2]] on one rank and [[5]] on another" in (found["shapes"])
+
+
 def refusals():
     found = []
     for metric, update in (
