@@ -127,13 +127,12 @@ class Hooks:
         self.error: BaseException | None = None  # what a hook raised
         self.failed_in = ""  # which hook, for messages
         self._bound: dict[Any, tuple[Callable[..., None], ...]] = {}
+        self._first: dict[Any, Callback | None] = {}
         for name in HOOK_NAMES:
             base = vars(Callback)[name]
-            self._bound[base] = tuple(
-                getattr(callback, name)
-                for callback in self.callbacks
-                if getattr(type(callback), name) is not base
-            )
+            overriding = [c for c in self.callbacks if getattr(type(c), name) is not base]
+            self._bound[base] = tuple(getattr(callback, name) for callback in overriding)
+            self._first[base] = overriding[0] if overriding else None
 
     def fire(
         self, hook: Callable[Concatenate[Callback, P], None], *args: P.args, **kwargs: P.kwargs
@@ -151,6 +150,10 @@ class Hooks:
     def has(self, hook: Callable[Concatenate[Callback, P], None]) -> bool:
         """Says whether any callback overrides ``hook``."""
         return bool(self._bound[hook])
+
+    def first(self, hook: Callable[Concatenate[Callback, P], None]) -> Callback | None:
+        """Returns the callback whose ``hook`` fires before all others', if any overrides it."""
+        return self._first[hook]
 
 
 class Sink:
@@ -187,6 +190,19 @@ class PrecisionSlot(Protocol):
 
     def make_precision(self, device_type: str) -> Precision:
         """Returns what computes in the wanted precision on ``"cpu"`` or ``"cuda"``."""
+        ...
+
+
+@runtime_checkable
+class TakesFactor(Protocol):
+    """Multiplies gradients in ``on_grads_ready``, and can take another factor in.
+
+    That saves a pass over them. Only the first callback with that hook is asked, so that all
+    after it see true gradients.
+    """
+
+    def take_factor(self, factor: float) -> bool:
+        """Says whether ``on_grads_ready``, called next, multiplies by ``factor`` as well."""
         ...
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,14 @@ _SUMMED_BY_GLOO = {
 }
 
 
+class Gatherer(Protocol):
+    """Serves the gathers of a loss function; see :mod:`dtrain.gathers`."""
+
+    def gather(self, label: str, rows: Tensor) -> Tensor:
+        """Returns all ranks' rows."""
+        ...
+
+
 class Comm:
     """Labelled verbs between ranks. It has no rank: what it returns is equal on all of them.
 
@@ -79,6 +87,7 @@ class Comm:
         self._closed = False
         self._on_main = ""  # the label, while rank 0 runs a function alone
         self._told: BaseException | None = None  # the last error that all ranks know of
+        self._gatherer: Gatherer | None = None  # while a loss function runs
 
     def close(self) -> None:
         """Lets go of the process group; the verbs must not be called any more.
@@ -134,6 +143,57 @@ class Comm:
             return tensor.detach().clone().unsqueeze(0)
         parts = self._gather_any(label, tensor.detach().cpu().contiguous())
         return torch.stack(parts).to(tensor.device)
+
+    def gather_with_grad(self, label: str, tensor: Tensor) -> Tensor:
+        """In a loss function: returns the rows of all ranks, in the order of ranks.
+
+        A rank that skips, has no data or fails takes part with no rows, so nobody waits for it.
+        Ranks may have different numbers of rows.
+
+        Backward: the gradient of a row is the sum, over all ranks, of what their losses say
+        about it. With each rank's loss taken over its own rows against all, that makes the
+        gradient of the global batch's loss (dtrain weighs and sums the ranks' losses).
+
+        Example::
+
+            def loss_fn(model, batch, ctx):
+                a, b = model(batch)                       # [rows, features] each
+                everyones = ctx.comm.gather_with_grad("b", b)
+                first = ...                               # see docs/gather.md
+
+        Args:
+            label: names the call; equal on all ranks.
+            tensor: shape ``[rows, ...]``; all but the rows equal on all ranks. It travels
+                through the CPU.
+
+        Returns:
+            Shape ``[rows of all ranks, ...]``.
+
+        Raises:
+            ConfigError: called outside of a loss function, or first in a later micro-step.
+            RankMismatch: ranks gather different things.
+            RemoteError: another rank failed.
+
+        Ranks: all whose loss function runs; communicates, and once more in backward.
+        """
+        if self._gatherer is None:
+            raise ConfigError(
+                f"gather_with_grad({label!r}) works in loss functions only (and in on_batch and "
+                "on_loss): elsewhere use all_gather"
+            )
+        return self._gatherer.gather(label, tensor)
+
+    @contextmanager
+    def gathering(self, gatherer: Gatherer) -> Iterator[None]:
+        """Lets :meth:`gather_with_grad` be called in the block.
+
+        Ranks: all, local.
+        """
+        self._gatherer = gatherer
+        try:
+            yield
+        finally:
+            self._gatherer = None
 
     def broadcast(self, label: str, tensor: Tensor) -> Tensor:
         """Returns rank 0's ``tensor`` on every rank; the argument is not changed.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dtrain.callback import Callback, Hooks
 from dtrain.comm import Comm
 from dtrain.data import EndOfStream, Feed
+from dtrain.gathers import Gathers
 from dtrain.metrics import Means
 from dtrain.microstep import LossFn, as_loss
 from dtrain.precision import Precision
@@ -23,6 +24,7 @@ def evaluate(
     means: Means,
     *,
     label: str,
+    gathers: Gathers,
     context: Context,
     hooks: Hooks,
     precision: Precision,
@@ -34,6 +36,7 @@ def evaluate(
         loss_fn: gets the bare model, in eval mode, without gradients.
         means: kept from one evaluation to the next, because ranks agree on names only once.
         label: what the metrics' names begin with, such as ``"eval"``.
+        gathers: serves the loss function's gathers.
         context: for the hooks, and the model.
         hooks: fire ``on_eval_batch``.
         precision: the same as in training.
@@ -41,17 +44,20 @@ def evaluate(
     Ranks: all, communicates once, at the end.
     """
     means.drop()  # of an evaluation that failed
+    comm = context.comm
     with torch.no_grad(), eval_mode(context.model):
         for number, step_feed in enumerate(feed.epoch(0, 0)):
             step = Step(number=number, micros=step_feed.micros)
-            try:
-                for micro in range(step_feed.micros):
-                    fetched = step_feed.next()
-                    if fetched is None:
-                        continue
-                    step.micro = micro
+            ended = False
+            for micro in range(step_feed.micros):
+                step.micro, step.loss = micro, None
+                try:
+                    fetched = None if ended else step_feed.next()
+                except EndOfStream:
+                    fetched, ended = None, True
+                if fetched is not None:
                     step.batch, step.samples = fetched
-                    with precision.autocast():
+                    with precision.autocast(), comm.gathering(gathers):
                         returned = loss_fn(context.model, step.batch, context)
                     step.loss = loss = as_loss(returned, step.samples)
                     assert loss.weight is not None
@@ -59,9 +65,11 @@ def evaluate(
                     for name, value in loss.metrics.items():
                         means.add(f"{label}/{name}", value, loss.weight)
                     hooks.fire(Callback.on_eval_batch, context, step)
-            except EndOfStream:
+                done = gathers.finish(completed=step.loss is not None, ended=ended)
+            # Where loss functions gather, a rank whose stream has ended waits for the others.
+            if ended and all(one.ended for one in done):
                 break
-    return means.agree(context.comm)
+    return means.agree(comm)
 
 
 @contextmanager

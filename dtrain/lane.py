@@ -12,6 +12,7 @@ The parameter is no part of the user's model, optimizer or checkpoints.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -26,17 +27,22 @@ from dtrain.errors import DtrainError
 class Slot(IntEnum):
     """Places in the lane. All but ``WEIGHT`` and ``LOSS`` are counts."""
 
-    CANARY = 0  # rank 0 says 1, the others 2: the sum is 2W - 1, or no reduction happened
+    CANARY = 0  # rank 0 says W, the others 1: the sum is 2W - 1, or no reduction happened
     WEIGHT = 1  # units / reference weight
     LOSS = 2  # units / reference weight * mean loss
-    SAMPLES = 3
-    STOP = 4
-    SAVE = 5
-    PREEMPT = 6
-    SKIPPED = 7  # micro-batches left out on request
-    ERROR = 8
-    NONFINITE = 9  # micro-batches whose loss is NaN or infinite
-    EXHAUSTED = 10  # ranks whose stream of batches has ended
+    SAMPLES = 3  # modulo 256 in each micro-batch: float32 holds whole numbers to 2^24 only
+    SAMPLES_256 = 4  # the same in units of 256 samples
+    STOP = 5
+    SAVE = 6
+    PREEMPT = 7
+    SKIPPED = 8  # micro-batches left out on request
+    ERROR = 9
+    NONFINITE = 10  # micro-batches whose loss is NaN or infinite
+    FED = 11  # ranks that had a batch
+    # Ranks whose stream has no batch for the next step, or not even for this one, where that
+    # ends the epoch for all:
+    ENDING = 12
+    STARVED = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,7 @@ class Verdict:
         loss_mean: mean loss over those units; NaN where there are none.
         factor: what the reduced gradients must be multiplied by to be those of ``loss_mean``.
         samples: samples in the global batch.
-        stop, save, preempt, errors, exhausted: how many ranks said so.
+        stop, save, preempt, errors, fed, ending, starved: how many ranks said so.
         skipped, nonfinite: how many micro-batches, over all ranks.
     """
 
@@ -62,7 +68,9 @@ class Verdict:
     skipped: int
     errors: int
     nonfinite: int
-    exhausted: int
+    fed: int
+    ending: int
+    starved: int
 
 
 class LaneSilent(DtrainError):
@@ -79,11 +87,16 @@ class Lane:
         model: decides the lane's dtype (float64 if a parameter is, else float32) and device.
         rank: this rank.
         size: the world size.
+        shares: how many such parts of a step's weight the reference weight stands for: the world
+            size, so that gradients are those of DDP; or 1, so that what is multiplied by a loss
+            scale is as large as in one process, and overflows with the same scale.
 
     Ranks: all, local; what is said travels with the gradients.
     """
 
-    def __init__(self, model: nn.Module, *, rank: int, size: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, rank: int, size: int, shares: int | None = None
+    ) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
         double = any(p.dtype == torch.float64 for p in parameters)
         device = parameters[0].device if parameters else torch.device("cpu")
@@ -92,20 +105,26 @@ class Lane:
         self.reference = 1.0
         self._rank = rank
         self._size = size
+        self._shares = size if shares is None else shares
         self._message = torch.zeros(len(Slot), dtype=dtype)
         self._said: np.ndarray[Any, Any] = self._message.numpy()  # a view: no torch op to write
         # On an accelerator the loss is not read; it is added up where it is.
         self._on_device: Tensor | None = None if device.type == "cpu" else self.param.new_zeros(4)
 
     def expect(self, weight: float) -> None:
-        """Sets the reference weight from what a rank's share of a step is expected to weigh.
+        """Sets the reference weight from what a step is expected to weigh, over all ranks.
 
         Weights are divided by it before they touch the loss: in float16, a sum over 65,536
         tokens would leave no room for the loss scale. A power of two, so that nothing is
         rounded. Equal on all ranks, because ``weight`` is.
         """
         if weight > 0 and math.isfinite(weight):
-            self.reference = 2.0 ** round(math.log2(weight))
+            self.reference = 2.0 ** round(math.log2(weight / self._shares))
+
+    @property
+    def expected(self) -> float:
+        """What a step is expected to weigh, over all ranks."""
+        return self.reference * self._shares
 
     def observe(self, verdict: Verdict) -> None:
         """Moves the reference weight where steps turn out to weigh otherwise than expected.
@@ -113,14 +132,13 @@ class Lane:
         Only where they differ by more than a factor of 4 (tokens where samples were expected):
         a ragged last batch must not make the next step's gradients need another factor.
         """
-        share = verdict.weight / self._size
-        if share > 0 and not 0.25 <= share / self.reference <= 4:
-            self.expect(share)
+        if verdict.weight > 0 and not 0.25 <= verdict.weight / self.expected <= 4:
+            self.expect(verdict.weight)
 
     def open(self) -> None:
         """Begins a step: nothing is said yet."""
         self._said[:] = 0
-        self._said[Slot.CANARY] = 1 if self._rank == 0 else 2
+        self._said[Slot.CANARY] = self._size if self._rank == 0 else 1
         if self._on_device is not None:
             self._on_device.zero_()
         self.param.grad = None
@@ -142,7 +160,8 @@ class Lane:
             bad = (~torch.isfinite(value)).to(self.param.dtype)
             self._on_device += torch.stack((whole, whole * value, bad, whole.new_zeros(())))
             loss = torch.where(whole > 0, loss, 0.0)
-        self._said[Slot.SAMPLES] += samples
+        self._said[Slot.SAMPLES] += samples % 256
+        self._said[Slot.SAMPLES_256] += samples // 256
         return loss * scaled
 
     def say(self, slot: Slot, count: int = 1) -> None:
@@ -169,8 +188,12 @@ class Lane:
         message[Slot.NONFINITE] += self._on_device[2]
         return message
 
-    def read(self) -> Verdict:
+    def read(self, reduced: Tensor | None = None) -> Verdict:
         """Returns what all ranks said, after the last backward.
+
+        Args:
+            reduced: the mean over ranks of :meth:`message`, where it did not come with the
+                gradients.
 
         Raises:
             LaneSilent: no reduction happened.
@@ -178,23 +201,29 @@ class Lane:
         if self.param.grad is None:
             raise LaneSilent("no gradient reached the lane")
         # The gradients' mean over ranks is what DDP leaves; on CUDA this is the step's sync.
-        mean: np.ndarray[Any, Any] = self.param.grad.cpu().numpy()
-        counts = [_count(value * self._size) for value in mean]
-        if counts[Slot.CANARY] != 2 * self._size - 1:
+        heard = self.param.grad if reduced is None else reduced
+        mean: np.ndarray[Any, Any] = heard.cpu().numpy()
+        canary = float(mean[Slot.CANARY]) * self._size
+        # An unreduced lane says 1, W or W * W. Not compared as a whole number: a sum over
+        # thousands of ranks is inexact.
+        if not abs(canary - (2 * self._size - 1)) <= self._size / 4:
             raise LaneSilent("the lane's gradient was not reduced")
+        counts = [_count(value * self._size) for value in mean]
         share, loss = float(mean[Slot.WEIGHT]), float(mean[Slot.LOSS])
         return Verdict(
             weight=share * self.reference * self._size,
             loss_mean=loss / share if share > 0 else math.nan,
             factor=1.0 / share if share > 0 else 0.0,
-            samples=counts[Slot.SAMPLES],
+            samples=counts[Slot.SAMPLES] + 256 * counts[Slot.SAMPLES_256],
             stop=counts[Slot.STOP],
             save=counts[Slot.SAVE],
             preempt=counts[Slot.PREEMPT],
             skipped=counts[Slot.SKIPPED],
             errors=counts[Slot.ERROR],
             nonfinite=counts[Slot.NONFINITE],
-            exhausted=counts[Slot.EXHAUSTED],
+            fed=counts[Slot.FED],
+            ending=counts[Slot.ENDING],
+            starved=counts[Slot.STARVED],
         )
 
 
@@ -220,19 +249,36 @@ class _Idle(torch.autograd.Function):
     """Zero forward; backward gives each parameter a gradient of zeros."""
 
     @staticmethod
-    def forward(ctx: Any, *params: Tensor) -> Tensor:
+    def forward(ctx: Any, sparse: frozenset[int], *params: Tensor) -> Tensor:
+        ctx.sparse = sparse
         ctx.params = params
         return params[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros_like(p) for p in ctx.params)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(
+            _no_rows(p) if place in ctx.sparse else torch.zeros_like(p)
+            for place, p in enumerate(ctx.params)
+        )
 
 
-def idle(params: list[nn.Parameter]) -> Tensor:
+def _no_rows(table: Tensor) -> Tensor:
+    """A sparse zero of the form that an embedding's gradient has: sparse in its rows only."""
+    rows = torch.zeros((1, 0), dtype=torch.long, device=table.device)
+    values = table.new_zeros((0, *table.shape[1:]))
+    return torch.sparse_coo_tensor(rows, values, table.shape, check_invariants=True)
+
+
+def idle(params: Sequence[nn.Parameter], sparse: Collection[Tensor] = ()) -> Tensor:
     """Returns a zero that takes part in a reduction of ``params`` and changes nothing.
 
     Zeros are given outright: ``0 * p.sum()`` would turn an infinite parameter into NaN.
+
+    Args:
+        params: all that the reduction waits for.
+        sparse: those of them whose gradients are sparse, as an embedding's may be.
     """
-    zero: Tensor = _Idle.apply(*params)  # type: ignore[no-untyped-call]
+    known = {id(parameter) for parameter in sparse}
+    places = frozenset(place for place, p in enumerate(params) if id(p) in known)
+    zero: Tensor = _Idle.apply(places, *params)  # type: ignore[no-untyped-call]
     return zero

@@ -6,7 +6,7 @@ that is what keeps them together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from dtrain.agreement import Agreed, Agreement
-from dtrain.callback import Callback, CheckpointSlot, Hooks
+from dtrain.callback import Callback, CheckpointSlot, Hooks, TakesFactor
 from dtrain.data import Feed, StepFeed
 from dtrain.errors import DataError
 from dtrain.journal import Journal
@@ -80,17 +80,23 @@ class Loop:
     preempted: bool = False
     #: The end of an epoch that was saved, but whose `on_epoch_end` a resumed run still owes.
     epoch_evaluated: bool = False
+    #: A rank's stream has ended, and with it the epoch (`when_uneven="stop"`).
+    epoch_is_cut: bool = False
 
     def __post_init__(self) -> None:
         self._loss_sum = self._loss_weight = 0.0  # since the last report; agreed
         self._saved_at = self._evaluated_at = -1
         self._save_asked = False
         self._warned_nonfinite = False
+        first = self.hooks.first(Callback.on_grads_ready)
+        self._clip = first if isinstance(first, TakesFactor) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint must hold of the loop itself."""
         return {
             "epoch_evaluated": self.epoch_evaluated,
+            "epoch_is_cut": self.epoch_is_cut,
+            "weight": self.lane.expected if self.micro_step.weighed else 0.0,
             "stop_reason": "" if self.preempted else self.stop_reason,
         }
 
@@ -98,6 +104,10 @@ class Loop:
         """Takes up what :meth:`state_dict` returned; the progress is restored already."""
         progress = self.context.progress
         self.epoch_evaluated = epoch_evaluated = state["epoch_evaluated"]
+        self.epoch_is_cut = state["epoch_is_cut"]
+        if state["weight"]:
+            self.lane.expect(state["weight"])
+            self.micro_step.weighed = True
         # A run that had fulfilled its plan is continued by a larger one.
         reason = state["stop_reason"]
         self.stop_reason = "" if reason in (ALL_EPOCHS, MAX_STEPS) else reason
@@ -138,10 +148,12 @@ class Loop:
             with self.context.comm.lockstep(self._at("the start of an epoch")):
                 self.hooks.fire(Callback.on_epoch_start, context)
                 self.strategy.refresh()  # a callback may have frozen something
-            for step_feed in self.feed.epoch(progress.epoch, progress.step_in_epoch):
+            for step_feed in self._steps_of_epoch():
                 if not self._step(step_feed):
                     break  # every rank's stream has ended
                 self._after_step()
+                if self.epoch_is_cut:
+                    break
                 if self._finished() and progress.step_in_epoch != self.feed.steps_per_epoch:
                     self._log()
                     self._settle()
@@ -162,9 +174,15 @@ class Loop:
         with self.context.comm.lockstep(self._at("the end of an epoch")):
             self.hooks.fire(Callback.on_epoch_end, context)
         self._settle()
-        self.epoch_evaluated = False
+        self.epoch_evaluated = self.epoch_is_cut = False
         progress.epoch += 1
         progress.step_in_epoch = 0
+
+    def _steps_of_epoch(self) -> Iterator[StepFeed]:
+        progress = self.context.progress
+        if self.epoch_is_cut:
+            return iter(())  # resumed from a checkpoint of its last step
+        return self.feed.epoch(progress.epoch, progress.step_in_epoch)
 
     def _after_step(self) -> None:
         progress = self.context.progress
@@ -202,14 +220,14 @@ class Loop:
             self._raise_failures()
         if verdict.stop or verdict.save or verdict.preempt:
             self._heed(self.agreement.carried())
-        if verdict.exhausted == self.world_size:
+        if verdict.starved or not verdict.fed:
             return False
+        self.epoch_is_cut = bool(verdict.ending)
         with context.comm.alone(self._at("a training step")):
             step.loss_mean, step.weight = verdict.loss_mean, verdict.weight
             step.nonfinite = verdict.nonfinite
             if verdict.weight > 0:
-                self.precision.unscale(self.optimizer)
-                self._normalise(verdict.factor)
+                self._normalise(self.precision.unscale(self.optimizer, verdict.factor))
                 hooks.fire(Callback.on_grads_ready, context, step)
                 if step.vetoed:
                     self.precision.skip()
@@ -223,6 +241,8 @@ class Loop:
     def _normalise(self, factor: float) -> None:
         """Turns sums of weighted gradients into the gradient of the global mean."""
         if factor == 1.0:
+            return
+        if self._clip is not None and self._clip.take_factor(factor):
             return
         grads = [
             p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None

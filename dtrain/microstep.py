@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from dtrain.agreement import Agreement
 from dtrain.callback import Callback, Hooks
-from dtrain.data import EndOfStream, StepFeed
+from dtrain.data import NO_DATA, EndOfStream, StepFeed
 from dtrain.errors import ConfigError, LossError
+from dtrain.gathers import Gathers
 from dtrain.lane import Lane, Slot, idle
 from dtrain.metrics import Means, as_metrics
 from dtrain.precision import Precision
@@ -48,6 +49,7 @@ class MicroStep(nn.Module):
         hooks: the callbacks, for ``on_batch`` and ``on_loss``.
         context: what hooks get.
         agreement: requests that the reduction is to carry.
+        gathers: serves the loss function's gathers.
         means: collects the loss function's metrics.
         find_unused: True where the reduction looks for unused parameters itself.
 
@@ -64,6 +66,7 @@ class MicroStep(nn.Module):
         hooks: Hooks,
         context: Context,
         agreement: Agreement,
+        gathers: Gathers,
         means: Means,
         find_unused: bool = False,
     ) -> None:
@@ -80,7 +83,24 @@ class MicroStep(nn.Module):
         self._means = means
         self._find_unused = find_unused
         self._agreement = agreement
+        self._gathers = gathers
+        #: Whether the reference weight is that of real batches, not a guess.
+        self.weighed = False
         self._trainable: list[nn.Parameter] = []
+        self._sparse: list[Tensor] = []
+
+    def restart(self, weight: float) -> None:
+        """Begins a fit.
+
+        Args:
+            weight: what a step is expected to weigh, over all ranks; 0 where nobody knows.
+
+        Ranks: all, local; must be called on all ranks.
+        """
+        self.trouble = None  # of an earlier fit, if that failed
+        self.lane.expect(weight)
+        self.weighed = not self._precision.scales_loss
+        self._gathers.restart()
 
     def take_trainable(self) -> list[int]:
         """Looks up which parameters require a gradient now; returns their places in the model.
@@ -92,6 +112,11 @@ class MicroStep(nn.Module):
         if not places:
             raise ConfigError("every parameter of the model is frozen: nothing to train")
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self._sparse = [
+            module.weight
+            for module in self.model.modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+        ]
         return places
 
     def forward(self, step: Step, feed: StepFeed, last: bool) -> Tensor | None:
@@ -105,17 +130,37 @@ class MicroStep(nn.Module):
         step.loss = None
         # Recorded before the model's forward, so that its gradient arrives last.
         voice = self.lane.attach() if last else None
-        term = self._term(step, feed)
-        if voice is None:
-            return term
-        self._agreement.say(self.lane)
-        if term is not None:
-            return term + voice
-        # With find_unused, gradients of zero would make AdamW decay an unused parameter.
-        return voice if self._find_unused else voice + idle(self._trainable[::-1])
+        loss = self._try(step, feed)
+        if feed is not NO_DATA:
+            self._meet(loss, step)
+        terms = [] if loss is None else [self._weigh(loss, step.samples)]
+        terms += self._gathers.take_ties()
+        if voice is not None:
+            self._agreement.say(self.lane)
+            self._look_ahead(feed)
+            terms.append(voice)
+            # With find_unused, gradients of zero would make AdamW decay an unused parameter.
+            if loss is None and not self._find_unused:
+                terms.append(idle(self._trainable[::-1], self._sparse))
+        return sum(terms[1:], start=terms[0]) if terms else None
 
-    def _term(self, step: Step, feed: StepFeed) -> Tensor | None:
-        """The weighted, scaled loss; None where this rank has nothing to say."""
+    def _meet(self, loss: Loss | None, step: Step) -> None:
+        """Ends the micro-step together, where ranks must: in the first one, or to gather."""
+        weight = 0.0 if loss is None or self.weighed else float(loss.weight or 0)
+        completed = step.loss is not None and (self.weighed or weight > 0)
+        done = self._gathers.finish(weight, completed=completed)
+        if self.weighed:
+            return
+        # In float16 a sum over a million tokens would leave no room for the loss scale, so that
+        # the first steps would be lost to finding a smaller one.
+        weights = [one.weight for one in done] or [weight]
+        if any(weights):
+            share = sum(weights) / sum(weight > 0 for weight in weights)
+            self.lane.expect(share * step.micros * len(weights))
+            self.weighed = True
+
+    def _try(self, step: Step, feed: StepFeed) -> Loss | None:
+        """Runs the loss function; returns None where this rank has nothing to say."""
         if self.trouble is not None:
             return None
         request = self._context.request
@@ -125,25 +170,27 @@ class MicroStep(nn.Module):
             if fetched is None:
                 return None  # fewer samples than ranks: this one has none in this step
             step.batch, step.samples = fetched
+            if step.micro == 0:
+                self.lane.say(Slot.FED)
             request.skippable = True
             where = "on_batch"
-            self._hooks.fire(Callback.on_batch, self._context, step)
-            if not request.skipped:
-                where = "loss_fn"
-                step.loss = self._loss(step)
-                where = "on_loss"
-                self._hooks.fire(Callback.on_loss, self._context, step)
+            with self._context.comm.gathering(self._gathers):
+                self._hooks.fire(Callback.on_batch, self._context, step)
+                if not request.skipped:
+                    where = "loss_fn"
+                    step.loss = self._loss(step)
+                    where = "on_loss"
+                    self._hooks.fire(Callback.on_loss, self._context, step)
             if request.skipped:
                 self.lane.say(Slot.SKIPPED)
                 request.skipped.clear()
                 return None
             if step.loss is not None:
                 where = "loss_fn"
-            return self._weigh(step.loss, step.samples)
+            return self._checked(step.loss, step.samples)
         except EndOfStream:
-            # A rank that ran dry in the middle of a step still had something to say.
-            if step.micro == 0:
-                self.lane.say(Slot.EXHAUSTED)
+            if step.micro == 0 and feed.is_last():
+                self.lane.say(Slot.STARVED)
             return None
         except Exception as error:  # noqa: BLE001 -- every rank learns of it, through the lane
             self.trouble = Trouble(error, where)
@@ -151,6 +198,16 @@ class MicroStep(nn.Module):
             return None
         finally:
             request.skippable = False
+
+    def _look_ahead(self, feed: StepFeed) -> None:
+        if self.trouble is not None:
+            return
+        try:
+            if feed.is_last():
+                self.lane.say(Slot.ENDING)
+        except Exception as error:  # noqa: BLE001 -- as above: the stream is the user's
+            self.trouble = Trouble(error, "data")
+            self.lane.say(Slot.ERROR)
 
     def _loss(self, step: Step) -> Loss:
         with self._precision.autocast():
@@ -163,7 +220,8 @@ class MicroStep(nn.Module):
             )
         return loss
 
-    def _weigh(self, loss: Loss | None, samples: int) -> Tensor | None:
+    def _checked(self, loss: Loss | None, samples: int) -> Loss | None:
+        """Returns the loss with a weight and its metrics counted; None where it weighs nothing."""
         if loss is None:
             raise LossError("on_loss left no loss in step.loss; use request.skip(why) to skip")
         weight = loss.weight
@@ -182,7 +240,12 @@ class MicroStep(nn.Module):
                 return None  # not `0 * mean`: the mean may be NaN
         for name, value in loss.metrics.items():
             self._means.add(f"train/{name}", value, weight)
-        return self._precision.scale(self.lane.add(loss.mean, weight, samples))
+        loss.weight = weight
+        return loss
+
+    def _weigh(self, loss: Loss, samples: int) -> Tensor:
+        assert loss.weight is not None
+        return self._precision.scale(self.lane.add(loss.mean, loss.weight, samples))
 
 
 def as_loss(returned: object, samples: int) -> Loss:

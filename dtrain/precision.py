@@ -27,8 +27,17 @@ class Precision:
         """Returns the loss that backward starts from."""
         return loss
 
-    def unscale(self, optimizer: Optimizer) -> None:
-        """Divides gradients by the loss scale; called once a step, after the reduction."""
+    def unscale(self, optimizer: Optimizer, factor: float) -> float:
+        """Divides gradients by the loss scale; called once a step, after the reduction.
+
+        Args:
+            optimizer: of the gradients.
+            factor: what they must be multiplied by besides.
+
+        Returns:
+            The factor that is left to be applied: 1 where unscaling took it in.
+        """
+        return factor
 
     def step(self, optimizer: Optimizer) -> bool:
         """Steps the optimizer; returns False where gradients overflowed and it did not."""
@@ -76,17 +85,17 @@ class ScaledAutocast(Autocast):
         self, device_type: str, dtype: torch.dtype, init_scale: float, growth_interval: int
     ) -> None:
         super().__init__(device_type, dtype)
-        self._scaler = torch.amp.GradScaler(
-            device_type, init_scale=init_scale, growth_interval=growth_interval
-        )
+        self._scaler = _Scaler(device_type, init_scale=init_scale, growth_interval=growth_interval)
 
     def scale(self, loss: Tensor) -> Tensor:
         """Returns the loss times the loss scale."""
         return self._scaler.scale(loss)
 
-    def unscale(self, optimizer: Optimizer) -> None:
+    def unscale(self, optimizer: Optimizer, factor: float) -> float:
         """Divides gradients by the loss scale and finds out whether any overflowed."""
+        self._scaler.factor = factor
         self._scaler.unscale_(optimizer)
+        return 1.0
 
     def step(self, optimizer: Optimizer) -> bool:
         """Steps the optimizer unless gradients overflowed; adapts the scale."""
@@ -111,3 +120,14 @@ class ScaledAutocast(Autocast):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the scale and its growth counter."""
         self._scaler.load_state_dict(state)
+
+
+class _Scaler(torch.amp.GradScaler):
+    """A GradScaler whose one pass over the gradients applies another factor as well."""
+
+    factor = 1.0
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        return super()._unscale_grads_(optimizer, inv_scale * self.factor, found_inf, allow_fp16)

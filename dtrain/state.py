@@ -93,7 +93,8 @@ class Step:
     Attributes:
         number: how many global steps were taken before this one.
         micro: which micro-batch of this rank, from 0.
-        micros: how many micro-batches this rank has in this step, or None for a stream.
+        micros: how many micro-steps this step has, equal on all ranks. A rank with fewer
+            micro-batches, as of a ragged batch or a stream that has ended, idles in the last.
         samples: samples in the micro-batch, on this rank.
         batch: the micro-batch, on the device; writable in ``on_batch``.
         loss: what the loss function returned; writable in ``on_loss``.
@@ -107,7 +108,7 @@ class Step:
 
     number: int
     micro: int = 0
-    micros: int | None = None
+    micros: int = 1
     samples: int = 0
     batch: Any = None
     loss: Loss | None = None

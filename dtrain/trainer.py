@@ -37,6 +37,7 @@ from dtrain.checks import (
 from dtrain.data import Data, Feed, MapFeed, StreamFeed, as_data
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.evaluation import evaluate, share_buffers
+from dtrain.gathers import Gathers
 from dtrain.journal import Journal
 from dtrain.lane import Lane
 from dtrain.loop import Loop, Plan
@@ -132,7 +133,9 @@ class Trainer:
         self._loss_fn = loss_fn
         self._means = Means("train", world.device)
         self._eval_means: dict[str, Means] = {}
-        self._lane = Lane(self.model, rank=world.rank, size=world.size)
+        self._eval_gathers = Gathers(world.comm, rank=world.rank, size=world.size)
+        shares = 1 if self.precision.scales_loss else world.size
+        self._lane = Lane(self.model, rank=world.rank, size=world.size, shares=shares)
         self._agreement = Agreement(self.context.request, world.comm, world.size)
         self._micro_step = MicroStep(
             self.model,
@@ -142,6 +145,7 @@ class Trainer:
             hooks=self.hooks,
             context=self.context,
             agreement=self._agreement,
+            gathers=Gathers(world.comm, rank=world.rank, size=world.size),
             means=self._means,
             find_unused=self._strategy.find_unused,
         )
@@ -334,6 +338,7 @@ class Trainer:
                 self._eval_fn,
                 self._eval_means.setdefault(label, Means(label, self.world.device)),
                 label=label,
+                gathers=self._eval_gathers,
                 context=self.context,
                 hooks=self.hooks,
                 precision=self.precision,
@@ -349,7 +354,7 @@ class Trainer:
         same = {k: v for k, v in self._make_up.items() if not (data.is_stream and k == "samples")}
         sizes = {label: str(one) for label, one in evals.items()}
         check_same_call(same | {"plan": plan, "evaluation": sizes}, self.world.comm)
-        self._micro_step.trouble = None  # of an earlier fit, if that failed
+        self._micro_step.restart(data.batch_size or 0)
         self._means.drop()
         self.hooks.failed_in = ""
         progress = self.context.progress
@@ -360,8 +365,6 @@ class Trainer:
             totals.append(plan.epochs * feed.steps_per_epoch)
         progress.total_steps = min(totals, default=None)
         self.context.has_eval = bool(evals)
-        if data.batch_size is not None:
-            self._lane.expect(data.batch_size / self.world.size)
         return Loop(
             plan=plan,
             feed=feed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.errors import ConfigError
@@ -39,11 +40,28 @@ class ClipGradients(Callback):
             )
         self._max_norm = max_norm
         self._max_value = max_value
+        self._factor = 1.0
+
+    def take_factor(self, factor: float) -> bool:
+        """Lets clipping by norm apply the weights' factor in the same pass."""
+        self._factor = factor if self._max_norm is not None else 1.0
+        return self._max_norm is not None
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         """Clips."""
+        factor, self._factor = self._factor, 1.0
         params = [p for group in ctx.optimizer.param_groups for p in group["params"]]
         if self._max_value is not None:
             torch.nn.utils.clip_grad_value_(params, self._max_value)
         elif self._max_norm is not None:
-            ctx.log("grad_norm", torch.nn.utils.clip_grad_norm_(params, self._max_norm))
+            grads = [p.grad for p in params if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([_entries(grad) for grad in grads]) * factor
+            # As torch's clip_grads_with_norm_, with the factor taken in.
+            shrink = torch.clamp(self._max_norm / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(grads, shrink * factor)
+            ctx.log("grad_norm", norm)
+
+
+def _entries(grad: Tensor) -> Tensor:
+    """All entries that are not zero by construction: an embedding's gradient may be sparse."""
+    return grad.coalesce().values() if grad.is_sparse else grad

@@ -33,7 +33,7 @@ class EndOfStream(Exception):
 class StepFeed(Protocol):
     """The micro-batches of one global step, on one rank."""
 
-    #: How many micro-batches this rank runs in the step; at least 1, which may be idle.
+    #: How many micro-steps the step has, equal on all ranks; some may be idle on this one.
     micros: int
 
     def next(self) -> MicroBatch | None:
@@ -44,12 +44,19 @@ class StepFeed(Protocol):
         """
         ...
 
+    def is_last(self) -> bool:
+        """Says whether the epoch must end with this step, for want of data on this rank."""
+        ...
+
 
 class _NoData:
     micros = 1
 
     def next(self) -> MicroBatch | None:
         return None
+
+    def is_last(self) -> bool:
+        return False
 
 
 #: A step in which this rank has nothing to do.
@@ -114,7 +121,8 @@ class MapFeed:
         """Yields the steps of ``epoch`` from ``first_step`` on."""
         batches = self._batches(epoch, first_step)
         for step in range(first_step, self.steps_per_epoch):
-            yield _MapStep(batches, self.shares(step)[1], self._device)
+            micros = self._slices.micros(step)
+            yield _MapStep(batches, self.shares(step)[1], micros, self._device)
 
     def _batches(self, epoch: int, first_step: int) -> Iterator[Any]:
         dataset, collate = self._data.dataset, self._data.collate_fn
@@ -157,6 +165,11 @@ class _Slices:
         stop = min(start + self.batch_size, self.samples)
         first, end = share_of(start, stop, rank=self.rank, size=self.size)
         return first, self.split(end - first) if end > first else []
+
+    def micros(self, step: int) -> int:
+        """Returns how many micro-batches the ranks with the largest share have."""
+        whole = min(self.batch_size, self.samples - step * self.batch_size)
+        return len(self.split(-(-whole // self.size)))
 
     def rows(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, list[int]]]:
         """Yields step, number and samples of each micro-batch."""
@@ -213,8 +226,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class _MapStep:
-    def __init__(self, batches: Iterator[Any], sizes: list[int], device: torch.device) -> None:
-        self.micros = max(1, len(sizes))
+    def __init__(
+        self, batches: Iterator[Any], sizes: list[int], micros: int, device: torch.device
+    ) -> None:
+        self.micros = micros
         self._batches = batches
         self._sizes = iter(sizes)
         self._device = device
@@ -224,6 +239,9 @@ class _MapStep:
         if size is None:
             return None
         return send_to_device(next(self._batches), self._device, non_blocking=True), size
+
+    def is_last(self) -> bool:
+        return False  # the plan of steps says when an epoch ends
 
 
 class StreamFeed:
@@ -241,31 +259,57 @@ class StreamFeed:
         self._stream: Iterable[Any] = data.dataset
         self._device = world.device
         self._batches_per_step = batches_per_step
+        self._when_uneven = data.when_uneven
         # A length is this rank's alone; the plan must be equal on all of them.
         self.steps_per_epoch: int | None = None
 
     def __str__(self) -> str:
-        return "a stream of each rank's own"
+        return f"a stream of each rank's own (when_uneven={self._when_uneven!r})"
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[StepFeed]:
         """Yields steps without end; whoever calls stops once every rank's stream has ended."""
-        stream = iter(self._stream)
-        skip = first_step * self._batches_per_step
-        for _ in range(skip):
-            next(stream, None)
+        looks_ahead = self._when_uneven == "stop"
+        stream = _Stream(iter(self._stream))
+        for _ in range(first_step * self._batches_per_step):
+            stream.skip()
         while True:
-            yield _StreamStep(stream, self._batches_per_step, self._device)
+            yield _StreamStep(stream, self._batches_per_step, self._device, looks_ahead)
+
+
+class _Stream:
+    """An iterator that can be asked whether it has ended."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+        self._held: list[Any] = []
+
+    def has_ended(self) -> bool:
+        if not self._held:
+            try:
+                self._held.append(next(self._batches))
+            except StopIteration:
+                return True
+        return False
+
+    def next(self) -> Any:
+        return self._held.pop() if self._held else next(self._batches)
+
+    def skip(self) -> None:
+        next(self._batches, None)
 
 
 class _StreamStep:
-    def __init__(self, stream: Iterator[Any], micros: int, device: torch.device) -> None:
+    def __init__(
+        self, stream: _Stream, micros: int, device: torch.device, looks_ahead: bool
+    ) -> None:
         self.micros = micros
         self._stream = stream
         self._device = device
+        self._looks_ahead = looks_ahead
 
     def next(self) -> MicroBatch | None:
         try:
-            batch = next(self._stream)
+            batch = self._stream.next()
         except StopIteration:
             raise EndOfStream from None
         samples = _count_samples(batch)
@@ -275,6 +319,9 @@ class _StreamStep:
                 "samples is unknown; yield tensors, or lists or dicts of tensors"
             )
         return send_to_device(batch, self._device, non_blocking=True), samples
+
+    def is_last(self) -> bool:
+        return self._looks_ahead and self._stream.has_ended()
 
 
 def _count_samples(batch: Any) -> int | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from dtrain.data.order import Order
 from dtrain.errors import ConfigError, DataError
+
+WhenUneven = Literal["idle", "stop"]
 
 
 class Data:
@@ -31,6 +33,10 @@ class Data:
         num_workers: loader processes of each rank; 0 loads in the training process.
         prefetch: micro-batches that each worker holds ready.
         order: your own order of samples, instead of ``shuffle``.
+        when_uneven: what happens once a rank's iterable has ended and others have not. With
+            ``"idle"`` it takes part without data until all have; with ``"stop"`` the epoch ends
+            for all after the last step in which every rank had a batch (each rank then fetches
+            one batch ahead).
 
     Raises:
         ConfigError: an argument is out of range, or contradicts another.
@@ -48,6 +54,7 @@ class Data:
         num_workers: int = 0,
         prefetch: int = 2,
         order: Order | None = None,
+        when_uneven: WhenUneven = "idle",
     ) -> None:
         _refuse_loader(dataset, batch_size)
         self.dataset = dataset
@@ -58,6 +65,9 @@ class Data:
         self.num_workers = num_workers
         self.prefetch = prefetch
         self.order = order
+        self.when_uneven = when_uneven
+        if when_uneven not in get_args(WhenUneven):
+            raise ConfigError(f"when_uneven={when_uneven!r}: one of {get_args(WhenUneven)}")
         if batch_size is None:
             self._check_stream()
         else:
@@ -92,6 +102,10 @@ class Data:
     def _check_map_style(self, batch_size: int) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"batch_size={batch_size!r}: must be a whole number of 1 or more")
+        if self.when_uneven != "idle":
+            raise ConfigError(
+                f"when_uneven={self.when_uneven!r} is for iterables; ranks share a dataset evenly"
+            )
         if self.num_workers < 0 or self.prefetch < 0:
             raise ConfigError(
                 f"num_workers={self.num_workers} and prefetch={self.prefetch} must be 0 or more"

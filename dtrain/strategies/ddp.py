@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class DDP(Strategy):
         static_graph: the graph is the same in every step; not with accumulation.
         bucket_cap_mb: size of a bucket of gradients, in MiB.
         sync_batchnorm: BatchNorm takes its statistics over all ranks' samples.
+        comm_hook: what reduces each bucket instead of an all-reduce, as a pair of its state and
+            itself (see ``torch.distributed.algorithms.ddp_comm_hooks``); such as a compression.
+            What ranks say to one another then travels in a reduction of its own, uncompressed.
 
     Ranks: all, communicates.
     """
@@ -47,11 +51,13 @@ class DDP(Strategy):
         static_graph: bool = False,
         bucket_cap_mb: float = 25.0,
         sync_batchnorm: bool = False,
+        comm_hook: tuple[Any, Callable[..., Any]] | None = None,
     ) -> None:
         self.find_unused = find_unused_parameters
         self._static_graph = static_graph
         self._bucket_cap_mb = bucket_cap_mb
         self._sync_batchnorm = sync_batchnorm
+        self._comm_hook = comm_hook
         self._micro_step: MicroStep | None = None
         self._ddp: DistributedDataParallel | None = None
         self._checked = False
@@ -131,6 +137,8 @@ class DDP(Strategy):
             init_sync=False,  # the Trainer has made models equal, and said so
             **options,
         )
+        if self._comm_hook is not None:
+            self._ddp.register_comm_hook(*self._comm_hook)
         if not (self.find_unused or self._static_graph):
             self._fix_buckets()
 
@@ -198,16 +206,27 @@ class DDP(Strategy):
         """
         assert self._micro_step is not None, "wrap() comes first"
         try:
-            verdict = self._micro_step.lane.read()
+            verdict = self._micro_step.lane.read(self._reduced())
         except LaneSilent as silent:
             raise self._unused() from silent
         # Alone, nothing waits for a missing gradient. It is refused all the same, so that a
-        # script that runs on one rank runs on two.
-        if self._ddp is None and not self._checked and not self.find_unused and verdict.weight:
+        # script that runs on one rank runs on two. With a hook, the lane does not tell.
+        alone = self._ddp is None or self._comm_hook is not None
+        if alone and not self._checked and not self.find_unused and verdict.weight:
             self._checked = True
             if any(p.requires_grad and p.grad is None for p in self._micro_step.model.parameters()):
                 raise self._unused()
         return verdict
+
+    def _reduced(self) -> torch.Tensor | None:
+        """The lane in a reduction of its own, where a hook may have altered it in a bucket."""
+        if self._ddp is None or self._comm_hook is None:
+            return None
+        assert self._micro_step is not None
+        assert self._world is not None
+        mean = self._micro_step.lane.message() / self._world.size
+        dist.all_reduce(mean)
+        return mean
 
     def _unused(self) -> UnusedParameters:
         assert self._micro_step is not None

@@ -68,10 +68,11 @@ def test_what_is_said_in_a_step() -> None:
     assert one.param.grad is None
 
 
-def test_only_rank_0_says_1_to_the_canary() -> None:
-    one = lane(rank=1, size=2)
-    one.open()
-    assert said(one) == QUIET | {"CANARY": 2}
+def test_only_rank_0_says_the_world_size_to_the_canary() -> None:
+    for rank, value in ((0, 5), (1, 1)):
+        one = lane(rank, size=5)
+        one.open()
+        assert said(one) == QUIET | {"CANARY": value}
 
 
 def test_the_lane_travels_with_backward() -> None:
@@ -98,7 +99,9 @@ def test_the_lane_travels_with_backward() -> None:
         skipped=0,
         errors=0,
         nonfinite=0,
-        exhausted=0,
+        fed=0,
+        ending=0,
+        starved=0,
     )
     # Normalised, the gradient is that of the mean.
     assert weight.grad.item() * verdict.factor == 5
@@ -122,7 +125,9 @@ def test_the_message_is_what_was_said_and_not_a_view() -> None:
         (Slot.SKIPPED, "skipped"),
         (Slot.ERROR, "errors"),
         (Slot.NONFINITE, "nonfinite"),
-        (Slot.EXHAUSTED, "exhausted"),
+        (Slot.FED, "fed"),
+        (Slot.ENDING, "ending"),
+        (Slot.STARVED, "starved"),
     ],
 )
 def test_each_slot_has_its_place_in_the_verdict(slot: Slot, field: str) -> None:
@@ -143,7 +148,7 @@ def test_the_verdict_is_that_of_the_global_batch(size: int, dtype: torch.dtype) 
     lanes = [lane(rank, size, dtype) for rank in range(size)]
     for rank, one in enumerate(lanes):
         one.open()
-        one.expect(2)
+        one.expect(2 * size)
         one.add(loss(float(rank)), rank % 3, rank % 3)
         one.say(Slot.STOP, int(rank % 2))
         one.say(Slot.ERROR, int(rank == size - 1))
@@ -159,6 +164,27 @@ def test_the_verdict_is_that_of_the_global_batch(size: int, dtype: torch.dtype) 
         assert verdict.loss_mean == near(mean)
         # What DDP leaves is sum / (reference * size): the factor makes it the mean's gradient.
         assert verdict.factor == near(2 * size / total)
+
+
+def test_samples_are_counted_beyond_what_float32_holds() -> None:
+    """A float32 holds whole numbers to 2^24, and DDP's mean over 1000 ranks is inexact."""
+    lanes = [lane(rank, 1000) for rank in range(1000)]
+    for rank, one in enumerate(lanes):
+        one.open()
+        for _ in range(3):
+            one.add(loss(1.0), 1, 300_000 + rank)
+    assert reduce(lanes).samples == 3 * sum(300_000 + rank for rank in range(1000))  # 9 * 10^8
+
+
+def test_with_one_share_losses_are_as_large_as_in_one_process() -> None:
+    terms = []
+    for size in (1, 3, 8):
+        one = Lane(nn.Linear(2, 1), rank=0, size=size, shares=1)
+        one.expect(96)
+        assert (one.reference, one.expected) == (128, 128)
+        one.open()
+        terms.append(one.add(loss(2.0), 4, 4).item())
+    assert terms == [2.0 * 4 / 128] * 3
 
 
 def test_a_step_without_any_weight_has_no_mean() -> None:
@@ -226,7 +252,7 @@ def test_the_reference_moves_where_steps_weigh_four_times_otherwise(
     weight: float, reference: float
 ) -> None:
     one = lane(0, 4)
-    one.expect(16)
+    one.expect(64)
     one.observe(verdict_of(weight))
     assert one.reference == reference
 
@@ -248,11 +274,14 @@ def test_the_reference_changes_no_result() -> None:
 # ----------------------------------------------------------------------------- silence
 
 
-def alone(rank: int) -> Callable[[], Lane]:
+def alone(rank: int, size: int, divided: bool) -> Callable[[], Lane]:
     def make() -> Lane:
-        one = lane(rank, 2)
+        one = lane(rank, size)
         one.open()
         one.attach().backward()  # what comes back without a reduction
+        if divided:  # DDP divides on the way into a bucket
+            assert one.param.grad is not None
+            one.param.grad /= size
         return one
 
     return make
@@ -262,8 +291,12 @@ def alone(rank: int) -> Callable[[], Lane]:
     ("make", "words"),
     [
         (lane, "no gradient reached the lane"),
-        (alone(0), "was not reduced"),
-        (alone(1), "was not reduced"),
+        *(
+            (alone(rank, size, divided), "was not reduced")
+            for size in (2, 3, 4, 7, 64, 10_000)
+            for rank in (0, 1, size - 1)
+            for divided in (False, True)
+        ),
     ],
 )
 def test_silence_is_not_taken_for_consent(make: Callable[[], Any], words: str) -> None:
@@ -280,6 +313,20 @@ def test_a_lane_of_nans_is_not_read() -> None:
 
 
 # ----------------------------------------------------------------------------- idle
+
+
+def test_idle_gives_an_embedding_a_sparse_gradient_without_rows() -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    head = nn.Linear(3, 2)
+    idle([head.bias, table.weight, head.weight], [table.weight]).backward()
+    grad = table.weight.grad
+    assert grad is not None
+    assert grad.is_sparse
+    assert (grad.shape, grad._nnz()) == ((5, 3), 0)
+    real = torch.autograd.grad(table(torch.tensor([1])).sum(), table.weight)[0]
+    assert (grad.sparse_dim(), grad.dense_dim()) == (real.sparse_dim(), real.dense_dim())
+    assert head.weight.grad is not None
+    assert not head.weight.grad.is_sparse
 
 
 @pytest.mark.parametrize("value", [1.0, NAN, INF])

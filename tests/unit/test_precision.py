@@ -19,7 +19,7 @@ def test_full_precision_does_nothing() -> None:
     loss = 3 * weight.sum()
     assert precision.scale(loss) is loss
     loss.backward()
-    precision.unscale(optimizer)
+    precision.unscale(optimizer, 1.0)
     assert weight.grad is not None
     assert weight.grad.item() == 3
     assert precision.step(optimizer)
@@ -60,7 +60,7 @@ def one_step(
 ) -> bool:
     optimizer.zero_grad()
     precision.scale(slope * weight.sum()).backward()
-    precision.unscale(optimizer)
+    precision.unscale(optimizer, 1.0)
     return precision.step(optimizer)
 
 
@@ -69,7 +69,7 @@ def test_gradients_are_scaled_and_unscaled() -> None:
     precision.scale(3 * weight.sum()).backward()
     assert weight.grad is not None
     assert weight.grad.item() == 24
-    precision.unscale(optimizer)
+    precision.unscale(optimizer, 1.0)
     assert weight.grad.item() == 3
     assert precision.step(optimizer)
     assert weight.item() == -2
@@ -91,7 +91,7 @@ def test_a_skipped_step_still_adapts_the_scale() -> None:
     for slope, scale in ((float("inf"), 4.0), (1.0, 4.0), (1.0, 8.0)):
         optimizer.zero_grad()
         precision.scale(slope * weight.sum()).backward()
-        precision.unscale(optimizer)
+        precision.unscale(optimizer, 1.0)
         precision.skip()
         assert precision.values() == {"loss_scale": scale}
     assert weight.item() == 1
