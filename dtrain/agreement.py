@@ -51,9 +51,10 @@ class Agreement:
         """
         pending = self._request.pending
         if pending["stop"] or pending["save"] or pending["preempt"]:
-            self._carried = self._take()
-            for kind, slot in _SLOTS.items():
-                lane.say(slot, int(bool(self._carried[kind])))
+            for kind, reasons in self._take().items():
+                # Those of a step that was not waited for may still be there.
+                self._carried.setdefault(kind, []).extend(reasons)
+                lane.say(_SLOTS[kind], int(bool(reasons)))
 
     def carried(self) -> Agreed:
         """Returns what the lane's votes amount to; called where any rank has voted.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from dtrain.errors import ConfigError
-from dtrain.precision import Precision
+from dtrain.precision import Factor, Precision
 from dtrain.state import Context, Progress, Report, Step
 
 P = ParamSpec("P")
@@ -42,11 +42,14 @@ class Callback:
     Attributes:
         name: identifies the callback in checkpoints and messages; unique in a run. The
             class's name, unless set.
+        late_step_end: ``on_step_end`` may be called late: at any time before the next update
+            of the parameters. On CUDA ``step.applied`` is known by then without waiting.
 
     Ranks: all.
     """
 
     name: str = ""
+    late_step_end: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -133,17 +136,29 @@ class Hooks:
             overriding = [c for c in self.callbacks if getattr(type(c), name) is not base]
             self._bound[base] = tuple(getattr(callback, name) for callback in overriding)
             self._first[base] = overriding[0] if overriding else None
+        ends = [c for c in self.callbacks if type(c).on_step_end is not Callback.on_step_end]
+        self._prompt = tuple(c.on_step_end for c in ends if not c.late_step_end)
+        self._late = tuple(c.on_step_end for c in ends if c.late_step_end)
 
     def fire(
         self, hook: Callable[Concatenate[Callback, P], None], *args: P.args, **kwargs: P.kwargs
     ) -> None:
         """Calls ``hook`` of every callback that overrides it, in the list's order."""
+        self._call(hook.__name__, self._bound[hook], *args, **kwargs)
+
+    def fire_step_end(self, context: Context, step: Step, *, late: bool) -> None:
+        """Calls ``on_step_end`` of those that may be called late, or of the others."""
+        self._call("on_step_end", self._late if late else self._prompt, context, step)
+
+    def _call(
+        self, hook: str, methods: Iterable[Callable[..., None]], *args: Any, **kwargs: Any
+    ) -> None:
         try:
-            for method in self._bound[hook]:
+            for method in methods:
                 method(*args, **kwargs)
             self.failed_in = ""
         except BaseException as error:
-            self.failed_in = hook.__name__
+            self.failed_in = hook
             self.error = error
             raise
 
@@ -201,7 +216,7 @@ class TakesFactor(Protocol):
     after it see true gradients.
     """
 
-    def take_factor(self, factor: float) -> bool:
+    def take_factor(self, factor: Factor) -> bool:
         """Says whether ``on_grads_ready``, called next, multiplies by ``factor`` as well."""
         ...
 

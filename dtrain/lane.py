@@ -188,30 +188,80 @@ class Lane:
         message[Slot.NONFINITE] += self._on_device[2]
         return message
 
-    def read(self, reduced: Tensor | None = None) -> Verdict:
-        """Returns what all ranks said, after the last backward.
+    def listen(self, reduced: Tensor | None = None) -> Heard:
+        """Returns what all ranks said, after the last backward; on CUDA it is still on its way.
 
         Args:
             reduced: the mean over ranks of :meth:`message`, where it did not come with the
                 gradients.
 
         Raises:
-            LaneSilent: no reduction happened.
+            LaneSilent: no gradient reached the lane.
         """
         if self.param.grad is None:
             raise LaneSilent("no gradient reached the lane")
-        # The gradients' mean over ranks is what DDP leaves; on CUDA this is the step's sync.
-        heard = self.param.grad if reduced is None else reduced
-        mean: np.ndarray[Any, Any] = heard.cpu().numpy()
+        # The gradients' mean over ranks is what DDP leaves.
+        mean = self.param.grad if reduced is None else reduced
+        return Heard(mean, self.reference, self._size)
+
+
+class Heard:
+    """What all ranks said in a step: parts of it at once on the device, all a little later.
+
+    Args:
+        mean: over ranks, of what each said.
+        reference: the reference weight in that step.
+        size: the world size.
+
+    Ranks: all, local.
+    """
+
+    def __init__(self, mean: Tensor, reference: float, size: int) -> None:
+        self._mean = mean
+        self._arriving = Arriving(mean)
+        self._reference = reference
+        self._size = size
+        self._verdict: Verdict | None = None
+
+    def factor(self) -> Tensor:
+        """What gradients must be multiplied by, 0-dim on the device; see :class:`Verdict`."""
+        share = self._mean[Slot.WEIGHT]
+        return torch.where(share > 0, 1 / share, 0.0)
+
+    def veto(self) -> Tensor:
+        """1 where the step must change nothing (an error, no weight, no reduction), else 0.
+
+        0-dim float32 on the device, as fused optimizers take it for ``found_inf``.
+        """
+        said = self._mean
+        unreduced = (said[Slot.CANARY] * self._size - self._whole).abs() > self._size / 4
+        return ((said[Slot.ERROR] > 0) | ~(said[Slot.WEIGHT] > 0) | unreduced).float()
+
+    def verdict(self) -> Verdict:
+        """Returns it all, on the host; waits until it is there.
+
+        Raises:
+            LaneSilent: no reduction happened.
+        """
+        if self._verdict is None:
+            self._verdict = self._read()
+        return self._verdict
+
+    @property
+    def _whole(self) -> int:
+        return 2 * self._size - 1
+
+    def _read(self) -> Verdict:
+        mean: np.ndarray[Any, Any] = self._arriving.get().numpy()
         canary = float(mean[Slot.CANARY]) * self._size
         # An unreduced lane says 1, W or W * W. Not compared as a whole number: a sum over
         # thousands of ranks is inexact.
-        if not abs(canary - (2 * self._size - 1)) <= self._size / 4:
+        if not abs(canary - self._whole) <= self._size / 4:
             raise LaneSilent("the lane's gradient was not reduced")
         counts = [_count(value * self._size) for value in mean]
         share, loss = float(mean[Slot.WEIGHT]), float(mean[Slot.LOSS])
         return Verdict(
-            weight=share * self.reference * self._size,
+            weight=share * self._reference * self._size,
             loss_mean=loss / share if share > 0 else math.nan,
             factor=1.0 / share if share > 0 else 0.0,
             samples=counts[Slot.SAMPLES] + 256 * counts[Slot.SAMPLES_256],
@@ -225,6 +275,29 @@ class Lane:
             ending=counts[Slot.ENDING],
             starved=counts[Slot.STARVED],
         )
+
+
+class Arriving:
+    """A small tensor on its way to the host; whoever asks for it waits only for what came before.
+
+    Reading it with ``.item()`` would wait for all that the device was given since.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type == "cpu":
+            self._host = tensor.detach().clone()
+            return
+        self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        self._host.copy_(tensor.detach(), non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def get(self) -> Tensor:
+        """Returns it, on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
 
 
 def _count(value: float) -> int:

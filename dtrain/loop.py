@@ -18,10 +18,11 @@ from dtrain.callback import Callback, CheckpointSlot, Hooks, TakesFactor
 from dtrain.data import Feed, StepFeed
 from dtrain.errors import DataError
 from dtrain.journal import Journal
-from dtrain.lane import Lane, Verdict
+from dtrain.lane import Arriving, Lane, Verdict
 from dtrain.metrics import Means
 from dtrain.microstep import MicroStep
-from dtrain.precision import Precision
+from dtrain.outcome import Outcome
+from dtrain.precision import Factor, Precision
 from dtrain.state import Context, Progress, Step
 from dtrain.strategies import Strategy
 
@@ -76,6 +77,8 @@ class Loop:
     evaluate: Callable[[], dict[str, float]]
     save: Callable[[dict[str, Any]], None]
     checkpoint: CheckpointSlot | None
+    #: Steps are not waited for: what became of one is looked at in the next (CUDA).
+    delays: bool = False
     stop_reason: str = ""
     preempted: bool = False
     #: The end of an epoch that was saved, but whose `on_epoch_end` a resumed run still owes.
@@ -86,6 +89,7 @@ class Loop:
     def __post_init__(self) -> None:
         self._loss_sum = self._loss_weight = 0.0  # since the last report; agreed
         self._saved_at = self._evaluated_at = -1
+        self._pending: tuple[Step, Outcome] | None = None
         self._save_asked = False
         self._warned_nonfinite = False
         first = self.hooks.first(Callback.on_grads_ready)
@@ -215,32 +219,68 @@ class Loop:
             for micro in range(step_feed.micros):
                 step.micro = micro
                 self.strategy.run(step, step_feed, last=micro == step_feed.micros - 1)
-            verdict = self.strategy.verdict()  # agreed, and all below follows from it
+            step.outcome = outcome = Outcome(self.strategy)
+        self._conclude()
+        # Fused SGD has no momentum that it could leave alone before its first update.
+        if self.delays and progress.updates:
+            with context.comm.alone(self._at("a training step")):
+                self.strategy.check_arrived()
+                self._update(step, outcome)
+                self._pending = step, outcome
+                progress.step += 1
+                progress.step_in_epoch += 1
+                hooks.fire_step_end(context, step, late=False)
+            return True
+        verdict = outcome.verdict()  # agreed, and all below follows from it
+        self._take_notice(verdict)
+        if verdict.starved or not verdict.fed:
+            return False
+        with context.comm.alone(self._at("a training step")):
+            if verdict.weight > 0:
+                self._update(step, outcome, verdict)
+            progress.step += 1
+            progress.step_in_epoch += 1
+            self._count(step, outcome)
+            hooks.fire(Callback.on_step_end, context, step)
+        return True
+
+    def _conclude(self) -> None:
+        """Takes notice of a step that was not waited for: by now its outcome has arrived."""
+        if self._pending is None:
+            return
+        step, outcome = self._pending
+        self._pending = None
+        self.context.comm.mark_step(step.number)
+        self._take_notice(outcome.verdict())
+        with self.context.comm.alone(self._at("a training step")):
+            self._count(step, outcome)
+            self.hooks.fire_step_end(self.context, step, late=True)
+        self.context.comm.mark_step(self.context.progress.step)
+
+    def _take_notice(self, verdict: Verdict) -> None:
         if verdict.errors:
             self._raise_failures()
         if verdict.stop or verdict.save or verdict.preempt:
             self._heed(self.agreement.carried())
-        if verdict.starved or not verdict.fed:
-            return False
         self.epoch_is_cut = bool(verdict.ending)
-        with context.comm.alone(self._at("a training step")):
-            step.loss_mean, step.weight = verdict.loss_mean, verdict.weight
-            step.nonfinite = verdict.nonfinite
-            if verdict.weight > 0:
-                self._normalise(self.precision.unscale(self.optimizer, verdict.factor))
-                hooks.fire(Callback.on_grads_ready, context, step)
-                if step.vetoed:
-                    self.precision.skip()
-                    context.log("vetoed", 1 / self.world_size, "sum")
-                else:
-                    step.applied = self.precision.step(self.optimizer)
-            self._count(step, verdict)
-            hooks.fire(Callback.on_step_end, context, step)
-        return True
 
-    def _normalise(self, factor: float) -> None:
+    def _update(self, step: Step, outcome: Outcome, verdict: Verdict | None = None) -> None:
+        """Updates the parameters; without a verdict, only if it turns out that they may be."""
+        factor = outcome.heard.factor() if verdict is None else verdict.factor
+        self._normalise(self.precision.unscale(self.optimizer, factor))
+        self.hooks.fire(Callback.on_grads_ready, self.context, step)
+        if step.vetoed:
+            self.precision.skip()
+            self.context.log("vetoed", 1 / self.world_size, "sum")
+        elif verdict is None:
+            blocked = self.precision.step_unless(self.optimizer, outcome.heard.veto())
+            outcome.blocked = Arriving(blocked)
+        else:
+            outcome.blocked = not self.precision.step(self.optimizer)
+
+    def _normalise(self, factor: Factor) -> None:
         """Turns sums of weighted gradients into the gradient of the global mean."""
-        if factor == 1.0:
+        if isinstance(factor, float) and factor == 1.0:
             return
         if self._clip is not None and self._clip.take_factor(factor):
             return
@@ -249,11 +289,9 @@ class Loop:
         ]
         torch._foreach_mul_(grads, factor)
 
-    def _count(self, step: Step, verdict: Verdict) -> None:
-        progress = self.context.progress
-        progress.step += 1
-        progress.step_in_epoch += 1
-        progress.updates += step.applied
+    def _count(self, step: Step, outcome: Outcome) -> None:
+        progress, verdict = self.context.progress, outcome.verdict()
+        progress.updates += outcome.applied
         progress.samples += verdict.samples
         self.lane.observe(verdict)
         # A step that was left out for its loss must not make the whole report's loss NaN.
@@ -273,6 +311,7 @@ class Loop:
 
         Where no step was taken since, only the ``final`` call looks for what was logged.
         """
+        self._conclude()
         if not self._loss_weight and not final:
             return
         context = self.context
@@ -317,6 +356,7 @@ class Loop:
 
     def _settle(self) -> None:
         """Agrees on what was requested since the last backward."""
+        self._conclude()
         with self.context.comm.lockstep("settling requests"):
             self._heed(self.agreement.settle())
 

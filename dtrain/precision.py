@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+Factor = float | Tensor
+
 
 class Precision:
     """Full precision: nothing is cast, nothing is scaled. Other precisions override.
@@ -27,7 +29,7 @@ class Precision:
         """Returns the loss that backward starts from."""
         return loss
 
-    def unscale(self, optimizer: Optimizer, factor: float) -> float:
+    def unscale(self, optimizer: Optimizer, factor: Factor) -> Factor:
         """Divides gradients by the loss scale; called once a step, after the reduction.
 
         Args:
@@ -43,6 +45,19 @@ class Precision:
         """Steps the optimizer; returns False where gradients overflowed and it did not."""
         optimizer.step()
         return True
+
+    def step_unless(self, optimizer: Optimizer, veto: Tensor) -> Tensor:
+        """Steps a fused optimizer, without looking whether it may.
+
+        Args:
+            optimizer: one that honours ``found_inf``.
+            veto: 0-dim, on the device: 1 where nothing must change.
+
+        Returns:
+            0-dim, on the device: more than 0 where nothing changed.
+        """
+        _step_unless(optimizer, veto)
+        return veto
 
     def skip(self) -> None:
         """Ends a step whose update is not applied."""
@@ -91,7 +106,7 @@ class ScaledAutocast(Autocast):
         """Returns the loss times the loss scale."""
         return self._scaler.scale(loss)
 
-    def unscale(self, optimizer: Optimizer, factor: float) -> float:
+    def unscale(self, optimizer: Optimizer, factor: Factor) -> Factor:
         """Divides gradients by the loss scale and finds out whether any overflowed."""
         self._scaler.factor = factor
         self._scaler.unscale_(optimizer)
@@ -104,6 +119,17 @@ class ScaledAutocast(Autocast):
         self._scaler.update()
         # The scale shrinks only after an overflow; GradScaler tells it in no other way.
         return self._scaler.get_scale() >= before
+
+    def step_unless(self, optimizer: Optimizer, veto: Tensor) -> Tensor:
+        """Steps a fused optimizer unless gradients overflowed or ``veto`` is 1.
+
+        The scale is adapted for an overflow only; a step that must change nothing else does not
+        change the scale either.
+        """
+        blocked = self._scaler.overflow + veto
+        _step_unless(optimizer, blocked)
+        self._scaler.update_unless(veto)
+        return blocked
 
     def skip(self) -> None:
         """Ends a step whose update is not applied; an overflow still adapts the scale."""
@@ -125,9 +151,37 @@ class ScaledAutocast(Autocast):
 class _Scaler(torch.amp.GradScaler):
     """A GradScaler whose one pass over the gradients applies another factor as well."""
 
-    factor = 1.0
+    factor: Factor = 1.0
+    overflow: Tensor  # of the last unscaling: more than 0 where there was one
 
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        return super()._unscale_grads_(optimizer, inv_scale * self.factor, found_inf, allow_fp16)
+        found = super()._unscale_grads_(
+            optimizer, (inv_scale * self.factor).float(), found_inf, allow_fp16
+        )
+        self.overflow = torch.stack([one.to(inv_scale.device) for one in found.values()]).sum()
+        return found
+
+    def update_unless(self, veto: Tensor) -> None:
+        """Adapts the scale, or leaves it where ``veto`` is 1."""
+        scale, tracker = self._check_scale_growth_tracker("update")
+        before = scale.clone(), tracker.clone()
+        self.update()
+        for now, then in zip((scale, tracker), before, strict=True):
+            now.copy_(torch.where(veto > 0, then, now))
+
+
+def _step_unless(optimizer: Optimizer, blocked: Tensor) -> None:
+    """As GradScaler hands it to fused optimizers."""
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = blocked  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def takes_a_veto(optimizer: Optimizer) -> bool:
+    """Says whether the optimizer can be told on the device to change nothing, as fused ones can."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

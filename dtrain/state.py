@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ class Progress:
     Attributes:
         step: global steps taken since the run began, over all epochs and restarts.
         updates: steps whose optimizer update was applied; fewer than ``step`` where a
-            loss scale overflowed or every rank skipped.
+            loss scale overflowed or every rank skipped. With a fused optimizer on CUDA, the
+            step just taken is counted once its outcome has arrived, in the next step.
         epoch: the epoch under way, from 0; after ``fit``, how many were finished.
         step_in_epoch: steps taken in this epoch.
         samples: samples all ranks trained on since the run began.
@@ -86,6 +87,30 @@ class Loss:
         return cls(total / safe, weight, metrics or {}, outputs)
 
 
+class Outcome(Protocol):
+    """What became of a step. Asking may wait for the device."""
+
+    @property
+    def loss_mean(self) -> float:
+        """The loss of the global batch."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """Units in the global batch."""
+        ...
+
+    @property
+    def nonfinite(self) -> int:
+        """Micro-batches whose loss was NaN or infinite."""
+        ...
+
+    @property
+    def applied(self) -> bool:
+        """Whether the optimizer's update was applied."""
+        ...
+
+
 @dataclass(slots=True)
 class Step:
     """The step under way, handed to hooks.
@@ -98,12 +123,9 @@ class Step:
         samples: samples in the micro-batch, on this rank.
         batch: the micro-batch, on the device; writable in ``on_batch``.
         loss: what the loss function returned; writable in ``on_loss``.
-        nonfinite: from ``on_grads_ready`` on: micro-batches, over all ranks, whose loss was NaN
-            or infinite.
         vetoed: why the update is not to be applied, if :meth:`veto` was called.
-        applied: in ``on_step_end``: whether the optimizer's update was applied.
-        loss_mean: from ``on_grads_ready`` on: the loss of the global batch, over all ranks.
-        weight: from ``on_grads_ready`` on: units in the global batch, over all ranks.
+        outcome: what became of the step; behind :attr:`loss_mean`, :attr:`weight`,
+            :attr:`nonfinite` and :attr:`applied`.
     """
 
     number: int
@@ -112,11 +134,31 @@ class Step:
     samples: int = 0
     batch: Any = None
     loss: Loss | None = None
-    nonfinite: int = 0
     vetoed: str = ""
-    applied: bool = False
-    loss_mean: float = float("nan")
-    weight: float = 0.0
+    outcome: Outcome | None = None
+
+    @property
+    def loss_mean(self) -> float:
+        """From ``on_grads_ready`` on: the loss of the global batch, over all ranks.
+
+        On CUDA, the first to ask for this or one of the next three in a step waits for it.
+        """
+        return float("nan") if self.outcome is None else self.outcome.loss_mean
+
+    @property
+    def weight(self) -> float:
+        """From ``on_grads_ready`` on: units in the global batch, over all ranks."""
+        return 0.0 if self.outcome is None else self.outcome.weight
+
+    @property
+    def nonfinite(self) -> int:
+        """From ``on_grads_ready`` on: micro-batches, over all ranks, of NaN or infinite loss."""
+        return 0 if self.outcome is None else self.outcome.nonfinite
+
+    @property
+    def applied(self) -> bool:
+        """In ``on_step_end``: whether the optimizer's update was applied."""
+        return self.outcome is not None and self.outcome.applied
 
     def veto(self, why: str) -> None:
         """In ``on_grads_ready``: leaves parameters and optimizer as they are in this step.

@@ -43,7 +43,7 @@ from dtrain.lane import Lane
 from dtrain.loop import Loop, Plan
 from dtrain.metrics import Means
 from dtrain.microstep import MicroStep, UserLoss, adapt, as_loss
-from dtrain.precision import Precision
+from dtrain.precision import Precision, takes_a_veto
 from dtrain.reporting import Reporter
 from dtrain.sinks import Console
 from dtrain.snapshot import Snapshot
@@ -382,6 +382,7 @@ class Trainer:
             evaluate=lambda: self._evaluate(evals),
             save=self._save,
             checkpoint=self._checkpoint,
+            delays=may_delay(self.world.device, self.optimizer, data),
         )
 
     def _begin(self, loop: Loop, data: Data, reporter: Reporter, resume: ResumeMode) -> None:
@@ -513,6 +514,15 @@ def _choose(strategy: str | Strategy) -> Strategy:
     if strategy in ("ddp", "auto"):
         return DDP()
     raise ConfigError(f"strategy={strategy!r}: choose 'ddp', or pass a dtrain.strategies.Strategy")
+
+
+def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:
+    """Says whether steps need not be waited for.
+
+    That takes an optimizer that can be told on the device to change nothing, and a plan of steps
+    that does not hang on what ranks say.
+    """
+    return device.type == "cuda" and takes_a_veto(optimizer) and not data.is_stream
 
 
 def _generator(*stream: int) -> torch.Generator:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.errors import ConfigError
+from dtrain.precision import Factor
 from dtrain.state import Context, Step
 
 
@@ -40,9 +41,9 @@ class ClipGradients(Callback):
             )
         self._max_norm = max_norm
         self._max_value = max_value
-        self._factor = 1.0
+        self._factor: Factor = 1.0
 
-    def take_factor(self, factor: float) -> bool:
+    def take_factor(self, factor: Factor) -> bool:
         """Lets clipping by norm apply the weights' factor in the same pass."""
         self._factor = factor if self._max_norm is not None else 1.0
         return self._max_norm is not None

@@ -60,6 +60,8 @@ class LRSchedule(Callback):
         self._restored = False
         self._total: int | None = None
 
+    late_step_end = True  # only the next update needs the new rate
+
     def on_fit_start(self, ctx: Context) -> None:
         """Makes the scheduler, now that the optimizer and the number of steps are known."""
         if self._scheduler is not None and self._scheduler.optimizer is ctx.optimizer:

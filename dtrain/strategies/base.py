@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from torch import nn
 
 from dtrain.data import StepFeed
-from dtrain.lane import Verdict
+from dtrain.errors import UnusedParameters
+from dtrain.lane import Heard
 from dtrain.microstep import MicroStep
 from dtrain.state import Step
 from dtrain.world import World
@@ -16,7 +17,7 @@ from dtrain.world import World
 class Strategy(ABC):
     """How gradients of different ranks meet. The loop knows only this.
 
-    In a step the loop calls :meth:`run` for each micro-batch, then :meth:`verdict`.
+    In a step the loop calls :meth:`run` for each micro-batch, then :meth:`heard`.
     """
 
     #: True where the reduction itself looks for parameters that no gradient reached.
@@ -74,11 +75,28 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def verdict(self) -> Verdict:
+    def heard(self) -> Heard:
         """Returns what all ranks said in the step, after its last micro-batch.
 
         Raises:
             UnusedParameters: names parameters whose gradients never arrived.
+
+        Ranks: all, local.
+        """
+
+    @abstractmethod
+    def check_arrived(self) -> None:
+        """Looks whether each parameter has a gradient, where nobody waits for what is heard.
+
+        Raises:
+            UnusedParameters: names those that have none.
+
+        Ranks: all, local.
+        """
+
+    @abstractmethod
+    def unused(self) -> UnusedParameters:
+        """Returns the error for a step that turns out to have met no other rank's.
 
         Ranks: all, local.
         """

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.data import NO_DATA, StepFeed
 from dtrain.errors import ConfigError, RankMismatch, UnusedParameters
-from dtrain.lane import LaneSilent, Verdict
+from dtrain.lane import Heard, LaneSilent
 from dtrain.microstep import MicroStep
 from dtrain.state import Step
 from dtrain.strategies.base import Strategy
@@ -196,7 +196,7 @@ class DDP(Strategy):
             with self._ddp.no_sync():
                 _backward(self._ddp(step, feed, last))
 
-    def verdict(self) -> Verdict:
+    def heard(self) -> Heard:
         """Returns what all ranks said in the step.
 
         Raises:
@@ -206,17 +206,30 @@ class DDP(Strategy):
         """
         assert self._micro_step is not None, "wrap() comes first"
         try:
-            verdict = self._micro_step.lane.read(self._reduced())
+            heard = self._micro_step.lane.listen(self._reduced())
+            # Alone, nothing waits for a missing gradient. It is refused all the same, so that a
+            # script that runs on one rank runs on two. With a hook, the lane does not tell.
+            alone = self._ddp is None or self._comm_hook is not None
+            if alone and not self._checked and heard.verdict().weight:
+                self._checked = True
+                self.check_arrived()
         except LaneSilent as silent:
-            raise self._unused() from silent
-        # Alone, nothing waits for a missing gradient. It is refused all the same, so that a
-        # script that runs on one rank runs on two. With a hook, the lane does not tell.
-        alone = self._ddp is None or self._comm_hook is not None
-        if alone and not self._checked and not self.find_unused and verdict.weight:
-            self._checked = True
-            if any(p.requires_grad and p.grad is None for p in self._micro_step.model.parameters()):
-                raise self._unused()
-        return verdict
+            raise self.unused() from silent
+        return heard
+
+    def check_arrived(self) -> None:
+        """Looks whether each parameter has a gradient.
+
+        Raises:
+            UnusedParameters: names those that have none.
+
+        Ranks: all, local.
+        """
+        assert self._micro_step is not None, "wrap() comes first"
+        if self.find_unused:
+            return
+        if any(p.requires_grad and p.grad is None for p in self._micro_step.model.parameters()):
+            raise self.unused()
 
     def _reduced(self) -> torch.Tensor | None:
         """The lane in a reduction of its own, where a hook may have altered it in a bucket."""
@@ -228,7 +241,11 @@ class DDP(Strategy):
         dist.all_reduce(mean)
         return mean
 
-    def _unused(self) -> UnusedParameters:
+    def unused(self) -> UnusedParameters:
+        """Names the parameters whose gradients never arrived.
+
+        Ranks: all, local.
+        """
         assert self._micro_step is not None
         named = self._micro_step.model.named_parameters()
         names = [name for name, p in named if p.requires_grad and p.grad is None]
