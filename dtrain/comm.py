@@ -157,9 +157,9 @@ class Comm:
         Example::
 
             def loss_fn(model, batch, ctx):
-                a, b = model(batch)                       # [rows, features] each
-                everyones = ctx.comm.gather_with_grad("b", b)
-                first = ...                               # see docs/gather.md
+                left, right = model(batch)              # shape [rows, features] each
+                rights = ctx.comm.gather_with_grad("right", right)
+                return (left @ rights.T).logsumexp(-1).mean()
 
         Args:
             label: names the call; equal on all ranks.

@@ -1,10 +1,10 @@
 """The lane: what ranks tell one another inside the gradient reduction that happens anyway.
 
-:class:`Lane` owns one extra parameter of a few zeros. In each step's last backward, a small
-autograd function gives it as gradient what this rank has to say: how much weight its samples
-had, its weighted loss, its votes. DDP sums that over ranks in the bucket it sends anyway, so
-that after backward every rank knows the global weight (which normalises the gradients), the
-global loss and everyone's votes, without a collective.
+:class:`Lane` owns one extra parameter of a few zeros. In each step's last backward, a hook
+gives it as gradient what this rank has to say: how much weight its samples had, its weighted
+loss, its votes. DDP sums that over ranks in the bucket it sends anyway, so that after backward
+every rank knows the global weight (which normalises the gradients), the global loss and
+everyone's votes, without a collective.
 
 The parameter is no part of the user's model, optimizer or checkpoints.
 """
@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dtrain.errors import DtrainError
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class Slot(IntEnum):
@@ -45,8 +46,7 @@ class Slot(IntEnum):
     STARVED = 13
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What all ranks said in a step. Equal on all of them.
 
     Attributes:
@@ -62,6 +62,7 @@ class Verdict:
     loss_mean: float
     factor: float
     samples: int
+    # From here on in the order of the slots.
     stop: int
     save: int
     preempt: int
@@ -108,6 +109,11 @@ class Lane:
         self._shares = size if shares is None else shares
         self._message = torch.zeros(len(Slot), dtype=dtype)
         self._said: np.ndarray[Any, Any] = self._message.numpy()  # a view: no torch op to write
+        self._is_narrow = not double
+        self._weight = self._loss = 0.0
+        # Whatever gradient arrives at the parameter, what is said takes its place. (A custom
+        # autograd function would do, at three times the cost.)
+        self.param.register_hook(lambda grad: self.message())
         # On an accelerator the loss is not read; it is added up where it is.
         self._on_device: Tensor | None = None if device.type == "cpu" else self.param.new_zeros(4)
 
@@ -138,6 +144,7 @@ class Lane:
     def open(self) -> None:
         """Begins a step: nothing is said yet."""
         self._said[:] = 0
+        self._weight = self._loss = 0.0
         self._said[Slot.CANARY] = self._size if self._rank == 0 else 1
         if self._on_device is not None:
             self._on_device.zero_()
@@ -146,23 +153,20 @@ class Lane:
     def add(self, loss: Tensor, weight: float | Tensor, samples: int) -> Tensor:
         """Adds a micro-batch; returns the term of the loss that backward starts from."""
         scaled = weight / self.reference
-        value = loss.detach()
-        if self._on_device is None:
-            number = float(value)
-            self._said[Slot.WEIGHT] += float(scaled)
-            # Through torch: NumPy would warn of each overflow and NaN.
-            self._message[Slot.LOSS] += float(scaled) * number
-            self._said[Slot.NONFINITE] += not math.isfinite(number)
-        else:
-            whole = torch.as_tensor(scaled, dtype=self.param.dtype, device=self.param.device)
-            # Weight 0 counts for nothing, even if the mean is NaN; it is not read to find out.
-            value = torch.where(whole > 0, value.to(self.param.dtype), 0.0)
-            bad = (~torch.isfinite(value)).to(self.param.dtype)
-            self._on_device += torch.stack((whole, whole * value, bad, whole.new_zeros(())))
-            loss = torch.where(whole > 0, loss, 0.0)
         self._said[Slot.SAMPLES] += samples % 256
         self._said[Slot.SAMPLES_256] += samples // 256
-        return loss * scaled
+        if self._on_device is None:
+            number, share = loss.item(), float(scaled)
+            self._weight += share
+            self._loss += share * number
+            self._said[Slot.NONFINITE] += not math.isfinite(number)
+            return loss if share == 1.0 else loss * share
+        whole = torch.as_tensor(scaled, dtype=self.param.dtype, device=self.param.device)
+        # Weight 0 counts for nothing, even if the mean is NaN; it is not read to find out.
+        value = torch.where(whole > 0, loss.detach().to(self.param.dtype), 0.0)
+        bad = (~torch.isfinite(value)).to(self.param.dtype)
+        self._on_device += torch.stack((whole, whole * value, bad, whole.new_zeros(())))
+        return torch.where(whole > 0, loss, 0.0) * scaled
 
     def say(self, slot: Slot, count: int = 1) -> None:
         """Adds ``count`` to a slot."""
@@ -175,12 +179,13 @@ class Lane:
         the lane is the last gradient to arrive, and its coming back proves that every bucket
         before it was reduced. What is said until backward still counts.
         """
-        zero: Tensor = _Speak.apply(self.param, self)  # type: ignore[no-untyped-call]
-        return zero
+        return self.param.sum()
 
     def message(self) -> Tensor:
         """Returns what this rank says, in the order of :class:`Slot`."""
         if self._on_device is None:
+            self._said[Slot.WEIGHT] = self._weight
+            self._said[Slot.LOSS] = _narrow(self._loss) if self._is_narrow else self._loss
             return self._message.clone()
         message = self._message.to(self.param.device, non_blocking=True)
         message[Slot.WEIGHT] += self._on_device[0]
@@ -252,28 +257,22 @@ class Heard:
         return 2 * self._size - 1
 
     def _read(self) -> Verdict:
-        mean: np.ndarray[Any, Any] = self._arriving.get().numpy()
-        canary = float(mean[Slot.CANARY]) * self._size
+        mean: list[float] = self._arriving.get().tolist()
+        size = self._size
         # An unreduced lane says 1, W or W * W. Not compared as a whole number: a sum over
         # thousands of ranks is inexact.
-        if not abs(canary - self._whole) <= self._size / 4:
+        if not abs(mean[Slot.CANARY] * size - self._whole) <= size / 4:
             raise LaneSilent("the lane's gradient was not reduced")
-        counts = [_count(value * self._size) for value in mean]
-        share, loss = float(mean[Slot.WEIGHT]), float(mean[Slot.LOSS])
+        # Rounded: DDP multiplies by 1 / world size, which is inexact at 3.
+        counts = [round(value * size) for value in mean[Slot.SAMPLES :]]
+        samples, samples_256, *others = counts
+        share, loss = mean[Slot.WEIGHT], mean[Slot.LOSS]
         return Verdict(
-            weight=share * self._reference * self._size,
-            loss_mean=loss / share if share > 0 else math.nan,
-            factor=1.0 / share if share > 0 else 0.0,
-            samples=counts[Slot.SAMPLES] + 256 * counts[Slot.SAMPLES_256],
-            stop=counts[Slot.STOP],
-            save=counts[Slot.SAVE],
-            preempt=counts[Slot.PREEMPT],
-            skipped=counts[Slot.SKIPPED],
-            errors=counts[Slot.ERROR],
-            nonfinite=counts[Slot.NONFINITE],
-            fed=counts[Slot.FED],
-            ending=counts[Slot.ENDING],
-            starved=counts[Slot.STARVED],
+            share * self._reference * size,
+            loss / share if share > 0 else math.nan,
+            1.0 / share if share > 0 else 0.0,
+            samples + 256 * samples_256,
+            *others,
         )
 
 
@@ -300,22 +299,9 @@ class Arriving:
         return self._host
 
 
-def _count(value: float) -> int:
-    """Rounds: DDP multiplies by 1 / world size, which is inexact at 3. NaN is no count."""
-    return round(value) if math.isfinite(value) else -1
-
-
-class _Speak(torch.autograd.Function):
-    """Zero forward; backward gives the lane's parameter what this rank says."""
-
-    @staticmethod
-    def forward(ctx: Any, param: Tensor, lane: Lane) -> Tensor:
-        ctx.lane = lane
-        return param.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.lane.message(), None
+def _narrow(value: float) -> float:
+    """As float32 holds it; NumPy would warn of an overflow."""
+    return math.copysign(math.inf, value) if abs(value) > _FLOAT32_MAX else value
 
 
 class _Idle(torch.autograd.Function):

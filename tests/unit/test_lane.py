@@ -31,7 +31,7 @@ def reduce(lanes: list[Lane]) -> Verdict:
     mean = (torch.stack([one.message() for one in lanes]) * (1 / len(lanes))).sum(0)
     for one in lanes:
         one.param.grad = mean.clone()
-    verdicts = [one.read() for one in lanes]
+    verdicts = [one.listen().verdict() for one in lanes]
     assert [repr(verdict) for verdict in verdicts] == [repr(verdicts[0])] * len(lanes)
     return verdicts[0]
 
@@ -87,7 +87,7 @@ def test_the_lane_travels_with_backward() -> None:
     total.backward()
     assert weight.grad is not None
     assert weight.grad.item() == 2.5  # 5 * 2 / 4
-    verdict = one.read()
+    verdict = one.listen().verdict()
     assert verdict == Verdict(
         weight=2.0,
         loss_mean=15.0,
@@ -135,7 +135,7 @@ def test_each_slot_has_its_place_in_the_verdict(slot: Slot, field: str) -> None:
     one.open()
     one.say(slot, 3)
     verdict = reduce([one])
-    counts = {name: getattr(verdict, name) for name in Verdict.__slots__ if name != "loss_mean"}
+    counts = {name: getattr(verdict, name) for name in Verdict._fields if name != "loss_mean"}
     assert counts == dict.fromkeys(counts, 0) | {field: 3}
 
 
@@ -241,7 +241,7 @@ def test_the_reference_is_the_nearest_power_of_two(weight: float, reference: flo
 
 
 def verdict_of(weight: float) -> Verdict:
-    return Verdict(weight, *[0] * (len(Verdict.__slots__) - 1))
+    return Verdict(weight, *[0] * (len(Verdict._fields) - 1))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_the_reference_changes_no_result() -> None:
         one.expect(expected)
         value = loss(0.3)
         (one.attach() + one.add(value, 7, 7)).backward()
-        verdict = one.read()
+        verdict = one.listen().verdict()
         assert value.grad is not None
         results.append((verdict.loss_mean, verdict.weight, value.grad.item() * verdict.factor))
     assert results[0] == results[1] == results[2] == (pytest.approx(0.3), 7, 1)
@@ -301,7 +301,7 @@ def alone(rank: int, size: int, divided: bool) -> Callable[[], Lane]:
 )
 def test_silence_is_not_taken_for_consent(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(LaneSilent, match=words):
-        make().read()
+        make().listen().verdict()
 
 
 def test_a_lane_of_nans_is_not_read() -> None:
@@ -309,7 +309,7 @@ def test_a_lane_of_nans_is_not_read() -> None:
     one.open()
     one.param.grad = torch.full_like(one.param, NAN)
     with pytest.raises(LaneSilent, match="was not reduced"):
-        one.read()
+        one.listen().verdict()
 
 
 # ----------------------------------------------------------------------------- idle

@@ -1,0 +1,199 @@
+"""What the lane costs: a hand-written DDP step, with and without what ranks tell one another.
+
+    launch/torchrun.sh benchmarks/lane.py                        # RANKS=2 unless set
+    RANKS=4 launch/torchrun.sh benchmarks/lane.py --workload gpt --rounds 20
+
+All variants live in the same processes and take turns in blocks of steps, in an order that
+rotates; a figure is the median, over rounds, of a variant's time over that of the plain loop in
+the same round. So it does not matter how busy the machine is as long as it is equally busy for
+all. Batches are made beforehand: a step is forward, backward with its reduction, clipping and
+the optimizer, nothing else.
+
+- plain: DistributedDataParallel, every rank's mean loss weighing the same; the loss is not known
+  on other ranks.
+- lane: the same with dtrain's lane: the loss and its weight, and all votes, known on every rank.
+- explicit: the same knowledge by an asynchronous all-reduce of as many floats, begun in the
+  forward and waited for after backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import dtrain
+from dtrain.lane import Lane, Slot
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+
+
+class GPT(nn.Module):
+    """About a million parameters: 4 layers of width 144, 256 tokens, a context of 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(256, 144), nn.Embedding(64, 144)
+        layer = nn.TransformerEncoderLayer(144, 4, 576, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.head = nn.Linear(144, 256)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.tokens(x) + self.places.weight
+        return self.head(self.layers(hidden, mask=self.mask)).transpose(1, 2)
+
+
+def batches(workload: str, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if workload == "mlp":
+        return [(torch.randn(16, 64), torch.randint(10, (16,))) for _ in range(count)]
+    return [(torch.randint(256, (8, 64)), torch.randint(256, (8, 64))) for _ in range(count)]
+
+
+class Plain:
+    """The loop that one would write."""
+
+    def __init__(self, make: type[nn.Module]) -> None:
+        torch.manual_seed(0)
+        self.module = self.wrap(make())
+        self.ddp = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+        self.parameters = list(self.module.parameters())
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        self.model = model
+        return _Loss(model)
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ddp(x, y).backward()
+        self.after_backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+    def after_backward(self) -> None:
+        pass
+
+
+class _Loss(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.model(x), y)
+
+
+class WithLane(Plain):
+    """The same, and every rank knows the global loss, its weight and all votes."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        self.model = model
+        self.lane = Lane(model, rank=dist.get_rank(), size=dist.get_world_size())
+        return _LossAndLane(model, self.lane)
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.lane.open()
+        super().step(x, y)
+
+    def after_backward(self) -> None:
+        verdict = self.lane.listen().verdict()
+        assert verdict.fed == dist.get_world_size()
+        if verdict.factor != 1.0:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, verdict.factor)
+
+
+class _LossAndLane(nn.Module):
+    def __init__(self, model: nn.Module, lane: Lane) -> None:
+        super().__init__()
+        self.model = model
+        self.lane_param = lane.param
+        self.lane = lane
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        voice = self.lane.attach()
+        self.lane.say(Slot.FED)
+        if self.lane.reference == 1.0:
+            self.lane.expect(len(y) * dist.get_world_size())
+        loss = F.cross_entropy(self.model(x), y)
+        return self.lane.add(loss, len(y), len(y)) + voice
+
+
+class Explicit(Plain):
+    """The same knowledge by a reduction of its own."""
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.ddp(x, y)
+        said = torch.zeros(len(Slot))
+        said[Slot.LOSS], said[Slot.WEIGHT] = loss.detach() * len(y), len(y)
+        work = dist.all_reduce(said, async_op=True)
+        loss.backward()
+        work.wait()
+        heard = said.tolist()
+        assert heard[Slot.WEIGHT] > 0
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+VARIANTS = {"plain": Plain, "lane": WithLane, "explicit": Explicit}
+
+
+def measure(workload: str, rounds: int, block: int) -> dict[str, list[float]]:
+    """Returns seconds a step of each variant in each round."""
+    loops = {name: kind(mlp if workload == "mlp" else GPT) for name, kind in VARIANTS.items()}
+    data = batches(workload, block)
+    names = list(loops)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-2, rounds):  # two rounds to warm up
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            dist.barrier()
+            begin = time.perf_counter()
+            for x, y in data:
+                loops[name].step(x, y)
+            if number >= 0:
+                seconds[name].append((time.perf_counter() - begin) / block)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", choices=["mlp", "gpt"], default="mlp")
+    parser.add_argument("--rounds", type=int, default=80)
+    parser.add_argument("--block", type=int, default=25, help="steps of a variant at a time")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with dtrain.init(seed=0) as world:
+        torch.set_num_threads(1)
+        seconds = measure(arguments.workload, arguments.rounds, arguments.block)
+        if not world.is_main:
+            return
+        found = {}
+        for name, times in seconds.items():
+            ratios = [t / plain for t, plain in zip(times, seconds["plain"], strict=True)]
+            low, median, high = statistics.quantiles(ratios, n=4)
+            found[name] = {"ratio": median, "quartiles": [low, high]}
+        if arguments.json:
+            print(json.dumps({"workload": arguments.workload, "ranks": world.size} | found))
+            return
+        print(f"{arguments.workload}, {world.size} ranks, {arguments.rounds} rounds")
+        for name, one in found.items():
+            low, high = one["quartiles"]
+            print(f"{name:9} {one['ratio']:.3f}   (quartiles {low:.3f} to {high:.3f})")
+
+
+if __name__ == "__main__":
+    main()
