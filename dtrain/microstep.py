@@ -52,6 +52,7 @@ class MicroStep(nn.Module):
         gathers: serves the loss function's gathers.
         means: collects the loss function's metrics.
         find_unused: True where the reduction looks for unused parameters itself.
+        may_idle: False where ranks wait for one another inside of the model.
 
     Ranks: all, local; DDP's reduction follows in backward.
     """
@@ -69,6 +70,7 @@ class MicroStep(nn.Module):
         gathers: Gathers,
         means: Means,
         find_unused: bool = False,
+        may_idle: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
@@ -82,6 +84,7 @@ class MicroStep(nn.Module):
         self._context = context
         self._means = means
         self._find_unused = find_unused
+        self._may_idle = may_idle
         self._agreement = agreement
         self._gathers = gathers
         #: Whether the reference weight is that of real batches, not a guess.
@@ -132,6 +135,8 @@ class MicroStep(nn.Module):
         voice = self.lane.attach() if last else None
         loss = self._try(step, feed)
         if feed is not NO_DATA:
+            if loss is None and not self._may_idle:
+                self._refuse_to_idle()
             self._meet(loss, step)
         terms = [] if loss is None else [self._weigh(loss, step.samples)]
         terms += self._gathers.take_ties()
@@ -143,6 +148,17 @@ class MicroStep(nn.Module):
             if loss is None and not self._find_unused:
                 terms.append(idle(self._trainable[::-1], self._sparse))
         return sum(terms[1:], start=terms[0]) if terms else None
+
+    def _refuse_to_idle(self) -> None:
+        """Raises here and now: the others wait in the model, and must find this rank gone."""
+        if self.trouble is not None:
+            raise self.trouble.error
+        raise ConfigError(
+            "this rank has no batch in this micro-step, left it out, or its loss weighs nothing; "
+            "but the other ranks wait for it in SyncBatchNorm. Use batches of at least one sample "
+            "for each rank and micro-batch, `when_uneven='stop'` for streams, and no skip; or a "
+            "model without SyncBatchNorm"
+        )
 
     def _meet(self, loss: Loss | None, step: Step) -> None:
         """Ends the micro-step together, where ranks must: in the first one, or to gather."""

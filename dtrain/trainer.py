@@ -148,6 +148,7 @@ class Trainer:
             gathers=Gathers(world.comm, rank=world.rank, size=world.size),
             means=self._means,
             find_unused=self._strategy.find_unused,
+            may_idle=self._strategy.may_idle,
         )
         self._snapshot = Snapshot(
             self.model,

@@ -22,6 +22,8 @@ class Strategy(ABC):
 
     #: True where the reduction itself looks for parameters that no gradient reached.
     find_unused = False
+    #: False where ranks wait for one another inside of the model, so that none may stay away.
+    may_idle = True
 
     def check(self, *, accumulates: bool) -> None:  # noqa: B027 -- most have nothing to refuse
         """Refuses what cannot work with this strategy.

@@ -36,7 +36,9 @@ class DDP(Strategy):
         find_unused_parameters: set it where a step may leave parameters without gradient.
         static_graph: the graph is the same in every step; not with accumulation.
         bucket_cap_mb: size of a bucket of gradients, in MiB.
-        sync_batchnorm: BatchNorm takes its statistics over all ranks' samples.
+        sync_batchnorm: BatchNorm takes its statistics over all ranks' samples. Ranks then wait for
+            one another inside of the model, so each needs a batch in every micro-step: a skip, or
+            a rank without data, is an error.
         comm_hook: what reduces each bucket instead of an all-reduce, as a pair of its state and
             itself (see ``torch.distributed.algorithms.ddp_comm_hooks``); such as a compression.
             What ranks say to one another then travels in a reduction of its own, uncompressed.
@@ -96,6 +98,8 @@ class DDP(Strategy):
                 )
         if self._sync_batchnorm and world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        has_sync = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        self.may_idle = world.size == 1 or not has_sync
         return model
 
     def make_equal(self, model: nn.Module, world: World) -> bool:

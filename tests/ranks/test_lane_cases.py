@@ -1,5 +1,7 @@
 """The lane where gradients are sparse, compressed, scaled, or some ranks run out of data."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -13,7 +15,7 @@ import dtrain
 from dtrain.callbacks import Checkpoint, ClipGradients, GradientAccumulation, MixedPrecision
 from dtrain.errors import ConfigError, DataError, UnusedParameters
 from dtrain.strategies import DDP
-from dtrain.testing import run_processes
+from dtrain.testing import run_outcomes, run_processes
 
 # ------------------------------------------------------------------------------ sparse embeddings
 
@@ -343,3 +345,67 @@ def looks_ahead():
 def test_a_stream_that_raises_when_looked_ahead_is_an_error_like_any():
     with pytest.raises(dtrain.testing.RanksFailed, match="planted at the look ahead"):
         run_processes(looks_ahead, 2, timeout_s=20)
+
+
+# ------------------------------------------------------------------------------ where none may idle
+
+
+class Sync(DDP):
+    """As with SyncBatchNorm, which works on GPUs only: ranks wait for one another in the model."""
+
+    def prepare_model(self, model, world):
+        model = super().prepare_model(model, world)
+        self.may_idle = False
+        return model
+
+
+def waits_in_the_model(net, batch):
+    torch.distributed.all_reduce(torch.zeros(3))
+    return tiny.loss_fn(net, batch)
+
+
+class SkipOnRank1(dtrain.Callback):
+    def on_batch(self, ctx, step):
+        if dtrain.init(seed=0).rank == 1 and step.number == 2:
+            ctx.request.skip("planted")
+
+
+def must_not_idle(why):
+    dtrain.init(seed=0)
+
+    def raises(net, batch, ctx):
+        if dtrain.init(seed=0).rank == 1 and ctx.progress.step == 2:
+            raise ValueError("planted")
+        return waits_in_the_model(net, batch)
+
+    run = tiny.trainer(
+        [SkipOnRank1()] if why == "skip" else [],
+        loss=raises if why == "raise" else waits_in_the_model,
+        strategy=Sync(),
+    )
+    run.fit(tiny.dataset(25 if why == "data" else 24), batch_size=6, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("why", "words"),
+    [
+        ("skip", "the other ranks wait for it in SyncBatchNorm"),
+        ("data", "the other ranks wait for it in SyncBatchNorm"),
+        ("raise", "planted"),
+    ],
+)
+def test_where_ranks_wait_in_the_model_none_may_idle(why, words):
+    zero, one = run_outcomes(must_not_idle, 2, why, timeout_s=20)
+    assert words in str(one.error)
+    assert "rank 1" in str(zero.error)
+    assert words in str(zero.error)
+
+
+def test_sync_batchnorm_lets_nobody_idle():
+    strategy = DDP(sync_batchnorm=True)
+    norm = nn.BatchNorm1d(3)
+    gpus = SimpleNamespace(size=2, device=torch.device("cuda"))
+    assert isinstance(strategy.prepare_model(norm, gpus), nn.SyncBatchNorm)
+    assert not strategy.may_idle
+    assert DDP().prepare_model(norm, gpus) is norm
+    assert DDP().may_idle
