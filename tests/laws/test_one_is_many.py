@@ -3,10 +3,21 @@
 float64, 50 AdamW steps with weight decay, clipping and a schedule; data that does not divide,
 token weights of random length, skips by place in the data. Each tensor is within 1e-12 of its
 norm; those whose true gradient is zero (a bias before a norm) are left out by name.
+
+The second half draws cases: micro-batches skipped at random on random ranks, and streams that
+give each rank batches of its own until it runs dry. What one process without skips and streams
+would do is no truth for these, so the truth is plain torch, written out here, on the samples that
+were used.
 """
+
+import itertools
+import math
+from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -98,18 +109,27 @@ class Losses(dtrain.Callback):
         self.values.append(step.loss_mean)
 
 
-def train(name, micros, batch_size, samples):
-    dtrain.init(seed=0)
-    generator = torch.Generator().manual_seed(samples)
+def make_data(samples, seed, shortest=1):
+    generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, LENGTH, 3, generator=generator, dtype=torch.float64)
     y = torch.randint(4, (samples, LENGTH), generator=generator)
-    lengths = torch.randint(1, LENGTH + 1, (samples,), generator=generator)
+    lengths = torch.randint(shortest, LENGTH + 1, (samples,), generator=generator)
+    return x, y, lengths
+
+
+def make_model(name):
     torch.manual_seed(1)
     model = MODELS[name]().double()
+    return model, torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+
+
+def train(name, micros, batch_size, samples):
+    dtrain.init(seed=0)
+    model, optimizer = make_model(name)
     losses = Losses()
     trainer = dtrain.Trainer(
         model,
-        torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1),
+        optimizer,
         loss_fn,
         callbacks=[
             SkipMarked(),
@@ -120,7 +140,7 @@ def train(name, micros, batch_size, samples):
         ],
         sinks=[],
     )
-    data = torch.utils.data.TensorDataset(x, y, lengths)
+    data = torch.utils.data.TensorDataset(*make_data(samples, seed=samples))
     trainer.fit(data, batch_size=batch_size, max_steps=STEPS)
     return {n: p.detach().clone() for n, p in model.named_parameters()}, losses.values
 
@@ -156,3 +176,271 @@ def test_the_parameters_are_those_of_one_process(world_size, truth):
         for other in ranks[1:]:
             theirs, _ = other[name, (micros, batch_size, samples)]
             assert all(torch.equal(theirs[n], value) for n, value in params.items()), case
+
+
+# ------------------------------------------------- skips on random ranks, and streams that run dry
+
+
+class Case(NamedTuple):
+    """One training. ``streams``: sizes of the batches, by epoch and rank; None for a dataset.
+
+    A dataset is cut into micro-batches and batches of two ``sizes``; of a stream, ``micros``
+    batches make a step.
+    """
+
+    model: str
+    micros: int
+    sizes: tuple[int, int]
+    skip: float
+    hook: str
+    seed: int
+    samples: int
+    streams: list | None
+
+    def accumulation(self):
+        if self.streams is None:
+            return GradientAccumulation(micro_batch_size=self.sizes[0])
+        return GradientAccumulation(self.micros)
+
+
+def cases(world_size, model, kind):
+    """A strategy for a case of that kind."""
+    stream = kind == "stream"
+    # A rank's stream may be empty, if another's is not.
+    lengths = st.lists(st.integers(1, 6), max_size=12)
+    epoch = st.tuples(*[lengths] * world_size).filter(any)
+    # So many whole micro-batches for each rank, and one sample more for some of them: ranks
+    # differ in how many micro-batches they have.
+    split = st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, max(1, world_size - 1)))
+    split = split.map(lambda t: (t[0], t[0] * t[1] * world_size + t[2]))
+    split = split.filter(lambda t: 7 <= t[1] <= 64)
+    return st.builds(
+        Case,
+        model=st.just(model),
+        micros=st.integers(1, 3),
+        sizes=split,
+        skip=st.sampled_from([0.2, 0.5, 0.8, *([0.0] if stream else [])]),
+        hook=st.sampled_from(["on_batch", "on_loss"]),
+        seed=st.integers(0, 2**20),
+        samples=st.integers(20, 110),
+        streams=st.lists(epoch, min_size=1, max_size=3) if stream else st.none(),
+    )
+
+
+def draw(world_size, rounds):
+    """Draws cases from a fixed seed: in each round, every model with a dataset and a stream."""
+    drawn = []
+    kinds = itertools.product(MODELS, ("dataset", "stream"))
+
+    @seed(world_size)
+    @settings(
+        max_examples=rounds + 1,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.tuples(*(cases(world_size, *kind) for kind in kinds)))
+    def note(some):
+        drawn.append(some)
+
+    note()
+    # The first example is the simplest there is: no skips, streams of one batch.
+    return [case for some in drawn[1:] for case in some]
+
+
+class Stream:
+    """A rank's batches: samples one after the other, so many at a time. Each epoch goes on."""
+
+    def __init__(self, case, rank):
+        self.case, self.rank, self.epoch = case, rank, -1
+        self.columns = [*make_data(case.samples, case.seed, 0), torch.arange(case.samples)]
+
+    def __iter__(self):
+        self.epoch += 1
+        for rows in stream_rows(self.case, self.rank, self.epoch):
+            yield [column[torch.tensor(rows)] for column in self.columns]
+
+
+def stream_rows(case, rank, epoch):
+    """The samples in each of a rank's batches in an epoch; the drawn epochs come in turn."""
+    at = 31 * rank + 17 * epoch
+    for size in case.streams[epoch % len(case.streams)][rank]:
+        yield [(at + i) % case.samples for i in range(size)]
+        at += size
+
+
+class SkipAtRandom(dtrain.Callback):
+    """Draws, on each rank for itself, which micro-batches to skip; notes all it has seen."""
+
+    def __init__(self, case):
+        self.case = case
+        self.seen = []
+
+    def draw(self, ctx, step, hook):
+        if hook != self.case.hook:
+            return
+        skipped = bool(torch.rand((), generator=ctx.rng) < self.case.skip)
+        self.seen.append((step.number, step.batch[3].tolist(), skipped))
+        if skipped:
+            ctx.request.skip("drawn")
+
+    def on_batch(self, ctx, step):
+        self.draw(ctx, step, "on_batch")
+
+    def on_loss(self, ctx, step):
+        self.draw(ctx, step, "on_loss")
+
+
+def train_drawn(drawn):
+    rank = dtrain.init(seed=0).rank
+    found = []
+    for case in drawn:
+        dtrain.init(seed=0)
+        model, optimizer = make_model(case.model)
+        skips, losses = SkipAtRandom(case), Losses()
+        trainer = dtrain.Trainer(
+            model,
+            optimizer,
+            lambda model, batch: loss_fn(model, batch[:3]),
+            callbacks=[
+                skips,
+                case.accumulation(),
+                ClipGradients(max_norm=0.5),
+                LRSchedule(CosineAnnealingLR(optimizer, STEPS)),
+                losses,
+            ],
+            sinks=[],
+        )
+        if case.streams is None:
+            columns = [*make_data(case.samples, case.seed, 0), torch.arange(case.samples)]
+            data = dtrain.Data(torch.utils.data.TensorDataset(*columns), case.sizes[1])
+        else:
+            data = dtrain.Data(Stream(case, rank))
+        result = trainer.fit(data, max_steps=STEPS, log_every=7)
+        found.append(
+            {
+                "seen": skips.seen,
+                "params": {n: p.detach().clone() for n, p in model.named_parameters()},
+                "losses": losses.values,
+                "history": result.history,
+                "lr": optimizer.param_groups[0]["lr"],
+                "updates": trainer.context.progress.updates,
+            }
+        )
+    return found
+
+
+def plan(case, world_size):
+    """What each rank is to see in each step, as one sorted list of samples.
+
+    For a dataset only how many: the order is shuffled, and is checked to be a permutation.
+    """
+    steps = []
+    for epoch in itertools.count():
+        if case.streams is None:
+            sizes = range(0, case.samples, case.sizes[1])
+            steps += [min(case.sizes[1], case.samples - first) for first in sizes]
+        else:
+            micros = case.micros
+            ranks = [list(stream_rows(case, rank, epoch)) for rank in range(world_size)]
+            for first in range(0, max(map(len, ranks)), micros):
+                window = [rows for batches in ranks for rows in batches[first : first + micros]]
+                steps.append(sorted(itertools.chain(*window)))
+        if len(steps) >= STEPS:
+            return steps[:STEPS]
+    return None
+
+
+def by_hand(case, steps):
+    """Plain torch: trains on the samples of each step; returns what train_drawn does."""
+    x, y, lengths = make_data(case.samples, case.seed, 0)
+    model, optimizer = make_model(case.model)
+    schedule = CosineAnnealingLR(optimizer, STEPS)
+    losses, weights = [], []
+    for rows in steps:
+        weight = int(lengths[rows].sum())
+        weights.append(weight)
+        if weight == 0:  # nothing is left: no update, and the schedule waits
+            losses.append(math.nan)
+            continue
+        mask = torch.arange(LENGTH) < lengths[rows][:, None]
+        each = F.cross_entropy(model(x[rows]).transpose(1, 2), y[rows], reduction="none")
+        loss = (each * mask).sum() / weight
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    params = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return params, losses, weights, optimizer.param_groups[0]["lr"]
+
+
+def check_data(case, by_rank):
+    """Every sample was seen once an epoch, in batches of the right size; returns what was used."""
+    steps = plan(case, len(by_rank))
+    seen, used = [[] for _ in steps], [[] for _ in steps]
+    for rank in by_rank:
+        for number, rows, skipped in rank["seen"]:
+            seen[number] += rows
+            used[number] += [] if skipped else rows
+    if case.streams is not None:
+        assert [sorted(rows) for rows in seen] == steps, case
+        return used
+    assert [len(rows) for rows in seen] == steps, case
+    per_epoch = -(-case.samples // case.sizes[1])
+    for first in range(0, STEPS, per_epoch):
+        epoch = sorted(itertools.chain(*seen[first : first + per_epoch]))
+        assert len(epoch) == len(set(epoch)), case
+        if first + per_epoch <= STEPS:
+            assert epoch == list(range(case.samples)), case
+    return used
+
+
+def check_reports(case, history, losses, weights, skipped):
+    """Each report is the mean over its steps' tokens; every skip is counted once."""
+    done = 0
+    for row in history:
+        if "train/loss" not in row:
+            continue
+        window = range(done, done := row["step"])
+        total = math.fsum(losses[i] * weights[i] for i in window if weights[i])
+        mean = total / sum(weights[i] for i in window)
+        assert row["train/loss"] == pytest.approx(mean, rel=1e-12, abs=1e-12), case
+    assert sum(row.get("skipped", 0.0) for row in history) == pytest.approx(skipped), case
+    assert sum(weights[done:]) == 0, case
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_random_skips_and_streams_are_the_same_by_hand(world_size):
+    drawn = draw(world_size, rounds=1)
+    by_rank = run_processes(train_drawn, world_size, drawn, timeout_s=100)
+    happened = {"some skipped": 0, "all skipped": 0, "some ran dry": 0, "ragged micro-batches": 0}
+    for case, *ranks in zip(drawn, *by_rank, strict=True):
+        used = check_data(case, ranks)
+        params, losses, weights, lr = by_hand(case, used)
+        for found in ranks:
+            assert found["losses"] == pytest.approx(losses, rel=1e-12, abs=1e-12, nan_ok=True), case
+            assert found["lr"] == pytest.approx(lr, rel=1e-14), case
+            assert found["updates"] == sum(weight > 0 for weight in weights), case
+            for name, value in found["params"].items():
+                assert torch.equal(value, ranks[0]["params"][name]), case
+        for name, value in ranks[0]["params"].items():
+            if name not in ZERO_GRADIENT:
+                distance = (value - params[name]).norm() / params[name].norm()
+                assert distance <= 1e-12, f"{case}: {name} is {distance:.1e} away"
+        skipped = sum(skip for found in ranks for _, _, skip in found["seen"])
+        check_reports(case, ranks[0]["history"], losses, weights, skipped)
+        for number in range(STEPS):
+            each = [[skip for at, _, skip in found["seen"] if at == number] for found in ranks]
+            flat = [skip for skips in each for skip in skips]
+            happened["some skipped"] += any(flat) and not all(flat)
+            happened["all skipped"] += all(flat)
+            happened["some ran dry"] += case.streams is not None and not all(each)
+            counts = {len(skips) for skips in each}
+            happened["ragged micro-batches"] += case.streams is None and len(counts) > 1
+    if world_size == 1:  # there is nobody to differ from
+        del happened["some ran dry"], happened["ragged micro-batches"]
+    # The cases would prove nothing if these did not occur in them.
+    assert all(happened.values()), happened
