@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from dtrain.errors import ConfigError
-from dtrain.precision import Factor, Precision
+from dtrain.precision import Precision
 from dtrain.state import Context, Progress, Report, Step
 
 P = ParamSpec("P")
@@ -130,12 +130,10 @@ class Hooks:
         self.error: BaseException | None = None  # what a hook raised
         self.failed_in = ""  # which hook, for messages
         self._bound: dict[Any, tuple[Callable[..., None], ...]] = {}
-        self._first: dict[Any, Callback | None] = {}
         for name in HOOK_NAMES:
             base = vars(Callback)[name]
             overriding = [c for c in self.callbacks if getattr(type(c), name) is not base]
             self._bound[base] = tuple(getattr(callback, name) for callback in overriding)
-            self._first[base] = overriding[0] if overriding else None
         ends = [c for c in self.callbacks if type(c).on_step_end is not Callback.on_step_end]
         self._prompt = tuple(c.on_step_end for c in ends if not c.late_step_end)
         self._late = tuple(c.on_step_end for c in ends if c.late_step_end)
@@ -165,10 +163,6 @@ class Hooks:
     def has(self, hook: Callable[Concatenate[Callback, P], None]) -> bool:
         """Says whether any callback overrides ``hook``."""
         return bool(self._bound[hook])
-
-    def first(self, hook: Callable[Concatenate[Callback, P], None]) -> Callback | None:
-        """Returns the callback whose ``hook`` fires before all others', if any overrides it."""
-        return self._first[hook]
 
 
 class Sink:
@@ -205,19 +199,6 @@ class PrecisionSlot(Protocol):
 
     def make_precision(self, device_type: str) -> Precision:
         """Returns what computes in the wanted precision on ``"cpu"`` or ``"cuda"``."""
-        ...
-
-
-@runtime_checkable
-class TakesFactor(Protocol):
-    """Multiplies gradients in ``on_grads_ready``, and can take another factor in.
-
-    That saves a pass over them. Only the first callback with that hook is asked, so that all
-    after it see true gradients.
-    """
-
-    def take_factor(self, factor: Factor) -> bool:
-        """Says whether ``on_grads_ready``, called next, multiplies by ``factor`` as well."""
         ...
 
 

@@ -103,10 +103,10 @@ class Lane:
         device = parameters[0].device if parameters else torch.device("cpu")
         dtype = torch.float64 if double else torch.float32
         self.param = nn.Parameter(torch.zeros(len(Slot), dtype=dtype, device=device))
-        self.reference = 1.0
         self._rank = rank
         self._size = size
         self._shares = size if shares is None else shares
+        self.expect(self._shares)
         self._message = torch.zeros(len(Slot), dtype=dtype)
         self._said: np.ndarray[Any, Any] = self._message.numpy()  # a view: no torch op to write
         self._is_narrow = not double
@@ -121,16 +121,12 @@ class Lane:
         """Sets the reference weight from what a step is expected to weigh, over all ranks.
 
         Weights are divided by it before they touch the loss: in float16, a sum over 65,536
-        tokens would leave no room for the loss scale. A power of two, so that nothing is
-        rounded. Equal on all ranks, because ``weight`` is.
+        tokens would leave no room for the loss scale. Where each rank then weighs 1, nothing
+        is multiplied and nothing rounded. Equal on all ranks, because ``weight`` is.
         """
         if weight > 0 and math.isfinite(weight):
-            self.reference = 2.0 ** round(math.log2(weight / self._shares))
-
-    @property
-    def expected(self) -> float:
-        """What a step is expected to weigh, over all ranks."""
-        return self.reference * self._shares
+            self.expected = float(weight)
+            self.reference = self.expected / self._shares
 
     def observe(self, verdict: Verdict) -> None:
         """Moves the reference weight where steps turn out to weigh otherwise than expected.

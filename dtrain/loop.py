@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from dtrain.agreement import Agreed, Agreement
-from dtrain.callback import Callback, CheckpointSlot, Hooks, TakesFactor
+from dtrain.callback import Callback, CheckpointSlot, Hooks
 from dtrain.data import Feed, StepFeed
 from dtrain.errors import DataError
 from dtrain.journal import Journal
@@ -92,8 +92,6 @@ class Loop:
         self._pending: tuple[Step, Outcome] | None = None
         self._save_asked = False
         self._warned_nonfinite = False
-        first = self.hooks.first(Callback.on_grads_ready)
-        self._clip = first if isinstance(first, TakesFactor) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint must hold of the loop itself."""
@@ -281,8 +279,6 @@ class Loop:
     def _normalise(self, factor: Factor) -> None:
         """Turns sums of weighted gradients into the gradient of the global mean."""
         if isinstance(factor, float) and factor == 1.0:
-            return
-        if self._clip is not None and self._clip.take_factor(factor):
             return
         grads = [
             p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None

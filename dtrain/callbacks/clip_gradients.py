@@ -7,7 +7,6 @@ from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.errors import ConfigError
-from dtrain.precision import Factor
 from dtrain.state import Context, Step
 
 
@@ -41,26 +40,21 @@ class ClipGradients(Callback):
             )
         self._max_norm = max_norm
         self._max_value = max_value
-        self._factor: Factor = 1.0
-
-    def take_factor(self, factor: Factor) -> bool:
-        """Lets clipping by norm apply the weights' factor in the same pass."""
-        self._factor = factor if self._max_norm is not None else 1.0
-        return self._max_norm is not None
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         """Clips."""
-        factor, self._factor = self._factor, 1.0
         params = [p for group in ctx.optimizer.param_groups for p in group["params"]]
         if self._max_value is not None:
             torch.nn.utils.clip_grad_value_(params, self._max_value)
         elif self._max_norm is not None:
-            grads = [p.grad for p in params if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([_entries(grad) for grad in grads]) * factor
-            # As torch's clip_grads_with_norm_, with the factor taken in.
-            shrink = torch.clamp(self._max_norm / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_(grads, shrink * factor)
-            ctx.log("grad_norm", norm)
+            ctx.log("grad_norm", _clip_norm(params, self._max_norm))
+
+
+def _clip_norm(params: list[Tensor], max_norm: float) -> Tensor:
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([_entries(grad) for grad in grads])
+    torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    return norm
 
 
 def _entries(grad: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class DDP(Strategy):
     Args:
         find_unused_parameters: set it where a step may leave parameters without gradient.
         static_graph: the graph is the same in every step; not with accumulation.
-        bucket_cap_mb: size of a bucket of gradients, in MiB.
+        bucket_cap_mb: size of a bucket of gradients, in MiB; torch's default (25, and 1 for the
+            first) if None.
         sync_batchnorm: BatchNorm takes its statistics over all ranks' samples. Ranks then wait for
             one another inside of the model, so each needs a batch in every micro-step: a skip, or
             a rank without data, is an error.
@@ -51,7 +52,7 @@ class DDP(Strategy):
         *,
         find_unused_parameters: bool = False,
         static_graph: bool = False,
-        bucket_cap_mb: float = 25.0,
+        bucket_cap_mb: float | None = None,
         sync_batchnorm: bool = False,
         comm_hook: tuple[Any, Callable[..., Any]] | None = None,
     ) -> None:
