@@ -13,7 +13,7 @@ from dtrain.equivalence import Equivalence, check_equivalence
 from dtrain.equivalence.report import COLUMNS, headline, paragraphs, rows
 from dtrain.errors import CheckError, ConfigError
 
-NOT_EQUAL, NOT_CHECKED = 1, 2
+NOT_EQUAL, NOT_CHECKED, INTERRUPTED = 1, 2, 130
 
 
 def check(
@@ -53,6 +53,8 @@ def check(
     except (CheckError, ConfigError) as error:
         typer.echo(f"dtrain check: {error}", err=True)
         raise typer.Exit(NOT_CHECKED) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None  # not 1, which would mean that numbers part
     _show(found)
     if not found.passed:
         raise typer.Exit(NOT_EQUAL)

@@ -56,22 +56,9 @@ def switchable(suspects: Sequence[str], equal_without: bool) -> list[Cause]:
     return [Cause(name, f"{_SWITCHED[name][0]} {tried}", _SWITCHED[name][1]) for name in suspects]
 
 
-def stream(truth: Record) -> Cause | None:
-    """Batches come ready-made, from each rank's own stream."""
-    if truth.batch_size is not None:
-        return None
-    return Cause(
-        "a stream",
-        "The data are an iterable of ready batches, of which each rank has its own: on another "
-        "number of ranks or micro-batches, a step sees other samples. Such runs cannot be "
-        "compared.",
-        "for this check, give fit a map-style dataset of some samples, with batch_size.",
-    )
-
-
 def ragged_mean(examined: Examined | None, tolerance: Tolerance) -> Cause | None:
     """The loss of a batch is not the mean of its parts' losses, weighted as it says."""
-    if examined is None or examined.skipped or _draws(examined):
+    if examined is None or not examined.tried_parts or _draws(examined):
         return None
     apart = abs(examined.whole - examined.parts)
     if not apart > tolerance.loss * abs(examined.whole):
@@ -80,10 +67,10 @@ def ragged_mean(examined: Examined | None, tolerance: Tolerance) -> Cause | None
     weights = " and ".join(f"{weight:g}" for weight in examined.weights)
     return Cause(
         "ragged mean",
-        f"The loss of the first {sum(examined.sizes)} samples is {examined.whole:.6g}. Of the same "
-        f"samples in two parts ({sizes}), the mean weighted as the loss function says ({weights}) "
-        f"is {examined.parts:.6g}. So the loss is no mean over its weight. (In eval mode, without "
-        "dropout.)",
+        f"The loss of the {sum(examined.sizes)} samples of step {examined.step + 1} is "
+        f"{examined.whole:.6g}. Of the same samples in two parts ({sizes}), the mean weighted as "
+        f"the loss function says ({weights}) is {examined.parts:.6g}. So the loss is no "
+        "mean over its weight. (In eval mode, without dropout.)",
         "return the weight that the mean is over: dtrain.Loss.from_sum(total, weight=count), with "
         "the count of tokens or pixels that were not masked; or dtrain.Loss(mean, weight=count). "
         "If instead samples see one another (in-batch negatives, statistics of the batch), the "
@@ -112,7 +99,9 @@ def rank_dependent(twins: Results, examined: Examined | None) -> list[Cause]:
             )
             break
     for rank, other in enumerate(twins.ranks[1:], start=1):
-        found = _first_difference(main.own_losses, other.own_losses)
+        # Where ranks drift apart, only the first loss is of equal parameters.
+        valid = len(main.own_losses) if main.own_parameters == other.own_parameters else 1
+        found = _first_difference(main.own_losses[:valid], other.own_losses[:valid])
         if found is not None:
             mine, theirs = main.own_losses[found], other.own_losses[found]
             drawn = _draws(examined) if examined is not None else ""
@@ -206,6 +195,45 @@ def other_settings(truth: Record, run: Record, title: str) -> Cause | None:
                     "learning rate and the schedule are the same on any number of them.",
                 )
     return None
+
+
+def drawing_callback(truth: Record) -> Cause | None:
+    """A callback changes batches at random."""
+    if not truth.callbacks_draw:
+        return None
+    return Cause(
+        "a callback that draws random numbers",
+        "A callback's on_batch draws from the rank's own random stream, so what it does to a "
+        "sample depends on ranks and micro-batches.",
+        "nothing, if its noise may be any. To check all the rest, leave that callback out.",
+    )
+
+
+def moving_buffers(truth: Record) -> Cause | None:
+    """The model keeps something between forwards."""
+    names = truth.moving_buffers
+    if not names:
+        return None
+    return Cause(
+        "state that the model keeps",
+        f"Training changes these buffers: {', '.join(names[:5])}{', ...' * (len(names) > 5)}. If "
+        "each forward changes them (as in spectral norm), the number of micro-batches does.",
+        "change such state once a step, in a callback's on_step_end, and alike on all ranks; or "
+        "keep none.",
+    )
+
+
+def drifting(strays: Sequence[int], title: str) -> Cause:
+    """Ranks began with the same parameters, and end with others."""
+    which = ", ".join(str(rank) for rank in strays)
+    return Cause(
+        "ranks that drift apart",
+        f"On {title}, the parameters of rank {which} are no longer those of rank 0. All ranks get "
+        "the same gradients, so something changes gradients, parameters or the optimizer "
+        "otherwise on each rank.",
+        "look for the rank, or random numbers, in on_grads_ready, on_step_end and the optimizer; "
+        "ctx.shared_rng is equal on all ranks.",
+    )
 
 
 def not_repeatable(where: str) -> Cause:

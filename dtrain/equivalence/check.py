@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,9 +66,10 @@ def check_equivalence(
     """
     script = Path(script)
     _check_arguments(script, ranks, micro_batches, steps, timeout_s, allow)
-    with Launcher(script, args, most_ranks=ranks, timeout_s=timeout_s) as launcher:
-        check = _Check(launcher, str(script), ranks, steps, tuple(allow), progress)
-        return check.run(sorted({1, *micro_batches}))
+    with Launcher(most_ranks=ranks, timeout_s=timeout_s) as launcher:
+        return Check(launcher, script, args, ranks, steps, tuple(allow), progress).run(
+            micro_batches
+        )
 
 
 def _check_arguments(
@@ -105,11 +107,12 @@ class _Run:
 
 
 @dataclass
-class _Check:
-    """One check, from the truth to the causes."""
+class Check:
+    """One check, from the truth to the causes; :func:`check_equivalence` says what of."""
 
     launcher: Launcher
-    script: str
+    script: str | Path
+    args: Sequence[str]
     ranks: int
     steps: int
     allow: tuple[str, ...]
@@ -118,10 +121,21 @@ class _Check:
     tolerance: Tolerance = DOUBLE
 
     def run(self, micro_batches: Sequence[int]) -> Equivalence:
+        """Runs it.
+
+        Ranks: none; the launcher starts them.
+        """
         setup, truth = self._truth()
+        if truth.main.batch_size is None:
+            raise CheckError(
+                f"{self.script} trains on an iterable of ready batches, of which each rank has its "
+                "own: on other ranks or micro-batches a step sees other samples, and there is "
+                "nothing to compare. For this check, give fit a map-style dataset of some samples, "
+                "with batch_size."
+            )
         runs = []
         for ranks in sorted({1, self.ranks}):
-            for micros in micro_batches:
+            for micros in sorted({1, *micro_batches}):
                 if (ranks, micros) != (1, 1):
                     one = replace(
                         setup,
@@ -134,9 +148,11 @@ class _Check:
         parted = [run for run in runs if not run.comparison.equal]
         causes = self._causes(setup, truth, parted) if parted else []
         self._take_notes(truth, runs)
-        zero = dict.fromkeys(name for run in runs for name in run.comparison.zero_gradients)
+        # Where a run parts, a small gradient may move parameters for that reason.
+        equal = [run.comparison for run in runs if run.comparison.equal]
+        zero = dict.fromkeys(name for one in equal for name in one.zero_gradients)
         return Equivalence(
-            script=self.script,
+            script=str(self.script),
             steps=truth.main.steps,
             dtype="float64" if self.tolerance is DOUBLE else "float32",
             runs=tuple(run.comparison for run in runs),
@@ -175,7 +191,7 @@ class _Check:
     def _launch(self, setup: Setup, title: str) -> Results:
         if self.progress is not None:
             self.progress(title)
-        return self.launcher.run(setup)
+        return self.launcher.run(setup, self.script, self.args)
 
     def _against(self, truth: Results, setup: Setup, title: str) -> _Run:
         results = self._launch(setup, title)
@@ -184,11 +200,9 @@ class _Check:
     # -- causes -------------------------------------------------------------------------------
 
     def _causes(self, setup: Setup, truth: Results, parted: list[_Run]) -> list[Cause]:
-        stream = find.stream(truth.main)
-        if stream is not None:
-            return [stream]
         worst = parted[-1]  # most ranks, most micro-batches: whatever splits does so here
         title = worst.comparison.title
+        strays = worst.comparison.strays
         examined = truth.main.examined
         suspects = [name for name in truth.main.seen if name not in self.allow]
         if examined is not None and examined.data_draws and "augmentation" not in self.allow:
@@ -198,19 +212,24 @@ class _Check:
         if equal:
             return causes
         others = [
+            find.drifting(strays, title) if strays else None,
             find.ragged_mean(examined, self.tolerance),
             *self._rank_dependent(truth, parted),
-            find.wandering_data(examined),
+            find.drawing_callback(truth.main),
             find.other_start(truth, worst.results, title),
             find.other_settings(truth.main, worst.results.main, title),
         ]
         found = [cause for cause in others if cause is not None]
-        if not any("loss function" in cause.name for cause in found):
-            random = find.random_loss(examined)
-            found += [] if random is None else [random]
-        if not suspects and not found:
-            other = find.other_data(truth.main, worst.results, title)
-            found += [] if other is None else [other]
+        # What only may be a cause, or follows from one that was found.
+        weaker = [
+            find.wandering_data(examined),
+            find.random_loss(examined),
+            find.other_data(truth.main, worst.results, title),
+            find.moving_buffers(truth.main),
+        ]
+        for cause in weaker:
+            if cause is not None and not (found or suspects):
+                found.append(cause)
         if not found or find.other_start(truth, worst.results, title) is not None:
             found += self._again(setup, truth)
         return [*found, *causes] or [find.unknown()]
@@ -249,16 +268,18 @@ class _Check:
         self.notes += [f"{SWITCHES[name]} in all runs (--allow {name})." for name in self.allow]
         several = [run for run in runs if run.setup.ranks > 1]
         if several:
-            self._note_several(truth, several[0])
+            self._note_several(truth, several[0].results)
         if truth.main.steps < self.steps:
             self.notes.append(f"the training was over after {truth.main.steps} steps.")
+        if not all(map(math.isfinite, truth.main.losses)):
+            self.notes.append("the loss is not finite, also on one rank with one micro-batch.")
         examined = truth.main.examined
-        if examined is not None and examined.skipped:
-            self.notes.append(f"the loss function was not tried on parts: {examined.skipped}.")
+        if examined is not None and any(not run.comparison.equal for run in runs):
+            self.notes += [f"could not be looked at: {failure}." for failure in examined.failures]
 
-    def _note_several(self, truth: Results, run: _Run) -> None:
-        unequal = find.unequal_models(run.results)
-        if unequal:
+    def _note_several(self, truth: Results, run: Results) -> None:
+        unequal = find.unequal_models(run)
+        if unequal and find.other_start(truth, run, "") is None:
             which = ", ".join(str(rank) for rank in unequal)
             self.notes.append(
                 f"the script makes another model on rank {which} than on rank 0: its seed depends "
@@ -266,7 +287,7 @@ class _Check:
                 "but call dtrain.init(seed=...) before the model is made, and seed nothing by the "
                 "rank."
             )
-        mine, theirs = truth.main.batch_size, run.results.main.batch_size
+        mine, theirs = truth.main.batch_size, run.main.batch_size
         if mine != theirs:
             self.notes.append(
                 f"the script asks for batch_size {mine} on one rank and {theirs} on {self.ranks}. "

@@ -73,6 +73,7 @@ class Comparison:
         parted: the tensors that part, the farthest first.
         zero_gradients: tensors that differ only where their gradient is zero but for rounding.
         loss_parts: the losses part.
+        strays: ranks whose parameters were not rank 0's after the last step, bit for bit.
     """
 
     title: str
@@ -82,11 +83,12 @@ class Comparison:
     parted: tuple[Parted, ...]
     zero_gradients: tuple[str, ...]
     loss_parts: bool
+    strays: tuple[int, ...] = ()
 
     @property
     def equal(self) -> bool:
         """The numbers are those of the truth."""
-        return not self.parted and not self.loss_parts
+        return not (self.parted or self.loss_parts or self.strays)
 
     @property
     def first_step(self) -> int | None:
@@ -139,6 +141,11 @@ def compare(title: str, truth: Results, run: Results, tolerance: Tolerance) -> C
         parted=tuple(sorted(parted, key=lambda p: p.gap, reverse=True)),
         zero_gradients=tuple(zero),
         loss_parts=loss_gap > tolerance.loss,
+        strays=tuple(
+            rank
+            for rank, one in enumerate(run.ranks)
+            if one.own_parameters != run.main.own_parameters
+        ),
     )
 
 

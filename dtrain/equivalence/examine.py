@@ -5,7 +5,7 @@ Nothing here can disturb what was compared: it comes after the last step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,15 +25,14 @@ LossOf = Callable[[Any], Any]
 
 
 def examine(
-    model: nn.Module, loss_of: LossOf, batch: Any, samples: int, data: Data | None
+    model: nn.Module, loss_of: LossOf, batches: Sequence[tuple[Any, int]], data: Data | None
 ) -> Examined:
-    """Returns what the loss function does with a batch, and the data with a sample.
+    """Returns what the loss function does with batches, and the data with a sample.
 
     Args:
         model: the trained one; left in the modes it was in.
         loss_of: the loss function, from a batch, with dropout and BatchNorm switched off.
-        batch: the first global batch, as the loss function got it.
-        samples: in it.
+        batches: the global batch of each step, as the loss function got it, and its samples.
         data: what was trained on, if it has samples to fetch.
 
     Ranks: one; local.
@@ -42,48 +41,44 @@ def examine(
     if data is not None:
         _look_at_data(data, found)
     with torch.no_grad():
-        _look_at_draws(loss_of, batch, found)
+        _look_at_draws(loss_of, batches[0][0], found)
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            _try_parts(loss_of, batch, samples, found)
+            for step, (batch, samples) in enumerate(batches):
+                _try_parts(loss_of, batch, samples, step, found)
+        except Exception as error:  # noqa: BLE001 -- a user's function, called as never before
+            found.failures.append(f"the loss of parts of a batch ({type(error).__name__}: {error})")
         finally:
             for module, training in modes:
                 module.training = training
     return found
 
 
-def _try_parts(loss_of: LossOf, batch: Any, samples: int, found: Examined) -> None:
+def _try_parts(loss_of: LossOf, batch: Any, samples: int, step: int, found: Examined) -> None:
     """Is the loss of a batch the weighted mean of its parts' losses?"""
-    if samples < 2:
-        found.skipped = "the first batch has one sample only"
-        return
-    try:
-        # From the same streams each time, where the loss function draws from them.
-        whole, _ = _loss(loss_of, of.copy(batch), samples)
-        farthest = -1.0
-        # Halves may happen to weigh alike, so uneven parts are tried as well.
-        for cut in sorted({samples // 2, 1, samples - 1}):
-            pieces = [
-                _loss(loss_of, of.copy(of.part(batch, samples, start, stop)), stop - start)
-                for start, stop in ((0, cut), (cut, samples))
-            ]
-            weights = [weight for _, weight in pieces]
-            if not sum(weights):
-                continue
-            # A mean over nothing is NaN, and weighs nothing.
-            mean = sum(m * w for m, w in pieces if w) / sum(weights)
-            if abs(mean - whole) > farthest:
-                farthest = abs(mean - whole)
-                found.whole, found.parts = whole, mean
-                found.sizes, found.weights = [cut, samples - cut], weights
-    except Exception as error:  # noqa: BLE001 -- a user's function, called as it never was before
-        found.skipped = f"{type(error).__name__}: {error}"
+    whole, _ = _loss(loss_of, batch, samples)
+    # Halves may happen to weigh alike, so uneven parts are tried as well.
+    for cut in sorted({samples // 2, 1} & set(range(1, samples))):
+        pieces = [
+            _loss(loss_of, of.part(batch, samples, start, stop), stop - start)
+            for start, stop in ((0, cut), (cut, samples))
+        ]
+        weights = [weight for _, weight in pieces]
+        if not sum(weights):
+            continue
+        # What weighs nothing counts for nothing, even if its mean is NaN.
+        mean = sum(m * w for m, w in pieces if w) / sum(weights)
+        if not found.tried_parts or abs(mean - whole) > abs(found.parts - found.whole):
+            found.step, found.whole, found.parts = step, whole, mean
+            found.sizes, found.weights = [cut, samples - cut], weights
+            found.tried_parts = True
 
 
 def _loss(loss_of: LossOf, batch: Any, samples: int) -> tuple[float, float]:
     seed_everything(0)
-    loss: Loss = as_loss(loss_of(batch), samples)
+    # A copy: some loss functions write into their batch.
+    loss: Loss = as_loss(loss_of(of.copy(batch)), samples)
     weight = samples if loss.weight is None else loss.weight
     return float(loss.mean), float(weight)
 
@@ -96,7 +91,7 @@ def _look_at_draws(loss_of: LossOf, batch: Any, found: Examined) -> None:
         with draws:
             loss_of(of.copy(batch))
     except Exception as error:  # noqa: BLE001 -- some code cannot be watched; then it is not
-        found.skipped = f"{type(error).__name__}: {error}"
+        found.failures.append(f"what the loss draws ({type(error).__name__}: {error})")
     after = _streams()
     found.streams = [name for name in before if before[name] != after[name]]
     found.draws = sorted(draws.names)
@@ -145,4 +140,4 @@ def _look_at_data(data: Data, found: Examined) -> None:
         found.data_wanders = fetched(1) != first
         found.data_draws = not found.data_wanders and fetched(2) != first
     except Exception as error:  # noqa: BLE001 -- a user's data; what it gave in training counts
-        found.skipped = f"{type(error).__name__}: {error}"
+        found.failures.append(f"fetching samples again ({type(error).__name__}: {error})")

@@ -1,4 +1,4 @@
-"""Runs a script in one setup after another, each in fresh processes."""
+"""Runs scripts in one setup after another, each in fresh processes."""
 
 from __future__ import annotations
 
@@ -36,22 +36,16 @@ _LEAVE_S = 10.0
 
 
 class Launcher:
-    """Starts ranks of a script, and stops all that it started when it is left.
+    """Starts ranks of scripts, and stops all that it started when it is left.
 
     Args:
-        script: the file.
-        args: the script's own arguments.
         most_ranks: the largest number of ranks that will be asked for.
         timeout_s: how long a run may take, in seconds.
 
     Ranks: none; it starts them.
     """
 
-    def __init__(
-        self, script: Path, args: Sequence[str], *, most_ranks: int, timeout_s: float
-    ) -> None:
-        self._script = str(script)
-        self._args = [str(arg) for arg in args]
+    def __init__(self, *, most_ranks: int, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._runs = 0
         self._temporary = tempfile.TemporaryDirectory(prefix="dtrain-check-")
@@ -67,8 +61,8 @@ class Launcher:
                 start_new_session=True,  # Ctrl-C is for us; the nursery sees its stdin close
             )
 
-    def run(self, setup: Setup) -> Results:
-        """Runs the script in a setup; returns what it recorded.
+    def run(self, setup: Setup, script: str | Path, args: Sequence[str]) -> Results:
+        """Runs a script with its own arguments in a setup; returns what it recorded.
 
         Raises:
             CheckError: the script failed, took too long, or never called ``fit``.
@@ -85,12 +79,12 @@ class Launcher:
         order = Order(
             setup=setup.to_json(),
             folder=str(folder),
-            script=self._script,
-            args=self._args,
+            script=str(script),
+            args=[str(arg) for arg in args],
             environments=environments,
             timeout_s=self._timeout_s,
         )
-        self._check(setup, self._ask(order), folder)
+        self._check(order, setup, self._ask(order))
         return Results.read(folder, setup.ranks)
 
     def _ask(self, order: Order) -> Answer:
@@ -107,31 +101,33 @@ class Launcher:
             raise CheckError(f"could not start processes for the script:\n{_tail(log)}")
         return Answer(**json.loads(line))
 
-    def _check(self, setup: Setup, answer: Answer, folder: Path) -> None:
+    def _check(self, order: Order, setup: Setup, answer: Answer) -> None:
+        script, folder = order.script, Path(order.folder)
         where = f"on {setup.title}" if setup.ranks > 1 or setup.micro_batches > 1 else "on one rank"
-        if answer.late:
-            raise CheckError(
-                f"{self._script} took longer than {self._timeout_s:g} seconds {where}: allow more "
-                "(--timeout), fewer steps (--steps), or give the script a smaller model or less "
-                f"data by its own arguments\n{_output(folder, 0)}"
-            )
         codes = dict(enumerate(answer.codes))
+        if answer.late:
+            stuck = [rank for rank, code in codes.items() if code < 0]
+            raise CheckError(
+                f"{script} took longer than {self._timeout_s:g} seconds {where}: allow more "
+                "(--timeout), fewer steps (--steps), or give the script a smaller model or less "
+                f"data by its own arguments. Where it was:\n{_outputs(folder, stuck)}"
+            )
         failed = {rank: code for rank, code in codes.items() if code not in (0, NEVER_FIT)}
         if failed:
             # The first to fail may be any; a rank that was killed waited for another.
             rank = min(failed, key=lambda r: (failed[r] < 0, r))
             which = f" (rank {rank})" if setup.ranks > 1 else ""
             raise CheckError(
-                f"{self._script} failed {where}{which}:\n{_output(folder, rank)}",
+                f"{script} failed {where}{which}:\n{_output(folder, rank)}",
                 fails_itself=True,
             )
         silent = [rank for rank, code in codes.items() if code == NEVER_FIT]
         if silent:
             which = f" (rank {silent[0]})" if setup.ranks > 1 else ""
             raise CheckError(
-                f"{self._script} ended {where}{which} and never called Trainer.fit, so there is "
+                f"{script} ended {where}{which} and never called Trainer.fit, so there is "
                 "nothing to compare. Does it need arguments? They go after its name: "
-                f"`dtrain check {self._script} --size tiny`\n{_output(folder, silent[0])}"
+                f"`dtrain check {script} --size tiny`\n{_output(folder, silent[0])}"
             )
 
     def close(self) -> None:
@@ -187,6 +183,10 @@ def _rank(rank: int, size: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
+
+
+def _outputs(folder: Path, ranks: list[int]) -> str:
+    return "\n".join(f"  rank {rank}:\n{_output(folder, rank)}" for rank in ranks)
 
 
 def _output(folder: Path, rank: int) -> str:

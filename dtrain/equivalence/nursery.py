@@ -9,6 +9,7 @@ still runs, and leaves: so nothing outlives whoever started it, however that end
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import select
@@ -29,7 +30,7 @@ from dtrain.equivalence.probe import run_script
 from dtrain.equivalence.setup import Setup
 
 #: How long ranks go on after one of them has failed: time to say which one, and why.
-GRACE_S = 10.0
+GRACE_S = 5.0
 
 
 def serve(orders: TextIO, answers: TextIO) -> None:
@@ -58,6 +59,8 @@ def _fork(order: Order, rank: int) -> int:
         os.setsid()  # a group of its own, so that its data workers can be killed with it
         _redirect(f"{order.folder}/rank-{rank}.txt")
         os.environ.update(order.environments[rank])
+        # A rank that is stuck says where, before it is killed.
+        faulthandler.dump_traceback_later(order.timeout_s * 0.9, file=2)
         setup, folder = Setup.from_json(order.setup), Path(order.folder)
         code = run_script(setup, folder, order.script, order.args)
     except BaseException:  # noqa: BLE001 -- a fork must end here, and never go on above

@@ -7,42 +7,35 @@ numbers, takes a few steps, records them, and ends the script after its first ``
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
 import dtrain
 import dtrain.trainer
-from dtrain.callback import (
-    AccumulationSlot,
-    Callback,
-    CheckpointSlot,
-    PrecisionSlot,
-    Sink,
-)
+from dtrain.callback import AccumulationSlot, Callback, CheckpointSlot, PrecisionSlot
 from dtrain.callbacks import GradientAccumulation, Mixup
 from dtrain.data import Data, Feed, as_data
 from dtrain.equivalence import samples as of
 from dtrain.equivalence.examine import examine
 from dtrain.equivalence.lens import Lens
 from dtrain.equivalence.orders import FAILED, NEVER_FIT, RECORDED
-from dtrain.equivalence.record import Record, gradients_name, write_tensors
+from dtrain.equivalence.record import Examined, Record, gradients_name, write_tensors
 from dtrain.equivalence.setup import Setup
 from dtrain.loop import Loop, Plan
-from dtrain.microstep import UserLoss, adapt
+from dtrain.microstep import adapt
 from dtrain.reporting import Reporter
 from dtrain.state import Context, Step
-from dtrain.strategies import Strategy
 from dtrain.trainer import FitResult, Trainer
 from dtrain.world import current, seed_everything
 
@@ -66,15 +59,17 @@ class Probe:
         self.folder = folder
         self.record = Record()
         self.lens = Lens(double=setup.double, without=frozenset(setup.without))
-        self.first_batch: tuple[Any, int] | None = None
+        self.batches: list[tuple[Any, int]] = []
         self.done = False
 
     def finish(self, ctx: Context, rank: int) -> None:
         """Writes what was recorded."""
         self.record.steps = ctx.progress.step
         self.record.seen = sorted({*self.record.seen, *self.lens.seen})
+        parameters = dict(ctx.model.named_parameters())
+        self.record.own_parameters = _digest(parameters)
         if rank == 0:
-            write_tensors(self.folder, "final", dict(ctx.model.named_parameters()))
+            write_tensors(self.folder, "final", parameters)
         self.record.write(self.folder, rank)
         self.done = True
 
@@ -87,9 +82,12 @@ class Opening(Callback):
     def __init__(self, probe: Probe, rank: int) -> None:
         self._probe = probe
         self._rank = rank
+        self._buffers: dict[str, torch.Tensor] = {}
+        self.streams: list[torch.Tensor] = []
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Keeps the parameters that the run begins with."""
+        """Keeps the parameters and buffers that the run begins with."""
+        self._buffers = {name: b.detach().clone() for name, b in _own_buffers(ctx.model)}
         if self._rank == 0:
             write_tensors(self._probe.folder, "initial", dict(ctx.model.named_parameters()))
 
@@ -113,6 +111,7 @@ class Opening(Callback):
             step.batch = ctx.comm.on_main("a batch for all ranks", lambda: of.copy(batch))
         if setup.double:
             step.batch = of.widen(step.batch)
+        self.streams = _streams(ctx)
 
     def on_loss(self, ctx: Context, step: Step) -> None:
         """Notes the loss as the loss function returned it."""
@@ -129,14 +128,23 @@ class Opening(Callback):
             grads = {n: p.grad for n, p in ctx.model.named_parameters() if p.grad is not None}
             write_tensors(self._probe.folder, gradients_name(step.number), grads)
 
+    def on_step_end(self, ctx: Context, step: Step) -> None:
+        """Notes which buffers are no longer what they were."""
+        self._probe.record.moving_buffers = [
+            name
+            for name, buffer in _own_buffers(ctx.model)
+            if name in self._buffers and not torch.equal(buffer, self._buffers[name])
+        ]
+
 
 class Closing(Callback):
     """Last in the list: sees what the loss function is about to get."""
 
     name = "check: closing"
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, opening: Opening) -> None:
         self._probe = probe
+        self._opening = opening
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
         """Gives twins the same random streams."""
@@ -145,9 +153,12 @@ class Closing(Callback):
             ctx.rng.manual_seed(step.number)
 
     def on_batch(self, ctx: Context, step: Step) -> None:
-        """Keeps the first batch, to look at the loss function with it."""
-        if self._probe.setup.examine and self._probe.first_batch is None:
-            self._probe.first_batch = (of.copy(step.batch), step.samples)
+        """Keeps the batch, to look at the loss function with it."""
+        now, before = _streams(ctx), self._opening.streams
+        if any(not torch.equal(a, b) for a, b in zip(now, before, strict=True)):
+            self._probe.record.callbacks_draw = True
+        if self._probe.setup.examine:
+            self._probe.batches.append((of.copy(step.batch), step.samples))
 
 
 def probing(probe: Probe) -> type[Trainer]:
@@ -157,48 +168,30 @@ def probing(probe: Probe) -> type[Trainer]:
     class ProbingTrainer(Trainer):
         """A Trainer that records a few steps and ends the script."""
 
-        def __init__(
-            self,
-            model: nn.Module,
-            optimizer: Optimizer | Callable[[nn.Module], Optimizer],
-            loss_fn: UserLoss,
-            *,
-            callbacks: Sequence[Callback] = (),
-            sinks: Sequence[Sink] | None = None,
-            strategy: str | Strategy = "ddp",
-            run_dir: str | Path | None = None,
-            seed: int | None = None,
-            eval_fn: UserLoss | None = None,
-            config: Mapping[str, Any] | None = None,
-        ) -> None:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            given = inspect.signature(Trainer).bind(*args, **kwargs).arguments
+            seed, run_dir = given.get("seed"), given.get("run_dir")
             world = current() or dtrain.init(seed=seed or 0)
+            model: nn.Module = given["model"]
             if setup.double:
                 model.double()  # in place: an optimizer that holds the parameters still does
-            record.given_model = _digest(model)
-            user_loss = adapt(loss_fn)
+            record.given_model = _digest(model.state_dict())
+            user_loss = self._user_loss = adapt(given["loss_fn"])
 
             def seen_loss(model: nn.Module, batch: Any, ctx: Context) -> Any:
                 with probe.lens:
                     return user_loss(model, batch, ctx)
 
-            super().__init__(
-                model,
-                optimizer,
-                seen_loss,
-                callbacks=[
-                    Opening(probe, world.rank),
-                    *_kept(callbacks, setup, record),
-                    Closing(probe),
-                ],
-                sinks=[],
-                strategy=strategy,
+            opening = Opening(probe, world.rank)
+            kept = _kept(given.get("callbacks", ()), setup, record)
+            given |= {
+                "loss_fn": seen_loss,
+                "callbacks": [opening, *kept, Closing(probe, opening)],
+                "sinks": [],
                 # Callbacks may want a place for their files; it is not the user's.
-                run_dir=None if run_dir is None else probe.folder / "run",
-                seed=seed,
-                eval_fn=eval_fn or loss_fn,
-                config=config,
-            )
-            self._user_loss = user_loss
+                "run_dir": None if run_dir is None else probe.folder / "run",
+            }
+            super().__init__(**given)
 
         def fit(self, train: Any, **options: Any) -> FitResult:
             """Takes a few steps by the user's own plan, and ends the script."""
@@ -210,19 +203,20 @@ def probing(probe: Probe) -> type[Trainer]:
             if wrap and not isinstance(data.dataset, TensorDataset):
                 data.dataset = of.SeededByIndex(data.dataset, self._seed)
             super().fit(data, **(options | {"batch_size": None, "resume": "never"}))
-            if setup.examine and probe.first_batch is not None:
-                record.examined = self._examined(*probe.first_batch, data)
+            if probe.batches:
+                record.examined = self._examined(data)
             probe.finish(self.context, self.world.rank)
             raise Enough
 
-        def _examined(self, batch: Any, samples: int, data: Data) -> Any:
+        def _examined(self, data: Data) -> Examined:
             still = Lens(double=setup.double, without=frozenset({"dropout", "batchnorm"}))
 
             def loss_of(batch: Any) -> Any:
                 with still:
                     return self._user_loss(self.model, batch, self.context)
 
-            return examine(self.model, loss_of, batch, samples, None if data.is_stream else data)
+            fetchable = None if data.is_stream else data
+            return examine(self.model, loss_of, probe.batches, fetchable)
 
         def _feed(self, data: Data) -> Feed:
             if not setup.twins or data.is_stream:
@@ -294,6 +288,17 @@ def _kept(callbacks: Sequence[Callback], setup: Setup, record: Record) -> list[C
     return kept
 
 
+def _own_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's buffers, without BatchNorm's."""
+    for prefix, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._NormBase):
+            yield from module.named_buffers(prefix, recurse=False)
+
+
+def _streams(ctx: Context) -> list[torch.Tensor]:
+    return [ctx.rng.get_state(), torch.get_rng_state()]
+
+
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers among an optimizer's settings of one group."""
     kept: dict[str, Any] = {}
@@ -307,9 +312,10 @@ def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _digest(model: nn.Module) -> str:
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     whole = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         whole.update(name.encode())
-        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        whole.update(flat.view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()[:16]

@@ -20,11 +20,13 @@ class Examined:
     """What a look at the loss function and the data found, after the last step.
 
     Attributes:
-        whole: the loss of the first batch.
-        parts: its weighted mean over the parts, where that is farthest from ``whole``.
+        step: the step of whose batch the following are, the one where they are farthest apart.
+        whole: the loss of the batch.
+        parts: the weighted mean of the losses of two parts of it.
         sizes: samples of those parts.
         weights: what the loss function said they weigh.
-        skipped: why the loss could not be tried on parts, or nothing.
+        tried_parts: the five above are known.
+        failures: what could not be tried, and why.
         draws: torch's functions that draw random numbers in the loss function, dropout aside.
         own_generator: some of them draw from a generator of the user's.
         streams: which global streams (torch, numpy, python) the loss function draws from.
@@ -32,11 +34,13 @@ class Examined:
         data_wanders: it comes out otherwise from the same streams, fetched again.
     """
 
+    step: int = 0
     whole: float = 0.0
     parts: float = 0.0
     sizes: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    skipped: str = ""
+    tried_parts: bool = False
+    failures: list[str] = field(default_factory=list)
     draws: list[str] = field(default_factory=list)
     own_generator: bool = False
     streams: list[str] = field(default_factory=list)
@@ -56,9 +60,12 @@ class Record:
         samples: for each step a digest of each sample this rank had.
         sample_shapes: shapes of samples as they came, to tell padding from data.
         settings: for each step the optimizer's numbers, by group.
+        own_parameters: a digest of this rank's parameters after the last step.
         batch_size: the global batch, as the script asked for; None for a stream.
         given_model: a digest of the model as the script made it, before ranks were made equal.
         seen: ``"dropout"``, ``"batchnorm"``, ``"mixup"``, where they were in effect.
+        callbacks_draw: a callback's ``on_batch`` drew from this rank's random streams.
+        moving_buffers: buffers that training changes, BatchNorm's aside.
         examined: if that was asked for.
     """
 
@@ -71,7 +78,10 @@ class Record:
     settings: list[list[dict[str, Any]]] = field(default_factory=list)
     batch_size: int | None = None
     given_model: str = ""
+    own_parameters: str = ""
     seen: list[str] = field(default_factory=list)
+    callbacks_draw: bool = False
+    moving_buffers: list[str] = field(default_factory=list)
     examined: Examined | None = None
 
     def write(self, folder: Path, rank: int) -> None:

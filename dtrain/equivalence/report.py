@@ -114,6 +114,8 @@ def paragraphs(found: Equivalence) -> list[str]:
 def _verdict(run: Comparison) -> str:
     if run.equal:
         return "equal"
+    if run.strays:
+        return "ranks drift apart"
     return "parts" if run.first_step is None else f"parts at step {run.first_step + 1}"
 
 

@@ -49,7 +49,8 @@ def part(batch: Any, samples: int, start: int, stop: int) -> Any:
     Raises:
         ValueError: the batch holds something that does not divide by samples.
     """
-    if any(not t.dim() or len(t) != samples for t in _leaves(batch)):
+    tensors = list(_leaves(batch))
+    if not tensors or any(not t.dim() or len(t) != samples for t in tensors):
         raise ValueError("its tensors are not all as long as it has samples")
     return _mapped(batch, lambda t: t[start:stop])
 
