@@ -66,10 +66,9 @@ def check_equivalence(
     """
     script = Path(script)
     _check_arguments(script, ranks, micro_batches, steps, timeout_s, allow)
-    with Launcher(most_ranks=ranks, timeout_s=timeout_s) as launcher:
-        return Check(launcher, script, args, ranks, steps, tuple(allow), progress).run(
-            micro_batches
-        )
+    with Launcher(most_ranks=ranks) as launcher:
+        check = Check(launcher, script, args, ranks, steps, timeout_s, tuple(allow), progress)
+        return check.run(micro_batches)
 
 
 def _check_arguments(
@@ -115,8 +114,9 @@ class Check:
     args: Sequence[str]
     ranks: int
     steps: int
-    allow: tuple[str, ...]
-    progress: Progress | None
+    timeout_s: float = 300.0
+    allow: tuple[str, ...] = ()
+    progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
     tolerance: Tolerance = DOUBLE
 
@@ -191,7 +191,7 @@ class Check:
     def _launch(self, setup: Setup, title: str) -> Results:
         if self.progress is not None:
             self.progress(title)
-        return self.launcher.run(setup, self.script, self.args)
+        return self.launcher.run(setup, self.script, self.args, self.timeout_s)
 
     def _against(self, truth: Results, setup: Setup, title: str) -> _Run:
         results = self._launch(setup, title)

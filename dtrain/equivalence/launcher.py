@@ -40,13 +40,11 @@ class Launcher:
 
     Args:
         most_ranks: the largest number of ranks that will be asked for.
-        timeout_s: how long a run may take, in seconds.
 
     Ranks: none; it starts them.
     """
 
-    def __init__(self, *, most_ranks: int, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, *, most_ranks: int) -> None:
         self._runs = 0
         self._temporary = tempfile.TemporaryDirectory(prefix="dtrain-check-")
         self._folder = Path(self._temporary.name)
@@ -61,7 +59,9 @@ class Launcher:
                 start_new_session=True,  # Ctrl-C is for us; the nursery sees its stdin close
             )
 
-    def run(self, setup: Setup, script: str | Path, args: Sequence[str]) -> Results:
+    def run(
+        self, setup: Setup, script: str | Path, args: Sequence[str], timeout_s: float
+    ) -> Results:
         """Runs a script with its own arguments in a setup; returns what it recorded.
 
         Raises:
@@ -71,7 +71,7 @@ class Launcher:
         folder = self._folder / f"run-{self._runs}"
         folder.mkdir()
         # Here, not in the nursery: it has threads, which no fork may have.
-        store = serve_store(self._timeout_s) if setup.ranks > 1 else None
+        store = serve_store(timeout_s) if setup.ranks > 1 else None
         environments = [
             {} if store is None else _rank(rank, setup.ranks, store.port)
             for rank in range(setup.ranks)
@@ -82,7 +82,7 @@ class Launcher:
             script=str(script),
             args=[str(arg) for arg in args],
             environments=environments,
-            timeout_s=self._timeout_s,
+            timeout_s=timeout_s,
         )
         self._check(order, setup, self._ask(order))
         return Results.read(folder, setup.ranks)
@@ -108,7 +108,7 @@ class Launcher:
         if answer.late:
             stuck = [rank for rank, code in codes.items() if code < 0]
             raise CheckError(
-                f"{script} took longer than {self._timeout_s:g} seconds {where}: allow more "
+                f"{script} took longer than {order.timeout_s:g} seconds {where}: allow more "
                 "(--timeout), fewer steps (--steps), or give the script a smaller model or less "
                 f"data by its own arguments. Where it was:\n{_outputs(folder, stuck)}"
             )

@@ -26,6 +26,8 @@ _DROPOUTS = {
     F.feature_alpha_dropout: "p",
     F.multi_head_attention_forward: "dropout_p",
 }
+# (input, p, train)
+_BARE = (torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.native_dropout)
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
@@ -61,6 +63,8 @@ class Lens(TorchFunctionMode):
             args, kwargs = (), self._less_dropout(func, args, kwargs)
         elif func is F.scaled_dot_product_attention:
             args, kwargs = self._less_attention_dropout(args, kwargs)
+        elif func in _BARE:
+            args, kwargs = self._less_bare_dropout(args, kwargs)
         elif func in _RECURRENT:
             args = self._less_recurrent_dropout(args)
         elif func is F.batch_norm:
@@ -82,6 +86,12 @@ class Lens(TorchFunctionMode):
         elif len(args) > 4 and args[4] > 0:
             args = (*args[:4], self._note("dropout", args[4], 0.0), *args[5:])
         return args, kwargs
+
+    def _less_bare_dropout(self, args: tuple[Any, ...], kwargs: Any) -> Any:
+        given = dict(zip(("input", "p", "train"), args, strict=False)) | kwargs
+        if given["p"] > 0 and given["train"]:
+            given["p"] = self._note("dropout", given["p"], 0.0)
+        return (given["input"], given["p"], given["train"]), {}
 
     def _less_recurrent_dropout(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # (input, hx, weights, has_biases, layers, dropout, training, ...), and with packed

@@ -30,7 +30,7 @@ from dtrain.equivalence.probe import run_script
 from dtrain.equivalence.setup import Setup
 
 #: How long ranks go on after one of them has failed: time to say which one, and why.
-GRACE_S = 5.0
+GRACE_S = 2.0
 
 
 def serve(orders: TextIO, answers: TextIO) -> None:

@@ -63,16 +63,15 @@ class Model(nn.Module):
         self.norm = nn.BatchNorm1d(8) if "batchnorm" in fault else nn.LayerNorm(8)
         self.drop = nn.Dropout(0.2 if fault == "dropout" else 0.0)
         self.scores = nn.Linear(8, 6)
+        self.shift = nn.Parameter(torch.zeros(1))
         self.head = nn.Linear(8, 18)
 
     def forward(self, x):
         h = torch.tanh(self.norm(self.up(x)))
         if fault == "functional dropout":
             h = F.dropout(h, 0.2)
-        # A softmax does not see what is added to all its scores: their common bias has no gradient.
-        weights = torch.softmax(self.scores(h).flatten() + self.scores.bias.sum(), 0).view(-1, 6)
-        # Summed up again, so that samples do not see one another.
-        weights = weights / weights.sum(1, keepdim=True)
+        # A softmax does not see what is added to all its scores: the shift's gradient is zero.
+        weights = torch.softmax(self.scores(h) + self.shift, 1)
         return self.head(self.drop(h)).unflatten(1, (6, 3)) * weights[..., None]
 
 
@@ -121,10 +120,11 @@ with dtrain.init(seed=0) as world:
     )
     if fault == "never fits":
         sys.exit()
+    evals = dtrain.Data(Marked(), 10)
     if fault == "stream":
-        trainer.fit([(torch.ones(4, 6), torch.zeros(4, 6).long())], epochs=1, eval_set=Marked())
+        trainer.fit([(torch.ones(4, 6), torch.zeros(4, 6).long())], max_steps=9, eval_set=evals)
     batch_size = 10 * (world.size if fault == "ranks in batch" else 1)
-    trainer.fit(Marked(), batch_size=batch_size, epochs=3, eval_set=Marked())
+    trainer.fit(Marked(), batch_size=batch_size, epochs=3, eval_set=evals)
 sys.exit("the script must end with its first fit")
 '''
 
@@ -140,7 +140,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def launcher():
     """One for all checks here: its start is most of a check's time."""
-    with Launcher(most_ranks=2, timeout_s=60) as launcher:
+    with Launcher(most_ranks=2) as launcher:
         yield launcher
 
 
@@ -148,7 +148,7 @@ def launcher():
 def check(folder, launcher):
     def run(fault, *, allow=(), micro_batches=(1, 2)):
         args = [fault, folder / "run"]
-        found = Check(launcher, folder / "train.py", args, 2, 4, allow, None).run(micro_batches)
+        found = Check(launcher, folder / "train.py", args, 2, 4, 60, allow).run(micro_batches)
         assert not (folder / "run").exists()
         return found
 
@@ -172,8 +172,8 @@ def test_a_clean_script_passes_and_zero_gradients_are_named(check):
     assert found.dtype == "float64"
     assert all(run.loss_gap < 1e-12 and run.worst_gap < 1e-10 for run in found.runs)
     assert (found.causes, found.steps) == ((), 4)
-    assert [name.split()[0] for name in found.zero_gradients] == ["scores.bias"]
-    assert "scores.bias" in str(found)
+    assert found.zero_gradients == ("shift",)
+    assert "Zero gradient" in str(found)
 
 
 def test_a_ragged_mean_is_found_and_told_with_both_numbers(check):
@@ -255,29 +255,13 @@ def test_a_script_that_cannot_be_checked_says_why(check, fault, told):
 
 def test_gpt_passes(launcher):
     args = ["--size", "tiny", "--batch-size", "6"]
-    found = Check(launcher, ROOT / "examples" / "gpt.py", args, 2, 2, (), None).run([1, 2])
+    found = Check(launcher, ROOT / "examples" / "gpt.py", args, 2, 2, 60).run([1, 2])
     assert found.passed, str(found)
     assert found.dtype == "float64"
 
 
-def test_from_python(folder):
-    told = []
-    found = dtrain.check_equivalence(
-        folder / "train.py",
-        ["ragged", str(folder / "run")],
-        ranks=1,
-        micro_batches=(2,),
-        steps=1,
-        progress=told.append,
-    )
-    assert [run.title for run in found.runs] == ["1 rank x 2 micro-batches"]
-    assert causes(found) == ["ragged mean"]
-    assert told == ["1 rank x 1 micro-batch (the truth)", "1 rank x 2 micro-batches"]
-
-
 def test_from_the_command_line(folder):
     """Options after the script's name are the script's; status 0 is for equal numbers."""
-    script = ["examples/custom_callback.py", "--run-dir", str(folder / "run"), "--ranks", "7"]
     script = [folder / "options.py", "--ranks", "7", "--help"]
     script[0].write_text(
         "import sys\n"
@@ -328,12 +312,10 @@ def test_status_2_is_for_what_cannot_be_checked(arguments, told):
     assert told in done.output
 
 
-def test_a_script_that_hangs_is_stopped_and_says_where(folder):
+def test_a_script_that_hangs_is_stopped_and_says_where(folder, launcher):
     (folder / "hang.py").write_text("import threading\nthreading.Event().wait()\n")
-    with Launcher(most_ranks=1, timeout_s=2) as launcher:
-        check = Check(launcher, folder / "hang.py", [], 1, 4, (), None)
-        with pytest.raises(CheckError, match=r"longer than 2 seconds(.|\n)*hang.py., line 2"):
-            check.run([2])
+    with pytest.raises(CheckError, match=r"longer than 1 seconds(.|\n)*hang.py., line 2"):
+        Check(launcher, folder / "hang.py", [], 1, 4, timeout_s=1).run([2])
 
 
 def test_an_argument_that_is_off_is_refused(folder):
