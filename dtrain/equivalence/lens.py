@@ -1,6 +1,6 @@
-"""What the loss function computes with: float64 throughout, and without dropout if told so.
+"""What a training computes with: float64 throughout, and without dropout if told so.
 
-A lens lies around the loss function and sees each of torch's functions as it is called, from
+A lens lies around a training and sees each of torch's functions as it is called, from
 modules and from the user's own code alike. So it finds ``F.dropout`` as well as ``nn.Dropout``,
 and a ``logits.float()`` does not bring float32's rounding back.
 """
@@ -32,7 +32,7 @@ _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 class Lens(TorchFunctionMode):
-    """Sees what the loss function calls; changes dtypes, dropout and BatchNorm if told to.
+    """Sees what a training calls; changes dtypes, dropout and BatchNorm if told to.
 
     Args:
         double: lower floating dtypes become float64.

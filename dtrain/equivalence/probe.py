@@ -176,16 +176,10 @@ def probing(probe: Probe) -> type[Trainer]:
             if setup.double:
                 model.double()  # in place: an optimizer that holds the parameters still does
             record.given_model = _digest(model.state_dict())
-            user_loss = self._user_loss = adapt(given["loss_fn"])
-
-            def seen_loss(model: nn.Module, batch: Any, ctx: Context) -> Any:
-                with probe.lens:
-                    return user_loss(model, batch, ctx)
-
+            self._user_loss = adapt(given["loss_fn"])
             opening = Opening(probe, world.rank)
             kept = _kept(given.get("callbacks", ()), setup, record)
             given |= {
-                "loss_fn": seen_loss,
                 "callbacks": [opening, *kept, Closing(probe, opening)],
                 "sinks": [],
                 # Callbacks may want a place for their files; it is not the user's.
@@ -202,7 +196,10 @@ def probing(probe: Probe) -> type[Trainer]:
             wrap = "augmentation" in setup.without and not data.is_stream
             if wrap and not isinstance(data.dataset, TensorDataset):
                 data.dataset = of.SeededByIndex(data.dataset, self._seed)
-            super().fit(data, **(options | {"batch_size": None, "resume": "never"}))
+            # Around all of it, not the loss function only: backward may run parts of the forward
+            # again (activation checkpointing), which must see the same.
+            with probe.lens:
+                super().fit(data, **(options | {"batch_size": None, "resume": "never"}))
             if probe.batches:
                 record.examined = self._examined(data)
             probe.finish(self.context, self.world.rank)
@@ -249,7 +246,8 @@ def run_script(setup: Setup, folder: Path, script: str, args: Sequence[str]) -> 
     Ranks: all; communicates where the script does.
     """
     sys.argv = [script, *args]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    if not sys.flags.safe_path:
+        sys.path[0] = os.path.dirname(os.path.abspath(script))
     if setup.double:
         torch.set_default_dtype(torch.float64)
     probe = Probe(setup, folder)
