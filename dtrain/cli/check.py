@@ -35,7 +35,10 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Train a few steps on 1 and on several ranks, and say where numbers part, and why.
+    """Find out whether a script trains alike on any number of ranks.
+
+    It takes a few steps on 1 and on several ranks, with several micro-batches, and says where
+    numbers part, and why.
 
     Exit status: 0 if the numbers are equal, 1 if they part, 2 if the script could not be checked.
     """

@@ -11,7 +11,7 @@ _WIDTH = 92
 _SHOWN = 5  # tensors of a run, by name
 
 #: The columns of the table.
-COLUMNS = ("run", "loss differs by", "tensor farthest off", "by", "verdict")
+COLUMNS = ("run", "loss off by", "worst tensor", "gradient off by", "verdict")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """`dtrain check` finds what was planted, says so, and lets a clean script pass."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -316,6 +317,27 @@ def test_a_script_that_hangs_is_stopped_and_says_where(folder, launcher):
     (folder / "hang.py").write_text("import threading\nthreading.Event().wait()\n")
     with pytest.raises(CheckError, match=r"longer than 1 seconds(.|\n)*hang.py., line 2"):
         Check(launcher, folder / "hang.py", [], 1, 4, timeout_s=1).run([2])
+
+
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_nothing_outlives_a_check_that_is_interrupted(tmp_path, sign, status):
+    (tmp_path / "hang.py").write_text(
+        "import threading\npipe = open('pipe', 'w')\nthreading.Event().wait()\n"
+    )
+    os.mkfifo(tmp_path / "pipe")
+    running = subprocess.Popen(
+        [sys.executable, "-m", "dtrain", "check", "hang.py"],
+        cwd=tmp_path,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stderr=subprocess.DEVNULL,
+        restore_signals=True,
+    )
+    with (tmp_path / "pipe").open() as pipe:  # once the script is there
+        running.send_signal(sign)
+        assert running.wait(60) == status
+        pipe.read()  # until the script is gone
+    folders = list(tmp_path.glob("dtrain-check-*"))
+    assert sign == signal.SIGKILL or folders == []
 
 
 def test_an_argument_that_is_off_is_refused(folder):
