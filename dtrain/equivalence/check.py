@@ -195,7 +195,9 @@ class Check:
 
     def _against(self, truth: Results, setup: Setup, title: str) -> _Run:
         results = self._launch(setup, title)
-        return _Run(setup, results, compare(setup.title, truth, results, self.tolerance))
+        comparison = compare(setup.title, truth, results, self.tolerance)
+        results.forget_gradients()
+        return _Run(setup, results, comparison)
 
     # -- causes -------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dtrain.equivalence.record import Results, gradients_name
@@ -29,7 +28,8 @@ class Tolerance:
             shrink with the tensor's own.
         parameter: of the farthest that the tensor's numbers moved.
         weak: a number whose gradient was once less than this part of the model's largest may
-            be driven by rounding; its parameter decides nothing.
+            be driven by rounding; its parameter decides nothing. (One without any gradient is
+            driven by nothing; its parameter does decide.)
     """
 
     loss: float
@@ -100,7 +100,8 @@ def compare(title: str, truth: Results, run: Results, tolerance: Tolerance) -> C
     """Compares a run with the truth."""
     gaps: dict[str, float] = {}
     first: dict[str, int] = {}
-    least: dict[str, Tensor] = {}  # each number's smallest gradient, relative to the model's
+    weak: dict[str, Tensor] = {}  # numbers whose gradient was once near rounding
+    moving: dict[str, Tensor] = {}  # numbers that had any gradient at all
     for step in range(min(truth.main.steps, run.main.steps)):
         with (
             truth.tensors(gradients_name(step)) as mine,
@@ -110,7 +111,7 @@ def compare(title: str, truth: Results, run: Results, tolerance: Tolerance) -> C
                 gaps[name] = max(gaps.get(name, 0.0), gap)
                 if gap > tolerance.gradient:
                     first.setdefault(name, step)
-            _keep_least(least, mine)
+            _keep_weak(weak, moving, mine, theirs, tolerance.weak)
     parted = [Parted(name, gaps[name], step) for name, step in first.items()]
     zero = []
     with (
@@ -119,10 +120,10 @@ def compare(title: str, truth: Results, run: Results, tolerance: Tolerance) -> C
         run.tensors("final") as theirs,
     ):
         for name in mine:
-            if name in first or name not in least:
+            if name in first or name not in weak:
                 continue
             gap, drifted = parameter_gap(
-                start[name], mine[name], theirs[name], least[name], tolerance
+                start[name], mine[name], theirs[name], weak[name] & moving[name], tolerance
             )
             if gap > tolerance.parameter:
                 parted.append(Parted(name, gap, None))
@@ -174,7 +175,7 @@ def gradient_gaps(
 
 
 def parameter_gap(
-    start: Tensor, mine: Tensor, theirs: Tensor, least: Tensor, tolerance: Tolerance
+    start: Tensor, mine: Tensor, theirs: Tensor, weak: Tensor, tolerance: Tolerance
 ) -> tuple[float, int]:
     """Returns how far a parameter is apart, and how many of its weak numbers drifted.
 
@@ -182,8 +183,8 @@ def parameter_gap(
         start: before the first step.
         mine: after the last, in truth.
         theirs: the run's.
-        least: each number's smallest gradient over the steps, relative to the model's largest.
-        tolerance: which numbers are weak, and when one has drifted.
+        weak: which numbers may have been driven by rounding alone.
+        tolerance: when one has drifted.
 
     Returns:
         The largest difference of numbers that are not weak, relative to how far the tensor's
@@ -191,16 +192,23 @@ def parameter_gap(
     """
     moved = _largest(mine - start)
     apart = (theirs - mine).abs()
-    weak = least <= tolerance.weak
     drifted = int((weak & (apart > tolerance.parameter * moved)).sum())
     return _ratio(_largest(apart[~weak]), moved), drifted
 
 
-def _keep_least(least: dict[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-    unit = max((_largest(gradients[name]) for name in gradients), default=0.0)
-    for name in gradients:
-        relative = gradients[name].abs() / unit if unit else gradients[name].abs()
-        least[name] = torch.minimum(least[name], relative) if name in least else relative
+def _keep_weak(
+    weak: dict[str, Tensor],
+    moving: dict[str, Tensor],
+    mine: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    threshold: float,
+) -> None:
+    unit = threshold * max((_largest(mine[name]) for name in mine), default=0.0)
+    for name in mine.keys() & theirs.keys():
+        now_weak = mine[name].abs() <= unit
+        now_moving = (mine[name] != 0) | (theirs[name] != 0)
+        weak[name] = weak[name] | now_weak if name in weak else now_weak
+        moving[name] = moving[name] | now_moving if name in moving else now_moving
 
 
 def _loss_gap(mine: list[float], theirs: list[float]) -> float:

@@ -98,7 +98,7 @@ class Launcher:
             line = ""
         if not line:
             log = (self._folder / "nursery.txt").read_text(errors="replace")
-            raise CheckError(f"could not start processes for the script:\n{_tail(log)}")
+            raise CheckError(f"the process that starts the ranks has died:\n{_tail(log)}")
         return Answer(**json.loads(line))
 
     def _check(self, order: Order, setup: Setup, answer: Answer) -> None:
@@ -117,8 +117,10 @@ class Launcher:
             # The first to fail may be any; a rank that was killed waited for another.
             rank = min(failed, key=lambda r: (failed[r] < 0, r))
             which = f" (rank {rank})" if setup.ranks > 1 else ""
+            # Such as 9, where memory was out.
+            killed = f", killed by signal {-failed[rank]}" if failed[rank] < 0 else ""
             raise CheckError(
-                f"{script} failed {where}{which}:\n{_output(folder, rank)}",
+                f"{script} failed {where}{which}{killed}:\n{_output(folder, rank)}",
                 fails_itself=True,
             )
         silent = [rank for rank, code in codes.items() if code == NEVER_FIT]

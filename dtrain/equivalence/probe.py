@@ -125,7 +125,13 @@ class Opening(Callback):
         record.losses.append(step.loss_mean)
         record.settings.append([_numbers(group) for group in ctx.optimizer.param_groups])
         if self._rank == 0:
-            grads = {n: p.grad for n, p in ctx.model.named_parameters() if p.grad is not None}
+            # A gradient that is not there is none; what an optimizer makes of either, parameters
+            # will tell.
+            grads = {
+                name: torch.zeros_like(p) if p.grad is None else p.grad
+                for name, p in ctx.model.named_parameters()
+                if p.requires_grad
+            }
             write_tensors(self._probe.folder, gradients_name(step.number), grads)
 
     def on_step_end(self, ctx: Context, step: Step) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -116,6 +116,11 @@ class Results:
         """Rank 0's record."""
         return self.ranks[0]
 
+    def forget_gradients(self) -> None:
+        """Deletes them: they are most of what a run leaves on the disk."""
+        for path in self.folder.glob(f"{gradients_name('*')}.safetensors"):
+            path.unlink()
+
     @contextmanager
     def tensors(self, name: str) -> Iterator[Mapping[str, Tensor]]:
         """Opens what :func:`write_tensors` wrote; a tensor is read when it is looked up."""
@@ -132,8 +137,8 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Non
     save_file(ready, folder / f"{name}.safetensors")
 
 
-def gradients_name(step: int) -> str:
-    """Returns the name of the file with the gradients of a step."""
+def gradients_name(step: int | Literal["*"]) -> str:
+    """Returns the name of the file with the gradients of a step, or a pattern for all steps."""
     return f"gradients-{step}"
 
 

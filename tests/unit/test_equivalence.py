@@ -104,10 +104,18 @@ def test_a_small_tensor_is_not_blamed_for_rounding_of_large_ones():
 
 def test_a_weak_number_decides_nothing():
     start, mine = torch.zeros(2).double(), torch.tensor([0.1, 0.1]).double()
-    least = torch.tensor([1.0, 1e-9]).double()
-    gap, drifted = parameter_gap(start, mine, torch.tensor([0.1, 0.2]).double(), least, DOUBLE)
+    weak = torch.tensor([False, True])
+    gap, drifted = parameter_gap(start, mine, torch.tensor([0.1, 0.2]).double(), weak, DOUBLE)
     assert gap < DOUBLE.parameter
     assert drifted == 1
+
+
+def test_a_number_without_gradient_decides(tmp_path):
+    """Such as weight decay of a parameter that one run leaves alone."""
+    gradients = [tensors([1.0, 0.5, 2.0], [0.0, 0.0])]
+    truth = results(tmp_path / "truth", gradients, tensors([0.2, 0.1, 0.2], [0.0, 0.0]))
+    run = results(tmp_path / "run", gradients, tensors([0.2, 0.1, 0.2], [0.0, 1e-3]))
+    assert [p.name for p in compare("run", truth, run, DOUBLE).parted] == ["bias"]
 
 
 def test_digests_do_not_depend_on_how_a_batch_is_split():
