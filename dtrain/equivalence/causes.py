@@ -40,19 +40,20 @@ _SWITCHED = {
 }
 
 
-def switchable(suspects: Sequence[str], equal_without: bool) -> list[Cause]:
+def switchable(suspects: Sequence[str], equal_without: bool | None) -> list[Cause]:
     """Causes that an experiment has switched off.
 
     Args:
         suspects: names from :data:`~dtrain.equivalence.setup.SWITCHES`, all switched off at once.
-        equal_without: the numbers were equal then.
+        equal_without: the numbers were equal then; None where it could not be tried.
     """
     them = "it" if len(suspects) == 1 else "all of " + ", ".join(suspects)
-    tried = (
-        f"Tried: without {them}, the numbers are equal."
-        if equal_without
-        else f"Tried: without {them}, the numbers still part, so there is another cause as well."
-    )
+    if equal_without is None:
+        tried = f"Whether the numbers are equal without {them} could not be tried."
+    elif equal_without:
+        tried = f"Tried: without {them}, the numbers are equal."
+    else:
+        tried = f"Tried: without {them}, the numbers still part: there is another cause as well."
     return [Cause(name, f"{_SWITCHED[name][0]} {tried}", _SWITCHED[name][1]) for name in suspects]
 
 
@@ -101,22 +102,23 @@ def rank_dependent(twins: Results, examined: Examined | None) -> list[Cause]:
     for rank, other in enumerate(twins.ranks[1:], start=1):
         # Where ranks drift apart, only the first loss is of equal parameters.
         valid = len(main.own_losses) if main.own_parameters == other.own_parameters else 1
-        found = _first_difference(main.own_losses[:valid], other.own_losses[:valid])
-        if found is not None:
-            mine, theirs = main.own_losses[found], other.own_losses[found]
-            drawn = _draws(examined) if examined is not None else ""
-            causes.append(
-                Cause(
+        for what, mine, theirs in (
+            ("returned a mean of", main.own_losses[:valid], other.own_losses[:valid]),
+            ("returned a weight of", main.own_weights, other.own_weights),
+        ):
+            found = _first_difference(mine, theirs)
+            if found is not None:
+                drawn = _draws(examined) if examined is not None else ""
+                loss = Cause(
                     "a loss function that depends on the rank",
-                    "On the same samples, with the same parameters and random streams, it returned "
-                    f"{mine:.6g} on rank 0 and {theirs:.6g} on rank {rank}."
+                    "On the same samples, with the same parameters and random streams, it "
+                    f"{what} {mine[found]:.6g} on rank 0 and {theirs[found]:.6g} on rank {rank}."
                     + (f" It draws random numbers: {drawn}." if drawn else ""),
                     "seed no generator by the rank, and do not ask for the rank in the loss "
                     "function. For noise that is the same on any number of ranks, seed a generator "
                     "by the sample's index.",
                 )
-            )
-            break
+                return [*causes, loss]
     return causes
 
 

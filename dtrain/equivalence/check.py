@@ -174,10 +174,9 @@ class Check:
             # It may be float64 that it cannot do; if not, it fails again, in its own way.
             setup = replace(setup, double=False)
             truth = self._launch(setup, f"{setup.title} (the truth), in float32")
-            last = str(error).splitlines()[-1].strip(" |")
             self.notes.append(
-                f"in float64 the script fails ({last}), so it was compared in float32, where "
-                "faults of less than a thousandth cannot be told from rounding."
+                f"in float64 the script fails ({_last_line(error)}), so it was compared in "
+                "float32, where faults of less than a thousandth cannot be told from rounding."
             )
             self.tolerance = SINGLE
         if setup.double and truth.main.dtype != "float64":
@@ -209,7 +208,7 @@ class Check:
         suspects = [name for name in truth.main.seen if name not in self.allow]
         if examined is not None and examined.data_draws and "augmentation" not in self.allow:
             suspects.append("augmentation")
-        equal = bool(suspects) and self._equal_without(suspects, setup, worst.setup)
+        equal = self._equal_without(suspects, setup, worst.setup) if suspects else None
         causes = find.switchable(suspects, equal)
         if equal:
             return causes
@@ -217,7 +216,7 @@ class Check:
             find.drifting(strays, title) if strays else None,
             find.ragged_mean(examined, self.tolerance),
             *self._rank_dependent(truth, parted),
-            find.drawing_callback(truth.main),
+            None if "mixup" in suspects else find.drawing_callback(truth.main),
             find.other_start(truth, worst.results, title),
             find.other_settings(truth.main, worst.results.main, title),
         ]
@@ -236,15 +235,17 @@ class Check:
             found += self._again(setup, truth)
         return [*found, *causes] or [find.unknown()]
 
-    def _equal_without(self, suspects: Sequence[str], setup: Setup, worst: Setup) -> bool:
+    def _equal_without(self, suspects: Sequence[str], setup: Setup, worst: Setup) -> bool | None:
         """An experiment: are the numbers equal once the suspects are switched off?"""
         without = (*self.allow, *suspects)
-        words = "experiment: without " + ", ".join(suspects)
-        truth = self._launch(
+        words = "without " + ", ".join(suspects)
+        truth = self._experiment(
             replace(setup, without=without, examine=False), f"{words}, {setup.title}"
         )
-        run = self._against(truth, replace(worst, without=without), f"{words}, {worst.title}")
-        return run.comparison.equal
+        run = truth and self._experiment(replace(worst, without=without), f"{words}, {worst.title}")
+        if truth is None or run is None:
+            return None
+        return compare(words, truth, run, self.tolerance).equal
 
     def _rank_dependent(self, truth: Results, parted: list[_Run]) -> list[Cause]:
         """An experiment: every rank gets the same samples and random streams."""
@@ -252,17 +253,27 @@ class Check:
         if not several:
             return []
         twins = replace(several[0], micro_batches=1, twins=True)
-        results = self._launch(twins, f"experiment: the same samples on {self.ranks} ranks")
-        return find.rank_dependent(results, truth.main.examined)
+        results = self._experiment(twins, f"the same samples on {self.ranks} ranks")
+        return find.rank_dependent(results, truth.main.examined) if results else []
 
     def _again(self, setup: Setup, truth: Results) -> list[Cause]:
         """An experiment: does the truth repeat itself?"""
-        title = "experiment: one rank once more"
-        again = self._against(truth, replace(setup, examine=False), title).comparison
+        results = self._experiment(replace(setup, examine=False), "one rank once more")
+        if results is None:
+            return []
+        again = compare(setup.title, truth, results, self.tolerance)
         if again.equal:
             return []
         where = f"loss by {again.loss_gap:.1e}, {again.worst} by {again.worst_gap:.1e}"
         return [find.not_repeatable(where)]
+
+    def _experiment(self, setup: Setup, words: str) -> Results | None:
+        """Runs one; that it fails must not hide what is known already."""
+        try:
+            return self._launch(setup, f"experiment: {words}")
+        except CheckError as error:
+            self.notes.append(f"an experiment ({words}) failed: {_last_line(error)}.")
+            return None
 
     # -- notes --------------------------------------------------------------------------------
 
@@ -295,3 +306,8 @@ class Check:
                 f"the script asks for batch_size {mine} on one rank and {theirs} on {self.ranks}. "
                 f"batch_size is the global batch; here all runs had {mine}."
             )
+
+
+def _last_line(error: CheckError) -> str:
+    """The last line of a script's output, which names the error."""
+    return str(error).splitlines()[-1].strip(" |.")

@@ -116,8 +116,11 @@ class Opening(Callback):
     def on_loss(self, ctx: Context, step: Step) -> None:
         """Notes the loss as the loss function returned it."""
         assert step.loss is not None
-        self._probe.record.own_losses.append(float(step.loss.mean.detach()))
-        self._probe.record.dtype = str(step.loss.mean.dtype).removeprefix("torch.")
+        assert step.loss.weight is not None
+        record = self._probe.record
+        record.own_losses.append(float(step.loss.mean.detach()))
+        record.own_weights.append(float(step.loss.weight))
+        record.dtype = str(step.loss.mean.dtype).removeprefix("torch.")
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         """Keeps the gradient of the global batch, and the optimizer's numbers."""

@@ -56,6 +56,7 @@ class Record:
         steps: steps taken.
         losses: of each step, over all ranks.
         own_losses: of each of this rank's micro-batches, as the loss function returned it.
+        own_weights: what it said they weigh.
         dtype: in which the loss came.
         samples: for each step a digest of each sample this rank had.
         sample_shapes: shapes of samples as they came, to tell padding from data.
@@ -72,6 +73,7 @@ class Record:
     steps: int = 0
     losses: list[float] = field(default_factory=list)
     own_losses: list[float] = field(default_factory=list)
+    own_weights: list[float] = field(default_factory=list)
     dtype: str = ""
     samples: list[list[str]] = field(default_factory=list)
     sample_shapes: list[str] = field(default_factory=list)

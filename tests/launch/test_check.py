@@ -93,6 +93,9 @@ def loss_fn(model, batch):
     logits = model(x).flatten(0, 1).float()
     total = F.cross_entropy(logits, y.flatten(), reduction="sum")
     count = (y != -100).sum()
+    if fault == "rank in weight":
+        count = count * (1 + rank)
+        total = total * (1 + rank)
     if "ragged" in fault:
         return total / count
     return dtrain.Loss.from_sum(total, count)
@@ -218,6 +221,7 @@ def test_random_augmentation_is_found_and_can_be_allowed(check):
     ("fault", "cause", "told"),
     [
         ("rank in loss", "a loss function that depends on the rank", "torch.randn"),
+        ("rank in weight", "a loss function that depends on the rank", "a weight of"),
         ("rank in data", "data that depend on the rank", "rank 0 and rank 1"),
         ("rank in callback", "ranks that drift apart", "rank 1"),
         ("ranks in model", "other initial parameters", "up.weight"),
