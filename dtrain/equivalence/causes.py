@@ -71,11 +71,11 @@ def ragged_mean(examined: Examined | None, tolerance: Tolerance) -> Cause | None
         f"The loss of the {sum(examined.sizes)} samples of step {examined.step + 1} is "
         f"{examined.whole:.6g}. Of the same samples in two parts ({sizes}), the mean weighted as "
         f"the loss function says ({weights}) is {examined.parts:.6g}. So the loss is no "
-        "mean over its weight. (In eval mode, without dropout.)",
+        f"mean over its weight. (In {examined.mode} mode, without dropout.)",
         "return the weight that the mean is over: dtrain.Loss.from_sum(total, weight=count), with "
         "the count of tokens or pixels that were not masked; or dtrain.Loss(mean, weight=count). "
-        "If instead samples see one another (in-batch negatives, statistics of the batch), the "
-        "numbers cannot be the same on other ranks.",
+        "If instead samples see one another (in-batch negatives, statistics or the size of the "
+        "batch), the numbers cannot be the same on other ranks.",
     )
 
 

@@ -221,19 +221,21 @@ class Check:
             find.other_settings(truth.main, worst.results.main, title),
         ]
         found = [cause for cause in others if cause is not None]
-        # What only may be a cause, or follows from one that was found.
+        # What only may be a cause, or follows from one that was found: the first of them.
+        augmented = "augmentation" in suspects
         weaker = [
             find.wandering_data(examined),
             find.random_loss(examined),
-            find.other_data(truth.main, worst.results, title),
+            None if augmented else find.other_data(truth.main, worst.results, title),
             find.moving_buffers(truth.main),
         ]
-        for cause in weaker:
-            if cause is not None and not (found or suspects):
-                found.append(cause)
+        if not found:
+            found += [cause for cause in weaker if cause is not None][:1]
         if not found or find.other_start(truth, worst.results, title) is not None:
             found += self._again(setup, truth)
-        return [*found, *causes] or [find.unknown()]
+        if not found and not (suspects and equal is None):
+            found.append(find.unknown())
+        return [*found, *causes]
 
     def _equal_without(self, suspects: Sequence[str], setup: Setup, worst: Setup) -> bool | None:
         """An experiment: are the numbers equal once the suspects are switched off?"""

@@ -25,7 +25,12 @@ LossOf = Callable[[Any], Any]
 
 
 def examine(
-    model: nn.Module, loss_of: LossOf, batches: Sequence[tuple[Any, int]], data: Data | None
+    model: nn.Module,
+    loss_of: LossOf,
+    batches: Sequence[tuple[Any, int]],
+    data: Data | None,
+    *,
+    keeps_state: bool,
 ) -> Examined:
     """Returns what the loss function does with batches, and the data with a sample.
 
@@ -34,6 +39,7 @@ def examine(
         loss_of: the loss function, from a batch, with dropout and BatchNorm switched off.
         batches: the global batch of each step, as the loss function got it, and its samples.
         data: what was trained on, if it has samples to fetch.
+        keeps_state: in training, a forward changes what the next one gives.
 
     Ranks: one; local.
     """
@@ -43,10 +49,12 @@ def examine(
     with torch.no_grad():
         _look_at_draws(loss_of, batches[0][0], found)
         modes = [(module, module.training) for module in model.modules()]
-        model.eval()
         try:
-            for step, (batch, samples) in enumerate(batches):
-                _try_parts(loss_of, batch, samples, step, found)
+            # As it trains, too: some losses are another there.
+            if not keeps_state:
+                _try_batches(loss_of, batches, "train", found)
+            model.eval()
+            _try_batches(loss_of, batches, "eval", found)
         except Exception as error:  # noqa: BLE001 -- a user's function, called as never before
             found.failures.append(f"the loss of parts of a batch ({type(error).__name__}: {error})")
         finally:
@@ -55,8 +63,17 @@ def examine(
     return found
 
 
-def _try_parts(loss_of: LossOf, batch: Any, samples: int, step: int, found: Examined) -> None:
-    """Is the loss of a batch the weighted mean of its parts' losses?"""
+def _try_batches(
+    loss_of: LossOf, batches: Sequence[tuple[Any, int]], mode: str, found: Examined
+) -> None:
+    for step, (batch, samples) in enumerate(batches):
+        if _try_parts(loss_of, batch, samples, found):
+            found.step, found.mode = step, mode
+
+
+def _try_parts(loss_of: LossOf, batch: Any, samples: int, found: Examined) -> bool:
+    """Is the loss of a batch the weighted mean of its parts'? Says if it is farther than before."""
+    farther = False
     whole, _ = _loss(loss_of, batch, samples)
     # Halves may happen to weigh alike, so uneven parts are tried as well.
     for cut in sorted({samples // 2, 1} & set(range(1, samples))):
@@ -70,9 +87,10 @@ def _try_parts(loss_of: LossOf, batch: Any, samples: int, step: int, found: Exam
         # What weighs nothing counts for nothing, even if its mean is NaN.
         mean = sum(m * w for m, w in pieces if w) / sum(weights)
         if not found.tried_parts or abs(mean - whole) > abs(found.parts - found.whole):
-            found.step, found.whole, found.parts = step, whole, mean
+            found.whole, found.parts = whole, mean
             found.sizes, found.weights = [cut, samples - cut], weights
-            found.tried_parts = True
+            found.tried_parts = farther = True
+    return farther
 
 
 def _loss(loss_of: LossOf, batch: Any, samples: int) -> tuple[float, float]:

@@ -222,7 +222,13 @@ def probing(probe: Probe) -> type[Trainer]:
                     return self._user_loss(self.model, batch, self.context)
 
             fetchable = None if data.is_stream else data
-            return examine(self.model, loss_of, probe.batches, fetchable)
+            return examine(
+                self.model,
+                loss_of,
+                probe.batches,
+                fetchable,
+                keeps_state=bool(record.moving_buffers),
+            )
 
         def _feed(self, data: Data) -> Feed:
             if not setup.twins or data.is_stream:

@@ -23,9 +23,10 @@ class Examined:
         step: the step of whose batch the following are, the one where they are farthest apart.
         whole: the loss of the batch.
         parts: the weighted mean of the losses of two parts of it.
+        mode: which mode the model was in then, ``"eval"`` or ``"train"``.
         sizes: samples of those parts.
         weights: what the loss function said they weigh.
-        tried_parts: the five above are known.
+        tried_parts: the six above are known.
         failures: what could not be tried, and why.
         draws: torch's functions that draw random numbers in the loss function, dropout aside.
         own_generator: some of them draw from a generator of the user's.
@@ -37,6 +38,7 @@ class Examined:
     step: int = 0
     whole: float = 0.0
     parts: float = 0.0
+    mode: str = ""
     sizes: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     tried_parts: bool = False

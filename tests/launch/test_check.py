@@ -185,6 +185,7 @@ def test_a_ragged_mean_is_found_and_told_with_both_numbers(check):
     assert causes(found) == ["ragged mean"]
     examined = found.causes[0].evidence
     assert "10 samples of step" in examined
+    assert "In train mode" in examined or "In eval mode" in examined
     whole, parts = (examined.split(word)[1].split()[0] for word in ("step ", ") is "))
     assert whole != parts
     assert "Loss.from_sum" in found.causes[0].remedy
