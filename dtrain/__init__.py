@@ -2,6 +2,7 @@
 
 from dtrain.callback import Callback, Sink
 from dtrain.data import Data
+from dtrain.equivalence import Equivalence, check_equivalence
 from dtrain.errors import DtrainError
 from dtrain.state import Context, Loss, Mean, Progress, Report, Step
 from dtrain.trainer import FitResult, Trainer
@@ -14,6 +15,7 @@ __all__ = [
     "Context",
     "Data",
     "DtrainError",
+    "Equivalence",
     "FitResult",
     "Loss",
     "Mean",
@@ -23,6 +25,7 @@ __all__ = [
     "Step",
     "Trainer",
     "World",
+    "check_equivalence",
     "init",
     "on_main",
 ]

@@ -12,6 +12,7 @@
     ├── CommError         ranks can no longer reach one another
     ├── UnusedParameters  the model has parameters that no gradient reached
     ├── SinkError         a sink failed that was to stop the run if it does
+    ├── CheckError        a script could not be checked for equivalence
     └── CheckpointError   a checkpoint cannot be written or read
         └── ResumeError   the run in run_dir cannot be continued as asked
 """
@@ -61,6 +62,18 @@ class UnusedParameters(DtrainError):
 
 class SinkError(DtrainError):
     """A sink failed whose ``on_error`` is ``"raise"``."""
+
+
+class CheckError(DtrainError):
+    """A script could not be checked: it failed, took too long, or never called ``fit``.
+
+    Attributes:
+        fails_itself: it raised or left; not out of time, nor without a call of ``fit``.
+    """
+
+    def __init__(self, message: str, *, fails_itself: bool = False) -> None:
+        super().__init__(message)
+        self.fails_itself = fails_itself
 
 
 class CheckpointError(DtrainError):

@@ -1,0 +1,86 @@
+"""``dtrain check``: does a script train the same on one rank and on several?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dtrain.equivalence import Equivalence, check_equivalence
+from dtrain.equivalence.report import COLUMNS, headline, paragraphs, rows
+from dtrain.errors import CheckError, ConfigError
+
+NOT_EQUAL, NOT_CHECKED, INTERRUPTED = 1, 2, 130
+
+
+def check(
+    script: Annotated[Path, typer.Argument(help="A script that calls Trainer(...).fit(...).")],
+    args: Annotated[
+        list[str] | None, typer.Argument(help="The script's own arguments, as they are.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Compare one rank with so many.")] = 2,
+    micro_batches: Annotated[
+        str, typer.Option(help="Compare so many micro-batches a rank; commas between.")
+    ] = "1,2",
+    steps: Annotated[int, typer.Option(help="Steps of each run.")] = 4,
+    timeout: Annotated[float, typer.Option(help="Seconds that a run may take.")] = 300.0,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Take this out of all runs and compare the rest: dropout, batchnorm, "
+            "augmentation or mixup. May be given several times."
+        ),
+    ] = None,
+) -> None:
+    """Find out whether a script trains alike on any number of ranks.
+
+    It takes a few steps on 1 and on several ranks, with several micro-batches, and says where
+    numbers part, and why.
+
+    Exit status: 0 if the numbers are equal, 1 if they part, 2 if the script could not be checked.
+    """
+    try:
+        found = check_equivalence(
+            script,
+            args or (),
+            ranks=ranks,
+            micro_batches=_numbers(micro_batches),
+            steps=steps,
+            timeout_s=timeout,
+            allow=allow or (),
+            progress=lambda words: typer.echo(f"  {words} ...", err=True),
+        )
+    except (CheckError, ConfigError) as error:
+        typer.echo(f"dtrain check: {error}", err=True)
+        raise typer.Exit(NOT_CHECKED) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None  # not 1, which would mean that numbers part
+    _show(found)
+    if not found.passed:
+        raise typer.Exit(NOT_EQUAL)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--micro-batches {text}: numbers with commas, such as 1,2") from None
+
+
+def _show(found: Equivalence) -> None:
+    # Names of tensors and files are no markup; and a pipe has no width to fit in.
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        typer.echo(str(found))
+        return
+    console.print(headline(found), style="bold green" if found.passed else "bold red")
+    table = Table(*COLUMNS)
+    for run, row in zip(found.runs, rows(found), strict=True):
+        table.add_row(*row, style=None if run.equal else "red")
+    console.print(table)
+    for paragraph in paragraphs(found):
+        console.print(paragraph, soft_wrap=True)
+        console.print()

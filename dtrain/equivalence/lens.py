@@ -1,0 +1,122 @@
+"""What a training computes with: float64 throughout, and without dropout if told so.
+
+A lens lies around a training and sees each of torch's functions as it is called, from
+modules and from the user's own code alike. So it finds ``F.dropout`` as well as ``nn.Dropout``,
+and a ``logits.float()`` does not bring float32's rounding back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+_LOWER = (torch.float32, torch.float16, torch.bfloat16)
+_CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+# Python functions, and what they call the probability of dropping out.
+_DROPOUTS = {
+    F.dropout: "p",
+    F.dropout1d: "p",
+    F.dropout2d: "p",
+    F.dropout3d: "p",
+    F.alpha_dropout: "p",
+    F.feature_alpha_dropout: "p",
+    F.multi_head_attention_forward: "dropout_p",
+}
+# (input, p, train)
+_BARE = (torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.native_dropout)
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+
+class Lens(TorchFunctionMode):
+    """Sees what a training calls; changes dtypes, dropout and BatchNorm if told to.
+
+    Args:
+        double: lower floating dtypes become float64.
+        without: may hold ``"dropout"`` and ``"batchnorm"``, which are then switched off.
+
+    Attributes:
+        seen: those of the two that were in effect, or would have been.
+
+    Ranks: all, local.
+    """
+
+    def __init__(self, *, double: bool, without: frozenset[str]) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self._double = double
+        self._without = without
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._double:
+            if func in _CASTS:
+                func = torch.Tensor.double
+            args = tuple(_wide(value) for value in args)
+            kwargs = {name: _wide(value) for name, value in kwargs.items()}
+        if func in _DROPOUTS:
+            args, kwargs = (), self._less_dropout(func, args, kwargs)
+        elif func is F.scaled_dot_product_attention:
+            args, kwargs = self._less_attention_dropout(args, kwargs)
+        elif func in _BARE:
+            args, kwargs = self._less_bare_dropout(args, kwargs)
+        elif func in _RECURRENT:
+            args = self._less_recurrent_dropout(args)
+        elif func is F.batch_norm:
+            args, kwargs = (), self._less_batch_norm(args, kwargs)
+        return func(*args, **kwargs)
+
+    def _less_dropout(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        values = bound.arguments
+        p = _DROPOUTS[func]
+        if values[p] > 0 and values["training"]:
+            values[p] = self._note("dropout", values[p], 0.0)
+        return values
+
+    def _less_attention_dropout(self, args: tuple[Any, ...], kwargs: Any) -> Any:
+        if kwargs.get("dropout_p", 0.0) > 0:
+            kwargs = {**kwargs, "dropout_p": self._note("dropout", kwargs["dropout_p"], 0.0)}
+        elif len(args) > 4 and args[4] > 0:
+            args = (*args[:4], self._note("dropout", args[4], 0.0), *args[5:])
+        return args, kwargs
+
+    def _less_bare_dropout(self, args: tuple[Any, ...], kwargs: Any) -> Any:
+        given = dict(zip(("input", "p", "train"), args, strict=False)) | kwargs
+        if given["p"] > 0 and given["train"]:
+            given["p"] = self._note("dropout", given["p"], 0.0)
+        return (given["input"], given["p"], given["train"]), {}
+
+    def _less_recurrent_dropout(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # (input, hx, weights, has_biases, layers, dropout, training, ...), and with packed
+        # sequences one more in front.
+        at = 5 if isinstance(args[3], bool) else 6
+        if args[at] > 0 and args[at + 1]:
+            return (*args[:at], self._note("dropout", args[at], 0.0), *args[at + 1 :])
+        return args
+
+    def _less_batch_norm(self, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
+        bound = inspect.signature(F.batch_norm).bind(*args, **kwargs)
+        bound.apply_defaults()
+        values = bound.arguments
+        if values["training"]:
+            values["training"] = self._note("batchnorm", True, False)
+            x = values["input"]
+            if not values["training"] and values["running_mean"] is None:
+                values["running_mean"] = x.new_zeros(x.shape[1])
+                values["running_var"] = x.new_ones(x.shape[1])
+        return values
+
+    def _note(self, what: str, as_it_is: Any, switched_off: Any) -> Any:
+        self.seen.add(what)
+        return switched_off if what in self._without else as_it_is
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _LOWER else value
