@@ -77,13 +77,12 @@ class Plain:
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.ddp(x, y).backward()
-        self.after_backward()
+        self.backward(x, y)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
-    def after_backward(self) -> None:
-        pass
+    def backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.ddp(x, y).backward()
 
 
 class _Loss(nn.Module):
@@ -107,7 +106,8 @@ class WithLane(Plain):
         self.lane.open()
         super().step(x, y)
 
-    def after_backward(self) -> None:
+    def backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        torch.autograd.backward(self.ddp(x, y))
         verdict = self.lane.listen().verdict()
         assert verdict.fed == dist.get_world_size()
         if verdict.factor != 1.0:
@@ -122,13 +122,13 @@ class _LossAndLane(nn.Module):
         self.lane_param = lane.param
         self.lane = lane
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         voice = self.lane.attach()
         self.lane.say(Slot.FED)
         if self.lane.reference == 1.0:
             self.lane.expect(len(y) * dist.get_world_size())
         loss = F.cross_entropy(self.model(x), y)
-        return self.lane.add(loss, len(y), len(y)) + voice
+        return self.lane.add(loss, len(y), len(y)), voice
 
 
 class Explicit(Plain):

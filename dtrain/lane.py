@@ -169,7 +169,7 @@ class Lane:
         self._said[slot] += count
 
     def attach(self) -> Tensor:
-        """Returns a zero that carries the lane; add it to the loss.
+        """Returns a zero that carries the lane; it goes into backward together with the loss.
 
         Made at the start of the forward: autograd runs what was recorded first last, so that
         the lane is the last gradient to arrive, and its coming back proves that every bucket
@@ -253,7 +253,7 @@ class Heard:
         return 2 * self._size - 1
 
     def _read(self) -> Verdict:
-        mean: list[float] = self._arriving.get().tolist()
+        mean = self._arriving.get()
         size = self._size
         # An unreduced lane says 1, W or W * W. Not compared as a whole number: a sum over
         # thousands of ranks is inexact.
@@ -273,7 +273,7 @@ class Heard:
 
 
 class Arriving:
-    """A small tensor on its way to the host; whoever asks for it waits only for what came before.
+    """A vector on its way to the host; whoever asks for it waits only for what came before.
 
     Reading it with ``.item()`` would wait for all that the device was given since.
     """
@@ -281,18 +281,21 @@ class Arriving:
     def __init__(self, tensor: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         if tensor.device.type == "cpu":
-            self._host = tensor.detach().clone()
+            self._values: list[float] | None = tensor.tolist()
             return
+        self._values = None
         self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
         self._host.copy_(tensor.detach(), non_blocking=True)
         self._event = torch.cuda.Event()
         self._event.record()
 
-    def get(self) -> Tensor:
-        """Returns it, on the host."""
-        if self._event is not None:
+    def get(self) -> list[float]:
+        """Returns its values, on the host."""
+        if self._values is None:
+            assert self._event is not None
             self._event.synchronize()
-        return self._host
+            self._values = self._host.tolist()
+        return self._values
 
 
 def _narrow(value: float) -> float:

@@ -272,7 +272,7 @@ class Loop:
             self.context.log("vetoed", 1 / self.world_size, "sum")
         elif verdict is None:
             blocked = self.precision.step_unless(self.optimizer, outcome.heard.veto())
-            outcome.blocked = Arriving(blocked)
+            outcome.blocked = Arriving(blocked.reshape(1))
         else:
             outcome.blocked = not self.precision.step(self.optimizer)
 

@@ -122,8 +122,8 @@ class MicroStep(nn.Module):
         ]
         return places
 
-    def forward(self, step: Step, feed: StepFeed, last: bool) -> Tensor | None:
-        """Runs a micro-batch; returns the term to call backward on, or None for nothing.
+    def forward(self, step: Step, feed: StepFeed, last: bool) -> tuple[Tensor, ...]:
+        """Runs a micro-batch; returns the terms to call backward on, if there are any.
 
         Args:
             step: handed to the hooks.
@@ -147,7 +147,7 @@ class MicroStep(nn.Module):
             # With find_unused, gradients of zero would make AdamW decay an unused parameter.
             if loss is None and not self._find_unused:
                 terms.append(idle(self._trainable[::-1], self._sparse))
-        return sum(terms[1:], start=terms[0]) if terms else None
+        return tuple(terms)
 
     def _refuse_to_idle(self) -> None:
         """Raises here and now: the others wait in the model, and must find this rank gone."""

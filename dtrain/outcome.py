@@ -54,5 +54,5 @@ class Outcome:
     def applied(self) -> bool:
         """Whether the optimizer's update was applied."""
         if isinstance(self.blocked, Arriving):
-            self.blocked = bool(self.blocked.get() > 0)
+            self.blocked = self.blocked.get()[0] > 0
         return not self.blocked

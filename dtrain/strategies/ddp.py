@@ -262,6 +262,6 @@ class DDP(Strategy):
         )
 
 
-def _backward(term: torch.Tensor | None) -> None:
-    if term is not None:
-        term.backward()
+def _backward(terms: tuple[torch.Tensor, ...]) -> None:
+    if terms:
+        torch.autograd.backward(terms)
