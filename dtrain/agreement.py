@@ -38,10 +38,10 @@ class Agreement:
     Ranks: all.
     """
 
-    def __init__(self, request: Request, comm: Comm, world_size: int) -> None:
+    def __init__(self, request: Request, comm: Comm, host: str) -> None:
         self._request = request
         self._comm = comm
-        self._world_size = world_size
+        self._host = host
         self._carried: Reasons = {}
 
     def say(self, lane: Lane) -> None:
@@ -76,25 +76,27 @@ class Agreement:
         return self._gather(self._take())
 
     def _take(self) -> Reasons:
-        taken = {kind: list(reasons) for kind, reasons in self._request.pending.items()}
-        for reasons in self._request.pending.values():
-            reasons.clear()
-        return taken
+        # One by one: a signal may add another at any moment, and none may be lost.
+        pending = self._request.pending.items()
+        return {kind: [reasons.pop(0) for _ in range(len(reasons))] for kind, reasons in pending}
 
     def _gather(self, mine: Reasons) -> Agreed:
-        by_rank = self._comm.gather_objects("reasons", mine)
-        preempt, stop = self._words(by_rank, "preempt"), self._words(by_rank, "stop")
+        by_rank = self._comm.gather_objects("reasons", (self._host, mine))
+        preempt, stop = _words(by_rank, "preempt"), _words(by_rank, "stop")
         return Agreed(
-            save=any(reasons.get("save") for reasons in by_rank),
+            save=any(reasons.get("save") for _, reasons in by_rank),
             preempt=bool(preempt),
             stop_reason=preempt or stop,
         )
 
-    def _words(self, by_rank: list[Reasons], kind: str) -> str:
-        """Who asked, and why; once, where all ranks asked for the same reason."""
-        asked = [reasons.get(kind, []) for reasons in by_rank]
-        if asked[0] and all(reasons == asked[0] for reasons in asked):
-            return "; ".join(asked[0])
-        return "; ".join(
-            f"{why} (asked by rank {rank})" for rank, reasons in enumerate(asked) for why in reasons
-        )
+
+def _words(by_rank: list[tuple[str, Reasons]], kind: str) -> str:
+    """Who asked, and why; once, where all ranks asked for the same reason."""
+    asked = [reasons.get(kind, []) for _, reasons in by_rank]
+    if asked[0] and all(reasons == asked[0] for reasons in asked):
+        return "; ".join(asked[0])
+    return "; ".join(
+        f"{why} (asked by rank {rank} on {host})"
+        for rank, (host, reasons) in enumerate(by_rank)
+        for why in reasons.get(kind, [])
+    )

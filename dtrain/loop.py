@@ -81,6 +81,8 @@ class Loop:
     delays: bool = False
     stop_reason: str = ""
     preempted: bool = False
+    #: All ranks raise in the same step, of which nothing was applied.
+    failed_together: bool = False
     #: The end of an epoch that was saved, but whose `on_epoch_end` a resumed run still owes.
     epoch_evaluated: bool = False
     #: A rank's stream has ended, and with it the epoch (`when_uneven="stop"`).
@@ -249,6 +251,9 @@ class Loop:
         step, outcome = self._pending
         self._pending = None
         self.context.comm.mark_step(step.number)
+        if outcome.verdict().errors:
+            self.context.progress.step -= 1  # it was taken for done
+            self.context.progress.step_in_epoch -= 1
         self._take_notice(outcome.verdict())
         with self.context.comm.alone(self._at("a training step")):
             self._count(step, outcome)
@@ -257,6 +262,7 @@ class Loop:
 
     def _take_notice(self, verdict: Verdict) -> None:
         if verdict.errors:
+            self.failed_together = True
             self._raise_failures()
         if verdict.stop or verdict.save or verdict.preempt:
             self._heed(self.agreement.carried())

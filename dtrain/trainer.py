@@ -45,6 +45,7 @@ from dtrain.metrics import Means
 from dtrain.microstep import MicroStep, UserLoss, adapt, as_loss
 from dtrain.precision import Precision, takes_a_veto
 from dtrain.reporting import Reporter
+from dtrain.signals import Signals
 from dtrain.sinks import Console
 from dtrain.snapshot import Snapshot
 from dtrain.state import Context, Loss, Progress, Request
@@ -136,7 +137,7 @@ class Trainer:
         self._eval_gathers = Gathers(world.comm, rank=world.rank, size=world.size)
         shares = 1 if self.precision.scales_loss else world.size
         self._lane = Lane(self.model, rank=world.rank, size=world.size, shares=shares)
-        self._agreement = Agreement(self.context.request, world.comm, world.size)
+        self._agreement = Agreement(self.context.request, world.comm, world.host)
         self._micro_step = MicroStep(
             self.model,
             loss_fn,
@@ -238,8 +239,13 @@ class Trainer:
             eval_first: evaluate before the first step, too.
             log_every: training figures are agreed and reported every so many steps.
             resume: ``"auto"`` continues an unfinished run in ``run_dir``; ``"must"`` insists
-                on one; ``"never"`` begins anew and moves the old run's files aside. A second
+                on one; ``"never"`` begins anew and moves the old run's files aside;
+                ``"emergency"`` continues from what was saved when the run failed. A second
                 ``fit`` of a live trainer goes on in memory.
+
+        A TERM, USR1, USR2 or INT (Ctrl-C) to any one rank ends the run in order: all ranks stop
+        after the same step and save, and ``status.json`` says ``preempted``. A second INT ends
+        the process at once. Signals that the script handles itself are left alone.
 
         Returns:
             What happened. The model holds the trained weights.
@@ -255,19 +261,21 @@ class Trainer:
         loop: Loop | None = None
         reporter = Reporter(self._sinks, self._run_dir, active=self.world.is_main)
         try:
-            with self.world.comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
-                plan = check_plan(epochs, max_steps, eval_every, log_every, eval_first)
-                data = as_data(train, batch_size, shuffle=True)
-                evals = self._eval_feeds(eval_set, data.batch_size)
-                loop = self._assemble(plan, data, evals, reporter)
-                self._begin(loop, data, reporter, resume)
-            loop.run()
-            with self.world.comm.lockstep("the end of fit"):
-                self._finish(loop, reporter)
+            with Signals(self.context.request.preempt):
+                with self.world.comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
+                    plan = check_plan(epochs, max_steps, eval_every, log_every, eval_first)
+                    data = as_data(train, batch_size, shuffle=True)
+                    evals = self._eval_feeds(eval_set, data.batch_size)
+                    loop = self._assemble(plan, data, evals, reporter)
+                    self._begin(loop, data, reporter, resume)
+                loop.run()
+                with self.world.comm.lockstep("the end of fit"):
+                    self._finish(loop, reporter)
         except BaseException as error:
             self._fail(loop, error)
             reporter.close()
             cause = None if error is self.hooks.error else self.world.comm.explain(error)
+            self.world.tell_launcher(cause or error)
             if cause is not None:
                 raise cause from error
             raise
@@ -450,12 +458,39 @@ class Trainer:
                 callback.on_error(self.context, error)
             except Exception as another:  # noqa: BLE001 -- must not hide the first error
                 error.add_note(f"({callback.name}.on_error raised as well: {another!r})")
-        if loop is None or not self._live or not self.world.is_main:
+        if loop is None or not self._live:
+            return
+        if loop.failed_together:
+            self._save_emergency(loop, error)
+        if not self.world.is_main:
             return
         try:
             self._write_status("failed", f"{type(error).__name__}: {error}")
         except DtrainError as another:
             error.add_note(f"({another})")
+
+    def _save_emergency(self, loop: Loop, error: BaseException) -> None:
+        """Saves what was there before the failed step; all ranks come here from the same step.
+
+        Nothing of that step was applied. Only random streams have moved on.
+        """
+        if self._run_dir is None:
+            return
+        folder = self._run_dir / status.EMERGENCY
+        step = self.context.progress.step
+        try:
+            share_buffers(self.model, self.world.comm)
+            self._snapshot.save(folder, loop.state_dict())
+            if self.world.is_main:
+                for older in files.listed(folder):
+                    if older.step != step:
+                        files.remove(folder, older.step)
+                error.add_note(
+                    f"(the state before step {step} is saved in {folder}: once the cause is "
+                    "mended, fit(resume='emergency') continues from it)"
+                )
+        except (DtrainError, RuntimeError, OSError) as another:
+            error.add_note(f"(the state before the failed step could not be saved: {another})")
 
     # -- state ----------------------------------------------------------------------------------
 

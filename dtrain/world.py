@@ -77,6 +77,17 @@ class World:
         """
         self._closers.append(release)
 
+    def tell_launcher(self, error: BaseException) -> None:
+        """Leaves ``error``, which is being handled, where torchrun looks for a root cause.
+
+        Ranks: all, local.
+        """
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            # Late: it takes a while to import, and only a failure needs it.
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
+
     def close(self) -> None:
         """Closes the process group, if :func:`init` opened it. A second call does nothing.
 

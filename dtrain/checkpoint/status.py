@@ -15,7 +15,10 @@ from dtrain.checkpoint.files import Saved
 from dtrain.errors import CheckpointError, ConfigError, ResumeError
 
 State = Literal["running", "finished", "preempted", "failed"]
-ResumeMode = Literal["auto", "never", "must"]
+ResumeMode = Literal["auto", "never", "must", "emergency"]
+
+#: The folder within ``run_dir`` of what was saved when a step failed.
+EMERGENCY = "emergency"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +131,15 @@ def decide(
     Args:
         run_dir: the run's folder.
         mode: ``"auto"`` continues an unfinished run, ``"must"`` insists on one, ``"never"``
-            begins anew and moves the old run's files aside.
+            begins anew and moves the old run's files aside; ``"emergency"`` insists on what was
+            saved when a step failed.
         make_up: what this run is made of.
         epochs: how many epochs this run is to have in all, if it counts them.
         max_steps: how many steps, if it counts them.
 
     Raises:
         ResumeError: the old run is finished, or of another make-up, or there is none.
-        ConfigError: ``mode`` is none of the three.
+        ConfigError: ``mode`` is none of these.
 
     Ranks: rank 0 only.
     """
@@ -144,13 +148,15 @@ def decide(
         traces = (run_dir / "status.json", run_dir / "checkpoints")
         return _set_aside(run_dir) if any(t.exists() for t in traces) else Decision(None)
     status = read(run_dir)
-    saved, damage = files.find(run_dir / "checkpoints")
+    saved, damage = files.find(run_dir / (EMERGENCY if mode == EMERGENCY else "checkpoints"))
     notes = [f"left out, because it is damaged: {what}" for what in damage]
     if status is None or (saved is None and status.status != "finished"):
-        if mode == "must":
+        if mode in ("must", EMERGENCY):
             what = "no run" if status is None else "no intact checkpoint"
+            if mode == EMERGENCY:
+                what = "nothing that was saved when a step failed"
             raise ResumeError(
-                f"resume='must', but there is {what} in {run_dir}"
+                f"resume={mode!r}, but there is {what} in {run_dir}"
                 + "".join(f"\n  {note}" for note in notes)
             )
         return Decision(None, tuple(notes))

@@ -6,6 +6,7 @@ without micro-batches, and takes part idle.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -140,6 +141,7 @@ class MapFeed:
                 pin_memory=self._device.type == "cuda",
                 # Of its own: starting workers must not draw from this rank's stream.
                 generator=torch.Generator(),
+                worker_init_fn=_outlive_signals,
             )
         self._tasks.begin(epoch, first_step)
         return iter(self._loader)
@@ -219,6 +221,22 @@ class _Fetcher(Dataset[Any]):
     def __getitem__(self, task: _Task) -> Any:
         seed_everything(task.seed)
         return fetch(self._dataset, task.rows, self._collate)
+
+
+_TERM_AFTER_S = 60.0
+
+
+def _outlive_signals(worker: int) -> None:
+    """Lets a worker go on where a scheduler signals every process of a job.
+
+    Its rank is to finish the step and save. A TERM ends the worker only a minute later, by which
+    time nobody needs it any more.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: signal.setitimer(signal.ITIMER_REAL, _TERM_AFTER_S)
+    )
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -453,7 +453,7 @@ def limited(limit, *, margin_s=0.0, then="stop", by_eval=0.0, eval_every=None, r
 
 def time_limits(folder):
     world = dtrain.init(seed=0)
-    by = f" (asked by rank {world.size - 1})" if world.size > 1 else ""
+    by = f" (asked by rank {world.size - 1} on {world.host})" if world.size > 1 else ""
     # Over after 5 steps, on one rank; the reduction of the sixth carries it.
     result = limited("50s")
     assert (result.steps, result.stop_reason) == (6, f"time limit of 50s{by}")

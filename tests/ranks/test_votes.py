@@ -1,5 +1,7 @@
 """Any rank may ask, all ranks act at the same step."""
 
+import socket
+
 import pytest
 import tiny
 import torch
@@ -46,7 +48,7 @@ def stop_in_hooks():
 def test_one_ranks_stop_stops_all_after_the_same_step(world_size):
     results = run_processes(stop_in_hooks, world_size)
     for rank in range(world_size):
-        by = f" (asked by rank {rank})" if world_size > 1 else ""
+        by = f" (asked by rank {rank} on {socket.gethostname()})" if world_size > 1 else ""
         for found in results:
             # Carried by the reduction of step 4: that step is the last.
             assert found[rank, "on_step_start"] == (5, f"enough{by}")

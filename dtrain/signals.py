@@ -1,0 +1,77 @@
+"""Signals that ask a run to leave: a flag is set, and the run saves and ends in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+#: What schedulers send before they take a machine away, and Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+class Signals:
+    """Turns signals into one call of ``ask``, and puts the old handlers back at its end.
+
+    Nothing else happens in a handler: the main thread may be anywhere. A second Ctrl-C ends the
+    process at once, with exit code 130. A signal for which the script has a handler of its own,
+    or which it ignores, is left alone.
+
+    Example::
+
+        with Signals(request.signalled):
+            loop.run()
+
+    Args:
+        ask: called with the signal's name; must do no more than take note of it.
+
+    Ranks: all, local; one rank's signal suffices.
+    """
+
+    def __init__(self, ask: Callable[[str], None]) -> None:
+        self._ask = ask
+        self._before: dict[int, Any] = {}
+        self._seen: set[int] = set()
+        self._interrupts = 0
+        self._process = 0
+
+    def __enter__(self) -> Signals:
+        # Python lets only the main thread set handlers; elsewhere the caller's stay.
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._process = os.getpid()
+        for number in SIGNALS:
+            before = signal.getsignal(number)
+            if before in (signal.SIG_DFL, signal.default_int_handler):
+                self._before[number] = before
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a loader worker has inherited the handler: its parent decides
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(_INTERRUPTED)
+        if number not in self._seen:
+            self._seen.add(number)
+            self._ask(signal.Signals(number).name)
