@@ -16,4 +16,8 @@ unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE RO
     "${!ACCELERATE_@}" "${!GLOO_@}" "${!OMPI_@}" "${!PMI_@}" "${!RDZV_@}" "${!SLURM_@}" \
     "${!TORCHELASTIC_@}"
 
+# Ranks look up the names of their peers' addresses. Where a name server loses a question, ask again
+# after 1 second, not 5.
+export RES_OPTIONS="${RES_OPTIONS:-timeout:1 attempts:5}"
+
 exec .venv/bin/python -m pytest "$@"

@@ -133,12 +133,12 @@ def signalled(folder, cases):
 
 
 def draw(world_size):
-    """Each rank at each moment; signal and step by chance, seeded."""
+    """Each moment, at two ranks on each of them; signal, step and rank by chance, seeded."""
     drawn = random.Random(world_size)
     return [
         (rank, drawn.choice(SIGNALS), moment, drawn.randrange(0, STEPS - STEPS_PER_EPOCH))
-        for rank in range(world_size)
         for moment in MOMENTS
+        for rank in ((0, 1) if world_size == 2 else [drawn.randrange(world_size)])
     ]
 
 
