@@ -109,6 +109,7 @@ def emergencies(folder, delays):
         for failing in range(world.size):
             run_dir = folder / f"{where} {failing}"
             _, error = fit(run_dir, where, failing, delays=delays)
+            world.comm.barrier("rank 0 has told")
             status = json.loads((run_dir / "status.json").read_text())
             saved = state_of(run_dir / "emergency")
             _, must = fit(run_dir, "", None, delays=delays, resume="must")
