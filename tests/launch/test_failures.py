@@ -1,0 +1,117 @@
+"""Under torchrun, an error on one rank ends the job in seconds, and is its root cause."""
+
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 5.0  # from the raise to the end of all processes
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+import dtrain
+from dtrain.callbacks import Checkpoint
+
+where, failing = sys.argv[1], int(sys.argv[2])
+world = dtrain.init(seed=0)
+
+
+def fail():
+    Path("raised").write_text(str(time.time()))
+    raise ValueError(f"planted in {where}")  # here
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, row):
+        if where == "worker" and world.rank == failing and row == 44:
+            fail()
+        return torch.ones(4) * row
+
+
+class Fails(dtrain.Callback):
+    def on_grads_ready(self, ctx, step):
+        if where == "on_grads_ready" and world.rank == failing and step.number == 5:
+            fail()
+
+    def on_epoch_end(self, ctx):
+        if where == "on_main":
+            ctx.comm.on_main("look", fail)
+
+
+def loss_fn(model, batch, ctx):
+    if where == "loss_fn" and world.rank == failing and ctx.progress.step == 5:
+        fail()
+    return model(batch).square().mean() * 1e-3
+
+
+model = nn.Linear(4, 1)
+trainer = dtrain.Trainer(
+    model,
+    torch.optim.SGD(model.parameters(), lr=1e-6),
+    loss_fn,
+    callbacks=[Fails(), Checkpoint()],
+    sinks=[],
+    run_dir="run",
+)
+data = dtrain.Data(Rows(), 8, num_workers=1 if where == "worker" else 0, shuffle=False)
+trainer.fit(data, epochs=3, log_every=2)
+"""
+LINE = next(i for i, line in enumerate(SCRIPT.splitlines(), 1) if line.endswith("# here"))
+
+
+def processes_of(folder):
+    """Processes that work in a folder: ranks, loader workers, whatever they have started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cwd").resolve() == folder.resolve():
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("where", "rank"),
+    [
+        ("loss_fn", 1),
+        ("on_grads_ready", 0),
+        ("worker", 1),
+        ("on_main", 0),
+    ],
+)
+def test_an_error_is_the_jobs_root_cause_in_seconds(tmp_path, where, rank):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    shared_before = set(os.listdir("/dev/shm"))
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "torchrun.sh"), "train.py", where, str(rank)],
+        cwd=tmp_path,
+        env=os.environ | {"RANKS": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    seconds = time.time() - float((tmp_path / "raised").read_text())
+    assert done.returncode != 0
+    root_cause = done.stderr[done.stderr.index("Root Cause") :]
+    assert f"planted in {where}" in root_cause, done.stderr
+    assert re.search(rf"train\.py\W+(line )?{LINE}\b", root_cause), root_cause
+    assert f"rank      : {rank} " in root_cause or f"rank {rank} on " in root_cause, root_cause
+    assert seconds <= SECONDS
+    assert processes_of(tmp_path) == []
+    assert set(os.listdir("/dev/shm")) - shared_before == set()
