@@ -44,6 +44,7 @@ class Slot(IntEnum):
     # ends the epoch for all:
     ENDING = 12
     STARVED = 13
+    LEAVING = 14  # ranks that cannot finish the step because the job is being ended
 
 
 class Verdict(NamedTuple):
@@ -54,7 +55,7 @@ class Verdict(NamedTuple):
         loss_mean: mean loss over those units; NaN where there are none.
         factor: what the reduced gradients must be multiplied by to be those of ``loss_mean``.
         samples: samples in the global batch.
-        stop, save, preempt, errors, fed, ending, starved: how many ranks said so.
+        stop, save, preempt, errors, fed, ending, starved, leaving: how many ranks said so.
         skipped, nonfinite: how many micro-batches, over all ranks.
     """
 
@@ -72,6 +73,7 @@ class Verdict(NamedTuple):
     fed: int
     ending: int
     starved: int
+    leaving: int
 
 
 class LaneSilent(DtrainError):

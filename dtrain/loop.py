@@ -153,15 +153,17 @@ class Loop:
                 self.hooks.fire(Callback.on_epoch_start, context)
                 self.strategy.refresh()  # a callback may have frozen something
             for step_feed in self._steps_of_epoch():
-                if not self._step(step_feed):
-                    break  # every rank's stream has ended
-                self._after_step()
+                done = self._step(step_feed)
+                if done:
+                    self._after_step()
                 if self.epoch_is_cut:
                     break
                 if self._finished() and progress.step_in_epoch != self.feed.steps_per_epoch:
                     self._log()
                     self._settle()
                     return  # in the middle of an epoch
+                if not done:
+                    break  # every rank's stream has ended
             if not progress.step_in_epoch:
                 raise DataError(
                     f"no rank's stream gave a batch in epoch {progress.epoch}. A generator gives "
@@ -208,7 +210,7 @@ class Loop:
     # -- step -------------------------------------------------------------------------------
 
     def _step(self, step_feed: StepFeed) -> bool:
-        """Takes one global step; returns False where no rank had any data left."""
+        """Takes one global step; returns False where it had to be left undone, for want of data."""
         context, hooks, progress = self.context, self.hooks, self.context.progress
         context.comm.mark_step(progress.step)
         step = Step(number=progress.step, micros=step_feed.micros)
@@ -233,7 +235,7 @@ class Loop:
             return True
         verdict = outcome.verdict()  # agreed, and all below follows from it
         self._take_notice(verdict)
-        if verdict.starved or not verdict.fed:
+        if verdict.starved or verdict.leaving or not verdict.fed:
             return False
         with context.comm.alone(self._at("a training step")):
             if verdict.weight > 0:

@@ -209,6 +209,10 @@ class MicroStep(nn.Module):
                 self.lane.say(Slot.STARVED)
             return None
         except Exception as error:  # noqa: BLE001 -- every rank learns of it, through the lane
+            if where == "data" and request.pending["preempt"]:
+                # A TERM to every process of the job has ended this rank's loader workers, too.
+                self.lane.say(Slot.LEAVING)
+                return None
             self.trouble = Trouble(error, where)
             self.lane.say(Slot.ERROR)
             return None

@@ -223,20 +223,14 @@ class _Fetcher(Dataset[Any]):
         return fetch(self._dataset, task.rows, self._collate)
 
 
-_TERM_AFTER_S = 60.0
-
-
 def _outlive_signals(worker: int) -> None:
     """Lets a worker go on where a scheduler signals every process of a job.
 
-    Its rank is to finish the step and save. A TERM ends the worker only a minute later, by which
-    time nobody needs it any more.
+    Its rank is to finish the step and save. TERM is left as torch has it: a rank that ends sends
+    it to its workers.
     """
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: signal.setitimer(signal.ITIMER_REAL, _TERM_AFTER_S)
-    )
 
 
 def _as_it_is(batch: Any) -> Any:

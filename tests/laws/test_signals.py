@@ -208,21 +208,38 @@ def test_signals_that_the_script_handles_are_left_alone(tmp_path):
     assert run_processes(own_handler, 1, tmp_path) == [(STEPS, False, [signal.SIGUSR1])]
 
 
-def to_the_workers(run_dir):
-    class Hits(dtrain.Callback):
-        def on_step_end(self, ctx, step):
-            if step.number in (2, 5):
-                for worker in multiprocessing.active_children():
-                    for number in SIGNALS:
-                        os.kill(worker.pid, number)
+class HitsWorkers(dtrain.Callback):
+    """Signals the loader's workers; with TERM, as to a whole job, their rank as well."""
 
-    hits = Hits()
-    result, _ = fit(run_dir, hits, num_workers=1)
-    return result.steps, result.preempted
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
+    def on_step_end(self, ctx, step):
+        if step.number in (2, 5):
+            for worker in multiprocessing.active_children():
+                for number in self.numbers:
+                    os.kill(worker.pid, number)
+                worker.join(10 if signal.SIGTERM in self.numbers else 0)
+            if signal.SIGTERM in self.numbers and dtrain.init(seed=0).rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_loader_workers_do_not_mind(tmp_path):
-    assert run_processes(to_the_workers, 2, tmp_path) == [(STEPS, False)] * 2
+def to_the_workers(folder):
+    most = [number for number in SIGNALS if number != signal.SIGTERM]
+    result, _ = fit(folder / "most", HitsWorkers(*most), num_workers=1)
+    found = [(result.steps, result.preempted)]
+    _, whole = fit(folder / "whole", HitsWorkers(), num_workers=1)
+    one = [signal.SIGTERM] if dtrain.init(seed=0).rank == 1 else []
+    result, _ = fit(folder / "term", HitsWorkers(*one), num_workers=1)
+    found.append((result.steps <= 4, result.preempted, result.stop_reason))
+    result, parameters = fit(folder / "term", HitsWorkers(), num_workers=1)
+    return [*found, (result.steps, len(parameters) == len(whole))]
+
+
+def test_signals_to_loader_workers(tmp_path):
+    term = f"SIGTERM (asked by rank 1 on {socket.gethostname()})"
+    expected = [(STEPS, False), (True, True, term), (STEPS, True)]
+    assert run_processes(to_the_workers, 2, tmp_path, timeout_s=40) == [expected] * 2
 
 
 def hit_and_fail():

@@ -102,6 +102,7 @@ def test_the_lane_travels_with_backward() -> None:
         fed=0,
         ending=0,
         starved=0,
+        leaving=0,
     )
     # Normalised, the gradient is that of the mean.
     assert weight.grad.item() * verdict.factor == 5
@@ -128,6 +129,7 @@ def test_the_message_is_what_was_said_and_not_a_view() -> None:
         (Slot.FED, "fed"),
         (Slot.ENDING, "ending"),
         (Slot.STARVED, "starved"),
+        (Slot.LEAVING, "leaving"),
     ],
 )
 def test_each_slot_has_its_place_in_the_verdict(slot: Slot, field: str) -> None:
