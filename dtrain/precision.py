@@ -154,6 +154,13 @@ class _Scaler(torch.amp.GradScaler):
     factor: Factor = 1.0
     overflow: Tensor  # of the last unscaling: more than 0 where there was one
 
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """As GradScaler's; also on a rank that was idle so far, and has scaled no loss yet."""
+        if self._enabled and self._scale is None:
+            device = optimizer.param_groups[0]["params"][0].device
+            self._lazy_init_scale_growth_tracker(device)
+        super().unscale_(optimizer)
+
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
