@@ -162,8 +162,9 @@ class Loop:
                     return  # in the middle of an epoch
             if not progress.step_in_epoch:
                 raise DataError(
-                    f"no rank's stream gave a batch in epoch {progress.epoch}. A generator gives "
-                    "its batches once: pass an object whose __iter__ begins anew."
+                    f"no rank's stream gave a batch in epoch {progress.epoch} (or, with "
+                    "when_uneven='stop', not every rank's). A generator gives its batches once: "
+                    "pass an object whose __iter__ begins anew."
                 )
             self._log()
             self._settle()
@@ -217,7 +218,7 @@ class Loop:
             for micro in range(step_feed.micros):
                 step.micro = micro
                 self.strategy.run(step, step_feed, last=micro == step_feed.micros - 1)
-            step.outcome = outcome = Outcome(self.strategy)
+            step.outcome = outcome = Outcome(self.strategy, progress)
         self._conclude()
         # Fused SGD has no momentum that it could leave alone before its first update.
         if self.delays and progress.updates:
@@ -249,7 +250,11 @@ class Loop:
         step, outcome = self._pending
         self._pending = None
         self.context.comm.mark_step(step.number)
-        self._take_notice(outcome.verdict())
+        progress, verdict = self.context.progress, outcome.verdict()
+        if verdict.errors:  # it changed nothing: a further fit takes it again
+            progress.step -= 1
+            progress.step_in_epoch -= 1
+        self._take_notice(verdict)
         with self.context.comm.alone(self._at("a training step")):
             self._count(step, outcome)
             self.hooks.fire_step_end(self.context, step, late=True)
@@ -272,9 +277,9 @@ class Loop:
             self.context.log("vetoed", 1 / self.world_size, "sum")
         elif verdict is None:
             blocked = self.precision.step_unless(self.optimizer, outcome.heard.veto())
-            outcome.blocked = Arriving(blocked.reshape(1))
+            outcome.settle(blocked=Arriving(blocked.reshape(1)))
         else:
-            outcome.blocked = not self.precision.step(self.optimizer)
+            outcome.settle(blocked=not self.precision.step(self.optimizer))
 
     def _normalise(self, factor: Factor) -> None:
         """Turns sums of weighted gradients into the gradient of the global mean."""
@@ -287,7 +292,7 @@ class Loop:
 
     def _count(self, step: Step, outcome: Outcome) -> None:
         progress, verdict = self.context.progress, outcome.verdict()
-        progress.updates += outcome.applied
+        outcome.arrive()
         progress.samples += verdict.samples
         self.lane.observe(verdict)
         # A step that was left out for its loss must not make the whole report's loss NaN.
