@@ -114,11 +114,12 @@ class ScaledAutocast(Autocast):
 
     def step(self, optimizer: Optimizer) -> bool:
         """Steps the optimizer unless gradients overflowed; adapts the scale."""
-        before = self._scaler.get_scale()
-        self._scaler.step(optimizer)
+        # Not left to a fused optimizer: SGD would keep a first momentum that it never wrote.
+        applied = not self._scaler.overflow.item()
+        if applied:
+            self._scaler.step(optimizer)
         self._scaler.update()
-        # The scale shrinks only after an overflow; GradScaler tells it in no other way.
-        return self._scaler.get_scale() >= before
+        return applied
 
     def step_unless(self, optimizer: Optimizer, veto: Tensor) -> Tensor:
         """Steps a fused optimizer unless gradients overflowed or ``veto`` is 1.
