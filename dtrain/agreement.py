@@ -56,6 +56,15 @@ class Agreement:
                 self._carried.setdefault(kind, []).extend(reasons)
                 lane.say(_SLOTS[kind], int(bool(reasons)))
 
+    def drop(self) -> None:
+        """Forgets what was requested and not agreed, as after a failure.
+
+        Ranks: all, local.
+        """
+        self._take()
+        self._request.skipped.clear()
+        self._carried = {}
+
     def carried(self) -> Agreed:
         """Returns what the lane's votes amount to; called where any rank has voted.
 

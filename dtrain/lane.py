@@ -159,7 +159,7 @@ class Lane:
             self._loss += share * number
             self._said[Slot.NONFINITE] += not math.isfinite(number)
             return loss if share == 1.0 else loss * share
-        whole = torch.as_tensor(scaled, dtype=self.param.dtype, device=self.param.device)
+        whole = on_device(scaled, self.param.dtype, self.param.device)
         # Weight 0 counts for nothing, even if the mean is NaN; it is not read to find out.
         value = torch.where(whole > 0, loss.detach().to(self.param.dtype), 0.0)
         bad = (~torch.isfinite(value)).to(self.param.dtype)
@@ -224,21 +224,25 @@ class Heard:
         self._arriving = Arriving(mean)
         self._reference = reference
         self._size = size
+        # A mean over 10 ranks that say 1 may be 1.0000001, which is 1 all the same.
+        self._rounding = size * torch.finfo(mean.dtype).eps
         self._verdict: Verdict | None = None
 
     def factor(self) -> Tensor:
         """What gradients must be multiplied by, 0-dim on the device; see :class:`Verdict`."""
         share = self._mean[Slot.WEIGHT]
-        return torch.where(share > 0, 1 / share, 0.0)
+        is_one = (share - 1).abs() <= self._rounding
+        return torch.where(is_one, 1.0, torch.where(share > 0, 1 / share, 0.0))
 
     def veto(self) -> Tensor:
-        """1 where the step must change nothing (an error, no weight, no reduction), else 0.
+        """1 where the step must change nothing (an error, no weight, no reduction, ...), else 0.
 
         0-dim float32 on the device, as fused optimizers take it for ``found_inf``.
         """
         said = self._mean
         unreduced = (said[Slot.CANARY] * self._size - self._whole).abs() > self._size / 4
-        return ((said[Slot.ERROR] > 0) | ~(said[Slot.WEIGHT] > 0) | unreduced).float()
+        stays = (said[Slot.ERROR] + said[Slot.LEAVING] > 0) | ~(said[Slot.WEIGHT] > 0)
+        return (stays | unreduced).float()
 
     def verdict(self) -> Verdict:
         """Returns it all, on the host; waits until it is there.
@@ -265,9 +269,12 @@ class Heard:
         counts = [round(value * size) for value in mean[Slot.SAMPLES :]]
         samples, samples_256, *others = counts
         share, loss = mean[Slot.WEIGHT], mean[Slot.LOSS]
+        loss_mean = loss / share if share > 0 else math.nan
+        if abs(share - 1) <= self._rounding:
+            share = 1.0
         return Verdict(
             share * self._reference * size,
-            loss / share if share > 0 else math.nan,
+            loss_mean,
             1.0 / share if share > 0 else 0.0,
             samples + 256 * samples_256,
             *others,
@@ -298,6 +305,17 @@ class Arriving:
             self._event.synchronize()
             self._values = self._host.tolist()
         return self._values
+
+
+def on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns a number as a 0-dim tensor on the device, without waiting for it.
+
+    A number of the host is filled in there. To copy it, as ``torch.as_tensor`` does, the host
+    would wait for all that the device was given before.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().to(device, dtype).reshape(())
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _narrow(value: float) -> float:

@@ -166,8 +166,9 @@ class Loop:
                     break  # every rank's stream has ended
             if not progress.step_in_epoch:
                 raise DataError(
-                    f"no rank's stream gave a batch in epoch {progress.epoch}. A generator gives "
-                    "its batches once: pass an object whose __iter__ begins anew."
+                    f"no rank's stream gave a batch in epoch {progress.epoch} (or, with "
+                    "when_uneven='stop', not every rank's). A generator gives its batches once: "
+                    "pass an object whose __iter__ begins anew."
                 )
             self._log()
             self._settle()
@@ -221,8 +222,9 @@ class Loop:
             for micro in range(step_feed.micros):
                 step.micro = micro
                 self.strategy.run(step, step_feed, last=micro == step_feed.micros - 1)
-            step.outcome = outcome = Outcome(self.strategy)
-        self._conclude()
+            step.outcome = outcome = Outcome(self.strategy, progress)
+        if not self._conclude():
+            return False
         # Fused SGD has no momentum that it could leave alone before its first update.
         if self.delays and progress.updates:
             with context.comm.alone(self._at("a training step")):
@@ -246,21 +248,30 @@ class Loop:
             hooks.fire(Callback.on_step_end, context, step)
         return True
 
-    def _conclude(self) -> None:
-        """Takes notice of a step that was not waited for: by now its outcome has arrived."""
+    def _conclude(self) -> bool:
+        """Takes notice of a step that was not waited for: by now its outcome has arrived.
+
+        Returns:
+            False where that step had to be left undone.
+        """
         if self._pending is None:
-            return
+            return True
         step, outcome = self._pending
         self._pending = None
         self.context.comm.mark_step(step.number)
-        if outcome.verdict().errors:
-            self.context.progress.step -= 1  # it was taken for done
-            self.context.progress.step_in_epoch -= 1
-        self._take_notice(outcome.verdict())
+        progress, verdict = self.context.progress, outcome.verdict()
+        undone = bool(verdict.errors or verdict.leaving)
+        if undone:  # it changed nothing: whoever goes on takes it again
+            progress.step -= 1
+            progress.step_in_epoch -= 1
+        self._take_notice(verdict)
+        if undone:
+            return False
         with self.context.comm.alone(self._at("a training step")):
             self._count(step, outcome)
             self.hooks.fire_step_end(self.context, step, late=True)
         self.context.comm.mark_step(self.context.progress.step)
+        return True
 
     def _take_notice(self, verdict: Verdict) -> None:
         if verdict.errors:
@@ -280,9 +291,9 @@ class Loop:
             self.context.log("vetoed", 1 / self.world_size, "sum")
         elif verdict is None:
             blocked = self.precision.step_unless(self.optimizer, outcome.heard.veto())
-            outcome.blocked = Arriving(blocked.reshape(1))
+            outcome.settle(blocked=Arriving(blocked.reshape(1)))
         else:
-            outcome.blocked = not self.precision.step(self.optimizer)
+            outcome.settle(blocked=not self.precision.step(self.optimizer))
 
     def _normalise(self, factor: Factor) -> None:
         """Turns sums of weighted gradients into the gradient of the global mean."""
@@ -295,7 +306,7 @@ class Loop:
 
     def _count(self, step: Step, outcome: Outcome) -> None:
         progress, verdict = self.context.progress, outcome.verdict()
-        progress.updates += outcome.applied
+        outcome.arrive()
         progress.samples += verdict.samples
         self.lane.observe(verdict)
         # A step that was left out for its loss must not make the whole report's loss NaN.

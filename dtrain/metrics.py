@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dtrain.comm import Comm
 from dtrain.errors import LossError
+from dtrain.lane import on_device
 from dtrain.metric_objects import MetricObject, Objects
 from dtrain.state import Mean, Number, Reduce
 
@@ -65,12 +66,7 @@ class Means:
                 pair[0] += float(total.detach() if isinstance(total, Tensor) else total)
                 pair[1] += units
             return
-        both = torch.stack(
-            [
-                torch.as_tensor(x, dtype=torch.float64, device=self._device).detach()
-                for x in (total, units)
-            ]
-        )
+        both = torch.stack([self._as_double(x) for x in (total, units)])
         both = torch.where(both[1] == 0, torch.zeros_like(both), both)
         seen = self._device_sums.get(name)
         self._device_sums[name] = both if seen is None else seen + both
@@ -89,12 +85,12 @@ class Means:
         if reduce == "last":
             values = values[-1:]
         if reduce == "max":
-            values = [torch.cat([self._as_double(value) for value in values]).max()]
+            values = [torch.stack([self._as_double(value) for value in values]).max()]
         for value in values:
             self.add(name, value, 1)
 
     def _as_double(self, value: Number) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float64, device=self._device).detach().reshape(1)
+        return on_device(value, torch.float64, self._device)
 
     def _add_object(self, name: str, value: Any) -> None:
         parts = value.items() if hasattr(value, "items") else [("", value)]

@@ -141,8 +141,9 @@ class MicroStep(nn.Module):
         terms = [] if loss is None else [self._weigh(loss, step.samples)]
         terms += self._gathers.take_ties()
         if voice is not None:
-            self._agreement.say(self.lane)
-            self._look_ahead(feed)
+            if feed is not NO_DATA:  # nobody listens to a step that only fixes the buckets
+                self._agreement.say(self.lane)
+                self._look_ahead(feed)
             terms.append(voice)
             # With find_unused, gradients of zero would make AdamW decay an unused parameter.
             if loss is None and not self._find_unused:
@@ -202,6 +203,8 @@ class MicroStep(nn.Module):
                 request.skipped.clear()
                 return None
             if step.loss is not None:
+                if self._hooks.has(Callback.on_loss):  # what it left may be anything
+                    step.loss = _with_gradient(step.loss, step.samples)
                 where = "loss_fn"
             return self._checked(step.loss, step.samples)
         except EndOfStream:
@@ -232,13 +235,7 @@ class MicroStep(nn.Module):
     def _loss(self, step: Step) -> Loss:
         with self._precision.autocast():
             returned = self._loss_fn(self.model, step.batch, self._context)
-        loss = as_loss(returned, step.samples)
-        if not loss.mean.requires_grad:
-            raise LossError(
-                "the loss has no gradient: it was detached, made under no_grad, or does not "
-                "depend on any parameter that requires one"
-            )
-        return loss
+        return _with_gradient(returned, step.samples)
 
     def _checked(self, loss: Loss | None, samples: int) -> Loss | None:
         """Returns the loss with a weight and its metrics counted; None where it weighs nothing."""
@@ -266,6 +263,16 @@ class MicroStep(nn.Module):
     def _weigh(self, loss: Loss, samples: int) -> Tensor:
         assert loss.weight is not None
         return self._precision.scale(self.lane.add(loss.mean, loss.weight, samples))
+
+
+def _with_gradient(returned: object, samples: int) -> Loss:
+    loss = as_loss(returned, samples)
+    if not loss.mean.requires_grad:
+        raise LossError(
+            "the loss has no gradient: it was detached, made under no_grad, or does not "
+            "depend on any parameter that requires one"
+        )
+    return loss
 
 
 def as_loss(returned: object, samples: int) -> Loss:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dtrain.lane import Arriving, Heard, LaneSilent, Verdict
+from dtrain.state import Progress
 from dtrain.strategies import Strategy
 
 
@@ -11,6 +12,7 @@ class Outcome:
 
     Args:
         strategy: which has just run the step's last micro-batch.
+        progress: counts the update, once it is known whether it was applied.
 
     Raises:
         UnusedParameters: names parameters whose gradients never arrived.
@@ -18,11 +20,12 @@ class Outcome:
     Ranks: all, local.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: Strategy, progress: Progress) -> None:
         self._strategy = strategy
+        self._progress = progress
         self.heard: Heard = strategy.heard()
         #: Whether the update was held back; on CUDA that may still be on its way.
-        self.blocked: bool | Arriving = True
+        self._blocked: bool | Arriving = True
 
     def verdict(self) -> Verdict:
         """Returns what all ranks said.
@@ -53,6 +56,19 @@ class Outcome:
     @property
     def applied(self) -> bool:
         """Whether the optimizer's update was applied."""
-        if isinstance(self.blocked, Arriving):
-            self.blocked = self.blocked.get()[0] > 0
-        return not self.blocked
+        self.arrive()
+        return not self._blocked
+
+    def settle(self, *, blocked: bool | Arriving) -> None:
+        """Says whether the update was held back, and counts it as soon as that is known.
+
+        So whoever asks whether a step was applied finds it counted in ``progress.updates``.
+        """
+        self._blocked = blocked
+        if blocked is False:
+            self._progress.updates += 1
+
+    def arrive(self) -> None:
+        """Waits until it is known whether the update was held back."""
+        if isinstance(self._blocked, Arriving):
+            self.settle(blocked=self._blocked.get()[0] > 0)

@@ -114,11 +114,12 @@ class ScaledAutocast(Autocast):
 
     def step(self, optimizer: Optimizer) -> bool:
         """Steps the optimizer unless gradients overflowed; adapts the scale."""
-        before = self._scaler.get_scale()
-        self._scaler.step(optimizer)
+        # Not left to a fused optimizer: SGD would keep a first momentum that it never wrote.
+        applied = not self._scaler.overflow.item()
+        if applied:
+            self._scaler.step(optimizer)
         self._scaler.update()
-        # The scale shrinks only after an overflow; GradScaler tells it in no other way.
-        return self._scaler.get_scale() >= before
+        return applied
 
     def step_unless(self, optimizer: Optimizer, veto: Tensor) -> Tensor:
         """Steps a fused optimizer unless gradients overflowed or ``veto`` is 1.
@@ -153,6 +154,13 @@ class _Scaler(torch.amp.GradScaler):
 
     factor: Factor = 1.0
     overflow: Tensor  # of the last unscaling: more than 0 where there was one
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """As GradScaler's; also on a rank that was idle so far, and has scaled no loss yet."""
+        if self._enabled and self._scale is None:
+            device = optimizer.param_groups[0]["params"][0].device
+            self._lazy_init_scale_growth_tracker(device)
+        super().unscale_(optimizer)
 
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool

@@ -25,7 +25,8 @@ class Progress:
         step: global steps taken since the run began, over all epochs and restarts.
         updates: steps whose optimizer update was applied; fewer than ``step`` where a
             loss scale overflowed or every rank skipped. With a fused optimizer on CUDA, the
-            step just taken is counted once its outcome has arrived, in the next step.
+            step just taken is counted once its outcome has arrived: in the next step, or as soon
+            as somebody asks for ``step.applied``.
         epoch: the epoch under way, from 0; after ``fit``, how many were finished.
         step_in_epoch: steps taken in this epoch.
         samples: samples all ranks trained on since the run began.
@@ -60,7 +61,8 @@ class Loss:
         mean: 0-dim tensor with a gradient; a mean over ``weight`` units.
         weight: how many units (samples, tokens) the mean was over; a number or a 0-dim tensor.
             None means the samples of the micro-batch. With weight 0 nothing is contributed,
-            even if the mean is NaN.
+            even if the mean is NaN. (A weight on the GPU is not read: there a mean that was
+            divided by 0 has a gradient of NaN all the same; :meth:`from_sum` has none.)
         metrics: name to value: a number or 0-dim tensor that is a mean over the same units,
             or a :class:`Mean`.
         outputs: anything; reaches ``on_eval_batch``.

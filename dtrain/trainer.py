@@ -458,6 +458,9 @@ class Trainer:
                 callback.on_error(self.context, error)
             except Exception as another:  # noqa: BLE001 -- must not hide the first error
                 error.add_note(f"({callback.name}.on_error raised as well: {another!r})")
+        # A further fit must not take up what was asked or logged in this one.
+        self._agreement.drop()
+        self.context.logged.clear()
         if loop is None or not self._live:
             return
         if loop.failed_together:

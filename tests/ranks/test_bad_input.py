@@ -517,7 +517,7 @@ def test_all_ranks_are_told_why_it_cannot_work(refused, name):
 
 @dataclass(frozen=True)
 class Failure:
-    """What fails in a step: in the loss function, or in the data."""
+    """What fails in a step: in the loss function, in what on_loss leaves, or in the data."""
 
     kind: type
     words: tuple[str, ...]
@@ -634,6 +634,22 @@ FAILURES = {
     "a weight for each sample": Failure(
         LossError, ("weight", "[2]"), as_loss(weight=torch.ones(2))
     ),
+    "a loss of many numbers left by on_loss": Failure(
+        LossError,
+        ("the loss has shape [2, 1], not one number",),
+        lambda model, batch: dtrain.Loss(model(batch[0])),
+        where="on_loss",
+        step=2,
+    ),
+    "a detached loss left by on_loss": Failure(
+        LossError,
+        ("the loss has no gradient: it was detached",),
+        lambda model, batch: dtrain.Loss(mse(model, batch).detach()),
+        where="on_loss",
+    ),
+    "no loss left by on_loss": Failure(
+        LossError, ("on_loss left no loss",), lambda model, batch: None, where="on_loss"
+    ),
     "a dataset that raises": Failure(
         ValueError, ("planted",), data=failing_rows, where="data", step=2
     ),
@@ -658,9 +674,15 @@ def fail_in_a_step(failure, ranks):
         due = failure.where == "loss_fn" and ctx.progress.step == failure.step
         return (failure.loss_fn if due and rank() in ranks else mse)(model, batch)
 
+    class Leaves(dtrain.Callback):
+        def on_loss(self, ctx, step):
+            if step.number == failure.step and rank() in ranks:
+                step.loss = failure.loss_fn(ctx.model, step.batch)
+
+    callbacks = [Leaves()] if failure.where == "on_loss" else []
     data = failure.data(ranks, failure.step) if failure.where == "data" else dataset()
     model = make_model()
-    return told(lambda: fit(loss_fn, data=data, model=model)), parameters(model)
+    return told(lambda: fit(loss_fn, callbacks, data=data, model=model)), parameters(model)
 
 
 def before_the_failure(failure):
@@ -1152,8 +1174,32 @@ def go_on_with_the_same_trainer():
     return error, result.steps, same
 
 
+class AskAndRaise(dtrain.Callback):
+    """Logs, asks for all sorts of things, and raises, once."""
+
+    def __init__(self):
+        self.done = False
+
+    def on_batch(self, ctx, step):
+        if step.number == 2 and not self.done:
+            self.done = True
+            ctx.log("stale", torch.zeros(3))
+            ctx.request.skip("stale")
+            ctx.request.stop("stale")
+            planted()
+
+
+def leave_requests_behind():
+    unbroken, model = make_model(), make_model()
+    fit(model=unbroken)
+    trainer = make_trainer(callbacks=[AskAndRaise()], model=model)
+    told(lambda: fit(trainer=trainer))
+    result = fit(trainer=trainer)
+    return result.steps, sorted(result.metrics), equal(unbroken.parameters(), model.parameters())
+
+
 def go_on():
-    return go_on_with_a_new_trainer(), go_on_with_the_same_trainer()
+    return go_on_with_a_new_trainer(), go_on_with_the_same_trainer(), leave_requests_behind()
 
 
 @pytest.fixture(scope="module")
@@ -1162,7 +1208,7 @@ def went_on():
 
 
 def test_a_caught_failure_leaves_nothing_behind(went_on):
-    (first, first_same), (second, second_same) = (new for new, _ in went_on)
+    (first, first_same), (second, second_same) = (new for new, *_ in went_on)
     words = ("planted",)
     assert_failed([first["at first"], second["at first"]], 1, ValueError, words, "loss_fn", 2)
     assert_failed([first["at the start"], second["at the start"]], 0, ValueError, words)
@@ -1172,7 +1218,11 @@ def test_a_caught_failure_leaves_nothing_behind(went_on):
 
 
 def test_the_same_trainer_goes_on_after_a_caught_failure(went_on):
-    found = [same for _, same in went_on]
+    found = [same for _, same, _ in went_on]
     assert_failed([error for error, _, _ in found], 1, ValueError, ("planted",), "loss_fn", 2)
     # The failed step changed nothing, so that taking it again ends where an unbroken run ends.
     assert [(steps, same) for _, steps, same in found] == [(8, True)] * 2
+
+
+def test_a_failed_fit_leaves_no_requests_behind(went_on):
+    assert [left for *_, left in went_on] == [(8, ["lr", "train/loss"], True)] * 2

@@ -19,6 +19,7 @@ from dtrain.callbacks import (
     LRSchedule,
     MixedPrecision,
     NonFiniteGuard,
+    StochasticWeightAveraging,
 )
 from dtrain.errors import DtrainError, UnusedParameters
 from dtrain.testing import run_processes
@@ -74,6 +75,13 @@ CASES = {
     ),
     "accumulated": (
         lambda: [Skips(), ClipGradients(0.5), GradientAccumulation(3), EMA(0.9), schedule()],
+        ADAM,
+        tiny.loss_fn,
+        torch.float64,
+    ),
+    # Counted in updates, which a step is not among before its outcome is known.
+    "every": (
+        lambda: [Skips(), EMA(0.9, every=2), StochasticWeightAveraging(1, every_steps=3)],
         ADAM,
         tiny.loss_fn,
         torch.float64,
@@ -177,15 +185,22 @@ def noticed(delays):
     fit([reads, Skips()], epochs=2)
     found["reads"] = reads.seen
 
+    planted = [dtrain.init(seed=0).size - 1]
+
     def fails(net, batch, ctx):
-        if ctx.progress.step == 3 and dtrain.init(seed=0).rank == dtrain.init(seed=0).size - 1:
+        if ctx.progress.step == 3 and dtrain.init(seed=0).rank in planted:
             raise ValueError("planted")
         return tiny.loss_fn(net, batch)
 
     run, found["error"] = fit([], loss=fails, epochs=4)
     found["left"] = tiny.digest(run.model)
+    planted.clear()
+    run.fit(tiny.dataset(90), batch_size=24, max_steps=8)
+    found["went on"] = tiny.digest(run.model), run.context.progress.samples
     run, _ = fit([], max_steps=3)
     found["before"] = tiny.digest(run.model)
+    run.fit(tiny.dataset(90), batch_size=24, max_steps=8)
+    found["unbroken"] = tiny.digest(run.model), run.context.progress.samples
 
     class Unused(torch.nn.Module):
         """From step 5 on, a layer is left out."""
@@ -219,6 +234,8 @@ def test_what_is_noticed_late_has_changed_nothing(world_size):
         assert "planted" in found["error"]
         assert found["error"] == first["error"]
         assert found["left"] == found["before"] == first["left"]
+        # The failed step is taken again.
+        assert found["went on"] == found["unbroken"] == first["went on"]
         if world_size > 1:
             assert found["unused"].startswith(UnusedParameters.__name__)
             assert "unused.weight, unused.bias" in found["unused"]

@@ -57,6 +57,35 @@ def test_one_ranks_stop_stops_all_after_the_same_step(world_size):
             assert found[rank, "on_step_end"] == (6, f"enough{by}")
 
 
+class StopBefore(dtrain.Callback):
+    """Asks for a stop on rank 0 before the first step, or where a layer is frozen."""
+
+    def __init__(self, hook):
+        self.hook = hook
+        self.mine = dtrain.init(seed=0).rank == 0
+
+    def on_fit_start(self, ctx):
+        if self.mine and self.hook == "on_fit_start":
+            ctx.request.stop("enough")
+
+    def on_epoch_start(self, ctx):
+        if self.hook == "on_epoch_start" and ctx.progress.epoch == 1:
+            next(ctx.model.parameters()).requires_grad_(False)
+            if self.mine:
+                ctx.request.stop("enough")
+
+
+def stop_before_steps():
+    trainers = [tiny.trainer([StopBefore(hook)]) for hook in ("on_fit_start", "on_epoch_start")]
+    return [each.fit(tiny.dataset(), batch_size=12, epochs=3).steps for each in trainers]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_asked_before_a_step_is_carried_by_it(world_size):
+    # Also where the model is wrapped in between.
+    assert run_processes(stop_before_steps, world_size) == [[1, 9]] * world_size
+
+
 def rank_local_criterion(vote, tired_after):
     """Each rank's monitor stops improving after its own number of epochs."""
     world = dtrain.init(seed=0)
@@ -190,6 +219,24 @@ def test_clip_sees_unscaled_gradients():
     for rank in (0, 1):
         for name, grad in plain[rank].items():
             torch.testing.assert_close(scaled[rank][name], grad, rtol=1e-6, atol=1e-9)
+
+
+def idle_at_first():
+    """In float16 a rank may have no loss to scale before its first update, or for long."""
+    from dtrain.callbacks import MixedPrecision
+
+    record = tiny.Record()
+    trainer = tiny.trainer([MixedPrecision("fp16"), SkipOn([1], 0), record])
+    trainer.fit(tiny.dataset(), batch_size=12, max_steps=3)
+    small = tiny.trainer([MixedPrecision("fp16")])
+    small.fit(tiny.dataset(5), batch_size=1, max_steps=5)
+    return record.applied, tiny.digest(trainer.model), tiny.digest(small.model)
+
+
+def test_a_rank_without_a_loss_has_a_loss_scale_too():
+    found = run_processes(idle_at_first, 2)
+    assert found[0] == found[1]
+    assert found[0][0] == [True] * 3
 
 
 def overflow():

@@ -168,6 +168,43 @@ def test_the_verdict_is_that_of_the_global_batch(size: int, dtype: torch.dtype) 
         assert verdict.factor == near(2 * size / total)
 
 
+@pytest.mark.parametrize("size", [3, 10, 12, 24, 48])
+def test_equal_shares_need_no_factor_at_any_world_size(size: int) -> None:
+    """Though a ring adds them up to 0.9999998 or 1.0000001."""
+    ranks = [lane(rank, size) for rank in range(size)]
+    mean = torch.zeros(len(Slot))
+    for one in ranks:
+        one.expect(15 * size)
+        one.open()
+        one.add(loss(2.0), 15, 15)
+        mean += one.message() * (1 / size)
+    ranks[0].param.grad = mean
+    heard = ranks[0].listen()
+    assert (heard.verdict().weight, heard.verdict().factor) == (15 * size, 1)
+    assert heard.factor() == 1
+    assert heard.verdict().loss_mean == pytest.approx(2, rel=1e-6)
+
+
+def test_on_an_accelerator_the_same_is_said_and_no_number_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, there = lane(), lane()
+    there._on_device = there.param.new_zeros(4)
+
+    def refuse(value: object, **options: object) -> None:
+        raise AssertionError(f"the host waits where {value!r} is copied to the device")
+
+    for one in (here, there):
+        one.expect(8)
+        one.open()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "as_tensor", refuse)
+            patched.setattr(torch, "tensor", refuse)
+            term = one.add(nn.Parameter(torch.full((), 2.0)), 6, 4)
+        assert term.item() == 2.0 * 6 / 8
+    assert said(here) == said(there)
+
+
 def test_samples_are_counted_beyond_what_float32_holds() -> None:
     """A float32 holds whole numbers to 2^24, and DDP's mean over 1000 ranks is inexact."""
     lanes = [lane(rank, 1000) for rank in range(1000)]

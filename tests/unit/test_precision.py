@@ -86,6 +86,17 @@ def test_the_scale_grows_and_an_overflow_halves_it() -> None:
     assert seen == [(True, 8), (True, 16), (False, 8), (True, 8), (True, 16), (False, 8)]
 
 
+def test_an_overflow_leaves_no_momentum_behind() -> None:
+    """A fused SGD that is called in spite of it keeps one that was never written."""
+    weight = nn.Parameter(torch.ones(64))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9, fused=True)
+    precision = scaled()
+    assert not one_step(precision, weight, optimizer, float("inf"))
+    assert optimizer.state_dict()["state"] == {}
+    assert one_step(precision, weight, optimizer, 2.0)
+    assert torch.equal(weight, torch.full((64,), -1.0))
+
+
 def test_a_skipped_step_still_adapts_the_scale() -> None:
     precision, (weight, optimizer) = scaled(), parameter()
     for slope, scale in ((float("inf"), 4.0), (1.0, 4.0), (1.0, 8.0)):
