@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import dtrain
@@ -408,6 +409,52 @@ def test_sync_batchnorm_lets_nobody_idle():
     assert not strategy.may_idle
     assert DDP().prepare_model(norm, gpus) is norm
     assert DDP().may_idle
+
+
+# ------------------------------------------------------------------------------ static graphs
+
+
+class Recomputed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.head, self.reentrant = nn.Linear(8, 8), nn.Linear(8, 2), reentrant
+
+    def forward(self, x):
+        return self.head(checkpoint(self.first, x.requires_grad_(), use_reentrant=self.reentrant))
+
+
+class SkipAt(dtrain.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_batch(self, ctx, step):
+        if dtrain.init(seed=0).rank == 1 and step.number == self.step:
+            ctx.request.skip("planted")
+
+
+def recomputed():
+    found = {}
+    for static in (False, True):
+        for reentrant in (False, True):
+            for skipped in (-1, 0, 3):
+                dtrain.init(seed=0)
+                torch.manual_seed(0)
+                run = tiny.trainer(
+                    [SkipAt(skipped)],
+                    net=Recomputed(reentrant),
+                    strategy=DDP(static_graph=static),
+                )
+                run.fit(tiny.dataset(), batch_size=24, epochs=2)
+                found[static, reentrant, skipped] = tiny.digest(run.model)
+    return found
+
+
+def test_recomputed_activations_and_static_graphs_take_part_idle():
+    by_rank = run_processes(recomputed, 2)
+    assert by_rank[0] == by_rank[1]
+    digests = [[d for case, d in by_rank[0].items() if case[2] == step] for step in (-1, 0, 3)]
+    assert [len(set(same)) for same in digests] == [1, 1, 1]
+    assert len({same[0] for same in digests}) == 3
 
 
 # ------------------------------------------------------------------------------ equal shares
