@@ -13,6 +13,7 @@
     ├── UnusedParameters  the model has parameters that no gradient reached
     ├── SinkError         a sink failed that was to stop the run if it does
     ├── CheckError        a script could not be checked for equivalence
+    ├── CrashLoop         a run failed at the same step, start after start
     └── CheckpointError   a checkpoint cannot be written or read
         └── ResumeError   the run in run_dir cannot be continued as asked
 """
@@ -74,6 +75,19 @@ class CheckError(DtrainError):
     def __init__(self, message: str, *, fails_itself: bool = False) -> None:
         super().__init__(message)
         self.fails_itself = fails_itself
+
+
+class CrashLoop(DtrainError, SystemExit):
+    """A run failed at the same step, start after start; another start would do the same.
+
+    Uncaught, it ends the process with :attr:`EXIT_CODE`, which says: do not start this again.
+    """
+
+    EXIT_CODE = 78  # EX_CONFIG of sysexits.h: something must be mended first
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = self.EXIT_CODE
 
 
 class CheckpointError(DtrainError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from dtrain.callback import (
 )
 from dtrain.checkpoint import files, status
 from dtrain.checkpoint.files import Saved, fingerprint
-from dtrain.checkpoint.status import ResumeMode, Status
+from dtrain.checkpoint.status import Failures, ResumeMode, Status
 from dtrain.checks import (
     check_config,
     check_optimizer,
@@ -35,7 +36,7 @@ from dtrain.checks import (
     shapes_of,
 )
 from dtrain.data import Data, Feed, MapFeed, StreamFeed, as_data
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import ConfigError, CrashLoop, DtrainError
 from dtrain.evaluation import evaluate, share_buffers
 from dtrain.gathers import Gathers
 from dtrain.journal import Journal
@@ -161,6 +162,7 @@ class Trainer:
             self._config,
         )
         self._make_up: dict[str, Any] = {}
+        self._failures = Failures()  # of earlier starts; known on rank 0
         self.context.run_loss = self._run_loss
         self._live = False  # a fit has begun in this process
 
@@ -432,9 +434,18 @@ class Trainer:
 
         def look() -> status.Decision:
             status.prepare(run_dir)
-            return status.decide(
+            before = status.read(run_dir)
+            decision = status.decide(
                 run_dir, resume, self._make_up, epochs=plan.epochs, max_steps=plan.max_steps
             )
+            try:
+                self._failures = status.failures_before(before, restarted=self.world.restarted)
+            except CrashLoop as loop:
+                if before is not None:
+                    status.write(run_dir, replace(before, requeue=False))
+                sys.stderr.write(f"dtrain: {loop}\n")  # a SystemExit is not printed
+                raise
+            return decision
 
         decision = self.world.comm.on_main("resume", look)
         self.context.notes += decision.notes
@@ -541,9 +552,21 @@ class Trainer:
         if self._run_dir is None:
             return
         progress = self.context.progress
+        failures = self._failures
+        if state == "failed":
+            failures = failures.then(progress.step)
         status.write(
             self._run_dir,
-            Status(state, reason, progress.step, progress.epoch, make_up=self._make_up),
+            Status(
+                state,
+                reason,
+                progress.step,
+                progress.epoch,
+                make_up=self._make_up,
+                failed_at=failures.at,
+                failures=failures.count,
+                requeue=not failures.is_loop,
+            ),
         )
 
 

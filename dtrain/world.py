@@ -32,6 +32,7 @@ from dtrain.errors import ConfigError, LaunchError
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 600.0
+_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -67,6 +68,12 @@ class World:
     def is_main(self) -> bool:
         """True on rank 0."""
         return self.rank == 0
+
+    @property
+    def restarted(self) -> bool:
+        """True where torchrun or SLURM started this again by itself."""
+        counts = (os.environ.get(name, "0") for name in _RESTART_COUNTS)
+        return any(count not in ("", "0") for count in counts)
 
     def at_close(self, release: Callable[[], None]) -> None:
         """Has ``release`` called before the process group is closed.

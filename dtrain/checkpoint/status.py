@@ -12,10 +12,13 @@ from typing import Any, Literal, get_args
 
 from dtrain.checkpoint import files
 from dtrain.checkpoint.files import Saved
-from dtrain.errors import CheckpointError, ConfigError, ResumeError
+from dtrain.errors import CheckpointError, ConfigError, CrashLoop, ResumeError
 
 State = Literal["running", "finished", "preempted", "failed"]
 ResumeMode = Literal["auto", "never", "must", "emergency"]
+
+#: So often in a row a run may fail at the same step.
+MAX_FAILURES = 3
 
 #: The folder within ``run_dir`` of what was saved when a step failed.
 EMERGENCY = "emergency"
@@ -32,6 +35,10 @@ class Status:
         step: global steps taken.
         epoch: epochs finished.
         make_up: what the run is made of; a run is continued only by one of the same make-up.
+        failed_at: the step at which the run last failed, or -1. Of a run that was killed before it
+            could tell, the last step that it told of.
+        failures: how often in a row it failed there.
+        requeue: False where another start would only fail in the same way.
         updated: when this was written, in seconds since 1970.
     """
 
@@ -40,6 +47,9 @@ class Status:
     step: int = 0
     epoch: int = 0
     make_up: Mapping[str, Any] = field(default_factory=dict)
+    failed_at: int = -1
+    failures: int = 0
+    requeue: bool = True
     updated: float = field(default_factory=time.time)
 
 
@@ -179,6 +189,54 @@ def decide(
     what = f"continuing at step {saved.step} from {saved.path}"
     compared = f"the same make-up: {', '.join(make_up)}"
     return Decision(saved, (*notes, f"{what} ({compared})"))
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """How often in a row a run failed at the same step.
+
+    Attributes:
+        at: the step, or -1.
+        count: how often.
+    """
+
+    at: int = -1
+    count: int = 0
+
+    def then(self, step: int) -> Failures:
+        """Counts a failure at ``step``."""
+        return Failures(step, self.count + 1 if step == self.at else 1)
+
+    @property
+    def is_loop(self) -> bool:
+        """Another start would most likely fail in the same way."""
+        return self.count >= MAX_FAILURES
+
+
+def failures_before(before: Status | None, *, restarted: bool) -> Failures:
+    """Returns how earlier starts failed, where a launcher goes on starting by itself.
+
+    Args:
+        before: what the last start left.
+        restarted: whether a launcher started this one by itself; a person has a reason to.
+
+    Raises:
+        CrashLoop: the launcher has tried often enough.
+
+    Ranks: rank 0 only.
+    """
+    if before is None or not restarted or before.status not in ("running", "failed"):
+        return Failures()
+    failures = Failures(before.failed_at, before.failures)
+    if before.status == "running":  # killed: nobody has counted that yet
+        failures = failures.then(before.step)
+    if failures.is_loop:
+        reason = before.reason or "killed"
+        raise CrashLoop(
+            f"{failures.count} starts in a row failed at step {failures.at} ({reason}), so this "
+            "one does not try again. Mend the cause and start it by hand: that counts from 1."
+        )
+    return failures
 
 
 def _by_plan(reason: str) -> bool:
