@@ -187,9 +187,11 @@ class ThreadWire:
         Ranks: all, communicates.
         """
         first, *others = self._meet(f"all_reduce {op}", buffer)
-        combine = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
         for theirs in others:
-            first = combine(first, theirs)
+            if op == "sum":
+                first = first + theirs
+            else:
+                first = first.maximum(theirs) if op == "max" else first.minimum(theirs)
         buffer.copy_(first)
 
     def broadcast(self, buffer: Tensor) -> None:
