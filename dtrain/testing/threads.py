@@ -41,7 +41,7 @@ def run_ranks(
     ranks, on the CPU. One rank runs at a time, until it waits for the others in a verb or in the
     reduction of gradients; so a test runs the same way each time. Python's, NumPy's and torch's
     global random streams begin on each rank as they are here, are each rank's own, and are put
-    back at the end.
+    back at the end. Torch computes on one thread a rank, as it does in :func:`run_processes`.
 
     What else a process has one of, ranks share: the environment, module globals, torch's default
     dtype, and whatever ``fn`` finds outside of itself. So make model, optimizer and callbacks
@@ -97,7 +97,7 @@ def try_ranks(
     """
     if world_size < 1 or timeout_s <= 0:
         raise ConfigError(f"world_size={world_size}, timeout_s={timeout_s}: must be more than 0")
-    before = rng.capture_host()
+    before, threads_of_torch = rng.capture_host(), torch.get_num_threads()
     turns = Turns(world_size, timeout_s)
     outcomes: dict[int, Outcome] = {}
     worlds = _worlds(turns, world_size)
@@ -114,6 +114,8 @@ def try_ranks(
         threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True)
         for rank in range(world_size)
     ]
+    # As real ranks of one host have by default; and sums are then the same on every machine.
+    torch.set_num_threads(1)
     try:
         for thread in threads:
             thread.start()
@@ -122,6 +124,7 @@ def try_ranks(
     finally:
         turns.end("the test is over")
         rng.restore(before)
+        torch.set_num_threads(threads_of_torch)
     return [outcomes.get(rank) or _stuck(rank, turns) for rank in range(world_size)]
 
 

@@ -55,6 +55,11 @@ def mains(comm, rank, size, lines):
     return told, calls, comm.on_main("none", lambda: None)
 
 
+def main_returns_what_cannot_be_sent(comm, rank, size, lines):
+    with comm.lockstep("the phase"):
+        comm.on_main("open", lambda: lambda: 1)
+
+
 def dtypes(comm, rank, size, lines):
     return {str(key): str(value) for key, value in scenes.dtypes(comm, rank, size, lines).items()}
 
@@ -79,7 +84,7 @@ SCENES = (
     scenes.converted_by_all,
     scenes.main_fails,
     scenes.main_fails_in_lockstep,
-    scenes.main_returns_what_cannot_be_sent,
+    main_returns_what_cannot_be_sent,
     scenes.gathers_what_cannot_be_sent,
     scenes.no_failures,
     scenes.one_failure,

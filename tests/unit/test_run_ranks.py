@@ -118,7 +118,7 @@ def test_an_exception_names_its_rank_and_fails_the_others():
             raise ValueError("planted")
         comm.barrier("the others wait")
 
-    with pytest.raises(RanksFailed, match="(?s)rank 0: .*rank 1: Traceback.*planted") as raised:
+    with pytest.raises(RanksFailed, match=r"(?s)rank 0: .*rank 1: Traceback.*planted") as raised:
         run_ranks(fn, 3)
     one, two, three = raised.value.outcomes
     assert (type(two.error), str(two.error)) == (ValueError, "planted")
@@ -226,14 +226,18 @@ def test_what_cannot_be_run_is_refused(size, timeout_s):
 
 
 def test_ranks_go_on_after_an_error_that_they_catch():
+    def fails_on_1(comm, rank):
+        with comm.lockstep("here"):
+            if rank == 1:
+                raise ValueError("planted")
+            comm.barrier("waits")
+
     def fn():
         comm, rank = comm_and_rank()
         with pytest.raises(RankMismatch):
             comm.barrier(f"by rank {rank}")
-        with pytest.raises((ValueError, RemoteError)), comm.lockstep("here"):
-            if rank:
-                raise ValueError("planted")
-            comm.barrier("waits")
+        with pytest.raises((ValueError, RemoteError)):
+            fails_on_1(comm, rank)
         return comm.vote("all well", True, "all")
 
     assert run_ranks(fn, 2) == [True, True]
