@@ -216,7 +216,7 @@ class Turns:
     def _late(self) -> str:
         absent = [r for r, rank in enumerate(self._ranks) if not rank.gone and rank.visit is None]
         places = ", ".join(f"rank {r}{self.where_is(r)}" for r in absent)
-        return f"{self._timeout_s:g} s are over, and the others wait for {places}"
+        return f"{self._timeout_s:.3g} s are over, and the others wait for {places}"
 
     def _who_left(self) -> str:
         gone = [(r, rank.gone) for r, rank in enumerate(self._ranks) if rank.gone]

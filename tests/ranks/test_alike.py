@@ -212,10 +212,11 @@ def in_batch_negatives(net, batch, ctx):
     return (left @ rights.T).logsumexp(-1).mean()
 
 
-def fit_each(folder):
+def fit_each(folder, names):
     """Trains with each callback; returns, by name, all that must be equal."""
     told = {}
-    for name, make in {**CALLBACKS, "none": None, "dropout": None, "gathers": None}.items():
+    for name in names:
+        make = CALLBACKS.get(name)
         options = {
             "model": Drops if name == "dropout" else None,
             "loss_fn": in_batch_negatives if name == "gathers" else None,
@@ -231,14 +232,18 @@ def fit_each(folder):
     return told
 
 
+ALONE = ("none", "dropout", "gathers")  # no callback, but another model or loss function
+
+
 def test_every_callback_is_tried():
     assert set(CALLBACKS) == set(dtrain.callbacks.__all__) - {"hard_labels"}
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_every_callback_trains_to_the_same_bits(size, tmp_path):
-    real = run_processes(fit_each, size, tmp_path / "real", timeout_s=TIMEOUT_S)
-    fake = run_ranks(fit_each, size, tmp_path / "fake", timeout_s=TIMEOUT_S)
+    names = [*ALONE, *CALLBACKS]
+    real = run_processes(fit_each, size, tmp_path / "real", names, timeout_s=TIMEOUT_S)
+    fake = run_ranks(fit_each, size, tmp_path / "fake", names, timeout_s=TIMEOUT_S)
     for rank in range(size):
         for name in real[rank]:
             for mine, theirs in zip(fake[rank][name], real[rank][name], strict=True):
@@ -246,10 +251,11 @@ def test_every_callback_trains_to_the_same_bits(size, tmp_path):
 
 
 def test_three_ranks_train_to_the_same_losses(tmp_path):
-    real = run_processes(fit_each, 3, tmp_path / "real", timeout_s=TIMEOUT_S)
-    fake = run_ranks(fit_each, 3, tmp_path / "fake", timeout_s=TIMEOUT_S)
+    names = [*ALONE, "GradientAccumulation", "EMA"]
+    real = run_processes(fit_each, 3, tmp_path / "real", names, timeout_s=TIMEOUT_S)
+    fake = run_ranks(fit_each, 3, tmp_path / "fake", names, timeout_s=TIMEOUT_S)
     for rank in range(3):
-        for name in real[rank]:
+        for name in names:
             # Gloo adds three ranks up in another order.
             assert fake[rank][name][0] == pytest.approx(real[rank][name][0], rel=1e-5), name
             assert fake[rank][name][1:3] == real[rank][name][1:3], name
