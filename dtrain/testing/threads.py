@@ -271,7 +271,7 @@ class Averaged:
                 wrapped._reduce()
 
         hook = micro_step.lane_param.register_post_accumulate_grad_hook(arrived)
-        weakref.finalize(self, hook.remove)
+        weakref.finalize(self, hook.remove).atexit = False
 
     def __call__(self, *args: Any) -> Any:
         """Runs the micro-step's forward."""
