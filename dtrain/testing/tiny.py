@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset
 
 from dtrain.callback import Callback, Sink
+from dtrain.data import Data
 from dtrain.state import Context, Loss, Step
 from dtrain.trainer import FitResult, Trainer
 from dtrain.world import init
@@ -43,12 +44,12 @@ def tiny_fit(
     *,
     steps: int | None = None,
     epochs: int | None = None,
-    batch_size: int = 12,
+    batch_size: int | None = 12,
     samples: int = 48,
     model: Callable[[], nn.Module] | None = None,
     optimizer: Callable[[nn.Module], Optimizer] | None = None,
     loss_fn: Callable[..., Loss | Tensor] | None = None,
-    data: Dataset[Any] | None = None,
+    data: Dataset[Any] | Data | None = None,
     evaluate: bool = True,
     run_dir: str | Path | None = None,
     sinks: Sequence[Sink] = (),
@@ -71,7 +72,7 @@ def tiny_fit(
         callbacks: to try; of this rank only.
         steps: global steps, as ``fit(max_steps=...)``.
         epochs: epochs.
-        batch_size: the global batch.
+        batch_size: the global batch; None where ``data`` has its own.
         samples: how many of them to make up: 8 features, 2 classes.
         model: makes the model.
         optimizer: from the model; AdamW if None.

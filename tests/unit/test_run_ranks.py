@@ -308,6 +308,60 @@ def test_a_communication_hook_is_refused():
         assert "run_processes" in str(outcome.error)
 
 
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    from dtrain.callbacks import Checkpoint
+
+    def fit(folder, epochs):
+        fit = tiny_fit([Checkpoint()], epochs=epochs, run_dir=tmp_path / folder, model=Dropping)
+        return fit.losses, fit.weights
+
+    whole = run_ranks(fit, 2, "whole", 3)
+    run_ranks(fit, 2, "parts", 1)
+    rest = run_ranks(fit, 2, "parts", 3)
+    for (losses, weights), (rest_losses, rest_weights) in zip(whole, rest, strict=True):
+        assert rest_losses == losses[4:]
+        assert all(torch.equal(weights[name], rest_weights[name]) for name in weights)
+
+
+class Dropping(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            torch.nn.Linear(8, 16), torch.nn.Dropout(0.5), torch.nn.ReLU(), torch.nn.Linear(16, 2)
+        )
+
+
+def test_streams_and_workers():
+    def streams():
+        rank = dtrain.init(seed=0).rank
+        batches = [(torch.ones(2, 8) * i, torch.zeros(2).long()) for i in range(3 + rank)]
+        return tiny_fit(data=dtrain.Data(batches), batch_size=None, epochs=1, evaluate=False).losses
+
+    one, two, three = run_ranks(streams, 3)
+    assert one == two == three
+    assert len(one) == 5
+
+    def workers(count):
+        generator = torch.Generator().manual_seed(1)
+        data = torch.utils.data.TensorDataset(
+            torch.randn(24, 8, generator=generator), torch.arange(24) % 2
+        )
+        data = dtrain.Data(data, 12, num_workers=count)
+        return tiny_fit(data=data, batch_size=None, epochs=1, evaluate=False).losses
+
+    assert run_ranks(workers, 2, 1) == run_ranks(workers, 2, 0)
+
+
+def test_two_profilers_in_one_process_are_refused(tmp_path):
+    from dtrain.callbacks import Profile
+
+    def fit():
+        tiny_fit([Profile((1, 3), ranks=(0, 1))], run_dir=tmp_path)
+
+    for outcome in try_ranks(fit, 2):
+        assert type(outcome.error) is ConfigError
+        assert "run_processes" in str(outcome.error)
+
+
 def test_frozen_parameters_are_wrapped_anew_and_nothing_is_kept():
     from dtrain.callbacks import Freeze
 
