@@ -6,7 +6,7 @@ calls all get :class:`RankMismatch` with a table of who was where; where a rank 
 others get :class:`RemoteError` in the same call. A plain process group would instead hang
 or, with equal shapes, silently mix the numbers of two different calls.
 
-The exchange runs on a gloo group of its own, so it never interleaves with gradients.
+The exchange runs on a wire of its own (a gloo group), so it never interleaves with gradients.
 """
 
 from __future__ import annotations
@@ -22,23 +22,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.errors import CommError, ConfigError, DtrainError, Failure, RankMismatch, RemoteError
+from dtrain.wire import Wire, WireOp
 
 T = TypeVar("T")
 Op = Literal["sum", "mean", "max", "min"]
 Rule = Literal["any", "majority", "all"]
 Place = str | Callable[[], str]  # where something failed; a function if that is known only then
 
-_REDUCE = {
-    "sum": dist.ReduceOp.SUM,
-    "mean": dist.ReduceOp.SUM,
-    "max": dist.ReduceOp.MAX,
-    "min": dist.ReduceOp.MIN,
-}
+_REDUCE: dict[Op, WireOp] = {"sum": "sum", "mean": "sum", "max": "max", "min": "min"}
 
 
 _SUMMED_BY_GLOO = {
@@ -74,13 +69,13 @@ class Comm:
         rank: int = 0,
         size: int = 1,
         host: str = "localhost",
-        group: dist.ProcessGroup | None = None,
+        wire: Wire | None = None,
         store: Store | None = None,
     ) -> None:
         self._rank = rank
         self._size = size
         self._host = host
-        self._group = group
+        self._wire = wire
         self._store = store
         self._step = 0
         self._kept: tuple[Tensor, ...] = ()
@@ -90,11 +85,11 @@ class Comm:
         self._gatherer: Gatherer | None = None  # while a loss function runs
 
     def close(self) -> None:
-        """Lets go of the process group; the verbs must not be called any more.
+        """Lets go of the wire; the verbs must not be called any more.
 
         Ranks: all, local.
         """
-        self._group = self._store = None
+        self._wire = self._store = None
         self._closed = self._size > 1
         self._kept = ()
 
@@ -118,11 +113,11 @@ class Comm:
             raise ConfigError(f"all_reduce({label!r}): op={op!r}; choose one of {sorted(_REDUCE)}")
         self._meet("all_reduce", label, f"{op} {_describe(tensor)}")
         buffer = tensor.detach().clone().cpu().contiguous()
-        if self._group is not None:
+        if self._wire is not None:
             if tensor.dtype in _SUMMED_BY_GLOO:
                 self._keep(buffer)
                 with self._bounded(label):
-                    dist.all_reduce(buffer, op=_REDUCE[op], group=self._group)
+                    self._wire.all_reduce(buffer, _REDUCE[op])
             else:
                 buffer = _reduce_here(torch.stack(self._gather_any(label, buffer)), op)
         if op == "mean":
@@ -139,7 +134,7 @@ class Comm:
         Ranks: all, communicates.
         """
         self._meet("all_gather", label, _describe(tensor))
-        if self._group is None:
+        if self._wire is None:
             return tensor.detach().clone().unsqueeze(0)
         parts = self._gather_any(label, tensor.detach().cpu().contiguous())
         return torch.stack(parts).to(tensor.device)
@@ -205,7 +200,7 @@ class Comm:
         Ranks: all, communicates.
         """
         self._meet("broadcast", label, _describe(tensor))
-        if self._group is None:
+        if self._wire is None:
             return tensor.detach().clone()
         buffer = tensor.detach().cpu().clone().contiguous()
         self._send(label, buffer.reshape(-1).view(torch.uint8))  # as bytes: of any dtype
@@ -237,7 +232,7 @@ class Comm:
         if rule not in rules:
             raise ConfigError(f"vote({label!r}): rule={rule!r}; choose one of {sorted(rules)}")
         self._meet("vote", label, rule)
-        if self._group is None:
+        if self._wire is None:
             return bool(yes)
         votes = self._gather(label, torch.tensor(int(yes)))
         return sum(int(vote) for vote in votes) >= rules[rule]
@@ -253,7 +248,7 @@ class Comm:
         """
         content = pickle.dumps(value)  # before the ranks meet: it may not be possible
         self._meet("gather_objects", label)
-        return [value] if self._group is None else self._exchange_bytes(label, content)
+        return [value] if self._wire is None else self._exchange_bytes(label, content)
 
     def on_main(self, label: str, fn: Callable[[], T]) -> T:
         """Rank 0 calls ``fn``; every rank gets its result, or its failure.
@@ -265,7 +260,7 @@ class Comm:
         Ranks: all, communicates; ``fn`` runs on rank 0 only.
         """
         self._meet("on_main", label)
-        if self._group is None:
+        if self._wire is None:
             return fn()
         reply: tuple[Any, Failure | None] = (None, None)
         error: Exception | None = None
@@ -333,7 +328,7 @@ class Comm:
 
         Ranks: this one, while the others call any verb.
         """
-        if self._group is None or self._is_told(error):
+        if self._wire is None or self._is_told(error):
             return
         self.record(error, where)
         try:
@@ -427,7 +422,7 @@ class Comm:
                 f"{verb}({label!r}) inside of on_main({self._on_main!r}): that runs on rank 0 "
                 "only, and the other ranks would never come. Call it outside, on all ranks."
             )
-        if self._group is None:
+        if self._wire is None:
             return
         site = _call_site()
         header = self._headers(verb, label, f"{site} {detail}")
@@ -451,7 +446,7 @@ class Comm:
         return torch.stack(self._gather(label, torch.tensor([digest, int(failed)])))
 
     def _exchange(self, label: str, value: T) -> list[T]:
-        return [value] if self._group is None else self._exchange_bytes(label, pickle.dumps(value))
+        return [value] if self._wire is None else self._exchange_bytes(label, pickle.dumps(value))
 
     def _exchange_bytes(self, label: str, pickled: bytes) -> list[Any]:
         content = torch.frombuffer(bytearray(pickled), dtype=torch.uint8)
@@ -469,8 +464,9 @@ class Comm:
     def _gather(self, label: str, mine: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(mine) for _ in range(self._size)]
         self._keep(mine, *parts)
+        assert self._wire is not None
         with self._bounded(label):
-            dist.all_gather(parts, mine, group=self._group)
+            self._wire.all_gather(parts, mine)
         return parts
 
     def _gather_any(self, label: str, mine: Tensor) -> list[Tensor]:
@@ -481,8 +477,9 @@ class Comm:
     def _send(self, label: str, tensor: Tensor) -> Tensor:
         """Gives every rank rank 0's ``tensor``, in place."""
         self._keep(tensor)
+        assert self._wire is not None
         with self._bounded(label):
-            dist.broadcast(tensor, group_src=0, group=self._group)
+            self._wire.broadcast(tensor)
         return tensor
 
     def _keep(self, *tensors: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ import random
 import re
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -28,6 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dtrain.comm import Comm
 from dtrain.errors import ConfigError, LaunchError
+from dtrain.wire import GroupWire, Wire
 
 T = TypeVar("T")
 
@@ -46,10 +49,12 @@ class World:
         size: how many ranks there are (the world size).
         host: this host's name.
         device: where this rank computes.
-        backend: ``"nccl"``, ``"gloo"``, or ``"none"`` in a world of one.
-        launcher: ``"torchrun"``, ``"slurm"`` or ``"solo"``.
+        backend: ``"nccl"``, ``"gloo"``, ``"threads"`` where ranks are those of a test, or
+            ``"none"`` in a world of one.
+        launcher: ``"torchrun"``, ``"slurm"``, ``"solo"`` or ``"threads"``.
         seed: what all random streams are derived from.
         comm: labelled verbs to the other ranks.
+        gradients: what gradients travel over; for strategies.
     """
 
     rank: int
@@ -61,6 +66,7 @@ class World:
     launcher: str
     seed: int
     comm: Comm
+    gradients: Wire = field(default_factory=GroupWire, repr=False)
     _opened: bool = field(default=False, repr=False)
     _closers: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
@@ -139,6 +145,9 @@ _lives = itertools.count()
 # torch's process group exists once in a process, and so does what dtrain knows of it.
 _current: World | None = None
 
+# Where ranks are threads, each has its own instead; see `inhabited`.
+_of_thread: ContextVar[World | None] = ContextVar("_of_thread", default=None)
+
 
 def init(*, seed: int = 0, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
     """Finds out who this rank is, opens the process group, and seeds every random stream.
@@ -163,11 +172,12 @@ def init(*, seed: int = 0, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
         raise ConfigError(f"seed={seed}: must be from 0 to 2**32 - 1")
     if timeout_s <= 0:
         raise ConfigError(f"timeout_s={timeout_s}: must be more than 0 seconds")
-    if _current is None:
-        _current = _open(seed, timeout_s)
-    _current.seed = seed
+    world = current()
+    if world is None:
+        world = _current = _open(seed, timeout_s)
+    world.seed = seed
     seed_everything(seed)
-    return _current
+    return world
 
 
 def current() -> World | None:
@@ -175,7 +185,22 @@ def current() -> World | None:
 
     Ranks: all, local.
     """
-    return _current
+    return _of_thread.get() or _current
+
+
+@contextmanager
+def inhabited(world: World) -> Iterator[None]:
+    """Makes ``world`` this thread's own in the block: :func:`init` and :func:`current` return it.
+
+    For ranks that are threads of one process.
+
+    Ranks: all, local.
+    """
+    token = _of_thread.set(world)
+    try:
+        yield
+    finally:
+        _of_thread.reset(token)
 
 
 def on_main(label: str, fn: Callable[[], T]) -> T:
@@ -190,7 +215,7 @@ def on_main(label: str, fn: Callable[[], T]) -> T:
 
     Ranks: all, communicates; ``fn`` runs on rank 0 only.
     """
-    return (_current or init()).comm.on_main(label, fn)
+    return (current() or init()).comm.on_main(label, fn)
 
 
 def seed_everything(seed: int, *stream: int) -> None:
@@ -327,7 +352,8 @@ def _open(seed: int, timeout_s: float) -> World:
     state = PartialState(cpu=not _has_gpu(), **options)
     control = dist.new_group(backend="gloo", timeout=timeout)
     rank = dist.get_rank()
-    comm = Comm(rank=rank, size=size, host=host, group=control, store=_own_store(timeout, life))
+    wire, store = GroupWire(control), _own_store(timeout, life)
+    comm = Comm(rank=rank, size=size, host=host, wire=wire, store=store)
     world = World(
         rank=rank,
         local_rank=state.local_process_index,

@@ -75,7 +75,7 @@ class Profile(Callback):
         """Says where traces will be.
 
         Raises:
-            ConfigError: the run has no folder.
+            ConfigError: the run has no folder, or ranks are threads and several are profiled.
         """
         if ctx.run_dir is None:
             raise ConfigError("Profile writes traces: pass Trainer(run_dir='runs/...')")
@@ -83,6 +83,12 @@ class Profile(Callback):
         self._rank = 0 if world is None else world.rank
         size = 1 if world is None else world.size
         ranks = [rank for rank in self._ranks if rank < size]
+        if world is not None and world.launcher == "threads" and len(ranks) > 1:
+            # A process has one profiler, which dies of two threads that use it.
+            raise ConfigError(
+                f"Profile(ranks={ranks}): ranks are threads of one process here, of which torch "
+                "can profile one; use dtrain.testing.run_processes"
+            )
         if not ranks:
             ctx.say(f"Profile: there is no rank {self._ranks[0]} among {size}; nothing is profiled")
         elif ctx.progress.step < self._steps.stop:

@@ -14,16 +14,24 @@ def capture() -> dict[str, Any]:
 
     Ranks: all, local.
     """
+    state = capture_host()
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def capture_host() -> dict[str, Any]:
+    """Returns the state of the generators that draw on the CPU, and touches no GPU.
+
+    Ranks: all, local.
+    """
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     words = np.asarray(keys).tolist()
-    state: dict[str, Any] = {
+    return {
         "python": random.getstate(),
         "numpy": (str(kind), words, int(position), int(has_gauss), float(gauss)),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
 
 
 def restore(state: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +16,7 @@ from dtrain.lane import Heard, LaneSilent
 from dtrain.microstep import MicroStep
 from dtrain.state import Step
 from dtrain.strategies.base import Strategy
+from dtrain.wire import DataParallel
 from dtrain.world import World
 
 # 2.13 renamed the argument; 2.11 has only the old name.
@@ -62,7 +62,7 @@ class DDP(Strategy):
         self._sync_batchnorm = sync_batchnorm
         self._comm_hook = comm_hook
         self._micro_step: MicroStep | None = None
-        self._ddp: DistributedDataParallel | None = None
+        self._ddp: DataParallel | None = None
         self._checked = False
         self._world: World | None = None
         self._trainable: list[int] = []
@@ -114,7 +114,7 @@ class DDP(Strategy):
         with torch.no_grad():
             for tensor in model.state_dict().values():
                 sent = tensor.detach().clone().contiguous()
-                dist.broadcast(sent, src=0)
+                world.gradients.broadcast(sent)
                 if not torch.equal(sent, tensor):
                     differed = True
                     tensor.copy_(sent)
@@ -133,7 +133,7 @@ class DDP(Strategy):
         if self._ddp is None:
             world.at_close(self._release)
         options: dict[str, Any] = {_SYNC_BUFFERS: False}
-        self._ddp = DistributedDataParallel(
+        self._ddp = world.gradients.data_parallel(
             micro_step,
             bucket_cap_mb=self._bucket_cap_mb,
             find_unused_parameters=self.find_unused,
@@ -243,7 +243,7 @@ class DDP(Strategy):
         assert self._micro_step is not None
         assert self._world is not None
         mean = self._micro_step.lane.message() / self._world.size
-        dist.all_reduce(mean)
+        self._world.gradients.all_reduce(mean)
         return mean
 
     def unused(self) -> UnusedParameters:

@@ -12,7 +12,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -21,47 +20,8 @@ from typing import Any
 import torch
 
 from dtrain.errors import DtrainError
+from dtrain.testing.outcomes import Outcome, RanksFailed
 from dtrain.world import serve_store
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one rank.
-
-    Attributes:
-        rank: which.
-        value: what the function returned, if it did.
-        error: what it raised, or why it ended without either (killed, out of time).
-        trace: the traceback as text, where it raised.
-        output: what it wrote to stdout and stderr.
-        exitcode: of the process; negative for a signal.
-    """
-
-    rank: int
-    value: Any
-    error: BaseException | None
-    trace: str
-    output: str
-    exitcode: int | None
-
-
-class RanksFailed(DtrainError, AssertionError):
-    """Some rank raised, died, or did not come back in time.
-
-    Attributes:
-        outcomes: every rank's, by rank.
-    """
-
-    def __init__(self, outcomes: list[Outcome]) -> None:
-        self.outcomes = outcomes
-        parts = []
-        for outcome in outcomes:
-            if outcome.error is None:
-                parts.append(f"rank {outcome.rank}: fine")
-            else:
-                what = outcome.trace or f"{outcome.error}\n"
-                parts.append(f"rank {outcome.rank}: {what}{_tail(outcome.output)}")
-        super().__init__("\n".join(parts))
 
 
 def run_processes(
@@ -245,8 +205,3 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 def _log(folder: str, rank: int) -> Path:
     return Path(folder) / f"rank-{rank}.txt"
-
-
-def _tail(output: str, lines: int = 30) -> str:
-    kept = output.splitlines()[-lines:]
-    return "".join(f"  | {line}\n" for line in kept)

@@ -89,7 +89,14 @@ def test_gpt_trains_evaluates_and_writes(tmp_path):
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/callbacks.md", "docs/check.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/design.md",
+        "docs/callbacks.md",
+        "docs/check.md",
+        "docs/testing.md",
+    ],
 )
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()

@@ -1,0 +1,266 @@
+"""Planted faults: one rank raises, dies, stops, is late or gets a signal, at a step and a hook."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from dtrain.callback import HOOK_NAMES, Callback
+from dtrain.errors import ConfigError
+from dtrain.state import Context, Step
+from dtrain.testing.turns import aside
+from dtrain.world import current
+
+
+class Waitable(Protocol):
+    """Such as an event of ``threading`` or ``multiprocessing``."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Returns whether it happened, at the latest after ``timeout`` seconds."""
+        ...
+
+
+class What(Protocol):
+    """What is to go wrong.
+
+    Attributes:
+        in_threads: whether it can befall one rank where ranks are threads of one process.
+    """
+
+    in_threads: ClassVar[bool]
+
+    def happen(self) -> None:
+        """Goes wrong, in the rank that calls it.
+
+        Ranks: the one that is to suffer it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Raise:
+    """Raises an exception.
+
+    Attributes:
+        error: the exception.
+    """
+
+    error: BaseException
+    in_threads: ClassVar[bool] = True
+
+    def happen(self) -> None:
+        """Raises it.
+
+        Raises:
+            BaseException: the one that was given.
+
+        Ranks: the one that is to suffer it.
+        """
+        raise self.error
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Sends a signal to the rank's process.
+
+    Attributes:
+        number: such as ``signal.SIGTERM``.
+    """
+
+    number: int
+    in_threads: ClassVar[bool] = False
+
+    def happen(self) -> None:
+        """Sends it.
+
+        Ranks: the one that is to suffer it.
+        """
+        os.kill(os.getpid(), self.number)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Ends the rank's process at once, as the kernel does where memory is short."""
+
+    in_threads: ClassVar[bool] = False
+
+    def happen(self) -> None:
+        """Sends SIGKILL.
+
+        Ranks: the one that is to suffer it.
+        """
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Stops the rank's process: it neither goes on nor ends, until somebody sends SIGCONT."""
+
+    in_threads: ClassVar[bool] = False
+
+    def happen(self) -> None:
+        """Sends SIGSTOP.
+
+        Ranks: the one that is to suffer it.
+        """
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@dataclass(frozen=True)
+class Delay:
+    """Keeps the rank waiting; other ranks go on as far as they can.
+
+    Attributes:
+        until: seconds, or an event to wait for.
+        timeout_s: how long an event may take to happen.
+    """
+
+    until: float | Waitable
+    timeout_s: float = 10.0
+    in_threads: ClassVar[bool] = True
+
+    def happen(self) -> None:
+        """Waits.
+
+        Raises:
+            TimeoutError: the event did not happen.
+
+        Ranks: the one that is to suffer it.
+        """
+        with aside():
+            if isinstance(self.until, float | int):
+                threading.Event().wait(self.until)
+            elif not self.until.wait(self.timeout_s):
+                raise TimeoutError(f"what Delay waits for did not happen in {self.timeout_s:g} s")
+
+
+class Fault(Callback):
+    """Makes something go wrong on one rank, once.
+
+    A fault that was planted where the run never comes is an error at the end of ``fit``.
+
+    Example::
+
+        callbacks = [MyCallback(), Fault(Raise(OSError("disk full")), rank=1, step=3)]
+
+    Args:
+        what: ``Raise(error)``, ``Kill()``, ``Stop()``, ``Signal(number)`` or ``Delay(until)``.
+        rank: where.
+        step: when: in the step with this number (0 is the first) or, in a hook that is not of a
+            step, as soon as so many steps are taken. Of several micro-batches, the first counts.
+        hook: in which hook.
+
+    Raises:
+        ConfigError: there is no such hook or rank, or ranks are threads and it would hit all.
+
+    Ranks: all; it happens on one.
+    """
+
+    def __init__(self, what: What, *, rank: int, step: int = 0, hook: str = "on_loss") -> None:
+        if hook not in HOOK_NAMES:
+            close = difflib.get_close_matches(hook, HOOK_NAMES, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ConfigError(f"Fault(hook={hook!r}): {hint}The hooks are {', '.join(HOOK_NAMES)}")
+        if rank < 0 or step < 0:
+            raise ConfigError(f"Fault(rank={rank}, step={step}): must be 0 or more")
+        self.name = f"Fault at {hook} of step {step} on rank {rank}"
+        self.happened = False
+        self._what = what
+        self._rank = rank
+        self._step = step
+        self._hook = hook
+
+    def on_fit_start(self, ctx: Context) -> None:
+        """Checks that it can happen.
+
+        Raises:
+            ConfigError: there is no such rank, or it would hit all ranks.
+        """
+        world = current()
+        size, threads = (1, False) if world is None else (world.size, world.launcher == "threads")
+        if self._rank >= size:
+            raise ConfigError(f"{self.name}: there are {size} ranks, counted from 0")
+        if threads and not self._what.in_threads:
+            raise ConfigError(
+                f"{self.name}: {type(self._what).__name__} is for a process, and ranks are threads "
+                "here, so that it would hit the test itself; use run_processes"
+            )
+        self._at("on_fit_start", ctx.progress.step)
+
+    def on_epoch_start(self, ctx: Context) -> None:
+        """Happens here, where it was planted here."""
+        self._at("on_epoch_start", ctx.progress.step)
+
+    def on_step_start(self, ctx: Context, step: Step) -> None:
+        """Happens here, where it was planted here."""
+        self._at("on_step_start", step.number)
+
+    def on_batch(self, ctx: Context, step: Step) -> None:
+        """Happens here, where it was planted here."""
+        self._at("on_batch", step.number)
+
+    def on_loss(self, ctx: Context, step: Step) -> None:
+        """Happens here, where it was planted here."""
+        self._at("on_loss", step.number)
+
+    def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        """Happens here, where it was planted here."""
+        self._at("on_grads_ready", step.number)
+
+    def on_step_end(self, ctx: Context, step: Step) -> None:
+        """Happens here, where it was planted here."""
+        self._at("on_step_end", step.number)
+
+    def on_eval_start(self, ctx: Context) -> None:
+        """Happens here, where it was planted here."""
+        self._at("on_eval_start", ctx.progress.step)
+
+    def on_eval_batch(self, ctx: Context, step: Step) -> None:
+        """Happens here, where it was planted here."""
+        self._at("on_eval_batch", ctx.progress.step)
+
+    def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
+        """Happens here, where it was planted here."""
+        self._at("on_eval_end", ctx.progress.step)
+
+    def on_save(self, ctx: Context) -> None:
+        """Happens here, where it was planted here."""
+        self._at("on_save", ctx.progress.step)
+
+    def on_epoch_end(self, ctx: Context) -> None:
+        """Happens here, where it was planted here."""
+        self._at("on_epoch_end", ctx.progress.step)
+
+    def on_fit_end(self, ctx: Context) -> None:
+        """Happens here, where it was planted here.
+
+        Raises:
+            ConfigError: it has not happened, and will not any more.
+        """
+        self._at("on_fit_end", ctx.progress.step)
+        if self._is_here() and not self.happened:
+            raise ConfigError(
+                f"{self.name} never happened: the run ended well after {ctx.progress.step} steps"
+            )
+
+    def on_error(self, ctx: Context, error: BaseException) -> None:
+        """Happens here, where it was planted here."""
+        self._at("on_error", ctx.progress.step)
+
+    def _at(self, hook: str, step: int) -> None:
+        exact = hook in _OF_A_STEP
+        due = step == self._step if exact else step >= self._step
+        if hook == self._hook and due and not self.happened and self._is_here():
+            self.happened = True
+            self._what.happen()
+
+    def _is_here(self) -> bool:
+        world = current()
+        return self._rank == (0 if world is None else world.rank)
+
+
+_OF_A_STEP = ("on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end")

@@ -1,0 +1,310 @@
+"""Ranks for tests as threads of this process: milliseconds instead of a second.
+
+They run the same :class:`~dtrain.comm.Comm`, Trainer and strategy as real ranks; only the wire
+beneath is another (:mod:`dtrain.wire`), and the ranks take turns (:mod:`dtrain.testing.turns`).
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import traceback
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.checkpoint import rng
+from dtrain.comm import Comm
+from dtrain.errors import ConfigError, DtrainError
+from dtrain.microstep import MicroStep
+from dtrain.testing.outcomes import Outcome, RanksFailed
+from dtrain.testing.turns import Turns
+from dtrain.wire import WireOp, local_store
+from dtrain.world import World, inhabited
+
+DEFAULT_TIMEOUT_S = 20.0
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> list[Any]:
+    """Runs ``fn(*args)`` on ``world_size`` ranks that are threads; returns each one's result.
+
+    In ``fn``, ``dtrain.init()`` gives the rank's world, and a Trainer trains as it does on real
+    ranks, on the CPU. One rank runs at a time, until it waits for the others in a verb or in the
+    reduction of gradients; so a test runs the same way each time. Python's, NumPy's and torch's
+    global random streams begin on each rank as they are here, are each rank's own, and are put
+    back at the end. Torch computes on one thread a rank, as it does in :func:`run_processes`.
+
+    What else a process has one of, ranks share: the environment, module globals, torch's default
+    dtype, and whatever ``fn`` finds outside of itself. So make model, optimizer and callbacks
+    inside of ``fn``.
+
+    Example::
+
+        def double_rank():
+            world = dtrain.init()
+            return world.comm.all_reduce("sum", torch.tensor(world.rank)).item()
+
+        assert run_ranks(double_rank, 3) == [3, 3, 3]
+
+    Args:
+        fn: any function; nothing is pickled but what verbs send.
+        world_size: how many ranks.
+        *args: the same for each rank.
+        timeout_s: how long all of it may take, in seconds. A thread cannot be killed: one that is
+            stuck by then is left behind.
+
+    Raises:
+        RanksFailed: a rank raised or ran out of time; it has every rank's outcome.
+
+    Ranks: none; called in the test's process.
+    """
+    outcomes = try_ranks(fn, world_size, *args, timeout_s=timeout_s)
+    if any(outcome.error is not None for outcome in outcomes):
+        raise RanksFailed(outcomes)
+    return [outcome.value for outcome in outcomes]
+
+
+def try_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> list[Outcome]:
+    """Like :func:`run_ranks`, for ranks that are expected to fail: raises nothing itself.
+
+    Args:
+        fn: any function.
+        world_size: how many ranks.
+        *args: the same for each rank.
+        timeout_s: how long all of it may take, in seconds.
+
+    Returns:
+        Every rank's outcome, by rank.
+
+    Raises:
+        ConfigError: there must be a rank, and a second or so.
+
+    Ranks: none; called in the test's process.
+    """
+    if world_size < 1 or timeout_s <= 0:
+        raise ConfigError(f"world_size={world_size}, timeout_s={timeout_s}: must be more than 0")
+    before, threads_of_torch = rng.capture_host(), torch.get_num_threads()
+    turns = Turns(world_size, timeout_s)
+    outcomes: dict[int, Outcome] = {}
+    worlds = _worlds(turns, world_size)
+
+    def run(rank: int) -> None:
+        try:
+            with inhabited(worlds[rank]), turns.seated(rank):
+                outcomes[rank] = Outcome(rank, fn(*args), None, "")
+        except BaseException as error:  # noqa: BLE001 -- told to the test
+            outcomes[rank] = Outcome(rank, None, error, traceback.format_exc())
+
+    # Daemons: one that is stuck must not keep the interpreter from ending.
+    threads = [
+        threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True)
+        for rank in range(world_size)
+    ]
+    # As real ranks of one host have by default; and sums are then the same on every machine.
+    torch.set_num_threads(1)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(turns.seconds_left() + 1)  # those that only wait leave by themselves
+    finally:
+        turns.end("the test is over")
+        rng.restore(before)
+        torch.set_num_threads(threads_of_torch)
+    return [outcomes.get(rank) or _stuck(rank, turns) for rank in range(world_size)]
+
+
+def _stuck(rank: int, turns: Turns) -> Outcome:
+    why = f"rank {rank} did not come back in time and was left behind{turns.where_is(rank)}"
+    return Outcome(rank, None, DtrainError(why), "")
+
+
+def _worlds(turns: Turns, size: int) -> list[World]:
+    host, store = socket.gethostname(), local_store()
+    worlds = []
+    for rank in range(size):
+        comm, gradients = (
+            ThreadWire(turns, rank, size, what)
+            for what in ("a verb of dtrain's comm", "the reduction of gradients")
+        )
+        worlds.append(
+            World(
+                rank=rank,
+                local_rank=rank,
+                size=size,
+                host=host,
+                device=torch.device("cpu"),
+                backend="threads" if size > 1 else "none",
+                launcher="threads",
+                seed=0,
+                comm=Comm(rank=rank, size=size, host=host, wire=comm, store=store)
+                if size > 1
+                else Comm(host=host),
+                gradients=gradients,
+            )
+        )
+    return worlds
+
+
+class ThreadWire:
+    """One rank's end of a wire between threads; see :class:`dtrain.wire.Wire`.
+
+    Args:
+        turns: whom this rank takes turns with.
+        rank: this rank.
+        size: the world size.
+        what: names the wire in errors; each has meetings of its own.
+    """
+
+    def __init__(self, turns: Turns, rank: int, size: int, what: str) -> None:
+        self._turns = turns
+        self._rank = rank
+        self._size = size
+        self._what = what
+
+    def all_gather(self, parts: list[Tensor], mine: Tensor) -> None:
+        """Fills ``parts`` with every rank's ``mine``.
+
+        Ranks: all, communicates.
+        """
+        for part, theirs in zip(parts, self._meet("all_gather", mine), strict=True):
+            part.copy_(theirs)
+
+    def all_reduce(self, buffer: Tensor, op: WireOp = "sum") -> None:
+        """Reduces ``buffer`` over all ranks, in place, in the order of ranks.
+
+        Ranks: all, communicates.
+        """
+        first, *others = self._meet(f"all_reduce {op}", buffer)
+        for theirs in others:
+            if op == "sum":
+                first = first + theirs
+            else:
+                first = first.maximum(theirs) if op == "max" else first.minimum(theirs)
+        buffer.copy_(first)
+
+    def broadcast(self, buffer: Tensor) -> None:
+        """Gives every rank rank 0's ``buffer``, in place.
+
+        Ranks: all, communicates.
+        """
+        buffer.copy_(self._meet("broadcast", buffer)[0])
+
+    def data_parallel(self, module: nn.Module, **options: Any) -> Averaged:
+        """Wraps ``module``: its backward reduces gradients as DistributedDataParallel's does.
+
+        Of the options, only ``find_unused_parameters`` makes a difference.
+
+        Raises:
+            ConfigError: ranks share a model.
+
+        Ranks: all, communicates.
+        """
+        assert isinstance(module, MicroStep)
+        places = {p.data_ptr() for p in module.parameters() if p.numel()}
+        for rank, theirs in enumerate(self.exchange(places)):
+            if rank != self._rank and places & theirs:
+                raise ConfigError(
+                    f"ranks {self._rank} and {rank} share one model: ranks are threads here, so "
+                    "make model, optimizer and callbacks in the function that each rank runs"
+                )
+        find_unused = bool(options.get("find_unused_parameters"))
+        return Averaged(module, self, self._size, find_unused=find_unused)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Returns every rank's ``value``, by rank. It must not be changed any more.
+
+        Ranks: all, communicates.
+        """
+        return self._turns.meet(self._rank, self._what, value)
+
+    def _meet(self, call: str, mine: Tensor) -> list[Tensor]:
+        # A copy: its owner may change it before the others have had their turns.
+        brought = self.exchange((call, mine.detach().clone()))
+        calls = {f"{call} {t.dtype}{list(t.shape)}" for call, t in brought}
+        if len(calls) > 1:
+            raise RuntimeError(f"ranks met on the wire in different calls: {sorted(calls)}")
+        return [theirs for _, theirs in brought]
+
+
+class Averaged:
+    """A micro-step whose last backward leaves the mean of all ranks' gradients.
+
+    As with DistributedDataParallel, nothing is reduced where a gradient is missing (the lane then
+    tells), unless ``find_unused``; and each rank's gradient is divided before they are summed.
+
+    Args:
+        micro_step: what it runs.
+        wire: to the other ranks.
+        size: the world size.
+        find_unused: gradients may be missing.
+    """
+
+    def __init__(
+        self, micro_step: MicroStep, wire: ThreadWire, size: int, *, find_unused: bool
+    ) -> None:
+        self._micro_step = micro_step
+        self._wire = wire
+        self._size = size
+        self._find_unused = find_unused
+        # The lane's gradient arrives last, and only in the last backward of a step. The hook must
+        # end with this object: another one takes its place where parameters are frozen.
+        itself = weakref.ref(self)
+
+        def arrived(_: Tensor) -> None:
+            wrapped = itself()
+            if wrapped is not None:
+                wrapped._reduce()
+
+        hook = micro_step.lane_param.register_post_accumulate_grad_hook(arrived)
+        weakref.finalize(self, hook.remove).atexit = False
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the micro-step's forward."""
+        return self._micro_step(*args)
+
+    def no_sync(self) -> nullcontext[None]:
+        """Nothing is reduced before the last backward anyway."""
+        return nullcontext()
+
+    def register_comm_hook(self, state: Any, hook: Any) -> None:
+        """Refuses: there are no buckets.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("DDP(comm_hook=...) needs real ranks: test it with run_processes")
+
+    def _reduce(self) -> None:
+        params = [p for p in self._micro_step.parameters() if p.requires_grad]
+        if not self._find_unused and any(p.grad is None for p in params):
+            return
+        shares = [None if p.grad is None else p.grad * (1 / self._size) for p in params]
+        everyones: list[list[Tensor | None]] = self._wire.exchange(shares)
+        if any(len(theirs) != len(shares) for theirs in everyones):
+            raise RuntimeError("ranks reduce the gradients of different parameters")
+        for parameter, parts in zip(params, zip(*everyones, strict=True), strict=True):
+            given = [part for part in parts if part is not None]
+            if not given:
+                continue
+            total = given[0]
+            for part in given[1:]:
+                total = total + part
+            if parameter.grad is None or parameter.grad.is_sparse:
+                parameter.grad = total.clone()
+            else:
+                parameter.grad.copy_(total)

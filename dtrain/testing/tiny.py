@@ -1,0 +1,147 @@
+"""A training of a few milliseconds, to try callbacks in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, TensorDataset
+
+from dtrain.callback import Callback, Sink
+from dtrain.data import Data
+from dtrain.state import Context, Loss, Step
+from dtrain.trainer import FitResult, Trainer
+from dtrain.world import init
+
+CLASSES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TinyFit:
+    """What became of a tiny training, on one rank.
+
+    Attributes:
+        result: what ``fit`` returned.
+        losses: of each step, over the global batch.
+        applied: of each step, whether the parameters were updated.
+        weights: the model's parameters and buffers at the end, by name.
+    """
+
+    result: FitResult
+    losses: list[float]
+    applied: list[bool]
+    weights: dict[str, Tensor]
+
+
+def tiny_fit(
+    callbacks: Sequence[Callback] = (),
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = 12,
+    samples: int = 48,
+    model: Callable[[], nn.Module] | None = None,
+    optimizer: Callable[[nn.Module], Optimizer] | None = None,
+    loss_fn: Callable[..., Loss | Tensor] | None = None,
+    data: Dataset[Any] | Data | None = None,
+    evaluate: bool = True,
+    run_dir: str | Path | None = None,
+    sinks: Sequence[Sink] = (),
+    seed: int = 0,
+    **fit: Any,
+) -> TinyFit:
+    """Trains a small classifier on made-up data, on this rank; all of it can be replaced.
+
+    Without ``steps`` and ``epochs`` it trains for two epochs of four steps.
+
+    Example::
+
+        def fit():
+            return tiny_fit([MyCallback()]).losses
+
+        one, two = run_ranks(fit, 2)
+        assert one == two
+
+    Args:
+        callbacks: to try; of this rank only.
+        steps: global steps, as ``fit(max_steps=...)``.
+        epochs: epochs.
+        batch_size: the global batch; None where ``data`` has its own.
+        samples: how many of them to make up: 8 features, 2 classes.
+        model: makes the model.
+        optimizer: from the model; AdamW if None.
+        loss_fn: as the Trainer's; cross-entropy and accuracy if None.
+        data: to train on instead of what is made up.
+        evaluate: evaluate on the training data after each epoch.
+        run_dir: as the Trainer's.
+        sinks: as the Trainer's; silent if none.
+        seed: of everything random.
+        **fit: more arguments of ``Trainer.fit``.
+
+    Returns:
+        What became of it.
+
+    Ranks: all, communicates.
+    """
+    init(seed=seed)
+    if steps is None and epochs is None:
+        epochs = 2
+    record = _Record()
+    net = _model() if model is None else model()
+    trainer = Trainer(
+        net,
+        (lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2)) if optimizer is None else optimizer,
+        _loss_fn if loss_fn is None else loss_fn,
+        callbacks=[*callbacks, record],
+        sinks=sinks,
+        run_dir=run_dir,
+    )
+    train = _dataset(samples) if data is None else data
+    result = trainer.fit(
+        train,
+        batch_size=batch_size,
+        max_steps=steps,
+        epochs=epochs,
+        eval_set=train if evaluate else None,
+        **fit,
+    )
+    weights = {name: t.detach().clone() for name, t in trainer.model.state_dict().items()}
+    return TinyFit(result, record.losses, record.applied, weights)
+
+
+class _Record(Callback):
+    """Keeps the loss of every step, and whether it was applied."""
+
+    name = "tiny_fit"
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.applied: list[bool] = []
+
+    def on_step_end(self, ctx: Context, step: Step) -> None:
+        self.losses.append(step.loss_mean)
+        self.applied.append(step.applied)
+
+
+def _model() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, CLASSES))
+
+
+def _dataset(samples: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(samples, 8, generator=generator)
+    return TensorDataset(x, (x[:, 0] + x[:, 1] > 0).long())
+
+
+def _loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Loss:
+    x, y = batch
+    logits = model(x)
+    hard = y if y.dim() == 1 else y.argmax(-1)  # a callback may have made it soft
+    accuracy = (logits.argmax(-1) == hard).float().mean()
+    return Loss(F.cross_entropy(logits, y), metrics={"accuracy": accuracy}, outputs=logits)
