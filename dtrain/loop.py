@@ -22,6 +22,7 @@ from dtrain.lane import Arriving, Lane, Verdict
 from dtrain.metrics import Means
 from dtrain.microstep import MicroStep
 from dtrain.outcome import Outcome
+from dtrain.pace import Pace
 from dtrain.precision import Factor, Precision
 from dtrain.state import Context, Progress, Step
 from dtrain.strategies import Strategy
@@ -72,6 +73,7 @@ class Loop:
     optimizer: Optimizer
     means: Means
     agreement: Agreement
+    pace: Pace
     journal: Journal
     world_size: int
     evaluate: Callable[[], dict[str, float]]
@@ -214,6 +216,7 @@ class Loop:
         """Takes one global step; returns False where it had to be left undone, for want of data."""
         context, hooks, progress = self.context, self.hooks, self.context.progress
         context.comm.mark_step(progress.step)
+        self.pace.begin_step()
         step = Step(number=progress.step, micros=step_feed.micros)
         with context.comm.alone(self._at("a training step")):
             hooks.fire(Callback.on_step_start, context, step)
@@ -222,6 +225,7 @@ class Loop:
             for micro in range(step_feed.micros):
                 step.micro = micro
                 self.strategy.run(step, step_feed, last=micro == step_feed.micros - 1)
+            self.pace.reduced()
             step.outcome = outcome = Outcome(self.strategy, progress)
         if not self._conclude():
             return False
@@ -234,6 +238,7 @@ class Loop:
                 progress.step += 1
                 progress.step_in_epoch += 1
                 hooks.fire_step_end(context, step, late=False)
+            self.pace.end_step()
             return True
         verdict = outcome.verdict()  # agreed, and all below follows from it
         self._take_notice(verdict)
@@ -246,6 +251,7 @@ class Loop:
             progress.step_in_epoch += 1
             self._count(step, outcome)
             hooks.fire(Callback.on_step_end, context, step)
+        self.pace.end_step()
         return True
 
     def _conclude(self) -> bool:
@@ -339,6 +345,8 @@ class Loop:
             if self._loss_weight:
                 values["train/loss"] = self._loss_sum / self._loss_weight
             values |= self.means.agree(context.comm)
+            if straggler := self.pace.compare():
+                context.say(f"warning: {straggler}")
         if not values:
             return
         values["lr"] = float(self.optimizer.param_groups[0]["lr"])

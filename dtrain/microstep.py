@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from dtrain.errors import ConfigError, LossError
 from dtrain.gathers import Gathers
 from dtrain.lane import Lane, Slot, idle
 from dtrain.metrics import Means, as_metrics
+from dtrain.pace import Pace
 from dtrain.precision import Precision
 from dtrain.state import Context, Loss, Step
 
@@ -50,6 +52,7 @@ class MicroStep(nn.Module):
         context: what hooks get.
         agreement: requests that the reduction is to carry.
         gathers: serves the loss function's gathers.
+        pace: told how long this rank waits for data.
         means: collects the loss function's metrics.
         find_unused: True where the reduction looks for unused parameters itself.
         may_idle: False where ranks wait for one another inside of the model.
@@ -68,6 +71,7 @@ class MicroStep(nn.Module):
         context: Context,
         agreement: Agreement,
         gathers: Gathers,
+        pace: Pace,
         means: Means,
         find_unused: bool = False,
         may_idle: bool = True,
@@ -87,6 +91,7 @@ class MicroStep(nn.Module):
         self._may_idle = may_idle
         self._agreement = agreement
         self._gathers = gathers
+        self._pace = pace
         #: Whether the reference weight is that of real batches, not a guess.
         self.weighed = False
         self._trainable: list[nn.Parameter] = []
@@ -148,6 +153,7 @@ class MicroStep(nn.Module):
             # With find_unused, gradients of zero would make AdamW decay an unused parameter.
             if loss is None and not self._find_unused:
                 terms.append(idle(self._trainable[::-1], self._sparse))
+            self._pace.forwarded()
         return tuple(terms)
 
     def _refuse_to_idle(self) -> None:
@@ -183,7 +189,9 @@ class MicroStep(nn.Module):
         request = self._context.request
         where = "data"
         try:
+            since = perf_counter()
             fetched = feed.next()
+            self._pace.waited_for_data(since)
             if fetched is None:
                 return None  # fewer samples than ranks: this one has none in this step
             step.batch, step.samples = fetched

@@ -44,6 +44,7 @@ from dtrain.lane import Lane
 from dtrain.loop import Loop, Plan
 from dtrain.metrics import Means
 from dtrain.microstep import MicroStep, UserLoss, adapt, as_loss
+from dtrain.pace import Pace
 from dtrain.precision import Precision, takes_a_veto
 from dtrain.reporting import Reporter
 from dtrain.signals import Signals
@@ -139,6 +140,7 @@ class Trainer:
         shares = 1 if self.precision.scales_loss else world.size
         self._lane = Lane(self.model, rank=world.rank, size=world.size, shares=shares)
         self._agreement = Agreement(self.context.request, world.comm, world.host)
+        self._pace = Pace(world.comm, host=world.host, size=world.size)
         self._micro_step = MicroStep(
             self.model,
             loss_fn,
@@ -148,6 +150,7 @@ class Trainer:
             context=self.context,
             agreement=self._agreement,
             gathers=Gathers(world.comm, rank=world.rank, size=world.size),
+            pace=self._pace,
             means=self._means,
             find_unused=self._strategy.find_unused,
             may_idle=self._strategy.may_idle,
@@ -388,6 +391,7 @@ class Trainer:
             optimizer=self.optimizer,
             means=self._means,
             agreement=self._agreement,
+            pace=self._pace,
             journal=Journal(self.context, reporter),
             world_size=self.world.size,
             evaluate=lambda: self._evaluate(evals),
