@@ -48,7 +48,7 @@ from dtrain.callbacks import (
 from dtrain.errors import ConfigError
 from dtrain.testing import run_processes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 MAKE = {
     "EMA": lambda: EMA(0.9),
