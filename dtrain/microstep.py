@@ -24,6 +24,7 @@ from dtrain.gathers import Gathers
 from dtrain.lane import Lane, Slot, idle
 from dtrain.metrics import Means, as_metrics
 from dtrain.precision import Precision
+from dtrain.pulse import DATA, FIRST_DATA, LOSS_FN
 from dtrain.state import Context, Loss, Step
 
 UserLoss = Callable[..., Loss | Tensor]
@@ -179,8 +180,10 @@ class MicroStep(nn.Module):
         """Runs the loss function; returns None where this rank has nothing to say."""
         if self.trouble is not None:
             return None
-        request = self._context.request
+        request, pulse = self._context.request, self._context.comm.pulse
+        first = not (self._context.progress.step_in_epoch or step.micro)
         where = "data"
+        pulse.go(FIRST_DATA if first else DATA)
         try:
             fetched = feed.next()
             if fetched is None:
@@ -190,6 +193,7 @@ class MicroStep(nn.Module):
                 self.lane.say(Slot.FED)
             request.skippable = True
             where = "on_batch"
+            pulse.go(LOSS_FN)
             with self._context.comm.gathering(self._gathers):
                 self._hooks.fire(Callback.on_batch, self._context, step)
                 if not request.skipped:

@@ -331,6 +331,16 @@ class Context:
             )
         logged.values.append(value.detach() if isinstance(value, Tensor) else value)
 
+    def alive(self) -> None:
+        """Says that this rank is still at work, where a hook or a loss function takes long.
+
+        Without it, a hook in the middle of a step is taken for stuck after
+        ``Trainer(hang_after_s=...)`` seconds, or ten times the slowest recent step.
+
+        Ranks: all, local.
+        """
+        self.comm.pulse.go(self.comm.pulse.place)
+
     def loss_of(self, batch: Any) -> Loss:
         """Runs the loss function once more, as training would, for debugging.
 

@@ -6,12 +6,13 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -22,6 +23,9 @@ import torch
 
 from dtrain.errors import DtrainError
 from dtrain.world import serve_store
+
+#: Has a rank write where its threads are; a number that hardly anybody uses.
+_SAY_WHERE = signal.SIGRTMAX - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +145,20 @@ def run_outcomes(
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
                 target=_run_rank,
-                args=(payload, variables, theirs, str(_log(folder, rank)), deadline),
+                args=(payload, variables, theirs, str(_log(folder, rank))),
                 name=f"rank {rank}",
             )
             process.start()
             theirs.close()
             ranks.append((process, ours))
-        messages = _collect([connection for _, connection in ranks], deadline)
+        connections = [connection for _, connection in ranks]
+        messages = _collect(connections, deadline - 0.1 * timeout_s)
+        if len(messages) < world_size:
+            # A rank that is stuck says where, before it is killed.
+            for rank, (process, _) in enumerate(ranks):
+                if rank not in messages and process.pid is not None:
+                    os.kill(process.pid, _SAY_WHERE)
+            messages |= _collect(connections, deadline, done=set(messages))
         outcomes = []
         for rank, (process, connection) in enumerate(ranks):
             process.join(max(1.0, deadline - time.monotonic()) if rank in messages else 0.0)
@@ -163,10 +174,12 @@ def run_outcomes(
     return outcomes
 
 
-def _collect(connections: list[Connection], deadline: float) -> dict[int, bytes]:
+def _collect(
+    connections: list[Connection], deadline: float, done: Set[int] = frozenset()
+) -> dict[int, bytes]:
     """Returns what ranks sent (nothing where one died), until all have or time is over."""
     messages: dict[int, bytes] = {}
-    open_ = list(connections)
+    open_ = [one for rank, one in enumerate(connections) if rank not in done]
     while open_ and (left := deadline - time.monotonic()) > 0:
         for ready in wait(open_, timeout=left):
             assert isinstance(ready, Connection)
@@ -188,15 +201,12 @@ def _outcome(
     return Outcome(rank, None, DtrainError(f"rank {rank} {why}"), "", output, exitcode)
 
 
-def _run_rank(
-    payload: bytes, variables: dict[str, str], parent: Connection, log: str, deadline: float
-) -> None:
+def _run_rank(payload: bytes, variables: dict[str, str], parent: Connection, log: str) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    # A rank that is stuck says where, before it is killed.
-    left = max(0.5, deadline - time.monotonic())
-    faulthandler.dump_traceback_later(left * 0.9, file=sys.__stderr__ or 2)
+    # Not a timer of faulthandler's: there is only one, and it is the watchdog's.
+    faulthandler.register(_SAY_WHERE, file=2)
     os.environ.update(variables)
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     value: Any = None
@@ -213,7 +223,6 @@ def _run_rank(
     sys.stderr.flush()
     parent.send_bytes(_pickled(value, error, trace))
     parent.close()
-    faulthandler.cancel_dump_traceback_later()
     if error is not None:
         os._exit(1)  # closing down normally may wait for ranks that are stuck
 

@@ -1,0 +1,368 @@
+"""Law 3: a rank that hangs is named on every rank within seconds, and the run ends.
+
+Each case takes a few seconds to notice the hang, and some to end; a rank that is stopped is killed
+once the others have ended, by a process that waits for them.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import SGD
+from torch.utils.data import TensorDataset
+
+import dtrain
+from dtrain.beats import Beat, beat_key
+from dtrain.errors import RemoteError
+from dtrain.testing import run_outcomes, run_processes
+from dtrain.watchdog import HANG_EXIT_CODE
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).name
+HOST = re.escape(socket.gethostname())
+TIMEOUT_S = 40.0
+NAMED_S = 10.0  # at the default limit of 5 s
+STEP = 6
+
+# Waits for processes to end, tells when they had, and kills another.
+REAPER = """
+import os, select, signal, sys, time
+folder, doomed, *others = sys.argv[1:]
+began = time.monotonic()
+handles = [os.pidfd_open(int(pid)) for pid in others]
+for handle in handles:
+    select.select([handle], [], [], 35)
+with open(folder + "/ended", "w") as file:
+    file.write(str(time.monotonic() - began))
+os.kill(int(doomed), signal.SIGKILL)
+"""
+
+
+def line_of(mark):
+    """The number of the line of this file that ends with a mark, as reports show it."""
+    lines = Path(__file__).read_text().splitlines()
+    (number,) = [n for n, line in enumerate(lines, 1) if line.endswith(f"# {mark}")]
+    return f"{HERE}:{number}"
+
+
+# -- what a rank does that hangs -------------------------------------------------------------------
+
+
+def heard_in(phase):
+    """Returns once this rank has posted that it is in ``phase``."""
+    world = dtrain.init()
+    store = world.connect()
+    deadline = time.monotonic() + 10
+    while Beat.from_json(store.get(beat_key(world.rank))).phase != phase:
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.05)
+
+
+def stop(folder, pids):
+    heard_in("on_step_end")
+    others = [str(pid) for pid in pids if pid != os.getpid()]
+    arguments = [sys.executable, "-c", REAPER, folder, str(os.getpid()), *others]
+    subprocess.Popen(arguments, start_new_session=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def kill(folder, pids):
+    heard_in("on_step_end")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def loop_forever(folder, pids):
+    while True:
+        pass  # the endless loop
+
+
+def hold_the_interpreter(folder, pids):
+    heard_in("on_step_end")
+    ctypes.PyDLL(None).sleep(60)  # the call in C
+
+
+def meet_alone(folder, pids):
+    dist.barrier()  # a collective that the others do not make
+
+
+ACTS = {
+    "stopped": stop,
+    "killed": kill,
+    "loops": loop_forever,
+    "holds": hold_the_interpreter,
+    "meets": meet_alone,
+}
+
+
+class Hangs(dtrain.Callback):
+    """One rank does something in a step's end, and does not come back."""
+
+    def __init__(self, act, rank, folder):
+        self.act, self.rank, self.folder = ACTS[act], rank, folder
+
+    def on_fit_start(self, ctx):
+        self.pids = ctx.comm.gather_objects("pids", os.getpid())
+
+    def on_step_end(self, ctx, step):
+        if step.number == STEP and dtrain.init().rank == self.rank:
+            self.act(self.folder, self.pids)
+
+
+def dataset():
+    x = torch.randn(640, 3, generator=torch.Generator().manual_seed(5))
+    return TensorDataset(x, x.sum(1, keepdim=True))
+
+
+def mse(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def train(callbacks=(), data=None, *, loss_fn=mse, max_steps=40, batch_size=16, **options):
+    dtrain.init(seed=1)
+    model = nn.Linear(3, 1)
+    trainer = dtrain.Trainer(
+        model, SGD(model.parameters(), lr=0.01), loss_fn, callbacks=callbacks, sinks=[]
+    )
+    return trainer.fit(
+        dataset() if data is None else data, batch_size=batch_size, max_steps=max_steps, **options
+    )
+
+
+def hang(act, rank, folder):
+    return train([Hangs(act, rank, folder)])
+
+
+def hang_in_the_loader(rank, folder):
+    data = dtrain.Data(Stops(rank), batch_size=16, num_workers=1)
+    return train(data=data, batch_size=None)
+
+
+class Stops:
+    """A dataset whose worker stops itself on one rank, some steps into the epoch."""
+
+    def __init__(self, rank):
+        self.rank = rank
+        self.fetched = 0
+
+    def __len__(self):
+        return 640
+
+    def __getitem__(self, index):
+        self.fetched += 1
+        if self.fetched == 100 and int(os.environ["RANK"]) == self.rank:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        x = torch.full((3,), float(index))
+        return x, x.sum(0, keepdim=True)
+
+
+# -- what is told ----------------------------------------------------------------------------------
+
+
+def told(outcome):
+    """All that a rank said: what it printed, and what it raised."""
+    return f"{outcome.output}\n{outcome.error}\n{outcome.trace}"
+
+
+def assert_ended(outcomes, doomed):
+    for outcome in outcomes:
+        assert outcome.exitcode not in (0, None), told(outcome)
+        if outcome.rank != doomed:
+            # By the watchdog, or by raising what it had found out.
+            raised = isinstance(outcome.error, RemoteError) and outcome.exitcode == 1
+            assert raised or outcome.exitcode == HANG_EXIT_CODE, told(outcome)
+
+
+def assert_named(outcomes, doomed, words, *, on_doomed=False, phase="on_step_end", step=str(STEP)):
+    assert_ended(outcomes, doomed)
+    for outcome in outcomes:
+        if outcome.rank == doomed and not on_doomed:
+            continue
+        said = told(outcome)
+        if outcome.rank == doomed:
+            assert re.search(rf"rank {doomed} on {HOST} \(pid \d+\)", said), said
+            assert f"step {step} in {phase}" in said, said
+        else:
+            named = rf"rank {doomed} on {HOST} failed in {phase} at step {step}: HangError: "
+            assert re.search(named, said), said
+        for word in words:
+            assert word in said, said
+
+
+def launch(fn, size, *args):
+    began = time.monotonic()
+    outcomes = run_outcomes(fn, size, *args, timeout_s=TIMEOUT_S)
+    for outcome in outcomes:
+        print(f"-- rank {outcome.rank}: code {outcome.exitcode}\n{told(outcome)}")
+    print(f"took {time.monotonic() - began:.1f} s")
+    return outcomes
+
+
+@pytest.mark.parametrize(
+    ("size", "rank"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (16, 5)]
+)
+def test_a_stopped_rank(tmp_path, size, rank):
+    outcomes = launch(hang, size, "stopped", rank, str(tmp_path))
+    assert outcomes[rank].exitcode == -signal.SIGKILL  # by the reaper, who waited for the others
+    assert_named(outcomes, rank, ["its process is stopped", f"({__file__}:"])
+    took = float((tmp_path / "ended").read_text())
+    print(f"all others had ended after {took:.1f} s")
+    if size < 16:
+        assert took <= NAMED_S
+
+
+@pytest.mark.parametrize(("size", "rank"), [(2, 0), (2, 1), (3, 0), (3, 2)])
+def test_a_killed_rank(tmp_path, size, rank):
+    outcomes = launch(hang, size, "killed", rank, str(tmp_path))
+    assert outcomes[rank].exitcode == -signal.SIGKILL
+    assert_named(outcomes, rank, ["its process is gone", f"({__file__}:"])
+
+
+def test_an_endless_loop(tmp_path):
+    outcomes = launch(hang, 2, "loops", 1, str(tmp_path))
+    assert outcomes[1].exitcode == HANG_EXIT_CODE
+    words = ["works without any progress for ", line_of("the endless loop")]
+    assert_named(outcomes, 1, words, on_doomed=True)
+    assert f"in loop_forever" in outcomes[1].output
+
+
+def test_a_call_that_holds_the_interpreter(tmp_path):
+    outcomes = launch(hang, 2, "holds", 1, str(tmp_path))
+    assert outcomes[1].exitcode == 1  # faulthandler's
+    assert f'{HERE}", line {line_of("the call in C").split(":")[1]} in hold' in outcomes[1].output
+    assert_named(outcomes, 1, [f"({__file__}:"])
+
+
+def test_a_collective_that_one_rank_makes_alone(tmp_path):
+    outcomes = launch(hang, 2, "meets", 1, str(tmp_path))
+    alone = line_of("a collective that the others do not make")
+    assert_ended(outcomes, 1)
+    for outcome in outcomes:
+        said = told(outcome)
+        assert "all ranks wait for one another" in said, said
+        table = rf"  rank 1 on {HOST}: step {STEP} in on_step_end \(.*{alone}\)"
+        assert re.search(table, said), said
+        assert re.search(rf"  rank 0 on {HOST}: step {STEP + 1} in backward", said), said
+
+
+def test_a_stopped_loader_worker(tmp_path):
+    outcomes = launch(hang_in_the_loader, 2, 1, str(tmp_path))
+    assert outcomes[1].exitcode == HANG_EXIT_CODE
+    step = r"\d+"
+    assert_ended(outcomes, 1)
+    named = rf"rank 1 on {HOST} failed in data at step {step}: HangError: "
+    assert re.search(named, told(outcomes[0])), told(outcomes[0])
+    assert re.search(rf"step {step} in data \({__file__}:\d+\)", outcomes[1].output)
+    assert "data/feed.py" in outcomes[1].output  # the stack
+
+
+# -- slow, and not stuck ---------------------------------------------------------------------------
+
+
+class Slow(dtrain.Callback):
+    """Steps of varying length, and an evaluation longer than the limit, with long batches."""
+
+    def wait(self, seconds):
+        threading.Event().wait(seconds)
+
+    def on_step_start(self, ctx, step):
+        rank = dtrain.init().rank
+        if step.number == 0:
+            self.wait(4.0 * rank)  # the first step may take long
+        elif step.number == 3:
+            self.wait(0.9 * (1 - rank))
+        elif step.number == 6:
+            self.wait(2.5 * rank)  # more than the limit, less than ten times the slowest step
+        elif step.number == 7:
+            for _ in range(4):
+                self.wait(1.0)
+                ctx.alive()
+
+    def on_eval_batch(self, ctx, step):
+        self.wait(0.5)
+
+    def on_eval_end(self, ctx, metrics):
+        self.wait(2.5 * dtrain.init().rank)
+
+    def on_save(self, ctx):
+        self.wait(2.5 * dtrain.init().rank)
+
+
+def train_slowly(folder):
+    dtrain.init(seed=1)
+    model = nn.Linear(3, 1)
+    trainer = dtrain.Trainer(
+        model,
+        SGD(model.parameters(), lr=0.01),
+        mse,
+        callbacks=[Slow(), dtrain.callbacks.Checkpoint()],
+        sinks=[],
+        run_dir=folder,
+        hang_after_s=2.0,
+    )
+    x = torch.ones(64, 3)
+    data = TensorDataset(x, x.sum(1, keepdim=True))
+    return trainer.fit(data, batch_size=16, max_steps=10, eval_set=data).steps
+
+
+def test_a_slow_run_that_moves_is_left_alone(tmp_path):
+    assert run_processes(train_slowly, 2, str(tmp_path), timeout_s=60) == [10, 10]
+
+
+# -- under torchrun --------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+from test_no_silent_hang import hang_under_torchrun
+hang_under_torchrun(int(sys.argv[2]), sys.argv[3])
+"""
+
+
+def hang_under_torchrun(rank, folder):
+    own = dtrain.init().rank
+    Path(folder, f"pid-{own}").write_text(str(os.getpid()))
+    train([Hangs("stopped", rank, folder)])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_under_torchrun(tmp_path, rank):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "NODE_RANK")
+    launchers += ("NNODES", "RDZV_", "TORCHELASTIC_", "TORCH_DIST", "SLURM_", "PYTHONWARNINGS")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
+    env |= {"RANKS": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "launch" / "torchrun.sh"), script.name]
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent), str(rank), str(tmp_path)],
+        cwd=tmp_path,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    print(done.stderr)
+    assert done.returncode == 1
+    named = rf"rank 1 on {HOST} failed in on_step_end" if rank else rf"rank 0 on {HOST} failed in"
+    assert re.search(named, done.stderr)
+    took = float((tmp_path / "ended").read_text())
+    print(f"the other had ended after {took:.1f} s")
+    assert took <= NAMED_S
+    for number in range(2):
+        pid = int((tmp_path / f"pid-{number}").read_text())
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
