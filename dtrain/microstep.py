@@ -24,7 +24,7 @@ from dtrain.gathers import Gathers
 from dtrain.lane import Lane, Slot, idle
 from dtrain.metrics import Means, as_metrics
 from dtrain.precision import Precision
-from dtrain.pulse import DATA, FIRST_DATA, LOSS_FN
+from dtrain.pulse import DATA, FIRST_DATA
 from dtrain.state import Context, Loss, Step
 
 UserLoss = Callable[..., Loss | Tensor]
@@ -193,7 +193,7 @@ class MicroStep(nn.Module):
                 self.lane.say(Slot.FED)
             request.skippable = True
             where = "on_batch"
-            pulse.go(LOSS_FN)
+            pulse.has_data(first=first)
             with self._context.comm.gathering(self._gathers):
                 self._hooks.fire(Callback.on_batch, self._context, step)
                 if not request.skipped:

@@ -61,9 +61,10 @@ class Laps:
         self._began = time.monotonic()
 
     def end(self) -> None:
-        """It ends."""
-        took, known = time.monotonic() - self._began, self.slowest_s * _FORGET
-        self.slowest_s = took if took > known else known
+        """It ends. What the first one took says nothing of those to come."""
+        if self.count:
+            took, known = time.monotonic() - self._began, self.slowest_s * _FORGET
+            self.slowest_s = took if took > known else known
         self.count += 1
 
 
@@ -115,6 +116,12 @@ class Pulse:
         self.laps = self.steps
         self.steps.begin()
         self.go(STEP)
+
+    def has_data(self, *, first: bool) -> None:
+        """The data of a step has come; what the ``first`` of an epoch took does not count."""
+        if first and self.laps is not None:
+            self.laps.begin()
+        self.go(LOSS_FN)
 
     def begin_batch(self) -> None:
         """A batch of an evaluation begins."""

@@ -86,7 +86,9 @@ def main_stack(*, moves: bool = False) -> Stack:
     frames = sys._current_frames()
     main = threading.main_thread().ident
     lines = tuple(_walk(frames.get(main))) if main is not None else ()
-    compiles = not moves and any(_compiles(line) for frame in frames.values() for line in _walk(frame))
+    compiles = not moves and any(
+        _compiles(line) for frame in frames.values() for line in _walk(frame)
+    )
     return Stack(lines, compiles)
 
 

@@ -12,6 +12,7 @@ import faulthandler
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import sys
 import threading
@@ -380,6 +381,9 @@ class _Watch(threading.Thread):
         # What the main thread holds (a lock of stdout's) must not keep the process.
         with suppress(TimeoutError, OSError, ValueError):
             _Bounded().call(_flush, _FLUSH_S)
+        # Loaders' workers leave with their parent, unless they are stopped: nothing may be left.
+        for child in multiprocessing.active_children():
+            child.kill()
         os._exit(HANG_EXIT_CODE)
 
     # -- a broken connection, told by the main thread ---------------------------------------------
