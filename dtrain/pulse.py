@@ -7,6 +7,8 @@ The main thread writes plain attributes as it goes: no lock, no clock, well unde
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 #: How fast the slowest lap is forgotten: by half in about 70 laps.
@@ -67,6 +69,10 @@ class Laps:
             self.slowest_s = took if took > known else known
         self.count += 1
 
+    def leave_out(self, seconds: float) -> None:
+        """What the lap has done for so long says nothing of others."""
+        self._began += seconds
+
 
 class Pulse:
     """What the main thread says of itself.
@@ -109,6 +115,18 @@ class Pulse:
         self.place = place
         self.beats += 1
         return before
+
+    @contextmanager
+    def slowly(self, what: str) -> Iterator[None]:
+        """What is done in the block may take long, as anything outside of a step may."""
+        began = time.monotonic()
+        before = self.go(Place(what, slow=True))
+        try:
+            yield
+        finally:
+            self.go(before)
+            if self.laps is not None:
+                self.laps.leave_out(time.monotonic() - began)
 
     def begin_step(self, step: int) -> None:
         """A global step begins."""

@@ -388,8 +388,8 @@ def _await_store(process: subprocess.Popen[str]) -> None:
 def _end_store(process: subprocess.Popen[str]) -> None:
     """At the end of rank 0; after an error the others may still read there what it was."""
     if not _is_failing() and process.stdin is not None:
-        with suppress(BrokenPipeError), process.stdin as told:
-            told.write("end")
+        with suppress(BrokenPipeError, subprocess.TimeoutExpired):
+            process.communicate("end", timeout=5)
 
 
 def _is_failing() -> bool:

@@ -9,10 +9,11 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -26,6 +27,7 @@ from dtrain.world import serve_store
 
 #: Has a rank write where its threads are; a number that hardly anybody uses.
 _SAY_WHERE = signal.SIGRTMAX - 1
+_TIME_TO_SAY_S = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +154,12 @@ def run_outcomes(
             theirs.close()
             ranks.append((process, ours))
         connections = [connection for _, connection in ranks]
-        messages = _collect(connections, deadline - 0.1 * timeout_s)
-        if len(messages) < world_size:
-            # A rank that is stuck says where, before it is killed.
-            for rank, (process, _) in enumerate(ranks):
-                if rank not in messages and process.pid is not None:
-                    os.kill(process.pid, _SAY_WHERE)
-            messages |= _collect(connections, deadline, done=set(messages))
+        messages = _collect(connections, deadline)
+        _ask_where([process for rank, (process, _) in enumerate(ranks) if rank not in messages])
         outcomes = []
         for rank, (process, connection) in enumerate(ranks):
             process.join(max(1.0, deadline - time.monotonic()) if rank in messages else 0.0)
-            late = process.is_alive()
+            late = rank not in messages or process.is_alive()
             if late:
                 process.kill()
                 process.join()
@@ -174,12 +171,19 @@ def run_outcomes(
     return outcomes
 
 
-def _collect(
-    connections: list[Connection], deadline: float, done: Set[int] = frozenset()
-) -> dict[int, bytes]:
+def _ask_where(late: list[ForkServerProcess]) -> None:
+    """Has ranks that are stuck write where, before they are killed."""
+    for process in late:
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, _SAY_WHERE)
+    if late:
+        threading.Event().wait(_TIME_TO_SAY_S)
+
+
+def _collect(connections: list[Connection], deadline: float) -> dict[int, bytes]:
     """Returns what ranks sent (nothing where one died), until all have or time is over."""
     messages: dict[int, bytes] = {}
-    open_ = [one for rank, one in enumerate(connections) if rank not in done]
+    open_ = list(connections)
     while open_ and (left := deadline - time.monotonic()) > 0:
         for ready in wait(open_, timeout=left):
             assert isinstance(ready, Connection)

@@ -338,20 +338,32 @@ def hang_under_torchrun(rank, folder):
     train([Hangs("stopped", rank, folder)])
 
 
+def environment(**variables):
+    """Without launchers' traces; and with this Python first, as there may be no .venv here."""
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "NODE_RANK")
+    launchers += ("NNODES", "RDZV_", "TORCHELASTIC_", "TORCH_DIST", "SLURM_", "PYTHONWARNINGS")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    return env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | variables
+
+
+def assert_nobody_is_left(folder, took):
+    assert float((folder / "ended").read_text()) <= NAMED_S, took
+    for number in range(2):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((folder / f"pid-{number}").read_text()), 0)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_under_torchrun(tmp_path, rank):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "NODE_RANK")
-    launchers += ("NNODES", "RDZV_", "TORCHELASTIC_", "TORCH_DIST", "SLURM_", "PYTHONWARNINGS")
-    env = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # no .venv may be in this folder
-    env |= {"RANKS": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
     command = ["bash", str(ROOT / "launch" / "torchrun.sh"), script.name]
     done = subprocess.run(
         [*command, str(Path(__file__).parent), str(rank), str(tmp_path)],
         cwd=tmp_path,
-        env=env,
+        env=environment(RANKS="2"),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -359,12 +371,59 @@ def test_a_stopped_rank_under_torchrun(tmp_path, rank):
     )
     print(done.stderr)
     assert done.returncode == 1
-    named = rf"rank 1 on {HOST} failed in on_step_end" if rank else rf"rank 0 on {HOST} failed in"
-    assert re.search(named, done.stderr)
-    took = float((tmp_path / "ended").read_text())
-    print(f"the other had ended after {took:.1f} s")
-    assert took <= NAMED_S
-    for number in range(2):
-        pid = int((tmp_path / f"pid-{number}").read_text())
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert re.search(rf"rank {rank} on {HOST} failed in on_step_end at step {STEP}", done.stderr)
+    # As the cause, where torchrun sums up; not the survivor that ended the job.
+    assert "Root Cause (first observed failure)" in done.stderr
+    cause = done.stderr.partition("Root Cause")[2]
+    assert f"rank {rank} on " in cause
+    assert "its process is stopped" in cause
+    assert_nobody_is_left(tmp_path, f"{time.monotonic() - began:.1f} s in all")
+
+
+def free_job_id():
+    """A job whose port, which follows from its number, is not taken."""
+    for job in range(os.getpid(), os.getpid() + 1000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", 20000 + job % 20000)) != 0:
+                return job
+    raise AssertionError("no free port in a thousand")
+
+
+def test_rank_0_stopped_under_srun(tmp_path):
+    """One process for each rank and no agent: the store must not stop with rank 0."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    job = str(free_job_id())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script.name, str(Path(__file__).parent), "0", str(tmp_path)],
+            cwd=tmp_path,
+            env=environment(
+                SLURM_JOB_ID=job,
+                SLURM_JOB_NODELIST="localhost",
+                SLURM_LOCALID=str(rank),
+                SLURM_PROCID=str(rank),
+                SLURM_STEP_NODELIST="localhost",
+                SLURM_STEP_NUM_TASKS="2",
+                SLURM_STEP_TASKS_PER_NODE="2",
+            ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        # That of rank 0 ends as well, though the store's process outlives it for a while.
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    print(*outputs)
+    assert processes[0].returncode == -signal.SIGKILL  # by the reaper
+    assert processes[1].returncode == HANG_EXIT_CODE
+    named = rf"rank 0 on {HOST} failed in on_step_end at step {STEP}: HangError: its process is "
+    assert re.search(named, outputs[1])
+    assert_nobody_is_left(tmp_path, outputs[1])
