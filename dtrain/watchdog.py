@@ -86,8 +86,12 @@ class Watchdog:
         self._pulse = world.comm.pulse
         self._hang_after_s = hang_after_s
         self._watch: _Watch | None = None
+        self._depth = 0
 
     def __enter__(self) -> Watchdog:
+        self._depth += 1
+        if self._pulse.watched:
+            return self  # an evaluation inside of fit
         self._pulse.restart()
         if self._hang_after_s is not None and self._world.connect is not None:
             self._watch = _Watch(self._world, self._hang_after_s, self._world.connect)
@@ -101,7 +105,8 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._watch is not None:
+        self._depth -= 1
+        if self._watch is not None and not self._depth:
             self._pulse.watched = False
             self._watch.stop()
             self._watch = None
@@ -169,6 +174,7 @@ class _Watch(threading.Thread):
         self._old = ""  # a failure of an earlier fit
         self._clock = 0.0  # seconds that this process really ran: a stop does not count
         self._ticked = time.monotonic()
+        self._tick_took_s = 0.0
         self._beats = -1
         self._quiet_s = 0.0
         self._others: _Others | None = None
@@ -183,8 +189,13 @@ class _Watch(threading.Thread):
         """Ticks until it is stopped. An error of its own is told once, and ends nothing else."""
         try:
             self._open()
+            self._ticked = time.monotonic()
             while not self._ended.wait(TICK_S):
-                self._tick()
+                began = time.monotonic()
+                # After a stop of this whole process it must not think that it had been stuck.
+                self._tick(min(began - self._ticked, 3 * TICK_S) + self._tick_took_s)
+                self._ticked = time.monotonic()
+                self._tick_took_s = min(self._ticked - began, 2 * _STORE_S)
         except Exception:  # noqa: BLE001 -- told, and the training goes on without a watchdog
             _print(
                 f"dtrain: the watchdog of {self._who} failed and is off now, the training goes "
@@ -203,15 +214,14 @@ class _Watch(threading.Thread):
             self._ask("leave", lambda: store.set(beat_key(beat.rank), beat.to_json()))
 
     def _open(self) -> None:
-        self._store = self._ask("connect", self._connect)
-        if self._store is not None:
-            self._old = self._read_failure()
+        def connect() -> None:
+            store = self._connect()
+            self._old = _failure_in(store)
+            self._store = store  # also where nobody waits for it any more
 
-    def _tick(self) -> None:
-        now = time.monotonic()
-        # After a stop of this whole process it must not think that it had been stuck.
-        elapsed = min(now - self._ticked, 3 * TICK_S)
-        self._ticked = now
+        self._ask("connect", connect)
+
+    def _tick(self, elapsed: float) -> None:
         self._clock += elapsed
         if self._pulse.beats != self._beats:
             self._beats = self._pulse.beats
@@ -263,6 +273,8 @@ class _Watch(threading.Thread):
         }
 
     def _post(self, mine: Beat) -> None:
+        if self._store is None:
+            self._open()
         store = self._store
         if store is not None:
             self._ask("post", lambda: store.set(beat_key(mine.rank), mine.to_json()))
@@ -421,18 +433,12 @@ class _Watch(threading.Thread):
 
     def _read_failure(self) -> str:
         store = self._store
-        if store is None:
-            return ""
-
-        def read() -> str:
-            return store.get("failure").decode() if store.check(["failure"]) else ""
-
-        return self._ask("read", read) or ""
+        return "" if store is None else self._ask("read", lambda: _failure_in(store)) or ""
 
     def _ask(self, what: str, call: Callable[[], T]) -> T | None:
         """Calls the store; None where it does not answer, which is remembered."""
         try:
-            answer = self._calls.call(call, _STORE_S)
+            answer = self._calls.call(call, TICK_S if self._lost_store else _STORE_S)
         except (RuntimeError, TimeoutError) as lost:
             self._lost_store = self._lost_store or f"{what}: {lost}"
             return None
@@ -484,6 +490,10 @@ class _Bounded:
             if errors:
                 raise errors[0]
             return results[0]
+
+
+def _failure_in(store: Store) -> str:
+    return store.get("failure").decode() if store.check(["failure"]) else ""
 
 
 def _print(report: str) -> None:
