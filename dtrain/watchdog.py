@@ -51,7 +51,7 @@ HANG_EXIT_CODE = 70
 HANG_AFTER_S = 5.0  # the default: a step may take this long, or ten times the slowest recent one
 LONG_S = 300.0  # the same, outside of a step, in a fit's first, and while torch compiles
 TICK_S = 0.5
-_STORE_S = 5.0  # a call of the store that takes longer will not come back
+_STORE_S = 3.0  # a call of the store that takes longer will not come back
 _GRACE_S = 3.0  # for the main thread to raise what the watchdog has found
 _LINGER_S = 1.5  # for the other ranks to read it, before this one's end ends them too
 _PATIENCE_S = 30.0  # after which a wait in a slow phase is worth a line
@@ -176,6 +176,7 @@ class _Watch(threading.Thread):
         self._ticked = time.monotonic()
         self._tick_took_s = 0.0
         self._beats = -1
+        self._limit_s = math.inf
         self._quiet_s = 0.0
         self._others: _Others | None = None
         self._looked_at = -math.inf
@@ -234,14 +235,19 @@ class _Watch(threading.Thread):
         if self._pulse.beats != self._beats:
             stack = Stack(())  # it has gone on while it was read
         mine = self._beat(stack)
-        # In C, and with the interpreter's lock not needed: should this thread not run again.
-        if math.isinf(mine.limit_s):
-            faulthandler.cancel_dump_traceback_later()
-        else:
-            faulthandler.dump_traceback_later(mine.limit_s + 2 * TICK_S, exit=True, file=2)
+        self._limit_s = mine.limit_s
+        self._rearm()
         self._post(mine)
         if self._quiet_s >= self._hang_after_s / 2 and not math.isinf(mine.limit_s):
             self._consult(mine, stack)
+
+    def _rearm(self) -> None:
+        """Sets a timer in C, which needs no interpreter, should this thread not run again."""
+        if math.isinf(self._limit_s):
+            faulthandler.cancel_dump_traceback_later()
+        else:
+            within_s = max(self._limit_s, _STORE_S) + 2 * TICK_S
+            faulthandler.dump_traceback_later(within_s, exit=True, file=2)
 
     def _beat(self, stack: Stack) -> Beat:
         pulse = self._pulse
@@ -437,6 +443,8 @@ class _Watch(threading.Thread):
 
     def _ask(self, what: str, call: Callable[[], T]) -> T | None:
         """Calls the store; None where it does not answer, which is remembered."""
+        if threading.current_thread() is self:
+            self._rearm()
         try:
             answer = self._calls.call(call, TICK_S if self._lost_store else _STORE_S)
         except (RuntimeError, TimeoutError) as lost:
