@@ -228,6 +228,9 @@ def _run_rank(payload: bytes, variables: dict[str, str], parent: Connection, log
     parent.send_bytes(_pickled(value, error, trace))
     parent.close()
     if error is not None:
+        # A loader's workers, children of a server of their own, would not notice.
+        for child in multiprocessing.active_children():
+            child.kill()
         os._exit(1)  # closing down normally may wait for ranks that are stuck
 
 

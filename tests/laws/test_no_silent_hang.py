@@ -23,7 +23,7 @@ from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
 import dtrain
-from dtrain.beats import Beat, beat_key
+from dtrain.beats import Beat, beat_key, look_up
 from dtrain.callbacks import Checkpoint
 from dtrain.errors import RemoteError
 from dtrain.testing import run_outcomes, run_processes
@@ -162,15 +162,15 @@ def hang(act, rank, folder):
 
 
 def hang_in_the_loader(rank, folder):
-    data = dtrain.Data(Stops(rank), batch_size=16, num_workers=1)
+    data = dtrain.Data(Stops(rank, folder), batch_size=16, num_workers=1)
     return train(data=data, batch_size=None)
 
 
 class Stops:
     """A dataset whose worker stops itself on one rank, some steps into the epoch."""
 
-    def __init__(self, rank):
-        self.rank = rank
+    def __init__(self, rank, folder):
+        self.rank, self.folder = rank, folder
         self.fetched = 0
 
     def __len__(self):
@@ -178,6 +178,8 @@ class Stops:
 
     def __getitem__(self, index):
         self.fetched += 1
+        if self.fetched == 1:
+            Path(self.folder, f"worker-{os.environ['RANK']}").write_text(str(os.getpid()))
         if self.fetched == 240 and int(os.environ["RANK"]) == self.rank:
             os.kill(os.getpid(), signal.SIGSTOP)
         x = torch.full((3,), float(index))
@@ -283,6 +285,9 @@ def test_a_stopped_loader_worker(tmp_path):
     assert re.search(named, told(outcomes[0])), told(outcomes[0])
     assert re.search(rf"step {step} in data \({__file__}:\d+\)", outcomes[1].output)
     assert "data/feed.py" in outcomes[1].output  # the stack
+    for rank in range(2):
+        worker = Beat(rank, "", int((tmp_path / f"worker-{rank}").read_text()), "here", 0)
+        assert look_up(worker, "here") == "gone"
 
 
 # -- slow, and not stuck ---------------------------------------------------------------------------
