@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Runs the tests.
 #
-#   launch/test.sh [ARGUMENTS OF pytest]       e.g. launch/test.sh tests/laws -k resume
+#   launch/test.sh             all but the slow ones
+#   launch/test.sh --slow      the slow ones: every pair of callbacks, every way to hang
+#   launch/test.sh ARGUMENTS   of pytest; such as tests/laws -k resume, slow ones included
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -20,4 +22,8 @@ unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE RO
 # after 1 second, not 5.
 export RES_OPTIONS="${RES_OPTIONS:-timeout:1 attempts:5}"
 
+case ${1:-} in
+'') set -- -m 'not slow' ;;
+--slow) set -- -m slow "${@:2}" ;;
+esac
 exec .venv/bin/python -m pytest "$@"

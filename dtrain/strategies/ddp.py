@@ -14,6 +14,7 @@ from dtrain.data import NO_DATA, StepFeed
 from dtrain.errors import ConfigError, RankMismatch, UnusedParameters
 from dtrain.lane import Heard, LaneSilent
 from dtrain.microstep import MicroStep
+from dtrain.pulse import BACKWARD, OWN_BACKWARD, Pulse
 from dtrain.state import Step
 from dtrain.strategies.base import Strategy
 from dtrain.wire import DataParallel
@@ -65,6 +66,7 @@ class DDP(Strategy):
         self._ddp: DataParallel | None = None
         self._checked = False
         self._world: World | None = None
+        self._pulse = Pulse()
         self._trainable: list[int] = []
 
     def check(self, *, accumulates: bool) -> None:
@@ -127,6 +129,7 @@ class DDP(Strategy):
         """
         self._micro_step = micro_step
         self._world = world
+        self._pulse = world.comm.pulse
         self._trainable = micro_step.take_trainable()
         if world.size == 1:
             return
@@ -194,12 +197,18 @@ class DDP(Strategy):
         """
         assert self._micro_step is not None, "wrap() comes first"
         if self._ddp is None:
-            _backward(self._micro_step(step, feed, last))
+            terms = self._micro_step(step, feed, last)
+            self._pulse.go(OWN_BACKWARD)
+            _backward(terms)
         elif last:
-            _backward(self._ddp(step, feed, last))
+            terms = self._ddp(step, feed, last)
+            self._pulse.go(BACKWARD)  # it works there, too, but nobody could tell from when on
+            _backward(terms)
         else:
             with self._ddp.no_sync():
-                _backward(self._ddp(step, feed, last))
+                terms = self._ddp(step, feed, last)
+                self._pulse.go(OWN_BACKWARD)
+                _backward(terms)
 
     def heard(self) -> Heard:
         """Returns what all ranks said in the step.

@@ -48,6 +48,8 @@ from dtrain.callbacks import (
 from dtrain.errors import ConfigError
 from dtrain.testing import run_processes
 
+pytestmark = pytest.mark.slow
+
 MAKE = {
     "EMA": lambda: EMA(0.9),
     "ClipGradients": lambda: ClipGradients(max_norm=0.1),
