@@ -178,17 +178,12 @@ class Comm:
             )
         return self._gatherer.gather(label, tensor)
 
-    @contextmanager
-    def gathering(self, gatherer: Gatherer) -> Iterator[None]:
-        """Lets :meth:`gather_with_grad` be called in the block.
+    def serve_gathers(self, gatherer: Gatherer | None) -> None:
+        """Lets :meth:`gather_with_grad` be called, until it is called with None.
 
         Ranks: all, local.
         """
         self._gatherer = gatherer
-        try:
-            yield
-        finally:
-            self._gatherer = None
 
     def broadcast(self, label: str, tensor: Tensor) -> Tensor:
         """Returns rank 0's ``tensor`` on every rank; the argument is not changed.

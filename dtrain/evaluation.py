@@ -57,8 +57,12 @@ def evaluate(
                     fetched, ended = None, True
                 if fetched is not None:
                     step.batch, step.samples = fetched
-                    with precision.autocast(), comm.gathering(gathers):
-                        returned = loss_fn(context.model, step.batch, context)
+                    comm.serve_gathers(gathers)
+                    try:
+                        with precision.autocast():
+                            returned = loss_fn(context.model, step.batch, context)
+                    finally:
+                        comm.serve_gathers(None)
                     step.loss = loss = as_loss(returned, step.samples)
                     assert loss.weight is not None
                     means.add(f"{label}/loss", loss.mean, loss.weight)

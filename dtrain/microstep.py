@@ -186,7 +186,7 @@ class MicroStep(nn.Module):
         """Runs the loss function; returns None where this rank has nothing to say."""
         if self.trouble is not None:
             return None
-        request = self._context.request
+        request, comm = self._context.request, self._context.comm
         where = "data"
         try:
             since = perf_counter()
@@ -199,13 +199,13 @@ class MicroStep(nn.Module):
                 self.lane.say(Slot.FED)
             request.skippable = True
             where = "on_batch"
-            with self._context.comm.gathering(self._gathers):
-                self._hooks.fire(Callback.on_batch, self._context, step)
-                if not request.skipped:
-                    where = "loss_fn"
-                    step.loss = self._loss(step)
-                    where = "on_loss"
-                    self._hooks.fire(Callback.on_loss, self._context, step)
+            comm.serve_gathers(self._gathers)
+            self._hooks.fire(Callback.on_batch, self._context, step)
+            if not request.skipped:
+                where = "loss_fn"
+                step.loss = self._loss(step)
+                where = "on_loss"
+                self._hooks.fire(Callback.on_loss, self._context, step)
             if request.skipped:
                 self.lane.say(Slot.SKIPPED)
                 request.skipped.clear()
@@ -229,6 +229,7 @@ class MicroStep(nn.Module):
             return None
         finally:
             request.skippable = False
+            comm.serve_gathers(None)
 
     def _look_ahead(self, feed: StepFeed) -> None:
         if self.trouble is not None:
