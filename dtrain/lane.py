@@ -1,10 +1,10 @@
 """The lane: what ranks tell one another inside the gradient reduction that happens anyway.
 
-:class:`Lane` owns one extra parameter of a few zeros. In each step's last backward, a hook
-gives it as gradient what this rank has to say: how much weight its samples had, its weighted
-loss, its votes. DDP sums that over ranks in the bucket it sends anyway, so that after backward
-every rank knows the global weight (which normalises the gradients), the global loss and
-everyone's votes, without a collective.
+:class:`Lane` owns one extra parameter of a few zeros. In each step's last backward, its gradient
+is what this rank has to say: how much weight its samples had, its weighted loss, its votes. DDP
+sums that over ranks in the bucket it sends anyway, so that after backward every rank knows the
+global weight (which normalises the gradients), the global loss and everyone's votes, without a
+collective.
 
 The parameter is no part of the user's model, optimizer or checkpoints.
 """
@@ -84,7 +84,8 @@ class Lane:
     """One rank's end of the lane.
 
     A step is: :meth:`open`, then :meth:`add` for each micro-batch and :meth:`say` for votes,
-    :meth:`attach` at the start of the last forward, and :meth:`read` after its backward.
+    :meth:`attach` at the start of the last forward, :meth:`backward` after it, and then
+    :meth:`listen`.
 
     Args:
         model: decides the lane's dtype (float64 if a parameter is, else float32) and device.
@@ -105,7 +106,6 @@ class Lane:
         device = parameters[0].device if parameters else torch.device("cpu")
         dtype = torch.float64 if double else torch.float32
         self.param = nn.Parameter(torch.zeros(len(Slot), dtype=dtype, device=device))
-        self._rank = rank
         self._size = size
         self._shares = size if shares is None else shares
         self.expect(self._shares)
@@ -113,11 +113,17 @@ class Lane:
         self._said: np.ndarray[Any, Any] = self._message.numpy()  # a view: no torch op to write
         self._is_narrow = not double
         self._weight = self._loss = 0.0
-        # Whatever gradient arrives at the parameter, what is said takes its place. (A custom
-        # autograd function would do, at three times the cost.)
-        self.param.register_hook(lambda grad: self.message())
+        self._canary = size if rank == 0 else 1
+        self._voice: Tensor | None = None
+        # A mean over 10 ranks that say 1 may be 1.0000001, which is 1 all the same.
+        self._rounding = size * torch.finfo(dtype).eps
         # On an accelerator the loss is not read; it is added up where it is.
         self._on_device: Tensor | None = None if device.type == "cpu" else self.param.new_zeros(4)
+
+    def restart(self, weight: float) -> None:
+        """Begins a fit, maybe in another thread than the last; see :meth:`expect`."""
+        self._voice = None
+        self.expect(weight)
 
     def expect(self, weight: float) -> None:
         """Sets the reference weight from what a step is expected to weigh, over all ranks.
@@ -141,9 +147,9 @@ class Lane:
 
     def open(self) -> None:
         """Begins a step: nothing is said yet."""
-        self._said[:] = 0
+        self._said.fill(0)
+        self._said[0] = self._canary
         self._weight = self._loss = 0.0
-        self._said[Slot.CANARY] = self._size if self._rank == 0 else 1
         if self._on_device is not None:
             self._on_device.zero_()
         self.param.grad = None
@@ -151,13 +157,16 @@ class Lane:
     def add(self, loss: Tensor, weight: float | Tensor, samples: int) -> Tensor:
         """Adds a micro-batch; returns the term of the loss that backward starts from."""
         scaled = weight / self.reference
-        self._said[Slot.SAMPLES] += samples % 256
-        self._said[Slot.SAMPLES_256] += samples // 256
+        if samples >= 256:
+            self._said[Slot.SAMPLES_256] += samples // 256
+            samples %= 256
+        self._said[Slot.SAMPLES] += samples
         if self._on_device is None:
             number, share = loss.item(), float(scaled)
             self._weight += share
             self._loss += share * number
-            self._said[Slot.NONFINITE] += not math.isfinite(number)
+            if not math.isfinite(number):
+                self._said[Slot.NONFINITE] += 1
             return loss if share == 1.0 else loss * share
         whole = on_device(scaled, self.param.dtype, self.param.device)
         # Weight 0 counts for nothing, even if the mean is NaN; it is not read to find out.
@@ -171,13 +180,27 @@ class Lane:
         self._said[slot] += count
 
     def attach(self) -> Tensor:
-        """Returns a zero that carries the lane; it goes into backward together with the loss.
+        """Returns what carries the lane; it goes into backward together with the loss.
 
-        Made at the start of the forward: autograd runs what was recorded first last, so that
-        the lane is the last gradient to arrive, and its coming back proves that every bucket
-        before it was reduced. What is said until backward still counts.
+        Recorded before the first forward of a fit: autograd runs what was recorded first
+        last, so that the lane is the last gradient to arrive, and its coming back proves that
+        every bucket before it was reduced. A view keeps nothing for its backward, and serves all
+        steps.
         """
-        return self.param.sum()
+        if self._voice is None:
+            self._voice = self.param.view_as(self.param)
+        return self._voice
+
+    def backward(self, voice: Tensor, *terms: Tensor) -> None:
+        """Runs the step's last backward, in which the lane's gradient is what was said.
+
+        Args:
+            voice: what :meth:`attach` returned.
+            terms: of the loss, each one number.
+
+        Ranks: all; communicates where the terms come out of DDP.
+        """
+        torch.autograd.backward((voice, *terms), (self.message(), *(None for _ in terms)))
 
     def message(self) -> Tensor:
         """Returns what this rank says, in the order of :class:`Slot`."""
@@ -205,7 +228,8 @@ class Lane:
             raise LaneSilent("no gradient reached the lane")
         # The gradients' mean over ranks is what DDP leaves.
         mean = self.param.grad if reduced is None else reduced
-        return Heard(mean, self.reference, self._size)
+        values = mean.tolist() if self._on_device is None else Arriving(mean)
+        return Heard(mean, values, self.reference, self._size, self._rounding)
 
 
 class Heard:
@@ -213,19 +237,30 @@ class Heard:
 
     Args:
         mean: over ranks, of what each said.
+        values: the same on the host, or on its way there.
         reference: the reference weight in that step.
         size: the world size.
+        rounding: how far the mean of equal shares may be from 1.
 
     Ranks: all, local.
     """
 
-    def __init__(self, mean: Tensor, reference: float, size: int) -> None:
+    __slots__ = ("_mean", "_reference", "_rounding", "_size", "_values", "_verdict", "_whole")
+
+    def __init__(
+        self,
+        mean: Tensor,
+        values: list[float] | Arriving,
+        reference: float,
+        size: int,
+        rounding: float,
+    ) -> None:
         self._mean = mean
-        self._arriving = Arriving(mean)
+        self._values = values
         self._reference = reference
         self._size = size
-        # A mean over 10 ranks that say 1 may be 1.0000001, which is 1 all the same.
-        self._rounding = size * torch.finfo(mean.dtype).eps
+        self._rounding = rounding
+        self._whole = 2 * size - 1
         self._verdict: Verdict | None = None
 
     def factor(self) -> Tensor:
@@ -251,34 +286,25 @@ class Heard:
             LaneSilent: no reduction happened.
         """
         if self._verdict is None:
-            self._verdict = self._read()
+            values = self._values.get() if isinstance(self._values, Arriving) else self._values
+            canary, share, loss, *said = values
+            size = self._size
+            # An unreduced lane says 1, W or W * W. Not compared as a whole number: a sum over
+            # thousands of ranks is inexact.
+            if not abs(canary * size - self._whole) <= size / 4:
+                raise LaneSilent("the lane's gradient was not reduced")
+            # Rounded: DDP multiplies by 1 / world size, which is inexact at 3.
+            samples, samples_256, *counts = [round(mean * size) if mean else 0 for mean in said]
+            if abs(share - 1) <= self._rounding:
+                share = 1.0
+            self._verdict = Verdict(
+                share * self._reference * size,
+                loss / share if share > 0 else math.nan,
+                1.0 / share if share > 0 else 0.0,
+                samples + 256 * samples_256,
+                *counts,
+            )
         return self._verdict
-
-    @property
-    def _whole(self) -> int:
-        return 2 * self._size - 1
-
-    def _read(self) -> Verdict:
-        mean = self._arriving.get()
-        size = self._size
-        # An unreduced lane says 1, W or W * W. Not compared as a whole number: a sum over
-        # thousands of ranks is inexact.
-        if not abs(mean[Slot.CANARY] * size - self._whole) <= size / 4:
-            raise LaneSilent("the lane's gradient was not reduced")
-        # Rounded: DDP multiplies by 1 / world size, which is inexact at 3.
-        counts = [round(value * size) for value in mean[Slot.SAMPLES :]]
-        samples, samples_256, *others = counts
-        share, loss = mean[Slot.WEIGHT], mean[Slot.LOSS]
-        loss_mean = loss / share if share > 0 else math.nan
-        if abs(share - 1) <= self._rounding:
-            share = 1.0
-        return Verdict(
-            share * self._reference * size,
-            loss_mean,
-            1.0 / share if share > 0 else 0.0,
-            samples + 256 * samples_256,
-            *others,
-        )
 
 
 class Arriving:
@@ -286,6 +312,8 @@ class Arriving:
 
     Reading it with ``.item()`` would wait for all that the device was given since.
     """
+
+    __slots__ = ("_event", "_host", "_values")
 
     def __init__(self, tensor: Tensor) -> None:
         self._event: torch.cuda.Event | None = None

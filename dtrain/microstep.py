@@ -106,7 +106,7 @@ class MicroStep(nn.Module):
         Ranks: all, local; must be called on all ranks.
         """
         self.trouble = None  # of an earlier fit, if that failed
-        self.lane.expect(weight)
+        self.lane.restart(weight)
         self.weighed = not self._precision.scales_loss
         self._gathers.restart()
 
@@ -128,7 +128,10 @@ class MicroStep(nn.Module):
         return places
 
     def forward(self, step: Step, feed: StepFeed, last: bool) -> tuple[Tensor, ...]:
-        """Runs a micro-batch; returns the terms to call backward on, if there are any.
+        """Runs a micro-batch; returns what to call backward on.
+
+        In the last one that is the lane's voice and then the terms of the loss; before, only
+        the terms, if there are any.
 
         Args:
             step: handed to the hooks.
@@ -136,20 +139,20 @@ class MicroStep(nn.Module):
             last: the last micro-batch of the step, in which gradients are reduced.
         """
         step.loss = None
-        # Recorded before the model's forward, so that its gradient arrives last.
         voice = self.lane.attach() if last else None
         loss = self._try(step, feed)
         if feed is not NO_DATA:
             if loss is None and not self._may_idle:
                 self._refuse_to_idle()
             self._meet(loss, step)
-        terms = [] if loss is None else [self._weigh(loss, step.samples)]
+        terms = [] if voice is None else [voice]
+        if loss is not None:
+            terms.append(self._weigh(loss, step.samples))
         terms += self._gathers.take_ties()
-        if voice is not None:
+        if last:
             if feed is not NO_DATA:  # nobody listens to a step that only fixes the buckets
                 self._agreement.say(self.lane)
                 self._look_ahead(feed)
-            terms.append(voice)
             # With find_unused, gradients of zero would make AdamW decay an unused parameter.
             if loss is None and not self._find_unused:
                 terms.append(idle(self._trainable[::-1], self._sparse))

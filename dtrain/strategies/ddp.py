@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ class DDP(Strategy):
         assert self._micro_step is not None
         assert self._ddp is not None
         self._micro_step.lane.open()
-        _backward(self._ddp(Step(number=0), NO_DATA, True))
+        self._micro_step.lane.backward(*self._ddp(Step(number=0), NO_DATA, True))
         for parameter in self._micro_step.parameters():
             parameter.grad = None
 
@@ -193,13 +194,13 @@ class DDP(Strategy):
         Ranks: all; communicates where ``last``.
         """
         assert self._micro_step is not None, "wrap() comes first"
-        if self._ddp is None:
-            _backward(self._micro_step(step, feed, last))
-        elif last:
-            _backward(self._ddp(step, feed, last))
-        else:
-            with self._ddp.no_sync():
-                _backward(self._ddp(step, feed, last))
+        forward = self._micro_step if self._ddp is None else self._ddp
+        if last:
+            self._micro_step.lane.backward(*forward(step, feed, last))
+            return
+        with nullcontext() if self._ddp is None else self._ddp.no_sync():
+            if terms := forward(step, feed, last):
+                torch.autograd.backward(terms)
 
     def heard(self) -> Heard:
         """Returns what all ranks said in the step.
@@ -260,8 +261,3 @@ class DDP(Strategy):
             "loss, freeze them (`p.requires_grad_(False)` before the Trainer is made), or allow "
             "it with `strategy=DDP(find_unused_parameters=True)`."
         )
-
-
-def _backward(terms: tuple[torch.Tensor, ...]) -> None:
-    if terms:
-        torch.autograd.backward(terms)

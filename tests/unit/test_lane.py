@@ -81,10 +81,10 @@ def test_the_lane_travels_with_backward() -> None:
     one.open()
     one.expect(4)
     term = one.add(5 * weight, 2, 7)
-    total = one.attach() + term
+    voice = one.attach()
     one.say(Slot.SAVE)  # what is said until backward still counts
-    assert total.item() == term.item() == 7.5
-    total.backward()
+    assert term.item() == 7.5
+    one.backward(voice, term)
     assert weight.grad is not None
     assert weight.grad.item() == 2.5  # 5 * 2 / 4
     verdict = one.listen().verdict()
@@ -303,7 +303,7 @@ def test_the_reference_changes_no_result() -> None:
         one.open()
         one.expect(expected)
         value = loss(0.3)
-        (one.attach() + one.add(value, 7, 7)).backward()
+        one.backward(one.attach(), one.add(value, 7, 7))
         verdict = one.listen().verdict()
         assert value.grad is not None
         results.append((verdict.loss_mean, verdict.weight, value.grad.item() * verdict.factor))
@@ -317,7 +317,7 @@ def alone(rank: int, size: int, divided: bool) -> Callable[[], Lane]:
     def make() -> Lane:
         one = lane(rank, size)
         one.open()
-        one.attach().backward()  # what comes back without a reduction
+        one.backward(one.attach())  # what comes back without a reduction
         if divided:  # DDP divides on the way into a bucket
             assert one.param.grad is not None
             one.param.grad /= size
