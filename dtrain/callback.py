@@ -13,6 +13,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, runt
 
 from dtrain.errors import ConfigError
 from dtrain.precision import Precision
+from dtrain.pulse import Place, Pulse
 from dtrain.state import Context, Progress, Report, Step
 
 P = ParamSpec("P")
@@ -115,6 +116,10 @@ class Callback:
 
 
 HOOK_NAMES = tuple(name for name in vars(Callback) if name.startswith("on_"))
+_IN_A_STEP = ("on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end")
+_PLACES = {
+    name: Place(name, slow=name not in (*_IN_A_STEP, "on_eval_batch")) for name in HOOK_NAMES
+}
 
 
 class Hooks:
@@ -125,8 +130,9 @@ class Hooks:
         hooks.fire(Callback.on_step_end, ctx, step)
     """
 
-    def __init__(self, callbacks: Iterable[Callback]) -> None:
+    def __init__(self, callbacks: Iterable[Callback], pulse: Pulse | None = None) -> None:
         self.callbacks = tuple(callbacks)
+        self._pulse = pulse or Pulse()
         self.error: BaseException | None = None  # what a hook raised
         self.failed_in = ""  # which hook, for messages
         self._bound: dict[Any, tuple[Callable[..., None], ...]] = {}
@@ -149,12 +155,19 @@ class Hooks:
         self._call("on_step_end", self._late if late else self._prompt, context, step)
 
     def _call(
-        self, hook: str, methods: Iterable[Callable[..., None]], *args: Any, **kwargs: Any
+        self, hook: str, methods: tuple[Callable[..., None], ...], *args: Any, **kwargs: Any
     ) -> None:
+        if not methods:
+            self.failed_in = ""
+            return
+        place = _PLACES[hook]
+        before = self._pulse.go(place)
         try:
             for method in methods:
                 method(*args, **kwargs)
+                self._pulse.go(place)
             self.failed_in = ""
+            self._pulse.go(before)
         except BaseException as error:
             self.failed_in = hook
             self.error = error

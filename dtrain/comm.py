@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.errors import CommError, ConfigError, DtrainError, Failure, RankMismatch, RemoteError
+from dtrain.pulse import Place as Whereabouts
+from dtrain.pulse import Pulse
 from dtrain.wire import Wire, WireOp
 
 T = TypeVar("T")
@@ -35,6 +38,8 @@ Place = str | Callable[[], str]  # where something failed; a function if that is
 
 _REDUCE: dict[Op, WireOp] = {"sum": "sum", "mean": "sum", "max": "max", "min": "min"}
 
+# What torch says where the other end of a connection is gone; it has no type for that.
+_BROKEN = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|Broken pipe")
 
 _SUMMED_BY_GLOO = {
     torch.float16,
@@ -71,6 +76,7 @@ class Comm:
         host: str = "localhost",
         wire: Wire | None = None,
         store: Store | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self._rank = rank
         self._size = size
@@ -83,6 +89,8 @@ class Comm:
         self._on_main = ""  # the label, while rank 0 runs a function alone
         self._told: BaseException | None = None  # the last error that all ranks know of
         self._gatherer: Gatherer | None = None  # while a loss function runs
+        #: Where this rank's main thread is.
+        self.pulse = pulse or Pulse()
 
     def close(self) -> None:
         """Lets go of the wire; the verbs must not be called any more.
@@ -261,6 +269,7 @@ class Comm:
         error: Exception | None = None
         if self._rank == 0:
             self._on_main = label
+            before = self.pulse.go(Whereabouts(f"on_main({label!r})", slow=True))
             try:
                 reply = (fn(), None)
                 content = pickle.dumps(reply)
@@ -270,6 +279,7 @@ class Comm:
                 content = pickle.dumps(reply)
             finally:
                 self._on_main = ""
+                self.pulse.go(before)
             self._send(label, torch.tensor(len(content)))
             self._send(label, torch.frombuffer(bytearray(content), dtype=torch.uint8))
         else:
@@ -315,7 +325,10 @@ class Comm:
         try:
             yield
         except Exception as error:
-            self.record(error, where if isinstance(where, str) else where())
+            # What only follows from another rank's end must not pass for the cause. With a
+            # watchdog, fit finds out which of the two it is.
+            if not (self.pulse.watched and self.may_be_broken(error)):
+                self.record(error, where if isinstance(where, str) else where())
             raise
 
     def fail(self, error: BaseException, where: str) -> None:
@@ -349,6 +362,15 @@ class Comm:
             self._store.compare_set("failure", "", json.dumps(asdict(failure)))
         except RuntimeError as unreachable:
             error.add_note(f"(could not be recorded for the other ranks: {unreachable})")
+
+    def may_be_broken(self, error: BaseException) -> bool:
+        """Says whether ``error`` may only mean that another rank is gone.
+
+        Ranks: all, local.
+        """
+        if isinstance(error, DtrainError) or not isinstance(error, RuntimeError):
+            return isinstance(error, CommError)
+        return self.pulse.place.waits or _BROKEN.search(str(error)) is not None
 
     def _is_told(self, error: BaseException) -> bool:
         """Says whether all ranks know of ``error``, or of what it was made from."""
@@ -490,6 +512,8 @@ class Comm:
     @contextmanager
     def _bounded(self, label: str) -> Iterator[None]:
         """Turns a broken collective into the reason that another rank left for it."""
+        here = Whereabouts(f"comm {label!r}", waits=True, slow=self.pulse.place.slow)
+        before = self.pulse.go(here)
         try:
             yield
         except RuntimeError as broken:
@@ -500,6 +524,8 @@ class Comm:
                 f"rank {self._rank} on {self._host} lost the other ranks in {label!r} at step "
                 f"{self._step}, and none of them said why (killed, or out of time): {broken}"
             ) from broken
+        finally:
+            self.pulse.go(before)
 
 
 def _reduce_here(parts: Tensor, op: Op) -> Tensor:

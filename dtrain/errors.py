@@ -10,6 +10,7 @@
     ├── RankMismatch      ranks met in different calls
     ├── RemoteError       another rank failed, and this one stopped with it
     ├── CommError         ranks can no longer reach one another
+    ├── HangError         a rank no longer moves; the name of that in reports, see docs/hangs.md
     ├── UnusedParameters  the model has parameters that no gradient reached
     ├── SinkError         a sink failed that was to stop the run if it does
     ├── CheckError        a script could not be checked for equivalence
@@ -23,6 +24,8 @@ from __future__ import annotations
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+
+_OWN = str(Path(__file__).parent)
 
 
 class DtrainError(Exception):
@@ -55,6 +58,10 @@ class RemoteError(DtrainError):
 
 class CommError(DtrainError):
     """Ranks can no longer reach one another, and none of them said why."""
+
+
+class HangError(DtrainError):
+    """A rank no longer moves. The watchdog reports it under this name, and ends the process."""
 
 
 class UnusedParameters(DtrainError):
@@ -131,9 +138,13 @@ def locate(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return "unknown place"
-    own = str(Path(__file__).parent)
     for frame in reversed(frames):
-        inside = frame.filename.startswith((own, "<")) or "site-packages" in frame.filename
-        if not inside and "/lib/python3" not in frame.filename:
+        if is_users(frame.filename):
             return f"{frame.filename}:{frame.lineno}"
     return f"{frames[-1].filename}:{frames[-1].lineno}"
+
+
+def is_users(filename: str) -> bool:
+    """Says whether a file is neither dtrain's nor an installed library's."""
+    inside = filename.startswith((_OWN, "<")) or "site-packages" in filename
+    return not inside and "/lib/python3" not in filename

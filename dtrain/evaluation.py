@@ -15,6 +15,7 @@ from dtrain.gathers import Gathers
 from dtrain.metrics import Means
 from dtrain.microstep import LossFn, as_loss
 from dtrain.precision import Precision
+from dtrain.pulse import EVAL_LOSS_FN, EVALUATION
 from dtrain.state import Context, Step
 
 
@@ -44,19 +45,22 @@ def evaluate(
     Ranks: all, communicates once, at the end.
     """
     means.drop()  # of an evaluation that failed
-    comm = context.comm
+    comm, pulse = context.comm, context.comm.pulse
+    pulse.restart_batches()
     with torch.no_grad(), eval_mode(context.model):
         for number, step_feed in enumerate(feed.epoch(0, 0)):
             step = Step(number=number, micros=step_feed.micros)
             ended = False
             for micro in range(step_feed.micros):
                 step.micro, step.loss = micro, None
+                pulse.begin_batch()
                 try:
                     fetched = None if ended else step_feed.next()
                 except EndOfStream:
                     fetched, ended = None, True
                 if fetched is not None:
                     step.batch, step.samples = fetched
+                    pulse.go(EVAL_LOSS_FN)
                     comm.serve_gathers(gathers)
                     try:
                         with precision.autocast():
@@ -70,6 +74,7 @@ def evaluate(
                         means.add(f"{label}/{name}", value, loss.weight)
                     hooks.fire(Callback.on_eval_batch, context, step)
                 done = gathers.finish(completed=step.loss is not None, ended=ended)
+                pulse.end_lap(EVALUATION)
             # Where loss functions gather, a rank whose stream has ended waits for the others.
             if ended and all(one.ended for one in done):
                 break

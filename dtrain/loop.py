@@ -24,6 +24,7 @@ from dtrain.microstep import MicroStep
 from dtrain.outcome import Outcome
 from dtrain.pace import Pace
 from dtrain.precision import Factor, Precision
+from dtrain.pulse import ARRIVAL, BETWEEN, EVALUATION, METRICS, SAVING, UPDATE
 from dtrain.state import Context, Progress, Step
 from dtrain.strategies import Strategy
 
@@ -217,6 +218,8 @@ class Loop:
         context, hooks, progress = self.context, self.hooks, self.context.progress
         context.comm.mark_step(progress.step)
         self.pace.begin_step()
+        pulse = context.comm.pulse
+        pulse.begin_step(progress.step)
         step = Step(number=progress.step, micros=step_feed.micros)
         with context.comm.alone(self._at("a training step")):
             hooks.fire(Callback.on_step_start, context, step)
@@ -226,8 +229,10 @@ class Loop:
                 step.micro = micro
                 self.strategy.run(step, step_feed, last=micro == step_feed.micros - 1)
             self.pace.reduced()
+            pulse.go(ARRIVAL)
             step.outcome = outcome = Outcome(self.strategy, progress)
         if not self._conclude():
+            pulse.end_lap(BETWEEN)
             return False
         # Fused SGD has no momentum that it could leave alone before its first update.
         if self.delays and progress.updates:
@@ -239,10 +244,12 @@ class Loop:
                 progress.step_in_epoch += 1
                 hooks.fire_step_end(context, step, late=False)
             self.pace.end_step()
+            pulse.end_lap(BETWEEN)
             return True
         verdict = outcome.verdict()  # agreed, and all below follows from it
         self._take_notice(verdict)
         if verdict.starved or verdict.leaving or not verdict.fed:
+            pulse.end_lap(BETWEEN)
             return False
         with context.comm.alone(self._at("a training step")):
             if verdict.weight > 0:
@@ -252,6 +259,7 @@ class Loop:
             self._count(step, outcome)
             hooks.fire(Callback.on_step_end, context, step)
         self.pace.end_step()
+        pulse.end_lap(BETWEEN)
         return True
 
     def _conclude(self) -> bool:
@@ -264,6 +272,7 @@ class Loop:
             return True
         step, outcome = self._pending
         self._pending = None
+        self.context.comm.pulse.go(ARRIVAL)
         self.context.comm.mark_step(step.number)
         progress, verdict = self.context.progress, outcome.verdict()
         undone = bool(verdict.errors or verdict.leaving)
@@ -289,6 +298,7 @@ class Loop:
 
     def _update(self, step: Step, outcome: Outcome, verdict: Verdict | None = None) -> None:
         """Updates the parameters; without a verdict, only if it turns out that they may be."""
+        self.context.comm.pulse.go(UPDATE)
         factor = outcome.heard.factor() if verdict is None else verdict.factor
         self._normalise(self.precision.unscale(self.optimizer, factor))
         self.hooks.fire(Callback.on_grads_ready, self.context, step)
@@ -336,6 +346,7 @@ class Loop:
         if not self._loss_weight and not final:
             return
         context = self.context
+        context.comm.pulse.go(METRICS)
         with self.context.comm.lockstep(self._at("agreeing on training metrics")):
             for name, logged in context.logged.items():
                 self.means.add_logged(name, logged.values, logged.reduce)
@@ -358,12 +369,14 @@ class Loop:
     def _evaluate(self) -> None:
         context = self.context
         self._evaluated_at = context.progress.step
+        context.comm.pulse.go(EVALUATION)
         with self.context.comm.lockstep(self._at("evaluation")):
             self.hooks.fire(Callback.on_eval_start, context)
             metrics = self.evaluate()
             self.hooks.fire(Callback.on_eval_end, context, metrics)
         context.metrics |= metrics
         self.journal.report("eval", metrics)
+        context.comm.pulse.go(BETWEEN)
         self._settle()
 
     def _save_once(self) -> None:
@@ -372,10 +385,12 @@ class Loop:
         if self._saved_at == step:
             return
         self._log()  # sums since the last report are in no checkpoint, so none may be open
+        self.context.comm.pulse.go(SAVING)
         with self.context.comm.lockstep(self._at("saving a checkpoint")):
             self.hooks.fire(Callback.on_save, self.context)
             self.save(self.state_dict())
         self._saved_at = step
+        self.context.comm.pulse.go(BETWEEN)
 
     def _settle(self) -> None:
         """Agrees on what was requested since the last backward."""

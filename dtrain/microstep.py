@@ -26,6 +26,7 @@ from dtrain.lane import Lane, Slot, idle
 from dtrain.metrics import Means, as_metrics
 from dtrain.pace import Pace
 from dtrain.precision import Precision
+from dtrain.pulse import DATA, FIRST_DATA
 from dtrain.state import Context, Loss, Step
 
 UserLoss = Callable[..., Loss | Tensor]
@@ -190,7 +191,10 @@ class MicroStep(nn.Module):
         if self.trouble is not None:
             return None
         request, comm = self._context.request, self._context.comm
+        pulse = comm.pulse
+        first = not (self._context.progress.step_in_epoch or step.micro)
         where = "data"
+        pulse.go(FIRST_DATA if first else DATA)
         try:
             since = perf_counter()
             fetched = feed.next()
@@ -202,6 +206,7 @@ class MicroStep(nn.Module):
                 self.lane.say(Slot.FED)
             request.skippable = True
             where = "on_batch"
+            pulse.has_data(first=first)
             comm.serve_gathers(self._gathers)
             self._hooks.fire(Callback.on_batch, self._context, step)
             if not request.skipped:

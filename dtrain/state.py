@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -332,6 +333,31 @@ class Context:
                 f"log({name!r}, reduce={reduce!r}): it was logged with {logged.reduce!r} before"
             )
         logged.values.append(value.detach() if isinstance(value, Tensor) else value)
+
+    def alive(self) -> None:
+        """Says that this rank is still at work, where a hook or a loss function takes long.
+
+        In the middle of a step a hook that says nothing is taken for stuck after
+        ``Trainer(hang_after_s=...)`` seconds, or ten times the slowest recent step.
+
+        Ranks: all, local.
+        """
+        self.comm.pulse.go(self.comm.pulse.place)
+
+    def slowly(self, what: str) -> AbstractContextManager[None]:
+        """Returns a block in which one call may take minutes, in the middle of a step.
+
+        Example::
+
+            with ctx.slowly("writing the trace"):
+                profiler.export_chrome_trace(path)
+
+        Args:
+            what: for messages.
+
+        Ranks: all, local.
+        """
+        return self.comm.pulse.slowly(what)
 
     def loss_of(self, batch: Any) -> Loss:
         """Runs the loss function once more, as training would, for debugging.

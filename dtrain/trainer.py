@@ -46,12 +46,14 @@ from dtrain.metrics import Means
 from dtrain.microstep import MicroStep, UserLoss, adapt, as_loss
 from dtrain.pace import Pace
 from dtrain.precision import Precision, takes_a_veto
+from dtrain.pulse import SAVING
 from dtrain.reporting import Reporter
 from dtrain.signals import Signals
 from dtrain.sinks import Console
 from dtrain.snapshot import Snapshot
 from dtrain.state import Context, Loss, Progress, Request
 from dtrain.strategies import DDP, Strategy
+from dtrain.watchdog import HANG_AFTER_S, Watchdog
 from dtrain.words import describe_end, describe_start
 from dtrain.world import current, derive_seed, init, seed_everything
 
@@ -100,6 +102,11 @@ class Trainer:
         eval_fn: another function for evaluation, of the same form as ``loss_fn``.
         config: your own settings (JSON values), kept in ``run_dir/config.json``, in checkpoints
             and in sinks.
+        hang_after_s: a rank that makes no progress for this long in the middle of a step, or for
+            ten times the slowest recent step where that is longer, is named on every rank, and
+            the run ends; see docs/hangs.md. Elsewhere, and in the first step, it is 300 seconds
+            at least. A hook that takes longer says so by ``ctx.alive()``. None switches it off,
+            for a debugger or a job that is suspended. At one rank it is off.
 
     Raises:
         ConfigError: what was asked for cannot work.
@@ -121,6 +128,7 @@ class Trainer:
         seed: int | None = None,
         eval_fn: UserLoss | None = None,
         config: Mapping[str, Any] | None = None,
+        hang_after_s: float | None = HANG_AFTER_S,
     ) -> None:
         self.world = world = current() or init(seed=seed or 0)
         self._seed = world.seed if seed is None else seed
@@ -128,6 +136,7 @@ class Trainer:
         # What fails on one rank only (its own data, its own code) reaches all of them.
         with world.comm.lockstep("Trainer(...)"):
             self._config = check_config(config)
+            self._watchdog = Watchdog(world, hang_after_s)
             self._fill_slots(callbacks, strategy, run_dir)
             self._take_model(model, optimizer)
             eval_fn = adapt(eval_fn or loss_fn)
@@ -173,7 +182,7 @@ class Trainer:
         self, callbacks: Sequence[Callback], strategy: str | Strategy, run_dir: str | Path | None
     ) -> None:
         check_names(callbacks)
-        self.hooks = Hooks(callbacks)
+        self.hooks = Hooks(callbacks, self.world.comm.pulse)
         precision = the_only(PrecisionSlot, callbacks)  # type: ignore[type-abstract]
         self.precision = (
             Precision() if precision is None else precision.make_precision(self.world.device.type)
@@ -261,14 +270,31 @@ class Trainer:
             ResumeError: the run in ``run_dir`` cannot be continued as asked.
             RemoteError: another rank failed.
 
-        Ranks: all, communicates.
+        Ranks: all, communicates. Where a rank hangs, the process ends (docs/hangs.md).
         """
+        with self._watchdog:
+            return self._fit(
+                train,
+                batch_size,
+                resume,
+                eval_set,
+                lambda: check_plan(epochs, max_steps, eval_every, log_every, eval_first),
+            )
+
+    def _fit(
+        self,
+        train: Any,
+        batch_size: int | None,
+        resume: ResumeMode,
+        eval_set: Any,
+        make_plan: Callable[[], Plan],
+    ) -> FitResult:
         loop: Loop | None = None
         reporter = Reporter(self._sinks, self._run_dir, active=self.world.is_main)
         try:
             with Signals(self.context.request.preempt):
                 with self.world.comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
-                    plan = check_plan(epochs, max_steps, eval_every, log_every, eval_first)
+                    plan = make_plan()
                     data = as_data(train, batch_size, shuffle=True)
                     evals = self._eval_feeds(eval_set, data.batch_size)
                     loop = self._assemble(plan, data, evals, reporter)
@@ -277,9 +303,14 @@ class Trainer:
                 with self.world.comm.lockstep("the end of fit"):
                     self._finish(loop, reporter)
         except BaseException as error:
-            self._fail(loop, error)
+            phase = self.world.comm.pulse.place.phase
+            cause: BaseException | None = self._watchdog.explain(error)
+            if cause is None and error is not self.hooks.error:
+                cause = self.world.comm.explain(error)
+            if cause is None:
+                self.world.comm.record(error, self.hooks.failed_in or phase)
+            self._fail(loop, error, cause)
             reporter.close()
-            cause = None if error is self.hooks.error else self.world.comm.explain(error)
             self.world.tell_launcher(cause or error)
             if cause is not None:
                 raise cause from error
@@ -307,7 +338,7 @@ class Trainer:
 
         Ranks: all, communicates.
         """
-        with self.world.comm.lockstep("evaluate"):
+        with self._watchdog, self.world.comm.lockstep("evaluate"):
             return self._evaluate(self._eval_feeds(data, batch_size))
 
     # -- assembling -----------------------------------------------------------------------------
@@ -465,9 +496,8 @@ class Trainer:
         self.world.comm.on_main("close sinks", reporter.finish)
         self.world.comm.on_main("status", lambda: self._write_status(state, loop.stop_reason))
 
-    def _fail(self, loop: Loop | None, error: BaseException) -> None:
+    def _fail(self, loop: Loop | None, error: BaseException, cause: BaseException | None) -> None:
         """What a rank does on its own before ``fit`` raises: no other rank is waited for."""
-        self.world.comm.record(error, self.hooks.failed_in or "fit")
         for callback in self.hooks.callbacks:
             try:
                 callback.on_error(self.context, error)
@@ -483,7 +513,8 @@ class Trainer:
         if not self.world.is_main:
             return
         try:
-            self._write_status("failed", f"{type(error).__name__}: {error}")
+            told = cause or error
+            self._write_status("failed", f"{type(told).__name__}: {told}")
         except DtrainError as another:
             error.add_note(f"({another})")
 
@@ -496,6 +527,7 @@ class Trainer:
             return
         folder = self._run_dir / status.EMERGENCY
         step = self.context.progress.step
+        self.world.comm.pulse.go(SAVING)
         try:
             share_buffers(self.model, self.world.comm)
             self._snapshot.save(folder, loop.state_dict())

@@ -13,12 +13,14 @@ import os
 import random
 import re
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -28,14 +30,17 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from dtrain.beats import Beat, beat_key, this_machine
 from dtrain.comm import Comm
 from dtrain.errors import ConfigError, LaunchError
+from dtrain.store_process import ELSEWHERE, END
 from dtrain.wire import GroupWire, Wire
 
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 600.0
 _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+_SERVED_ELSEWHERE = "TORCHELASTIC_USE_AGENT_STORE"  # tells torch that rank 0 is not to serve it
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -55,6 +60,7 @@ class World:
         seed: what all random streams are derived from.
         comm: labelled verbs to the other ranks.
         gradients: what gradients travel over; for strategies.
+        connect: opens a connection of its own to the rendezvous store; None where there is none.
     """
 
     rank: int
@@ -67,6 +73,7 @@ class World:
     seed: int
     comm: Comm
     gradients: Wire = field(default_factory=GroupWire, repr=False)
+    connect: Callable[[], Store] | None = field(default=None, repr=False)
     _opened: bool = field(default=False, repr=False)
     _closers: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
@@ -123,7 +130,7 @@ class World:
 
     def _close_at_exit(self) -> None:
         # After an uncaught error, closing may wait for ranks that are stuck: just leave.
-        if getattr(sys, "last_exc", None) is None and getattr(sys, "last_value", None) is None:
+        if not _is_failing():
             self.close()
 
     def __enter__(self) -> World:
@@ -338,9 +345,12 @@ def _open(seed: int, timeout_s: float) -> World:
         threads = max(1, (os.cpu_count() or 1) // local_size)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+    serving = _serve_apart(timeout_s)
     # Late: most of a single process's start would go into this import.
     from accelerate.state import PartialState
 
+    if serving is not None:
+        _await_store(serving)
     opened = not dist.is_initialized()
     life = next(_lives)
     timeout = timedelta(seconds=timeout_s)
@@ -354,6 +364,11 @@ def _open(seed: int, timeout_s: float) -> World:
     rank = dist.get_rank()
     wire, store = GroupWire(control), _own_store(timeout, life)
     comm = Comm(rank=rank, size=size, host=host, wire=wire, store=store)
+    hello = Beat(rank=rank, host=host, pid=os.getpid(), machine=this_machine(), number=0)
+    store.set(beat_key(rank), hello.to_json())
+    if serving is not None:
+        keys = [beat_key(one) for one in range(size)]
+        _tell_store(serving, [Beat.from_json(one) for one in store.multi_get(keys)])
     world = World(
         rank=rank,
         local_rank=state.local_process_index,
@@ -365,6 +380,7 @@ def _open(seed: int, timeout_s: float) -> World:
         launcher=launcher,
         seed=seed,
         comm=comm,
+        connect=lambda: _own_store(timeout, life),
         _opened=opened,
     )
     atexit.register(world._close_at_exit)
@@ -378,6 +394,64 @@ def serve_store(timeout_s: float) -> TCPStore:
     """
     timeout = timedelta(seconds=timeout_s)
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+
+
+def _serve_apart(timeout_s: float) -> subprocess.Popen[str] | None:
+    """Has the rendezvous store served by a process of its own, where rank 0 would serve it.
+
+    Were rank 0 stopped or killed, the others could not read any more what became of it.
+
+    Returns:
+        The process, where this rank started one.
+    """
+    if dist.is_initialized() or os.environ.get(_SERVED_ELSEWHERE) == "True":
+        return None
+    os.environ[_SERVED_ELSEWHERE] = "True"
+    if os.environ["RANK"] != "0":
+        return None
+    script = Path(__file__).with_name("store_process.py")
+    process = subprocess.Popen(
+        [sys.executable, str(script), os.environ["MASTER_PORT"], str(timeout_s)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(_end_store, process)
+    return process
+
+
+def _await_store(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    with process.stdout as told:
+        answer = told.readline().strip()
+    if answer != "serving":
+        raise LaunchError(
+            f"the rendezvous store {answer or 'ended before it served'}. Is another job on this "
+            "host at that port? Set MASTER_PORT to a free one."
+        )
+
+
+def _tell_store(process: subprocess.Popen[str], ranks: list[Beat]) -> None:
+    """Says whom the store serves: it must not outlive the job."""
+    assert process.stdin is not None
+    here = [str(one.pid) for one in ranks if one.machine and one.machine == this_machine()]
+    words = here if len(here) == len(ranks) else [*here, ELSEWHERE]
+    process.stdin.write(" ".join(words) + "\n")
+    process.stdin.flush()
+
+
+def _end_store(process: subprocess.Popen[str]) -> None:
+    """At the end of rank 0; after an error the others may still read there what it was."""
+    if not _is_failing() and process.stdin is not None:
+        with suppress(BrokenPipeError, subprocess.TimeoutExpired):
+            process.communicate(END, timeout=5)
+
+
+def _is_failing() -> bool:
+    """The interpreter ends with an uncaught error."""
+    return getattr(sys, "last_exc", None) is not None or (
+        getattr(sys, "last_value", None) is not None
+    )
 
 
 def _has_gpu() -> bool:

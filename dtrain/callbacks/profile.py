@@ -114,7 +114,8 @@ class Profile(Callback):
         """Ends a step's event; after the last one, writes the trace."""
         self._end_event()
         if step.number + 1 == self._steps.stop:
-            self._finish()
+            with ctx.slowly("writing a trace"):
+                self._finish()
 
     def on_fit_end(self, ctx: Context) -> None:
         """Writes the trace of a run that ended early."""

@@ -191,6 +191,7 @@ def probing(probe: Probe) -> type[Trainer]:
             given |= {
                 "callbacks": [opening, *kept, Closing(probe, opening)],
                 "sinks": [],
+                "hang_after_s": None,  # a check has a time limit, and says where ranks were
                 # Callbacks may want a place for their files; it is not the user's.
                 "run_dir": None if run_dir is None else probe.folder / "run",
             }

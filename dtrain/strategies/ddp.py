@@ -15,6 +15,7 @@ from dtrain.data import NO_DATA, StepFeed
 from dtrain.errors import ConfigError, RankMismatch, UnusedParameters
 from dtrain.lane import Heard, LaneSilent
 from dtrain.microstep import MicroStep
+from dtrain.pulse import BACKWARD, OWN_BACKWARD, Pulse
 from dtrain.state import Step
 from dtrain.strategies.base import Strategy
 from dtrain.wire import DataParallel
@@ -66,6 +67,7 @@ class DDP(Strategy):
         self._ddp: DataParallel | None = None
         self._checked = False
         self._world: World | None = None
+        self._pulse = Pulse()
         self._trainable: list[int] = []
 
     def check(self, *, accumulates: bool) -> None:
@@ -128,6 +130,7 @@ class DDP(Strategy):
         """
         self._micro_step = micro_step
         self._world = world
+        self._pulse = world.comm.pulse
         self._trainable = micro_step.take_trainable()
         if world.size == 1:
             return
@@ -196,10 +199,15 @@ class DDP(Strategy):
         assert self._micro_step is not None, "wrap() comes first"
         forward = self._micro_step if self._ddp is None else self._ddp
         if last:
-            self._micro_step.lane.backward(*forward(step, feed, last))
+            voice, *terms = forward(step, feed, last)
+            # It works in backward, too, but nobody could tell from when on it only waits.
+            self._pulse.go(OWN_BACKWARD if self._ddp is None else BACKWARD)
+            self._micro_step.lane.backward(voice, *terms)
             return
         with nullcontext() if self._ddp is None else self._ddp.no_sync():
-            if terms := forward(step, feed, last):
+            terms = forward(step, feed, last)
+            self._pulse.go(OWN_BACKWARD)
+            if terms:
                 torch.autograd.backward(terms)
 
     def heard(self) -> Heard:

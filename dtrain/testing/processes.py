@@ -6,8 +6,10 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -22,6 +24,10 @@ import torch
 from dtrain.errors import DtrainError
 from dtrain.testing.outcomes import Outcome, RanksFailed
 from dtrain.world import serve_store
+
+#: Has a rank write where its threads are; a number that hardly anybody uses.
+_SAY_WHERE = signal.SIGRTMAX - 1
+_TIME_TO_SAY_S = 0.3
 
 
 def run_processes(
@@ -101,17 +107,19 @@ def run_outcomes(
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
                 target=_run_rank,
-                args=(payload, variables, theirs, str(_log(folder, rank)), deadline),
+                args=(payload, variables, theirs, str(_log(folder, rank))),
                 name=f"rank {rank}",
             )
             process.start()
             theirs.close()
             ranks.append((process, ours))
-        messages = _collect([connection for _, connection in ranks], deadline)
+        connections = [connection for _, connection in ranks]
+        messages = _collect(connections, deadline)
+        _ask_where([process for rank, (process, _) in enumerate(ranks) if rank not in messages])
         outcomes = []
         for rank, (process, connection) in enumerate(ranks):
             process.join(max(1.0, deadline - time.monotonic()) if rank in messages else 0.0)
-            late = process.is_alive()
+            late = rank not in messages or process.is_alive()
             if late:
                 process.kill()
                 process.join()
@@ -121,6 +129,15 @@ def run_outcomes(
             outcomes.append(_outcome(rank, messages.get(rank), late, process.exitcode, output))
             process.close()
     return outcomes
+
+
+def _ask_where(late: list[ForkServerProcess]) -> None:
+    """Has ranks that are stuck write where, before they are killed."""
+    for process in late:
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, _SAY_WHERE)
+    if late:
+        threading.Event().wait(_TIME_TO_SAY_S)
 
 
 def _collect(connections: list[Connection], deadline: float) -> dict[int, bytes]:
@@ -148,15 +165,12 @@ def _outcome(
     return Outcome(rank, None, DtrainError(f"rank {rank} {why}"), "", output, exitcode)
 
 
-def _run_rank(
-    payload: bytes, variables: dict[str, str], parent: Connection, log: str, deadline: float
-) -> None:
+def _run_rank(payload: bytes, variables: dict[str, str], parent: Connection, log: str) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    # A rank that is stuck says where, before it is killed.
-    left = max(0.5, deadline - time.monotonic())
-    faulthandler.dump_traceback_later(left * 0.9, file=sys.__stderr__ or 2)
+    # Not a timer of faulthandler's: there is only one, and it is the watchdog's.
+    faulthandler.register(_SAY_WHERE, file=2)
     os.environ.update(variables)
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     value: Any = None
@@ -173,8 +187,10 @@ def _run_rank(
     sys.stderr.flush()
     parent.send_bytes(_pickled(value, error, trace))
     parent.close()
-    faulthandler.cancel_dump_traceback_later()
     if error is not None:
+        # A loader's workers, children of a server of their own, would not notice.
+        for child in multiprocessing.active_children():
+            child.kill()
         os._exit(1)  # closing down normally may wait for ranks that are stuck
 
 

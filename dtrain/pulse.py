@@ -1,0 +1,167 @@
+"""Where the main thread is, for whoever watches it from another thread.
+
+The main thread writes plain attributes as it goes: no lock, no clock, well under a microsecond.
+:mod:`dtrain.watchdog` reads them once a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+#: How fast the slowest lap is forgotten: by half in about 70 laps.
+_FORGET = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Somewhere the main thread can be.
+
+    Attributes:
+        phase: in words, for messages; a hook's name where it is one.
+        waits: whether it waits there for other ranks, or works.
+        slow: whether it may take long there at any time: start, evaluation, saves.
+    """
+
+    phase: str
+    waits: bool = False
+    slow: bool = False
+
+
+START = Place("the start of fit", slow=True)
+BETWEEN = Place("between two steps", slow=True)
+STEP = Place("a training step")
+FIRST_DATA = Place("data", slow=True)  # of an epoch: loaders start their workers
+DATA = Place("data")
+LOSS_FN = Place("loss_fn")
+BACKWARD = Place("backward", waits=True)
+OWN_BACKWARD = Place("backward")  # of a micro-batch whose gradients are not reduced yet
+ARRIVAL = Place("agreeing on the step", waits=True)
+UPDATE = Place("update")
+EVALUATION = Place("evaluation", slow=True)
+EVAL_DATA = Place("data of an evaluation")
+EVAL_FIRST_DATA = Place("data of an evaluation", slow=True)
+EVAL_LOSS_FN = Place("loss_fn of an evaluation")
+METRICS = Place("agreeing on training metrics", slow=True)
+SAVING = Place("saving a checkpoint", slow=True)
+
+
+class Laps:
+    """How long what is done again and again takes: steps, batches of an evaluation."""
+
+    __slots__ = ("_began", "count", "slowest_s")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.slowest_s = 0.0  # recently; forgotten slowly
+        self._began = 0.0
+
+    def begin(self) -> None:
+        """A lap begins."""
+        self._began = time.monotonic()
+
+    def end(self) -> None:
+        """It ends. What the first one took says nothing of those to come."""
+        if self.count:
+            took, known = time.monotonic() - self._began, self.slowest_s * _FORGET
+            self.slowest_s = took if took > known else known
+        self.count += 1
+
+    def leave_out(self, seconds: float) -> None:
+        """What the lap has done for so long says nothing of others."""
+        self._began += seconds
+
+
+class Pulse:
+    """What the main thread says of itself.
+
+    Attributes:
+        place: where it is.
+        beats: grows with every sign of progress.
+        step: the global step it is in, or was in last.
+        steps: how long steps of this fit take.
+        batches: how long batches of this evaluation take.
+        laps: of which of the two it is in the middle; None in between.
+        watched: whether a watchdog looks at all this.
+
+    Ranks: all, local.
+    """
+
+    __slots__ = ("batches", "beats", "laps", "place", "step", "steps", "watched")
+
+    def __init__(self) -> None:
+        self.place = START
+        self.beats = 0
+        self.step = 0
+        self.watched = False
+        self.restart()
+
+    def restart(self) -> None:
+        """A fit begins: its first step may take long."""
+        self.steps = Laps()
+        self.laps: Laps | None = None
+        self.restart_batches()
+        self.go(START)
+
+    def restart_batches(self) -> None:
+        """An evaluation begins: its first batch may take long."""
+        self.batches = Laps()
+
+    def go(self, place: Place) -> Place:
+        """The main thread comes to ``place``; returns where it was, to go back to."""
+        before = self.place
+        self.place = place
+        self.beats += 1
+        return before
+
+    @contextmanager
+    def slowly(self, what: str) -> Iterator[None]:
+        """What is done in the block may take long, as anything outside of a step may."""
+        began = time.monotonic()
+        before = self.go(Place(what, slow=True))
+        try:
+            yield
+        finally:
+            self.go(before)
+            if self.laps is not None:
+                self.laps.leave_out(time.monotonic() - began)
+
+    def begin_step(self, step: int) -> None:
+        """A global step begins."""
+        self.step = step
+        self.laps = self.steps
+        self.steps.begin()
+        self.go(STEP)
+
+    def has_data(self, *, first: bool) -> None:
+        """The data of a step has come; what the ``first`` of an epoch took does not count."""
+        if first and self.laps is not None:
+            self.laps.begin()
+        self.go(LOSS_FN)
+
+    def begin_batch(self) -> None:
+        """A batch of an evaluation begins."""
+        self.laps = self.batches
+        self.batches.begin()
+        self.go(EVAL_DATA if self.batches.count else EVAL_FIRST_DATA)
+
+    def end_lap(self, place: Place) -> None:
+        """The step or batch is over, and ``place`` comes next."""
+        if self.laps is not None:
+            self.laps.end()
+            self.laps = None
+        self.go(place)
+
+    def limit_s(self, hang_after_s: float, long_s: float) -> float:
+        """Returns how long the main thread may be where it is without a sign of progress.
+
+        Args:
+            hang_after_s: at least, in the middle of a step or batch.
+            long_s: at least, elsewhere, and in the first of them.
+        """
+        laps = self.laps
+        if self.place.slow or laps is None or not laps.count:
+            return max(long_s, hang_after_s)
+        return max(hang_after_s, 10 * laps.slowest_s)

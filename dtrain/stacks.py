@@ -1,0 +1,104 @@
+"""Where the main thread is, read from another thread: its stack, and what follows from it."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePath
+from types import FrameType
+
+from dtrain.errors import is_users
+
+# Frames of these are on the stack only while something is being compiled or tuned; others of
+# torch's compiler are there whenever compiled code runs.
+_COMPILERS = (
+    "torch/_dynamo/convert_frame.py",
+    "torch/_inductor/compile_fx.py",
+    "torch/_inductor/codecache.py",
+    "torch/_inductor/cudagraph_trees.py",
+)
+_TUNERS = ("benchmark_all_configs", "autotune_to_one_config", "coordinate_descent_tuning")
+_DEBUGGERS = ("/pdb.py", "/bdb.py", "/pydevd", "/debugpy/", "/ipdb/", "/pudb/")
+_PROMPTS = ("input(", "breakpoint(", "stdin.")  # in C: they have no frame of their own
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A frame of a stack."""
+
+    file: str
+    number: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number} in {self.function}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The main thread's stack at one moment.
+
+    Attributes:
+        lines: the innermost first.
+        compiles: torch's compiler is at work, in whichever thread.
+    """
+
+    lines: tuple[Line, ...]
+    compiles: bool = False
+
+    @property
+    def at(self) -> str:
+        """``file:line`` of the innermost code of the user's; where there is none, of all."""
+        lines = [line for line in self.lines if is_users(line.file)] or self.lines
+        return f"{lines[0].file}:{lines[0].number}" if lines else "unknown place"
+
+    @property
+    def in_collective(self) -> bool:
+        """The thread is in a function of ``torch.distributed`` that waits for other ranks."""
+        return bool(self.lines) and self.lines[0].file.endswith("/distributed_c10d.py")
+
+    @property
+    def debugged(self) -> bool:
+        """Somebody has the thread in a debugger, or it reads from the terminal."""
+        if any(mark in line.file for line in self.lines for mark in _DEBUGGERS):
+            return True
+        if not self.lines:
+            return False
+        source = linecache.getline(self.lines[0].file, self.lines[0].number)
+        return any(prompt in source for prompt in _PROMPTS)
+
+    def text(self, most: int = 20) -> str:
+        """The stack in lines, the innermost last, without what is above ``most``."""
+        return "\n".join(f"    {line}" for line in reversed(self.lines[:most]))
+
+
+def main_stack(*, moves: bool = False) -> Stack:
+    """Returns the main thread's stack.
+
+    Args:
+        moves: it makes progress, so that nobody need know whether anything is compiled.
+
+    Ranks: all, local; from another thread than the main one.
+    """
+    frames = sys._current_frames()
+    main = threading.main_thread().ident
+    lines = tuple(_walk(frames.get(main))) if main is not None else ()
+    compiles = not moves and any(
+        _compiles(line) for frame in frames.values() for line in _walk(frame)
+    )
+    return Stack(lines, compiles)
+
+
+def _walk(frame: FrameType | None) -> Iterator[Line]:
+    while frame is not None:
+        yield Line(frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_name)
+        frame = frame.f_back
+
+
+def _compiles(line: Line) -> bool:
+    return line.file.endswith(_COMPILERS) or (
+        line.function in _TUNERS and "_inductor" in PurePath(line.file).parts
+    )

@@ -1,0 +1,311 @@
+"""Who is judged how: fake heartbeats in, a verdict out. And the pulse that they are made of."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+
+from dtrain.beats import (
+    Beat,
+    Seen,
+    behind,
+    gives_way,
+    judge,
+    look_up,
+    stuck,
+    table,
+    this_machine,
+)
+from dtrain.comm import Comm
+from dtrain.errors import ConfigError
+from dtrain.pulse import BACKWARD, BETWEEN, DATA, FIRST_DATA, LOSS_FN, SAVING, Pulse
+from dtrain.stacks import Line, Stack, main_stack
+from dtrain.watchdog import HANG_EXIT_CODE, _Bounded
+
+SIZES = [2, 3, 64]
+
+
+def waiting(rank, **more):
+    """A rank that has waited in backward for longer than its limit."""
+    facts = {"step": 8, "phase": "backward", "at": "train.py:9", "waits": True, "quiet_s": 6.0}
+    facts |= {"limit_s": 5.0, "inside": True} | more
+    return Beat(rank, f"node{rank // 8}", 100 + rank, "", 50, **facts)
+
+
+def working(rank, **more):
+    """A rank that has worked without progress, for less than its limit."""
+    return waiting(rank, **{"phase": "data", "at": "", "waits": False, "quiet_s": 3.0} | more)
+
+
+def world(size, odd, make, **more):
+    """All wait but one; as another rank sees them, whose posts are half a second old."""
+    beats = [make(odd, **more) if rank == odd else waiting(rank) for rank in range(size)]
+    return [Seen(beat, 0.5) for beat in beats]
+
+
+def changed(seen, rank, **more):
+    return [replace(one, **more) if one.beat.rank == rank else one for one in seen]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_that_works_within_its_limit_is_waited_for(size):
+    for odd in (0, size - 1):
+        seen = world(size, odd, working)
+        assert judge(seen) is None
+        assert behind(seen).rank == odd
+        # In a save it may take its time; in a debugger, all the time.
+        for limit_s in (300.0, math.inf):
+            slow = world(size, odd, working, quiet_s=299.0, limit_s=limit_s)
+            assert judge(slow) is None
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("process", "words"), [("gone", "its process is gone"), ("stopped", "its process is stopped")]
+)
+def test_a_process_that_does_not_run_is_named_at_once(size, process, words):
+    for odd in (0, size - 1):
+        for make in (working, waiting):
+            verdict = judge(changed(world(size, odd, make), odd, process=process))
+            assert verdict.beat.rank == odd
+            assert words in verdict.message
+            failure = str(verdict.failure())
+            assert failure.startswith(f"rank {odd} on node{odd // 8} failed in ")
+            assert "at step 8: HangError: its process is " in failure
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_that_posts_nothing_is_named_after_its_own_limit(size):
+    odd = size // 2
+    seen = world(size, odd, working)
+    assert judge(changed(seen, odd, stale_s=4.9)) is None
+    verdict = judge(changed(seen, odd, stale_s=5.1))
+    assert verdict.beat.rank == odd
+    assert "nothing was heard of it for 5.1 s" in verdict.message
+    # Reading a large file may hold the interpreter, in a slow phase.
+    slow = world(size, odd, working, limit_s=300.0)
+    assert judge(changed(slow, odd, stale_s=60.0)) is None
+    # Connections have broken: then it is the one.
+    assert judge(changed(slow, odd, stale_s=3.0), silent_s=2.5).beat.rank == odd
+    debugged = world(size, odd, working, limit_s=math.inf)
+    assert judge(changed(debugged, odd, stale_s=1e6)) is None
+    # Outside of fit nobody posts; it may come back.
+    outside = world(size, odd, working, inside=False)
+    assert judge(changed(outside, odd, stale_s=1e6)) is None
+    assert behind(outside).rank == odd
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_that_wait_for_one_another_are_all_shown(size):
+    odd = size - 1
+    seen = world(size, odd, waiting, step=7, phase="on_step_end", at="mine.py:3")
+    verdict = judge(seen)
+    assert verdict.beat.rank == odd
+    assert "all ranks wait for one another, and none has moved for 6.0 s" in verdict.message
+    lines = verdict.table.splitlines()
+    assert len(lines) == 2
+    assert lines[1] == f"  rank {odd} on node{odd // 8}: step 7 in on_step_end (mine.py:3)"
+    if size == 64:
+        assert lines[0] == (
+            "  ranks 0, 1, 2, 3, 4, 5, 6, 7 and 55 more on node0, node1, node2 and others: "
+            "step 8 in backward (train.py:9)"
+        )
+    assert verdict.table in str(verdict.failure())
+    # One that has not waited for that long may just have come.
+    assert judge(world(size, odd, waiting, quiet_s=4.0)) is None
+    assert judge(world(size, odd, waiting, limit_s=300.0)) is None
+    assert judge(world(size, odd, waiting, inside=False)) is None
+
+
+def test_a_world_where_nothing_is_known_is_left_alone():
+    assert judge([]) is None
+    assert judge([Seen(waiting(0))]) is None  # alone, nobody else is at fault
+    assert behind([]) is None
+
+
+def test_a_rank_further_behind_is_looked_at_first():
+    mine = working(0, quiet_s=6.0)
+    last = working(1, step=7, quiet_s=6.0)
+    assert gives_way(mine, [Seen(mine), Seen(last)])
+    assert not gives_way(last, [Seen(mine), Seen(last)])
+    assert not gives_way(mine, [Seen(mine), Seen(working(1, quiet_s=6.0))])
+    assert not gives_way(mine, [Seen(mine), Seen(replace(last, quiet_s=0.1))])  # it moves
+    assert not gives_way(mine, [])
+
+
+def test_a_rank_on_itself():
+    verdict = stuck(working(3, quiet_s=5.5, at="train.py:4"))
+    assert str(verdict.failure()) == (
+        "rank 3 on node0 failed in data at step 8: HangError: it works without any progress for "
+        "5.5 s, where its limit is 5 s (train.py:4)"
+    )
+
+
+def test_posts_travel_as_json():
+    for beat in (waiting(1), working(2, limit_s=math.inf)):
+        assert Beat.from_json(beat.to_json()) == beat
+        assert Beat.from_json(beat.to_json().encode()) == beat
+    assert table([waiting(0), working(1)]).splitlines() == [
+        "  rank 0 on node0: step 8 in backward (train.py:9)",
+        "  rank 1 on node0: step 8 in data",
+    ]
+
+
+def test_the_kernel_knows_what_became_of_a_process():
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+    )
+    machine = this_machine()
+    beat = replace(waiting(1), pid=child.pid, machine=machine)
+    try:
+        assert look_up(beat, machine) == "runs"
+        assert look_up(beat, "another") == look_up(replace(beat, machine=""), "") == "unknown"
+        os.kill(child.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+        assert look_up(beat, machine) == "stopped"
+    finally:
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert look_up(beat, machine) == "gone"  # nobody has taken its exit code yet
+        child.communicate()
+    assert look_up(beat, machine) == "gone"
+
+
+# ----------------------------------------------------------------------------- the pulse
+
+
+def test_limits_follow_the_place_and_the_slowest_recent_step():
+    pulse = Pulse()
+    assert pulse.limit_s(5, 300) == 300  # the start
+    pulse.begin_step(0)
+    pulse.go(BACKWARD)
+    assert pulse.limit_s(5, 300) == 300  # the first step
+    pulse.steps._began -= 100.0
+    pulse.end_lap(BETWEEN)
+    assert pulse.limit_s(5, 300) == 300  # between steps, where anything may take long
+    pulse.begin_step(1)
+    assert pulse.step == 1
+    pulse.go(FIRST_DATA)
+    assert pulse.limit_s(5, 300) == 300
+    pulse.steps._began -= 100.0
+    pulse.has_data(first=True)  # what workers' start took counts as little as the first step
+    assert pulse.place is LOSS_FN
+    assert pulse.limit_s(5, 300) == 5
+    pulse.steps._began -= 2.0
+    pulse.end_lap(BETWEEN)
+    pulse.begin_step(2)
+    assert 20 <= pulse.limit_s(5, 300) < 21
+    for step in range(3, 300):  # forgotten by and by
+        pulse.begin_step(step)
+        pulse.end_lap(BETWEEN)
+    pulse.begin_step(300)
+    assert pulse.limit_s(5, 300) == 5
+    assert pulse.limit_s(400, 300) == 400
+    before = pulse.go(SAVING)
+    assert pulse.limit_s(5, 300) == 300
+    assert pulse.limit_s(400, 300) == 400
+    pulse.go(before)
+    pulse.restart()
+    assert pulse.limit_s(5, 300) == 300
+
+
+def test_what_is_slow_for_once_leaves_the_limit_as_it_is():
+    pulse = Pulse()
+    for step in range(2):
+        pulse.begin_step(step)
+        with pulse.slowly("writing a trace"):
+            assert pulse.limit_s(5, 300) == 300
+            assert pulse.place.phase == "writing a trace"
+            threading.Event().wait(0.1)
+        assert pulse.limit_s(5, 300) == (5 if step else 300)
+        pulse.end_lap(BETWEEN)
+    assert pulse.steps.slowest_s < 0.1
+
+
+def test_batches_of_an_evaluation_have_a_limit_of_their_own():
+    pulse = Pulse()
+    pulse.restart_batches()
+    pulse.begin_batch()
+    assert pulse.limit_s(5, 300) == 300
+    pulse.end_lap(BETWEEN)
+    pulse.begin_batch()
+    assert pulse.limit_s(5, 300) == 5
+    assert pulse.place.phase == "data of an evaluation"
+
+
+def test_every_sign_of_progress_counts():
+    pulse = Pulse()
+    beats = pulse.beats
+    assert pulse.go(DATA) is not DATA
+    assert pulse.go(DATA) is DATA
+    assert pulse.beats == beats + 2
+
+
+def test_what_another_rank_broke_is_told_from_what_broke_here():
+    comm = Comm()
+    closed = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:4")
+    mine = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert comm.may_be_broken(closed)
+    assert not comm.may_be_broken(mine)
+    assert not comm.may_be_broken(ValueError("gloo"))
+    assert not comm.may_be_broken(ConfigError("gloo"))
+    comm.pulse.go(BACKWARD)
+    assert comm.may_be_broken(mine)
+
+
+# ----------------------------------------------------------------------------- stacks and calls
+
+
+def test_the_main_thread_is_read_from_another_one():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(main_stack()))
+    thread.start()
+    thread.join()
+    (stack,) = found
+    assert not stack.compiles
+    assert not stack.debugged
+    assert not stack.in_collective
+    assert "test_watchdog.py:" in stack.at
+    assert "in test_the_main_thread_is_read_from_another_one" in stack.text()
+
+
+@pytest.mark.parametrize("file", ["/lib/python3.11/pdb.py", "/x/pydevd_bundle/pydevd.py"])
+def test_a_debugger_is_seen(file):
+    assert Stack((Line("/lib/python3.11/cmd.py", 1, "cmdloop"), Line(file, 3, "x"))).debugged
+
+
+def test_a_prompt_is_seen(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("lr = 0.1\nanswer = input('go on? ')\n")
+    assert Stack((Line(str(script), 2, "<module>"),)).debugged
+    assert not Stack((Line(str(script), 1, "<module>"),)).debugged
+
+
+def test_a_raw_collective_is_seen():
+    site = "/x/site-packages/torch/distributed/distributed_c10d.py"
+    stack = Stack((Line(site, 10, "barrier"), Line("/home/me/train.py", 4, "hook")))
+    assert stack.in_collective
+    assert stack.at == "/home/me/train.py:4"
+    assert not Stack(stack.lines[1:]).in_collective
+
+
+def test_a_call_that_does_not_come_back_is_given_up():
+    calls, gate = _Bounded(), threading.Event()
+    assert calls.call(lambda: 3, 5) == 3
+    with pytest.raises(KeyError):
+        calls.call(lambda: {}["x"], 5)
+    with pytest.raises(TimeoutError, match=r"no answer in 0\.1 s"):
+        calls.call(gate.wait, 0.1)
+    with pytest.raises(TimeoutError, match="no answer to an earlier call"):
+        calls.call(lambda: 3, 0.1)
+    gate.set()
+    assert calls.call(lambda: 3, 5) == 3
+
+
+def test_the_exit_code_says_that_it_failed():
+    assert 0 < HANG_EXIT_CODE < 126
