@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from dtrain.errors import Failure, HangError
+from dtrain.errors import Failure, HangError, RankMismatch
 
 Process = Literal["runs", "stopped", "gone", "unknown"]
 
@@ -97,11 +97,13 @@ class Verdict:
         beat: its last post.
         message: what is wrong with it, in words.
         table: where every rank is, if it takes all of them to understand.
+        kind: what kind of error it is.
     """
 
     beat: Beat
     message: str
     table: str = ""
+    kind: type[Exception] = HangError
 
     def failure(self) -> Failure:
         """What the ranks leave in the store for one another."""
@@ -110,7 +112,7 @@ class Verdict:
             host=self.beat.host,
             where=self.beat.phase or "an unknown phase",
             step=self.beat.step,
-            kind=HangError.__name__,
+            kind=self.kind.__name__,
             message=self.message + (f"\n{self.table}\n" if self.table else ""),
             location=self.beat.at or "line unknown",
         )
@@ -158,9 +160,11 @@ def _diverged(beats: Sequence[Beat]) -> Verdict:
     return Verdict(
         odd,
         f"all ranks wait for one another, and none has moved for "
-        f"{min(beat.quiet_s for beat in beats):.1f} s. They are in different calls (a call of "
-        "torch.distributed that not every rank makes?), or the network is down. Where they are:",
+        f"{min(beat.quiet_s for beat in beats):.1f} s. They are in different calls (one of "
+        "ctx.comm or torch.distributed that not every rank makes?), or the network is down. "
+        "Where they are:",
         table(beats),
+        RankMismatch,
     )
 
 

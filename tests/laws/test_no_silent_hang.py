@@ -116,6 +116,10 @@ def meet_alone(folder, pids):
     dist.barrier()  # a collective that the others do not make
 
 
+def meet_alone_by_a_verb(folder, pids):
+    dtrain.init().comm.barrier("alone")  # a verb that the others do not call
+
+
 ACTS = {
     "stopped": stop,
     "stopped with the store": stop_with_store,
@@ -123,6 +127,7 @@ ACTS = {
     "loops": loop_forever,
     "holds": hold_the_interpreter,
     "meets": meet_alone,
+    "meets by a verb": meet_alone_by_a_verb,
 }
 
 
@@ -235,14 +240,16 @@ def assert_named(outcomes, doomed, words, *, on_doomed=False, phase="on_step_end
 
 def launch(fn, size, *args):
     began = time.monotonic()
-    outcomes = run_outcomes(fn, size, *args, timeout_s=TIMEOUT_S)
+    outcomes = run_outcomes(fn, size, *args, timeout_s=TIMEOUT_S + 2 * size)
     for outcome in outcomes:
         print(f"-- rank {outcome.rank}: code {outcome.exitcode}\n{told(outcome)}")
     print(f"took {time.monotonic() - began:.1f} s")
     return outcomes
 
 
-@pytest.mark.parametrize(("size", "rank"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (16, 5)])
+@pytest.mark.parametrize(
+    ("size", "rank"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (16, 5), (32, 31)]
+)
 def test_a_stopped_rank(tmp_path, size, rank):
     outcomes = launch(hang, size, "stopped", rank, str(tmp_path))
     assert outcomes[rank].exitcode == -signal.SIGKILL  # by the reaper, who waited for the others
@@ -278,14 +285,21 @@ def test_a_call_that_holds_the_interpreter(tmp_path):
     assert_named(outcomes, 1, [f"({__file__}:"])
 
 
-def test_a_collective_that_one_rank_makes_alone(tmp_path):
-    outcomes = launch(hang, 2, "meets", 1, str(tmp_path))
-    alone = line_of("a collective that the others do not make")
+@pytest.mark.parametrize(
+    ("act", "mark"),
+    [
+        ("meets", "a collective that the others do not make"),
+        ("meets by a verb", "a verb that the others do not call"),
+    ],
+)
+def test_a_collective_that_one_rank_makes_alone(tmp_path, act, mark):
+    outcomes = launch(hang, 2, act, 1, str(tmp_path))
+    alone = line_of(mark)
     assert_ended(outcomes, 1)
     for outcome in outcomes:
         said = told(outcome)
-        assert "all ranks wait for one another" in said, said
-        table = rf"  rank 1 on {HOST}: step {STEP} in on_step_end \(.*{alone}\)"
+        assert "RankMismatch: all ranks wait for one another" in said, said
+        table = rf"  rank 1 on {HOST}: step {STEP} in (on_step_end|comm 'alone') \(.*{alone}\)"
         assert re.search(table, said), said
         assert re.search(rf"  rank 0 on {HOST}: step {STEP + 1} in backward", said), said
 

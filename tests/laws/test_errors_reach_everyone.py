@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import dtrain
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 5.0  # from the raise to the end of all processes
 
@@ -36,19 +38,36 @@ class Rows(Dataset):
         return 64
 
     def __getitem__(self, row):
-        if where == "worker" and world.rank == failing and row == 44:
+        if where in ("dataset", "worker") and world.rank == failing and row >= 40:
             fail()
         return torch.ones(4) * row
 
 
 class Fails(dtrain.Callback):
-    def on_grads_ready(self, ctx, step):
-        if where == "on_grads_ready" and world.rank == failing and step.number == 5:
-            fail()
-
     def on_epoch_end(self, ctx):
         if where == "on_main":
             ctx.comm.on_main("look", fail)
+
+
+def plant(hook):
+    def raises(self, ctx, *step):
+        # In a step's hook, in the sixth step; in any other, at once.
+        if world.rank == failing and (hook not in IN_A_STEP or step[0].number == 5):
+            fail()
+
+    return raises
+
+
+IN_A_STEP = ["on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end"]
+if where.startswith("on_") and where != "on_main":
+    setattr(Fails, where, plant(where))
+
+
+class FailingSink(dtrain.Sink):
+    on_error = "raise"
+
+    def write(self, report):
+        fail()
 
 
 def loss_fn(model, batch, ctx):
@@ -63,11 +82,11 @@ trainer = dtrain.Trainer(
     torch.optim.SGD(model.parameters(), lr=1e-6),
     loss_fn,
     callbacks=[Fails(), Checkpoint()],
-    sinks=[],
+    sinks=[FailingSink()] if where == "sink" else [],
     run_dir="run",
 )
 data = dtrain.Data(Rows(), 8, num_workers=1 if where == "worker" else 0, shuffle=False)
-trainer.fit(data, epochs=3, log_every=2)
+trainer.fit(data, epochs=3, log_every=2, eval_set=dtrain.Data(Rows(), 8, shuffle=False))
 """
 LINE = next(i for i, line in enumerate(SCRIPT.splitlines(), 1) if line.endswith("# here"))
 
@@ -84,14 +103,14 @@ def processes_of(folder):
     return found
 
 
+HOOKS = sorted(name for name in vars(dtrain.Callback) if name.startswith("on_"))
+PLACES = ["loss_fn", "dataset", "worker", *(hook for hook in HOOKS if hook != "on_error")]
+QUICK = [("loss_fn", 1), ("on_grads_ready", 0), ("worker", 1), ("on_main", 0), ("sink", 0)]
+REST = [(where, rank) for where in PLACES for rank in (0, 1) if (where, rank) not in QUICK]
+
+
 @pytest.mark.parametrize(
-    ("where", "rank"),
-    [
-        ("loss_fn", 1),
-        ("on_grads_ready", 0),
-        ("worker", 1),
-        ("on_main", 0),
-    ],
+    ("where", "rank"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)]
 )
 def test_an_error_is_the_jobs_root_cause_in_seconds(tmp_path, where, rank):
     (tmp_path / "train.py").write_text(SCRIPT)
