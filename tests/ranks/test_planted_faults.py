@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import dtrain
-from dtrain.errors import CommError
+from dtrain.errors import RemoteError
 from dtrain.testing import Delay, Fault, Kill, Signal, Stop, run_outcomes, run_processes, tiny_fit
 
 TIMEOUT_S = 60
@@ -66,8 +66,8 @@ def killed():
 def test_a_rank_that_is_killed_is_missed():
     one, two = run_outcomes(killed, 2, timeout_s=TIMEOUT_S)
     assert two.exitcode == -signal.SIGKILL
-    assert type(one.error) is CommError
-    assert "lost the other ranks" in str(one.error)
+    assert type(one.error) is RemoteError
+    assert "its process is gone" in str(one.error)
 
 
 def test_in_one_process_a_fault_is_this_ranks():
