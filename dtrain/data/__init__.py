@@ -1,11 +1,12 @@
 """What to train on, in which order, and who gets which part."""
 
 from dtrain.data.feed import NO_DATA, EndOfStream, Feed, MapFeed, StepFeed, StreamFeed
-from dtrain.data.order import Order, Sequential, Shuffled
+from dtrain.data.order import Bucketed, Order, Sequential, Shuffled, Weighted
 from dtrain.data.source import Data, as_data
 
 __all__ = [
     "NO_DATA",
+    "Bucketed",
     "Data",
     "EndOfStream",
     "Feed",
@@ -15,5 +16,6 @@ __all__ = [
     "Shuffled",
     "StepFeed",
     "StreamFeed",
+    "Weighted",
     "as_data",
 ]

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
+from dtrain.checkpoint import rng
 from dtrain.data.order import Order, Sequential, Shuffled
 from dtrain.data.shares import share_of
 from dtrain.data.source import Data
@@ -25,6 +26,7 @@ Split = Callable[[int], list[int]]
 MicroBatch = tuple[Any, int]
 
 _WORKER_STREAM = 3
+_SAMPLE_STREAM = 5
 
 
 class EndOfStream(Exception):
@@ -103,7 +105,12 @@ class MapFeed:
         self._slices = _Slices(order, samples, data.batch_size, world.rank, world.size, split)
         self.samples = samples
         self.steps_per_epoch = self._slices.steps
-        self._tasks = _Tasks(self._slices, derive_seed(seed, _WORKER_STREAM, world.rank))
+        self._tasks = _Tasks(
+            self._slices,
+            derive_seed(seed, _WORKER_STREAM, world.rank),
+            # Not of this rank: which one has a sample must not matter.
+            derive_seed(seed, _SAMPLE_STREAM) if data.seed_samples else None,
+        )
         self._loader: DataLoader[Any] | None = None
 
     def __str__(self) -> str:
@@ -115,7 +122,7 @@ class MapFeed:
 
     def indices(self, epoch: int, first_step: int) -> Iterator[list[int]]:
         """Yields the samples of each micro-batch of this rank, step after step."""
-        for _, _, rows in self._slices.rows(epoch, first_step):
+        for _, _, _, rows in self._slices.rows(epoch, first_step):
             yield rows
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[StepFeed]:
@@ -127,8 +134,11 @@ class MapFeed:
 
     def _batches(self, epoch: int, first_step: int) -> Iterator[Any]:
         dataset, collate = self._data.dataset, self._data.collate_fn
-        if self._data.num_workers == 0:
+        if self._data.num_workers == 0 and not self._data.seed_samples:
             return (fetch(dataset, rows, collate) for rows in self.indices(epoch, first_step))
+        self._tasks.begin(epoch, first_step)
+        if self._data.num_workers == 0:
+            return (_fetch_here(dataset, task, collate) for task in self._tasks)
         if self._loader is None:
             self._loader = DataLoader(
                 _Fetcher(dataset, collate),
@@ -142,8 +152,8 @@ class MapFeed:
                 # Of its own: starting workers must not draw from this rank's stream.
                 generator=torch.Generator(),
                 worker_init_fn=_outlive_signals,
+                timeout=self._data.timeout_s,
             )
-        self._tasks.begin(epoch, first_step)
         return iter(self._loader)
 
 
@@ -173,30 +183,33 @@ class _Slices:
         whole = min(self.batch_size, self.samples - step * self.batch_size)
         return len(self.split(-(-whole // self.size)))
 
-    def rows(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, list[int]]]:
-        """Yields step, number and samples of each micro-batch."""
+    def rows(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, int, list[int]]]:
+        """Yields step, number, first position and samples of each micro-batch."""
         for step in range(first_step, self.steps):
             first, sizes = self.shares(step)
             rows = self.order.indices(epoch, first, first + sum(sizes)).tolist()
             for micro, size in enumerate(sizes):
-                yield step, micro, rows[:size]
+                yield step, micro, first, rows[:size]
                 rows = rows[size:]
+                first += size
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A micro-batch that a worker is to fetch, and the seed of what is drawn for it."""
+    """A micro-batch to fetch, and the seed of what is drawn for it, or for each sample."""
 
     rows: list[int]
     seed: int
+    sample_seeds: list[int] | None = None
 
 
 class _Tasks(Sampler[_Task]):
     """The loader's sampler; it is told where to begin."""
 
-    def __init__(self, slices: _Slices, seed: int) -> None:
+    def __init__(self, slices: _Slices, seed: int, sample_seed: int | None) -> None:
         self._slices = slices
         self._seed = seed
+        self._sample_seed = sample_seed
         self._begin = (0, 0)
 
     def begin(self, epoch: int, first_step: int) -> None:
@@ -204,8 +217,12 @@ class _Tasks(Sampler[_Task]):
 
     def __iter__(self) -> Iterator[_Task]:
         epoch, first_step = self._begin
-        for step, micro, rows in self._slices.rows(epoch, first_step):
-            yield _Task(rows, derive_seed(self._seed, epoch, step, micro))
+        for step, micro, first, rows in self._slices.rows(epoch, first_step):
+            seeds = None
+            if self._sample_seed is not None:
+                places = range(first, first + len(rows))
+                seeds = [derive_seed(self._sample_seed, epoch, place) for place in places]
+            yield _Task(rows, derive_seed(self._seed, epoch, step, micro), seeds)
 
 
 class _Fetcher(Dataset[Any]):
@@ -219,8 +236,34 @@ class _Fetcher(Dataset[Any]):
         self._collate = collate
 
     def __getitem__(self, task: _Task) -> Any:
+        if task.sample_seeds is not None:
+            return _fetch_seeded(self._dataset, task.rows, task.sample_seeds, self._collate)
         seed_everything(task.seed)
         return fetch(self._dataset, task.rows, self._collate)
+
+
+def _fetch_here(dataset: Any, task: _Task, collate: Callable[[list[Any]], Any] | None) -> Any:
+    """As a worker would; and the training's own random streams do not notice."""
+    assert task.sample_seeds is not None
+    before = rng.capture()
+    try:
+        return _fetch_seeded(dataset, task.rows, task.sample_seeds, collate)
+    finally:
+        rng.restore(before)
+
+
+def _fetch_seeded(
+    dataset: Any,
+    rows: Sequence[int],
+    seeds: Sequence[int],
+    collate: Callable[[list[Any]], Any] | None,
+) -> Any:
+    """Returns the batch of ``rows``, each of which draws from a stream of its own."""
+    samples: list[Any] = []
+    for row, seed in zip(rows, seeds, strict=True):
+        seed_everything(seed)
+        samples += dataset.__getitems__([row]) if _fetches_many(dataset) else [dataset[row]]
+    return (collate or default_collate)(samples)
 
 
 def _outlive_signals(worker: int) -> None:
@@ -354,11 +397,15 @@ def fetch(dataset: Any, rows: Sequence[int], collate: Callable[[list[Any]], Any]
         # The same list of tensors as collating sample by sample, in one indexing each.
         chosen = torch.as_tensor(rows)
         return [tensor[chosen] for tensor in dataset.tensors]
-    if hasattr(dataset, "__getitems__"):
+    if _fetches_many(dataset):
         samples = dataset.__getitems__(rows)
     else:
         samples = [dataset[row] for row in rows]
     return (collate or default_collate)(samples)
+
+
+def _fetches_many(dataset: Any) -> bool:
+    return hasattr(dataset, "__getitems__")
 
 
 def _order_of(data: Data, seed: int) -> Order:

@@ -6,14 +6,19 @@ same at every world size, and starting in the middle of an epoch costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from dtrain.errors import ConfigError
 
 Indices = NDArray[np.int64]
 
 _ROUNDS = 8
+# What tells the random numbers of one order from those of another with the same seed.
+_DRAWS, _BATCHES = 1, 2
 
 
 class Order(Protocol):
@@ -84,6 +89,123 @@ class Shuffled:
         for key in keys:
             left, right = right, left ^ (_mix(right ^ key) & self._mask)
         return (left << self._half) | right
+
+
+class Weighted:
+    """Draws samples with replacement, each as often as its weight says.
+
+    What is drawn at a position depends on nothing else, so that it is resumed like any order.
+
+    Example::
+
+        Data(dataset, 64, order=Weighted(1 / class_counts[labels], seed=0))
+
+    Args:
+        weights: one for each sample, 0 or more; shape ``[samples]``. Their sum does not matter.
+        seed: which draws.
+        length: how many draws make an epoch; as many as there are samples if None.
+
+    Raises:
+        ConfigError: a weight is negative or not finite, or none is above 0.
+    """
+
+    def __init__(self, weights: ArrayLike, seed: int, length: int | None = None) -> None:
+        array = np.asarray(weights, dtype=np.float64)
+        if array.ndim != 1 or not np.isfinite(array).all() or (array < 0).any() or not array.any():
+            raise ConfigError(
+                f"Weighted(weights=...): one finite number of 0 or more for each sample, and not "
+                f"only zeros; got shape {list(array.shape)}"
+                + (f", from {array.min()} to {array.max()}" if array.size else "")
+            )
+        self._bounds = np.cumsum(array)
+        self._last = int(np.flatnonzero(array)[-1])
+        self._seed = seed
+        self._length = len(array) if length is None else length
+        if self._length < 1:
+            raise ConfigError(f"Weighted(length={length}): must be 1 or more")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def indices(self, epoch: int, start: int, stop: int) -> Indices:
+        """Returns what is drawn at positions ``start`` to ``stop - 1`` of ``epoch``."""
+        sequence = np.random.SeedSequence([self._seed, epoch, _DRAWS])
+        first, second = sequence.generate_state(2, np.uint64).astype(np.uint64)
+        bits = _mix(_mix(np.arange(start, stop, dtype=np.uint64) ^ first) ^ second)
+        # 53 bits fill a float64's fraction: 0 <= drawn < 1.
+        drawn = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        rows = np.searchsorted(self._bounds, drawn * self._bounds[-1], side="right")
+        drawn_rows: Indices = np.minimum(rows, self._last).astype(np.int64)  # a product rounded up
+        return drawn_rows
+
+
+class Bucketed:
+    """A new permutation in every epoch, whose global batches hold samples of similar length.
+
+    A window of some batches is shuffled as :class:`Shuffled` does, sorted by length, cut into
+    batches, and these are shuffled again, as are the samples in each: otherwise the last rank
+    would have the longest ones in every step.
+
+    Example::
+
+        Data(dataset, 64, order=Bucketed([len(text) for text in texts], 64, seed=0))
+
+    Args:
+        lengths: one for each sample; shape ``[samples]``.
+        batch_size: the global batch, as given to ``Data``.
+        seed: which permutations.
+        window: how many batches are sorted together. More make batches more alike, and less
+            random.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(
+        self, lengths: Sequence[float] | ArrayLike, batch_size: int, seed: int, window: int = 50
+    ) -> None:
+        self._lengths = np.asarray(lengths)
+        if self._lengths.ndim != 1:
+            raise ConfigError(
+                f"Bucketed(lengths=...): one number for each sample; got shape "
+                f"{list(self._lengths.shape)}"
+            )
+        if batch_size < 1 or window < 1:
+            raise ConfigError(
+                f"Bucketed(batch_size={batch_size}, window={window}): both must be 1 or more"
+            )
+        self._shuffled = Shuffled(len(self._lengths), seed)
+        self._batch_size = batch_size
+        self._window = window * batch_size
+        self._seed = seed
+        self._known: tuple[int, int, Indices] | None = None
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def indices(self, epoch: int, start: int, stop: int) -> Indices:
+        """Returns the samples at positions ``start`` to ``stop - 1`` of ``epoch``."""
+        parts = [np.empty(0, dtype=np.int64)]
+        for number in range(start // self._window, -(-stop // self._window)):
+            first = number * self._window
+            parts.append(self._rows(epoch, number)[max(start - first, 0) : stop - first])
+        return np.concatenate(parts)
+
+    def _rows(self, epoch: int, number: int) -> Indices:
+        """Returns a window's samples; steps follow one another, so the last one is kept."""
+        if self._known is None or self._known[:2] != (epoch, number):
+            self._known = (epoch, number, self._sort(epoch, number))
+        return self._known[2]
+
+    def _sort(self, epoch: int, number: int) -> Indices:
+        first = number * self._window
+        rows = self._shuffled.indices(epoch, first, min(first + self._window, len(self)))
+        random = np.random.default_rng([self._seed, epoch, _BATCHES, number])
+        # A ragged batch must stay the epoch's last; its samples are no longer or shorter ones.
+        whole = len(rows) - len(rows) % self._batch_size
+        batches = rows[:whole][np.argsort(self._lengths[rows[:whole]], kind="stable")]
+        batches = random.permutation(batches.reshape(-1, self._batch_size))
+        return np.concatenate((random.permuted(batches, axis=1).ravel(), rows[whole:]))
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

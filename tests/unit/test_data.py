@@ -2,11 +2,14 @@
 
 import ast
 import gc
+import random
+import threading
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from multiprocessing import active_children
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -103,6 +106,8 @@ class SizedBatches(Batches):
         (lambda: Data(numbers(6), True), ConfigError, ["batch_size=True"]),
         (lambda: Data(numbers(6), 1.5), ConfigError, ["batch_size=1.5", "whole number"]),
         (lambda: Data(numbers(6), 2, num_workers=-1), ConfigError, ["num_workers=-1"]),
+        (lambda: Data(numbers(6), 2, timeout_s=0), ConfigError, ["timeout_s=0"]),
+        (lambda: Data([1], seed_samples=True), ConfigError, ["seed_samples", "map-style"]),
         (lambda: Data(numbers(6), 2, prefetch=-1), ConfigError, ["prefetch=-1"]),
         (lambda: Data(Batches(), 2), ConfigError, ["Batches is an iterable", "batch_size out"]),
         (lambda: Data(SizedBatches(), 2), ConfigError, ["SizedBatches is an iterable"]),
@@ -300,6 +305,66 @@ def test_noise_of_workers_is_the_same_after_a_restart(epoch: int, first_step: in
     unbroken = [noise(feed, 0), noise(feed, 1)][epoch][4 * first_step :]
     resumed = noise(MapFeed(data, world(), whole, SEED), epoch, first_step)
     assert resumed == unbroken
+
+
+def draw() -> list[float]:
+    """From all three generators."""
+    return [random.random(), np.random.random(), torch.rand(1).item()]  # noqa: NPY002 -- that one
+
+
+class AllKinds(Dataset):
+    """Each sample draws from all three generators."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, row: int) -> Tensor:
+        return torch.tensor([row, *draw()], dtype=torch.float64)
+
+
+def drawn(size: int, split: Any, workers: int, epoch: int = 0) -> dict[float, list[float]]:
+    """What each sample drew, over all ranks."""
+    data = Data(AllKinds(), 5, num_workers=workers, seed_samples=True)
+    feeds = [MapFeed(data, world(rank, size), split, SEED) for rank in range(size)]
+    rows = [row for feed in feeds for row in noise(feed, epoch)]
+    assert len(rows) == 12
+    return {row[0]: row[1:] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("size", "split", "workers"), [(1, in_three, 0), (3, whole, 0), (1, whole, 2), (2, in_three, 1)]
+)
+def test_seeded_samples_draw_the_same_wherever_they_are_fetched(size, split, workers) -> None:
+    first = drawn(1, whole, 0)
+    assert drawn(size, split, workers) == first
+    assert len({value for values in first.values() for value in values}) == 36
+    other = drawn(size, split, workers, epoch=1)
+    assert all(first[row] != other[row] for row in first)
+
+
+def test_seeding_samples_leaves_the_trainings_own_streams_alone() -> None:
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3)
+    expected = draw()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3)
+    drawn(1, whole, 0)
+    assert draw() == expected
+
+
+class Stuck(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, row: int) -> Tensor:
+        threading.Event().wait()
+        raise AssertionError("it was waited for in vain")
+
+
+def test_a_worker_that_gives_nothing_is_waited_for_so_long() -> None:
+    feed = MapFeed(Data(Stuck(), 2, num_workers=1, timeout_s=1), world(), whole, SEED)
+    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+        rows(feed)
 
 
 def test_workers_leave_with_their_feed() -> None:

@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.data import Sequential, Shuffled
+from dtrain.data import Bucketed, Sequential, Shuffled, Weighted
+from dtrain.errors import ConfigError
 
+DRAWN = [0, 1, 1, 2, 2, 2, 2, 2]
+BUCKETED = [5, 6, 4, 3, 0, 1, 2]
 LENGTHS = [*range(1, 301), 1023, 1024, 1025, 4095, 4096, 4097, 65_537, 1_000_003]
 
 
@@ -99,3 +102,73 @@ def test_sequential_is_the_data_sets_own_order() -> None:
         assert order.indices(epoch, 0, 7).tolist() == list(range(7))
         assert order.indices(epoch, 3, 5).tolist() == [3, 4]
     assert order.indices(0, 4, 4).tolist() == []
+
+
+def test_weights_say_how_often() -> None:
+    weights = np.array([0.0, 1.0, 3.0, 0.0, 2.0, 10.0, 0.0])
+    order = Weighted(weights, seed=4, length=160_000)
+    assert len(order) == 160_000
+    counts = np.bincount(order.indices(0, 0, 160_000), minlength=7)
+    assert counts[weights == 0].tolist() == [0, 0, 0]
+    drawn = counts[weights > 0]
+    expected = weights[weights > 0] * 160_000 / weights.sum()
+    assert float(((drawn - expected) ** 2 / expected).sum()) < 3 + 5 * 6**0.5
+
+
+def test_what_is_drawn_at_a_position_depends_on_nothing_else() -> None:
+    order = Weighted([1, 2, 3, 4] * 250, seed=5)
+    assert len(order) == 1000
+    whole = order.indices(2, 0, 1000)
+    for start, stop in [(0, 1), (17, 400), (999, 1000), (5, 5)]:
+        assert np.array_equal(order.indices(2, start, stop), whole[start:stop])
+    for other in (order.indices(3, 0, 1000), Weighted([1, 2, 3, 4] * 250, 6).indices(2, 0, 1000)):
+        assert (other == whole).mean() < 0.02  # by chance, 1 in 800 or so
+    # Neighbours are drawn independently: pairs of quarters are all as likely as they should be.
+    quarter = Weighted(np.ones(4), seed=7, length=80_000).indices(0, 0, 80_000)
+    pairs = np.bincount(quarter[::2] * 4 + quarter[1::2], minlength=16)
+    assert chi_square(pairs) < 15 + 5 * 30**0.5
+
+
+def test_draws_are_fixed_for_good() -> None:
+    assert Weighted([1, 2, 3], 0, 8).indices(1, 0, 8).tolist() == DRAWN
+    assert Bucketed([5, 1, 4, 2, 3, 9, 8], 2, 0, 2).indices(1, 0, 7).tolist() == BUCKETED
+
+
+@pytest.mark.parametrize("samples", [1, 7, 64, 1000, 1003])
+@pytest.mark.parametrize("window", [1, 5, 100])
+def test_buckets_are_permutations_in_batches_of_similar_length(samples: int, window: int) -> None:
+    lengths = np.random.default_rng(1).integers(1, 500, samples)
+    order = Bucketed(lengths, 8, seed=3, window=window)
+    assert len(order) == samples
+    for epoch in (0, 1):
+        rows = order.indices(epoch, 0, samples)
+        assert np.array_equal(np.sort(rows), np.arange(samples))
+        for start in range(0, samples, 13):
+            stop = min(start + 29, samples)
+            assert np.array_equal(order.indices(epoch, start, stop), rows[start:stop])
+    if samples >= 1000 and window == 100:
+        spread = np.ptp(lengths[rows[:800]].reshape(-1, 8), axis=1)
+        assert spread.max() < 40  # of 500; about 5 on average
+        # Long batches come at any time, and a batch's longest sample at any place.
+        means = lengths[rows[:800]].reshape(-1, 8).mean(axis=1)
+        assert abs(np.corrcoef(means, np.arange(100))[0, 1]) < 0.5
+        assert len(set(lengths[rows[:800]].reshape(-1, 8).argmax(axis=1))) == 8
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Weighted([1, -1], 0), "from -1.0 to 1.0"),
+        (lambda: Weighted([0, 0], 0), "not only zeros"),
+        (lambda: Weighted([1, float("nan")], 0), "finite"),
+        (lambda: Weighted([[1, 2]], 0), r"shape \[1, 2\]"),
+        (lambda: Weighted([], 0), r"shape \[0\]"),
+        (lambda: Weighted([1], 0, 0), "length=0"),
+        (lambda: Bucketed([1, 2], 0, 0), "batch_size=0"),
+        (lambda: Bucketed([1, 2], 1, 0, 0), "window=0"),
+        (lambda: Bucketed([[1], [2]], 1, 0), r"shape \[2, 1\]"),
+    ],
+)
+def test_what_is_no_order_is_refused(make, words) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
