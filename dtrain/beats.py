@@ -118,12 +118,18 @@ class Verdict:
         )
 
 
-def stuck(mine: Beat) -> Verdict:
-    """The verdict of a rank on itself."""
+def stuck(mine: Beat, stopped: Sequence[int] = ()) -> Verdict:
+    """The verdict of a rank on itself.
+
+    Args:
+        mine: its last post.
+        stopped: processes of its own that are stopped; it may be waiting for them.
+    """
+    workers = f"; its process {', '.join(map(str, stopped))} is stopped" if stopped else ""
     return Verdict(
         mine,
         f"it works without any progress for {mine.quiet_s:.1f} s, where its limit is "
-        f"{mine.limit_s:.3g} s",
+        f"{mine.limit_s:.3g} s{workers}",
     )
 
 
@@ -222,8 +228,29 @@ def look_up(beat: Beat, machine: str) -> Process:
     """Asks the kernel about a rank's process, if it runs on this ``machine``."""
     if not machine or beat.machine != machine:
         return "unknown"
+    return _process(beat.pid)
+
+
+def stopped_children(of: int | None = None) -> list[int]:
+    """Returns which processes that this one has started are stopped, as loaders' workers may be.
+
+    Their own children are among them: workers may come from a server that forks. Empty where the
+    kernel does not tell.
+    """
+    of = of or os.getpid()
     try:
-        stat = Path(f"/proc/{beat.pid}/stat").read_text()
+        children = Path(f"/proc/{of}/task/{of}/children").read_text().split()
+    except OSError:
+        return []
+    stopped = []
+    for pid in map(int, children):
+        stopped += [pid] * (_process(pid) == "stopped") + stopped_children(pid)
+    return stopped
+
+
+def _process(pid: int) -> Process:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return "gone"
     except OSError:

@@ -23,25 +23,27 @@ class Place:
         phase: in words, for messages; a hook's name where it is one.
         waits: whether it waits there for other ranks, or works.
         slow: whether it may take long there at any time: start, evaluation, saves.
+        reads: whether it waits for data there: a file system may stall, and nobody is to blame.
     """
 
     phase: str
     waits: bool = False
     slow: bool = False
+    reads: bool = False
 
 
 START = Place("the start of fit", slow=True)
 BETWEEN = Place("between two steps", slow=True)
 STEP = Place("a training step")
 FIRST_DATA = Place("data", slow=True)  # of an epoch: loaders start their workers
-DATA = Place("data")
+DATA = Place("data", reads=True)
 LOSS_FN = Place("loss_fn")
 BACKWARD = Place("backward", waits=True)
 OWN_BACKWARD = Place("backward")  # of a micro-batch whose gradients are not reduced yet
 ARRIVAL = Place("agreeing on the step", waits=True)
 UPDATE = Place("update")
 EVALUATION = Place("evaluation", slow=True)
-EVAL_DATA = Place("data of an evaluation")
+EVAL_DATA = Place("data of an evaluation", reads=True)
 EVAL_FIRST_DATA = Place("data of an evaluation", slow=True)
 EVAL_LOSS_FN = Place("loss_fn of an evaluation")
 METRICS = Place("agreeing on training metrics", slow=True)

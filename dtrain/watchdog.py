@@ -35,6 +35,7 @@ from dtrain.beats import (
     gives_way,
     judge,
     look_up,
+    stopped_children,
     stuck,
     this_machine,
 )
@@ -49,7 +50,9 @@ T = TypeVar("T")
 HANG_EXIT_CODE = 70
 
 HANG_AFTER_S = 5.0  # the default: a step may take this long, or ten times the slowest recent one
-LONG_S = 300.0  # the same, outside of a step, in a fit's first, and while torch compiles
+# The same, outside of a step, in a fit's first, while torch compiles, and for data, unless a worker
+# is stopped.
+LONG_S = 300.0
 TICK_S = 0.5
 _STORE_S = 3.0  # a call of the store that takes longer will not come back
 _GRACE_S = 3.0  # for the main thread to raise what the watchdog has found
@@ -253,7 +256,7 @@ class _Watch(threading.Thread):
         pulse = self._pulse
         place = pulse.place
         limit_s = pulse.limit_s(self._hang_after_s, LONG_S)
-        if stack.compiles:
+        if stack.compiles or (place.reads and self._quiet_s and not stopped_children()):
             limit_s = max(limit_s, LONG_S)
         if stack.debugged:
             limit_s = math.inf
@@ -308,7 +311,7 @@ class _Watch(threading.Thread):
             if verdict is not None and verdict.beat.rank != mine.rank:
                 self._end(verdict, stack)
             elif late or not gives_way(mine, seen):
-                self._end(stuck(mine), stack)
+                self._end(stuck(mine, stopped_children()), stack)
 
     def _step_limit_s(self) -> float:
         """How long to wait before the others are looked at; a slow phase may be slow there."""

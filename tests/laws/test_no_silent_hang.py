@@ -313,6 +313,8 @@ def test_a_stopped_loader_worker(tmp_path):
     assert re.search(named, told(outcomes[0])), told(outcomes[0])
     assert re.search(rf"step {step} in data \({__file__}:\d+\)", outcomes[1].output)
     assert "data/feed.py" in outcomes[1].output  # the stack
+    worker = (tmp_path / "worker-1").read_text()
+    assert f"its process {worker} is stopped" in told(outcomes[0]), told(outcomes[0])
     for rank in range(2):
         assert ends(int((tmp_path / f"worker-{rank}").read_text()))
 
@@ -368,6 +370,38 @@ def train_slowly(folder):
 
 def test_a_slow_run_that_moves_is_left_alone(tmp_path):
     assert run_processes(train_slowly, 2, str(tmp_path), timeout_s=60) == [10, 10]
+
+
+class SlowRows:
+    """A dataset that once waits for its disk, for longer than the limit, on rank 1."""
+
+    def __init__(self):
+        self.fetched = 0
+
+    def __len__(self):
+        return 640
+
+    def __getitem__(self, index):
+        self.fetched += 1
+        if self.fetched == 8 * STEP + 1 and dtrain.init().rank == 1:
+            threading.Event().wait(4.0)
+        x = torch.full((3,), float(index)) / 640
+        return x, x.sum(0, keepdim=True)
+
+
+def train_with_slow_data():
+    model = nn.Linear(3, 1)
+    optimizer = SGD(model.parameters(), lr=0.01)
+    trainer = dtrain.Trainer(model, optimizer, mse, sinks=[], hang_after_s=1.5)
+    return trainer.fit(SlowRows(), batch_size=16, max_steps=10).steps
+
+
+def test_a_disk_that_stalls_is_told_and_ends_nothing():
+    for outcome in run_outcomes(train_with_slow_data, 2, timeout_s=TIMEOUT_S):
+        assert outcome.value == 10, told(outcome)
+        if outcome.rank == 0:
+            waits = rf"for rank 1 on {HOST} \(pid \d+\), which is at step {STEP} in data"
+            assert re.search(waits, outcome.output), told(outcome)
 
 
 def stay(filename):
