@@ -113,10 +113,9 @@ def _metrics(reference: Run, drilled: Run) -> Iterator[Difference]:
             for name in sorted({*values, *expected.get(key, {})}):
                 mine, theirs = expected.get(key, {}).get(name), values.get(name)
                 if not _same(mine, theirs):
-                    words = f"{name} {at} is {_number(theirs)}{_again(number)}, and was "
-                    yield Difference(
-                        "metric", name, step, words + _number(mine) + _off(mine, theirs)
-                    )
+                    is_now = f"{name} {at} is {_number(theirs)}{_again(number)}"
+                    words = f"{is_now}; undisturbed it is {_number(mine)}{_off(mine, theirs)}"
+                    yield Difference("metric", name, step, words)
     for kind, step, place in sorted({*expected} - seen):
         for name in expected[kind, step, place]:
             words = f"{name} of the {kind} report at step {step} was never reported"
@@ -131,7 +130,7 @@ def _final(reference: Run, drilled: Run) -> Iterator[Difference]:
         theirs: dict[str, Any] = getattr(drilled.final, what)
         for name in [*mine, *(name for name in theirs if name not in mine)]:
             if name not in mine or name not in theirs:
-                which = "is not there" if name in mine else "is there, and was not"
+                which = "is not there" if name in mine else "is there; undisturbed it is not"
                 yield Difference(what, name, _END, f"{name} {which}")
             elif words := _unequal(mine[name], theirs[name]):
                 yield Difference(what, name, _END, f"{name} {words}")
@@ -139,7 +138,8 @@ def _final(reference: Run, drilled: Run) -> Iterator[Difference]:
 
 def _steps(reference: Run, drilled: Run) -> Difference:
     words = (
-        f"the last checkpoint is of step {drilled.final.step}, and was of {reference.final.step}"
+        f"the last checkpoint is of step {drilled.final.step}; undisturbed it is of step "
+        f"{reference.final.step}"
     )
     return Difference("model", "step", _END, words)
 
@@ -147,9 +147,10 @@ def _steps(reference: Run, drilled: Run) -> Difference:
 def _unequal(mine: Any, theirs: Any) -> str:
     """Returns by how much two values differ, in words; nothing where they are equal to the bit."""
     if not (isinstance(mine, Tensor) and isinstance(theirs, Tensor)):
-        return "" if _same(mine, theirs) else f"is {theirs!r}, and was {mine!r}"
+        return "" if _same(mine, theirs) else f"is {theirs!r}; undisturbed it is {mine!r}"
     if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
-        return f"is {theirs.dtype} {list(theirs.shape)}, and was {mine.dtype} {list(mine.shape)}"
+        there, here = (f"{one.dtype} {list(one.shape)}" for one in (mine, theirs))
+        return f"is {here}; undisturbed it is {there}"
     a, b = (_bytes(one) for one in (mine, theirs))
     if torch.equal(a, b):
         return ""

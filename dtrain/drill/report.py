@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dtrain.drill.compare import Difference
 
 _WIDTH = 92
-_SHOWN = 5  # differences of a trial
+_SHOWN = 4  # differences of a trial, beside the first
 
 #: The columns of the table.
 COLUMNS = ("done", "at step", "went on from", "result")
@@ -20,14 +20,14 @@ class Trial:
 
     Attributes:
         done: what was done to it.
-        at: after which step; None where nothing was done.
+        at: at which step.
         went_on_from: the step that each further start went on from.
         differences: from the undisturbed run; what comes first is first.
         failure: why it never came to its end, if it did not.
     """
 
     done: str
-    at: int | None
+    at: int
     went_on_from: tuple[int, ...]
     differences: tuple[Difference, ...] = ()
     failure: str = ""
@@ -82,7 +82,7 @@ def rows(found: Drilled) -> list[tuple[str, ...]]:
     return [
         (
             trial.done,
-            "" if trial.at is None else str(trial.at),
+            str(trial.at),
             ", ".join(str(step) for step in trial.went_on_from) or "(nowhere)",
             _result(trial),
         )
@@ -93,19 +93,16 @@ def rows(found: Drilled) -> list[tuple[str, ...]]:
 def paragraphs(found: Drilled) -> list[str]:
     """Returns all that follows the table: what differs, and notes."""
     parts = []
+    told: set[tuple[str, str]] = set()
     for trial in found.trials:
-        where = trial.done if trial.at is None else f"{trial.done}, at step {trial.at}"
+        where = f"{trial.done}, at step {trial.at}"
         if trial.failure:
             parts.append(f"Never came to its end ({where}):\n{trial.failure}")
         elif trial.differences:
-            first, *others = trial.differences
-            lines = [f"First difference ({where}):", _fill(first.words, "  ")]
-            if others:
-                lines.append("Then:")
-                lines += [_fill(other.words, "  ") for other in others[: _SHOWN - 1]]
-            more = len(trial.differences) - _SHOWN
-            lines += [f"  and {more} more"] * (more > 0)
-            parts.append("\n".join(lines))
+            first = trial.differences[0]
+            if (first.what, first.name) not in told:  # else the table says all that is new
+                parts.append(_differing(where, trial.differences))
+            told.add((first.what, first.name))
     if any(trial.differences for trial in found.trials):
         parts.append(_fill(_ADVICE))
     parts += [_fill(f"Note: {note}") for note in found.notes]
@@ -118,6 +115,21 @@ _ADVICE = (
     "a random number comes from ctx.rng, ctx.shared_rng or torch's global stream; a stream of "
     "batches gives the same batches each time that it is iterated anew."
 )
+
+
+def _differing(where: str, differences: tuple[Difference, ...]) -> str:
+    """Returns what differs in a trial: of each figure and tensor, where it does so first."""
+    firsts: dict[tuple[str, str], Difference] = {}
+    for one in differences:
+        firsts.setdefault((one.what, one.name), one)
+    first, *others = firsts.values()
+    lines = [f"First difference ({where}):", _fill(first.words, "  ")]
+    if others:
+        lines.append("Then:")
+        lines += [_fill(other.words, "  ") for other in others[:_SHOWN]]
+    more = len(others) - _SHOWN
+    lines += [f"  and {more} more"] * (more > 0)
+    return "\n".join(lines)
 
 
 def _result(trial: Trial) -> str:

@@ -166,7 +166,7 @@ def test_a_callback_that_forgets_is_found_with_the_first_figure(drilled):
         "train/loss",
         killed.went_on_from[0] + 1,
     )
-    assert " after 1 restart, and was " in first.words
+    assert " after 1 restart; undisturbed it is " in first.words
     assert "(off by " in first.words
     tensors = {one.name for one in killed.differences if one.what == "model"}
     assert {"0.weight", "1.running_mean"} <= tensors
