@@ -97,7 +97,10 @@ def paragraphs(found: Drilled) -> list[str]:
     for trial in found.trials:
         where = f"{trial.done}, at step {trial.at}"
         if trial.failure:
-            parts.append(f"Never came to its end ({where}):\n{trial.failure}")
+            lines = trial.failure.splitlines()
+            if (lines[0], lines[-1]) not in told:
+                parts.append(f"Never came to its end ({where}):\n{trial.failure}")
+            told.add((lines[0], lines[-1]))
         elif trial.differences:
             first = trial.differences[0]
             if (first.what, first.name) not in told:  # else the table says all that is new

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = '''
 import os
 import sys
+import threading
 import time
 
 import torch
@@ -49,6 +50,8 @@ class Counts(dtrain.Callback):
     def load_state_dict(self, state):
         if fault == "chokes":
             raise ValueError("planted in load_state_dict")
+        if fault == "hangs":
+            threading.Event().wait()
         self.count = state.get("count", 0)
 
 
@@ -190,8 +193,17 @@ def test_a_script_that_cannot_start_again_never_ends(drilled):
     found = drilled("chokes")
     assert not found.passed
     assert "when started again on 1 rank" in found.trials[0].failure
-    assert "planted in load_state_dict" in str(found)
-    assert "never ended" in str(found)
+    assert str(found).count("ValueError: planted in load_state_dict") == 1  # not for each trial
+    failed = [trial for trial in found.trials if trial.failure]
+    assert len(failed) > 1
+    assert str(found).count("never ended") == len(failed)
+
+
+def test_a_script_that_hangs_when_started_again_says_where(folder, launcher):
+    args = ["hangs", folder / "run"]
+    found = Drill(launcher, folder / "train.py", args, 1, 4, timeout_s=4).run(kills=1)
+    assert "longer than 4 seconds" in found.trials[0].failure
+    assert "in load_state_dict" in found.trials[0].failure
 
 
 def test_going_on_with_another_number_of_ranks(drilled):
