@@ -131,7 +131,7 @@ class Drill:
             trials.append(self._trial(reference, fault, save_every, other_ranks))
             tolerance = tolerance_of(reference.final.model)
             self.notes.append(
-                f"where it went on on {other_ranks} ranks, global batches were compared sample by "
+                f"where it went on with {_ranks(other_ranks)}, global batches were compared sample by "
                 f"sample, and parameters and buffers within law 1's tolerance: {tolerance:g} of "
                 "their norm."
             )
@@ -203,7 +203,7 @@ class Drill:
     def _trial(self, reference: Run, fault: Fault, save_every: int, ranks: int) -> Trial:
         """Strikes a run, and starts it again until it ends; ``ranks`` of them after the first."""
         resized = ranks != self.ranks
-        words = _words(fault, self.ranks) + (f", then {ranks} ranks" if resized else "")
+        words = _words(fault, self.ranks) + (f", then {_ranks(ranks)}" if resized else "")
         start = Start(self._new_run_dir(), self.steps, save_every, fault)
         starts: list[StartRecord] = []
         failure = ""
@@ -215,7 +215,7 @@ class Drill:
         else:
             compared = compare_resized if resized else compare
             differences = compared(reference, Run(tuple(starts), final))
-        done = (starts[0].struck or words) + (f"; then {ranks} ranks" if resized else "")
+        done = (starts[0].struck or words) + (f"; then {_ranks(ranks)}" if resized else "")
         return Trial(
             done,
             fault.step,
@@ -253,7 +253,7 @@ class Drill:
             raise _NeverEnded(f"  {error}") from error
 
     def _failed(self, launch: Launch, ranks: int, *, again: bool) -> str:
-        where = f"on {ranks} rank{'s' * (ranks > 1)}"
+        where = f"on {_ranks(ranks)}"
         try:
             self.launcher.insist(launch, f"when started again {where}" if again else where)
         except CheckError as error:
@@ -277,6 +277,10 @@ class Drill:
     def _say(self, words: str) -> None:
         if self.progress is not None:
             self.progress(words)
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"
 
 
 def _words(fault: Fault, ranks: int) -> str:
