@@ -131,8 +131,8 @@ class Drill:
             trials.append(self._trial(reference, fault, save_every, other_ranks))
             tolerance = tolerance_of(reference.final.model)
             self.notes.append(
-                f"where it went on with {_ranks(other_ranks)}, global batches were compared sample by "
-                f"sample, and parameters and buffers within law 1's tolerance: {tolerance:g} of "
+                f"where it went on with {_ranks(other_ranks)}, global batches were compared "
+                f"sample by sample, and parameters and buffers within law 1's tolerance: {tolerance:g} of "
                 "their norm."
             )
         return Drilled(
