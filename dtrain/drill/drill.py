@@ -132,8 +132,8 @@ class Drill:
             tolerance = tolerance_of(reference.final.model)
             self.notes.append(
                 f"where it went on with {_ranks(other_ranks)}, global batches were compared "
-                f"sample by sample, and parameters and buffers within law 1's tolerance: {tolerance:g} of "
-                "their norm."
+                "sample by sample, and parameters and buffers within law 1's tolerance: "
+                f"{tolerance:g} of their norm."
             )
         return Drilled(
             str(self.script), self.ranks, steps, self.seed, tuple(trials), tuple(self.notes)
