@@ -13,7 +13,7 @@
     ├── HangError         a rank no longer moves; the name of that in reports, see docs/hangs.md
     ├── UnusedParameters  the model has parameters that no gradient reached
     ├── SinkError         a sink failed that was to stop the run if it does
-    ├── CheckError        a script could not be checked for equivalence
+    ├── CheckError        a script could not be checked or drilled
     ├── CrashLoop         a run failed at the same step, start after start
     └── CheckpointError   a checkpoint cannot be written or read
         └── ResumeError   the run in run_dir cannot be continued as asked
@@ -73,7 +73,7 @@ class SinkError(DtrainError):
 
 
 class CheckError(DtrainError):
-    """A script could not be checked: it failed, took too long, or never called ``fit``.
+    """A script could not be checked or drilled: it failed, took too long, or never called ``fit``.
 
     Attributes:
         fails_itself: it raised or left; not out of time, nor without a call of ``fit``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from dtrain.cli.check import check
+from dtrain.cli.drill import drill
 
 app = typer.Typer(
     name="dtrain",
@@ -15,7 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback as Python shows it, to search for
 )
 # All after a script's name is the script's own, options included.
-app.command(context_settings={"allow_interspersed_args": False})(check)
+for command in (check, drill):
+    app.command(context_settings={"allow_interspersed_args": False})(command)
 
 
 @app.callback()

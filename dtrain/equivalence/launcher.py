@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -33,6 +34,41 @@ _TRACES: tuple[str, ...] = (
 _TRACES += ("SLURM_", "OMPI_", "PMI_", "ACCELERATE_")
 _TAIL = 25  # lines of a failed script's output that are shown
 _LEAVE_S = 10.0
+_CHECK = "dtrain.equivalence.probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What became of a script that was run once.
+
+    Attributes:
+        script: which.
+        folder: where its ranks wrote their records and output.
+        codes: exit codes by rank; negative for a signal.
+        late: time was over, and what still ran was killed.
+        timeout_s: how long it could take, in seconds.
+    """
+
+    script: str
+    folder: Path
+    codes: tuple[int, ...]
+    late: bool
+    timeout_s: float
+
+    @property
+    def failed(self) -> bool:
+        """Some rank raised, left with a status of its own, or was killed."""
+        return any(code not in (0, NEVER_FIT) for code in self.codes)
+
+    def output(self, rank: int) -> str:
+        """Returns the last lines that a rank wrote."""
+        log = self.folder / f"rank-{rank}.txt"
+        return _tail(log.read_text(errors="replace") if log.exists() else "")
+
+    def stuck(self) -> str:
+        """Returns the last lines of all ranks that had to be killed."""
+        ranks = [rank for rank, code in enumerate(self.codes) if code < 0]
+        return "\n".join(f"  rank {rank}:\n{self.output(rank)}" for rank in ranks)
 
 
 class Launcher:
@@ -40,15 +76,21 @@ class Launcher:
 
     Args:
         most_ranks: the largest number of ranks that will be asked for.
+        command: on whose behalf, for messages and the name of the temporary folder.
+
+    Attributes:
+        command: as given.
+        folder: a temporary folder, deleted when the launcher is left.
 
     Ranks: none; it starts them.
     """
 
-    def __init__(self, *, most_ranks: int) -> None:
+    def __init__(self, *, most_ranks: int, command: str = "check") -> None:
+        self.command = command
         self._runs = 0
-        self._temporary = tempfile.TemporaryDirectory(prefix="dtrain-check-")
-        self._folder = Path(self._temporary.name)
-        with (self._folder / "nursery.txt").open("w") as log:
+        self._temporary = tempfile.TemporaryDirectory(prefix=f"dtrain-{command}-")
+        self.folder = Path(self._temporary.name)
+        with (self.folder / "nursery.txt").open("w") as log:
             self._nursery = subprocess.Popen(
                 [sys.executable, "-m", "dtrain.equivalence.nursery"],
                 stdin=subprocess.PIPE,
@@ -67,25 +109,52 @@ class Launcher:
         Raises:
             CheckError: the script failed, took too long, or never called ``fit``.
         """
+        launch = self.launch(_CHECK, setup.to_json(), setup.ranks, script, args, timeout_s)
+        several = setup.ranks > 1 or setup.micro_batches > 1
+        self.insist(launch, f"on {setup.title}" if several else "on one rank")
+        return Results.read(launch.folder, setup.ranks)
+
+    def launch(
+        self,
+        runner: str,
+        setup: str,
+        ranks: int,
+        script: str | Path,
+        args: Sequence[str],
+        timeout_s: float,
+    ) -> Launch:
+        """Runs a script once, on so many ranks, and waits until all of them have ended.
+
+        Args:
+            runner: the module whose ``run_script`` each rank calls.
+            setup: for the runner, as JSON.
+            ranks: how many.
+            script: the file.
+            args: of the script.
+            timeout_s: how long it may take, in seconds.
+
+        Raises:
+            CheckError: the process that starts the ranks has died.
+        """
         self._runs += 1
-        folder = self._folder / f"run-{self._runs}"
+        folder = self.folder / f"run-{self._runs}"
         folder.mkdir()
         # Here, not in the nursery: it has threads, which no fork may have.
-        store = serve_store(timeout_s) if setup.ranks > 1 else None
+        store = serve_store(timeout_s) if ranks > 1 else None
         environments = [
-            {} if store is None else _rank(rank, setup.ranks, store.port)
-            for rank in range(setup.ranks)
+            {} if store is None else _rank(rank, ranks, store.port) for rank in range(ranks)
         ]
         order = Order(
-            setup=setup.to_json(),
+            runner=runner,
+            setup=setup,
             folder=str(folder),
             script=str(script),
             args=[str(arg) for arg in args],
             environments=environments,
             timeout_s=timeout_s,
         )
-        self._check(order, setup, self._ask(order))
-        return Results.read(folder, setup.ranks)
+        answer = self._ask(order)
+        return Launch(str(script), folder, tuple(answer.codes), answer.late, timeout_s)
 
     def _ask(self, order: Order) -> Answer:
         assert self._nursery.stdin is not None
@@ -97,39 +166,45 @@ class Launcher:
         except BrokenPipeError:
             line = ""
         if not line:
-            log = (self._folder / "nursery.txt").read_text(errors="replace")
+            log = (self.folder / "nursery.txt").read_text(errors="replace")
             raise CheckError(f"the process that starts the ranks has died:\n{_tail(log)}")
         return Answer(**json.loads(line))
 
-    def _check(self, order: Order, setup: Setup, answer: Answer) -> None:
-        script, folder = order.script, Path(order.folder)
-        where = f"on {setup.title}" if setup.ranks > 1 or setup.micro_batches > 1 else "on one rank"
-        codes = dict(enumerate(answer.codes))
-        if answer.late:
-            stuck = [rank for rank, code in codes.items() if code < 0]
+    def insist(self, launch: Launch, where: str) -> None:
+        """Raises where a launch did not end as it should.
+
+        Args:
+            launch: what became of it.
+            where: on how many ranks, for messages.
+
+        Raises:
+            CheckError: the script failed, took too long, or never called ``fit``.
+        """
+        script, codes = launch.script, dict(enumerate(launch.codes))
+        if launch.late:
             raise CheckError(
-                f"{script} took longer than {order.timeout_s:g} seconds {where}: allow more "
+                f"{script} took longer than {launch.timeout_s:g} seconds {where}: allow more "
                 "(--timeout), fewer steps (--steps), or give the script a smaller model or less "
-                f"data by its own arguments. Where it was:\n{_outputs(folder, stuck)}"
+                f"data by its own arguments. Where it was:\n{launch.stuck()}"
             )
-        failed = {rank: code for rank, code in codes.items() if code not in (0, NEVER_FIT)}
-        if failed:
+        if launch.failed:
             # The first to fail may be any; a rank that was killed waited for another.
+            failed = {r: code for r, code in codes.items() if code not in (0, NEVER_FIT)}
             rank = min(failed, key=lambda r: (failed[r] < 0, r))
-            which = f" (rank {rank})" if setup.ranks > 1 else ""
+            which = f" (rank {rank})" if len(codes) > 1 else ""
             # Such as 9, where memory was out.
             killed = f", killed by signal {-failed[rank]}" if failed[rank] < 0 else ""
             raise CheckError(
-                f"{script} failed {where}{which}{killed}:\n{_output(folder, rank)}",
+                f"{script} failed {where}{which}{killed}:\n{launch.output(rank)}",
                 fails_itself=True,
             )
         silent = [rank for rank, code in codes.items() if code == NEVER_FIT]
         if silent:
-            which = f" (rank {silent[0]})" if setup.ranks > 1 else ""
+            which = f" (rank {silent[0]})" if len(codes) > 1 else ""
             raise CheckError(
                 f"{script} ended {where}{which} and never called Trainer.fit, so there is "
                 "nothing to compare. Does it need arguments? They go after its name: "
-                f"`dtrain check {script} --size tiny`\n{_output(folder, silent[0])}"
+                f"`dtrain {self.command} {script} --size tiny`\n{launch.output(silent[0])}"
             )
 
     def close(self) -> None:
@@ -185,15 +260,6 @@ def _rank(rank: int, size: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
-
-
-def _outputs(folder: Path, ranks: list[int]) -> str:
-    return "\n".join(f"  rank {rank}:\n{_output(folder, rank)}" for rank in ranks)
-
-
-def _output(folder: Path, rank: int) -> str:
-    log = folder / f"rank-{rank}.txt"
-    return _tail(log.read_text(errors="replace") if log.exists() else "")
 
 
 def _tail(text: str) -> str:

@@ -10,6 +10,7 @@ still runs, and leaves: so nothing outlives whoever started it, however that end
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
 import os
 import select
@@ -25,9 +26,8 @@ from typing import TextIO
 # What every script needs, and takes long to import. The first optimizer imports _dynamo.
 import torch._dynamo
 
+import dtrain.callbacks
 from dtrain.equivalence.orders import FAILED, Answer, Order
-from dtrain.equivalence.probe import run_script
-from dtrain.equivalence.setup import Setup
 
 #: How long ranks go on after one of them has failed: time to say which one, and why.
 GRACE_S = 2.0
@@ -61,8 +61,8 @@ def _fork(order: Order, rank: int) -> int:
         os.environ.update(order.environments[rank])
         # A rank that is stuck says where, before it is killed.
         faulthandler.dump_traceback_later(order.timeout_s * 0.9, file=2)
-        setup, folder = Setup.from_json(order.setup), Path(order.folder)
-        code = run_script(setup, folder, order.script, order.args)
+        runner = importlib.import_module(order.runner)
+        code = runner.run_script(order.setup, Path(order.folder), order.script, order.args)
     except BaseException:  # noqa: BLE001 -- a fork must end here, and never go on above
         traceback.print_exc()
     finally:
@@ -118,6 +118,7 @@ def _kill(pid: int, *, ended: bool) -> None:
 
 if __name__ == "__main__":
     assert torch._dynamo  # imported for those who are forked
+    assert dtrain.callbacks
     # The answers' pipe is kept for itself: what anything prints here goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -14,7 +14,8 @@ class Order:
     """A launch.
 
     Attributes:
-        setup: as JSON.
+        runner: the module whose ``run_script(setup, folder, script, args)`` each rank calls.
+        setup: for the runner, as JSON.
         folder: for records; each rank's output goes to ``rank-0.txt`` and so on.
         script: the file.
         args: of the script.
@@ -22,6 +23,7 @@ class Order:
         timeout_s: how long it may take, in seconds.
     """
 
+    runner: str
     setup: str
     folder: str
     script: str

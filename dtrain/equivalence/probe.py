@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
-import runpy
-import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +18,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dtrain
-import dtrain.trainer
 from dtrain.callback import AccumulationSlot, Callback, CheckpointSlot, PrecisionSlot
 from dtrain.callbacks import GradientAccumulation, Mixup
 from dtrain.data import Data, Feed, as_data
 from dtrain.equivalence import samples as of
 from dtrain.equivalence.examine import examine
+from dtrain.equivalence.hosting import Enough, host
 from dtrain.equivalence.lens import Lens
-from dtrain.equivalence.orders import FAILED, NEVER_FIT, RECORDED
 from dtrain.equivalence.record import Examined, Record, gradients_name, write_tensors
 from dtrain.equivalence.setup import Setup
 from dtrain.loop import Loop, Plan
@@ -38,10 +33,6 @@ from dtrain.reporting import Reporter
 from dtrain.state import Context, Step
 from dtrain.trainer import FitResult, Trainer
 from dtrain.world import current, seed_everything
-
-
-class Enough(BaseException):
-    """Ends the script: what was to be recorded is. No ``except Exception`` takes it."""
 
 
 class Probe:
@@ -256,37 +247,16 @@ def probing(probe: Probe) -> type[Trainer]:
     return ProbingTrainer
 
 
-def run_script(setup: Setup, folder: Path, script: str, args: Sequence[str]) -> int:
-    """Runs the script as ``python script args`` would; returns an exit code.
+def run_script(setup_text: str, folder: Path, script: str, args: Sequence[str]) -> int:
+    """Runs the script as ``setup_text`` (a :class:`Setup` in JSON) says; returns an exit code.
 
     Ranks: all; communicates where the script does.
     """
-    sys.argv = [script, *args]
-    if not sys.flags.safe_path:
-        sys.path[0] = os.path.dirname(os.path.abspath(script))
+    setup = Setup.from_json(setup_text)
     if setup.double:
         torch.set_default_dtype(torch.float64)
     probe = Probe(setup, folder)
-    # Before the script imports either of them.
-    vars(dtrain)["Trainer"] = vars(dtrain.trainer)["Trainer"] = probing(probe)
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except Enough:
-        pass
-    except SystemExit as left:
-        if not probe.done and left.code not in (None, 0):
-            print(f"the script left with {left.code!r}", file=sys.stderr)  # noqa: T201
-            return FAILED
-    except BaseException:  # noqa: BLE001 -- shown to the user, and the exit code tells
-        if not probe.done:
-            traceback.print_exc()
-            return FAILED
-    if not probe.done:
-        return NEVER_FIT
-    world = current()
-    if world is not None:
-        world.close()
-    return RECORDED
+    return host(probing(probe), script, args, lambda: probe.done)
 
 
 def _kept(callbacks: Sequence[Callback], setup: Setup, record: Record) -> list[Callback]:

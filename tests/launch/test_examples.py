@@ -95,6 +95,7 @@ def test_gpt_trains_evaluates_and_writes(tmp_path):
         "docs/design.md",
         "docs/callbacks.md",
         "docs/check.md",
+        "docs/drill.md",
         "docs/testing.md",
     ],
 )
