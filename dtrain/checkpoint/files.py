@@ -31,6 +31,7 @@ from dtrain.comm import Comm
 from dtrain.errors import CheckpointError
 
 FORMAT = 1
+MODEL = "model.safetensors"
 _MANIFEST = "manifest.json"
 _REPLACED = ".replaced-"
 
@@ -95,7 +96,7 @@ def save(
         with comm.lockstep("saving a checkpoint"), _plain_words(final):
             comm.on_main("checkpoint: begin", begin)
             if rank == 0:
-                _write_tensors(aside / "model.safetensors", _copies(model))
+                _write_tensors(aside / MODEL, _copies(model))
                 _write_tree(aside / "state", state)
             _write_tree(aside / f"rank-{rank:05d}", rank_state)
             comm.barrier("checkpoint: written")
@@ -151,7 +152,7 @@ def find(folder: Path) -> tuple[Saved | None, list[str]]:
     damage: list[str] = []
     for path in reversed(_by_step(folder)):
         try:
-            return _check(path), damage
+            return check(path), damage
         except CheckpointError as error:
             damage.append(str(error))
     return None, damage
@@ -175,7 +176,7 @@ def load_model(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    return _read_tensors(path / "model.safetensors")
+    return load_tensors(path / MODEL)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -229,7 +230,19 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _check(path: Path) -> Saved:
+def has_manifest(path: Path) -> bool:
+    """Says whether a folder is a checkpoint's."""
+    return (path / _MANIFEST).exists()
+
+
+def check(path: Path) -> Saved:
+    """Compares all files of one checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: names the first file that is not as it was written.
+
+    Ranks: all, local; reads every byte.
+    """
     manifest = _read_manifest(path)
     for name, facts in manifest["files"].items():
         file = path / name
@@ -279,7 +292,7 @@ def _write_tree(base: Path, state: dict[str, Any]) -> None:
 
 def _read_tree(base: Path) -> dict[str, Any]:
     file = base.with_suffix(".json")
-    tensors = _read_tensors(base.with_suffix(".safetensors"))
+    tensors = load_tensors(base.with_suffix(".safetensors"))
     try:
         state = tree.join(json.loads(file.read_bytes()), tensors)
         if not isinstance(state, dict):
@@ -305,7 +318,12 @@ def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     _sync_file(file)
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file, on the CPU.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:

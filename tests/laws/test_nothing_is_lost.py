@@ -515,7 +515,7 @@ def test_each_of_10000_flipped_bits_is_found(folder):
             handle.seek(at)
             handle.write(bytes([content[at] ^ 1 << bit]))
             with pytest.raises(CheckpointError) as found:
-                files._check(file.parent)
+                files.check(file.parent)
             assert str(file) in str(found.value), (at, bit)
             handle.seek(at)
             handle.write(content[at : at + 1])
