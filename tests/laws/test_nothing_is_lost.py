@@ -675,6 +675,27 @@ def test_no_pickle_is_ever_executed(folder, tmp_path_factory):
     read_all(newest)
 
 
+def test_a_run_goes_on_from_the_checkpoint_before_and_executes_nothing(tmp_path, unbroken):
+    run_dir, marker = tmp_path / "run", tmp_path / "marker"
+    killed = run_outcomes(
+        train, 2, run_dir, dict.fromkeys((0, 1), ("on_step_end", 8, "kill", None))
+    )
+    assert {outcome.exitcode for outcome in killed} == {-signal.SIGKILL}
+    newest = run_dir / "checkpoints" / "step-00000008"
+    for number, bomb in enumerate(bombs(marker)):
+        if number % 7 == 0:
+            (newest / "state.json").write_bytes(bomb)
+            forge(newest)  # its checksums are right
+            outcomes = run_outcomes(train, 2, run_dir)
+            for outcome in outcomes:
+                assert isinstance(outcome.error, CheckpointError | RemoteError), outcome.trace
+                assert f"{newest}/state.json cannot be read" in str(outcome.error)
+            assert not marker.exists()
+    (newest / "state.json").write_bytes(b"")  # and now they are not
+    assert run_processes(train, 2, run_dir) == unbroken[0]
+    assert lines(run_dir) == unbroken[1]
+
+
 @pytest.mark.parametrize(
     "content",
     [
