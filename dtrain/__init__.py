@@ -6,6 +6,7 @@ from dtrain.equivalence import Equivalence, check_equivalence
 from dtrain.errors import DtrainError
 from dtrain.state import Context, Loss, Mean, Progress, Report, Step
 from dtrain.trainer import FitResult, Trainer
+from dtrain.weights import load_model
 from dtrain.world import World, init, on_main
 
 __version__ = "0.1.0"
@@ -27,5 +28,6 @@ __all__ = [
     "World",
     "check_equivalence",
     "init",
+    "load_model",
     "on_main",
 ]

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.callback import Callback
@@ -111,6 +112,7 @@ class Snapshot:
         """
         context = self._context
         self._optimizer.load_state_dict(state["optimizer"])
+        _undo_casts(self._optimizer, state["optimizer"])
         self._precision.load_state_dict(state["precision"])
         for callback in self._callbacks:
             callback.load_state_dict(state["callbacks"][callback.name])
@@ -122,3 +124,22 @@ class Snapshot:
         else:
             rng.restore(mine["rng"])
             context.rng.set_state(mine["own_rng"])
+
+
+def _undo_casts(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Gives an optimizer's state the dtypes that were saved, and its parameters' memory format.
+
+    ``Optimizer.load_state_dict`` casts all state to the dtype of its parameter: masks, counts,
+    and what is kept in float32 beside bfloat16. And files hold contiguous tensors only.
+    """
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, p in zip(numbers, parameters, strict=True):
+        state = optimizer.state.get(p, {})
+        for name, value in saved["state"].get(number, {}).items():
+            if not isinstance(value, Tensor) or not isinstance(state.get(name), Tensor):
+                continue
+            if value.dtype != state[name].dtype:
+                state[name] = value.to(state[name].device)
+            if value.shape == p.shape and state[name].stride() != p.stride():
+                state[name] = torch.empty_like(p, dtype=value.dtype).copy_(state[name])

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import ContextDecorator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from dtrain.comm import Comm
 from dtrain.errors import CheckpointError
 
 FORMAT = 1
+MODEL = "model.safetensors"
 _MANIFEST = "manifest.json"
+_REPLACED = ".replaced-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,25 +82,42 @@ def save(
     final = folder / f"step-{step:08d}"
     aside = folder / f".writing-{final.name}"
 
+    # Here, too, so that the others are told which checkpoint it was.
+    @_plain_words(final)
     def begin() -> None:
-        for leftover in folder.glob(".writing-*"):  # of a save that was killed
-            _delete(leftover)
+        _tidy(folder)
         aside.mkdir(parents=True)
+
+    @_plain_words(final)
+    def commit() -> None:
+        _commit(aside, final, step, metrics)
 
     try:
         with comm.lockstep("saving a checkpoint"), _plain_words(final):
             comm.on_main("checkpoint: begin", begin)
             if rank == 0:
-                _write_tensors(aside / "model.safetensors", _copies(model))
+                _write_tensors(aside / MODEL, _copies(model))
                 _write_tree(aside / "state", state)
             _write_tree(aside / f"rank-{rank:05d}", rank_state)
             comm.barrier("checkpoint: written")
-            comm.on_main("checkpoint: commit", lambda: _commit(aside, final, step, metrics))
+            comm.on_main("checkpoint: commit", commit)
     except Exception:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)  # it may be the disk that is full
         raise
     return final
+
+
+def _tidy(folder: Path) -> None:
+    """Ends what a kill cut short: half a save goes, what it was about to replace comes back."""
+    for replaced in folder.glob(f"{_REPLACED}step-*"):
+        final = folder / replaced.name.removeprefix(_REPLACED)
+        if final.exists():
+            _delete(replaced)
+        else:
+            replaced.rename(final)
+    for leftover in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
+        _delete(leftover)
 
 
 def _delete(path: Path) -> None:
@@ -116,10 +136,12 @@ def _commit(aside: Path, final: Path, step: int, metrics: dict[str, float]) -> N
     manifest["sha256"] = _digest_of(manifest)
     _write_bytes(aside / _MANIFEST, json.dumps(manifest, indent=1).encode())
     _sync_folder(aside)
-    if final.exists():  # the same step saved again, after a resume
-        shutil.rmtree(final)
+    replaced = final.with_name(_REPLACED + final.name)
+    if final.is_dir():  # the same step saved again, after a resume
+        final.rename(replaced)  # where it is found, should a kill come before the next line
     aside.rename(final)
     _sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)  # what is left of it goes with the next save
 
 
 def find(folder: Path) -> tuple[Saved | None, list[str]]:
@@ -130,7 +152,7 @@ def find(folder: Path) -> tuple[Saved | None, list[str]]:
     damage: list[str] = []
     for path in reversed(_by_step(folder)):
         try:
-            return _check(path), damage
+            return check(path), damage
         except CheckpointError as error:
             damage.append(str(error))
     return None, damage
@@ -154,7 +176,7 @@ def load_model(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    return _read_tensors(path / "model.safetensors")
+    return load_tensors(path / MODEL)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -190,8 +212,11 @@ def remove(folder: Path, step: int) -> None:
 
 
 def _by_step(folder: Path) -> list[Path]:
-    numbered = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.name[5:]))
+    paths = {path.name: path for path in folder.glob("step-*")}
+    for path in folder.glob(f"{_REPLACED}step-*"):  # killed before the new one was in its place
+        paths.setdefault(path.name.removeprefix(_REPLACED), path)
+    numbered = [name for name in paths if name[5:].isdecimal()]
+    return [paths[name] for name in sorted(numbered, key=lambda name: int(name[5:]))]
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:
@@ -205,17 +230,31 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _check(path: Path) -> Saved:
+def has_manifest(path: Path) -> bool:
+    """Says whether a folder is a checkpoint's."""
+    return (path / _MANIFEST).exists()
+
+
+def check(path: Path) -> Saved:
+    """Compares all files of one checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: names the first file that is not as it was written.
+
+    Ranks: all, local; reads every byte.
+    """
     manifest = _read_manifest(path)
     for name, facts in manifest["files"].items():
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != facts["bytes"]:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes, not the {facts['bytes']} written"
-            )
-        if _digest(file) != facts["sha256"]:
+        try:
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing")
+            if (size := file.stat().st_size) != facts["bytes"]:
+                raise CheckpointError(f"{file} has {size} bytes, not the {facts['bytes']} written")
+            changed = _digest(file) != facts["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        if changed:
             raise CheckpointError(f"{file} was changed since it was written (its sha256 differs)")
     return Saved(path, manifest["step"], manifest["metrics"])
 
@@ -226,7 +265,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_bytes())
         if manifest["format"] != FORMAT:
             raise CheckpointError(
-                f"{path} has format {manifest['format']}; this dtrain reads {FORMAT}"
+                f"{file} has format {manifest['format']}; this dtrain reads {FORMAT}"
             )
         if manifest["sha256"] != _digest_of(manifest):
             raise ValueError("it was changed since it was written")
@@ -235,6 +274,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError("step or files")
         if any("/" in name or name.startswith(".") for name in manifest["files"]):
             raise ValueError("a file outside of its folder")
+        named = path.name.rpartition("step-")[2]
+        if named.isdecimal() and int(named) != manifest["step"]:
+            raise ValueError(f"it is of step {manifest['step']}, not of its folder's")
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: the checkpoint is not complete") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -250,11 +292,14 @@ def _write_tree(base: Path, state: dict[str, Any]) -> None:
 
 def _read_tree(base: Path) -> dict[str, Any]:
     file = base.with_suffix(".json")
+    tensors = load_tensors(base.with_suffix(".safetensors"))
     try:
-        plain = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        state = tree.join(json.loads(file.read_bytes()), tensors)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds {type(state).__name__}, not dict")
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, CheckpointError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    return dict(tree.join(plain, _read_tensors(base.with_suffix(".safetensors"))))
+    return state
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -273,7 +318,12 @@ def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     _sync_file(file)
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file, on the CPU.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
@@ -303,7 +353,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-class _plain_words:
+class _plain_words(ContextDecorator):
     """Turns what the disk says into a CheckpointError that names the checkpoint."""
 
     def __init__(self, path: Path) -> None:

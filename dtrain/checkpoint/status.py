@@ -76,7 +76,10 @@ def write(run_dir: Path, status: Status) -> None:
     """
     aside = run_dir / ".status.json.writing"
     try:
-        aside.write_text(json.dumps(asdict(status), indent=1) + "\n")
+        with aside.open("w") as file:
+            file.write(json.dumps(asdict(status), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut might leave an empty file under the name
         os.replace(aside, run_dir / "status.json")
     except OSError as error:
         raise CheckpointError(f"{run_dir}/status.json cannot be written: {error}") from error
@@ -160,6 +163,12 @@ def decide(
     status = read(run_dir)
     saved, damage = files.find(run_dir / (EMERGENCY if mode == EMERGENCY else "checkpoints"))
     notes = [f"left out, because it is damaged: {what}" for what in damage]
+    if status is None and saved is not None:  # begun anew, they would pass for its own later
+        raise ResumeError(
+            f"there are checkpoints in {run_dir} (the newest of step {saved.step}), but no "
+            "status.json that says of which run. Put it back, choose another run_dir, or pass "
+            "resume='never' to begin anew here (the old files are moved aside)."
+        )
     if status is None or (saved is None and status.status != "finished"):
         if mode in ("must", EMERGENCY):
             what = "no run" if status is None else "no intact checkpoint"

@@ -1,6 +1,7 @@
 """Where a run stands, and whether it is gone on with."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,42 @@ def test_never_helps_where_the_status_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_bytes(b"{")
     choose(tmp_path, "never")
     assert names(tmp_path) == ["before-1"]
+
+
+def test_a_status_is_on_the_disk_before_it_replaces_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_sync(handle: int) -> None:
+        done.append(f"{Path(os.readlink(f'/proc/self/fd/{handle}')).name} synced")
+        fsync(handle)
+
+    def record_replace(old: Path, new: Path) -> None:
+        done.append(f"{old.name} is {new.name}, with {old.stat().st_size > 0}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    status.write(tmp_path, Status("running"))
+    aside = ".status.json.writing"
+    assert done == [f"{aside} synced", f"{aside} is status.json, with True"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "must"])
+def test_checkpoints_without_a_status_are_not_mixed_with_a_new_runs(
+    tmp_path: Path, mode: str
+) -> None:
+    old_run(tmp_path)
+    (tmp_path / "status.json").unlink()
+    with pytest.raises(ResumeError) as raised:
+        choose(tmp_path, mode)
+    assert f"there are checkpoints in {tmp_path} (the newest of step 30)" in str(raised.value)
+    assert "no status.json" in str(raised.value)
+    assert choose(tmp_path, "never").saved is None
+    assert (tmp_path / "before-1" / "checkpoints" / "step-00000030").is_dir()
+    assert choose(tmp_path) == Decision(None, ())
 
 
 def test_a_status_that_cannot_be_written_is_named(tmp_path: Path) -> None:
