@@ -189,6 +189,7 @@ def test_a_stream_that_nobody_puts_back_is_found_with_the_first_step(drilled):
     assert "number 1 of the global batch of 4, and 4 are not of this step" in first.words
 
 
+@pytest.mark.slow
 def test_a_script_that_cannot_start_again_never_ends(drilled):
     found = drilled("chokes")
     assert not found.passed
@@ -199,6 +200,7 @@ def test_a_script_that_cannot_start_again_never_ends(drilled):
     assert str(found).count("never ended") == len(failed)
 
 
+@pytest.mark.slow
 def test_a_script_that_hangs_when_started_again_says_where(folder, launcher):
     args = ["hangs", folder / "run"]
     found = Drill(launcher, folder / "train.py", args, 1, 4, timeout_s=6).run(kills=1)
@@ -213,6 +215,7 @@ def test_going_on_with_another_number_of_ranks(drilled):
     assert "1e-06 of their norm" in found.notes[-1].replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_parameters_that_depend_on_the_number_of_ranks_are_found(drilled):
     found = drilled("ranks in loss", other_ranks=2)
     assert [trial.passed for trial in found.trials] == [True, True, True, False]
@@ -292,6 +295,7 @@ def test_an_argument_that_is_off_is_refused(folder):
         drill(folder / "train.py", kills=1, other_ranks=0)
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_drill_that_is_interrupted(tmp_path):
     (tmp_path / "hang.py").write_text(
         "import threading\npipe = open('pipe', 'w')\nthreading.Event().wait()\n"
