@@ -2,7 +2,7 @@
 # Runs the tests.
 #
 #   launch/test.sh             all but the slow ones
-#   launch/test.sh --slow      the slow ones: every pair of callbacks and more
+#   launch/test.sh --slow      the slow ones: every pair of callbacks, every way to hang, and more
 #   launch/test.sh ARGUMENTS   of pytest; such as tests/laws -k resume, slow ones included
 set -euo pipefail
 
