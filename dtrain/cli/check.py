@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from dtrain.equivalence import Equivalence, check_equivalence
+from dtrain.cli.show import show
+from dtrain.equivalence import check_equivalence
 from dtrain.equivalence.report import COLUMNS, headline, paragraphs, rows
 from dtrain.errors import CheckError, ConfigError
 
@@ -58,7 +57,8 @@ def check(
         raise typer.Exit(NOT_CHECKED) from error
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None  # not 1, which would mean that numbers part
-    _show(found)
+    flags = [run.equal for run in found.runs]
+    show(str(found), headline(found), found.passed, COLUMNS, rows(found), flags, paragraphs(found))
     if not found.passed:
         raise typer.Exit(NOT_EQUAL)
 
@@ -68,19 +68,3 @@ def _numbers(text: str) -> list[int]:
         return [int(word) for word in text.split(",")]
     except ValueError:
         raise ConfigError(f"--micro-batches {text}: numbers with commas, such as 1,2") from None
-
-
-def _show(found: Equivalence) -> None:
-    # Names of tensors and files are no markup; and a pipe has no width to fit in.
-    console = Console(markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        typer.echo(str(found))
-        return
-    console.print(headline(found), style="bold green" if found.passed else "bold red")
-    table = Table(*COLUMNS)
-    for run, row in zip(found.runs, rows(found), strict=True):
-        table.add_row(*row, style=None if run.equal else "red")
-    console.print(table)
-    for paragraph in paragraphs(found):
-        console.print(paragraph, soft_wrap=True)
-        console.print()

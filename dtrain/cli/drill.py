@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from dtrain.drill import Drilled
+from dtrain.cli.show import show
 from dtrain.drill import drill as drill_script
 from dtrain.drill.report import COLUMNS, headline, paragraphs, rows
 from dtrain.errors import CheckError, ConfigError
@@ -58,22 +56,7 @@ def drill(
         raise typer.Exit(NOT_DRILLED) from error
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None  # not 1, which would mean a difference
-    _show(found)
+    flags = [trial.passed for trial in found.trials]
+    show(str(found), headline(found), found.passed, COLUMNS, rows(found), flags, paragraphs(found))
     if not found.passed:
         raise typer.Exit(DIFFERS)
-
-
-def _show(found: Drilled) -> None:
-    # Names of tensors and files are no markup; and a pipe has no width to fit in.
-    console = Console(markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        typer.echo(str(found))
-        return
-    console.print(headline(found), style="bold green" if found.passed else "bold red")
-    table = Table(*COLUMNS)
-    for trial, row in zip(found.trials, rows(found), strict=True):
-        table.add_row(*row, style=None if trial.passed else "red")
-    console.print(table)
-    for paragraph in paragraphs(found):
-        console.print(paragraph, soft_wrap=True)
-        console.print()
