@@ -6,6 +6,7 @@ import textwrap
 from dataclasses import dataclass
 
 from dtrain.drill.compare import Difference
+from dtrain.equivalence.report import as_text
 
 _WIDTH = 92
 _SHOWN = 4  # differences of a trial, beside the first
@@ -64,7 +65,7 @@ class Drilled:
         return all(trial.passed for trial in self.trials)
 
     def __str__(self) -> str:
-        return "\n\n".join([headline(self), _as_text(rows(self)), *paragraphs(self)])
+        return "\n\n".join([headline(self), as_text(COLUMNS, rows(self)), *paragraphs(self)])
 
 
 def headline(found: Drilled) -> str:
@@ -145,15 +146,6 @@ def _result(trial: Trial) -> str:
         return f"{first.name} differs at the end"
     return (
         f"{first.name} {'differ' if first.what == 'samples' else 'differs'} at step {first.step:g}"
-    )
-
-
-def _as_text(table: list[tuple[str, ...]]) -> str:
-    whole = [COLUMNS, *table]
-    widths = [max(len(row[i]) for row in whole) for i in range(len(COLUMNS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in whole
     )
 
 

@@ -58,7 +58,7 @@ class Equivalence:
         return all(run.equal for run in self.runs)
 
     def __str__(self) -> str:
-        return "\n\n".join([headline(self), _as_text(rows(self)), *paragraphs(self)])
+        return "\n\n".join([headline(self), as_text(COLUMNS, rows(self)), *paragraphs(self)])
 
 
 def headline(found: Equivalence) -> str:
@@ -123,9 +123,10 @@ def _gap(value: float) -> str:
     return "0" if value == 0 else f"{value:.1e}"
 
 
-def _as_text(table: list[tuple[str, ...]]) -> str:
-    whole = [COLUMNS, *table]
-    widths = [max(len(row[i]) for row in whole) for i in range(len(COLUMNS))]
+def as_text(columns: tuple[str, ...], table: list[tuple[str, ...]]) -> str:
+    """Returns a table as lines of text, its columns under one another."""
+    whole = [columns, *table]
+    widths = [max(len(row[i]) for row in whole) for i in range(len(columns))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in whole
