@@ -232,6 +232,9 @@ class AccumulationSlot(Protocol):
 class CheckpointSlot(Protocol):
     """Fills the checkpoint slot: when to save and what to keep."""
 
+    #: Whether training goes on while a checkpoint is written.
+    background: bool
+
     def due_after_step(self, progress: Progress) -> bool:
         """Says whether this step is to be saved; equal on all ranks, must not communicate."""
         ...
@@ -241,7 +244,10 @@ class CheckpointSlot(Protocol):
         ...
 
     def prune(self, saved: list[tuple[int, dict[str, float]]]) -> list[int]:
-        """Returns the steps to delete, given each saved step (oldest first) and its metrics."""
+        """Returns the steps to delete, given each saved step (oldest first) and its metrics.
+
+        Ranks: rank 0 only; perhaps in a thread beside the training.
+        """
         ...
 
 

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from dtrain.agreement import Agreed, Agreement
 from dtrain.callback import Callback, CheckpointSlot, Hooks
+from dtrain.checkpoint.saver import Saver
 from dtrain.data import Feed, StepFeed
-from dtrain.errors import DataError
+from dtrain.errors import DataError, RemoteError
 from dtrain.journal import Journal
 from dtrain.lane import Arriving, Lane, Verdict
 from dtrain.metrics import Means
@@ -79,6 +80,7 @@ class Loop:
     world_size: int
     evaluate: Callable[[], dict[str, float]]
     save: Callable[[dict[str, Any]], None]
+    saver: Saver
     checkpoint: CheckpointSlot | None
     #: Steps are not waited for: what became of one is looked at in the next (CUDA).
     delays: bool = False
@@ -97,6 +99,7 @@ class Loop:
         self._pending: tuple[Step, Outcome] | None = None
         self._save_asked = False
         self._warned_nonfinite = False
+        self._failed_save: Exception | None = None  # the last one that was told of
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint must hold of the loop itself."""
@@ -122,6 +125,11 @@ class Loop:
         if epoch_evaluated:
             self._evaluated_at = progress.step
 
+    @property
+    def failed_here(self) -> bool:
+        """Where all raise in the same step: whether it is because of this rank."""
+        return self.micro_step.trouble is not None
+
     # -- fit --------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -137,7 +145,7 @@ class Loop:
         if not self.preempted and self.plan.eval_every and self._evaluated_at != progress.step:
             self._evaluate()
         if self.checkpoint is not None or self.preempted:
-            self._save_once()
+            self._save_last()
         self._log(final=True)
         with self.context.comm.lockstep(self._at("the end of fit")):
             self.hooks.fire(Callback.on_fit_end, self.context)
@@ -343,6 +351,8 @@ class Loop:
         Where no step was taken since, only the ``final`` call looks for what was logged.
         """
         self._conclude()
+        if not final:
+            self._notice_failed_save()
         if not self._loss_weight and not final:
             return
         context = self.context
@@ -382,6 +392,10 @@ class Loop:
     def _save_once(self) -> None:
         step = self.context.progress.step
         self._save_asked = False
+        self.context.comm.pulse.go(SAVING)
+        if self.saver.finish() is not None:
+            self._notice_failed_save()
+            self._saved_at = -1
         if self._saved_at == step:
             return
         self._log()  # sums since the last report are in no checkpoint, so none may be open
@@ -391,6 +405,28 @@ class Loop:
             self.save(self.state_dict())
         self._saved_at = step
         self.context.comm.pulse.go(BETWEEN)
+
+    def _save_last(self) -> None:
+        """Saves, and returns once it is written. Here a failure is an error."""
+        self._save_once()
+        if self.saver.finish() is not None:
+            self._save_once()  # again: what was wrong may be over, and nothing else can be lost
+        if (failure := self.saver.finish()) is not None:
+            mine = None if isinstance(failure, RemoteError) else failure
+            self.context.comm.raise_failures("the last checkpoint", mine, "saving a checkpoint")
+        self.context.comm.pulse.go(BETWEEN)
+
+    def _notice_failed_save(self) -> None:
+        """Tells of a checkpoint that could not be written, and asks for another, the first time."""
+        failure = self.saver.failure
+        if failure is None or failure is self._failed_save:
+            return
+        self._failed_save = failure
+        again = self.saver.failures == 1
+        when = "after the next step" if again else "when the next one is due"
+        self.context.say(f"warning: {failure}. Training goes on; it is tried again {when}.")
+        if again:
+            self.context.request.save("the last checkpoint could not be written")
 
     def _settle(self) -> None:
         """Agrees on what was requested since the last backward."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.callback import Callback
-from dtrain.checkpoint import files, rng
+from dtrain.checkpoint import files, rng, tree
 from dtrain.checkpoint.files import Saved
+from dtrain.checkpoint.writing import Content
 from dtrain.precision import Precision
 from dtrain.state import Context
 from dtrain.world import World
@@ -48,37 +48,35 @@ class Snapshot:
         self._world = world
         self._config = config
 
-    def save(self, folder: Path, loop: dict[str, Any]) -> None:
-        """Writes a checkpoint of the run into ``folder``.
+    def take(self, loop: dict[str, Any]) -> Content:
+        """Returns what a checkpoint of the run must hold; nothing is copied yet.
 
         Args:
-            folder: ``run_dir/checkpoints``.
             loop: the loop's own state.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: something in it cannot be saved; it is named.
 
-        Ranks: all, communicates.
+        Ranks: all, local.
         """
         context = self._context
-        files.save(
-            folder,
+        return Content(
             step=context.progress.step,
             model=self._model.state_dict(),
-            state={
-                "optimizer": self._optimizer.state_dict(),
-                "precision": self._precision.state_dict(),
-                "callbacks": {c.name: c.state_dict() for c in self._callbacks},
-                "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
-                "loop": loop,
-                "shared_rng": context.shared_rng.get_state(),
-                "metrics": context.metrics,
-                "config": self._config,
-            },
-            rank_state={"rng": rng.capture(), "own_rng": context.rng.get_state()},
+            state=tree.split(
+                {
+                    "optimizer": self._optimizer.state_dict(),
+                    "precision": self._precision.state_dict(),
+                    "callbacks": {c.name: c.state_dict() for c in self._callbacks},
+                    "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
+                    "loop": loop,
+                    "shared_rng": context.shared_rng.get_state(),
+                    "metrics": context.metrics,
+                    "config": self._config,
+                }
+            ),
+            rank_state=tree.split({"rng": rng.capture(), "own_rng": context.rng.get_state()}),
             metrics=context.metrics,
-            rank=self._world.rank,
-            comm=self._world.comm,
         )
 
     def restore_model(self, saved: Saved) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from dtrain.callback import (
 )
 from dtrain.checkpoint import files, status
 from dtrain.checkpoint.files import Saved, fingerprint
+from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.status import Failures, ResumeMode, Status
 from dtrain.checks import (
     check_config,
@@ -56,6 +57,9 @@ from dtrain.strategies import DDP, Strategy
 from dtrain.watchdog import HANG_AFTER_S, Watchdog
 from dtrain.words import describe_end, describe_start
 from dtrain.world import current, derive_seed, init, seed_everything
+
+#: What a failed run gives the checkpoint under way.
+_LAST_CHANCE_S = 2.0
 
 _RANK_STREAM, _SHARED_STREAM, _OWN_STREAM, _ORDER_STREAM = 0, 1, 2, 4
 
@@ -173,6 +177,7 @@ class Trainer:
             world,
             self._config,
         )
+        self._saver = Saver(world)
         self._make_up: dict[str, Any] = {}
         self._failures = Failures()  # of earlier starts; known on rank 0
         self.context.run_loss = self._run_loss
@@ -427,6 +432,7 @@ class Trainer:
             world_size=self.world.size,
             evaluate=lambda: self._evaluate(evals),
             save=self._save,
+            saver=self._saver,
             checkpoint=self._checkpoint,
             delays=may_delay(self.world.device, self.optimizer, data),
         )
@@ -453,6 +459,8 @@ class Trainer:
         if not self._live:
             comm.barrier("wrap the model")  # here whoever failed above is met, not in a reduction
             self._strategy.wrap(self._micro_step, self.world)
+            if self._saves_beside:
+                self._saver.open()
         self._live = True
         comm.on_main("status", self._write_start)
         words = describe_start(self.model, self.precision, self.world, data, loop, self._split)
@@ -510,6 +518,7 @@ class Trainer:
             return
         if loop.failed_together:
             self._save_emergency(loop, error)
+        self._saver.leave(_LAST_CHANCE_S)
         if not self.world.is_main:
             return
         try:
@@ -527,14 +536,24 @@ class Trainer:
             return
         folder = self._run_dir / status.EMERGENCY
         step = self.context.progress.step
-        self.world.comm.pulse.go(SAVING)
+        comm = self.world.comm
+        comm.pulse.go(SAVING)
+
+        def tidy() -> None:
+            for older in files.listed(folder):
+                if older.step != step:
+                    files.remove(folder, older.step)
+
         try:
-            share_buffers(self.model, self.world.comm)
-            self._snapshot.save(folder, loop.state_dict())
+            share_buffers(self.model, comm)
+            # Whose step failed may hold a broken device; it writes nothing, if another can.
+            healthy = comm.gather_objects("who failed", not loop.failed_here)
+            writers = [rank for rank, well in enumerate(healthy) if well]
+            content = self._snapshot.take(loop.state_dict())
+            self._saver.save(folder, content, then=tidy, wait=True, writers=writers or None)
+            if self._saver.failure is not None:
+                raise self._saver.failure
             if self.world.is_main:
-                for older in files.listed(folder):
-                    if older.step != step:
-                        files.remove(folder, older.step)
                 error.add_note(
                     f"(the state before step {step} is saved in {folder}: once the cause is "
                     "mended, fit(resume='emergency') continues from it)"
@@ -552,19 +571,23 @@ class Trainer:
             comm.barrier("nothing to save")
             return
         folder = run_dir / "checkpoints"
-        share_buffers(self.model, comm)
-        self._snapshot.save(folder, loop_state)
+        at = replace(context.progress)  # as it is now
 
         def tidy() -> None:
             if self._checkpoint is not None:
                 # Later ones are of an earlier start, and damaged, or we had begun there.
-                now = context.progress.step
-                saved = [(s.step, s.metrics) for s in files.listed(folder) if s.step <= now]
+                saved = [(s.step, s.metrics) for s in files.listed(folder) if s.step <= at.step]
                 for step in self._checkpoint.prune(saved):
                     files.remove(folder, step)
-            self._write_status("running")
+            self._write_status("running", at=at)
 
-        comm.on_main("checkpoint: prune", tidy)
+        share_buffers(self.model, comm)
+        content = self._snapshot.take(loop_state)
+        self._saver.save(folder, content, then=tidy, wait=not self._saves_beside)
+
+    @property
+    def _saves_beside(self) -> bool:
+        return self._checkpoint is not None and self._checkpoint.background
 
     def _describe_make_up(self, data: Data) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
@@ -584,10 +607,12 @@ class Trainer:
             text = json.dumps(self._config, indent=1) + "\n"
             (self._run_dir / "config.json").write_text(text)
 
-    def _write_status(self, state: status.State, reason: str = "") -> None:
+    def _write_status(
+        self, state: status.State, reason: str = "", *, at: Progress | None = None
+    ) -> None:
         if self._run_dir is None:
             return
-        progress = self.context.progress
+        progress = at or self.context.progress
         failures = self._failures
         if state == "failed":
             failures = failures.then(progress.step)

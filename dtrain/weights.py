@@ -35,7 +35,7 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
             those tensors that fit, and leaves the others of the model as they are.
 
     Returns:
-        The file that was read.
+        The file that was read, or the checkpoint's folder.
 
     Raises:
         CheckpointError: there is nothing intact to read, or it does not fit; the model is as it
@@ -44,7 +44,7 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
     Ranks: all, local; each reads the file.
     """
     file = _find(Path(path))
-    found = files.load_tensors(file)
+    found = files.load_model(file) if file.is_dir() else files.load_tensors(file)
     own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     fitting = {name: t for name, t in found.items() if name in own and _fits(t, own[name])}
     misfits = [
@@ -78,7 +78,7 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
 
 
 def _find(path: Path) -> Path:
-    """Returns the file to read, once it was compared with its checksum where it has one."""
+    """Returns the file or checkpoint, once it was compared with its checksums, if it has any."""
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist: pass a run's folder, a checkpoint's, or a .safetensors file"
@@ -93,7 +93,7 @@ def _find(path: Path) -> Path:
             files.check(path.parent)
         return path
     if files.has_manifest(path):
-        return files.check(path).path / files.MODEL
+        return files.check(path).path
     inner = path / "checkpoints"
     folder = inner if inner.is_dir() else path
     saved, damage = files.find(folder)
@@ -104,7 +104,7 @@ def _find(path: Path) -> Path:
         warnings.warn(
             f"{saved.path} is loaded, because what is newer is damaged:{told}", stacklevel=3
         )
-    return saved.path / files.MODEL
+    return saved.path
 
 
 def _fits(there: Tensor, here: Tensor) -> bool:

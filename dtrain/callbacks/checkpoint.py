@@ -13,7 +13,9 @@ class Checkpoint(Callback):
     """Saves the run every so many steps or epochs, and at its end; keeps the newest.
 
     A checkpoint is written aside and renamed into place: it is there whole, or not at all. An
-    older one is deleted only after that.
+    older one is deleted only after that. What is equal on all ranks is divided among them, and each
+    writes its share. One that cannot be written is reported, and tried again at the next report;
+    only the last one of a run must succeed.
 
     Example::
 
@@ -25,6 +27,8 @@ class Checkpoint(Callback):
         keep: how many of the newest to keep; None keeps all.
         best: keep also the one with the best value of this metric.
         mode: whether less (``"min"``) or more (``"max"``) is better.
+        background: training waits only while a copy is made, and goes on while it is written. Each
+            rank keeps memory for a copy of its share, on its host. False waits for the disk.
 
     Raises:
         ConfigError: an argument is off.
@@ -40,6 +44,7 @@ class Checkpoint(Callback):
         keep: int | None = 3,
         best: str | None = None,
         mode: Literal["min", "max"] = "min",
+        background: bool = True,
     ) -> None:
         if every_steps is None and every_epochs is None:
             every_epochs = 1
@@ -52,6 +57,7 @@ class Checkpoint(Callback):
                 raise ConfigError(f"Checkpoint({name}={value!r}): must be 1 or more")
         if mode not in ("min", "max"):
             raise ConfigError(f"Checkpoint(mode={mode!r}): choose 'min' or 'max'")
+        self.background = background
         self._every_steps = every_steps
         self._every_epochs = every_epochs
         self._keep = keep

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.callback import Callback
-from dtrain.checkpoint import files
+from dtrain.checkpoint import disk
 from dtrain.drill.orders import Fault
 from dtrain.drill.record import Recorder
 from dtrain.state import Context, Step
 
-_WRITES = ("_write_tensors", "_write_bytes")
-_SYNC = "_sync_folder"
+_WRITES = ("write_tensors", "write_bytes")
+_SYNC = "sync_folder"
 
 
 class Striker(Callback):
@@ -59,7 +59,7 @@ class Striker(Callback):
             return
         if ctx.progress.step == fault.step:
             for name in (*_WRITES, _SYNC):
-                vars(files)[name] = self._counted(name, getattr(files, name))
+                vars(disk)[name] = self._counted(name, getattr(disk, name))
 
     def _strike_in(self, hook: str, step: int) -> None:
         fault = self._fault
