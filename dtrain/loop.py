@@ -352,7 +352,7 @@ class Loop:
         """
         self._conclude()
         if not final:
-            self._notice_failed_save()
+            self._retry_failed_save()
         if not self._loss_weight and not final:
             return
         context = self.context
@@ -394,7 +394,7 @@ class Loop:
         self._save_asked = False
         self.context.comm.pulse.go(SAVING)
         if self.saver.finish() is not None:
-            self._notice_failed_save()
+            self._tell_failed_save("now")
             self._saved_at = -1
         if self._saved_at == step:
             return
@@ -416,17 +416,21 @@ class Loop:
             self.context.comm.raise_failures("the last checkpoint", mine, "saving a checkpoint")
         self.context.comm.pulse.go(BETWEEN)
 
-    def _notice_failed_save(self) -> None:
-        """Tells of a checkpoint that could not be written, and asks for another, the first time."""
+    def _retry_failed_save(self) -> None:
+        """Asks for another where a checkpoint could not be written; not where that failed, too."""
+        if self.saver.failures > 1:
+            self._tell_failed_save("when the next one is due")
+        elif self._tell_failed_save("soon"):
+            self.context.request.save("the last checkpoint could not be written")
+
+    def _tell_failed_save(self, again: str) -> bool:
+        """Tells of a checkpoint that could not be written, once; returns whether it did."""
         failure = self.saver.failure
         if failure is None or failure is self._failed_save:
-            return
+            return False
         self._failed_save = failure
-        again = self.saver.failures == 1
-        when = "after the next step" if again else "when the next one is due"
-        self.context.say(f"warning: {failure}. Training goes on; it is tried again {when}.")
-        if again:
-            self.context.request.save("the last checkpoint could not be written")
+        self.context.say(f"warning: {failure}. Training goes on; it is tried again {again}.")
+        return True
 
     def _settle(self) -> None:
         """Agrees on what was requested since the last backward."""

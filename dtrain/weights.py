@@ -35,7 +35,7 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
             those tensors that fit, and leaves the others of the model as they are.
 
     Returns:
-        The file that was read, or the checkpoint's folder.
+        The file that was read; the checkpoint's folder, where its model is in parts.
 
     Raises:
         CheckpointError: there is nothing intact to read, or it does not fit; the model is as it
@@ -93,7 +93,7 @@ def _find(path: Path) -> Path:
             files.check(path.parent)
         return path
     if files.has_manifest(path):
-        return files.check(path).path
+        return files.model_file(files.check(path).path)
     inner = path / "checkpoints"
     folder = inner if inner.is_dir() else path
     saved, damage = files.find(folder)
@@ -104,7 +104,7 @@ def _find(path: Path) -> Path:
         warnings.warn(
             f"{saved.path} is loaded, because what is newer is damaged:{told}", stacklevel=3
         )
-    return saved.path
+    return files.model_file(saved.path)
 
 
 def _fits(there: Tensor, here: Tensor) -> bool:

@@ -141,6 +141,12 @@ def listed(folder: Path) -> list[Saved]:
     return saved
 
 
+def model_file(path: Path) -> Path:
+    """Returns the file with the model; the checkpoint's folder, where it is in parts."""
+    file = path / _whole(MODEL)
+    return file if file.exists() else path
+
+
 def load_model(path: Path) -> dict[str, Tensor]:
     """Returns parameters and buffers, on the CPU.
 

@@ -6,33 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from saved import save
 
-from dtrain.checkpoint import files, status
+from dtrain.checkpoint import status
 from dtrain.checkpoint.status import Decision, Status, decide
-from dtrain.comm import Comm
 from dtrain.errors import CheckpointError, ConfigError, ResumeError
 
 MAKE_UP = {"model": "abc", "batch size": 64, "callbacks": ["Checkpoint"]}
 
 
-def save(run_dir: Path, step: int) -> Path:
-    return files.save(
-        run_dir / "checkpoints",
-        step=step,
-        model={"w": torch.ones(2)},
-        state={},
-        rank_state={},
-        metrics={},
-        rank=0,
-        comm=Comm(),
-    )
-
-
 def old_run(run_dir: Path, state: Any = "running", *, saved: int | None = 30, **more: Any) -> None:
     """A run of 3 epochs and 30 steps, with a checkpoint, unless told otherwise."""
     if saved is not None:
-        save(run_dir, saved)
+        save(run_dir / "checkpoints", saved)
     facts = {"reason": "all epochs done", "step": 30, "epoch": 3, "make_up": MAKE_UP} | more
     status.write(run_dir, Status(state, **facts))
 
@@ -100,8 +86,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) ->
 
 def test_the_newest_intact_checkpoint_is_taken_and_the_damage_told(tmp_path: Path) -> None:
     old_run(tmp_path, saved=10)
-    save(tmp_path, 20)
-    harmed = save(tmp_path, 30) / "model.safetensors"
+    save(tmp_path / "checkpoints", 20)
+    harmed = save(tmp_path / "checkpoints", 30) / "model.safetensors"
     harmed.write_bytes(harmed.read_bytes()[:-1])
     decision = choose(tmp_path)
     assert decision.saved is not None
@@ -212,7 +198,7 @@ def test_never_moves_the_old_run_aside_each_time(tmp_path: Path) -> None:
 
 
 def test_never_leaves_no_checkpoint_that_a_later_start_would_find(tmp_path: Path) -> None:
-    save(tmp_path, 30)  # its status.json was lost
+    save(tmp_path / "checkpoints", 30)  # its status.json was lost
     choose(tmp_path, "never")
     old_run(tmp_path, saved=None)
     assert choose(tmp_path).saved is None
