@@ -83,10 +83,9 @@ class Saver:
         # one keeps something of its own on some ranks, rank 0's is what counts.
         mine = int(fingerprint(writing.layout(content)), 16) >> 1
         everyones = comm.all_gather("checkpoint: what it holds", torch.tensor(mine)).tolist()
-        writers = list(range(self._world.size)) if writers is None else list(writers)
-        if len(set(everyones)) > 1:
-            writers = writers[:1]
-        staged = self._stage.take(content, writers)
+        writers = writers or range(self._world.size)
+        sharers = writers if len(set(everyones)) == 1 else writers[:1]
+        staged = self._stage.take(content, writers, sharers)
         self.failure, self._left = None, False
         if wait or self._apart is None:
             self._write(folder, staged, comm, then)

@@ -17,7 +17,7 @@ from dtrain.errors import CheckpointError, ConfigError, CrashLoop, ResumeError
 State = Literal["running", "finished", "preempted", "failed"]
 ResumeMode = Literal["auto", "never", "must", "emergency"]
 
-#: So often in a row a run may fail at the same step.
+#: So often in a row a run may fail without having come any further.
 MAX_FAILURES = 3
 
 #: The folder within ``run_dir`` of what was saved when a step failed.
@@ -35,9 +35,9 @@ class Status:
         step: global steps taken.
         epoch: epochs finished.
         make_up: what the run is made of; a run is continued only by one of the same make-up.
-        failed_at: the step at which the run last failed, or -1. Of a run that was killed before it
-            could tell, the last step that it told of.
-        failures: how often in a row it failed there.
+        failed_at: the furthest step at which the run failed, or -1. Of a run that was killed before
+            it could tell, the last step that it told of.
+        failures: how often in a row it came no further.
         requeue: False where another start would only fail in the same way.
         updated: when this was written, in seconds since 1970.
     """
@@ -202,10 +202,10 @@ def decide(
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """How often in a row a run failed at the same step.
+    """How often in a row a run failed without having come any further.
 
     Attributes:
-        at: the step, or -1.
+        at: the furthest step, or -1.
         count: how often.
     """
 
@@ -214,7 +214,9 @@ class Failures:
 
     def then(self, step: int) -> Failures:
         """Counts a failure at ``step``."""
-        return Failures(step, self.count + 1 if step == self.at else 1)
+        if step > self.at:
+            return Failures(step, 1)
+        return Failures(self.at, self.count + 1)
 
     @property
     def is_loop(self) -> bool:
@@ -242,8 +244,8 @@ def failures_before(before: Status | None, *, restarted: bool) -> Failures:
     if failures.is_loop:
         reason = before.reason or "killed"
         raise CrashLoop(
-            f"{failures.count} starts in a row failed at step {failures.at} ({reason}), so this "
-            "one does not try again. Mend the cause and start it by hand: that counts from 1."
+            f"{failures.count} starts in a row came no further than step {failures.at} ({reason}), so "
+            "this one does not try again. Mend the cause and start it by hand: that counts from 1."
         )
     return failures
 

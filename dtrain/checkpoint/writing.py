@@ -85,12 +85,13 @@ class Stage:
         self._rank = rank
         self._memory: dict[tuple[str, str], Tensor] = {}
 
-    def take(self, content: Content, writers: Sequence[int]) -> Staged:
+    def take(self, content: Content, writers: Sequence[int], sharers: Sequence[int]) -> Staged:
         """Returns this rank's share of ``content``; what was returned before is overwritten.
 
         Args:
             content: what to copy.
-            writers: which ranks have a share; equal on all ranks.
+            writers: which ranks write what is their own.
+            sharers: among which of these all else is divided; equal on all ranks.
 
         Raises:
             CheckpointError: something in it cannot be saved; it is named.
@@ -104,14 +105,14 @@ class Stage:
         parts = [
             (stem, number, names)
             for stem, held in shared.items()
-            for number, names in enumerate(divide(held, len(writers)))
+            for number, names in enumerate(divide(held, len(sharers)))
         ]
         count = {stem: sum(one == stem for one, _, _ in parts) for stem in shared}
         for turn, (stem, number, names) in enumerate(parts):
-            if writers[turn % len(writers)] == self._rank:
+            if sharers[turn % len(sharers)] == self._rank:
                 file = files.part_name(stem, number, count[stem])
                 staged.tensors[file] = {n: self._copy(stem, n, shared[stem][n]) for n in names}
-        if self._rank == writers[0]:
+        if self._rank == sharers[0]:
             staged.plain[f"{files.STATE}.json"] = content.state.plain
             if count[files.MODEL] > 1:
                 staged.plain[f"{files.MODEL}.safetensors.index.json"] = _index(parts, shared)
