@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 
+from torch import Tensor, nn
+
 from dtrain.errors import ConfigError
 from dtrain.precision import Precision
 from dtrain.pulse import Place, Pulse
@@ -234,6 +236,12 @@ class CheckpointSlot(Protocol):
 
     #: Whether training goes on while a checkpoint is written.
     background: bool
+    #: Whether a checkpoint may lack weights that were never trained.
+    trainable_only: bool
+
+    def select(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns what to save of the model's state, by name; equal on all ranks."""
+        ...
 
     def due_after_step(self, progress: Progress) -> bool:
         """Says whether this step is to be saved; equal on all ranks, must not communicate."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.callback import Callback
+from dtrain.callback import Callback, CheckpointSlot
 from dtrain.checkpoint import files, rng, tree
 from dtrain.checkpoint.files import Saved
 from dtrain.checkpoint.writing import Content
+from dtrain.errors import CheckpointError
 from dtrain.precision import Precision
 from dtrain.state import Context
 from dtrain.world import World
@@ -39,7 +40,9 @@ class Snapshot:
         context: Context,
         world: World,
         config: dict[str, Any],
+        slot: CheckpointSlot | None,
     ) -> None:
+        self._slot = slot
         self._model = model
         self._optimizer = optimizer
         self._precision = precision
@@ -59,10 +62,10 @@ class Snapshot:
 
         Ranks: all, local.
         """
-        context = self._context
+        context, slot = self._context, self._slot
         return Content(
             step=context.progress.step,
-            model=self._model.state_dict(),
+            model=self._model.state_dict() if slot is None else slot.select(self._model),
             state=tree.split(
                 {
                     "optimizer": self._optimizer.state_dict(),
@@ -83,11 +86,19 @@ class Snapshot:
         """Restores parameters, buffers and progress; returns the rest, for :meth:`restore_rest`.
 
         Raises:
-            CheckpointError: a file cannot be read.
+            CheckpointError: a file cannot be read, or lacks what the model has.
 
         Ranks: all, local.
         """
-        self._model.load_state_dict(files.load_model(saved.path))
+        tensors = files.load_model(saved.path)
+        missing = [name for name in self._model.state_dict() if name not in tensors]
+        if missing and not (self._slot is not None and self._slot.trainable_only):
+            raise CheckpointError(
+                f"{saved.path} lacks {len(missing)} of the model's tensors, such as {missing[0]}: "
+                "it was made with Checkpoint(trainable_only=True). Pass that again, and load the "
+                "base model before fit."
+            )
+        self._model.load_state_dict(tensors, strict=not missing)
         state = files.load_state(saved.path)
         for name in _PROGRESS:
             setattr(self._context.progress, name, state["progress"][name])

@@ -176,6 +176,7 @@ class Trainer:
             self.context,
             world,
             self._config,
+            self._checkpoint,
         )
         self._saver = Saver(world)
         self._make_up: dict[str, Any] = {}

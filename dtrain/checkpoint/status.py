@@ -244,8 +244,9 @@ def failures_before(before: Status | None, *, restarted: bool) -> Failures:
     if failures.is_loop:
         reason = before.reason or "killed"
         raise CrashLoop(
-            f"{failures.count} starts in a row came no further than step {failures.at} ({reason}), so "
-            "this one does not try again. Mend the cause and start it by hand: that counts from 1."
+            f"{failures.count} starts in a row came no further than step {failures.at} ({reason}), "
+            "so this one does not try again. Mend the cause and start it by hand: that counts from "
+            "1."
         )
     return failures
 
