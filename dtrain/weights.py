@@ -1,4 +1,4 @@
-"""Weights alone, out of a checkpoint or a safetensors file, into a model."""
+"""Weights alone, out of a checkpoint or a safetensors file, into a model or one plain file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dtrain.checkpoint import files
+from dtrain.checkpoint import disk, files
 from dtrain.errors import CheckpointError
 
 _NAMED = 10
@@ -44,7 +44,7 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
     Ranks: all, local; each reads the file.
     """
     file = _find(Path(path))
-    found = files.load_model(file) if file.is_dir() else files.load_tensors(file)
+    found = _read(file)
     own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     fitting = {name: t for name, t in found.items() if name in own and _fits(t, own[name])}
     misfits = [
@@ -75,6 +75,42 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
         )
     model.load_state_dict(fitting, strict=False)
     return file
+
+
+def export_model(path: str | Path, file: str | Path) -> int:
+    """Writes the weights of a run as one plain safetensors file, which any tool can read.
+
+    Example::
+
+        dtrain.export_model("runs/first", "first.safetensors")
+
+    Args:
+        path: as for :func:`load_model`.
+        file: what to write; it is there whole, or as it was.
+
+    Returns:
+        How many tensors it holds.
+
+    Raises:
+        CheckpointError: there is nothing intact to read, or the file cannot be written.
+
+    Ranks: rank 0 only.
+    """
+    file = Path(file)
+    tensors = _read(_find(Path(path)))
+    aside = file.with_name(f".{file.name}.writing")
+    try:
+        with disk.plain_words(file):
+            disk.write_tensors(aside, tensors)
+            aside.replace(file)
+            disk.sync_folder(file.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+    return len(tensors)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    return files.load_model(file) if file.is_dir() else files.load_tensors(file)
 
 
 def _find(path: Path) -> Path:

@@ -6,6 +6,7 @@ import typer
 
 from dtrain.cli.check import check
 from dtrain.cli.drill import drill
+from dtrain.cli.export import export
 
 app = typer.Typer(
     name="dtrain",
@@ -18,6 +19,7 @@ app = typer.Typer(
 # All after a script's name is the script's own, options included.
 for command in (check, drill):
     app.command(context_settings={"allow_interspersed_args": False})(command)
+app.command()(export)
 
 
 @app.callback()
