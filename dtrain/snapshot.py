@@ -48,12 +48,13 @@ class Snapshot:
         self._world = world
         self._config = config
 
-    def save(self, folder: Path, loop: dict[str, Any]) -> None:
+    def save(self, folder: Path, loop: dict[str, Any], data: dict[str, Any] | None) -> None:
         """Writes a checkpoint of the run into ``folder``.
 
         Args:
             folder: ``run_dir/checkpoints``.
             loop: the loop's own state.
+            data: where this rank's stream of data is, if it has one.
 
         Raises:
             CheckpointError: it could not be written.
@@ -75,7 +76,11 @@ class Snapshot:
                 "metrics": context.metrics,
                 "config": self._config,
             },
-            rank_state={"rng": rng.capture(), "own_rng": context.rng.get_state()},
+            rank_state={
+                "rng": rng.capture(),
+                "own_rng": context.rng.get_state(),
+                "data": data,
+            },
             metrics=context.metrics,
             rank=self._world.rank,
             comm=self._world.comm,
@@ -97,13 +102,16 @@ class Snapshot:
 
     def restore_rest(
         self, saved: Saved, state: dict[str, Any], new_rank: Callable[[], None]
-    ) -> None:
+    ) -> dict[str, Any] | None:
         """Restores optimizer, precision, callbacks, metrics and random streams.
 
         Args:
             saved: the checkpoint.
             state: what :meth:`restore_model` returned.
             new_rank: called on a rank that the saved run did not have, to seed its streams.
+
+        Returns:
+            What was saved as this rank's ``data``.
 
         Raises:
             CheckpointError: a file cannot be read.
@@ -121,9 +129,11 @@ class Snapshot:
         mine = files.load_rank_state(saved.path, self._world.rank)
         if mine is None:
             new_rank()
-        else:
-            rng.restore(mine["rng"])
-            context.rng.set_state(mine["own_rng"])
+            return None
+        rng.restore(mine["rng"])
+        context.rng.set_state(mine["own_rng"])
+        data: dict[str, Any] | None = mine["data"]
+        return data
 
 
 def _undo_casts(optimizer: Optimizer, saved: dict[str, Any]) -> None:

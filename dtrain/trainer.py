@@ -347,7 +347,7 @@ class Trainer:
         seed = derive_seed(self._seed, _ORDER_STREAM)
         if data.is_stream:
             batches = 1 if self._accumulation is None else self._accumulation.batches_per_step()
-            return StreamFeed(data, self.world, batches)
+            return StreamFeed(data, self.world, batches, saves=self._run_dir is not None)
         return MapFeed(data, self.world, self._split, seed)
 
     def _split(self, share: int) -> list[int]:
@@ -445,8 +445,8 @@ class Trainer:
         comm.on_main("open sinks", reporter.open)
         self.hooks.fire(Callback.on_fit_start, context)
         if saved is not None:
-            self._snapshot.restore_rest(saved, state, self._seed_rank)
-            loop.load_state_dict(state["loop"])
+            mine = self._snapshot.restore_rest(saved, state, self._seed_rank)
+            loop.load_state_dict(state["loop"], mine)
             loop.journal = Journal(context, reporter)  # counts from here
         elif not self._live:
             self._seed_rank()
@@ -530,7 +530,7 @@ class Trainer:
         self.world.comm.pulse.go(SAVING)
         try:
             share_buffers(self.model, self.world.comm)
-            self._snapshot.save(folder, loop.state_dict())
+            self._snapshot.save(folder, loop.state_dict(), loop.data_state())
             if self.world.is_main:
                 for older in files.listed(folder):
                     if older.step != step:
@@ -544,7 +544,7 @@ class Trainer:
 
     # -- state ----------------------------------------------------------------------------------
 
-    def _save(self, loop_state: dict[str, Any]) -> None:
+    def _save(self, loop_state: dict[str, Any], data_state: dict[str, Any] | None) -> None:
         """Makes a checkpoint, then deletes what need not be kept."""
         comm, context, run_dir = self.world.comm, self.context, self._run_dir
         if run_dir is None:
@@ -553,7 +553,7 @@ class Trainer:
             return
         folder = run_dir / "checkpoints"
         share_buffers(self.model, comm)
-        self._snapshot.save(folder, loop_state)
+        self._snapshot.save(folder, loop_state, data_state)
 
         def tidy() -> None:
             if self._checkpoint is not None:
@@ -574,7 +574,7 @@ class Trainer:
             "callbacks": [callback.name for callback in self.hooks.callbacks],
             "precision": self.precision.name,
             "batch size": data.batch_size,
-            "samples": len(data.dataset) if hasattr(data.dataset, "__len__") else None,
+            "samples": _length(data.dataset),
             "seed": self._seed,
         }
 
@@ -621,6 +621,13 @@ def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:
     that does not hang on what ranks say.
     """
     return device.type == "cuda" and takes_a_veto(optimizer) and not data.is_stream
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except TypeError:  # a DataLoader has __len__ and may have no length
+        return None
 
 
 def _generator(*stream: int) -> torch.Generator:
