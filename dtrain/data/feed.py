@@ -181,7 +181,7 @@ class MapFeed:
                 batch_size=None,  # a task is a whole micro-batch
                 collate_fn=_as_it_is,
                 num_workers=self._data.num_workers,
-                prefetch_factor=max(1, self._data.prefetch),
+                prefetch_factor=self._data.prefetch,
                 persistent_workers=True,
                 pin_memory=self._device.type == "cuda",
                 # Of its own: starting workers must not draw from this rank's stream.

@@ -31,7 +31,10 @@ class Data:
         drop_last: leave out an epoch's last global batch if it is smaller than the others.
         collate_fn: makes a batch of a list of samples; torch's default if None.
         num_workers: loader processes of each rank; 0 loads in the training process.
-        prefetch: micro-batches that each worker holds ready.
+        prefetch: micro-batches that each worker holds ready. Without workers a batch is fetched
+            when its step needs it, after the update of the step before; so samples may be made by
+            the model as it is then. Workers hold copies of the dataset and fetch ahead, so
+            ``prefetch=0`` with workers is refused.
         order: your own order of samples, instead of ``shuffle``; such as
             :class:`~dtrain.data.Weighted` or :class:`~dtrain.data.Bucketed`.
         seed_samples: Python's, NumPy's and torch's random numbers that a sample draws depend on
@@ -120,6 +123,12 @@ class Data:
         if self.num_workers < 0 or self.prefetch < 0:
             raise ConfigError(
                 f"num_workers={self.num_workers} and prefetch={self.prefetch} must be 0 or more"
+            )
+        if self.num_workers and not self.prefetch:
+            raise ConfigError(
+                f"prefetch=0 with num_workers={self.num_workers}: workers fetch ahead, with copies "
+                "of the dataset, and of a model in it, as they were when the workers started. "
+                "For samples that the live model makes use num_workers=0; else prefetch=1 or more"
             )
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s={self.timeout_s}: must be more than 0 seconds")

@@ -296,9 +296,9 @@ def plain_loader(workers):
 def skipping(folder):
     """Ends and goes on in streams without state; returns (equal, what was said)."""
     found = []
-    for workers in (0, 1):
+    for workers, ends in ((0, (4, 10)), (1, (10,))):
         whole = fit(folder / f"{workers} whole", plain_loader(workers), "idle")
-        for steps in (4, 10):
+        for steps in ends:
             name = folder / f"{workers} {steps}"
             before = fit(name, plain_loader(workers), "idle", max_steps=steps)
             after = fit(name, plain_loader(workers), "idle")
@@ -309,10 +309,11 @@ def skipping(folder):
 
 def test_without_state_dict_it_is_skipped_through_and_says_so(tmp_path):
     [found] = run_processes(skipping, 1, tmp_path, timeout_s=60)
-    for (equal, said, error), batches in zip(found, (4, 4, 4, 4), strict=True):
+    assert len(found) == 3
+    for equal, said, error in found:
         assert error is None
         assert equal  # each pass draws its order, and its workers' seeds, as it begins
-        assert f"{batches} batches of the stream are skipped through from its beginning" in said
+        assert "4 batches of the stream are skipped through from its beginning" in said
         assert "because it has no state_dict" in said
 
 

@@ -109,6 +109,11 @@ class SizedBatches(Batches):
         (lambda: Data(numbers(6), 2, timeout_s=0), ConfigError, ["timeout_s=0"]),
         (lambda: Data([1], seed_samples=True), ConfigError, ["seed_samples", "map-style"]),
         (lambda: Data(numbers(6), 2, prefetch=-1), ConfigError, ["prefetch=-1"]),
+        (
+            lambda: Data(numbers(6), 2, num_workers=3, prefetch=0),
+            ConfigError,
+            ["prefetch=0 with num_workers=3", "workers fetch ahead", "use num_workers=0"],
+        ),
         (lambda: Data(Batches(), 2), ConfigError, ["Batches is an iterable", "batch_size out"]),
         (lambda: Data(SizedBatches(), 2), ConfigError, ["SizedBatches is an iterable"]),
         (lambda: Data(iter([1]), 2), ConfigError, ["list_iterator is an iterable"]),
