@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dtrain.checkpoint import rng
+from dtrain.data.columns import fetch_whole
 from dtrain.data.order import Order, Sequential, Shuffled
 from dtrain.data.shares import share_of
 from dtrain.data.source import Data
@@ -333,10 +334,8 @@ class _MapStep:
 
 def fetch(dataset: Any, rows: Sequence[int], collate: Callable[[list[Any]], Any] | None) -> Any:
     """Returns the batch of ``rows``: fetched whole where the dataset can, else collated."""
-    if collate is None and type(dataset) is TensorDataset:
-        # The same list of tensors as collating sample by sample, in one indexing each.
-        chosen = torch.as_tensor(rows)
-        return [tensor[chosen] for tensor in dataset.tensors]
+    if collate is None and (batch := fetch_whole(dataset, rows)) is not None:
+        return batch
     if _fetches_many(dataset):
         samples = dataset.__getitems__(rows)
     else:

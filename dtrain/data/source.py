@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from dtrain.data.columns import as_dataset
 from dtrain.data.order import Order
 from dtrain.errors import ConfigError, DataError
 
@@ -17,8 +18,9 @@ class Data:
     """What to train on: a map-style dataset, or an iterable of ready batches.
 
     A map-style dataset (``__len__`` and ``__getitem__``) comes with a ``batch_size``; order,
-    sharding and resume are then exact. An iterable yields ready batches, each rank its own
-    stream.
+    sharding and resume are then exact. So does an array, or a dict or tuple of equally long arrays
+    or tensors, of each of which a sample has one row. An iterable yields ready batches, each rank
+    its own stream; one with ``state_dict`` and ``load_state_dict`` is resumed where it was.
 
     Example::
 
@@ -68,7 +70,7 @@ class Data:
         when_uneven: WhenUneven = "idle",
     ) -> None:
         _refuse_loader(dataset, batch_size)
-        self.dataset = dataset
+        self.dataset = dataset if batch_size is None else as_dataset(dataset)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
