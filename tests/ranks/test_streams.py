@@ -154,14 +154,11 @@ def fit(run_dir, stream, uneven, *, every=None, micros=1, kill_at=0, fail_at=Non
     return tiny.digest(net), steps, numbers.seen, "\n".join(said.said), error
 
 
-#: Kind, when_uneven, micro-batches.
-CASES = [
-    ("from there", "idle", 1),
-    ("late", "idle", 2),
-    ("from there", "stop", 1),
-    ("counts", "stop", 1),
-    ("late", "stop", 2),
-]
+#: By number of ranks: kind, when_uneven, micro-batches.
+CASES = {
+    1: [("late", "stop", 2), ("from there", "idle", 1)],
+    2: [("counts", "stop", 1), ("late", "idle", 2), ("from there", "stop", 1)],
+}
 
 
 def at_every_step(folder):
@@ -169,7 +166,7 @@ def at_every_step(folder):
     world = dtrain.init(seed=0)
     length = LENGTHS[world.rank]
     found = []
-    for kind, uneven, micros in CASES:
+    for kind, uneven, micros in CASES[world.size]:
 
         def run(name, kind=kind, uneven=uneven, micros=micros, **options):
             stream = Stream(kind, length, world.rank)
@@ -198,7 +195,7 @@ def at_every_step(folder):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_ended_at_any_step_it_goes_on_at_the_next_batch(tmp_path, world_size):
     for found in run_processes(at_every_step, world_size, tmp_path, timeout_s=60):
-        assert len(found) > 25
+        assert len(found) > 18
         for one in found:
             _, uneven, micros, way = one["case"]
             assert one["end"], one
@@ -296,12 +293,12 @@ def plain_loader(workers):
 def skipping(folder):
     """Ends and goes on in streams without state; returns (equal, what was said)."""
     found = []
-    for workers, ends in ((0, (4, 10)), (1, (10,))):
-        whole = fit(folder / f"{workers} whole", plain_loader(workers), "idle")
+    for workers, ends, epochs in ((0, (4, 10), 2), (1, (4,), 1)):
+        whole = fit(folder / f"{workers} whole", plain_loader(workers), "idle", epochs=epochs)
         for steps in ends:
             name = folder / f"{workers} {steps}"
-            before = fit(name, plain_loader(workers), "idle", max_steps=steps)
-            after = fit(name, plain_loader(workers), "idle")
+            before = fit(name, plain_loader(workers), "idle", epochs=epochs, max_steps=steps)
+            after = fit(name, plain_loader(workers), "idle", epochs=epochs)
             equal = after[0] == whole[0] and before[2] + after[2] == whole[2]
             found.append((equal, after[3], after[4]))
     return found
