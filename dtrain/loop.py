@@ -79,7 +79,7 @@ class Loop:
     journal: Journal
     world_size: int
     evaluate: Callable[[], dict[str, float]]
-    save: Callable[[dict[str, Any]], None]
+    save: Callable[[dict[str, Any], dict[str, Any] | None], None]
     saver: Saver
     checkpoint: CheckpointSlot | None
     #: Steps are not waited for: what became of one is looked at in the next (CUDA).
@@ -108,10 +108,20 @@ class Loop:
             "epoch_is_cut": self.epoch_is_cut,
             "weight": self.lane.expected if self.micro_step.weighed else 0.0,
             "stop_reason": "" if self.preempted else self.stop_reason,
+            "ranks": self.world_size,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what :meth:`state_dict` returned; the progress is restored already."""
+    def data_state(self) -> dict[str, Any] | None:
+        """Returns what a checkpoint must hold of this rank's data, at this place in the plan."""
+        progress = self.context.progress
+        return self.feed.state_dict(progress.epoch, progress.step_in_epoch)
+
+    def load_state_dict(self, state: dict[str, Any], data: dict[str, Any] | None) -> None:
+        """Takes up what both returned; the progress is restored already.
+
+        Raises:
+            ResumeError: the data cannot be gone on with at this number of ranks.
+        """
         progress = self.context.progress
         self.epoch_evaluated = epoch_evaluated = state["epoch_evaluated"]
         self.epoch_is_cut = state["epoch_is_cut"]
@@ -124,6 +134,15 @@ class Loop:
         self._saved_at = progress.step
         if epoch_evaluated:
             self._evaluated_at = progress.step
+        at_end = epoch_evaluated or self.epoch_is_cut
+        lost = self.feed.load_state_dict(
+            data,
+            ranks=state["ranks"],
+            epoch=progress.epoch + at_end,
+            step=0 if at_end else progress.step_in_epoch,
+        )
+        if lost:
+            self.context.notes.append(lost)
 
     @property
     def failed_here(self) -> bool:
@@ -402,7 +421,7 @@ class Loop:
         self.context.comm.pulse.go(SAVING)
         with self.context.comm.lockstep(self._at("saving a checkpoint")):
             self.hooks.fire(Callback.on_save, self.context)
-            self.save(self.state_dict())
+            self.save(self.state_dict(), self.data_state())
         self._saved_at = step
         self.context.comm.pulse.go(BETWEEN)
 

@@ -51,11 +51,15 @@ class Snapshot:
         self._world = world
         self._config = config
 
-    def take(self, loop: dict[str, Any]) -> Content:
+    def take(
+        self, loop: dict[str, Any], data: dict[str, Any] | None, *, device_is_well: bool = True
+    ) -> Content:
         """Returns what a checkpoint of the run must hold; nothing is copied yet.
 
         Args:
             loop: the loop's own state.
+            data: where this rank's stream of data is, if it has one.
+            device_is_well: False touches no more of the device than names.
 
         Raises:
             CheckpointError: something in it cannot be saved; it is named.
@@ -78,7 +82,13 @@ class Snapshot:
                     "config": self._config,
                 }
             ),
-            rank_state=tree.split({"rng": rng.capture(), "own_rng": context.rng.get_state()}),
+            rank_state=tree.split(
+                {
+                    "rng": rng.capture() if device_is_well else rng.capture_host(),
+                    "own_rng": context.rng.get_state(),
+                    "data": data,
+                }
+            ),
             metrics=context.metrics,
         )
 
@@ -106,13 +116,16 @@ class Snapshot:
 
     def restore_rest(
         self, saved: Saved, state: dict[str, Any], new_rank: Callable[[], None]
-    ) -> None:
+    ) -> dict[str, Any] | None:
         """Restores optimizer, precision, callbacks, metrics and random streams.
 
         Args:
             saved: the checkpoint.
             state: what :meth:`restore_model` returned.
             new_rank: called on a rank that the saved run did not have, to seed its streams.
+
+        Returns:
+            What was saved as this rank's ``data``.
 
         Raises:
             CheckpointError: a file cannot be read.
@@ -130,9 +143,11 @@ class Snapshot:
         mine = files.load_rank_state(saved.path, self._world.rank)
         if mine is None:
             new_rank()
-        else:
-            rng.restore(mine["rng"])
-            context.rng.set_state(mine["own_rng"])
+            return None
+        rng.restore(mine["rng"])
+        context.rng.set_state(mine["own_rng"])
+        data: dict[str, Any] | None = mine["data"]
+        return data
 
 
 def _undo_casts(optimizer: Optimizer, saved: dict[str, Any]) -> None:

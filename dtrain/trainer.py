@@ -353,7 +353,7 @@ class Trainer:
         seed = derive_seed(self._seed, _ORDER_STREAM)
         if data.is_stream:
             batches = 1 if self._accumulation is None else self._accumulation.batches_per_step()
-            return StreamFeed(data, self.world, batches)
+            return StreamFeed(data, self.world, batches, saves=self._run_dir is not None)
         return MapFeed(data, self.world, self._split, seed)
 
     def _split(self, share: int) -> list[int]:
@@ -452,8 +452,8 @@ class Trainer:
         comm.on_main("open sinks", reporter.open)
         self.hooks.fire(Callback.on_fit_start, context)
         if saved is not None:
-            self._snapshot.restore_rest(saved, state, self._seed_rank)
-            loop.load_state_dict(state["loop"])
+            mine = self._snapshot.restore_rest(saved, state, self._seed_rank)
+            loop.load_state_dict(state["loop"], mine)
             loop.journal = Journal(context, reporter)  # counts from here
         elif not self._live:
             self._seed_rank()
@@ -546,12 +546,15 @@ class Trainer:
                     files.remove(folder, older.step)
 
         try:
-            share_buffers(self.model, comm)
-            # Whose step failed may hold a broken device; it writes nothing, if another can.
-            healthy = comm.gather_objects("who failed", not loop.failed_here)
-            writers = [rank for rank, well in enumerate(healthy) if well]
-            content = self._snapshot.take(loop.state_dict())
-            self._saver.save(folder, content, then=tidy, wait=True, writers=writers or None)
+            with comm.lockstep("saving what was before the failed step"):
+                share_buffers(self.model, comm)
+                # Whose step failed may have a broken device; others write what is there of it.
+                healthy = comm.gather_objects("who failed", not loop.failed_here)
+                content = self._snapshot.take(
+                    loop.state_dict(), loop.data_state(), device_is_well=not loop.failed_here
+                )
+                sharers = [rank for rank, well in enumerate(healthy) if well]
+                self._saver.save(folder, content, then=tidy, wait=True, sharers=sharers or None)
             if self._saver.failure is not None:
                 raise self._saver.failure
             if self.world.is_main:
@@ -564,7 +567,7 @@ class Trainer:
 
     # -- state ----------------------------------------------------------------------------------
 
-    def _save(self, loop_state: dict[str, Any]) -> None:
+    def _save(self, loop_state: dict[str, Any], data_state: dict[str, Any] | None) -> None:
         """Makes a checkpoint, then deletes what need not be kept."""
         comm, context, run_dir = self.world.comm, self.context, self._run_dir
         if run_dir is None:
@@ -583,7 +586,7 @@ class Trainer:
             self._write_status("running", at=at)
 
         share_buffers(self.model, comm)
-        content = self._snapshot.take(loop_state)
+        content = self._snapshot.take(loop_state, data_state)
         self._saver.save(folder, content, then=tidy, wait=not self._saves_beside)
 
     @property
@@ -598,7 +601,7 @@ class Trainer:
             "callbacks": [callback.name for callback in self.hooks.callbacks],
             "precision": self.precision.name,
             "batch size": data.batch_size,
-            "samples": len(data.dataset) if hasattr(data.dataset, "__len__") else None,
+            "samples": _length(data.dataset),
             "seed": self._seed,
         }
 
@@ -647,6 +650,13 @@ def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:
     that does not hang on what ranks say.
     """
     return device.type == "cuda" and takes_a_veto(optimizer) and not data.is_stream
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except TypeError:  # a DataLoader has __len__ and may have no length
+        return None
 
 
 def _generator(*stream: int) -> torch.Generator:

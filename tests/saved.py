@@ -31,6 +31,6 @@ def save(
             rank_state=tree.split(rank_state or {"rng": torch.arange(4)}),
             metrics={"eval/loss": step + 0.25},
         )
-        staged = Stage(rank).take(content, range(size), range(size))
+        staged = Stage(rank).take(content, range(size))
     writing.write(folder, staged, comm, is_main=rank == 0, then=lambda: None)
     return files.place(folder, step)[0]

@@ -61,7 +61,7 @@ class Saver:
         *,
         then: Callable[[], None],
         wait: bool = False,
-        writers: Sequence[int] | None = None,
+        sharers: Sequence[int] | None = None,
     ) -> None:
         """Begins to make a checkpoint, once the one before is done.
 
@@ -70,7 +70,7 @@ class Saver:
             content: what it is to hold; it may change as soon as this returns.
             then: called on rank 0 once the checkpoint is in place, perhaps in another thread.
             wait: whether to return only when it is written.
-            writers: which ranks write; all if None.
+            sharers: among which ranks to divide what is equal on all of them; all if None.
 
         Raises:
             CheckpointError: something in ``content`` cannot be saved at all.
@@ -83,9 +83,8 @@ class Saver:
         # one keeps something of its own on some ranks, rank 0's is what counts.
         mine = int(fingerprint(writing.layout(content)), 16) >> 1
         everyones = comm.all_gather("checkpoint: what it holds", torch.tensor(mine)).tolist()
-        writers = writers or range(self._world.size)
-        sharers = writers if len(set(everyones)) == 1 else writers[:1]
-        staged = self._stage.take(content, writers, sharers)
+        sharers = sharers or range(self._world.size)
+        staged = self._stage.take(content, sharers if len(set(everyones)) == 1 else sharers[:1])
         self.failure, self._left = None, False
         if wait or self._apart is None:
             self._write(folder, staged, comm, then)

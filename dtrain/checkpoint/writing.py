@@ -85,20 +85,17 @@ class Stage:
         self._rank = rank
         self._memory: dict[tuple[str, str], Tensor] = {}
 
-    def take(self, content: Content, writers: Sequence[int], sharers: Sequence[int]) -> Staged:
+    def take(self, content: Content, sharers: Sequence[int]) -> Staged:
         """Returns this rank's share of ``content``; what was returned before is overwritten.
 
         Args:
             content: what to copy.
-            writers: which ranks write what is their own.
-            sharers: among which of these all else is divided; equal on all ranks.
+            sharers: among which ranks to divide what is equal on all of them.
 
         Raises:
             CheckpointError: something in it cannot be saved; it is named.
         """
         staged = Staged(content.step, dict(content.metrics))
-        if self._rank not in writers:
-            return staged
         shared = {files.MODEL: content.model, files.STATE: content.state.tensors}
         for stem, held in shared.items():
             _check(stem, held)

@@ -139,13 +139,13 @@ def test_what_is_staged_is_a_copy() -> None:
     tensor = torch.zeros(2)
     stage = Stage(rank=0)
     split = tree.split({"a": tensor, "b": tensor})
-    staged = stage.take(Content(1, {"w": tensor}, split, split, {}), [0], [0])
+    staged = stage.take(Content(1, {"w": tensor}, split, split, {}), [0])
     tensor += 1
     every = [copy for held in staged.tensors.values() for copy in held.values()]
     assert [copy.tolist() for copy in every] == [[0, 0]] * 5
     assert len({copy.data_ptr() for copy in every}) == 5
     # And the next one takes the same memory.
-    again = stage.take(Content(2, {"w": tensor}, split, split, {}), [0], [0])
+    again = stage.take(Content(2, {"w": tensor}, split, split, {}), [0])
     assert [copy.tolist() for held in again.tensors.values() for copy in held.values()] == [
         [1, 1]
     ] * 5
