@@ -5,8 +5,8 @@
 Each step of a real run is a round: the whole state (parameters and AdamW's moments) is copied into
 memory that is there already; then dtrain saves beside the training; then torch.save does on rank 0,
 while the others wait; then torch.distributed.checkpoint (DCP) does beside the training, to
-safetensors. Each writes down to the disk. A figure is the median over rounds of its ratio to the copy
-of the same round, on the slowest rank. At the end one rank loads what was saved last.
+safetensors. Each writes down to the disk. A figure is the median over rounds of its ratio to the
+copy of the same round, on the slowest rank. At the end one rank loads what was saved last.
 """
 
 from __future__ import annotations
