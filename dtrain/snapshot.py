@@ -44,6 +44,8 @@ class Snapshot:
     ) -> None:
         self._slot = slot
         self._model = model
+        #: What must be the same for the run to be continued.
+        self.make_up: dict[str, Any] = {}
         self._optimizer = optimizer
         self._precision = precision
         self._callbacks = callbacks
@@ -80,6 +82,7 @@ class Snapshot:
                     "shared_rng": context.shared_rng.get_state(),
                     "metrics": context.metrics,
                     "config": self._config,
+                    "make_up": self.make_up,
                 }
             ),
             rank_state=tree.split(

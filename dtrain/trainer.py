@@ -400,7 +400,7 @@ class Trainer:
         feed = self._feed(data)
         if not evals:
             plan = replace(plan, eval_every=None)
-        self._make_up = self._describe_make_up(data)
+        self._make_up = self._snapshot.make_up = self._describe_make_up(data)
         # A stream is each rank's own, and so is its length.
         same = {k: v for k, v in self._make_up.items() if not (data.is_stream and k == "samples")}
         sizes = {label: str(one) for label, one in evals.items()}
@@ -478,12 +478,12 @@ class Trainer:
 
         def look() -> status.Decision:
             status.prepare(run_dir)
-            before = status.read(run_dir)
             decision = status.decide(
                 run_dir, resume, self._make_up, epochs=plan.epochs, max_steps=plan.max_steps
             )
+            before, restarted = decision.before, self.world.restarted
             try:
-                self._failures = status.failures_before(before, restarted=self.world.restarted)
+                self._failures = status.failures_before(before, restarted=restarted)
             except CrashLoop as loop:
                 if before is not None:
                     status.write(run_dir, replace(before, requeue=False))
