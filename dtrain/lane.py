@@ -224,10 +224,10 @@ class Lane:
         Raises:
             LaneSilent: no gradient reached the lane.
         """
-        if self.param.grad is None:
-            raise LaneSilent("no gradient reached the lane")
         # The gradients' mean over ranks is what DDP leaves.
         mean = self.param.grad if reduced is None else reduced
+        if mean is None:
+            raise LaneSilent("no gradient reached the lane")
         values = mean.tolist() if self._on_device is None else Arriving(mean)
         return Heard(mean, values, self.reference, self._size, self._rounding)
 

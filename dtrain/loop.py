@@ -342,10 +342,7 @@ class Loop:
         """Turns sums of weighted gradients into the gradient of the global mean."""
         if isinstance(factor, float) and factor == 1.0:
             return
-        grads = [
-            p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
-        ]
-        torch._foreach_mul_(grads, factor)
+        torch._foreach_mul_(self.strategy.gradients(self.optimizer), factor)
 
     def _count(self, step: Step, outcome: Outcome) -> None:
         progress, verdict = self.context.progress, outcome.verdict()

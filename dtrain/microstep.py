@@ -83,6 +83,8 @@ class MicroStep(nn.Module):
         self.lane_param = lane.param
         self.lane = lane
         self.trouble: Trouble | None = None
+        #: Whether backward of this micro-batch meets other ranks in a gather.
+        self.gathers = False
         self._loss_fn = loss_fn
         self._precision = precision
         self._hooks = hooks
@@ -149,7 +151,9 @@ class MicroStep(nn.Module):
         terms = [] if voice is None else [voice]
         if loss is not None:
             terms.append(self._weigh(loss, step.samples))
-        terms += self._gathers.take_ties()
+        ties = self._gathers.take_ties()
+        self.gathers = bool(ties)
+        terms += ties
         if last:
             if feed is not NO_DATA:  # nobody listens to a step that only fixes the buckets
                 self._agreement.say(self.lane)
@@ -159,6 +163,11 @@ class MicroStep(nn.Module):
                 terms.append(idle(self._trainable[::-1], self._sparse))
             self._pace.forwarded()
         return tuple(terms)
+
+    def fail(self, error: Exception, where: str) -> None:
+        """Keeps what went wrong until the step in which all ranks learn of it."""
+        self.trouble = Trouble(error, where)
+        self.lane.say(Slot.ERROR)
 
     def _refuse_to_idle(self) -> None:
         """Raises here and now: the others wait in the model, and must find this rank gone."""
@@ -232,8 +241,7 @@ class MicroStep(nn.Module):
                 # A TERM to every process of the job has ended this rank's loader workers, too.
                 self.lane.say(Slot.LEAVING)
                 return None
-            self.trouble = Trouble(error, where)
-            self.lane.say(Slot.ERROR)
+            self.fail(error, where)
             return None
         finally:
             request.skippable = False
@@ -246,8 +254,7 @@ class MicroStep(nn.Module):
             if feed.is_last():
                 self.lane.say(Slot.ENDING)
         except Exception as error:  # noqa: BLE001 -- as above: the stream is the user's
-            self.trouble = Trouble(error, "data")
-            self.lane.say(Slot.ERROR)
+            self.fail(error, "data")
 
     def _loss(self, step: Step) -> Loss:
         with self._precision.autocast():

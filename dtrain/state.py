@@ -308,6 +308,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
     run_loss: Callable[[Any], Loss] | None = None
+    list_gradients: Callable[[], list[Tensor]] | None = None
 
     def log(self, name: str, value: Number, reduce: Reduce = "mean") -> None:
         """Keeps a value; all values are reported as one number at the next sync point.
@@ -369,6 +370,21 @@ class Context:
         if self.run_loss is None:
             raise ConfigError("loss_of works during fit only")
         return self.run_loss(batch)
+
+    def gradients(self) -> list[Tensor]:
+        """In ``on_grads_ready``: tensors that hold all gradients, and otherwise zeros only.
+
+        For what is done to all of them alike, such as a norm: there may be fewer of them than of
+        parameters. What is done to them in place is done to the gradients.
+
+        Raises:
+            ConfigError: called outside of ``fit``.
+
+        Ranks: all, local; the gradients are equal on all ranks.
+        """
+        if self.list_gradients is None:
+            raise ConfigError("gradients() works during fit only")
+        return self.list_gradients()
 
     def say(self, text: str) -> None:
         """Tells the person at the terminal something, once, from rank 0's view.

@@ -53,7 +53,7 @@ from dtrain.signals import Signals
 from dtrain.sinks import Console
 from dtrain.snapshot import Snapshot
 from dtrain.state import Context, Loss, Progress, Request
-from dtrain.strategies import DDP, Strategy
+from dtrain.strategies import DDP, Flat, Strategy
 from dtrain.watchdog import HANG_AFTER_S, Watchdog
 from dtrain.words import describe_end, describe_start
 from dtrain.world import current, derive_seed, init, seed_everything
@@ -127,7 +127,7 @@ class Trainer:
         *,
         callbacks: Sequence[Callback] = (),
         sinks: Sequence[Sink] | None = None,
-        strategy: str | Strategy = "ddp",
+        strategy: str | Strategy = "flat",
         run_dir: str | Path | None = None,
         seed: int | None = None,
         eval_fn: UserLoss | None = None,
@@ -182,6 +182,7 @@ class Trainer:
         self._make_up: dict[str, Any] = {}
         self._failures = Failures()  # of earlier starts; known on rank 0
         self.context.run_loss = self._run_loss
+        self.context.list_gradients = lambda: self._strategy.gradients(self.optimizer)
         self._live = False  # a fit has begun in this process
 
     def _fill_slots(
@@ -638,9 +639,12 @@ class Trainer:
 def _choose(strategy: str | Strategy) -> Strategy:
     if isinstance(strategy, Strategy):
         return strategy
-    if strategy in ("ddp", "auto"):
-        return DDP()
-    raise ConfigError(f"strategy={strategy!r}: choose 'ddp', or pass a dtrain.strategies.Strategy")
+    named: dict[str, type[Strategy]] = {"ddp": DDP, "flat": Flat, "auto": DDP}
+    if strategy in named:
+        return named[strategy]()
+    raise ConfigError(
+        f"strategy={strategy!r}: choose 'ddp' or 'flat', or pass a dtrain.strategies.Strategy"
+    )
 
 
 def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:

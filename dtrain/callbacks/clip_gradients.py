@@ -43,17 +43,18 @@ class ClipGradients(Callback):
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         """Clips."""
-        params = [p for group in ctx.optimizer.param_groups for p in group["params"]]
+        grads = ctx.gradients()
         if self._max_value is not None:
-            torch.nn.utils.clip_grad_value_(params, self._max_value)
+            for grad in grads:
+                grad.clamp_(-self._max_value, self._max_value)
         elif self._max_norm is not None:
-            ctx.log("grad_norm", _clip_norm(params, self._max_norm))
+            ctx.log("grad_norm", _clip_norm(grads, self._max_norm))
 
 
-def _clip_norm(params: list[Tensor], max_norm: float) -> Tensor:
-    grads = [p.grad for p in params if p.grad is not None]
+def _clip_norm(grads: list[Tensor], max_norm: float) -> Tensor:
     norm = torch.nn.utils.get_total_norm([_entries(grad) for grad in grads])
-    torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
+    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

@@ -2,5 +2,6 @@
 
 from dtrain.strategies.base import Strategy
 from dtrain.strategies.ddp import DDP
+from dtrain.strategies.flat import Flat
 
-__all__ = ["DDP", "Strategy"]
+__all__ = ["DDP", "Flat", "Strategy"]

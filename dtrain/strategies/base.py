@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dtrain.data import StepFeed
 from dtrain.errors import UnusedParameters
@@ -82,6 +83,16 @@ class Strategy(ABC):
 
         Raises:
             UnusedParameters: names parameters whose gradients never arrived.
+
+        Ranks: all, local.
+        """
+
+    @abstractmethod
+    def gradients(self, optimizer: Optimizer) -> list[Tensor]:
+        """Returns tensors that hold all gradients of the optimizer, and otherwise zeros only.
+
+        What is done to them in place is done to the gradients; so a strategy that keeps them in
+        few tensors returns those.
 
         Ranks: all, local.
         """

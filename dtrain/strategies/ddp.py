@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.data import NO_DATA, StepFeed
-from dtrain.errors import ConfigError, RankMismatch, UnusedParameters
+from dtrain.errors import ConfigError
 from dtrain.lane import Heard, LaneSilent
 from dtrain.microstep import MicroStep
-from dtrain.pulse import BACKWARD, OWN_BACKWARD, Pulse
+from dtrain.pulse import BACKWARD, OWN_BACKWARD
 from dtrain.state import Step
-from dtrain.strategies.base import Strategy
+from dtrain.strategies.replicated import Replicated
 from dtrain.wire import DataParallel
 from dtrain.world import World
 
@@ -28,7 +28,7 @@ _SYNC_BUFFERS = (
 )
 
 
-class DDP(Strategy):
+class DDP(Replicated):
     """Reduces gradients with DistributedDataParallel. In a world of one it wraps nothing.
 
     Buffers (such as BatchNorm's running statistics) are not sent in each step; rank 0's go
@@ -58,17 +58,13 @@ class DDP(Strategy):
         sync_batchnorm: bool = False,
         comm_hook: tuple[Any, Callable[..., Any]] | None = None,
     ) -> None:
+        super().__init__()
         self.find_unused = find_unused_parameters
         self._static_graph = static_graph
         self._bucket_cap_mb = bucket_cap_mb
         self._sync_batchnorm = sync_batchnorm
         self._comm_hook = comm_hook
-        self._micro_step: MicroStep | None = None
         self._ddp: DataParallel | None = None
-        self._checked = False
-        self._world: World | None = None
-        self._pulse = Pulse()
-        self._trainable: list[int] = []
 
     def check(self, *, accumulates: bool) -> None:
         """Refuses static_graph with accumulation, where DDP's own assertion would fail.
@@ -106,32 +102,12 @@ class DDP(Strategy):
         self.may_idle = world.size == 1 or not has_sync
         return model
 
-    def make_equal(self, model: nn.Module, world: World) -> bool:
-        """Gives all ranks rank 0's parameters and buffers; returns whether any differed here.
-
-        Ranks: all, communicates.
-        """
-        if world.size == 1:
-            return False
-        differed = False
-        with torch.no_grad():
-            for tensor in model.state_dict().values():
-                sent = tensor.detach().clone().contiguous()
-                world.gradients.broadcast(sent)
-                if not torch.equal(sent, tensor):
-                    differed = True
-                    tensor.copy_(sent)
-        return differed
-
     def wrap(self, micro_step: MicroStep, world: World) -> None:
         """Wraps the micro-step, where there is another rank.
 
         Ranks: all, communicates.
         """
-        self._micro_step = micro_step
-        self._world = world
-        self._pulse = world.comm.pulse
-        self._trainable = micro_step.take_trainable()
+        self._take(micro_step, world)
         if world.size == 1:
             return
         if self._ddp is None:
@@ -167,29 +143,6 @@ class DDP(Strategy):
 
     def _release(self) -> None:
         self._ddp = None
-
-    def refresh(self) -> None:
-        """Wraps anew where parameters were frozen or unfrozen: DDP's buckets are of the others.
-
-        Raises:
-            ConfigError: every parameter is frozen.
-            RankMismatch: ranks froze different ones.
-
-        Ranks: all, communicates.
-        """
-        assert self._micro_step is not None, "wrap() comes first"
-        assert self._world is not None
-        trainable = self._micro_step.take_trainable()
-        everyones = self._world.comm.gather_objects("trainable parameters", trainable)
-        if any(theirs != everyones[0] for theirs in everyones):
-            counts = ", ".join(f"{len(t)} on rank {rank}" for rank, t in enumerate(everyones))
-            raise RankMismatch(f"ranks train different parameters: {counts}; freeze alike on all")
-        if trainable == self._trainable:
-            return
-        for parameter in self._micro_step.parameters():
-            parameter.grad = None  # views into the old buckets
-        self._checked = False
-        self.wrap(self._micro_step, self._world)
 
     def run(self, step: Step, feed: StepFeed, last: bool) -> None:
         """Runs forward and backward; gradients are reduced in the last micro-batch.
@@ -239,11 +192,8 @@ class DDP(Strategy):
 
         Ranks: all, local.
         """
-        assert self._micro_step is not None, "wrap() comes first"
-        if self.find_unused:
-            return
-        if any(p.requires_grad and p.grad is None for p in self._micro_step.model.parameters()):
-            raise self.unused()
+        if not self.find_unused:
+            self._check_gradients()
 
     def _reduced(self) -> torch.Tensor | None:
         """The lane in a reduction of its own, where a hook may have altered it in a bucket."""
@@ -254,18 +204,3 @@ class DDP(Strategy):
         mean = self._micro_step.lane.message() / self._world.size
         self._world.gradients.all_reduce(mean)
         return mean
-
-    def unused(self) -> UnusedParameters:
-        """Names the parameters whose gradients never arrived.
-
-        Ranks: all, local.
-        """
-        assert self._micro_step is not None
-        named = self._micro_step.model.named_parameters()
-        names = [name for name, p in named if p.requires_grad and p.grad is None]
-        return UnusedParameters(
-            f"no gradient reached {', '.join(names) or 'some parameters'}, so the ranks' "
-            "gradients could not be summed and nothing was updated. Use the parameters in every "
-            "loss, freeze them (`p.requires_grad_(False)` before the Trainer is made), or allow "
-            "it with `strategy=DDP(find_unused_parameters=True)`."
-        )

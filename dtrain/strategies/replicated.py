@@ -1,0 +1,101 @@
+"""What strategies have in common whose ranks each have the whole model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.errors import RankMismatch, UnusedParameters
+from dtrain.microstep import MicroStep
+from dtrain.pulse import Pulse
+from dtrain.strategies.base import Strategy
+from dtrain.world import World
+
+
+class Replicated(Strategy):
+    """Each rank has the whole model, and after the reduction all gradients.
+
+    Ranks: all, communicates.
+    """
+
+    def __init__(self) -> None:
+        self._micro_step: MicroStep | None = None
+        self._world: World | None = None
+        self._pulse = Pulse()
+        self._trainable: list[int] = []
+        self._checked = False
+
+    def make_equal(self, model: nn.Module, world: World) -> bool:
+        """Gives all ranks rank 0's parameters and buffers; returns whether any differed here.
+
+        Ranks: all, communicates.
+        """
+        if world.size == 1:
+            return False
+        differed = False
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                sent = tensor.detach().clone().contiguous()
+                world.gradients.broadcast(sent)
+                if not torch.equal(sent, tensor):
+                    differed = True
+                    tensor.copy_(sent)
+        return differed
+
+    def _take(self, micro_step: MicroStep, world: World) -> None:
+        self._micro_step = micro_step
+        self._world = world
+        self._pulse = world.comm.pulse
+        self._trainable = micro_step.take_trainable()
+
+    def refresh(self) -> None:
+        """Wraps anew where parameters were frozen or unfrozen: what is reduced is of the others.
+
+        Raises:
+            ConfigError: every parameter is frozen.
+            RankMismatch: ranks froze different ones.
+
+        Ranks: all, communicates.
+        """
+        assert self._micro_step is not None, "wrap() comes first"
+        assert self._world is not None
+        trainable = self._micro_step.take_trainable()
+        everyones = self._world.comm.gather_objects("trainable parameters", trainable)
+        if any(theirs != everyones[0] for theirs in everyones):
+            counts = ", ".join(f"{len(t)} on rank {rank}" for rank, t in enumerate(everyones))
+            raise RankMismatch(f"ranks train different parameters: {counts}; freeze alike on all")
+        if trainable == self._trainable:
+            return
+        for parameter in self._micro_step.parameters():
+            parameter.grad = None  # views into the old buckets
+        self._checked = False
+        self.wrap(self._micro_step, self._world)
+
+    def gradients(self, optimizer: Optimizer) -> list[Tensor]:
+        """Returns the gradient of each of the optimizer's parameters that has one.
+
+        Ranks: all, local.
+        """
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        return [p.grad for p in parameters if p.grad is not None]
+
+    def _check_gradients(self) -> None:
+        assert self._micro_step is not None, "wrap() comes first"
+        if any(p.requires_grad and p.grad is None for p in self._micro_step.model.parameters()):
+            raise self.unused()
+
+    def unused(self) -> UnusedParameters:
+        """Names the parameters whose gradients never arrived.
+
+        Ranks: all, local.
+        """
+        assert self._micro_step is not None
+        named = self._micro_step.model.named_parameters()
+        names = [name for name, p in named if p.requires_grad and p.grad is None]
+        return UnusedParameters(
+            f"no gradient reached {', '.join(names) or 'some parameters'}, so the ranks' "
+            "gradients could not be summed and nothing was updated. Use the parameters in every "
+            "loss, freeze them (`p.requires_grad_(False)` before the Trainer is made), or allow "
+            "it with `strategy=DDP(find_unused_parameters=True)`."
+        )
