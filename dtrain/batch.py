@@ -1,4 +1,4 @@
-"""Batch scripts for SLURM: the text of ``slurm/*.sbatch``, and of what ``dtrain submit`` submits."""
+"""Batch scripts for SLURM: the text of ``slurm/*.sbatch``, and of what ``dtrain submit`` sends."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ endpoint=$(hostname):$((10000 + SLURM_JOB_ID % 10000))
 _MASTER = """
 # The ranks meet at this node, the first of the job; $(hostname -i) where names do not resolve.
 # The port follows from the job's number: jobs on one host do not meet.
-export MASTER_ADDR=$(hostname) MASTER_PORT=$((10000 + SLURM_JOB_ID % 10000))
+MASTER_ADDR=$(hostname) MASTER_PORT=$((10000 + SLURM_JOB_ID % 10000))
+export MASTER_ADDR MASTER_PORT
 """
 
 _STATUS = """

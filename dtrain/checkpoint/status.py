@@ -70,7 +70,7 @@ class Decision:
 
 
 def write(run_dir: Path, status: Status) -> None:
-    """Replaces ``run_dir/status.json`` in one piece; and its copy, if ``DTRAIN_STATUS_FILE`` is set.
+    """Replaces ``run_dir/status.json`` in one piece; and the copy that ``DTRAIN_STATUS_FILE`` names.
 
     Raises:
         CheckpointError: it cannot be written.

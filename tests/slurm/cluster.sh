@@ -24,8 +24,8 @@ install() {
     done
     [[ ${#missing[@]} -gt 0 ]] || return 0
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq >"$dir/log/apt.log" 2>&1 &&
-        apt-get install -qq --no-install-recommends "${missing[@]}" >>"$dir/log/apt.log" 2>&1 ||
+    { apt-get update -qq && apt-get install -qq --no-install-recommends "${missing[@]}"; } \
+        >"$dir/log/apt.log" 2>&1 ||
         fail "apt-get could not install ${missing[*]}: $(tail -n 3 "$dir/log/apt.log")"
 }
 
