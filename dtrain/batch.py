@@ -235,7 +235,7 @@ def render(
 
 
 def _directive(name: str, value: str) -> str:
-    line = f"#SBATCH --{name}" + (f"={value}" if value else "")
+    line = f"#SBATCH --{name}" + (f"={shlex.quote(value)}" if value else "")
     return f"{line:<35} # {_WHY[name]}\n" if name in _WHY else f"{line}\n"
 
 

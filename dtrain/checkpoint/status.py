@@ -70,7 +70,7 @@ class Decision:
 
 
 def write(run_dir: Path, status: Status) -> None:
-    """Replaces ``run_dir/status.json`` in one piece; and the copy that ``DTRAIN_STATUS_FILE`` names.
+    """Replaces ``run_dir/status.json`` in one piece; and its copy, if one is wanted.
 
     Raises:
         CheckpointError: it cannot be written.
