@@ -18,7 +18,7 @@ unset "${!SLURM_@}" "${!SBATCH_@}" "${!SRUN_@}"
 
 install() {
     local missing=() package
-    for package in slurmctld slurmd slurm-client munge; do
+    for package in slurmctld slurmd slurm-client munge procps; do
         dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' ||
             missing+=("$package")
     done
