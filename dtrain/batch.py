@@ -168,13 +168,13 @@ done
 
 # Once more, unless the run is finished, or has failed three times in a row at the same step. And
 # not where SLURM has ended the job (scancel), or requeues it by itself (preemption).
+job=$SLURM_JOB_ID # which in an array may stand for all of its jobs
+[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 if stands requeue true && ! stands status finished &&
-    [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
-    echo "The run is not finished: requeueing job $SLURM_JOB_ID."
+    [[ $(squeue -h -j "$job" -o %T) == RUNNING ]]; then
+    echo "The run is not finished: requeueing job $job."
     rm -f "$DTRAIN_STATUS_FILE"
-    # Of an array, the number of one job may stand for all of them.
-    exec scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}\\
-${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+    exec scontrol requeue "$job"
 fi
 rm -f "$DTRAIN_STATUS_FILE"
 exit "$code"

@@ -31,7 +31,7 @@ def wait_for(what, found, timeout_s=150.0, every_s=1.0):
 
 
 class Cluster:
-    """Four nodes, n1 to n4."""
+    """Five nodes, n1 to n5."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -57,7 +57,7 @@ class Cluster:
         return Job(self, self.run(*command, **env).strip(), folder)
 
     def train(self, folder, kind, *, nodes, slow=0, options=None, more=(), **env):
-        """Submits a job that trains on the nodes named, beside other jobs there."""
+        """Submits a job that trains on nodes such as ``["n3"]``, beside other jobs there."""
         folder.mkdir(parents=True)
         chosen = {"exclusive": None, "nodelist": ",".join(nodes), "nodes": str(len(nodes))}
         script = folder / "job.sbatch"
@@ -125,6 +125,9 @@ class Job:
         """What SLURM does by itself for ``--signal=B:USR1``."""
         self.cluster.run("scancel", "--batch", f"--signal={name}", self.number)
 
+    def last_node(self):
+        return "n" + re.findall(r"\d", self.shown()["NodeList"])[-1]  # n[3-4], n[3,5]
+
     def log(self):
         return "".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
 
@@ -150,11 +153,21 @@ class Job:
         ]
 
     def wait_for_no_process(self):
+        self._wait_for_none("process", "")
+
+    def wait_for_no_rank(self):
+        """Waits until no process is left that runs the training script."""
+        self._wait_for_none("rank", TRAIN.name)
+
+    def _wait_for_none(self, what, name):
+        def left():
+            return [pid for pid in self.processes() if name in _read(pid, "cmdline")]
+
         try:
-            wait_for(f"end of job {self.number}'s processes", lambda: not self.processes(), 60)
+            wait_for(f"end of each {what} of job {self.number}", lambda: not left(), 60, 0.3)
         except AssertionError as error:
-            left = [(pid, _read(pid, "cmdline")) for pid in self.processes()]
-            raise AssertionError(f"{error}: {left}\n{self.shown()}\n{self.log()}") from None
+            found = [(pid, _read(pid, "cmdline")) for pid in left()]
+            raise AssertionError(f"{error}: {found}\n{self.shown()}\n{self.log()}") from None
 
 
 def _pids():

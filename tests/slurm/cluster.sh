@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real SLURM of four nodes on this machine, in a folder of its own; for tests. As root on Debian.
+# A real SLURM of five nodes on this machine, in a folder of its own; for tests. As root on Debian.
 #
 #   tests/slurm/cluster.sh start DIR      installs what is missing, starts it, waits for its nodes
 #   tests/slurm/cluster.sh stop DIR       ends all that was started, jobs included
@@ -11,7 +11,7 @@ set -euo pipefail
 fail() { printf 'cluster.sh: %s\n' "$*" >&2 && exit 1; }
 usage='usage: cluster.sh start|stop DIR'
 [[ $# == 2 ]] || fail "$usage"
-nodes=(n1 n2 n3 n4)
+nodes=(n1 n2 n3 n4 n5)
 
 # SLURM's own variables, if this shell is in a job, and its plans for what a client does.
 unset "${!SLURM_@}" "${!SBATCH_@}" "${!SRUN_@}"
@@ -120,7 +120,7 @@ start() {
         --seed-file="$dir/run/munged.seed" --force 2>"$dir/log/munged.start.log"
     slurmctld -f "$SLURM_CONF" -c
     for node in "${nodes[@]}"; do slurmd -f "$SLURM_CONF" -N "$node"; done
-    wait_for "four idle nodes" all_idle
+    wait_for "five idle nodes" all_idle
     trap - EXIT
     printf 'export SLURM_CONF=%s\n' "$SLURM_CONF"
 }

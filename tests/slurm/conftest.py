@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("cluster.sh")
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    """Four idle nodes; all of it is stopped at the end."""
+    """Five idle nodes; all of it is stopped at the end."""
     if not os.environ.get("CI"):
         if os.geteuid() != 0:
             pytest.skip("SLURM's daemons have to be started by root")
