@@ -6,7 +6,7 @@ from dtrain.equivalence import Equivalence, check_equivalence
 from dtrain.errors import DtrainError
 from dtrain.state import Context, Loss, Mean, Progress, Report, Step
 from dtrain.trainer import FitResult, Trainer
-from dtrain.weights import load_model
+from dtrain.weights import export_model, load_model
 from dtrain.world import World, init, on_main
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "Trainer",
     "World",
     "check_equivalence",
+    "export_model",
     "init",
     "load_model",
     "on_main",

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 
+from torch import Tensor, nn
+
 from dtrain.errors import ConfigError
 from dtrain.precision import Precision
 from dtrain.pulse import Place, Pulse
@@ -232,6 +234,15 @@ class AccumulationSlot(Protocol):
 class CheckpointSlot(Protocol):
     """Fills the checkpoint slot: when to save and what to keep."""
 
+    #: Whether training goes on while a checkpoint is written.
+    background: bool
+    #: Whether a checkpoint may lack weights that were never trained.
+    trainable_only: bool
+
+    def select(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns what to save of the model's state, by name; equal on all ranks."""
+        ...
+
     def due_after_step(self, progress: Progress) -> bool:
         """Says whether this step is to be saved; equal on all ranks, must not communicate."""
         ...
@@ -241,7 +252,10 @@ class CheckpointSlot(Protocol):
         ...
 
     def prune(self, saved: list[tuple[int, dict[str, float]]]) -> list[int]:
-        """Returns the steps to delete, given each saved step (oldest first) and its metrics."""
+        """Returns the steps to delete, given each saved step (oldest first) and its metrics.
+
+        Ranks: rank 0 only; perhaps in a thread beside the training.
+        """
         ...
 
 

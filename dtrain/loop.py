@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from dtrain.agreement import Agreed, Agreement
 from dtrain.callback import Callback, CheckpointSlot, Hooks
+from dtrain.checkpoint.saver import Saver
 from dtrain.data import Feed, StepFeed
-from dtrain.errors import DataError
+from dtrain.errors import DataError, RemoteError
 from dtrain.journal import Journal
 from dtrain.lane import Arriving, Lane, Verdict
 from dtrain.metrics import Means
@@ -78,7 +79,8 @@ class Loop:
     journal: Journal
     world_size: int
     evaluate: Callable[[], dict[str, float]]
-    save: Callable[[dict[str, Any]], None]
+    save: Callable[[dict[str, Any], dict[str, Any] | None], None]
+    saver: Saver
     checkpoint: CheckpointSlot | None
     #: Steps are not waited for: what became of one is looked at in the next (CUDA).
     delays: bool = False
@@ -97,6 +99,7 @@ class Loop:
         self._pending: tuple[Step, Outcome] | None = None
         self._save_asked = False
         self._warned_nonfinite = False
+        self._failed_save: Exception | None = None  # the last one that was told of
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint must hold of the loop itself."""
@@ -105,10 +108,20 @@ class Loop:
             "epoch_is_cut": self.epoch_is_cut,
             "weight": self.lane.expected if self.micro_step.weighed else 0.0,
             "stop_reason": "" if self.preempted else self.stop_reason,
+            "ranks": self.world_size,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what :meth:`state_dict` returned; the progress is restored already."""
+    def data_state(self) -> dict[str, Any] | None:
+        """Returns what a checkpoint must hold of this rank's data, at this place in the plan."""
+        progress = self.context.progress
+        return self.feed.state_dict(progress.epoch, progress.step_in_epoch)
+
+    def load_state_dict(self, state: dict[str, Any], data: dict[str, Any] | None) -> None:
+        """Takes up what both returned; the progress is restored already.
+
+        Raises:
+            ResumeError: the data cannot be gone on with at this number of ranks.
+        """
         progress = self.context.progress
         self.epoch_evaluated = epoch_evaluated = state["epoch_evaluated"]
         self.epoch_is_cut = state["epoch_is_cut"]
@@ -121,6 +134,20 @@ class Loop:
         self._saved_at = progress.step
         if epoch_evaluated:
             self._evaluated_at = progress.step
+        at_end = epoch_evaluated or self.epoch_is_cut
+        lost = self.feed.load_state_dict(
+            data,
+            ranks=state["ranks"],
+            epoch=progress.epoch + at_end,
+            step=0 if at_end else progress.step_in_epoch,
+        )
+        if lost:
+            self.context.notes.append(lost)
+
+    @property
+    def failed_here(self) -> bool:
+        """Where all raise in the same step: whether it is because of this rank."""
+        return self.micro_step.trouble is not None
 
     # -- fit --------------------------------------------------------------------------------
 
@@ -137,7 +164,7 @@ class Loop:
         if not self.preempted and self.plan.eval_every and self._evaluated_at != progress.step:
             self._evaluate()
         if self.checkpoint is not None or self.preempted:
-            self._save_once()
+            self._save_last()
         self._log(final=True)
         with self.context.comm.lockstep(self._at("the end of fit")):
             self.hooks.fire(Callback.on_fit_end, self.context)
@@ -343,6 +370,8 @@ class Loop:
         Where no step was taken since, only the ``final`` call looks for what was logged.
         """
         self._conclude()
+        if not final:
+            self._retry_failed_save()
         if not self._loss_weight and not final:
             return
         context = self.context
@@ -382,15 +411,45 @@ class Loop:
     def _save_once(self) -> None:
         step = self.context.progress.step
         self._save_asked = False
+        self.context.comm.pulse.go(SAVING)
+        if self.saver.finish() is not None:
+            self._tell_failed_save("now")
+            self._saved_at = -1
         if self._saved_at == step:
             return
         self._log()  # sums since the last report are in no checkpoint, so none may be open
         self.context.comm.pulse.go(SAVING)
         with self.context.comm.lockstep(self._at("saving a checkpoint")):
             self.hooks.fire(Callback.on_save, self.context)
-            self.save(self.state_dict())
+            self.save(self.state_dict(), self.data_state())
         self._saved_at = step
         self.context.comm.pulse.go(BETWEEN)
+
+    def _save_last(self) -> None:
+        """Saves, and returns once it is written. Here a failure is an error."""
+        self._save_once()
+        if self.saver.finish() is not None:
+            self._save_once()  # again: what was wrong may be over, and nothing else can be lost
+        if (failure := self.saver.finish()) is not None:
+            mine = None if isinstance(failure, RemoteError) else failure
+            self.context.comm.raise_failures("the last checkpoint", mine, "saving a checkpoint")
+        self.context.comm.pulse.go(BETWEEN)
+
+    def _retry_failed_save(self) -> None:
+        """Asks for another where a checkpoint could not be written; not where that failed, too."""
+        if self.saver.failures > 1:
+            self._tell_failed_save("when the next one is due")
+        elif self._tell_failed_save("soon"):
+            self.context.request.save("the last checkpoint could not be written")
+
+    def _tell_failed_save(self, again: str) -> bool:
+        """Tells of a checkpoint that could not be written, once; returns whether it did."""
+        failure = self.saver.failure
+        if failure is None or failure is self._failed_save:
+            return False
+        self._failed_save = failure
+        self.context.say(f"warning: {failure}. Training goes on; it is tried again {again}.")
+        return True
 
     def _settle(self) -> None:
         """Agrees on what was requested since the last backward."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.callback import Callback
-from dtrain.checkpoint import files, rng
+from dtrain.callback import Callback, CheckpointSlot
+from dtrain.checkpoint import files, rng, tree
 from dtrain.checkpoint.files import Saved
+from dtrain.checkpoint.writing import Content
+from dtrain.errors import CheckpointError
 from dtrain.precision import Precision
 from dtrain.state import Context
 from dtrain.world import World
@@ -39,8 +40,12 @@ class Snapshot:
         context: Context,
         world: World,
         config: dict[str, Any],
+        slot: CheckpointSlot | None,
     ) -> None:
+        self._slot = slot
         self._model = model
+        #: What must be the same for the run to be continued.
+        self.make_up: dict[str, Any] = {}
         self._optimizer = optimizer
         self._precision = precision
         self._callbacks = callbacks
@@ -48,48 +53,65 @@ class Snapshot:
         self._world = world
         self._config = config
 
-    def save(self, folder: Path, loop: dict[str, Any]) -> None:
-        """Writes a checkpoint of the run into ``folder``.
+    def take(
+        self, loop: dict[str, Any], data: dict[str, Any] | None, *, device_is_well: bool = True
+    ) -> Content:
+        """Returns what a checkpoint of the run must hold; nothing is copied yet.
 
         Args:
-            folder: ``run_dir/checkpoints``.
             loop: the loop's own state.
+            data: where this rank's stream of data is, if it has one.
+            device_is_well: False touches no more of the device than names.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: something in it cannot be saved; it is named.
 
-        Ranks: all, communicates.
+        Ranks: all, local.
         """
-        context = self._context
-        files.save(
-            folder,
+        context, slot = self._context, self._slot
+        return Content(
             step=context.progress.step,
-            model=self._model.state_dict(),
-            state={
-                "optimizer": self._optimizer.state_dict(),
-                "precision": self._precision.state_dict(),
-                "callbacks": {c.name: c.state_dict() for c in self._callbacks},
-                "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
-                "loop": loop,
-                "shared_rng": context.shared_rng.get_state(),
-                "metrics": context.metrics,
-                "config": self._config,
-            },
-            rank_state={"rng": rng.capture(), "own_rng": context.rng.get_state()},
+            model=self._model.state_dict() if slot is None else slot.select(self._model),
+            state=tree.split(
+                {
+                    "optimizer": self._optimizer.state_dict(),
+                    "precision": self._precision.state_dict(),
+                    "callbacks": {c.name: c.state_dict() for c in self._callbacks},
+                    "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
+                    "loop": loop,
+                    "shared_rng": context.shared_rng.get_state(),
+                    "metrics": context.metrics,
+                    "config": self._config,
+                    "make_up": self.make_up,
+                }
+            ),
+            rank_state=tree.split(
+                {
+                    "rng": rng.capture() if device_is_well else rng.capture_host(),
+                    "own_rng": context.rng.get_state(),
+                    "data": data,
+                }
+            ),
             metrics=context.metrics,
-            rank=self._world.rank,
-            comm=self._world.comm,
         )
 
     def restore_model(self, saved: Saved) -> dict[str, Any]:
         """Restores parameters, buffers and progress; returns the rest, for :meth:`restore_rest`.
 
         Raises:
-            CheckpointError: a file cannot be read.
+            CheckpointError: a file cannot be read, or lacks what the model has.
 
         Ranks: all, local.
         """
-        self._model.load_state_dict(files.load_model(saved.path))
+        tensors = files.load_model(saved.path)
+        missing = [name for name in self._model.state_dict() if name not in tensors]
+        if missing and not (self._slot is not None and self._slot.trainable_only):
+            raise CheckpointError(
+                f"{saved.path} lacks {len(missing)} of the model's tensors, such as {missing[0]}: "
+                "it was made with Checkpoint(trainable_only=True). Pass that again, and load the "
+                "base model before fit."
+            )
+        self._model.load_state_dict(tensors, strict=not missing)
         state = files.load_state(saved.path)
         for name in _PROGRESS:
             setattr(self._context.progress, name, state["progress"][name])
@@ -97,13 +119,16 @@ class Snapshot:
 
     def restore_rest(
         self, saved: Saved, state: dict[str, Any], new_rank: Callable[[], None]
-    ) -> None:
+    ) -> dict[str, Any] | None:
         """Restores optimizer, precision, callbacks, metrics and random streams.
 
         Args:
             saved: the checkpoint.
             state: what :meth:`restore_model` returned.
             new_rank: called on a rank that the saved run did not have, to seed its streams.
+
+        Returns:
+            What was saved as this rank's ``data``.
 
         Raises:
             CheckpointError: a file cannot be read.
@@ -121,9 +146,11 @@ class Snapshot:
         mine = files.load_rank_state(saved.path, self._world.rank)
         if mine is None:
             new_rank()
-        else:
-            rng.restore(mine["rng"])
-            context.rng.set_state(mine["own_rng"])
+            return None
+        rng.restore(mine["rng"])
+        context.rng.set_state(mine["own_rng"])
+        data: dict[str, Any] | None = mine["data"]
+        return data
 
 
 def _undo_casts(optimizer: Optimizer, saved: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from dtrain.callback import (
 )
 from dtrain.checkpoint import files, status
 from dtrain.checkpoint.files import Saved, fingerprint
+from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.status import Failures, ResumeMode, Status
 from dtrain.checks import (
     check_config,
@@ -57,6 +58,9 @@ from dtrain.strategies import DDP, Strategy
 from dtrain.watchdog import HANG_AFTER_S, Watchdog
 from dtrain.words import describe_end, describe_start
 from dtrain.world import current, derive_seed, init, seed_everything
+
+#: What a failed run gives the checkpoint under way.
+_LAST_CHANCE_S = 2.0
 
 _RANK_STREAM, _SHARED_STREAM, _OWN_STREAM, _ORDER_STREAM = 0, 1, 2, 4
 
@@ -173,7 +177,9 @@ class Trainer:
             self.context,
             world,
             self._config,
+            self._checkpoint,
         )
+        self._saver = Saver(world)
         self._make_up: dict[str, Any] = {}
         self._failures = Failures()  # of earlier starts; known on rank 0
         self.context.run_loss = self._run_loss
@@ -350,7 +356,7 @@ class Trainer:
         seed = derive_seed(self._seed, _ORDER_STREAM)
         if data.is_stream:
             batches = 1 if self._accumulation is None else self._accumulation.batches_per_step()
-            return StreamFeed(data, self.world, batches)
+            return StreamFeed(data, self.world, batches, saves=self._run_dir is not None)
         return MapFeed(data, self.world, self._split, seed)
 
     def _split(self, share: int) -> list[int]:
@@ -397,7 +403,7 @@ class Trainer:
         feed = self._feed(data)
         if not evals:
             plan = replace(plan, eval_every=None)
-        self._make_up = self._describe_make_up(data)
+        self._make_up = self._snapshot.make_up = self._describe_make_up(data)
         # A stream is each rank's own, and so is its length.
         same = {k: v for k, v in self._make_up.items() if not (data.is_stream and k == "samples")}
         sizes = {label: str(one) for label, one in evals.items()}
@@ -430,6 +436,7 @@ class Trainer:
             world_size=self.world.size,
             evaluate=lambda: self._evaluate(evals),
             save=self._save,
+            saver=self._saver,
             checkpoint=self._checkpoint,
             delays=may_delay(self.world.device, self.optimizer, data),
         )
@@ -448,14 +455,16 @@ class Trainer:
         comm.on_main("open sinks", reporter.open)
         self.hooks.fire(Callback.on_fit_start, context)
         if saved is not None:
-            self._snapshot.restore_rest(saved, state, self._seed_rank)
-            loop.load_state_dict(state["loop"])
+            mine = self._snapshot.restore_rest(saved, state, self._seed_rank)
+            loop.load_state_dict(state["loop"], mine)
             loop.journal = Journal(context, reporter)  # counts from here
         elif not self._live:
             self._seed_rank()
         if not self._live:
             comm.barrier("wrap the model")  # here whoever failed above is met, not in a reduction
             self._strategy.wrap(self._micro_step, self.world)
+            if self._saves_beside:
+                self._saver.open()
         self._live = True
         comm.on_main("status", self._write_start)
         words = describe_start(self.model, self.precision, self.world, data, loop, self._split)
@@ -472,12 +481,12 @@ class Trainer:
 
         def look() -> status.Decision:
             status.prepare(run_dir)
-            before = status.read(run_dir)
             decision = status.decide(
                 run_dir, resume, self._make_up, epochs=plan.epochs, max_steps=plan.max_steps
             )
+            before, restarted = decision.before, self.world.restarted
             try:
-                self._failures = status.failures_before(before, restarted=self.world.restarted)
+                self._failures = status.failures_before(before, restarted=restarted)
             except CrashLoop as loop:
                 if before is not None:
                     status.write(run_dir, replace(before, requeue=False))
@@ -513,6 +522,7 @@ class Trainer:
             return
         if loop.failed_together:
             self._save_emergency(loop, error)
+        self._saver.leave(_LAST_CHANCE_S)
         if not self.world.is_main:
             return
         try:
@@ -530,14 +540,27 @@ class Trainer:
             return
         folder = self._run_dir / status.EMERGENCY
         step = self.context.progress.step
-        self.world.comm.pulse.go(SAVING)
+        comm = self.world.comm
+        comm.pulse.go(SAVING)
+
+        def tidy() -> None:
+            for older in files.listed(folder):
+                if older.step != step:
+                    files.remove(folder, older.step)
+
         try:
-            share_buffers(self.model, self.world.comm)
-            self._snapshot.save(folder, loop.state_dict())
+            with comm.lockstep("saving what was before the failed step"):
+                share_buffers(self.model, comm)
+                # Whose step failed may have a broken device; others write what is there of it.
+                healthy = comm.gather_objects("who failed", not loop.failed_here)
+                content = self._snapshot.take(
+                    loop.state_dict(), loop.data_state(), device_is_well=not loop.failed_here
+                )
+                sharers = [rank for rank, well in enumerate(healthy) if well]
+                self._saver.save(folder, content, then=tidy, wait=True, sharers=sharers or None)
+            if self._saver.failure is not None:
+                raise self._saver.failure
             if self.world.is_main:
-                for older in files.listed(folder):
-                    if older.step != step:
-                        files.remove(folder, older.step)
                 error.add_note(
                     f"(the state before step {step} is saved in {folder}: once the cause is "
                     "mended, fit(resume='emergency') continues from it)"
@@ -547,7 +570,7 @@ class Trainer:
 
     # -- state ----------------------------------------------------------------------------------
 
-    def _save(self, loop_state: dict[str, Any]) -> None:
+    def _save(self, loop_state: dict[str, Any], data_state: dict[str, Any] | None) -> None:
         """Makes a checkpoint, then deletes what need not be kept."""
         comm, context, run_dir = self.world.comm, self.context, self._run_dir
         if run_dir is None:
@@ -555,19 +578,23 @@ class Trainer:
             comm.barrier("nothing to save")
             return
         folder = run_dir / "checkpoints"
-        share_buffers(self.model, comm)
-        self._snapshot.save(folder, loop_state)
+        at = replace(context.progress)  # as it is now
 
         def tidy() -> None:
             if self._checkpoint is not None:
                 # Later ones are of an earlier start, and damaged, or we had begun there.
-                now = context.progress.step
-                saved = [(s.step, s.metrics) for s in files.listed(folder) if s.step <= now]
+                saved = [(s.step, s.metrics) for s in files.listed(folder) if s.step <= at.step]
                 for step in self._checkpoint.prune(saved):
                     files.remove(folder, step)
-            self._write_status("running")
+            self._write_status("running", at=at)
 
-        comm.on_main("checkpoint: prune", tidy)
+        share_buffers(self.model, comm)
+        content = self._snapshot.take(loop_state, data_state)
+        self._saver.save(folder, content, then=tidy, wait=not self._saves_beside)
+
+    @property
+    def _saves_beside(self) -> bool:
+        return self._checkpoint is not None and self._checkpoint.background
 
     def _describe_make_up(self, data: Data) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
@@ -577,7 +604,7 @@ class Trainer:
             "callbacks": [callback.name for callback in self.hooks.callbacks],
             "precision": self.precision.name,
             "batch size": data.batch_size,
-            "samples": len(data.dataset) if hasattr(data.dataset, "__len__") else None,
+            "samples": _length(data.dataset),
             "seed": self._seed,
         }
 
@@ -587,10 +614,12 @@ class Trainer:
             text = json.dumps(self._config, indent=1) + "\n"
             (self._run_dir / "config.json").write_text(text)
 
-    def _write_status(self, state: status.State, reason: str = "") -> None:
+    def _write_status(
+        self, state: status.State, reason: str = "", *, at: Progress | None = None
+    ) -> None:
         if self._run_dir is None:
             return
-        progress = self.context.progress
+        progress = at or self.context.progress
         failures = self._failures
         if state == "failed":
             failures = failures.then(progress.step)
@@ -624,6 +653,13 @@ def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:
     that does not hang on what ranks say.
     """
     return device.type == "cuda" and takes_a_veto(optimizer) and not data.is_stream
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except TypeError:  # a DataLoader has __len__ and may have no length
+        return None
 
 
 def _generator(*stream: int) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""Weights alone, out of a checkpoint or a safetensors file, into a model."""
+"""Weights alone, out of a checkpoint or a safetensors file, into a model or one plain file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dtrain.checkpoint import files
+from dtrain.checkpoint import disk, files
 from dtrain.errors import CheckpointError
 
 _NAMED = 10
@@ -35,7 +35,7 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
             those tensors that fit, and leaves the others of the model as they are.
 
     Returns:
-        The file that was read.
+        The file that was read; the checkpoint's folder, where its model is in parts.
 
     Raises:
         CheckpointError: there is nothing intact to read, or it does not fit; the model is as it
@@ -44,7 +44,7 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
     Ranks: all, local; each reads the file.
     """
     file = _find(Path(path))
-    found = files.load_tensors(file)
+    found = _read(file)
     own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     fitting = {name: t for name, t in found.items() if name in own and _fits(t, own[name])}
     misfits = [
@@ -77,8 +77,44 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
     return file
 
 
+def export_model(path: str | Path, file: str | Path) -> int:
+    """Writes the weights of a run as one plain safetensors file, which any tool can read.
+
+    Example::
+
+        dtrain.export_model("runs/first", "first.safetensors")
+
+    Args:
+        path: as for :func:`load_model`.
+        file: what to write; it is there whole, or as it was.
+
+    Returns:
+        How many tensors it holds.
+
+    Raises:
+        CheckpointError: there is nothing intact to read, or the file cannot be written.
+
+    Ranks: rank 0 only.
+    """
+    file = Path(file)
+    tensors = _read(_find(Path(path)))
+    aside = file.with_name(f".{file.name}.writing")
+    try:
+        with disk.plain_words(file):
+            disk.write_tensors(aside, tensors)
+            aside.replace(file)
+            disk.sync_folder(file.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+    return len(tensors)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    return files.load_model(file) if file.is_dir() else files.load_tensors(file)
+
+
 def _find(path: Path) -> Path:
-    """Returns the file to read, once it was compared with its checksum where it has one."""
+    """Returns the file or checkpoint, once it was compared with its checksums, if it has any."""
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist: pass a run's folder, a checkpoint's, or a .safetensors file"
@@ -93,7 +129,7 @@ def _find(path: Path) -> Path:
             files.check(path.parent)
         return path
     if files.has_manifest(path):
-        return files.check(path).path / files.MODEL
+        return files.model_file(files.check(path).path)
     inner = path / "checkpoints"
     folder = inner if inner.is_dir() else path
     saved, damage = files.find(folder)
@@ -104,7 +140,7 @@ def _find(path: Path) -> Path:
         warnings.warn(
             f"{saved.path} is loaded, because what is newer is damaged:{told}", stacklevel=3
         )
-    return saved.path / files.MODEL
+    return files.model_file(saved.path)
 
 
 def _fits(there: Tensor, here: Tensor) -> bool:

@@ -61,6 +61,8 @@ class World:
         comm: labelled verbs to the other ranks.
         gradients: what gradients travel over; for strategies.
         connect: opens a connection of its own to the rendezvous store; None where there is none.
+        open_comm: opens labelled verbs of their own, for a thread beside the main one; all ranks
+            call it. None where no thread can be beside (ranks of a test that are threads).
     """
 
     rank: int
@@ -74,6 +76,7 @@ class World:
     comm: Comm
     gradients: Wire = field(default_factory=GroupWire, repr=False)
     connect: Callable[[], Store] | None = field(default=None, repr=False)
+    open_comm: Callable[[], Comm] | None = field(default=None, repr=False)
     _opened: bool = field(default=False, repr=False)
     _closers: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
@@ -337,7 +340,9 @@ def _open(seed: int, timeout_s: float) -> World:
     size = int(variables.get("WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     if launcher == "solo" or size == 1:
         device = torch.device("cuda" if _has_gpu() else "cpu")
-        return World(0, 0, 1, host, device, "none", launcher, seed, Comm(host=host))
+        world = World(0, 0, 1, host, device, "none", launcher, seed, Comm(host=host))
+        world.open_comm = lambda: Comm(host=host)
+        return world
     os.environ.update(variables)
     # One thread each unless told otherwise: ranks that share a host share its cores.
     if not os.environ.get("OMP_NUM_THREADS"):
@@ -383,6 +388,14 @@ def _open(seed: int, timeout_s: float) -> World:
         connect=lambda: _own_store(timeout, life),
         _opened=opened,
     )
+
+    def open_comm() -> Comm:
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        apart = Comm(rank=rank, size=size, host=host, wire=GroupWire(group))
+        world.at_close(apart.close)
+        return apart
+
+    world.open_comm = open_comm
     atexit.register(world._close_at_exit)
     return world
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
 
 from dtrain.callback import Callback
-from dtrain.errors import ConfigError
-from dtrain.state import Progress
+from dtrain.errors import CheckpointError, ConfigError
+from dtrain.state import Context, Progress
+
+_NAMED = 5
 
 
 class Checkpoint(Callback):
     """Saves the run every so many steps or epochs, and at its end; keeps the newest.
 
     A checkpoint is written aside and renamed into place: it is there whole, or not at all. An
-    older one is deleted only after that.
+    older one is deleted only after that. What is equal on all ranks is divided among them, and each
+    writes its share. One that cannot be written is reported, and tried again at the next report;
+    only the last one of a run must succeed.
 
     Example::
 
@@ -25,6 +33,14 @@ class Checkpoint(Callback):
         keep: how many of the newest to keep; None keeps all.
         best: keep also the one with the best value of this metric.
         mode: whether less (``"min"``) or more (``"max"``) is better.
+        trainable_only: leave out weights that have not changed, such as a base model under
+            adapters. Those that were trained for some epochs are kept. The script makes the
+            others as it did before; on resuming, they are compared. (They are looked through at
+            each save.)
+        modules: other modules that a resumed run needs as they were, by a name each: a teacher, a
+            target network. All of each is saved.
+        background: training waits only while a copy is made, and goes on while it is written. Each
+            rank keeps memory for a copy of its share, on its host. False waits for the disk.
 
     Raises:
         ConfigError: an argument is off.
@@ -40,6 +56,9 @@ class Checkpoint(Callback):
         keep: int | None = 3,
         best: str | None = None,
         mode: Literal["min", "max"] = "min",
+        trainable_only: bool = False,
+        modules: Mapping[str, nn.Module] | None = None,
+        background: bool = True,
     ) -> None:
         if every_steps is None and every_epochs is None:
             every_epochs = 1
@@ -52,11 +71,80 @@ class Checkpoint(Callback):
                 raise ConfigError(f"Checkpoint({name}={value!r}): must be 1 or more")
         if mode not in ("min", "max"):
             raise ConfigError(f"Checkpoint(mode={mode!r}): choose 'min' or 'max'")
+        self.background = background
+        self.trainable_only = trainable_only
+        self._modules = dict(modules or {})
+        self._trained: set[str] = set()  # names of parameters that may have changed
+        self._frozen_sums: dict[str, int] = {}  # of all others, as the script made them
         self._every_steps = every_steps
         self._every_epochs = every_epochs
         self._keep = keep
         self._best = best
         self._sign = 1.0 if mode == "min" else -1.0
+
+    def on_fit_start(self, ctx: Context) -> None:
+        """Takes note of what can be trained, and of what all else is like."""
+        self._note_trainable(ctx.model)
+        if self.trainable_only:
+            self._frozen_sums = {name: _sum_of_bits(p) for name, p in self._left_out(ctx.model)}
+
+    def on_epoch_start(self, ctx: Context) -> None:
+        """Takes note of what was unfrozen."""
+        self._note_trainable(ctx.model)
+
+    def on_epoch_end(self, ctx: Context) -> None:
+        """Takes note of what was unfrozen later than that."""
+        self._note_trainable(ctx.model)
+
+    def on_save(self, ctx: Context) -> None:
+        """Takes note of what was changed by other means than steps, such as a teacher's weights."""
+        self._note_trainable(ctx.model)
+        if self.trainable_only:
+            sums = self._frozen_sums
+            now = {name: _sum_of_bits(p) for name, p in self._left_out(ctx.model)}
+            self._trained |= {name for name, bits in now.items() if sums.get(name) != bits}
+
+    def select(self, model: nn.Module) -> dict[str, Tensor]:
+        """Fills the checkpoint slot: all, or what can have been trained, and all buffers."""
+        state = model.state_dict()
+        if not self.trainable_only:
+            return state
+        left_out = dict(self._left_out(model))
+        return {name: tensor for name, tensor in state.items() if name not in left_out}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the other modules' state, and what there is to know of weights left out."""
+        frozen = {n: bits for n, bits in self._frozen_sums.items() if n not in self._trained}
+        return {
+            "modules": {name: module.state_dict() for name, module in self._modules.items()},
+            "trained": sorted(self._trained) if self.trainable_only else [],
+            "frozen": frozen,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the other modules, and compares the weights that were left out.
+
+        Raises:
+            CheckpointError: a module is missing there, or weights are not as they were.
+        """
+        missing = [name for name in self._modules if name not in state["modules"]]
+        if missing:
+            raise CheckpointError(
+                f"Checkpoint(modules=...): the checkpoint has no {', '.join(missing)}; it has "
+                f"{', '.join(state['modules']) or 'none'}"
+            )
+        for name, module in self._modules.items():
+            module.load_state_dict(state["modules"][name])
+        self._trained |= set(state["trained"])
+        sums = self._frozen_sums
+        changed = [name for name, bits in state["frozen"].items() if sums.get(name) != bits]
+        if changed:
+            more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+            raise CheckpointError(
+                "the checkpoint was made with trainable_only=True, and weights that it left out "
+                f"are not what they were then: {', '.join(changed[:_NAMED])}{more}. Load the same "
+                "base model before fit, and freeze the same weights, as at the first start."
+            )
 
     def due_after_step(self, progress: Progress) -> bool:
         """Fills the checkpoint slot: every ``every_steps``."""
@@ -81,3 +169,22 @@ class Checkpoint(Callback):
             if scored:
                 kept.add(min(scored)[1])
         return [step for step, _ in saved if step not in kept]
+
+    def _left_out(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in _named(model) if name not in self._trained]
+
+    def _note_trainable(self, model: nn.Module) -> None:
+        if self.trainable_only:
+            self._trained |= {name for name, p in _named(model) if p.requires_grad}
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Returns every parameter with its name; a tied one under each of its names."""
+    return list(model.named_parameters(remove_duplicate=False))
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """Returns a number that another base model's weights would hardly have."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = tensor.detach().contiguous().view(-1)
+    return int(flat.view(words[flat.element_size()]).sum(dtype=torch.int64))

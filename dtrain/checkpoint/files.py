@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written aside, checked, renamed into place; read only if intact.
+"""Checkpoints on disk: renamed into place once they are whole; read only if intact.
 
 ::
 
@@ -9,29 +9,34 @@
         rank-00000.safetensors   this rank's random streams
         rank-00000.json
         manifest.json            size and sha256 of each file, written last
+
+What is large comes in parts, as Hugging Face's libraries name and index them::
+
+        model-00001-of-00004.safetensors ... model.safetensors.index.json
+
+Who writes which of them is said in :mod:`dtrain.checkpoint.writing`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import shutil
-from contextlib import ContextDecorator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from dtrain.checkpoint import tree
-from dtrain.comm import Comm
+from dtrain.checkpoint import disk, tree
 from dtrain.errors import CheckpointError
 
 FORMAT = 1
-MODEL = "model.safetensors"
+MODEL, STATE = "model", "state"
 _MANIFEST = "manifest.json"
 _REPLACED = ".replaced-"
 
@@ -51,97 +56,63 @@ class Saved:
     metrics: dict[str, float]
 
 
-def save(
-    folder: Path,
-    *,
-    step: int,
-    model: dict[str, Tensor],
-    state: dict[str, Any],
-    rank_state: dict[str, Any],
-    metrics: dict[str, float],
-    rank: int,
-    comm: Comm,
-) -> Path:
-    """Writes a checkpoint; it is there whole, or not at all.
+def place(folder: Path, step: int) -> tuple[Path, Path]:
+    """Returns where the checkpoint of ``step`` is to be, and where it is written before."""
+    final = folder / f"step-{step:08d}"
+    return final, folder / f".writing-{final.name}"
+
+
+def part_name(stem: str, number: int, parts: int) -> str:
+    """Returns the name of the ``number``-th of so many files, from 0."""
+    return f"{stem}-{number + 1:05d}-of-{parts:05d}.safetensors" if parts > 1 else _whole(stem)
+
+
+def rank_name(rank: int) -> str:
+    """Returns what the names of a rank's own files begin with."""
+    return f"rank-{rank:05d}"
+
+
+def facts_of(file: Path) -> dict[str, Any]:
+    """Returns what a manifest says of a file; reads every byte."""
+    return {"bytes": file.stat().st_size, "sha256": disk.digest(file)}
+
+
+def commit(
+    aside: Path, final: Path, step: int, metrics: dict[str, float], facts: Mapping[str, Any]
+) -> None:
+    """Writes the manifest of a checkpoint that is whole, and renames its folder into place.
 
     Args:
-        folder: ``run_dir/checkpoints``, on a disk that all ranks share.
+        aside: where all its files are.
+        final: where it is to be.
         step: the global step.
-        model: parameters and buffers; rank 0's are written.
-        state: everything else that is equal on all ranks; rank 0's is written.
-        rank_state: what is this rank's own.
         metrics: the newest agreed metrics.
-        rank: this rank.
-        comm: to meet the others.
+        facts: from each file's name to :func:`facts_of` it.
 
-    Raises:
-        CheckpointError: it could not be written; nothing else was touched.
-
-    Ranks: all, communicates.
+    Ranks: rank 0 only.
     """
-    final = folder / f"step-{step:08d}"
-    aside = folder / f".writing-{final.name}"
-
-    # Here, too, so that the others are told which checkpoint it was.
-    @_plain_words(final)
-    def begin() -> None:
-        _tidy(folder)
-        aside.mkdir(parents=True)
-
-    @_plain_words(final)
-    def commit() -> None:
-        _commit(aside, final, step, metrics)
-
-    try:
-        with comm.lockstep("saving a checkpoint"), _plain_words(final):
-            comm.on_main("checkpoint: begin", begin)
-            if rank == 0:
-                _write_tensors(aside / MODEL, _copies(model))
-                _write_tree(aside / "state", state)
-            _write_tree(aside / f"rank-{rank:05d}", rank_state)
-            comm.barrier("checkpoint: written")
-            comm.on_main("checkpoint: commit", commit)
-    except Exception:
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)  # it may be the disk that is full
-        raise
-    return final
-
-
-def _tidy(folder: Path) -> None:
-    """Ends what a kill cut short: half a save goes, what it was about to replace comes back."""
-    for replaced in folder.glob(f"{_REPLACED}step-*"):
-        final = folder / replaced.name.removeprefix(_REPLACED)
-        if final.exists():
-            _delete(replaced)
-        else:
-            replaced.rename(final)
-    for leftover in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
-        _delete(leftover)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _commit(aside: Path, final: Path, step: int, metrics: dict[str, float]) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        for path in sorted(aside.iterdir())
-    }
-    manifest = {"format": FORMAT, "step": step, "metrics": metrics, "files": files}
+    manifest = {"format": FORMAT, "step": step, "metrics": metrics, "files": dict(facts)}
     manifest["sha256"] = _digest_of(manifest)
-    _write_bytes(aside / _MANIFEST, json.dumps(manifest, indent=1).encode())
-    _sync_folder(aside)
+    disk.write_bytes(aside / _MANIFEST, json.dumps(manifest, indent=1).encode())
+    disk.sync_folder(aside)
     replaced = final.with_name(_REPLACED + final.name)
     if final.is_dir():  # the same step saved again, after a resume
         final.rename(replaced)  # where it is found, should a kill come before the next line
     aside.rename(final)
-    _sync_folder(final.parent)
+    disk.sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)  # what is left of it goes with the next save
+
+
+def tidy(folder: Path) -> None:
+    """Ends what a kill cut short: half a save goes, what it was about to replace comes back."""
+    for replaced in folder.glob(f"{_REPLACED}step-*"):
+        final = folder / replaced.name.removeprefix(_REPLACED)
+        if final.exists():
+            disk.delete(replaced)
+        else:
+            replaced.rename(final)
+    for leftover in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
+        disk.delete(leftover)
 
 
 def find(folder: Path) -> tuple[Saved | None, list[str]]:
@@ -170,13 +141,19 @@ def listed(folder: Path) -> list[Saved]:
     return saved
 
 
+def model_file(path: Path) -> Path:
+    """Returns the file with the model; the checkpoint's folder, where it is in parts."""
+    file = path / _whole(MODEL)
+    return file if file.exists() else path
+
+
 def load_model(path: Path) -> dict[str, Tensor]:
     """Returns parameters and buffers, on the CPU.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: a file cannot be read.
     """
-    return load_tensors(path / MODEL)
+    return _load_parts(path, MODEL)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -185,7 +162,7 @@ def load_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    return _read_tree(path / "state")
+    return _join(path / f"{STATE}.json", _load_parts(path, STATE))
 
 
 def load_rank_state(path: Path, rank: int) -> dict[str, Any] | None:
@@ -194,8 +171,10 @@ def load_rank_state(path: Path, rank: int) -> dict[str, Any] | None:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    base = path / f"rank-{rank:05d}"
-    return _read_tree(base) if base.with_suffix(".json").exists() else None
+    file = path / f"{rank_name(rank)}.json"
+    if not file.exists():
+        return None
+    return _join(file, load_tensors(path / _whole(rank_name(rank))))
 
 
 def remove(folder: Path, step: int) -> None:
@@ -251,7 +230,7 @@ def check(path: Path) -> Saved:
                 raise CheckpointError(f"{file} is missing")
             if (size := file.stat().st_size) != facts["bytes"]:
                 raise CheckpointError(f"{file} has {size} bytes, not the {facts['bytes']} written")
-            changed = _digest(file) != facts["sha256"]
+            changed = disk.digest(file) != facts["sha256"]
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
         if changed:
@@ -284,15 +263,21 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _write_tree(base: Path, state: dict[str, Any]) -> None:
-    plain, tensors = tree.split(state)
-    _write_tensors(base.with_suffix(".safetensors"), tensors)
-    _write_bytes(base.with_suffix(".json"), json.dumps(plain).encode())
+def _whole(stem: str) -> str:
+    return f"{stem}.safetensors"
 
 
-def _read_tree(base: Path) -> dict[str, Any]:
-    file = base.with_suffix(".json")
-    tensors = load_tensors(base.with_suffix(".safetensors"))
+def _load_parts(path: Path, stem: str) -> dict[str, Tensor]:
+    part = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    names = [name for name in _read_manifest(path)["files"] if part.fullmatch(name)]
+    tensors: dict[str, Tensor] = {}
+    for name in names or [_whole(stem)]:
+        tensors |= load_tensors(path / name)
+    return tensors
+
+
+def _join(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Returns the state whose JSON is in ``file``."""
     try:
         state = tree.join(json.loads(file.read_bytes()), tensors)
         if not isinstance(state, dict):
@@ -300,22 +285,6 @@ def _read_tree(base: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, LookupError, RecursionError, CheckpointError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     return state
-
-
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
-    }
-
-
-def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file(tensors, file)
-    except KeyError as unknown:  # what safetensors says of a dtype that it does not know
-        raise CheckpointError(
-            f"{file} could not be written: no tensor of dtype {unknown} can be saved"
-        ) from unknown
-    _sync_file(file)
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
@@ -328,40 +297,3 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
-def _write_bytes(file: Path, content: bytes) -> None:
-    file.write_bytes(content)
-    _sync_file(file)
-
-
-def _sync_file(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-class _plain_words(ContextDecorator):
-    """Turns what the disk says into a CheckpointError that names the checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(f"{self._path} could not be written: {error}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,3 +46,16 @@ def restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Keeps the global generators as they were, whatever is drawn inside.
+
+    Ranks: all, local.
+    """
+    before = capture()
+    try:
+        yield
+    finally:
+        restore(before)

@@ -17,7 +17,7 @@ from dtrain.errors import CheckpointError, ConfigError, CrashLoop, ResumeError
 State = Literal["running", "finished", "preempted", "failed"]
 ResumeMode = Literal["auto", "never", "must", "emergency"]
 
-#: So often in a row a run may fail at the same step.
+#: So often in a row a run may fail without having come any further.
 MAX_FAILURES = 3
 
 #: Names a file for a copy of status.json: a batch script does not know what run_dir is.
@@ -38,9 +38,9 @@ class Status:
         step: global steps taken.
         epoch: epochs finished.
         make_up: what the run is made of; a run is continued only by one of the same make-up.
-        failed_at: the step at which the run last failed, or -1. Of a run that was killed before it
-            could tell, the last step that it told of.
-        failures: how often in a row it failed there.
+        failed_at: the furthest step at which the run failed, or -1. Of a run that was killed before
+            it could tell, the last step that it told of.
+        failures: how often in a row it came no further.
         requeue: False where another start would only fail in the same way.
         updated: when this was written, in seconds since 1970.
     """
@@ -63,10 +63,12 @@ class Decision:
     Attributes:
         saved: the checkpoint to continue from, or None to begin.
         notes: what was decided, in plain words.
+        before: what the last start left, as far as that can be known.
     """
 
     saved: Saved | None
     notes: tuple[str, ...] = ()
+    before: Status | None = field(default=None, compare=False)
 
 
 def write(run_dir: Path, status: Status) -> None:
@@ -109,7 +111,9 @@ def read(run_dir: Path) -> Status | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        raise ResumeError(f"{file} cannot be read: {error}; move {run_dir} away") from error
+        raise ResumeError(
+            f"{file} cannot be read: {error}. Delete it: what there are of checkpoints is kept."
+        ) from error
 
 
 def prepare(run_dir: Path) -> None:
@@ -170,15 +174,18 @@ def decide(
     if mode == "never":
         traces = (run_dir / "status.json", run_dir / "checkpoints")
         return _set_aside(run_dir) if any(t.exists() for t in traces) else Decision(None)
-    status = read(run_dir)
     saved, damage = files.find(run_dir / (EMERGENCY if mode == EMERGENCY else "checkpoints"))
     notes = [f"left out, because it is damaged: {what}" for what in damage]
-    if status is None and saved is not None:  # begun anew, they would pass for its own later
-        raise ResumeError(
-            f"there are checkpoints in {run_dir} (the newest of step {saved.step}), but no "
-            "status.json that says of which run. Put it back, choose another run_dir, or pass "
-            "resume='never' to begin anew here (the old files are moved aside)."
-        )
+    try:
+        status = read(run_dir)
+    except ResumeError as error:
+        if saved is None:
+            raise
+        status = None
+        notes.append(str(error))
+    if status is None and saved is not None:
+        status = _said_by(saved)
+        notes.append("there is no status.json to go by: the checkpoint says of which run it is")
     if status is None or (saved is None and status.status != "finished"):
         if mode in ("must", EMERGENCY):
             what = "no run" if status is None else "no intact checkpoint"
@@ -188,7 +195,7 @@ def decide(
                 f"resume={mode!r}, but there is {what} in {run_dir}"
                 + "".join(f"\n  {note}" for note in notes)
             )
-        return Decision(None, tuple(notes))
+        return Decision(None, tuple(notes), status)
     _compare(run_dir, status, make_up)
     done_epochs, done_steps = status.epoch, status.step
     more = (epochs is not None and epochs > done_epochs) or (epochs is None and max_steps is None)
@@ -207,15 +214,15 @@ def decide(
     assert saved is not None
     what = f"continuing at step {saved.step} from {saved.path}"
     compared = f"the same make-up: {', '.join(make_up)}"
-    return Decision(saved, (*notes, f"{what} ({compared})"))
+    return Decision(saved, (*notes, f"{what} ({compared})"), status)
 
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """How often in a row a run failed at the same step.
+    """How often in a row a run failed without having come any further.
 
     Attributes:
-        at: the step, or -1.
+        at: the furthest step, or -1.
         count: how often.
     """
 
@@ -224,7 +231,9 @@ class Failures:
 
     def then(self, step: int) -> Failures:
         """Counts a failure at ``step``."""
-        return Failures(step, self.count + 1 if step == self.at else 1)
+        if step > self.at:
+            return Failures(step, 1)
+        return Failures(self.at, self.count + 1)
 
     @property
     def is_loop(self) -> bool:
@@ -252,10 +261,17 @@ def failures_before(before: Status | None, *, restarted: bool) -> Failures:
     if failures.is_loop:
         reason = before.reason or "killed"
         raise CrashLoop(
-            f"{failures.count} starts in a row failed at step {failures.at} ({reason}), so this "
-            "one does not try again. Mend the cause and start it by hand: that counts from 1."
+            f"{failures.count} starts in a row came no further than step {failures.at} ({reason}), "
+            "so this one does not try again. Mend the cause and start it by hand: that counts from "
+            "1."
         )
     return failures
+
+
+def _said_by(saved: Saved) -> Status:
+    """Returns the status of the run that made a checkpoint, when it made it."""
+    state = files.load_state(saved.path)
+    return Status("running", "", saved.step, state["progress"]["epoch"], state["make_up"])
 
 
 def _by_plan(reason: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,20 @@ from dtrain.errors import CheckpointError
 _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
 
 
-def split(state: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Returns ``state`` as JSON values, and the tensors that were in it, by path.
+class Split(NamedTuple):
+    """Nested state, taken apart.
+
+    Attributes:
+        plain: JSON values.
+        tensors: by path; not copies.
+    """
+
+    plain: Any
+    tensors: dict[str, Tensor]
+
+
+def split(state: Any) -> Split:
+    """Returns ``state`` as JSON values, and the tensors that are in it, by path.
 
     Dicts, lists, tuples, tensors, numbers, text, True, False and None may be nested at will.
 
@@ -22,7 +34,7 @@ def split(state: Any) -> tuple[Any, dict[str, Tensor]]:
         CheckpointError: names the path of anything else.
     """
     tensors: dict[str, Tensor] = {}
-    return _encode(state, "", tensors), tensors
+    return Split(_encode(state, "", tensors), tensors)
 
 
 def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
@@ -58,8 +70,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         name = path or "value"
         if name in tensors or name.startswith("__"):
             name = f"{name}~{len(tensors)}"
-        # A copy: two names for one memory (tied weights) are two tensors in a file.
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = value.detach()
         return {_TENSOR: name}
     if isinstance(value, tuple):
         return {_TUPLE: [_encode(v, _under(path, i), tensors) for i, v in enumerate(value)]}

@@ -7,19 +7,19 @@ without micro-batches, and takes part idle.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dtrain.checkpoint import rng
+from dtrain.data.columns import fetch_whole
 from dtrain.data.order import Order, Sequential, Shuffled
 from dtrain.data.shares import share_of
 from dtrain.data.source import Data
-from dtrain.errors import DataError
 from dtrain.world import World, derive_seed, seed_everything
 
 Split = Callable[[int], list[int]]
@@ -82,6 +82,32 @@ class Feed(Protocol):
         """Yields the steps of ``epoch`` from ``first_step`` on; a stream's without end."""
         ...
 
+    def state_dict(self, epoch: int, step: int) -> dict[str, Any] | None:
+        """Returns what a checkpoint must hold of this rank's data, ``step`` steps into ``epoch``.
+
+        That is what the place in the plan does not tell; None where that is nothing.
+        """
+        ...
+
+    def load_state_dict(
+        self, state: dict[str, Any] | None, *, ranks: int, epoch: int, step: int
+    ) -> str:
+        """Takes up what :meth:`state_dict` returned.
+
+        Args:
+            state: this rank's; None where it saved none.
+            ranks: how many ranks the saved run had.
+            epoch: the epoch that comes next.
+            step: how many steps of it are done.
+
+        Returns:
+            What is not restored, in words; or nothing.
+
+        Raises:
+            ResumeError: this many ranks cannot go on from there.
+        """
+        ...
+
 
 class MapFeed:
     """Feeds a map-style dataset: step ``b`` is positions ``b * B`` to ``(b + 1) * B - 1``.
@@ -132,6 +158,16 @@ class MapFeed:
             micros = self._slices.micros(step)
             yield _MapStep(batches, self.shares(step)[1], micros, self._device)
 
+    def state_dict(self, epoch: int, step: int) -> dict[str, Any] | None:
+        """Returns None: the order of samples is a function of seed, epoch and position."""
+        return None
+
+    def load_state_dict(
+        self, state: dict[str, Any] | None, *, ranks: int, epoch: int, step: int
+    ) -> str:
+        """Takes up nothing, at any number of ranks."""
+        return ""
+
     def _batches(self, epoch: int, first_step: int) -> Iterator[Any]:
         dataset, collate = self._data.dataset, self._data.collate_fn
         if self._data.num_workers == 0 and not self._data.seed_samples:
@@ -146,7 +182,7 @@ class MapFeed:
                 batch_size=None,  # a task is a whole micro-batch
                 collate_fn=_as_it_is,
                 num_workers=self._data.num_workers,
-                prefetch_factor=max(1, self._data.prefetch),
+                prefetch_factor=self._data.prefetch,
                 persistent_workers=True,
                 pin_memory=self._device.type == "cuda",
                 # Of its own: starting workers must not draw from this rank's stream.
@@ -245,11 +281,8 @@ class _Fetcher(Dataset[Any]):
 def _fetch_here(dataset: Any, task: _Task, collate: Callable[[list[Any]], Any] | None) -> Any:
     """As a worker would; and the training's own random streams do not notice."""
     assert task.sample_seeds is not None
-    before = rng.capture()
-    try:
+    with rng.kept():
         return _fetch_seeded(dataset, task.rows, task.sample_seeds, collate)
-    finally:
-        rng.restore(before)
 
 
 def _fetch_seeded(
@@ -299,104 +332,10 @@ class _MapStep:
         return False  # the plan of steps says when an epoch ends
 
 
-class StreamFeed:
-    """Feeds an iterable of ready batches, each rank its own stream.
-
-    Args:
-        data: made without a batch size.
-        world: which device.
-        batches_per_step: how many consecutive batches of a rank make a step.
-
-    Ranks: all, local.
-    """
-
-    def __init__(self, data: Data, world: World, batches_per_step: int) -> None:
-        self._stream: Iterable[Any] = data.dataset
-        self._device = world.device
-        self._batches_per_step = batches_per_step
-        self._when_uneven = data.when_uneven
-        # A length is this rank's alone; the plan must be equal on all of them.
-        self.steps_per_epoch: int | None = None
-
-    def __str__(self) -> str:
-        return f"a stream of each rank's own (when_uneven={self._when_uneven!r})"
-
-    def epoch(self, epoch: int, first_step: int) -> Iterator[StepFeed]:
-        """Yields steps without end; whoever calls stops once every rank's stream has ended."""
-        looks_ahead = self._when_uneven == "stop"
-        stream = _Stream(iter(self._stream))
-        for _ in range(first_step * self._batches_per_step):
-            stream.skip()
-        while True:
-            yield _StreamStep(stream, self._batches_per_step, self._device, looks_ahead)
-
-
-class _Stream:
-    """An iterator that can be asked whether it has ended."""
-
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self._batches = batches
-        self._held: list[Any] = []
-
-    def has_ended(self) -> bool:
-        if not self._held:
-            try:
-                self._held.append(next(self._batches))
-            except StopIteration:
-                return True
-        return False
-
-    def next(self) -> Any:
-        return self._held.pop() if self._held else next(self._batches)
-
-    def skip(self) -> None:
-        next(self._batches, None)
-
-
-class _StreamStep:
-    def __init__(
-        self, stream: _Stream, micros: int, device: torch.device, looks_ahead: bool
-    ) -> None:
-        self.micros = micros
-        self._stream = stream
-        self._device = device
-        self._looks_ahead = looks_ahead
-
-    def next(self) -> MicroBatch | None:
-        try:
-            batch = self._stream.next()
-        except StopIteration:
-            raise EndOfStream from None
-        samples = _count_samples(batch)
-        if samples is None:
-            raise DataError(
-                f"a stream yielded {type(batch).__name__} without a tensor in it, so its number of "
-                "samples is unknown; yield tensors, or lists or dicts of tensors"
-            )
-        return send_to_device(batch, self._device, non_blocking=True), samples
-
-    def is_last(self) -> bool:
-        return self._looks_ahead and self._stream.has_ended()
-
-
-def _count_samples(batch: Any) -> int | None:
-    """Returns the length of the first tensor in a batch that has one, or None."""
-    if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.dim() else None
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, list | tuple):
-        counts = (_count_samples(part) for part in batch)
-        return next((count for count in counts if count is not None), None)
-    return None
-
-
 def fetch(dataset: Any, rows: Sequence[int], collate: Callable[[list[Any]], Any] | None) -> Any:
     """Returns the batch of ``rows``: fetched whole where the dataset can, else collated."""
-    if collate is None and type(dataset) is TensorDataset:
-        # The same list of tensors as collating sample by sample, in one indexing each.
-        chosen = torch.as_tensor(rows)
-        return [tensor[chosen] for tensor in dataset.tensors]
+    if collate is None and (batch := fetch_whole(dataset, rows)) is not None:
+        return batch
     if _fetches_many(dataset):
         samples = dataset.__getitems__(rows)
     else:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from dtrain.data.columns import as_dataset
 from dtrain.data.order import Order
 from dtrain.errors import ConfigError, DataError
 
@@ -17,8 +18,9 @@ class Data:
     """What to train on: a map-style dataset, or an iterable of ready batches.
 
     A map-style dataset (``__len__`` and ``__getitem__``) comes with a ``batch_size``; order,
-    sharding and resume are then exact. An iterable yields ready batches, each rank its own
-    stream.
+    sharding and resume are then exact. So does an array, or a dict or tuple of equally long arrays
+    or tensors, of each of which a sample has one row. An iterable yields ready batches, each rank
+    its own stream; one with ``state_dict`` and ``load_state_dict`` is resumed where it was.
 
     Example::
 
@@ -31,7 +33,10 @@ class Data:
         drop_last: leave out an epoch's last global batch if it is smaller than the others.
         collate_fn: makes a batch of a list of samples; torch's default if None.
         num_workers: loader processes of each rank; 0 loads in the training process.
-        prefetch: micro-batches that each worker holds ready.
+        prefetch: micro-batches that each worker holds ready. Without workers a batch is fetched
+            when its step needs it, after the update of the step before; so samples may be made by
+            the model as it is then. Workers hold copies of the dataset and fetch ahead, so
+            ``prefetch=0`` with workers is refused.
         order: your own order of samples, instead of ``shuffle``; such as
             :class:`~dtrain.data.Weighted` or :class:`~dtrain.data.Bucketed`.
         seed_samples: Python's, NumPy's and torch's random numbers that a sample draws depend on
@@ -65,7 +70,7 @@ class Data:
         when_uneven: WhenUneven = "idle",
     ) -> None:
         _refuse_loader(dataset, batch_size)
-        self.dataset = dataset
+        self.dataset = dataset if batch_size is None else as_dataset(dataset)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -120,6 +125,12 @@ class Data:
         if self.num_workers < 0 or self.prefetch < 0:
             raise ConfigError(
                 f"num_workers={self.num_workers} and prefetch={self.prefetch} must be 0 or more"
+            )
+        if self.num_workers and not self.prefetch:
+            raise ConfigError(
+                f"prefetch=0 with num_workers={self.num_workers}: workers fetch ahead, with copies "
+                "of the dataset, and of a model in it, as they were when the workers started. "
+                "For samples that the live model makes use num_workers=0; else prefetch=1 or more"
             )
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s={self.timeout_s}: must be more than 0 seconds")

@@ -288,6 +288,6 @@ def _words(fault: Fault, ranks: int) -> str:
         return "kill -9 of all ranks" if ranks > 1 else "kill -9"
     if fault.kind == "kill one":
         return f"kill -9 of rank {fault.rank}"
-    if fault.kind == "kill saving":
+    if fault.kind in ("kill writing", "kill renaming"):
         return "kill -9 within a save"
     return f"SIGTERM to rank {fault.rank}"

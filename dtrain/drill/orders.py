@@ -6,14 +6,15 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Kind = Literal["kill all", "kill one", "kill saving", "preempt"]
+Kind = Literal["kill all", "kill one", "kill writing", "kill renaming", "preempt"]
 
 #: In which hooks a step can be broken off: before the update of the parameters, and after it.
 HOOKS = ("on_grads_ready", "on_step_end")
 
-#: How many places of a checkpoint's making a kill may fall on, as rank 0 goes through them; see
-#: :mod:`dtrain.drill.strike`.
-PLACES = 8
+#: How many files of a checkpoint rank 0 writes at least, and any other rank.
+MAIN_WRITES, OTHER_WRITES = 5, 2
+#: How many moments there are around its renaming.
+MOMENTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +22,13 @@ class Fault:
     """What goes wrong, once.
 
     Attributes:
-        kind: ``kill all`` and ``kill one`` send SIGKILL in a step, ``kill saving`` sends it to
-            rank 0 while it writes a checkpoint, ``preempt`` sends SIGTERM to one rank.
+        kind: ``kill all`` and ``kill one`` send SIGKILL in a step, ``kill writing`` sends it to a
+            rank that has written half a file of a checkpoint, ``kill renaming`` to rank 0 just
+            before or after the checkpoint gets its name, ``preempt`` sends SIGTERM to one rank.
         step: how many steps are done by then: with ``on_grads_ready``, without that step's own.
         rank: the one that suffers it.
         hook: from :data:`HOOKS`.
-        place: at which of a save's writes, from 0.
+        place: at which of the rank's files, or at which moment, from 0.
     """
 
     kind: Kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from dtrain.drill.orders import HOOKS, PLACES, Fault
+from dtrain.drill.orders import HOOKS, MAIN_WRITES, MOMENTS, OTHER_WRITES, Fault
 
 
 def draw(*, kills: int, ranks: int, steps: int, save_every: int, seed: int) -> list[Fault]:
@@ -32,9 +32,13 @@ def draw(*, kills: int, ranks: int, steps: int, save_every: int, seed: int) -> l
     saved = [*range(save_every, steps, save_every)] or [steps]
     # A torn file, and a checkpoint that is whole but hardly in its place, in turn.
     for number in range((kills + 1) // 2):
-        torn, whole = range(PLACES - 2), range(PLACES - 2, PLACES)
-        place = drawing.choice(whole if number % 2 else torn)
-        faults.append(Fault("kill saving", step=drawing.choice(saved), place=place))
+        step = drawing.choice(saved)
+        if number % 2:
+            faults.append(Fault("kill renaming", step, place=drawing.randrange(MOMENTS)))
+        else:
+            rank = drawing.randrange(ranks)
+            place = drawing.randrange(OTHER_WRITES if rank else MAIN_WRITES)
+            faults.append(Fault("kill writing", step, rank, place=place))
     step = drawing.randint(1, steps - 2)  # the next one carries it to all ranks
     faults.append(Fault("preempt", step=step, rank=drawing.randrange(ranks)))
     return faults

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.callback import Callback
-from dtrain.checkpoint import files
+from dtrain.checkpoint import disk
 from dtrain.drill.orders import Fault
 from dtrain.drill.record import Recorder
 from dtrain.state import Context, Step
 
-_WRITES = ("_write_tensors", "_write_bytes")
-_SYNC = "_sync_folder"
+_OPERATIONS = {"kill writing": ("write_tensors", "write_bytes"), "kill renaming": ("sync_folder",)}
 
 
 class Striker(Callback):
@@ -55,15 +54,14 @@ class Striker(Callback):
     def on_save(self, ctx: Context) -> None:
         """Lays the fault into the making of this checkpoint, if it is to strike there."""
         fault = self._fault
-        if fault is None or fault.kind != "kill saving" or self._rank != fault.rank:
+        if fault is None or self._rank != fault.rank or ctx.progress.step != fault.step:
             return
-        if ctx.progress.step == fault.step:
-            for name in (*_WRITES, _SYNC):
-                vars(files)[name] = self._counted(name, getattr(files, name))
+        for name in _OPERATIONS.get(fault.kind, ()):
+            vars(disk)[name] = self._counted(fault, getattr(disk, name))
 
     def _strike_in(self, hook: str, step: int) -> None:
         fault = self._fault
-        if fault is None or fault.kind == "kill saving" or self._rank != fault.rank:
+        if fault is None or fault.kind in _OPERATIONS or self._rank != fault.rank:
             return
         if (hook, step) != (fault.hook, fault.step):
             return
@@ -82,21 +80,18 @@ class Striker(Callback):
                     os.kill(int(_process_file(self._folder, other).read_text()), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def _counted(self, name: str, real: Callable[..., None]) -> Callable[..., None]:
-        """Returns ``real``, but for one call that does half of it and no more."""
+    def _counted(self, fault: Fault, real: Callable[..., None]) -> Callable[..., None]:
+        """Returns ``real``, but for one call of it that is the last."""
 
         def counted(path: Path, *content: Any) -> None:
-            assert self._fault is not None
             place, self._places = self._places, self._places + 1
-            if place != self._fault.place:
-                real(path, *content)
+            real(path, *content)
+            if place != fault.place:
                 return
-            if name == _SYNC:
-                renamed = path.name == "checkpoints"
-                where = "just after" if renamed else "just before"
+            if fault.kind == "kill renaming":
+                where = "just after" if path.name == "checkpoints" else "just before"
                 what = f"{where} it was renamed into place"
             else:
-                real(path, *content)
                 os.truncate(path, path.stat().st_size // 2)
                 what = f"half of {path.name} written"
             self._recorder.tell("struck", what=f"kill -9 within a save, {what}")

@@ -241,7 +241,7 @@ def probing(probe: Probe) -> type[Trainer]:
             loop.plan = replace(loop.plan, eval_every=None)
             return loop
 
-        def _save(self, loop_state: dict[str, Any]) -> None:
+        def _save(self, loop_state: dict[str, Any], data_state: dict[str, Any] | None) -> None:
             """No checkpoint: the training ends here."""
 
     return ProbingTrainer

@@ -52,7 +52,7 @@ trainer = dtrain.Trainer(
     model,
     torch.optim.AdamW(model.parameters(), lr=1e-2),
     lambda model, batch: (model(batch[0]) - batch[0].sum(1, True)).square().mean(),
-    callbacks=[Starts(), Checkpoint(every_steps=EVERY_STEPS), Dies()],
+    callbacks=[Starts(), Checkpoint(every_steps=EVERY_STEPS, background=False), Dies()],
     sinks=[],
     run_dir=out / "run",
 )

@@ -10,23 +10,26 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from saved import save
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import dtrain
+from dtrain.callback import Sink
 from dtrain.callbacks import Checkpoint
-from dtrain.checkpoint import files, tree
-from dtrain.comm import Comm
+from dtrain.checkpoint import disk, files, tree
 from dtrain.errors import CheckpointError, RemoteError
 from dtrain.sinks import JSONLines
 from dtrain.testing import run_outcomes, run_processes
@@ -65,7 +68,7 @@ def before_operations(act):
 
     for name in OPERATIONS:
         wrap(name)
-    wrap_write(files, "save_file", 1)
+    wrap_write(disk, "save_file", 1)
     wrap_write(Path, "write_bytes", 0)
 
 
@@ -116,12 +119,23 @@ def harm_once(hook):
 class Harm(dtrain.Callback):
     """Does ``harm(ctx)`` in the n-th call of a hook, on this rank."""
 
-    def __init__(self, hook=None, nth=0, harm=None):
-        self.hook, self.left, self.harm = hook, nth, harm
+    def __init__(self, name, hook=None, nth=0, harm=None):
+        self.name, self.hook, self.left, self.harm = name, hook, nth, harm
 
     for _name in HOOKS:
         locals()[_name] = harm_once(_name)
     del _name
+
+
+class Told(Sink):
+    """Keeps what a person at the terminal would be told."""
+
+    def __init__(self):
+        self.words = []
+
+    def write(self, report):
+        if report.kind == "message":
+            self.words.append(report.text)
 
 
 def digest(state):
@@ -143,16 +157,27 @@ def loss_fn(net, batch):
     return F.cross_entropy(net(batch[0]), batch[1])
 
 
-def train(run_dir, harms=None, epochs=EPOCHS):
+def train(run_dir, harms=None, *, cures=None, **options):
     """Trains to the end, or to where a rank is harmed; returns what must be equal, bit for bit.
 
     Args:
         run_dir: where it is, and may go on.
         harms: from rank to (hook, nth call, what, argument).
-        epochs: in all.
+        cures: the same, of what mends it.
+        options: of Checkpoint.
     """
     world = dtrain.init(seed=0)
-    hook, nth, what, argument = (harms or {}).get(world.rank, (None, 0, None, None))
+
+    def harm(name, planned):
+        hook, nth, what, argument = (planned or {}).get(world.rank, (None, 0, None, None))
+
+        def do(ctx):
+            if name == "cure":
+                trainer._saver.finish()  # not before the harm is done
+            WAYS[what](ctx, argument)
+
+        return Harm(name, hook, nth, do)
+
     torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 2))
     trainer = dtrain.Trainer(
@@ -160,14 +185,17 @@ def train(run_dir, harms=None, epochs=EPOCHS):
         lambda net: torch.optim.AdamW(net.parameters(), lr=1e-2),
         loss_fn,
         callbacks=[
-            Checkpoint(every_steps=EVERY, keep=2),
-            Harm(hook, nth, lambda ctx: WAYS[what](ctx, argument)),
+            Checkpoint(**{"every_steps": EVERY, "keep": 2} | options),
+            harm("harm", harms),
+            harm("cure", cures),
         ],
-        sinks=[JSONLines()],
+        sinks=[JSONLines(), (told := Told())],
         run_dir=run_dir,
     )
     samples = data()
-    result = trainer.fit(samples, batch_size=BATCH, epochs=epochs, eval_set=samples, log_every=2)
+    result = trainer.fit(samples, batch_size=BATCH, epochs=EPOCHS, eval_set=samples, log_every=2)
+    if cures is not None:
+        return result.steps, told.words
     return {
         "steps": result.steps,
         "parameters": digest(net.state_dict()),
@@ -211,6 +239,10 @@ def break_disk(ctx, operation):
     before_operations(act)
 
 
+def empty_disk(ctx, _):
+    (ctx.run_dir.parent / "ballast").unlink()
+
+
 WAYS = {
     "kill": kill,
     "kill in save": kill_in_save,
@@ -218,6 +250,7 @@ WAYS = {
     "read-only": make_read_only,
     "limit": limit_files,
     "EIO": break_disk,
+    "empty": empty_disk,
 }
 
 
@@ -274,19 +307,6 @@ def test_random_kills_cost_no_bit(tmp_path, unbroken):
     assert kills == KILLS
     assert ends >= 1
     assert len(hooks) >= 6
-
-
-def save(folder, step, *, state=None, rank=0, comm=None, model=None):
-    return files.save(
-        folder,
-        step=step,
-        model=model or {"weight": torch.full((40,), float(step))},
-        state=state or {"progress": [step], "m": torch.ones(3)},
-        rank_state={"rng": torch.arange(4)},
-        metrics={"eval/loss": step + 0.25},
-        rank=rank,
-        comm=comm or Comm(),
-    )
 
 
 def two_checkpoints(folder):
@@ -411,7 +431,7 @@ def save_with_a_kill(folder, victim, operation):
     with dtrain.init() as world:
         if world.rank == victim:
             kill_before(operation)
-        save(folder, 30, rank=world.rank, comm=world.comm)
+        save(folder, 30, rank=world.rank, size=2, comm=world.comm)
 
 
 @pytest.mark.parametrize(("victim", "operations"), [(0, (0, 9, 12, 17)), (1, range(6))])
@@ -431,7 +451,7 @@ def test_a_kill_of_one_of_two_ranks_that_save_loses_nothing(tmp_path, victim, op
 
 
 @pytest.fixture
-def disk(request, tmp_path):
+def small_disk(request, tmp_path):
     """A disk of 1 MiB; a folder where only root may mount one, and the case can do with it."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -460,11 +480,13 @@ DISKS = {
 
 
 @pytest.mark.parametrize("how", DISKS)
-def test_a_disk_that_fails_ends_the_run_and_costs_no_bit(disk, unbroken, how):
+def test_a_disk_that_fails_for_good_is_an_error_at_the_end_and_costs_no_bit(
+    small_disk, unbroken, how
+):
     harms, cause = DISKS[how]
-    run_dir = disk / "run"
+    run_dir = small_disk / "run"
     outcomes = run_outcomes(train, 2, run_dir, harms)
-    words = f"{run_dir}/checkpoints/step-00000006 could not be written: "
+    words = f"{run_dir}/checkpoints/step-00000016 could not be written: "
     assert {type(outcome.error) for outcome in outcomes} <= {CheckpointError, RemoteError}
     for outcome in outcomes:
         assert words in str(outcome.error), outcome.trace
@@ -476,10 +498,42 @@ def test_a_disk_that_fails_ends_the_run_and_costs_no_bit(disk, unbroken, how):
 
     if how == "read-only":
         subprocess.run(["umount", str(run_dir / "checkpoints")], check=True)
-    (disk / "ballast").unlink(missing_ok=True)
+    (small_disk / "ballast").unlink(missing_ok=True)
     assert run_processes(train, 2, run_dir) == unbroken[0]
     assert lines(run_dir) == unbroken[1]
     assert names(run_dir / "checkpoints") == ["step-00000014", "step-00000016"]
+
+
+RECOVERS = {
+    "full": (
+        {0: ("on_save", 0, "fill", 0)},
+        {0: ("on_step_end", 6, "empty", None)},
+        "No space left on device",
+    ),
+    "full for rank 1": (
+        {1: ("on_save", 0, "limit", 3000)},
+        {1: ("on_step_end", 6, "limit", resource.RLIM_INFINITY)},
+        "File too large",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", RECOVERS)
+@pytest.mark.parametrize("background", [True, False])
+def test_a_save_that_failed_is_told_and_tried_again(small_disk, how, background):
+    harms, cures, cause = RECOVERS[how]
+    run_dir = small_disk / "run"
+    training = partial(train, cures=cures, every_steps=6, keep=3, background=background)
+    ends = run_processes(training, 2, run_dir, harms)
+    assert [steps for steps, _ in ends] == [STEPS, STEPS]
+    told = [words for words in ends[0][1] if "could not be written" in words]
+    assert len(told) == 1, ends[0][1]
+    assert "step-00000006 could not be written: " in told[0]
+    assert cause in told[0]
+    assert re.search(r"Training goes on; it is tried again (soon|now)\.$", told[0])
+    # Asked for with the report of step 8, which is the end of an epoch: agreed there, too.
+    kept = ["step-00000008", "step-00000012", "step-00000016"]
+    assert names(run_dir / "checkpoints") == kept
 
 
 # ----------------------------------------------------------------------------- damage
@@ -702,9 +756,8 @@ def test_no_pickle_is_ever_executed(folder, tmp_path_factory):
 
 def test_a_run_goes_on_from_the_checkpoint_before_and_executes_nothing(tmp_path, unbroken):
     run_dir, marker = tmp_path / "run", tmp_path / "marker"
-    killed = run_outcomes(
-        train, 2, run_dir, dict.fromkeys((0, 1), ("on_step_end", 8, "kill", None))
-    )
+    harms = dict.fromkeys((0, 1), ("on_step_end", 8, "kill", None))
+    killed = run_outcomes(partial(train, background=False), 2, run_dir, harms)
     assert {outcome.exitcode for outcome in killed} == {-signal.SIGKILL}
     newest = run_dir / "checkpoints" / "step-00000008"
     for number, bomb in enumerate(bombs(marker)):

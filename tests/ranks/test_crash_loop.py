@@ -55,9 +55,9 @@ def test_a_fourth_start_at_the_same_step_gives_up(tmp_path, how):
     (zero, one), status = attempt(tmp_path, how, 5, 3)
     assert type(zero.error) is CrashLoop
     assert zero.error.code == 78
-    assert "3 starts in a row failed at step 5 (" in zero.output
+    assert "3 starts in a row came no further than step 5 (" in zero.output
     assert type(one.error) is RemoteError
-    assert "3 starts in a row failed at step 5" in str(one.error)
+    assert "3 starts in a row came no further than step 5" in str(one.error)
     assert status == (left, 3, False)
     # Somebody has mended it: a start by hand counts from 1.
     outcomes, status = attempt(tmp_path, "", 0, 0)
@@ -76,7 +76,7 @@ def killed_together(run_dir):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     dtrain.init(seed=0)
-    run = tiny.trainer([Checkpoint(every_steps=2), Dies()], run_dir=run_dir)
+    run = tiny.trainer([Checkpoint(every_steps=2, background=False), Dies()], run_dir=run_dir)
     run.fit(tiny.dataset(), batch_size=16, max_steps=STEPS)
 
 
@@ -89,7 +89,7 @@ def test_starts_that_are_killed_are_counted_by_the_next(tmp_path):
         killed_together, 1, tmp_path, env={"SLURM_RESTART_COUNT": "3"}, timeout_s=30
     )
     assert type(outcome.error) is CrashLoop
-    assert "3 starts in a row failed at step 4 (killed)" in str(outcome.error)
+    assert "3 starts in a row came no further than step 4 (killed)" in str(outcome.error)
 
 
 def test_starts_that_come_further_are_not_counted(tmp_path):

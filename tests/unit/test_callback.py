@@ -178,6 +178,12 @@ def test_the_hook_that_failed_is_remembered_until_the_next_one_works() -> None:
 class OwnCheckpoint(Callback):
     """Fills the slot by its shape alone."""
 
+    background = True
+    trainable_only = False
+
+    def select(self, model: Any) -> dict[str, Any]:
+        return dict(model.state_dict())
+
     def due_after_step(self, progress: Any) -> bool:
         return False
 

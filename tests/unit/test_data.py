@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from multiprocessing import active_children
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.utils.data import (
 
 from dtrain.comm import Comm
 from dtrain.data import Data, EndOfStream, MapFeed, Sequential, Shuffled, StreamFeed, as_data
+from dtrain.data.columns import fetch_whole
 from dtrain.data.feed import Feed, Split, fetch
 from dtrain.data.shares import split_share
 from dtrain.errors import ConfigError, DataError
@@ -109,6 +111,11 @@ class SizedBatches(Batches):
         (lambda: Data(numbers(6), 2, timeout_s=0), ConfigError, ["timeout_s=0"]),
         (lambda: Data([1], seed_samples=True), ConfigError, ["seed_samples", "map-style"]),
         (lambda: Data(numbers(6), 2, prefetch=-1), ConfigError, ["prefetch=-1"]),
+        (
+            lambda: Data(numbers(6), 2, num_workers=3, prefetch=0),
+            ConfigError,
+            ["prefetch=0 with num_workers=3", "workers fetch ahead", "use num_workers=0"],
+        ),
         (lambda: Data(Batches(), 2), ConfigError, ["Batches is an iterable", "batch_size out"]),
         (lambda: Data(SizedBatches(), 2), ConfigError, ["SizedBatches is an iterable"]),
         (lambda: Data(iter([1]), 2), ConfigError, ["list_iterator is an iterable"]),
@@ -398,6 +405,92 @@ def test_fetching_whole_equals_collating() -> None:
             assert one.dtype == other.dtype
             assert torch.equal(one, other)
     assert fetch(dataset, [2, 0], lambda samples: [int(s[1]) for s in samples]) == [2, 0]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Types, dtypes and bits alike."""
+    if isinstance(one, Tensor):
+        return (
+            type(other) is Tensor
+            and one.dtype == other.dtype
+            and one.stride() == other.stride()
+            and torch.equal(one, other)
+        )
+    if isinstance(one, dict):
+        alike = isinstance(other, dict) and list(one) == list(other)
+        return alike and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        alike = type(one) is type(other) and len(one) == len(other)
+        return alike and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+class HuggingFace:
+    """As their datasets answer: one row, or a dict of columns that is cut into samples again."""
+
+    def __init__(self, columns: dict[str, list[Any]]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, rows: Any) -> dict[str, Any]:
+        if isinstance(rows, int):
+            return {name: column[rows] for name, column in self.columns.items()}
+        return {name: [column[row] for row in rows] for name, column in self.columns.items()}
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
+        batch = self[rows]
+        count = len(next(iter(batch.values())))
+        return [{name: column[i] for name, column in batch.items()} for i in range(count)]
+
+
+def array(dtype: str, *shape: int) -> np.ndarray:
+    return (np.random.default_rng(0).random((9, *shape)) * 9).astype(dtype)
+
+
+KINDS = "bool uint8 int8 int16 int32 int64 uint16 uint32 float16 float32 float64 complex64"
+ARRAYS: dict[str, Any] = {
+    **{f"{kind} row": array(kind, 3, 2) for kind in KINDS.split()},
+    **{f"{kind} number": array(kind) for kind in KINDS.split()},
+    "strided": array("float32", 6)[:, ::2],
+    "tensor": torch.arange(18.0).reshape(9, 2).t().contiguous().t(),
+    "bfloat16": torch.arange(9).bfloat16(),
+    "tuple": (array("float32", 3), torch.arange(9), array("int16")),
+    "dict": {"x": array("float32", 3), "y": torch.arange(9)},
+    "of a subset": torch.utils.data.Subset(TensorDataset(torch.arange(20)), list(range(2, 20, 2))),
+}
+ONE_BY_ONE: dict[str, Any] = {
+    "text": {"x": array("float32", 3), "name": np.array(list("abcdefghi"))},
+    "hugging face": HuggingFace({"x": [[n, 0.5] for n in range(9)], "y": list(range(9))}),
+    "subset": torch.utils.data.Subset(
+        HuggingFace({"x": [[n, 0.5] for n in range(9)], "name": list("abcdefghi")}), range(9)
+    ),
+    "list": [torch.full((2,), float(n)) for n in range(9)],
+}
+
+
+@pytest.mark.parametrize("name", [*ARRAYS, *ONE_BY_ONE])
+def test_each_way_to_fetch_gives_the_batch_of_collating(name: str) -> None:
+    dataset = Data((ARRAYS | ONE_BY_ONE)[name], 2).dataset
+    assert len(dataset) == 9
+    for chosen in ([0], [3, 1, 8, 1], list(range(9))):
+        slow = default_collate([dataset[row] for row in chosen])
+        assert same(fetch(dataset, chosen, None), slow)
+        assert (fetch_whole(dataset, chosen) is None) == (name in ONE_BY_ONE)
+    assert fetch(dataset, [2, 0], len) == 2  # a collate_fn is given samples
+
+
+def test_a_memory_map_is_fetched_whole(tmp_path: Path) -> None:
+    array("float32", 3).tofile(tmp_path / "file")
+    dataset = np.memmap(tmp_path / "file", "float32", "r+", shape=(9, 3))
+    slow = default_collate([dataset[row] for row in (4, 0)])
+    assert same(fetch_whole(Data(dataset, 2).dataset, [4, 0]), slow)
+
+
+def test_columns_of_other_lengths_are_refused_by_name() -> None:
+    with pytest.raises(DataError, match="equally long: 'x' 9, 'y' 8"):
+        Data({"x": array("int8"), "y": torch.arange(8)}, 2)
 
 
 def test_a_subclass_of_tensor_dataset_is_asked_itself() -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from dtrain.drill.compare import compare, compare_resized, tolerance_of
-from dtrain.drill.orders import PLACES, Fault, Start
+from dtrain.drill.orders import Fault, Start
 from dtrain.drill.plan import draw
 from dtrain.drill.record import RankRecord, Recorder, StartRecord
 from dtrain.drill.run import Final, Run
@@ -112,16 +112,21 @@ def test_faults_follow_from_the_seed_and_lie_within_the_run():
     assert drawn == draw(kills=9, ranks=3, steps=20, save_every=4, seed=5)
     assert drawn != draw(kills=9, ranks=3, steps=20, save_every=4, seed=6)
     kinds = [fault.kind for fault in drawn]
-    assert kinds == ["kill all", "kill one"] * 4 + ["kill all"] + ["kill saving"] * 5 + ["preempt"]
+    in_steps = ["kill all", "kill one"] * 4 + ["kill all"]
+    in_saves = ["kill writing", "kill renaming"] * 2 + ["kill writing"]
+    assert kinds == [*in_steps, *in_saves, "preempt"]
+    assert {fault.rank for fault in drawn if fault.kind == "kill writing"} != {0}
     for fault in drawn:
         assert 1 <= fault.step < 20
         assert 0 <= fault.rank < 3
-        assert 0 <= fault.place < PLACES
-        if fault.kind == "kill saving":
+        if fault.kind in in_saves:
             assert fault.step % 4 == 0
+            assert 0 <= fault.place < (5 if fault.rank == 0 else 2)
+        if fault.kind == "kill renaming":
+            assert (fault.rank, fault.place) in ((0, 0), (0, 1))
 
 
 def test_a_start_comes_back_from_json():
-    for fault in (None, Fault("kill saving", step=4, place=6)):
+    for fault in (None, Fault("kill writing", step=4, rank=1, place=1)):
         start = Start("somewhere", 20, 4, fault)
         assert Start.from_json(start.to_json()) == start

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file, save_model
+from safetensors.torch import load_file, save_file, save_model
+from saved import save
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from typer.testing import CliRunner
 
 import dtrain
 from dtrain.callbacks import Checkpoint
+from dtrain.checkpoint import writing
+from dtrain.cli import app
 from dtrain.errors import CheckpointError
 
 
@@ -195,3 +199,37 @@ def test_nothing_there(tmp_path):
         dtrain.load_model(tmp_path / "none", net())
     with pytest.raises(CheckpointError, match=r"^no intact checkpoint is in "):
         dtrain.load_model(tmp_path, net())
+
+
+# ----------------------------------------------------------------------------- one plain file
+
+
+def test_a_run_is_exported_as_one_plain_file(
+    run: tuple[Path, dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, trained = run
+    # In parts, as a large model's is.
+    model = net(seed=5)
+    dtrain.load_model(run_dir, model)
+    monkeypatch.setattr(writing, "LARGEST_BYTES", 60)
+    folder = save(run_dir / "checkpoints", 6, model=model.state_dict())
+    assert len(list(folder.glob("model-*"))) == 3
+    file = run_dir.parent / "plain.safetensors"
+    assert dtrain.export_model(run_dir, file) == len(trained)
+    plain = net(seed=6)
+    plain.load_state_dict(load_file(file))
+    assert bits(plain) == trained
+
+
+def test_the_export_command(run: tuple[Path, dict[str, object]]) -> None:
+    run_dir, trained = run
+    file = run_dir.parent / "plain.safetensors"
+    done = CliRunner().invoke(app, ["export", str(run_dir), str(file)])
+    assert (done.exit_code, done.output) == (0, f"{file}: {len(trained)} tensors\n")
+    assert set(load_file(file)) == set(trained)
+    done = CliRunner().invoke(app, ["export", str(run_dir / "none"), str(file)])
+    assert done.exit_code == 2
+    assert f"dtrain export: {run_dir}/none does not exist" in done.output
+    done = CliRunner().invoke(app, ["export", str(run_dir), str(run_dir / "none" / "a")])
+    assert done.exit_code == 2
+    assert f"{run_dir}/none/a could not be written: " in done.output

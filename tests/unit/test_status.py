@@ -6,33 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from saved import save
 
-from dtrain.checkpoint import files, status
+from dtrain.checkpoint import status
 from dtrain.checkpoint.status import Decision, Status, decide
-from dtrain.comm import Comm
 from dtrain.errors import CheckpointError, ConfigError, ResumeError
 
 MAKE_UP = {"model": "abc", "batch size": 64, "callbacks": ["Checkpoint"]}
 
 
-def save(run_dir: Path, step: int) -> Path:
-    return files.save(
-        run_dir / "checkpoints",
-        step=step,
-        model={"w": torch.ones(2)},
-        state={},
-        rank_state={},
-        metrics={},
-        rank=0,
-        comm=Comm(),
-    )
-
-
 def old_run(run_dir: Path, state: Any = "running", *, saved: int | None = 30, **more: Any) -> None:
     """A run of 3 epochs and 30 steps, with a checkpoint, unless told otherwise."""
     if saved is not None:
-        save(run_dir, saved)
+        save(run_dir / "checkpoints", saved)
     facts = {"reason": "all epochs done", "step": 30, "epoch": 3, "make_up": MAKE_UP} | more
     status.write(run_dir, Status(state, **facts))
 
@@ -100,8 +86,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) ->
 
 def test_the_newest_intact_checkpoint_is_taken_and_the_damage_told(tmp_path: Path) -> None:
     old_run(tmp_path, saved=10)
-    save(tmp_path, 20)
-    harmed = save(tmp_path, 30) / "model.safetensors"
+    save(tmp_path / "checkpoints", 20)
+    harmed = save(tmp_path / "checkpoints", 30) / "model.safetensors"
     harmed.write_bytes(harmed.read_bytes()[:-1])
     decision = choose(tmp_path)
     assert decision.saved is not None
@@ -212,7 +198,7 @@ def test_never_moves_the_old_run_aside_each_time(tmp_path: Path) -> None:
 
 
 def test_never_leaves_no_checkpoint_that_a_later_start_would_find(tmp_path: Path) -> None:
-    save(tmp_path, 30)  # its status.json was lost
+    save(tmp_path / "checkpoints", 30)  # its status.json was lost
     choose(tmp_path, "never")
     old_run(tmp_path, saved=None)
     assert choose(tmp_path).saved is None
@@ -238,7 +224,7 @@ def test_a_status_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["auto", "must"])
 def test_a_status_that_cannot_be_read_is_named(tmp_path: Path, mode: str, content: bytes) -> None:
     (tmp_path / "status.json").write_bytes(content)
-    with pytest.raises(ResumeError, match=r"status\.json cannot be read: .*; move .* away"):
+    with pytest.raises(ResumeError, match=r"status\.json cannot be read: .*Delete it"):
         choose(tmp_path, mode)
 
 
@@ -269,19 +255,27 @@ def test_a_status_is_on_the_disk_before_it_replaces_the_old_one(
     assert done == [f"{aside} synced", f"{aside} is status.json, with True"]
 
 
+@pytest.mark.parametrize("content", [None, b"{", b""])
 @pytest.mark.parametrize("mode", ["auto", "must"])
-def test_checkpoints_without_a_status_are_not_mixed_with_a_new_runs(
-    tmp_path: Path, mode: str
+def test_without_a_status_the_checkpoint_says_of_which_run_it_is(
+    tmp_path: Path, mode: Any, content: bytes | None
 ) -> None:
-    old_run(tmp_path)
-    (tmp_path / "status.json").unlink()
-    with pytest.raises(ResumeError) as raised:
+    said = {"progress": {"epoch": 2}, "make_up": MAKE_UP}
+    save(tmp_path / "checkpoints", 25, state=said)
+    if content is not None:
+        (tmp_path / "status.json").write_bytes(content)
+    decision = choose(tmp_path, mode)
+    assert decision.saved is not None
+    assert decision.saved.step == 25
+    assert decision.before == Status("running", "", 25, 2, MAKE_UP, updated=decision.before.updated)
+    *unreadable, lost, continuing = decision.notes
+    assert lost == "there is no status.json to go by: the checkpoint says of which run it is"
+    assert "continuing at step 25" in continuing
+    assert len(unreadable) == (content is not None)
+    # And so another run's is not mixed with this one.
+    save(tmp_path / "checkpoints", 26, state=said | {"make_up": MAKE_UP | {"batch size": 32}})
+    with pytest.raises(ResumeError, match="batch size: 32 there, 64 here"):
         choose(tmp_path, mode)
-    assert f"there are checkpoints in {tmp_path} (the newest of step 30)" in str(raised.value)
-    assert "no status.json" in str(raised.value)
-    assert choose(tmp_path, "never").saved is None
-    assert (tmp_path / "before-1" / "checkpoints" / "step-00000030").is_dir()
-    assert choose(tmp_path) == Decision(None, ())
 
 
 def test_a_status_that_cannot_be_written_is_named(tmp_path: Path) -> None:

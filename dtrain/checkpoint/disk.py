@@ -1,0 +1,82 @@
+"""What is done to a disk when a checkpoint is written, and how its troubles are told."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from contextlib import ContextDecorator
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dtrain.errors import CheckpointError
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file, down to the disk. The tensors are contiguous, and on the CPU."""
+    save_file(tensors, file)
+    _sync_file(file)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Writes a file, down to the disk."""
+    file.write_bytes(content)
+    _sync_file(file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings what was made, renamed or deleted in ``folder`` down to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def delete(path: Path) -> None:
+    """Deletes a file or a folder with all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def digest(file: Path) -> str:
+    """Returns the sha256 of a file's content."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@cache
+def can_hold(dtype: torch.dtype) -> bool:
+    """Says whether a safetensors file can hold tensors of ``dtype``."""
+    try:
+        to_bytes({"one": torch.empty(0, dtype=dtype)})
+    except KeyError:  # what safetensors says of a dtype that it does not know
+        return False
+    return True
+
+
+class plain_words(ContextDecorator):
+    """Turns what the disk says into a CheckpointError that names the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(f"{self._path} could not be written: {error}") from error
+
+
+def _sync_file(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())

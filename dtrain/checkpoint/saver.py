@@ -1,0 +1,153 @@
+"""Makes checkpoints while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from dtrain.checkpoint import writing
+from dtrain.checkpoint.files import fingerprint
+from dtrain.checkpoint.writing import Content, Stage, Staged
+from dtrain.comm import Comm
+from dtrain.errors import CheckpointError, RemoteError
+from dtrain.world import World
+
+_LOOK_EVERY_S = 1.0
+
+
+class Saver:
+    """Copies what is to be saved, and has it written by a thread, so that training goes on.
+
+    One checkpoint is written at a time: a newer one waits for it. One that could not be written
+    is no error here, but a :attr:`failure`; whoever asks for the next decides what to do.
+
+    Where ranks are threads of a test, there is no thread beside them, and each save is waited for.
+
+    Args:
+        world: which rank, and the way to the others.
+
+    Ranks: all.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._stage = Stage(world.rank)
+        self._apart: Comm | None = None  # the thread's way to the other ranks' threads
+        self._thread: threading.Thread | None = None
+        self._leaving = threading.Lock()
+        self._left = False
+        self._beats = 0
+        #: Why the last checkpoint could not be written. Whoever has called :meth:`finish` knows
+        #: the same on all ranks; before that, a rank may know it earlier than another.
+        self.failure: Exception | None = None
+        #: How many in a row could not be written.
+        self.failures = 0
+
+    def open(self) -> None:
+        """Makes it possible to write beside the training.
+
+        Ranks: all, communicates.
+        """
+        if self._apart is None and self._world.open_comm is not None:
+            self._apart = self._world.open_comm()
+
+    def save(
+        self,
+        folder: Path,
+        content: Content,
+        *,
+        then: Callable[[], None],
+        wait: bool = False,
+        sharers: Sequence[int] | None = None,
+    ) -> None:
+        """Begins to make a checkpoint, once the one before is done.
+
+        Args:
+            folder: ``run_dir/checkpoints``.
+            content: what it is to hold; it may change as soon as this returns.
+            then: called on rank 0 once the checkpoint is in place, perhaps in another thread.
+            wait: whether to return only when it is written.
+            sharers: among which ranks to divide what is equal on all of them; all if None.
+
+        Raises:
+            CheckpointError: something in ``content`` cannot be saved at all.
+
+        Ranks: all, communicates.
+        """
+        self.finish()
+        comm = self._world.comm
+        # What is divided among ranks must be the same on all. Callbacks see to theirs, and where
+        # one keeps something of its own on some ranks, rank 0's is what counts.
+        mine = int(fingerprint(writing.layout(content)), 16) >> 1
+        everyones = comm.all_gather("checkpoint: what it holds", torch.tensor(mine)).tolist()
+        sharers = sharers or range(self._world.size)
+        staged = self._stage.take(content, sharers if len(set(everyones)) == 1 else sharers[:1])
+        self.failure, self._left = None, False
+        if wait or self._apart is None:
+            self._write(folder, staged, comm, then)
+            return
+        self._thread = threading.Thread(
+            target=self._write,
+            args=(folder, staged, self._apart, lambda: self._unless_left(then)),
+            name="dtrain: checkpoint",
+            daemon=True,  # an error elsewhere must not wait for a disk
+        )
+        self._thread.start()
+
+    def finish(self, timeout_s: float | None = None) -> Exception | None:
+        """Waits until the checkpoint under way is written; returns why it was not, if so.
+
+        Args:
+            timeout_s: how long to wait at most, in seconds. None waits as long as it takes; while
+                the disk is at work, the watchdog is told.
+
+        Ranks: all, local; the others' threads are waited for.
+        """
+        thread = self._thread
+        if thread is not None:
+            if timeout_s is not None:
+                thread.join(timeout_s)
+            while timeout_s is None and thread.is_alive():
+                self._show_life()
+                thread.join(_LOOK_EVERY_S)
+        if thread is not None and not thread.is_alive():
+            self._thread = None
+        return self.failure
+
+    def leave(self, timeout_s: float) -> None:
+        """Gives the checkpoint under way so long; after that it changes no more than its own files.
+
+        For a run that failed: other ranks may be gone.
+
+        Ranks: all, local.
+        """
+        self.finish(timeout_s)
+        with self._leaving:
+            self._left = True
+
+    def _show_life(self) -> None:
+        """Passes on to the watchdog that the thread is still at work."""
+        assert self._apart is not None
+        if self._apart.pulse.beats != self._beats:
+            self._beats = self._apart.pulse.beats
+            pulse = self._world.comm.pulse
+            pulse.go(pulse.place)
+
+    def _unless_left(self, then: Callable[[], None]) -> None:
+        with self._leaving:
+            if not self._left:
+                then()
+
+    def _write(self, folder: Path, staged: Staged, comm: Comm, then: Callable[[], None]) -> None:
+        try:
+            writing.write(folder, staged, comm, is_main=self._world.is_main, then=then)
+        except Exception as error:
+            if comm is self._world.comm and not isinstance(error, CheckpointError | RemoteError):
+                raise  # no disk's fault, and all ranks know
+            self.failure = error
+            self.failures += 1
+        else:
+            self.failures = 0

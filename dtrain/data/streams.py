@@ -1,0 +1,328 @@
+"""Feeds streams: iterables of ready batches, each rank its own; and where a resume goes on in one.
+
+A stream that can tell its state is asked for it seldom, because that may be expensive. What a
+checkpoint holds is a *mark*, the state at some batch, and how many batches were given since; these
+are skipped when the run goes on. In most checkpoints there are none: a save between two steps asks
+for the state of that moment. It cannot do so where a batch is held already (``when_uneven="stop"``
+looks ahead), or where a step is undone that had batches already (a step that failed).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from dtrain.checkpoint import rng, tree
+from dtrain.data.feed import EndOfStream, MicroBatch, StepFeed
+from dtrain.data.source import Data
+from dtrain.errors import CheckpointError, DataError, ResumeError
+from dtrain.world import World
+
+#: After so many batches a stream is asked for its state; so many at most are skipped.
+MARK_EVERY = 16
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A stream that can tell where it is, and go on there; such as a StatefulDataLoader.
+
+    After ``load_state_dict(state)`` the next ``iter()`` goes on where ``state_dict()`` was called.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns dicts, lists, tuples, tensors, numbers and text."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what :meth:`state_dict` returned."""
+        ...
+
+
+class StreamFeed:
+    """Feeds an iterable of ready batches, each rank its own stream.
+
+    Args:
+        data: made without a batch size.
+        world: which device, and how many ranks.
+        batches_per_step: how many consecutive batches of a rank make a step.
+        saves: checkpoints may be made; if not, the stream is never asked for its state.
+
+    Ranks: all, local.
+    """
+
+    def __init__(
+        self, data: Data, world: World, batches_per_step: int, *, saves: bool = False
+    ) -> None:
+        self._stream: Iterable[Any] = data.dataset
+        self._stateful = data.dataset if isinstance(data.dataset, Stateful) else None
+        self._device = world.device
+        self._ranks = world.size
+        self._batches_per_step = batches_per_step
+        self._when_uneven = data.when_uneven
+        self._saves = saves
+        # A length is this rank's alone; the plan must be equal on all of them.
+        self.steps_per_epoch: int | None = None
+        self._epoch = -1
+        self._pass: _Pass | None = None
+        self._loaded: dict[str, Any] | None = None  # until the first epoch begins
+
+    def __str__(self) -> str:
+        return f"a stream of each rank's own (when_uneven={self._when_uneven!r})"
+
+    def epoch(self, epoch: int, first_step: int) -> Iterator[StepFeed]:
+        """Yields steps without end; whoever calls stops once every rank's stream has ended."""
+        looks_ahead = self._when_uneven == "stop"
+        loaded = self._loaded
+        if loaded is not None and loaded["epoch"] == epoch:
+            with rng.kept():  # the streams of random numbers are where they were saved
+                current = self._go_on(loaded)
+                if looks_ahead and first_step:
+                    current.begin(first_step)
+                    current.has_ended()
+        else:
+            before = None if self._pass is None else self._pass.end()
+            if loaded is not None and self._stateful is not None:
+                before = loaded
+                with rng.kept():
+                    self._go_on(loaded).skip()  # ends that pass, as the saved run did
+            current = self._begin(before)
+            for _ in range(first_step * self._batches_per_step):
+                current.skip()
+        self._loaded, self._epoch, self._pass = None, epoch, current
+        step = first_step
+        while True:
+            yield _StreamStep(current, step, self._batches_per_step, self._device, looks_ahead)
+            step += 1
+
+    def _begin(self, before: dict[str, Any] | None) -> _Pass:
+        begun = rng.capture_host() if self._saves and self._stateful is None else None
+        stateful = self._stateful if self._saves else None
+        return _Pass(iter(self._stream), stateful, before, begun)
+
+    def _go_on(self, place: dict[str, Any]) -> _Pass:
+        """Returns the pass over the stream that the saved run was in the middle of."""
+        skip = place["skip"]
+        if self._stateful is None:
+            skip = place["batches"]
+            if place["begun"] is not None:
+                rng.restore(place["begun"])  # for a shuffle, and the seeds of workers
+        elif place["stream"] is not None:
+            self._stateful.load_state_dict(place["stream"])
+        elif place["before"] is not None:
+            self._go_on(place["before"]).skip()
+        current = self._begin(place["before"])
+        current.begun, current.given = place["begun"], place["batches"] - skip
+        for _ in range(skip):
+            current.skip()
+        return current
+
+    def state_dict(self, epoch: int, step: int) -> dict[str, Any] | None:
+        """Returns where this rank's stream is after ``step`` steps of ``epoch``.
+
+        Raises:
+            CheckpointError: the stream's state holds what a checkpoint cannot.
+        """
+        if self._pass is None:
+            return self._loaded  # nothing was fetched since; None if nothing ever was
+        # An epoch that is over was left where it ended.
+        return self._pass.place(step if epoch == self._epoch else None) | {"epoch": self._epoch}
+
+    def load_state_dict(
+        self, state: dict[str, Any] | None, *, ranks: int, epoch: int, step: int
+    ) -> str:
+        """Has the next epoch go on where the saved run was.
+
+        Returns:
+            What is not restored, in words; or nothing.
+
+        Raises:
+            ResumeError: there were more ranks or fewer, each in the middle of a stream of its own.
+        """
+        if ranks != self._ranks:
+            if step or self._stateful is not None:
+                raise ResumeError(
+                    f"the run was saved on {ranks} ranks and this is {self._ranks}, but each rank "
+                    f"has a stream of its own: {'they cannot' if step else 'their states cannot'} "
+                    f"be shared out anew. Go on with {ranks} ranks, or pass resume='never' to "
+                    "begin anew (the old files are moved aside). A map-style dataset with a "
+                    "batch_size goes on at any number of ranks; so does a stream without "
+                    "state_dict, from the end of an epoch."
+                )
+            return ""  # each pass over it begins anew
+        told = state is not None and (state["stream"] or state["before"])
+        if told or step:
+            self._loaded = state
+        if not step or (told and self._stateful is not None):
+            return ""
+        batches = step * self._batches_per_step if state is None else state["batches"]
+        lacks = "its state was not saved" if self._stateful else "it has no state_dict"
+        return (
+            f"{batches} batches of the stream are skipped through from its beginning, because "
+            f"{lacks}; what it drew at random in between, in this process, is not drawn again"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """A stream's state once it had given so many batches; a copy, because streams go on."""
+
+    given: int
+    plain: Any
+    tensors: dict[str, Tensor]
+
+    def state(self) -> Any:
+        return tree.join(self.plain, self.tensors)["state_dict"]
+
+
+class _Pass:
+    """One pass over a stream. It can be asked whether it has ended, and from where to go on.
+
+    Args:
+        batches: gives the batches.
+        stateful: the stream, if it is to be asked for its state.
+        before: where the pass before this one ended, if it is known.
+        begun: the streams of random numbers when this pass began.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        stateful: Stateful | None,
+        before: dict[str, Any] | None,
+        begun: dict[str, Any] | None,
+    ) -> None:
+        self._batches = batches
+        self._stateful = stateful
+        self._before = before
+        self.begun = begun
+        self._held: list[Any] = []
+        self._ended = False
+        #: Batches that the stream has given, with the one that is held.
+        self.given = 0
+        # Of the newest steps: a step may be undone when the next one's first batch is held.
+        self._starts: deque[tuple[int, int]] = deque(maxlen=2)
+        self._marks: deque[_Mark] = deque(maxlen=2)
+
+    def begin(self, step: int) -> None:
+        """Takes notice that what is fetched from here on is for ``step``."""
+        if not self._starts or self._starts[-1][0] < step:
+            self._starts.append((step, self.given))
+
+    def has_ended(self) -> bool:
+        if not self._held:
+            try:
+                self._held.append(self._fetch())
+            except StopIteration:
+                return True
+        return False
+
+    def next(self) -> Any:
+        return self._held.pop() if self._held else self._fetch()
+
+    def skip(self) -> None:
+        try:
+            self._fetch()
+        except StopIteration:
+            return
+
+    def _fetch(self) -> Any:
+        if self._ended:
+            raise StopIteration
+        # In the middle of a step only if there is none: the two must reach back to its start.
+        at_start = bool(self._starts) and self._starts[-1][1] == self.given
+        if not self._marks or (at_start and self.given - self._marks[-1].given >= MARK_EVERY):
+            self._mark()
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            self._ended = True
+            raise
+        self.given += 1
+        return batch
+
+    def _mark(self) -> None:
+        # What a stream tells before the first batch, or after its end, may be of another pass.
+        if self._stateful is None or not self.given or self._ended:
+            return
+        if self._marks and self._marks[-1].given == self.given:
+            return
+        name = type(self._stateful).__name__
+        try:
+            plain, tensors = tree.split({"state_dict": self._stateful.state_dict()})
+        except Exception as error:
+            raise CheckpointError(
+                f"the stream ({name}) cannot be saved: {error}\nMake it of such values, or leave "
+                "state_dict out: a resumed run then skips through from the stream's beginning."
+                if isinstance(error, CheckpointError)
+                else f"the stream's state_dict() failed ({name}): {error!r}"
+            ) from error
+        self._marks.append(_Mark(self.given, plain, tensors))
+
+    def place(self, step: int | None) -> dict[str, Any]:
+        """Returns from where to go on with ``step``, or with what follows if that is None."""
+        given = dict(self._starts).get(-1 if step is None else step, self.given - len(self._held))
+        if given == self.given:
+            self._mark()
+        mark = next((mark for mark in reversed(self._marks) if mark.given <= given), None)
+        return {
+            "batches": given,
+            "begun": self.begun,
+            "stream": None if mark is None else mark.state(),
+            "skip": given if mark is None else given - mark.given,
+            "before": self._before if mark is None else None,
+        }
+
+    def end(self) -> dict[str, Any] | None:
+        """Returns from where to go on after this pass, if it can be told."""
+        if self._stateful is None:
+            return None
+        return self.place(None) if self._marks else self._before
+
+
+class _StreamStep:
+    def __init__(
+        self, current: _Pass, number: int, micros: int, device: torch.device, looks_ahead: bool
+    ) -> None:
+        self.micros = micros
+        self._pass = current
+        self._number = number
+        self._device = device
+        self._looks_ahead = looks_ahead
+
+    def next(self) -> MicroBatch | None:
+        self._pass.begin(self._number)
+        try:
+            batch = self._pass.next()
+        except StopIteration:
+            raise EndOfStream from None
+        samples = _count_samples(batch)
+        if samples is None:
+            raise DataError(
+                f"a stream yielded {type(batch).__name__} without a tensor in it, so its number of "
+                "samples is unknown; yield tensors, or lists or dicts of tensors"
+            )
+        return send_to_device(batch, self._device, non_blocking=True), samples
+
+    def is_last(self) -> bool:
+        if not self._looks_ahead:
+            return False
+        self._pass.begin(self._number + 1)
+        return self._pass.has_ended()
+
+
+def _count_samples(batch: Any) -> int | None:
+    """Returns the length of the first tensor in a batch that has one, or None."""
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.dim() else None
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, list | tuple):
+        counts = (_count_samples(part) for part in batch)
+        return next((count for count in counts if count is not None), None)
+    return None
