@@ -128,7 +128,7 @@ class Trainer:
         *,
         callbacks: Sequence[Callback] = (),
         sinks: Sequence[Sink] | None = None,
-        strategy: str | Strategy = "flat",
+        strategy: str | Strategy = "ddp",
         run_dir: str | Path | None = None,
         seed: int | None = None,
         eval_fn: UserLoss | None = None,

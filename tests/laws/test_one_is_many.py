@@ -123,7 +123,7 @@ def make_model(name):
     return model, torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
 
 
-def train(name, micros, batch_size, samples):
+def train(name, strategy, micros, batch_size, samples):
     dtrain.init(seed=0)
     model, optimizer = make_model(name)
     losses = Losses()
@@ -139,14 +139,15 @@ def train(name, micros, batch_size, samples):
             losses,
         ],
         sinks=[],
+        strategy=strategy,
     )
     data = torch.utils.data.TensorDataset(*make_data(samples, seed=samples))
     trainer.fit(data, batch_size=batch_size, max_steps=STEPS)
     return {n: p.detach().clone() for n, p in model.named_parameters()}, losses.values
 
 
-def train_all(cases):
-    return {(name, case): train(name, *case) for name in MODELS for case in cases}
+def train_all(strategy, cases):
+    return {(name, case): train(name, strategy, *case) for name in MODELS for case in cases}
 
 
 def of_world(size):
@@ -157,13 +158,17 @@ def of_world(size):
 def truth():
     """One process, the whole batch at once."""
     whole = sorted({(1, batch_size, samples) for _, _, batch_size, samples in CASES})
-    (results,) = run_processes(train_all, 1, whole, timeout_s=100)
+    (results,) = run_processes(train_all, 1, "ddp", whole, timeout_s=100)
     return results
 
 
+STRATEGIES = ["ddp", pytest.param("flat", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_the_parameters_are_those_of_one_process(world_size, truth):
-    ranks = run_processes(train_all, world_size, of_world(world_size), timeout_s=100)
+def test_the_parameters_are_those_of_one_process(world_size, strategy, truth):
+    ranks = run_processes(train_all, world_size, strategy, of_world(world_size), timeout_s=100)
     for (name, (micros, batch_size, samples)), (params, losses) in ranks[0].items():
         case = f"{name}, {world_size} ranks x {micros}, batch {batch_size} of {samples}"
         expected, expected_losses = truth[name, (1, batch_size, samples)]
@@ -292,7 +297,7 @@ class SkipAtRandom(dtrain.Callback):
         self.draw(ctx, step, "on_loss")
 
 
-def train_drawn(drawn):
+def train_drawn(strategy, drawn):
     rank = dtrain.init(seed=0).rank
     found = []
     for case in drawn:
@@ -311,6 +316,7 @@ def train_drawn(drawn):
                 losses,
             ],
             sinks=[],
+            strategy=strategy,
         )
         if case.streams is None:
             columns = [*make_data(case.samples, case.seed, 0), torch.arange(case.samples)]
@@ -412,10 +418,11 @@ def check_reports(case, history, losses, weights, skipped):
     assert sum(weights[done:]) == 0, case
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_random_skips_and_streams_are_the_same_by_hand(world_size):
+def test_random_skips_and_streams_are_the_same_by_hand(world_size, strategy):
     drawn = draw(world_size, rounds=1)
-    by_rank = run_processes(train_drawn, world_size, drawn, timeout_s=100)
+    by_rank = run_processes(train_drawn, world_size, strategy, drawn, timeout_s=100)
     happened = {"some skipped": 0, "all skipped": 0, "some ran dry": 0, "ragged micro-batches": 0}
     for case, *ranks in zip(drawn, *by_rank, strict=True):
         used = check_data(case, ranks)

@@ -1,0 +1,247 @@
+"""One flat tensor of gradients: the numbers of DDP, one reduction, and errors that are votes."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import dtrain
+from dtrain.callbacks import (
+    ClipGradients,
+    Freeze,
+    GradientAccumulation,
+    GradientNoise,
+    MixedPrecision,
+)
+from dtrain.errors import ConfigError, RemoteError, UnusedParameters
+from dtrain.strategies import DDP, Flat
+from dtrain.testing import run_outcomes, run_processes, run_ranks, try_ranks
+
+STEPS = 18
+
+
+class Odd(nn.Module):
+    """Tied, 0-dim, channels_last, and of two dtypes; one branch is used by some batches only."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv = nn.Conv2d(2, 6, 3, padding=1).double().to(memory_format=torch.channels_last)
+        self.one = nn.Linear(6, 6).double()
+        self.two = nn.Linear(6, 6).double()
+        self.two.weight = self.one.weight
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        self.single = nn.Linear(6, 2)
+        self.branch = nn.Linear(6, 2).double()
+
+    def forward(self, x, with_branch):
+        hidden = self.conv(x).relu().mean((2, 3))
+        hidden = self.two(torch.tanh(self.one(hidden)))
+        out = self.scale * self.single(hidden.float()).double()
+        return out + self.branch(hidden) if with_branch else out
+
+
+def odd_data():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(40, 2, 4, 4, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, (x.mean((1, 2, 3)) > 0).long(), torch.arange(40))
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def odd(strategy, micros, branch):
+    """``branch``: which samples, by their number, use it: every, none in the first 20, or none."""
+
+    def loss(net, batch):
+        x, y, numbers = batch
+        used = branch == "always" or (branch == "by rank" and bool((numbers % 3 == 0).any()))
+        return nn.functional.cross_entropy(net(x, used), y)
+
+    dtrain.init(seed=0)
+    model = Odd()
+    trainer = tiny.trainer(
+        [GradientAccumulation(micros), ClipGradients(0.5)],
+        net=model,
+        optimizer=lambda net: torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1),
+        loss=loss,
+        strategy=strategy(find_unused_parameters=branch != "always"),
+    )
+    trainer.fit(odd_data(), batch_size=7, max_steps=STEPS)
+    state = trainer.optimizer.state_dict()["state"]
+    return parameters(model), {place: int(one["step"]) for place, one in state.items()}
+
+
+@pytest.mark.parametrize("branch", ["always", "by rank", "never"])
+@pytest.mark.parametrize("micros", [1, 2])
+def test_the_numbers_are_those_of_ddp(micros, branch):
+    ddp = run_processes(odd, 3, DDP, micros, branch)[0]
+    for found, updates in run_processes(odd, 3, Flat, micros, branch):
+        assert updates == ddp[1]  # what had no gradient was not decayed either
+        for name, value in found.items():
+            exact = value.dtype == torch.float64 and "single" not in name
+            distance = (value - ddp[0][name]).norm() / ddp[0][name].norm()
+            assert distance <= (1e-6 if exact else 1e-5), (name, distance)
+
+
+def counted(strategy):
+    """Counts what travels with gradients in each step."""
+    world = dtrain.init(seed=0)
+    calls = []
+    real = type(world.gradients).all_reduce
+
+    def all_reduce(self, buffer, op="sum"):
+        calls.append(buffer.numel())
+        real(self, buffer, op)
+
+    type(world.gradients).all_reduce = all_reduce
+    per_step = []
+
+    class Counts(dtrain.Callback):
+        def on_step_start(self, ctx, step):
+            calls.clear()
+
+        def on_step_end(self, ctx, step):
+            per_step.append(len(calls))
+
+    trainer = tiny.trainer(
+        [GradientAccumulation(3), ClipGradients(1.0), Counts()], strategy=strategy
+    )
+    trainer.fit(tiny.dataset(50), batch_size=12, epochs=1)
+    return per_step
+
+
+def test_a_step_has_one_reduction():
+    assert run_processes(counted, 2, "flat") == [[1] * 5] * 2
+
+
+class Replaces(dtrain.Callback):
+    """Puts another tensor in the place of a gradient, as users may."""
+
+    def on_grads_ready(self, ctx, step):
+        p = next(ctx.model.parameters())
+        p.grad = p.grad * 0.5
+
+
+def with_callbacks(strategy, *names):
+    known = {
+        "noise": lambda: GradientNoise(eta=0.01),
+        "replaces": Replaces,
+        "freeze": lambda: Freeze("0", until_epoch=1),
+        "value": lambda: ClipGradients(max_value=0.05),
+        "norm": lambda: ClipGradients(max_norm=0.3),
+        "fp16": lambda: MixedPrecision("fp16", init_scale=2.0**40),
+    }
+    trainer = tiny.trainer([known[name]() for name in names], strategy=strategy)
+    trainer.fit(tiny.dataset(50), batch_size=12, epochs=3)
+    return parameters(trainer.model), trainer.context.progress.updates
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("replaces", "norm"), ("noise", "value"), ("freeze", "norm"), ("fp16", "norm")],
+    ids="+".join,
+)
+def test_callbacks_see_the_same_gradients(names):
+    for world_size in (1, 2):
+        ddp, updates = run_ranks(with_callbacks, world_size, "ddp", *names)[0]
+        for found, theirs in run_ranks(with_callbacks, world_size, "flat", *names):
+            assert theirs == updates
+            assert (updates < 15) == ("fp16" in names)  # overflows were left out, not applied
+            for name, value in found.items():
+                assert torch.allclose(value, ddp[name], rtol=1e-4, atol=1e-6), name
+
+
+# ----------------------------------------------------------------------------- what goes wrong
+
+
+class Explodes(torch.autograd.Function):
+    """Raises in backward, where it is told to."""
+
+    armed = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if Explodes.armed:
+            raise ValueError("planted in backward")
+        return grad
+
+
+def fail_in_backward(run_dir, micros, failing):
+    world = dtrain.init(seed=0)
+
+    def loss(net, batch):
+        Explodes.armed = trainer.context.progress.step == 4 and world.rank == failing
+        out = tiny.loss_fn(net, batch)
+        out.mean = Explodes.apply(out.mean)
+        return out
+
+    trainer = tiny.trainer(
+        [GradientAccumulation(micros)], loss=loss, strategy="flat", run_dir=run_dir
+    )
+    before = []
+
+    class Keeps(dtrain.Callback):
+        def on_error(self, ctx, error):
+            before.append((ctx.progress.step, tiny.digest(ctx.model)))
+
+    trainer.hooks.callbacks += (Keeps(),)
+    try:
+        trainer.fit(tiny.dataset(), batch_size=16, epochs=2)
+    except Exception as error:  # noqa: BLE001 -- looked at by the test
+        return type(error), str(error), before, (run_dir / "emergency").is_dir()
+    return None
+
+
+@pytest.mark.parametrize("micros", [1, 2])
+def test_an_error_in_backward_is_a_vote(tmp_path, micros):
+    ranks = run_processes(fail_in_backward, 3, tmp_path, micros, 1)
+    assert [kind for kind, *_ in ranks] == [RemoteError, ValueError, RemoteError]
+    for _, words, before, emergency in ranks:
+        assert "planted in backward" in words
+        assert before == ranks[0][2]  # all of them at the same step, with the same parameters
+        assert before[0][0] == 4
+        assert emergency
+    assert "rank 1 on" in ranks[0][1]
+    assert "failed in backward at step 4" in ranks[0][1]
+
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.left = nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def unused(strategy):
+    run = tiny.trainer(net=Half(), strategy=strategy)
+    run.fit(tiny.dataset(), batch_size=16, epochs=1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_unused_parameters_are_named_as_ddp_does(world_size):
+    for strategy in ("ddp", "flat"):
+        for outcome in try_ranks(unused, world_size, strategy):
+            assert isinstance(outcome.error, UnusedParameters), (strategy, outcome.trace)
+            assert "no gradient reached left.weight, left.bias" in str(outcome.error)
+
+
+def refused():
+    run = tiny.trainer(net=nn.Sequential(nn.EmbeddingBag(9, 2, sparse=True)), strategy="flat")
+    run.fit(tiny.dataset(), batch_size=16, epochs=1)
+
+
+def test_what_a_flat_tensor_cannot_hold_is_refused():
+    for outcome in run_outcomes(refused, 2):
+        assert isinstance(outcome.error, ConfigError)
+        assert "cannot train this model: gradients of 0 are sparse. Use 'ddp'." in str(
+            outcome.error
+        )
