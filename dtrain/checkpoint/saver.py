@@ -12,7 +12,7 @@ from dtrain.checkpoint import writing
 from dtrain.checkpoint.files import fingerprint
 from dtrain.checkpoint.writing import Content, Stage, Staged
 from dtrain.comm import Comm
-from dtrain.errors import CheckpointError, RemoteError
+from dtrain.errors import CommError, RankMismatch
 from dtrain.world import World
 
 _LOOK_EVERY_S = 1.0
@@ -145,8 +145,9 @@ class Saver:
         try:
             writing.write(folder, staged, comm, is_main=self._world.is_main, then=then)
         except Exception as error:
-            if comm is self._world.comm and not isinstance(error, CheckpointError | RemoteError):
-                raise  # no disk's fault, and all ranks know
+            # What one rank raises is a RemoteError on the others, of whatever kind it was.
+            if comm is self._world.comm and isinstance(error, CommError | RankMismatch):
+                raise
             self.failure = error
             self.failures += 1
         else:

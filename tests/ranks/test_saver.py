@@ -12,6 +12,7 @@ import dtrain
 from dtrain.callbacks import EMA, Checkpoint
 from dtrain.checkpoint import disk, files, writing
 from dtrain.checkpoint.saver import Saver
+from dtrain.errors import RemoteError
 from dtrain.testing import run_outcomes, run_processes, run_ranks
 
 STEPS = 12
@@ -100,6 +101,25 @@ def overtaken(run_dir):
 def test_a_newer_one_waits_for_an_older_one(tmp_path):
     for order in run_processes(overtaken, 2, tmp_path):
         assert order == ["begun 4", "written 4", "begun 8", "written 8"]
+
+
+class PrunesBadly(Checkpoint):
+    def prune(self, saved):
+        raise TypeError("planted")
+
+
+def prune_badly(run_dir, background):
+    saves = PrunesBadly(every_steps=4, background=background)
+    tiny.trainer([saves], run_dir=run_dir).fit(tiny.dataset(), batch_size=16, max_steps=6)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_fails_on_rank_0_alone_is_told_on_all(tmp_path, background):
+    zero, one = run_outcomes(prune_badly, 2, tmp_path, background)
+    assert repr(zero.error) == "TypeError('planted')"
+    assert isinstance(one.error, RemoteError)
+    assert "rank 0" in str(one.error)
+    assert "TypeError: planted" in str(one.error)
 
 
 # ----------------------------------------------------------------------------- shares
