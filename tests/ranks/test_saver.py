@@ -9,6 +9,7 @@ import tiny
 import torch
 
 import dtrain
+from dtrain import watchdog
 from dtrain.callbacks import EMA, Checkpoint
 from dtrain.checkpoint import disk, files, writing
 from dtrain.checkpoint.saver import Saver
@@ -101,6 +102,27 @@ def overtaken(run_dir):
 def test_a_newer_one_waits_for_an_older_one(tmp_path):
     for order in run_processes(overtaken, 2, tmp_path):
         assert order == ["begun 4", "written 4", "begun 8", "written 8"]
+
+
+def slow_on_rank_0(run_dir):
+    """Rank 0 writes for far longer than a rank may be quiet, but no file takes that long."""
+    watchdog.LONG_S, writing.LARGEST_BYTES = 2.0, 512
+    real = disk.write_tensors
+
+    def write(file, tensors):
+        threading.Event().wait(0.7 if dtrain.init(seed=0).rank == 0 else 0)
+        real(file, tensors)
+
+    disk.write_tensors = write
+    saves = [Checkpoint(every_steps=4)]
+    trainer = tiny.trainer(saves, run_dir=run_dir, hang_after_s=1.0)
+    trainer.fit(tiny.dataset(), batch_size=16, max_steps=4)
+    return trainer._saver.failures
+
+
+def test_ranks_wait_for_one_that_writes_for_long(tmp_path):
+    assert run_processes(slow_on_rank_0, 2, tmp_path) == [0, 0]
+    files.check(folder_of(tmp_path, 4))
 
 
 class PrunesBadly(Checkpoint):
