@@ -12,7 +12,8 @@ from dtrain.checkpoint import writing
 from dtrain.checkpoint.files import fingerprint
 from dtrain.checkpoint.writing import Content, Stage, Staged
 from dtrain.comm import Comm
-from dtrain.errors import CheckpointError, RemoteError
+from dtrain.errors import CommError, RankMismatch
+from dtrain.pulse import SAVING
 from dtrain.world import World
 
 _LOOK_EVERY_S = 1.0
@@ -53,6 +54,7 @@ class Saver:
         """
         if self._apart is None and self._world.open_comm is not None:
             self._apart = self._world.open_comm()
+            self._apart.pulse.go(SAVING)
 
     def save(
         self,
@@ -110,9 +112,12 @@ class Saver:
         if thread is not None:
             if timeout_s is not None:
                 thread.join(timeout_s)
+            pulse = self._world.comm.pulse
+            before = pulse.place
             while timeout_s is None and thread.is_alive():
                 self._show_life()
                 thread.join(_LOOK_EVERY_S)
+            pulse.go(before)
         if thread is not None and not thread.is_alive():
             self._thread = None
         return self.failure
@@ -129,12 +134,11 @@ class Saver:
             self._left = True
 
     def _show_life(self) -> None:
-        """Passes on to the watchdog that the thread is still at work."""
+        """Passes on to the watchdog that the thread is at work, or that it waits for others."""
         assert self._apart is not None
         if self._apart.pulse.beats != self._beats:
             self._beats = self._apart.pulse.beats
-            pulse = self._world.comm.pulse
-            pulse.go(pulse.place)
+            self._world.comm.pulse.go(self._apart.pulse.place)
 
     def _unless_left(self, then: Callable[[], None]) -> None:
         with self._leaving:
@@ -145,8 +149,9 @@ class Saver:
         try:
             writing.write(folder, staged, comm, is_main=self._world.is_main, then=then)
         except Exception as error:
-            if comm is self._world.comm and not isinstance(error, CheckpointError | RemoteError):
-                raise  # no disk's fault, and all ranks know
+            # What one rank raises is a RemoteError on the others, of whatever kind it was.
+            if comm is self._world.comm and isinstance(error, CommError | RankMismatch):
+                raise
             self.failure = error
             self.failures += 1
         else:

@@ -9,9 +9,11 @@ import tiny
 import torch
 
 import dtrain
+from dtrain import watchdog
 from dtrain.callbacks import EMA, Checkpoint
 from dtrain.checkpoint import disk, files, writing
 from dtrain.checkpoint.saver import Saver
+from dtrain.errors import RemoteError
 from dtrain.testing import run_outcomes, run_processes, run_ranks
 
 STEPS = 12
@@ -100,6 +102,46 @@ def overtaken(run_dir):
 def test_a_newer_one_waits_for_an_older_one(tmp_path):
     for order in run_processes(overtaken, 2, tmp_path):
         assert order == ["begun 4", "written 4", "begun 8", "written 8"]
+
+
+def slow_on_rank_0(run_dir):
+    """Rank 0 writes for far longer than a rank may be quiet, but no file takes that long."""
+    watchdog.LONG_S, writing.LARGEST_BYTES = 2.0, 512
+    real = disk.write_tensors
+
+    def write(file, tensors):
+        threading.Event().wait(0.7 if dtrain.init(seed=0).rank == 0 else 0)
+        real(file, tensors)
+
+    disk.write_tensors = write
+    saves = [Checkpoint(every_steps=4)]
+    trainer = tiny.trainer(saves, run_dir=run_dir, hang_after_s=1.0)
+    trainer.fit(tiny.dataset(), batch_size=16, max_steps=4)
+    return trainer._saver.failures
+
+
+def test_ranks_wait_for_one_that_writes_for_long(tmp_path):
+    assert run_processes(slow_on_rank_0, 2, tmp_path) == [0, 0]
+    files.check(folder_of(tmp_path, 4))
+
+
+class PrunesBadly(Checkpoint):
+    def prune(self, saved):
+        raise TypeError("planted")
+
+
+def prune_badly(run_dir, background):
+    saves = PrunesBadly(every_steps=4, background=background)
+    tiny.trainer([saves], run_dir=run_dir).fit(tiny.dataset(), batch_size=16, max_steps=6)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_fails_on_rank_0_alone_is_told_on_all(tmp_path, background):
+    zero, one = run_outcomes(prune_badly, 2, tmp_path, background)
+    assert repr(zero.error) == "TypeError('planted')"
+    assert isinstance(one.error, RemoteError)
+    assert "rank 0" in str(one.error)
+    assert "TypeError: planted" in str(one.error)
 
 
 # ----------------------------------------------------------------------------- shares
