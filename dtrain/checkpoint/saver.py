@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,17 +111,17 @@ class Saver:
 
         Ranks: all, local; the others' threads are waited for.
         """
-        thread = self._thread
-        if thread is not None:
-            if timeout_s is not None:
-                thread.join(timeout_s)
-            pulse = self._world.comm.pulse
-            before = pulse.place
-            while timeout_s is None and thread.is_alive():
-                self._show_life()
-                thread.join(_LOOK_EVERY_S)
-            pulse.go(before)
-        if thread is not None and not thread.is_alive():
+        thread, pulse = self._thread, self._world.comm.pulse
+        if thread is None:
+            return self.failure
+        if timeout_s is not None:
+            thread.join(timeout_s)
+        before = pulse.place
+        while timeout_s is None and thread.is_alive():
+            self._show_life()
+            thread.join(_LOOK_EVERY_S)
+        pulse.go(before)
+        if not thread.is_alive():
             self._thread = None
         return self.failure
 
@@ -132,6 +135,8 @@ class Saver:
         self.finish(timeout_s)
         with self._leaving:
             self._left = True
+        if self._thread is not None:
+            atexit.register(_end_with, self._thread, timeout_s)
 
     def _show_life(self) -> None:
         """Passes on to the watchdog that the thread is at work, or that it waits for others."""
@@ -156,3 +161,17 @@ class Saver:
             self.failures += 1
         else:
             self.failures = 0
+
+
+def _end_with(thread: threading.Thread, timeout_s: float) -> None:
+    """Ends the process where a thread is stuck in a disk or in a collective.
+
+    The interpreter cannot end with it: the thread would ask for its lock in the middle of torch's
+    code, and the process would abort.
+    """
+    thread.join(timeout_s)
+    if thread.is_alive():
+        sys.stderr.write("dtrain: a checkpoint is stuck, and is left; the process ends with 1\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

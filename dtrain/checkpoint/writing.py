@@ -194,11 +194,12 @@ def write(
         files.commit(aside, final, staged.step, staged.metrics, facts)
 
     try:
-        with comm.lockstep("saving a checkpoint"), disk.plain_words(final):
-            comm.on_main("checkpoint: begin", begin)
-            share = _write_share(aside, staged, comm.pulse)
-            written = comm.gather_objects("checkpoint: written", share)
-            comm.on_main("checkpoint: commit", commit)
+        with comm.lockstep("saving a checkpoint"):
+            with disk.plain_words(final):
+                comm.on_main("checkpoint: begin", begin)
+                share = _write_share(aside, staged, comm.pulse)
+                written = comm.gather_objects("checkpoint: written", share)
+                comm.on_main("checkpoint: commit", commit)
             comm.on_main("checkpoint: then", then)
     except Exception:
         if is_main:

@@ -1,7 +1,10 @@
 """Checkpoints are written beside the training; each rank copies and writes its share."""
 
 import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -277,3 +280,47 @@ def test_a_rank_whose_step_failed_writes_no_more_than_its_random_streams(
     }
     assert files.load_state(saved.path)["progress"]["step"] == 5
     assert set(files.load_model(saved.path)) == set(tiny.model().state_dict())
+
+
+# ----------------------------------------------------------------------------- stuck
+
+
+def stuck(run_dir):
+    """Rank 0's disk hangs; then the run fails, the script looks at that, and ends."""
+    world = dtrain.init(seed=0)
+    if world.is_main:
+        disk.write_tensors = lambda file, tensors: threading.Event().wait()
+
+    class Fails(dtrain.Callback):
+        def on_step_end(self, ctx, step):
+            if ctx.progress.step == 6:
+                raise ValueError("planted")
+
+    trainer = tiny.trainer([Checkpoint(every_steps=4), Fails()], run_dir=run_dir)
+    with pytest.raises(ValueError, match="planted"):
+        trainer.fit(tiny.dataset(), batch_size=16, max_steps=8)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import test_saver
+test_saver.stuck(Path("run"))
+print("looked at it")
+"""
+
+
+def test_a_process_whose_checkpoint_is_stuck_ends_all_the_same(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "script.py", here, here.parent],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (1, "looked at it\n"), done.stderr
+    assert "dtrain: a checkpoint is stuck, and is left; the process ends with 1" in done.stderr
+    assert files.find(tmp_path / "run" / "checkpoints") == (None, [])
