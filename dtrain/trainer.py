@@ -101,7 +101,8 @@ class Trainer:
             :class:`~dtrain.Loss`; runs on every rank, with its own micro-batch.
         callbacks: tweaks; within a hook they run in this order.
         sinks: where figures go; ``[Console()]`` if None.
-        strategy: how gradients meet: ``"ddp"``, or a :class:`~dtrain.strategies.Strategy`.
+        strategy: how gradients meet: ``"ddp"`` (in buckets, during backward), ``"flat"`` (at once,
+            after it; for models of up to some 25 MB), or a :class:`~dtrain.strategies.Strategy`.
         run_dir: a folder for checkpoints, metrics and status; None writes nothing.
         seed: of the order of data and the ranks' random streams; ``dtrain.init``'s if None.
         eval_fn: another function for evaluation, of the same form as ``loss_fn``.
