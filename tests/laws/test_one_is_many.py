@@ -161,7 +161,10 @@ def truth():
     return results
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+WORLD_SIZES = [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_the_parameters_are_those_of_one_process(world_size, truth):
     ranks = run_processes(train_all, world_size, of_world(world_size), timeout_s=100)
     for (name, (micros, batch_size, samples)), (params, losses) in ranks[0].items():
@@ -412,7 +415,7 @@ def check_reports(case, history, losses, weights, skipped):
     assert sum(weights[done:]) == 0, case
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_random_skips_and_streams_are_the_same_by_hand(world_size):
     drawn = draw(world_size, rounds=1)
     by_rank = run_processes(train_drawn, world_size, drawn, timeout_s=100)
