@@ -152,7 +152,8 @@ def test_a_clean_script_survives_on_two_ranks(drilled):
         # From the newest checkpoint, or from the one before if that was still being written.
         assert max(2, trial.at - 4) <= trial.went_on_from[0] <= trial.at
     assert saving.at - 2 <= saving.went_on_from[0] <= saving.at
-    assert preempted.went_on_from == (preempted.at + 1,)  # agreed in the next step, and saved
+    # Agreed in the next step, or at the end of the epoch, and saved.
+    assert preempted.went_on_from in ((preempted.at,), (preempted.at + 1,))
     assert found.steps == 10
     assert found.notes == ("not compared, because it differs in any two runs: clock.",)
     assert str(found).startswith("SURVIVES: ")
