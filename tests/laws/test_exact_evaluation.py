@@ -172,7 +172,9 @@ def check(found, model, samples, case):
     assert {name: found[name] for name in inexact} == wanted, case
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "world_size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))]
+)
 def test_figures_are_those_of_the_whole_set(world_size):
     with warnings.catch_warnings():
         warnings.filterwarnings("error")

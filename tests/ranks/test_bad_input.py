@@ -841,7 +841,7 @@ def evaluate_fails(folder):
 def state_fails(folder):
     class Stateful(dtrain.Callback):
         def state_dict(self):
-            return {"seen": {1, 2}}  # a set
+            return {"seen": on_rank_1({1, 2}, [])}  # a set
 
     return fit(callbacks=[Stateful(), Checkpoint()], run_dir=folder)
 
@@ -862,7 +862,7 @@ ALONE = {
     "eval_fn, in evaluate": (evaluate_fails, 1, ValueError, ("planted",)),
     "a logged value": (logged_words, 1, LossError, ("metric 'mood' is 'good'",)),
     # Written by rank 0 for all.
-    "a callback's state": (state_fails, 0, CheckpointError, ("callbacks/Stateful/seen is set",)),
+    "a callback's state": (state_fails, 1, CheckpointError, ("callbacks/Stateful/seen is set",)),
 }
 
 
