@@ -8,12 +8,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.data import NO_DATA, StepFeed
 from dtrain.errors import ConfigError
-from dtrain.lane import Heard, LaneSilent
 from dtrain.microstep import MicroStep
 from dtrain.pulse import BACKWARD, OWN_BACKWARD
 from dtrain.state import Step
@@ -163,27 +162,6 @@ class DDP(Replicated):
             if terms:
                 torch.autograd.backward(terms)
 
-    def heard(self) -> Heard:
-        """Returns what all ranks said in the step.
-
-        Raises:
-            UnusedParameters: names parameters whose gradients never arrived.
-
-        Ranks: all, local.
-        """
-        assert self._micro_step is not None, "wrap() comes first"
-        try:
-            heard = self._micro_step.lane.listen(self._reduced())
-            # Alone, nothing waits for a missing gradient. It is refused all the same, so that a
-            # script that runs on one rank runs on two. With a hook, the lane does not tell.
-            alone = self._ddp is None or self._comm_hook is not None
-            if alone and not self._checked and heard.verdict().weight:
-                self._checked = True
-                self.check_arrived()
-        except LaneSilent as silent:
-            raise self.unused() from silent
-        return heard
-
     def check_arrived(self) -> None:
         """Looks whether each parameter has a gradient.
 
@@ -195,7 +173,7 @@ class DDP(Replicated):
         if not self.find_unused:
             self._check_gradients()
 
-    def _reduced(self) -> torch.Tensor | None:
+    def _reduced(self) -> Tensor | None:
         """The lane in a reduction of its own, where a hook may have altered it in a bucket."""
         if self._ddp is None or self._comm_hook is None:
             return None
@@ -204,3 +182,6 @@ class DDP(Replicated):
         mean = self._micro_step.lane.message() / self._world.size
         self._world.gradients.all_reduce(mean)
         return mean
+
+    def _waits_for_all(self) -> bool:
+        return self._ddp is not None and self._comm_hook is None

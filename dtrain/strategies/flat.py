@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from dtrain.data import StepFeed
 from dtrain.errors import ConfigError
-from dtrain.lane import Heard, LaneSilent
 from dtrain.microstep import MicroStep
 from dtrain.pulse import BACKWARD, OWN_BACKWARD
 from dtrain.state import Step
@@ -132,25 +131,11 @@ class Flat(Replicated):
         assert self._world is not None
         return self._world.size
 
-    def heard(self) -> Heard:
-        """Returns what all ranks said in the step.
+    def _reduced(self) -> Tensor | None:
+        return self._lane
 
-        Raises:
-            UnusedParameters: names parameters that no gradient reached.
-
-        Ranks: all, local.
-        """
-        assert self._micro_step is not None, "wrap() comes first"
-        lane = self._micro_step.lane
-        try:
-            heard = lane.listen(self._lane)
-            # Alone, nothing is reduced, and a missing gradient is refused all the same.
-            if self._lane is None and not self._checked and heard.verdict().weight:
-                self._checked = True
-                self.check_arrived()
-        except LaneSilent as silent:
-            raise self.unused() from silent
-        return heard
+    def _waits_for_all(self) -> bool:
+        return bool(self._flats)  # they are looked through before they are reduced
 
     def check_arrived(self) -> None:
         """Looks whether each parameter has a gradient, where one process trains.

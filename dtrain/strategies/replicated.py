@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.errors import RankMismatch, UnusedParameters
+from dtrain.lane import Heard, LaneSilent
 from dtrain.microstep import MicroStep
 from dtrain.pulse import Pulse
 from dtrain.strategies.base import Strategy
@@ -71,6 +74,34 @@ class Replicated(Strategy):
             parameter.grad = None  # views into the old buckets
         self._checked = False
         self.wrap(self._micro_step, self._world)
+
+    def heard(self) -> Heard:
+        """Returns what all ranks said in the step.
+
+        Raises:
+            UnusedParameters: names parameters whose gradients never arrived.
+
+        Ranks: all, local.
+        """
+        assert self._micro_step is not None, "wrap() comes first"
+        try:
+            heard = self._micro_step.lane.listen(self._reduced())
+            # Alone, nothing waits for a missing gradient. It is refused all the same, so that a
+            # script that runs on one rank runs on two.
+            if not (self._waits_for_all() or self._checked) and heard.verdict().weight:
+                self._checked = True
+                self.check_arrived()
+        except LaneSilent as silent:
+            raise self.unused() from silent
+        return heard
+
+    @abstractmethod
+    def _reduced(self) -> Tensor | None:
+        """Returns the lane's mean over ranks, where it did not come with the gradients."""
+
+    @abstractmethod
+    def _waits_for_all(self) -> bool:
+        """Says whether a step could not have come so far without a gradient of each parameter."""
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """Returns the gradient of each of the optimizer's parameters that has one.
