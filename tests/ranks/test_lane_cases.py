@@ -64,7 +64,7 @@ def sparse_or_dense(sparse):
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2])  # at 4, see "Not yet" in docs/design.md
 def test_idle_ranks_and_sparse_gradients(world_size):
     dense = run_processes(sparse_or_dense, world_size, False)
     sparse = run_processes(sparse_or_dense, world_size, True)
