@@ -1,0 +1,218 @@
+"""Two hosts with a rank each: the same training as on one, and what becomes of it in a cut network.
+
+What is cut is cut while the ranks are in a step; that they have posted where they are is waited for.
+"""
+
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from launch.hosts import Hosts, missing
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+LEFT, RIGHT = "left", "right"
+START_S = 60.0
+#: For all processes of both hosts to end: the watchdog's 5 s, 3 s for a store that does not answer,
+#: and what torchrun takes; not the 15 s for which a store that others may read outlives rank 0.
+END_S = 30.0
+LIBFAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+
+
+def need(reason):
+    """Skips on a machine of somebody's own; where tests are to run, they must."""
+    if reason and os.environ.get("CI"):
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def hosts():
+    need(missing())
+    with Hosts(LEFT, RIGHT) as hosts:
+        yield hosts
+
+
+SCRIPT = """
+import sys, threading
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import dtrain
+from dtrain.beats import Beat, beat_key
+from dtrain.callbacks import Checkpoint
+
+world = dtrain.init(seed=3)
+out, meets = Path(sys.argv[1]), int(sys.argv[2])
+
+
+class Waits(dtrain.Callback):
+    def on_step_end(self, ctx, step):
+        if step.number == meets:
+            store = world.connect()
+            while Beat.from_json(store.get(beat_key(world.rank))).phase != "on_step_end":
+                self.wait(ctx)
+            (out / f"at-{world.rank}").touch()
+            while not (out / "go").exists():
+                self.wait(ctx)
+
+    def wait(self, ctx):
+        ctx.alive()
+        threading.Event().wait(0.02)
+
+
+x = torch.randn(48, 6, generator=torch.Generator().manual_seed(5))
+model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 1))
+trainer = dtrain.Trainer(
+    model,
+    torch.optim.AdamW(model.parameters(), lr=1e-2),
+    lambda model, batch: (model(batch[0]) - batch[0].sum(1, True)).square().mean(),
+    callbacks=[Waits(), Checkpoint(every_steps=4, background=False)],
+    sinks=[],
+    run_dir=out / "run",
+)
+result = trainer.fit(TensorDataset(x), batch_size=8, max_steps=12)
+save_file(model.state_dict(), out / f"model-{world.rank}.safetensors")
+"""
+
+
+def environment(**variables):
+    """This process's environment without launchers' traces and GPUs."""
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "NODE_RANK", "GLOO_")
+    launchers += ("NNODES", "RDZV_", "TORCHELASTIC_", "TORCH_DIST", "SLURM_", "PYTHONWARNINGS")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "RESTARTS": "0"}
+    return env | variables
+
+
+COMMAND = ["bash", str(ROOT / "launch" / "torchrun.sh"), "train.py", "."]
+
+
+class Job:
+    """The script on two hosts, in a folder that they share."""
+
+    def __init__(self, hosts, folder, *, meets=-1, env=None, numbered=True):
+        (folder / "train.py").write_text(SCRIPT)
+        self.hosts, self.folder = hosts, folder
+        self.processes = {}
+        for number, name in enumerate(hosts.names):
+            variables = {"RANKS": "1", "NNODES": "2", "RDZV_ENDPOINT": f"{LEFT}:29400"}
+            if numbered:
+                variables["NODE_RANK"] = str(number)
+            self.processes[name] = hosts.start(
+                name,
+                [*COMMAND, str(meets)],
+                log=folder / f"log-{name}",
+                cwd=folder,
+                env=environment(**variables, **(env or {}).get(name, {})),
+            )
+
+    def wait(self):
+        """Returns the exit codes of both hosts, once nothing runs there any more."""
+        deadline = time.monotonic() + END_S
+        try:
+            return [p.wait(deadline - time.monotonic()) for p in self.processes.values()]
+        finally:
+            for name in self.processes:
+                print(f"-- {name}:\n{self.said(name)}")
+
+    def reached(self):
+        """Returns once both ranks are in the step in which they wait for :meth:`go`."""
+        deadline = time.monotonic() + START_S
+        while not all((self.folder / f"at-{rank}").exists() for rank in range(2)):
+            assert all(p.poll() is None for p in self.processes.values()), self.said(LEFT)
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.02)
+
+    def go(self):
+        (self.folder / "go").touch()
+
+    def said(self, name):
+        return (self.folder / f"log-{name}").read_text()
+
+    def models(self):
+        return [(self.folder / f"model-{rank}.safetensors").read_bytes() for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The models of two ranks on one host."""
+    folder = tmp_path_factory.mktemp("one-host")
+    (folder / "train.py").write_text(SCRIPT)
+    subprocess.run(
+        [*COMMAND, "-1"], cwd=folder, env=environment(RANKS="2"), check=True, timeout=START_S
+    )
+    models = [(folder / f"model-{rank}.safetensors").read_bytes() for rank in range(2)]
+    assert models[0] == models[1]
+    return models
+
+
+def resume(hosts, folder, unbroken):
+    """The same command again ends with the bits of a run that was never cut."""
+    job = Job(hosts, folder, meets=6)
+    assert job.wait() == [0, 0]
+    assert job.models() == unbroken
+
+
+def test_a_short_cut_costs_nothing(hosts, tmp_path, unbroken):
+    job = Job(hosts, tmp_path, meets=6)
+    job.reached()
+    hosts.cut(RIGHT)
+    job.go()
+    threading.Event().wait(1.0)
+    hosts.join(RIGHT)
+    assert job.wait() == [0, 0]
+    assert job.models() == unbroken
+
+
+def test_a_cut_as_long_as_the_limit_ends_in_order_or_with_names(hosts, tmp_path, unbroken):
+    job = Job(hosts, tmp_path, meets=6)
+    job.reached()
+    hosts.cut(RIGHT)
+    job.go()
+    threading.Event().wait(5.0)
+    hosts.join(RIGHT)
+    codes = job.wait()
+    if codes == [0, 0]:
+        assert job.models() == unbroken
+        return
+    assert 0 not in codes
+    for name in (LEFT, RIGHT):
+        assert "does not answer" in job.said(name) or "on right" in job.said(name)
+    resume(hosts, tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("cut", [LEFT, RIGHT])
+def test_a_cut_for_good_ends_both_sides(hosts, tmp_path, unbroken, cut):
+    job = Job(hosts, tmp_path, meets=6)
+    job.reached()
+    hosts.cut(cut)  # the left one has rank 0 and the store
+    job.go()
+    assert 0 not in job.wait()
+    assert (
+        "rank 1 on right failed in on_step_end at step 6: HangError: nothing was heard of it"
+        in (job.said(LEFT))
+    )
+    assert "rank 1 on right (pid " in job.said(RIGHT)
+    assert f"the rendezvous store at {LEFT}:29400, where ranks post" in job.said(RIGHT)
+    assert "does not answer" in job.said(RIGHT)
+    hosts.join(cut)
+    resume(hosts, tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("ahead", [LEFT, RIGHT])
+def test_clocks_a_minute_apart_change_nothing(hosts, tmp_path, unbroken, ahead):
+    need("" if LIBFAKETIME.exists() else "libfaketime is not installed (Debian: faketime)")
+    offset = {"LD_PRELOAD": str(LIBFAKETIME), "FAKETIME": "+60s"}
+    job = Job(hosts, tmp_path, env={ahead: offset})
+    assert job.wait() == [0, 0]
+    assert job.models() == unbroken
