@@ -1,6 +1,6 @@
-"""Two hosts with a rank each: the same training as on one, and what becomes of it in a cut network.
+"""Two hosts with a rank each: the training of one, and what a cut network makes of it.
 
-What is cut is cut while the ranks are in a step; that they have posted where they are is waited for.
+What is cut is cut while the ranks are in a step; they have posted where they are by then.
 """
 
 import os
