@@ -25,6 +25,7 @@ SCRIPT = """
 import json, os, sys, time
 told = {"started again": time.time()}
 import torch
+import torch._dynamo  # as the first optimizer does
 from torch.utils.data import TensorDataset
 import accelerate.state, accelerate.utils
 import dtrain

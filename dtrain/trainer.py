@@ -40,6 +40,7 @@ from dtrain.data import Data, Feed, MapFeed, StreamFeed, as_data
 from dtrain.errors import ConfigError, CrashLoop, DtrainError
 from dtrain.evaluation import evaluate, share_buffers
 from dtrain.gathers import Gathers
+from dtrain.job_end import JobEnd
 from dtrain.journal import Journal
 from dtrain.lane import Lane
 from dtrain.loop import Loop, Plan
@@ -265,7 +266,8 @@ class Trainer:
 
         A TERM, USR1, USR2 or INT (Ctrl-C) to any one rank ends the run in order: all ranks stop
         after the same step and save, and ``status.json`` says ``preempted``. A second INT ends
-        the process at once. Signals that the script handles itself are left alone.
+        the process at once. Signals that the script handles itself are left alone. So does the
+        approaching end of a SLURM job (docs/launching.md).
 
         Returns:
             What happened. The model holds the trained weights.
@@ -297,8 +299,9 @@ class Trainer:
     ) -> FitResult:
         loop: Loop | None = None
         reporter = Reporter(self._sinks, self._run_dir, active=self.world.is_main)
+        preempt = self.context.request.preempt
         try:
-            with Signals(self.context.request.preempt):
+            with Signals(preempt), JobEnd(preempt, active=self.world.is_main):
                 with self.world.comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan = make_plan()
                     data = as_data(train, batch_size, shuffle=True)

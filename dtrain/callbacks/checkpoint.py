@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dtrain.callback import Callback
 from dtrain.errors import CheckpointError, ConfigError
+from dtrain.evaluation import share_buffers
 from dtrain.state import Context, Progress
 
 _NAMED = 5
@@ -98,6 +99,8 @@ class Checkpoint(Callback):
 
     def on_save(self, ctx: Context) -> None:
         """Takes note of what was changed by other means than steps, such as a teacher's weights."""
+        for module in self._modules.values():
+            share_buffers(module, ctx.comm)  # as those of the model itself
         self._note_trainable(ctx.model)
         if self.trainable_only:
             sums = self._frozen_sums

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +15,8 @@ from dtrain.checkpoint import writing
 from dtrain.checkpoint.files import fingerprint
 from dtrain.checkpoint.writing import Content, Stage, Staged
 from dtrain.comm import Comm
-from dtrain.errors import CheckpointError, RemoteError
+from dtrain.errors import CommError, RankMismatch
+from dtrain.pulse import SAVING
 from dtrain.world import World
 
 _LOOK_EVERY_S = 1.0
@@ -53,6 +57,7 @@ class Saver:
         """
         if self._apart is None and self._world.open_comm is not None:
             self._apart = self._world.open_comm()
+            self._apart.pulse.go(SAVING)
 
     def save(
         self,
@@ -106,14 +111,17 @@ class Saver:
 
         Ranks: all, local; the others' threads are waited for.
         """
-        thread = self._thread
-        if thread is not None:
-            if timeout_s is not None:
-                thread.join(timeout_s)
-            while timeout_s is None and thread.is_alive():
-                self._show_life()
-                thread.join(_LOOK_EVERY_S)
-        if thread is not None and not thread.is_alive():
+        thread, pulse = self._thread, self._world.comm.pulse
+        if thread is None:
+            return self.failure
+        if timeout_s is not None:
+            thread.join(timeout_s)
+        before = pulse.place
+        while timeout_s is None and thread.is_alive():
+            self._show_life()
+            thread.join(_LOOK_EVERY_S)
+        pulse.go(before)
+        if not thread.is_alive():
             self._thread = None
         return self.failure
 
@@ -127,14 +135,15 @@ class Saver:
         self.finish(timeout_s)
         with self._leaving:
             self._left = True
+        if self._thread is not None:
+            atexit.register(_end_with, self._thread, timeout_s)
 
     def _show_life(self) -> None:
-        """Passes on to the watchdog that the thread is still at work."""
+        """Passes on to the watchdog that the thread is at work, or that it waits for others."""
         assert self._apart is not None
         if self._apart.pulse.beats != self._beats:
             self._beats = self._apart.pulse.beats
-            pulse = self._world.comm.pulse
-            pulse.go(pulse.place)
+            self._world.comm.pulse.go(self._apart.pulse.place)
 
     def _unless_left(self, then: Callable[[], None]) -> None:
         with self._leaving:
@@ -145,9 +154,24 @@ class Saver:
         try:
             writing.write(folder, staged, comm, is_main=self._world.is_main, then=then)
         except Exception as error:
-            if comm is self._world.comm and not isinstance(error, CheckpointError | RemoteError):
-                raise  # no disk's fault, and all ranks know
+            # What one rank raises is a RemoteError on the others, of whatever kind it was.
+            if comm is self._world.comm and isinstance(error, CommError | RankMismatch):
+                raise
             self.failure = error
             self.failures += 1
         else:
             self.failures = 0
+
+
+def _end_with(thread: threading.Thread, timeout_s: float) -> None:
+    """Ends the process where a thread is stuck in a disk or in a collective.
+
+    The interpreter cannot end with it: the thread would ask for its lock in the middle of torch's
+    code, and the process would abort.
+    """
+    thread.join(timeout_s)
+    if thread.is_alive():
+        sys.stderr.write("dtrain: a checkpoint is stuck, and is left; the process ends with 1\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

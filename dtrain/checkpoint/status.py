@@ -20,6 +20,9 @@ ResumeMode = Literal["auto", "never", "must", "emergency"]
 #: So often in a row a run may fail without having come any further.
 MAX_FAILURES = 3
 
+#: Names a file for a copy of status.json: a batch script does not know what run_dir is.
+COPY_VARIABLE = "DTRAIN_STATUS_FILE"
+
 #: The folder within ``run_dir`` of what was saved when a step failed.
 EMERGENCY = "emergency"
 
@@ -69,22 +72,29 @@ class Decision:
 
 
 def write(run_dir: Path, status: Status) -> None:
-    """Replaces ``run_dir/status.json`` in one piece.
+    """Replaces ``run_dir/status.json`` in one piece; and its copy, if one is wanted.
 
     Raises:
         CheckpointError: it cannot be written.
 
     Ranks: rank 0 only.
     """
-    aside = run_dir / ".status.json.writing"
+    text = json.dumps(asdict(status), indent=1) + "\n"
+    _replace(run_dir / "status.json", text)
+    if copy := os.environ.get(COPY_VARIABLE):
+        _replace(Path(copy), text)
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.writing")
     try:
         with aside.open("w") as file:
-            file.write(json.dumps(asdict(status), indent=1) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())  # or a power cut might leave an empty file under the name
-        os.replace(aside, run_dir / "status.json")
+        os.replace(aside, path)
     except OSError as error:
-        raise CheckpointError(f"{run_dir}/status.json cannot be written: {error}") from error
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def read(run_dir: Path) -> Status | None:

@@ -105,20 +105,23 @@ class Stage:
             for number, names in enumerate(divide(held, len(sharers)))
         ]
         count = {stem: sum(one == stem for one, _, _ in parts) for stem in shared}
+        own = content.rank_state.tensors
+        mine = list(own.values())  # what is copied here
         for turn, (stem, number, names) in enumerate(parts):
             if sharers[turn % len(sharers)] == self._rank:
                 file = files.part_name(stem, number, count[stem])
                 staged.tensors[file] = {n: self._copy(stem, n, shared[stem][n]) for n in names}
+                mine += [shared[stem][name] for name in names]
         if self._rank == sharers[0]:
             staged.plain[f"{files.STATE}.json"] = content.state.plain
             if count[files.MODEL] > 1:
                 staged.plain[f"{files.MODEL}.safetensors.index.json"] = _index(parts, shared)
         stem = files.rank_name(self._rank)
-        own = content.rank_state.tensors
         _check(stem, own)
         staged.plain[f"{stem}.json"] = content.rank_state.plain
         staged.tensors[f"{stem}.safetensors"] = {n: self._copy(stem, n, t) for n, t in own.items()}
-        if any(tensor.is_cuda for held in shared.values() for tensor in held.values()):
+        # Not for what others copy: they do where this rank's device is broken.
+        if any(tensor.is_cuda for tensor in mine):
             staged.copied = torch.cuda.Event()
             staged.copied.record()
         return staged
@@ -191,11 +194,12 @@ def write(
         files.commit(aside, final, staged.step, staged.metrics, facts)
 
     try:
-        with comm.lockstep("saving a checkpoint"), disk.plain_words(final):
-            comm.on_main("checkpoint: begin", begin)
-            share = _write_share(aside, staged, comm.pulse)
-            written = comm.gather_objects("checkpoint: written", share)
-            comm.on_main("checkpoint: commit", commit)
+        with comm.lockstep("saving a checkpoint"):
+            with disk.plain_words(final):
+                comm.on_main("checkpoint: begin", begin)
+                share = _write_share(aside, staged, comm.pulse)
+                written = comm.gather_objects("checkpoint: written", share)
+                comm.on_main("checkpoint: commit", commit)
             comm.on_main("checkpoint: then", then)
     except Exception:
         if is_main:

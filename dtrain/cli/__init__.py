@@ -7,6 +7,7 @@ import typer
 from dtrain.cli.check import check
 from dtrain.cli.drill import drill
 from dtrain.cli.export import export
+from dtrain.cli.submit import submit
 
 app = typer.Typer(
     name="dtrain",
@@ -17,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback as Python shows it, to search for
 )
 # All after a script's name is the script's own, options included.
-for command in (check, drill):
+for command in (check, drill, submit):
     app.command(context_settings={"allow_interspersed_args": False})(command)
 app.command()(export)
 

@@ -262,7 +262,8 @@ class _Pass:
                 if isinstance(error, CheckpointError)
                 else f"the stream's state_dict() failed ({name}): {error!r}"
             ) from error
-        self._marks.append(_Mark(self.given, plain, tensors))
+        kept = {name: tensor.clone() for name, tensor in tensors.items()}
+        self._marks.append(_Mark(self.given, plain, kept))
 
     def place(self, step: int | None) -> dict[str, Any]:
         """Returns from where to go on with ``step``, or with what follows if that is None."""

@@ -31,7 +31,7 @@ _TRACES: tuple[str, ...] = (
     "RDZV_",
     "TORCHELASTIC_",
 )
-_TRACES += ("SLURM_", "OMPI_", "PMI_", "ACCELERATE_")
+_TRACES += ("SLURM_", "OMPI_", "PMI_", "ACCELERATE_", "DTRAIN_STATUS_FILE")
 _TAIL = 25  # lines of a failed script's output that are shown
 _LEAVE_S = 10.0
 _CHECK = "dtrain.equivalence.probe"

@@ -1,7 +1,10 @@
 """Checkpoints are written beside the training; each rank copies and writes its share."""
 
 import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -9,9 +12,11 @@ import tiny
 import torch
 
 import dtrain
+from dtrain import watchdog
 from dtrain.callbacks import EMA, Checkpoint
 from dtrain.checkpoint import disk, files, writing
 from dtrain.checkpoint.saver import Saver
+from dtrain.errors import RemoteError
 from dtrain.testing import run_outcomes, run_processes, run_ranks
 
 STEPS = 12
@@ -100,6 +105,46 @@ def overtaken(run_dir):
 def test_a_newer_one_waits_for_an_older_one(tmp_path):
     for order in run_processes(overtaken, 2, tmp_path):
         assert order == ["begun 4", "written 4", "begun 8", "written 8"]
+
+
+def slow_on_rank_0(run_dir):
+    """Rank 0 writes for far longer than a rank may be quiet, but no file takes that long."""
+    watchdog.LONG_S, writing.LARGEST_BYTES = 2.0, 512
+    real = disk.write_tensors
+
+    def write(file, tensors):
+        threading.Event().wait(0.7 if dtrain.init(seed=0).rank == 0 else 0)
+        real(file, tensors)
+
+    disk.write_tensors = write
+    saves = [Checkpoint(every_steps=4)]
+    trainer = tiny.trainer(saves, run_dir=run_dir, hang_after_s=1.0)
+    trainer.fit(tiny.dataset(), batch_size=16, max_steps=4)
+    return trainer._saver.failures
+
+
+def test_ranks_wait_for_one_that_writes_for_long(tmp_path):
+    assert run_processes(slow_on_rank_0, 2, tmp_path) == [0, 0]
+    files.check(folder_of(tmp_path, 4))
+
+
+class PrunesBadly(Checkpoint):
+    def prune(self, saved):
+        raise TypeError("planted")
+
+
+def prune_badly(run_dir, background):
+    saves = PrunesBadly(every_steps=4, background=background)
+    tiny.trainer([saves], run_dir=run_dir).fit(tiny.dataset(), batch_size=16, max_steps=6)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_fails_on_rank_0_alone_is_told_on_all(tmp_path, background):
+    zero, one = run_outcomes(prune_badly, 2, tmp_path, background)
+    assert repr(zero.error) == "TypeError('planted')"
+    assert isinstance(one.error, RemoteError)
+    assert "rank 0" in str(one.error)
+    assert "TypeError: planted" in str(one.error)
 
 
 # ----------------------------------------------------------------------------- shares
@@ -235,3 +280,47 @@ def test_a_rank_whose_step_failed_writes_no_more_than_its_random_streams(
     }
     assert files.load_state(saved.path)["progress"]["step"] == 5
     assert set(files.load_model(saved.path)) == set(tiny.model().state_dict())
+
+
+# ----------------------------------------------------------------------------- stuck
+
+
+def stuck(run_dir):
+    """Rank 0's disk hangs; then the run fails, the script looks at that, and ends."""
+    world = dtrain.init(seed=0)
+    if world.is_main:
+        disk.write_tensors = lambda file, tensors: threading.Event().wait()
+
+    class Fails(dtrain.Callback):
+        def on_step_end(self, ctx, step):
+            if ctx.progress.step == 6:
+                raise ValueError("planted")
+
+    trainer = tiny.trainer([Checkpoint(every_steps=4), Fails()], run_dir=run_dir)
+    with pytest.raises(ValueError, match="planted"):
+        trainer.fit(tiny.dataset(), batch_size=16, max_steps=8)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import test_saver
+test_saver.stuck(Path("run"))
+print("looked at it")
+"""
+
+
+def test_a_process_whose_checkpoint_is_stuck_ends_all_the_same(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "script.py", here, here.parent],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (1, "looked at it\n"), done.stderr
+    assert "dtrain: a checkpoint is stuck, and is left; the process ends with 1" in done.stderr
+    assert files.find(tmp_path / "run" / "checkpoints") == (None, [])

@@ -36,7 +36,8 @@ class Stream:
         self.kind, self.length, self.rank = kind, length, rank
         self.at = self.asked = self.given = 0
         self.epoch = -1 if kind != "from there" else 0
-        self.buffer = []  # one object for good, as a careless state_dict hands it out
+        # One object each for good, as a careless state_dict hands them out.
+        self.buffer, self.count = [], torch.tensor(0)
         self.loaded = False
         self.own = torch.Generator().manual_seed(rank)
 
@@ -57,6 +58,7 @@ class Stream:
             self.at += 1
             self.given += 1
             self.buffer.append(self.at)
+            self.count += 1
             generator = torch.Generator().manual_seed(1000 * self.epoch + 100 * self.rank + self.at)
             x = torch.randn(4, 8, generator=generator)
             x[:, 7] = torch.randn(4, generator=self.own)
@@ -74,11 +76,13 @@ class Stream:
             "own": own,
             "buffer": self.buffer,
             "filled": len(self.buffer),
+            "count": self.count,
         }
 
     def load_state_dict(self, state):
-        assert len(state["buffer"]) == state["filled"]
+        assert len(state["buffer"]) == state["filled"] == state["count"].item()
         self.at, self.epoch, self.buffer = state["at"], state["epoch"], state["buffer"]
+        self.count = state["count"]
         self.own.set_state(state["own"])
         self.loaded = True
 

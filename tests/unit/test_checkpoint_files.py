@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from saved import save
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dtrain
 from dtrain.callbacks import Checkpoint
@@ -152,6 +153,16 @@ def test_what_is_staged_is_a_copy() -> None:
     assert {c.data_ptr() for held in again.tensors.values() for c in held.values()} == {
         copy.data_ptr() for copy in every
     }
+
+
+def test_a_rank_that_copies_nothing_off_its_device_leaves_it_alone() -> None:
+    """It may be broken: the emergency checkpoint is then the others' to write."""
+    with FakeTensorMode():
+        model = {"w": torch.empty(2, device="cuda")}
+    none = tree.split({})
+    staged = Stage(rank=1).take(Content(1, model, none, none, {}), [0])
+    assert list(staged.tensors) == ["rank-00001.safetensors"]
+    assert staged.copied is None
 
 
 @pytest.mark.parametrize(

@@ -294,3 +294,27 @@ def test_preparing_proves_that_the_folder_can_be_written(tmp_path: Path) -> None
     for place in (tmp_path / "file", tmp_path / "file" / "sub"):
         with pytest.raises(ConfigError, match=f"run_dir {place} cannot be written"):
             status.prepare(place)
+
+
+# ----------------------------------------------------------------------------- for a batch script
+
+
+def test_a_copy_is_written_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy.json"
+    monkeypatch.setenv("DTRAIN_STATUS_FILE", str(copy))
+    status.write(tmp_path, Status("preempted", "USR1", 7))
+    assert copy.read_bytes() == (tmp_path / "status.json").read_bytes()
+    # What the batch script looks for: one key a line, as it is here.
+    lines = copy.read_text().splitlines()
+    assert ' "status": "preempted",' in lines
+    assert ' "requeue": true,' in lines
+
+
+def test_a_copy_that_cannot_be_written_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DTRAIN_STATUS_FILE", str(tmp_path / "none" / "copy.json"))
+    with pytest.raises(CheckpointError, match=r"none/copy.json cannot be written: .*No such file"):
+        status.write(tmp_path, Status("running"))

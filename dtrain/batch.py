@@ -1,0 +1,247 @@
+"""Batch scripts for SLURM: the text of ``slurm/*.sbatch``, and of what ``dtrain submit`` sends."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+from dtrain.errors import ConfigError
+
+Kind = Literal["one_node", "many_nodes", "srun_per_gpu", "array"]
+
+_ABOUT: dict[Kind, str] = {
+    "one_node": """\
+# Trains on one node: torchrun starts a rank for each GPU of the job.
+#
+#   sbatch --gpus-per-node=8 one_node.sbatch train.py [ARGUMENTS OF train.py]
+#   RANKS=2 sbatch one_node.sbatch train.py            without GPUs: so many ranks
+""",
+    "many_nodes": """\
+# Trains on several nodes: a torchrun on each starts a rank for each GPU.
+#
+#   sbatch --nodes=4 --gpus-per-node=8 many_nodes.sbatch train.py [ARGUMENTS OF train.py]
+#   RANKS=2 sbatch many_nodes.sbatch train.py          without GPUs: so many ranks a node
+""",
+    "srun_per_gpu": """\
+# Trains on several nodes without torchrun: srun starts a task for each rank.
+#
+#   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 srun_per_gpu.sbatch train.py [ARGUMENTS]
+#   sbatch --ntasks-per-node=2 srun_per_gpu.sbatch train.py       without GPUs
+#
+# Not with --gpus-per-task: a task must see all GPUs of its node, and takes the one of its number.
+""",
+    "array": """\
+# A sweep: trains several times, each on one node, each as a job of its own.
+#
+#   sbatch --gpus-per-node=1 array.sbatch train.py [ARGUMENTS OF train.py]
+#
+# What each adds to the arguments is in `sweep` below; --array counts its lines, from 0.
+""",
+}
+
+_OPTIONS: dict[Kind, dict[str, str]] = {
+    "one_node": {"nodes": "1", "ntasks-per-node": "1"},
+    "many_nodes": {"nodes": "2", "ntasks-per-node": "1", "exclusive": ""},
+    "srun_per_gpu": {"nodes": "2", "ntasks-per-node": "1", "exclusive": ""},
+    "array": {"nodes": "1", "ntasks-per-node": "1", "array": "0-2"},
+}
+_COMMON = {
+    "job-name": "dtrain",
+    "output": "%x-%j.log",
+    "open-mode": "append",
+    "requeue": "",
+    "signal": "B:USR1@120",
+}
+_WHY = {
+    "exclusive": "whole nodes, with all their CPUs",
+    "open-mode": "a job that is requeued goes on in the same log",
+    "requeue": "a job whose node dies starts again",
+    "signal": "so long before its end, or when preempted: see leave",
+}
+
+_SWEEP = """
+sweep=(
+    "--lr=1e-3 --run-dir=runs/sweep-0"
+    "--lr=3e-3 --run-dir=runs/sweep-1"
+    "--lr=1e-2 --run-dir=runs/sweep-2"
+)
+read -r -a more <<<"${sweep[SLURM_ARRAY_TASK_ID]}"
+set -- "$@" "${more[@]}"
+"""
+
+_TORCHRUN_SETTINGS = """
+ranks=${RANKS:-${SLURM_GPUS_ON_NODE:-1}} # of this node; as many on each
+threads=$((SLURM_CPUS_ON_NODE / ranks))
+"""
+
+_SRUN_SETTINGS = """
+threads=$((SLURM_CPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))
+"""
+
+_SETTINGS = """\
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+"""
+
+_SHARED_STORE = """
+# Else, in torch 2.13, a restart within the job (RESTARTS=1 sbatch ...) cannot connect.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+"""
+
+_MEET = """
+# The nodes meet at this one, the first of the job; $(hostname -i) where names do not resolve.
+# The port follows from the job's number: jobs on one host do not meet.
+endpoint=$(hostname):$((10000 + SLURM_JOB_ID % 10000))
+"""
+
+_MASTER = """
+# The ranks meet at this node, the first of the job; $(hostname -i) where names do not resolve.
+# The port follows from the job's number: jobs on one host do not meet.
+MASTER_ADDR=$(hostname) MASTER_PORT=$((10000 + SLURM_JOB_ID % 10000))
+export MASTER_ADDR MASTER_PORT
+"""
+
+_STATUS = """
+# Here dtrain says how the run stands (a copy of run_dir/status.json); all nodes must see it.
+export DTRAIN_STATUS_FILE=$PWD/.dtrain-status-$SLURM_JOB_ID.json
+rm -f "$DTRAIN_STATUS_FILE"
+stands() { grep -Eqs "\\"$1\\": \\"?$2\\"?" "$DTRAIN_STATUS_FILE"; }
+
+tasks() { # prints the processes on this node that srun started
+    scontrol listpids "$SLURM_JOB_ID" "$SLURMD_NODENAME" |
+        awk '$3 ~ /^[0-9]+$/ && $4 ~ /^[0-9]+$/ { print $1 }'
+}
+"""
+
+_LEAVE_HEAD = """
+leave() { # passes on to this node's ranks that the job is to leave: all save and end together
+    # Before training begins, and after its end, the signal would kill them.
+    until stands status running; do
+        kill -0 "$step" 2>/dev/null || return 0
+        sleep 1
+    done
+"""
+
+_LEAVE_TORCHRUN = """\
+    # To the ranks only: it would kill torchrun, whose children they are.
+    pkill -USR1 -P "$(tasks | paste -sd, -)"
+}
+"""
+
+_LEAVE_SRUN = """\
+    tasks | xargs -r kill -USR1
+}
+"""
+
+_TRAPS = """\
+trap 'leave; again=yes' USR1
+trap again=yes TERM # SLURM ends the job, and tells the ranks as well: wait for them
+
+# srun by itself would take one CPU for a task. If a node or rank is lost, it ends the others.
+"""
+
+_SRUN = """\
+srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --wait=60 \\
+    "${PYTHON:-python}" -m torch.distributed.run --nnodes="$SLURM_NNODES" \\
+    --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-0}" """
+
+_START: dict[Kind, str] = {
+    "one_node": _SRUN + '--standalone "$@" &\n',
+    "array": _SRUN + '--standalone "$@" &\n',
+    "many_nodes": _SRUN
+    + """--rdzv-backend=c10d \\
+    --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" "$@" &
+""",
+    "srun_per_gpu": """\
+srun --cpus-per-task="$((threads > 0 ? threads : 1))" --kill-on-bad-exit=1 --wait=60 \\
+    "${PYTHON:-python}" "$@" &
+""",
+}
+
+_END = """\
+step=$! again=yes
+while [[ $again ]]; do # a signal ends the wait, and only that
+    again=''
+    wait "$step"
+    code=$?
+done
+
+# Once more, unless the run is finished, or has failed three times in a row at the same step. And
+# not where SLURM has ended the job (scancel), or requeues it by itself (preemption).
+job=$SLURM_JOB_ID # which in an array may stand for all of its jobs
+[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+if stands requeue true && ! stands status finished &&
+    [[ $(squeue -h -j "$job" -o %T) == RUNNING ]]; then
+    echo "The run is not finished: requeueing job $job."
+    rm -f "$DTRAIN_STATUS_FILE"
+    exec scontrol requeue "$job"
+fi
+rm -f "$DTRAIN_STATUS_FILE"
+exit "$code"
+"""
+
+
+def render(
+    kind: Kind,
+    *,
+    options: Mapping[str, str | None] | None = None,
+    command: Sequence[str] = (),
+    python: str = "",
+    ranks: int | None = None,
+) -> str:
+    """Returns a batch script.
+
+    Args:
+        kind: which of ``slurm/*.sbatch`` it is made from.
+        options: of sbatch, without the dashes, beside or instead of the script's own; an empty
+            value for a flag, None to leave one out.
+        command: the training script and its arguments; if empty, they come from sbatch.
+        python: the interpreter; ``$PYTHON`` or ``python`` if empty.
+        ranks: ranks per node; ``$RANKS`` or the node's GPUs if None.
+
+    Raises:
+        ConfigError: there is no such kind.
+
+    Ranks: none.
+    """
+    if kind not in get_args(Kind):
+        raise ConfigError(f"kind={kind!r}: choose one of {', '.join(get_args(Kind))}")
+    wanted = {"job-name": _COMMON["job-name"], **_OPTIONS[kind], **_COMMON}
+    if kind == "array":
+        wanted["output"] = "%x-%A_%a.log"
+    wanted |= {name: value for name, value in (options or {}).items() if value is not None}
+    for name, value in (options or {}).items():
+        if value is None:
+            wanted.pop(name, None)
+    torchrun = kind != "srun_per_gpu"
+    parts = [
+        "#!/usr/bin/env bash\n",
+        _ABOUT[kind] if not command else "# Made by `dtrain submit`.\n",
+        *(_directive(name, value) for name, value in wanted.items()),
+        _given(command, python, ranks),
+        _SWEEP if kind == "array" else "",
+        _TORCHRUN_SETTINGS if torchrun else _SRUN_SETTINGS,
+        _SETTINGS,
+        _SHARED_STORE if torchrun else _MASTER,
+        _MEET if kind == "many_nodes" else "",
+        _STATUS,
+        _LEAVE_HEAD,
+        _LEAVE_TORCHRUN if torchrun else _LEAVE_SRUN,
+        _TRAPS,
+        _START[kind],
+        _END,
+    ]
+    return "".join(parts)
+
+
+def _directive(name: str, value: str) -> str:
+    line = f"#SBATCH --{name}" + (f"={shlex.quote(value)}" if value else "")
+    return f"{line:<35} # {_WHY[name]}\n" if name in _WHY else f"{line}\n"
+
+
+def _given(command: Sequence[str], python: str, ranks: int | None) -> str:
+    """What the environment or the command line would say otherwise."""
+    lines = [f"PYTHON={shlex.quote(python)}"] if python else []
+    lines += [f"RANKS={ranks}"] if ranks is not None else []
+    lines += [f"set -- {shlex.join(command)}"] if command else []
+    return "\n" + "\n".join(lines) + "\n" if lines else ""

@@ -1,0 +1,146 @@
+"""When a SLURM job's time is over; and a request to save and leave a little before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from types import TracebackType
+
+from dtrain.errors import ConfigError
+
+#: A job is left so many seconds before its end, unless that is more than a tenth of its time.
+MARGIN_S = 120.0
+SHARE = 0.1
+
+#: A margin of one's own, in seconds.
+MARGIN_VARIABLE = "DTRAIN_LEAVE_BEFORE_END_S"
+
+_PATIENCE_S = 20.0  # scontrol itself gives a controller that is away longer
+
+
+class JobEnd:
+    """Calls ``ask`` a margin before the end of the SLURM job that this process is part of.
+
+    Not every site sends a signal before it ends a job. A thread asks SLURM when that will be and
+    then waits for it, so no step pays for it. It asks again before it speaks: the end may have
+    been moved. Outside of a job, or where the end cannot be known, nothing is done.
+
+    Example::
+
+        with JobEnd(request.preempt, active=world.is_main):
+            loop.run()
+
+    Args:
+        ask: called with the reason, from the thread; must do no more than take note of it.
+        active: False does nothing: one rank's request suffices.
+        env: the environment.
+
+    Raises:
+        ConfigError: ``DTRAIN_LEAVE_BEFORE_END_S`` is no number of seconds.
+
+    Ranks: all, local.
+    """
+
+    def __init__(
+        self, ask: Callable[[str], None], *, active: bool, env: Mapping[str, str] = os.environ
+    ) -> None:
+        self._ask = ask
+        self._env = env
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._margin_s = margin_of(env)
+        if active and env.get("SLURM_JOB_ID"):
+            self._thread = threading.Thread(target=self._run, name="job end", daemon=True)
+
+    def __enter__(self) -> JobEnd:
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()  # not joined: it may be asking SLURM, which takes its time
+
+    def _run(self) -> None:
+        end = job_end(self._env)
+        if end is None:
+            return
+        left_s = end - time.time()
+        margin_s = min(MARGIN_S, SHARE * left_s) if self._margin_s is None else self._margin_s
+        while not self._over.wait(min(max(0.0, left_s - margin_s), threading.TIMEOUT_MAX)):
+            later = job_end(self._env, fresh=True)
+            if later is None or later <= end:
+                if not self._over.is_set():
+                    self._ask(f"the job ends in {max(0.0, end - time.time()):.0f} seconds")
+                return
+            end, left_s = later, later - time.time()
+
+
+def margin_of(env: Mapping[str, str]) -> float | None:
+    """Returns the user's margin in seconds, or None for ours.
+
+    Raises:
+        ConfigError: it is no number of seconds.
+
+    Ranks: all, local.
+    """
+    text = env.get(MARGIN_VARIABLE)
+    if not text:
+        return None
+    try:
+        margin_s = float(text)
+    except ValueError:
+        margin_s = -1.0
+    if not margin_s >= 0:
+        raise ConfigError(f"{MARGIN_VARIABLE}={text!r}: must be a number of seconds, 0 or more")
+    return margin_s
+
+
+def job_end(env: Mapping[str, str], *, fresh: bool = False) -> float | None:
+    """Returns when the job ends, in seconds since 1970, or None where nobody says.
+
+    Args:
+        env: the environment of a process in a job.
+        fresh: do not take the environment's word, which is as old as the job.
+
+    Ranks: all, local. It may take some seconds.
+    """
+    told = env.get("SLURM_JOB_END_TIME", "")  # since SLURM 23.02
+    if told.isdigit() and not fresh:
+        return float(told)
+    # SLURM_TIME_FORMAT would change how times are written.
+    plain = {name: value for name, value in env.items() if name != "SLURM_TIME_FORMAT"}
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "job", "-o", env["SLURM_JOB_ID"]],
+            env=plain,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # no scontrol, as in most containers; or no answer
+    return end_shown(shown)
+
+
+def end_shown(job: str) -> float | None:
+    """Returns the ``EndTime`` in what ``scontrol show job -o`` says, in seconds since 1970.
+
+    Ranks: all, local.
+    """
+    words = (word.partition("=") for word in job.split())
+    end = next((value for name, _, value in words if name == "EndTime"), "")
+    try:
+        return datetime.fromisoformat(end).timestamp()  # local time, as scontrol writes it
+    except ValueError:
+        return None  # "Unknown": the job has no limit

@@ -1,0 +1,53 @@
+"""`dtrain submit` on a real SLURM."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import Job
+
+ROOT = Path(__file__).parents[2]
+DIGITS = str(ROOT / "examples" / "digits.py")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def submit(cluster, folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "dtrain", "submit", *arguments],
+        cwd=folder,
+        env=cluster.env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_an_example_on_two_nodes(cluster, tmp_path):
+    options = ["--nodes=2", "--ranks=1", "--time=10:00", "--partition=main", "--name=two nodes"]
+    done = submit(cluster, tmp_path, *options, DIGITS, "--epochs", "2", "--run-dir", "my run")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = done.stdout.splitlines()[:2]
+    number = first.split()[1].rstrip(":")
+    assert first == f"job   {number}: {DIGITS} --epochs 2 --run-dir 'my run'"
+    log = tmp_path / f"two nodes-{number}.log"
+    assert second == f"log   {log}"
+    assert f"squeue --job {number}" in done.stdout
+    job = Job(cluster, number, tmp_path)
+    assert job.wait() == ("COMPLETED", 0), job.log()
+    assert "global batch 64 = 2 ranks x 2 x 16 samples" in log.read_text()
+    assert "finished after 46 steps, 2 epochs: all epochs done" in log.read_text()
+    assert (tmp_path / "my run" / "metrics.jsonl").exists()
+
+
+def test_a_refusal_is_passed_on(cluster, tmp_path):
+    done = submit(cluster, tmp_path, "--partition=nowhere", DIGITS)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "sbatch: error: invalid partition specified: nowhere",
+        "sbatch: error: Batch job submission failed: Invalid partition name specified",
+    ]
