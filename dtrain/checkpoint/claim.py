@@ -2,9 +2,9 @@
 
 Two things see to that. A lock on ``run_dir/.writer.lock``, which the kernel takes back from a
 process that is killed: a second start waits for it, and gives up. And a token in
-``run_dir/.writer``, for where a lock is not seen: an old start that is cut off may live on while the
-job is begun again elsewhere. Each start leaves a new token; who finds another's than its own writes
-nothing any more.
+``run_dir/.writer``, for where a lock is not seen: an old start that is cut off may live on while
+the job is begun again elsewhere. Each start leaves a new token; who finds another's than its own
+writes nothing any more.
 
 Nothing closes the moment between a look at the token and the rename that follows. It is one system
 call long; but a network file system may show an old token for as long as it caches names.
