@@ -1,10 +1,10 @@
 """Who may write to a run's folder: one start of the run, the newest.
 
 Two things see to that. A lock on ``run_dir/.writer.lock``, which the kernel takes back from a
-process that is killed: a second start waits for it, and gives up. And a token in
-``run_dir/.writer``, for where a lock is not seen: an old start that is cut off may live on while
-the job is begun again elsewhere. Each start leaves a new token; who finds another's than its own
-writes nothing any more.
+process that is killed: a second start on the same machine waits for it, and gives up. And a token
+in ``run_dir/.writer``, for another machine: an old start that is cut off may live on, and keep its
+lock, while the job is begun again elsewhere. Each start leaves a new token; who finds another's
+than its own writes nothing any more.
 
 Nothing closes the moment between a look at the token and the rename that follows. It is one system
 call long; but a network file system may show an old token for as long as it caches names.
@@ -23,6 +23,7 @@ import time
 import uuid
 from pathlib import Path
 
+from dtrain.beats import this_machine
 from dtrain.checkpoint import disk
 from dtrain.errors import CheckpointError, RunTaken
 
@@ -53,12 +54,13 @@ class Claim:
         """Makes this start the one that writes; every start before it no longer may.
 
         Raises:
-            RunTaken: another one is alive, and has not ended within :data:`WAIT_S`.
+            RunTaken: another one is alive on this machine, and does not end within :data:`WAIT_S`.
             CheckpointError: the folder cannot be written.
         """
         with disk.plain_words(self._run_dir / TOKEN):
             self._lock = _lock(self._run_dir)
             facts = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid()}
+            facts["machine"] = this_machine()
             facts["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
             aside = self._run_dir / f"{TOKEN}-{self.token}"
             disk.write_bytes(aside, json.dumps(facts).encode())
@@ -104,7 +106,11 @@ class Claim:
 
 
 def _lock(run_dir: Path) -> int | None:
-    """Returns a handle that holds the lock, or None where the file system knows no locks."""
+    """Returns a handle that holds the lock; None where that cannot be had, and the token decides.
+
+    So it is where the file system knows no locks, and where the lock is kept for one that is not
+    alive on this machine: it is of another host, which nobody can ask, or a worker was left behind.
+    """
     handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     deadline, told, never = time.monotonic() + WAIT_S, False, threading.Event()
     try:
@@ -121,21 +127,38 @@ def _lock(run_dir: Path) -> int | None:
             else:
                 return handle
             if time.monotonic() >= deadline:
-                raise RunTaken(
-                    f"another start of this run ({who}) is alive and writes to {run_dir}. Wait for "
-                    "its end, or choose another run_dir."
-                )
+                if _may_live_here(run_dir):
+                    raise RunTaken(
+                        f"another start of this run ({who}) is alive and writes to {run_dir}. Wait "
+                        "for its end, or choose another run_dir."
+                    )
+                _say(f"{run_dir} is taken over from another start of this run ({who})")
+                os.close(handle)
+                return None
             if not told:
                 told = True
-                sys.stderr.write(
-                    f"dtrain: another start of this run ({who}) still writes to {run_dir}; waiting "
-                    f"up to {WAIT_S:g} s for its end\n"
+                _say(
+                    f"another start of this run ({who}) still writes to {run_dir}; waiting up to "
+                    f"{WAIT_S:g} s for its end"
                 )
-                sys.stderr.flush()
             never.wait(_LOOK_EVERY_S)
     except BaseException:
         os.close(handle)
         raise
+
+
+def _say(words: str) -> None:
+    sys.stderr.write(f"dtrain: {words}\n")
+    sys.stderr.flush()
+
+
+def _may_live_here(run_dir: Path) -> bool:
+    try:
+        facts = json.loads((run_dir / TOKEN).read_bytes())
+        here = this_machine()
+        return facts["machine"] == here and (not here or Path(f"/proc/{facts['pid']}").exists())
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
 
 
 def _who(run_dir: Path) -> str:

@@ -4,6 +4,7 @@ What is cut is cut while the ranks are in a step; they have posted where they ar
 """
 
 import os
+import re
 import subprocess
 import threading
 import time
@@ -98,16 +99,16 @@ COMMAND = ["bash", str(ROOT / "launch" / "torchrun.sh"), "train.py", "."]
 
 
 class Job:
-    """The script on two hosts, in a folder that they share."""
+    """The script on two ranks: of one host, or of two that share a folder."""
 
-    def __init__(self, hosts, folder, *, meets=-1, env=None, numbered=True):
+    def __init__(self, hosts, folder, *, on=(LEFT, RIGHT), meets=-1, env=None):
         (folder / "train.py").write_text(SCRIPT)
-        self.hosts, self.folder = hosts, folder
+        self.folder = folder
         self.processes = {}
-        for number, name in enumerate(hosts.names):
-            variables = {"RANKS": "1", "NNODES": "2", "RDZV_ENDPOINT": f"{LEFT}:29400"}
-            if numbered:
-                variables["NODE_RANK"] = str(number)
+        for number, name in enumerate(on):
+            variables = {"RANKS": str(2 // len(on)), "NNODES": str(len(on))}
+            if len(on) > 1:
+                variables |= {"RDZV_ENDPOINT": f"{LEFT}:29400", "NODE_RANK": str(number)}
             self.processes[name] = hosts.start(
                 name,
                 [*COMMAND, str(meets)],
@@ -129,7 +130,8 @@ class Job:
         """Returns once both ranks are in the step in which they wait for :meth:`go`."""
         deadline = time.monotonic() + START_S
         while not all((self.folder / f"at-{rank}").exists() for rank in range(2)):
-            assert all(p.poll() is None for p in self.processes.values()), self.said(LEFT)
+            ended = [name for name, p in self.processes.items() if p.poll() is not None]
+            assert not ended, self.said(ended[0])
             assert time.monotonic() < deadline
             threading.Event().wait(0.02)
 
@@ -205,8 +207,27 @@ def test_a_cut_for_good_ends_both_sides(hosts, tmp_path, unbroken, cut):
     assert "rank 1 on right (pid " in job.said(RIGHT)
     assert f"the rendezvous store at {LEFT}:29400, where ranks post" in job.said(RIGHT)
     assert "does not answer" in job.said(RIGHT)
-    hosts.join(cut)
-    resume(hosts, tmp_path, unbroken)
+    if cut == LEFT:
+        hosts.join(cut)
+        resume(hosts, tmp_path, unbroken)
+
+
+def test_a_host_that_was_given_up_harms_nothing(hosts, tmp_path, unbroken):
+    """Its ranks live on when the job is begun again on another one, which cannot ask it."""
+    old = Job(hosts, tmp_path, on=[LEFT], meets=6)
+    old.reached()
+    hosts.cut(LEFT)
+    new = Job(hosts, tmp_path, on=[RIGHT])
+    assert new.wait() == [0]
+    assert new.models() == unbroken
+    run = tmp_path / "run"
+    assert f"{run.name} is taken over from another start of this run (pid " in new.said(RIGHT)
+    left = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    old.go()
+    assert old.wait() == [1]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == left
+    taken = r"RunTaken: another start of this run \(pid \d+ on right, since .*\) writes to run now"
+    assert re.search(taken, old.said(LEFT))
 
 
 @pytest.mark.parametrize("ahead", [LEFT, RIGHT])

@@ -57,6 +57,19 @@ def test_the_lock_is_free_once_it_is_released_whoever_has_a_copy_of_it(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".writer", ".writer.lock"]
 
 
+@pytest.mark.parametrize("change", [{"machine": "another"}, {"pid": 2**22 + 1}])
+def test_a_lock_of_nobody_here_is_waited_for_and_passed(tmp_path, capsys, change):
+    """Another host's, which may be cut off or dead; or that of a worker that was left behind."""
+    first = taken(tmp_path)
+    facts = json.loads((tmp_path / ".writer").read_text())
+    (tmp_path / ".writer").write_text(json.dumps(facts | change))
+    second = taken(tmp_path)
+    assert f"{tmp_path} is taken over from another start" in capsys.readouterr().err
+    with pytest.raises(RunTaken):
+        first.check()
+    second.release()
+
+
 def test_without_locks_the_token_decides(tmp_path, no_locks):
     first = taken(tmp_path)
     second = taken(tmp_path)
