@@ -230,10 +230,9 @@ def test_a_host_that_was_given_up_harms_nothing(hosts, tmp_path, unbroken):
     assert re.search(taken, old.said(LEFT))
 
 
-@pytest.mark.parametrize("ahead", [LEFT, RIGHT])
-def test_clocks_a_minute_apart_change_nothing(hosts, tmp_path, unbroken, ahead):
+def test_clocks_a_minute_apart_change_nothing(hosts, tmp_path, unbroken):
     need("" if LIBFAKETIME.exists() else "libfaketime is not installed (Debian: faketime)")
     offset = {"LD_PRELOAD": str(LIBFAKETIME), "FAKETIME": "+60s"}
-    job = Job(hosts, tmp_path, env={ahead: offset})
+    job = Job(hosts, tmp_path, env={LEFT: offset})
     assert job.wait() == [0, 0]
     assert job.models() == unbroken
