@@ -5,7 +5,7 @@ own network, two runs do not meet, and deleting the namespaces leaves nothing be
 has its own space of process numbers, so that ranks cannot ask the kernel about those of another
 host, and none of a host's processes outlives it. Hosts share the file system, as clusters do.
 
-Needs root, Linux and iproute2.
+Needs root, Linux and iproute2; libfaketime where clocks are to differ.
 """
 
 import itertools
@@ -19,6 +19,8 @@ from pathlib import Path
 _numbers = itertools.count()
 _SWITCH = "switch"
 _CALL_S = 10.0
+_INSTALL_S = 90.0
+_PACKAGES = {"ip": "iproute2", "unshare": "util-linux", "faketime": "faketime"}
 
 # The first process in a host. It ends once no other process of the host is left.
 _INIT = """
@@ -37,11 +39,18 @@ while True:
 
 
 def missing():
-    """Says why there can be no hosts here; nothing if there can."""
+    """Says why there can be no hosts here; nothing if there can. Installs what it takes."""
     if os.geteuid() != 0:
         return "network namespaces take root"
-    tools = [tool for tool in ("ip", "unshare", "setpriv") if shutil.which(tool) is None]
-    return f"not installed: {', '.join(tools)} (iproute2, util-linux)" if tools else ""
+    packages = [package for tool, package in _PACKAGES.items() if shutil.which(tool) is None]
+    if packages and shutil.which("apt-get"):
+        install = f"apt-get update -qq && apt-get install -qq {' '.join(packages)}"
+        env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        done = subprocess.run(
+            ["sh", "-c", install], env=env, capture_output=True, text=True, timeout=_INSTALL_S
+        )
+        return f"{install}: {done.stderr}" if done.returncode else ""
+    return f"not installed: {', '.join(packages)}" if packages else ""
 
 
 class Hosts:
