@@ -16,7 +16,8 @@
     ├── CheckError        a script could not be checked or drilled
     ├── CrashLoop         a run failed at the same step, start after start
     └── CheckpointError   a checkpoint cannot be written or read
-        └── ResumeError   the run in run_dir cannot be continued as asked
+        ├── ResumeError   the run in run_dir cannot be continued as asked
+        └── RunTaken      another start of the run writes to run_dir
 """
 
 from __future__ import annotations
@@ -103,6 +104,10 @@ class CheckpointError(DtrainError):
 
 class ResumeError(CheckpointError):
     """The run in ``run_dir`` cannot be continued as asked."""
+
+
+class RunTaken(CheckpointError):
+    """Another start of the run writes to ``run_dir``, so this one must not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from dtrain.callback import (
     the_only,
 )
 from dtrain.checkpoint import files, status
+from dtrain.checkpoint.claim import Claim
 from dtrain.checkpoint.files import Saved, fingerprint
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.status import Failures, ResumeMode, Status
@@ -37,7 +38,7 @@ from dtrain.checks import (
     shapes_of,
 )
 from dtrain.data import Data, Feed, MapFeed, StreamFeed, as_data
-from dtrain.errors import ConfigError, CrashLoop, DtrainError
+from dtrain.errors import ConfigError, CrashLoop, DtrainError, RunTaken
 from dtrain.evaluation import evaluate, share_buffers
 from dtrain.gathers import Gathers
 from dtrain.job_end import JobEnd
@@ -278,18 +279,23 @@ class Trainer:
             ConfigError: what was asked for cannot work.
             DataError: the data cannot be trained on.
             ResumeError: the run in ``run_dir`` cannot be continued as asked.
+            RunTaken: another start of this run writes to ``run_dir``.
             RemoteError: another rank failed.
 
         Ranks: all, communicates. Where a rank hangs, the process ends (docs/hangs.md).
         """
-        with self._watchdog:
-            return self._fit(
-                train,
-                batch_size,
-                resume,
-                eval_set,
-                lambda: check_plan(epochs, max_steps, eval_every, log_every, eval_first),
-            )
+        try:
+            with self._watchdog:
+                return self._fit(
+                    train,
+                    batch_size,
+                    resume,
+                    eval_set,
+                    lambda: check_plan(epochs, max_steps, eval_every, log_every, eval_first),
+                )
+        finally:
+            if self._saver.claim is not None:
+                self._saver.claim.release()
 
     def _fit(
         self,
@@ -447,6 +453,8 @@ class Trainer:
         """Everything before the first step: resume, hooks, wrapping, the start block."""
         comm, context = self.world.comm, self.context
         saved = None if self._live else self._find_saved(loop.plan, resume)
+        if self._live and self._run_dir is not None:
+            comm.on_main("claim", self._claim_again)
         if self._live and loop.plan.fulfilled_by(context.progress):
             raise ConfigError(
                 f"this trainer has done {context.progress.epoch} epochs and "
@@ -483,6 +491,8 @@ class Trainer:
 
         def look() -> status.Decision:
             status.prepare(run_dir)
+            self._saver.claim = Claim(run_dir)
+            self._saver.claim.take()
             decision = status.decide(
                 run_dir, resume, self._make_up, epochs=plan.epochs, max_steps=plan.max_steps
             )
@@ -499,6 +509,10 @@ class Trainer:
         decision = self.world.comm.on_main("resume", look)
         self.context.notes += decision.notes
         return decision.saved
+
+    def _claim_again(self) -> None:
+        if self._saver.claim is not None:
+            self._saver.claim.take_again()
 
     def _seed_rank(self) -> None:
         """Gives this rank its own streams; a later start of the run draws fresh ones."""
@@ -525,7 +539,7 @@ class Trainer:
         if loop.failed_together:
             self._save_emergency(loop, error)
         self._saver.leave(_LAST_CHANCE_S)
-        if not self.world.is_main:
+        if not self.world.is_main or isinstance(error, RunTaken):
             return
         try:
             told = cause or error
@@ -574,6 +588,8 @@ class Trainer:
 
     def _save(self, loop_state: dict[str, Any], data_state: dict[str, Any] | None) -> None:
         """Makes a checkpoint, then deletes what need not be kept."""
+        if isinstance(self._saver.failure, RunTaken):  # on rank 0; the others are told
+            raise self._saver.failure
         comm, context, run_dir = self.world.comm, self.context, self._run_dir
         if run_dir is None:
             context.say("a checkpoint was asked for, but the Trainer has no run_dir: none is made")
@@ -621,6 +637,8 @@ class Trainer:
     ) -> None:
         if self._run_dir is None:
             return
+        if self._saver.claim is not None:
+            self._saver.claim.check()
         progress = at or self.context.progress
         failures = self._failures
         if state == "failed":

@@ -194,6 +194,8 @@ class _Watch(threading.Thread):
         try:
             self._open()
             self._ticked = time.monotonic()
+            # At once: a rank that is lost before it has posted would pass for one outside of fit.
+            self._tick(0.0)
             while not self._ended.wait(TICK_S):
                 began = time.monotonic()
                 # After a stop of this whole process it must not think that it had been stuck.

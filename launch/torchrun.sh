@@ -10,7 +10,7 @@
 # and with several nodes, the same on each:
 #   RDZV_ENDPOINT   HOST:PORT where they meet  (default: MASTER_ADDR:MASTER_PORT)
 #   RDZV_ID         the name of the run        (default: dtrain)
-#   NODE_RANK       0 on the node whose torchrun opens that port (default: known by its name)
+#   NODE_RANK       this node's number; 0 where that port is opened (default: found out there)
 set -euo pipefail
 
 fail() { printf 'torchrun.sh: %s\n' "$*" >&2 && exit 2; }
@@ -43,7 +43,13 @@ whole NNODES "$nodes" 1
 if [[ -z ${RDZV_ENDPOINT:-} && $nodes -gt 1 && -n ${MASTER_ADDR:-} ]]; then
     RDZV_ENDPOINT=$MASTER_ADDR:${MASTER_PORT:-29500}
 fi
-if [[ -n ${RDZV_ENDPOINT:-} ]]; then
+if [[ -n ${RDZV_ENDPOINT:-} && -n ${NODE_RANK:-} && $restarts == 0 ]]; then
+    # Who knows its place, and is not to start again, need not keep in touch with the other agents.
+    # An agent that does is stuck for a quarter of an hour if the network is cut, and puts out a
+    # node whose clock is some seconds off.
+    whole NODE_RANK "$NODE_RANK" 0
+    rendezvous=(--rdzv-backend=static "--node-rank=$NODE_RANK" "--rdzv-endpoint=$RDZV_ENDPOINT")
+elif [[ -n ${RDZV_ENDPOINT:-} ]]; then
     rendezvous=(--rdzv-backend=c10d "--rdzv-endpoint=$RDZV_ENDPOINT" "--rdzv-id=${RDZV_ID:-dtrain}")
     if [[ -n ${NODE_RANK:-} ]]; then
         rendezvous+=("--rdzv-conf=is_host=$([[ $NODE_RANK == 0 ]] && echo true || echo false)")

@@ -23,7 +23,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,16 @@ class Saved:
     metrics: dict[str, float]
 
 
-def place(folder: Path, step: int) -> tuple[Path, Path]:
-    """Returns where the checkpoint of ``step`` is to be, and where it is written before."""
+def place(folder: Path, step: int, token: str = "") -> tuple[Path, Path]:
+    """Returns where the checkpoint of ``step`` is to be, and where it is written before.
+
+    Args:
+        folder: ``run_dir/checkpoints``.
+        step: the global step.
+        token: of the start that writes it: no other's file comes between its own.
+    """
     final = folder / f"step-{step:08d}"
-    return final, folder / f".writing-{final.name}"
+    return final, folder / f".writing-{final.name}-{token}".rstrip("-")
 
 
 def part_name(stem: str, number: int, parts: int) -> str:
@@ -78,7 +84,12 @@ def facts_of(file: Path) -> dict[str, Any]:
 
 
 def commit(
-    aside: Path, final: Path, step: int, metrics: dict[str, float], facts: Mapping[str, Any]
+    aside: Path,
+    final: Path,
+    step: int,
+    metrics: dict[str, float],
+    facts: Mapping[str, Any],
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes the manifest of a checkpoint that is whole, and renames its folder into place.
 
@@ -88,6 +99,7 @@ def commit(
         step: the global step.
         metrics: the newest agreed metrics.
         facts: from each file's name to :func:`facts_of` it.
+        check: raises where this start may not write any more; called at the last moment.
 
     Ranks: rank 0 only.
     """
@@ -95,6 +107,7 @@ def commit(
     manifest["sha256"] = _digest_of(manifest)
     disk.write_bytes(aside / _MANIFEST, json.dumps(manifest, indent=1).encode())
     disk.sync_folder(aside)
+    check()
     replaced = final.with_name(_REPLACED + final.name)
     if final.is_dir():  # the same step saved again, after a resume
         final.rename(replaced)  # where it is found, should a kill come before the next line

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from dtrain.checkpoint import writing
+from dtrain.checkpoint.claim import Claim
 from dtrain.checkpoint.files import fingerprint
 from dtrain.checkpoint.writing import Content, Stage, Staged
 from dtrain.comm import Comm
@@ -47,6 +48,8 @@ class Saver:
         #: Why the last checkpoint could not be written. Whoever has called :meth:`finish` knows
         #: the same on all ranks; before that, a rank may know it earlier than another.
         self.failure: Exception | None = None
+        #: Rank 0's right to write; None on the others.
+        self.claim: Claim | None = None
         #: How many in a row could not be written.
         self.failures = 0
 
@@ -152,7 +155,8 @@ class Saver:
 
     def _write(self, folder: Path, staged: Staged, comm: Comm, then: Callable[[], None]) -> None:
         try:
-            writing.write(folder, staged, comm, is_main=self._world.is_main, then=then)
+            is_main = self._world.is_main
+            writing.write(folder, staged, comm, is_main=is_main, then=then, claim=self.claim)
         except Exception as error:
             # What one rank raises is a RemoteError on the others, of whatever kind it was.
             if comm is self._world.comm and isinstance(error, CommError | RankMismatch):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dtrain.checkpoint import files
+from dtrain.checkpoint import claim, files
 from dtrain.checkpoint.files import Saved
 from dtrain.errors import CheckpointError, ConfigError, CrashLoop, ResumeError
 
@@ -301,6 +301,6 @@ def _set_aside(run_dir: Path) -> Decision:
     aside = run_dir / f"before-{number}"
     aside.mkdir()
     for path in sorted(run_dir.iterdir()):
-        if not path.name.startswith("before-"):
+        if not path.name.startswith(("before-", claim.TOKEN)):  # whose run_dir it is, stays
             path.rename(aside / path.name)
     return Decision(None, (f"beginning anew; the old run's files are in {aside}",))

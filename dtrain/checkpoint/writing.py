@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dtrain.checkpoint import disk, files
+from dtrain.checkpoint.claim import Claim
 from dtrain.checkpoint.tree import Split
 from dtrain.comm import Comm
 from dtrain.errors import CheckpointError
@@ -163,7 +164,13 @@ def layout(content: Content) -> list[tuple[str, str, tuple[int, ...]]]:
 
 
 def write(
-    folder: Path, staged: Staged, comm: Comm, *, is_main: bool, then: Callable[[], None]
+    folder: Path,
+    staged: Staged,
+    comm: Comm,
+    *,
+    is_main: bool,
+    then: Callable[[], None],
+    claim: Claim | None = None,
 ) -> None:
     """Writes a checkpoint; it is there whole, or not at all.
 
@@ -173,34 +180,43 @@ def write(
         comm: to meet the others.
         is_main: whether this is rank 0.
         then: called on rank 0 once the checkpoint is in place.
+        claim: rank 0's right to write there; None where nobody else can.
 
     Raises:
+        RunTaken: another start of the run writes there now.
         CheckpointError: it could not be written; nothing else was touched.
         RemoteError: the same, of another rank.
 
     Ranks: all, communicates.
     """
-    final, aside = files.place(folder, staged.step)
+    final, aside = files.place(folder, staged.step, claim.token if claim else "")
+    check = claim.check if claim else lambda: None
 
     # Here, too, so that the others are told which checkpoint it was.
     @disk.plain_words(final)
-    def begin() -> None:
+    def begin() -> Path:
+        check()
         files.tidy(folder)
         aside.mkdir(parents=True)
+        return aside
 
     @disk.plain_words(final)
     def commit() -> None:
         facts = {name: fact for one in written for name, fact in sorted(one.items())}
-        files.commit(aside, final, staged.step, staged.metrics, facts)
+        files.commit(aside, final, staged.step, staged.metrics, facts, check)
+
+    def conclude() -> None:
+        check()
+        then()
 
     try:
         with comm.lockstep("saving a checkpoint"):
             with disk.plain_words(final):
-                comm.on_main("checkpoint: begin", begin)
+                aside = comm.on_main("checkpoint: begin", begin)
                 share = _write_share(aside, staged, comm.pulse)
                 written = comm.gather_objects("checkpoint: written", share)
                 comm.on_main("checkpoint: commit", commit)
-            comm.on_main("checkpoint: then", then)
+            comm.on_main("checkpoint: then", conclude)
     except Exception:
         if is_main:
             shutil.rmtree(aside, ignore_errors=True)  # it may be the disk that is full

@@ -1,0 +1,134 @@
+"""Of two starts of a run, one may write to its folder."""
+
+import errno
+import json
+import os
+import re
+import socket
+
+import pytest
+from saved import save
+
+from dtrain.checkpoint import claim, disk, files, status
+from dtrain.checkpoint.claim import Claim
+from dtrain.errors import CheckpointError, RunTaken
+
+ME = re.escape(f"(pid {os.getpid()} on {socket.gethostname()}, since ")
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(claim, "WAIT_S", 0.3)
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    def flock(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(claim.fcntl, "flock", flock)
+
+
+def taken(run_dir):
+    mine = Claim(run_dir)
+    mine.take()
+    mine.check()
+    return mine
+
+
+def test_a_second_start_waits_says_so_and_gives_up(tmp_path, capsys):
+    first = taken(tmp_path)
+    with pytest.raises(RunTaken, match=f"^another start of this run {ME}.*is alive and writes to"):
+        Claim(tmp_path).take()
+    assert re.search(f"{ME}.* still writes to .*; waiting up to 0.3 s", capsys.readouterr().err)
+    first.check()  # nothing was taken from it
+
+
+def test_the_lock_is_free_once_it_is_released_whoever_has_a_copy_of_it(tmp_path):
+    first = taken(tmp_path)
+    copy = os.dup(first._lock)  # as a forked process has
+    first.release()
+    first.release()
+    second = taken(tmp_path)
+    os.close(copy)
+    with pytest.raises(RunTaken, match=rf"{ME}.*\) writes to {re.escape(str(tmp_path))} now"):
+        first.check()
+    second.check()
+    assert sorted(os.listdir(tmp_path)) == [".writer", ".writer.lock"]
+
+
+@pytest.mark.parametrize("change", [{"machine": "another"}, {"pid": 2**22 + 1}])
+def test_a_lock_of_nobody_here_is_waited_for_and_passed(tmp_path, capsys, change):
+    """Another host's, which may be cut off or dead; or that of a worker that was left behind."""
+    first = taken(tmp_path)
+    facts = json.loads((tmp_path / ".writer").read_text())
+    (tmp_path / ".writer").write_text(json.dumps(facts | change))
+    second = taken(tmp_path)
+    assert f"{tmp_path} is taken over from another start" in capsys.readouterr().err
+    with pytest.raises(RunTaken):
+        first.check()
+    second.release()
+
+
+def test_without_locks_the_token_decides(tmp_path, no_locks):
+    first = taken(tmp_path)
+    second = taken(tmp_path)
+    with pytest.raises(RunTaken):
+        first.check()
+    second.check()
+    second.release()
+
+
+def test_any_other_trouble_with_a_lock_is_told(tmp_path, monkeypatch):
+    def flock(handle, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(claim.fcntl, "flock", flock)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        Claim(tmp_path).take()
+
+
+def test_a_further_fit_goes_on_unless_somebody_else_wrote(tmp_path):
+    first = taken(tmp_path)
+    first.release()
+    first.take_again()
+    first.release()
+    taken(tmp_path).release()
+    with pytest.raises(RunTaken):
+        first.take_again()
+    first.release()
+
+
+def test_a_token_that_cannot_be_read_is_no_other_start(tmp_path):
+    mine = taken(tmp_path)
+    (tmp_path / ".writer").write_text("[")
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        mine.check()
+    assert not isinstance(caught.value, RunTaken)
+
+
+def test_beginning_anew_leaves_the_claim_where_it_is(tmp_path):
+    mine = taken(tmp_path)
+    (tmp_path / "status.json").write_text("{}")
+    status.decide(tmp_path, "never", {}, epochs=1, max_steps=None)
+    mine.check()
+    assert sorted(os.listdir(tmp_path)) == [".writer", ".writer.lock", "before-1"]
+
+
+def test_a_commit_by_an_old_start_changes_nothing(tmp_path, no_locks):
+    old = taken(tmp_path)
+    folder = tmp_path / "checkpoints"
+    final, aside = files.place(folder, 5, old.token)
+    aside.mkdir(parents=True)
+    disk.write_bytes(aside / "rank-00000.json", b"{}")
+    new = taken(tmp_path)
+    assert files.place(folder, 5, new.token)[1] != aside
+    save(folder, 5)
+    before = (final / "manifest.json").read_bytes()
+    aside.mkdir(exist_ok=True)  # the new start had tidied up
+    facts = {"rank-00000.json": {"bytes": 2, "sha256": ""}}
+    with pytest.raises(RunTaken):
+        files.commit(aside, final, 5, {}, facts, old.check)
+    assert (final / "manifest.json").read_bytes() == before
+    assert files.check(final).step == 5
+    assert json.loads((tmp_path / ".writer").read_text())["token"] == new.token
