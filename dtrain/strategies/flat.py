@@ -1,7 +1,8 @@
 """All gradients in one flat tensor, the lane at its end, and one reduction after backward.
 
 Nothing overlaps with backward, so it is for models of about one bucket of DistributedDataParallel's
-(25 MB). As nothing is reduced while backward runs, an exception in it becomes a vote like any other.
+(25 MB). As nothing is reduced while backward runs, an exception in it becomes a vote like any
+other.
 """
 
 from __future__ import annotations
