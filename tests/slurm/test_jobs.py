@@ -23,6 +23,11 @@ def status_of(folder):
     return json.loads((folder / "run" / "status.json").read_text())
 
 
+def newest_saved(folder):
+    """The step of the newest checkpoint; a run that fails may say a later one in its status."""
+    return max(int(path.name[5:]) for path in (folder / "run" / "checkpoints").glob("step-*"))
+
+
 def found_of(job, state_and_restarts, **more):
     """What all scenarios tell of a job that has ended."""
     job.wait_for_no_process()
@@ -75,7 +80,7 @@ def node_dies(cluster, folder):
     job.wait_until_at(0, 2 + EVERY_STEPS)
     with cluster.without(job.last_node(), job):
         job.wait_for_no_rank()
-        saved = status_of(folder)["step"]
+        saved = newest_saved(folder)
         return found_of(job, job.wait(), saved=saved)
 
 
@@ -88,7 +93,7 @@ def without_torchrun(cluster, folder):
     with cluster.without(job.last_node()):
         wait_for("requeue", lambda: job.shown()["Restarts"] == "2", every_s=0.3)
         job.wait_for_no_rank()
-        saved = status_of(folder)["step"]
+        saved = newest_saved(folder)
         return found_of(job, job.wait(), saved=saved)
 
 
