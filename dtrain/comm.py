@@ -16,6 +16,7 @@ import json
 import pickle
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -91,6 +92,9 @@ class Comm:
         self._gatherer: Gatherer | None = None  # while a loss function runs
         #: Where this rank's main thread is.
         self.pulse = pulse or Pulse()
+        #: Held by a thread beside the main one while it uses these verbs; taken by the main
+        #: thread, so that all ranks' threads come in the same order.
+        self.in_use = threading.Lock()
 
     def close(self) -> None:
         """Lets go of the wire; the verbs must not be called any more.

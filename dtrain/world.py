@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -62,7 +63,8 @@ class World:
         gradients: what gradients travel over; for strategies.
         connect: opens a connection of its own to the rendezvous store; None where there is none.
         open_comm: opens labelled verbs of their own, for a thread beside the main one; all ranks
-            call it. None where no thread can be beside (ranks of a test that are threads).
+            call it. The same ones each time, so whoever uses them holds their lock. None where no
+            thread can be beside (ranks of a test that are threads).
     """
 
     rank: int
@@ -389,6 +391,8 @@ def _open(seed: int, timeout_s: float) -> World:
         _opened=opened,
     )
 
+    # One for all Trainers: each further group would make the next one slower to open.
+    @cache
     def open_comm() -> Comm:
         group = dist.new_group(backend="gloo", timeout=timeout)
         apart = Comm(rank=rank, size=size, host=host, wire=GroupWire(group))

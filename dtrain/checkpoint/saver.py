@@ -97,8 +97,9 @@ class Saver:
         if wait or self._apart is None:
             self._write(folder, staged, comm, then)
             return
+        self._apart.in_use.acquire()  # of another Trainer, too
         self._thread = threading.Thread(
-            target=self._write,
+            target=self._write_beside,
             args=(folder, staged, self._apart, lambda: self._unless_left(then)),
             name="dtrain: checkpoint",
             daemon=True,  # an error elsewhere must not wait for a disk
@@ -152,6 +153,14 @@ class Saver:
         with self._leaving:
             if not self._left:
                 then()
+
+    def _write_beside(
+        self, folder: Path, staged: Staged, comm: Comm, then: Callable[[], None]
+    ) -> None:
+        try:
+            self._write(folder, staged, comm, then)
+        finally:
+            comm.in_use.release()
 
     def _write(self, folder: Path, staged: Staged, comm: Comm, then: Callable[[], None]) -> None:
         try:
