@@ -162,25 +162,25 @@ def resume(hosts, folder, unbroken):
     assert job.models() == unbroken
 
 
-def test_a_short_cut_costs_nothing(hosts, tmp_path, unbroken):
-    job = Job(hosts, tmp_path, meets=6)
+def cut_for(hosts, folder, seconds):
+    """Returns a job whose hosts were apart for so long, and how it ended."""
+    job = Job(hosts, folder, meets=6)
     job.reached()
     hosts.cut(RIGHT)
     job.go()
-    threading.Event().wait(1.0)
+    threading.Event().wait(seconds)
     hosts.join(RIGHT)
-    assert job.wait() == [0, 0]
+    return job, job.wait()
+
+
+def test_a_short_cut_costs_nothing(hosts, tmp_path, unbroken):
+    job, codes = cut_for(hosts, tmp_path, 1.0)
+    assert codes == [0, 0]
     assert job.models() == unbroken
 
 
 def test_a_cut_as_long_as_the_limit_ends_in_order_or_with_names(hosts, tmp_path, unbroken):
-    job = Job(hosts, tmp_path, meets=6)
-    job.reached()
-    hosts.cut(RIGHT)
-    job.go()
-    threading.Event().wait(5.0)
-    hosts.join(RIGHT)
-    codes = job.wait()
+    job, codes = cut_for(hosts, tmp_path, 5.0)
     if codes == [0, 0]:
         assert job.models() == unbroken
         return
