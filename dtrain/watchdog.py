@@ -39,6 +39,7 @@ from dtrain.beats import (
     stuck,
     this_machine,
 )
+from dtrain.ending import end_with
 from dtrain.errors import ConfigError, DtrainError, Failure, HangError, RemoteError
 from dtrain.pulse import Place
 from dtrain.stacks import Stack, main_stack
@@ -56,6 +57,7 @@ LONG_S = 300.0
 TICK_S = 0.5
 _STORE_S = 3.0  # a call of the store that takes longer will not come back
 _GRACE_S = 3.0  # for the main thread to raise what the watchdog has found
+_AT_EXIT_S = 10.0  # for a call that is still under way when the process ends
 _LINGER_S = 1.5  # for the other ranks to read it, before this one's end ends them too
 _PATIENCE_S = 30.0  # after which a wait in a slow phase is worth a line
 _FLUSH_S = 1.0
@@ -202,6 +204,7 @@ class _Watch(threading.Thread):
                 self._tick(min(began - self._ticked, 3 * TICK_S) + self._tick_took_s)
                 self._ticked = time.monotonic()
                 self._tick_took_s = min(self._ticked - began, 2 * _STORE_S)
+            self._say_goodbye()
         except Exception:  # noqa: BLE001 -- told, and the training goes on without a watchdog
             _print(
                 f"dtrain: the watchdog of {self._who} failed and is off now, the training goes "
@@ -209,13 +212,18 @@ class _Watch(threading.Thread):
             )
         finally:
             faulthandler.cancel_dump_traceback_later()
+            self._calls.join()
 
     def stop(self) -> None:
-        """Ends the thread, and tells that this rank is not in ``fit`` any more."""
+        """Ends the thread, which tells that this rank is not in ``fit`` any more."""
         self._ended.set()
         self.join(_STORE_S)
+        if self.is_alive():
+            end_with("a call of the rendezvous store", self, timeout_s=_AT_EXIT_S)
+
+    def _say_goodbye(self) -> None:
         store = self._store
-        if store is not None and not self._lost_store and not self.is_alive():
+        if store is not None and not self._lost_store:
             beat = Beat(**self._identity(), number=next(_numbers))
             self._ask("leave", lambda: store.set(beat_key(beat.rank), beat.to_json()))
 
@@ -503,6 +511,11 @@ class _Bounded:
             if errors:
                 raise errors[0]
             return results[0]
+
+    def join(self) -> None:
+        """Waits for a call that did not return in time."""
+        if self._late is not None:
+            self._late.join()
 
 
 def _failure_in(store: Store) -> str:

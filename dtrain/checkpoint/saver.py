@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +13,7 @@ from dtrain.checkpoint.claim import Claim
 from dtrain.checkpoint.files import fingerprint
 from dtrain.checkpoint.writing import Content, Stage, Staged
 from dtrain.comm import Comm
+from dtrain.ending import end_with
 from dtrain.errors import CommError, RankMismatch
 from dtrain.pulse import SAVING
 from dtrain.world import World
@@ -140,7 +138,7 @@ class Saver:
         with self._leaving:
             self._left = True
         if self._thread is not None:
-            atexit.register(_end_with, self._thread, timeout_s)
+            end_with("a checkpoint", self._thread, timeout_s=timeout_s)
 
     def _show_life(self) -> None:
         """Passes on to the watchdog that the thread is at work, or that it waits for others."""
@@ -174,17 +172,3 @@ class Saver:
             self.failures += 1
         else:
             self.failures = 0
-
-
-def _end_with(thread: threading.Thread, timeout_s: float) -> None:
-    """Ends the process where a thread is stuck in a disk or in a collective.
-
-    The interpreter cannot end with it: the thread would ask for its lock in the middle of torch's
-    code, and the process would abort.
-    """
-    thread.join(timeout_s)
-    if thread.is_alive():
-        sys.stderr.write("dtrain: a checkpoint is stuck, and is left; the process ends with 1\n")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)

@@ -1,0 +1,36 @@
+"""A process does not end while a thread is in the middle of torch's code."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+
+
+def end_with(what: str, *threads: threading.Thread, timeout_s: float) -> None:
+    """Has the interpreter wait for ``threads`` before it ends.
+
+    While it ends, it takes itself away from threads that ask for its lock. One that does so as it
+    comes back from torch's code (a collective, a call of the rendezvous store) aborts the process:
+    "terminate called without an active exception". A thread that is stuck there is not waited for
+    longer than ``timeout_s``; the process then ends at once, with code 1.
+
+    Args:
+        what: names what the threads do, for the message.
+        threads: in the order in which they are waited for.
+        timeout_s: how long each may take, in seconds.
+
+    Ranks: all, local.
+    """
+
+    def wait() -> None:
+        for thread in threads:
+            thread.join(timeout_s)
+        if any(thread.is_alive() for thread in threads):
+            sys.stderr.write(f"dtrain: {what} is stuck, and is left; the process ends with 1\n")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
+    atexit.register(wait)

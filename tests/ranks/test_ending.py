@@ -1,0 +1,92 @@
+"""How a process ends while the rendezvous store keeps one of dtrain's threads waiting."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from torch.distributed import PrefixStore
+
+from dtrain.world import serve_store
+
+# The interpreter takes its time to end, so that a thread that is left would ask for its lock
+# meanwhile, and abort the process.
+SCRIPT = """
+import torch
+from torch.utils.data import TensorDataset
+
+import dtrain
+from dtrain import watchdog
+
+watchdog._STORE_S = 0.2
+watchdog._AT_EXIT_S = 2.0
+world = dtrain.init()
+connect = world.connect
+
+
+def connect_late():
+    store = connect()
+    store.get("answer")
+    return store
+
+
+world.connect = connect_late
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+trainer = dtrain.Trainer(model, optimizer, lambda model, x: model(x[0]).mean(), sinks=[])
+trainer.fit(TensorDataset(torch.ones(8, 3)), batch_size=4, epochs=1)
+world.close()
+print("trained", flush=True)
+import slow_end
+"""
+
+SLOW_END = """
+import time
+
+
+class SlowEnd:
+    def __del__(self, sleep=time.sleep):
+        sleep(1)
+
+
+slow_end = SlowEnd()
+"""
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "words"),
+    [
+        (True, 0, ""),
+        (False, 1, "dtrain: a call of the rendezvous store is stuck, and is left; the process"),
+    ],
+)
+def test_a_thread_in_the_store_does_not_abort_the_process(tmp_path, answers, code, words):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "slow_end.py").write_text(SLOW_END)
+    store = serve_store(60.0)
+    variables = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "train.py"],
+            cwd=tmp_path,
+            env=os.environ | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [rank.stdout.readline() for rank in ranks]
+    if answers:
+        PrefixStore("dtrain/0/0", store).set("answer", "yes")
+    for rank, line in zip(ranks, told, strict=True):
+        _, stderr = rank.communicate(timeout=60)
+        assert (line, rank.returncode) == ("trained\n", code), stderr
+        assert "terminate called" not in stderr
+        assert words in stderr
