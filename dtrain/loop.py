@@ -250,7 +250,7 @@ class Loop:
         step = Step(number=progress.step, micros=step_feed.micros)
         with context.comm.alone(self._at("a training step")):
             hooks.fire(Callback.on_step_start, context, step)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.strategy.clear(self.optimizer)
             self.lane.open()
             for micro in range(step_feed.micros):
                 step.micro = micro

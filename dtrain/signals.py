@@ -13,11 +13,17 @@ from typing import Any
 #: What schedulers send before they take a machine away, and Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
+# They ask for nothing else, and would by default kill the process.
+_SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)
+
 _INTERRUPTED = 128 + signal.SIGINT
 
 
 class Signals:
     """Turns signals into one call of ``ask``, and puts the old handlers back at its end.
+
+    USR1 and USR2 stay harmless: a scheduler may have sent one while the run came to its end, and
+    a run that is finished must not be killed for it.
 
     Nothing else happens in a handler: the main thread may be anywhere. A second Ctrl-C ends the
     process at once, with exit code 130. A signal for which the script has a handler of its own,
@@ -48,7 +54,7 @@ class Signals:
         self._process = os.getpid()
         for number in SIGNALS:
             before = signal.getsignal(number)
-            if before in (signal.SIG_DFL, signal.default_int_handler):
+            if before in (signal.SIG_DFL, signal.default_int_handler, _too_late):
                 self._before[number] = before
                 signal.signal(number, self._handle)
         return self
@@ -60,7 +66,8 @@ class Signals:
         trace: TracebackType | None,
     ) -> None:
         for number, before in self._before.items():
-            signal.signal(number, before)
+            late = number in _SCHEDULERS and before is signal.SIG_DFL
+            signal.signal(number, _too_late if late else before)
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -75,3 +82,7 @@ class Signals:
         if number not in self._seen:
             self._seen.add(number)
             self._ask(signal.Signals(number).name)
+
+
+def _too_late(number: int, frame: FrameType | None) -> None:
+    """What a scheduler has asked for is done already: the run has ended."""

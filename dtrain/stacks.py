@@ -89,6 +89,8 @@ def main_stack(*, moves: bool = False) -> Stack:
     compiles = not moves and any(
         _compiles(line) for frame in frames.values() for line in _walk(frame)
     )
+    # This frame is among them: a cycle, which would keep the locals of all, process groups too.
+    frames.clear()
     return Stack(lines, compiles)
 
 

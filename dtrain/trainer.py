@@ -55,7 +55,7 @@ from dtrain.signals import Signals
 from dtrain.sinks import Console
 from dtrain.snapshot import Snapshot
 from dtrain.state import Context, Loss, Progress, Request
-from dtrain.strategies import DDP, Flat, Strategy
+from dtrain.strategies import Strategy, choose
 from dtrain.watchdog import HANG_AFTER_S, Watchdog
 from dtrain.words import describe_end, describe_start
 from dtrain.world import current, derive_seed, init, seed_everything
@@ -102,8 +102,9 @@ class Trainer:
             :class:`~dtrain.Loss`; runs on every rank, with its own micro-batch.
         callbacks: tweaks; within a hook they run in this order.
         sinks: where figures go; ``[Console()]`` if None.
-        strategy: how gradients meet: ``"ddp"`` (in buckets, during backward), ``"flat"`` (at once,
-            after it; for models of up to some 25 MB), or a :class:`~dtrain.strategies.Strategy`.
+        strategy: how gradients meet: ``"flat"`` (at once, after backward), ``"ddp"`` (in buckets,
+            during it), ``"auto"`` (flat up to 25 MiB of gradients, where DDP has nothing to
+            overlap), or a :class:`~dtrain.strategies.Strategy`.
         run_dir: a folder for checkpoints, metrics and status; None writes nothing.
         seed: of the order of data and the ranks' random streams; ``dtrain.init``'s if None.
         eval_fn: another function for evaluation, of the same form as ``loss_fn``.
@@ -130,7 +131,7 @@ class Trainer:
         *,
         callbacks: Sequence[Callback] = (),
         sinks: Sequence[Sink] | None = None,
-        strategy: str | Strategy = "ddp",
+        strategy: str | Strategy = "auto",
         run_dir: str | Path | None = None,
         seed: int | None = None,
         eval_fn: UserLoss | None = None,
@@ -144,7 +145,9 @@ class Trainer:
         with world.comm.lockstep("Trainer(...)"):
             self._config = check_config(config)
             self._watchdog = Watchdog(world, hang_after_s)
-            self._fill_slots(callbacks, strategy, run_dir)
+            self._fill_slots(callbacks, run_dir)
+            self._strategy = choose(strategy, model)
+            self._strategy.check(accumulates=self._accumulation is not None)
             self._take_model(model, optimizer)
             eval_fn = adapt(eval_fn or loss_fn)
             loss_fn = adapt(loss_fn)
@@ -188,9 +191,7 @@ class Trainer:
         self.context.list_gradients = lambda: self._strategy.gradients(self.optimizer)
         self._live = False  # a fit has begun in this process
 
-    def _fill_slots(
-        self, callbacks: Sequence[Callback], strategy: str | Strategy, run_dir: str | Path | None
-    ) -> None:
+    def _fill_slots(self, callbacks: Sequence[Callback], run_dir: str | Path | None) -> None:
         check_names(callbacks)
         self.hooks = Hooks(callbacks, self.world.comm.pulse)
         precision = the_only(PrecisionSlot, callbacks)  # type: ignore[type-abstract]
@@ -202,8 +203,6 @@ class Trainer:
         if self._checkpoint is not None and run_dir is None:
             raise ConfigError("checkpoints need a place: pass Trainer(run_dir='runs/...')")
         self._run_dir = None if run_dir is None else Path(run_dir)
-        self._strategy = _choose(strategy)
-        self._strategy.check(accumulates=self._accumulation is not None)
 
     def _take_model(
         self, model: nn.Module, optimizer: Optimizer | Callable[[nn.Module], Optimizer]
@@ -477,7 +476,9 @@ class Trainer:
                 self._saver.open()
         self._live = True
         comm.on_main("status", self._write_start)
-        words = describe_start(self.model, self.precision, self.world, data, loop, self._split)
+        words = describe_start(
+            self.model, self.precision, self._strategy, self.world, data, loop, self._split
+        )
         loop.journal.report("start", {}, words, config=self._config)
 
     def _find_saved(self, plan: Plan, resume: ResumeMode) -> Saved | None:
@@ -656,17 +657,6 @@ class Trainer:
                 requeue=not failures.is_loop,
             ),
         )
-
-
-def _choose(strategy: str | Strategy) -> Strategy:
-    if isinstance(strategy, Strategy):
-        return strategy
-    named: dict[str, type[Strategy]] = {"ddp": DDP, "flat": Flat, "auto": DDP}
-    if strategy in named:
-        return named[strategy]()
-    raise ConfigError(
-        f"strategy={strategy!r}: choose 'ddp' or 'flat', or pass a dtrain.strategies.Strategy"
-    )
 
 
 def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:

@@ -358,6 +358,10 @@ def _open(seed: int, timeout_s: float) -> World:
 
     if serving is not None:
         _await_store(serving)
+    # Imported later, as DistributedDataParallel does, its functions' default arguments would keep
+    # the process group until the interpreter ends, and the process may abort then.
+    from torch.distributed.nn import functional as _functional  # noqa: F401
+
     opened = not dist.is_initialized()
     life = next(_lives)
     timeout = timedelta(seconds=timeout_s)

@@ -52,9 +52,15 @@ class ClipGradients(Callback):
 
 
 def _clip_norm(grads: list[Tensor], max_norm: float) -> Tensor:
-    norm = torch.nn.utils.get_total_norm([_entries(grad) for grad in grads])
+    if len(grads) == 1 and not grads[0].is_sparse:
+        norm: Tensor = torch.linalg.vector_norm(grads[0])
+    else:
+        norm = torch.nn.utils.get_total_norm([_entries(grad) for grad in grads])
     # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if factor.device.type == "cpu" and factor == 1:
+        return norm  # nothing is waited for, and a pass over all gradients saved
+    torch._foreach_mul_(grads, factor)
     return norm
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -44,7 +44,7 @@ class NonFiniteGuard(Callback):
     the scale adapts; only the loss is looked at.
 
     Put it last in the list, so that it keeps batches as the model gets them. A step costs a copy
-    of the buffers, the state of the random streams, references to the micro-batches and one norm
+    of the buffers, the state of the random streams, references to the micro-batches and one sum
     of the gradient, which on CUDA waits for the device. Models with SyncBatchNorm are not
     replayed, because a replay is one rank's alone.
 
@@ -74,12 +74,17 @@ class NonFiniteGuard(Callback):
         self.bad_in_a_row = 0
         self._kept: list[_Kept] = []
         self._streams: list[Tensor] = []
+        self._with_buffers: list[nn.Module] = []
         self._buffers: list[Tensor] = []  # as they were before the step
+
+    def on_epoch_start(self, ctx: Context) -> None:
+        """Looks up which modules have buffers."""
+        self._with_buffers = [module for module in ctx.model.modules() if module._buffers]
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
         """Keeps the buffers."""
         self._kept.clear()
-        self._buffers = [buffer.detach().clone() for buffer in ctx.model.buffers()]
+        self._buffers = self._copy_buffers()
 
     def on_batch(self, ctx: Context, step: Step) -> None:
         """Keeps the random streams that the loss function will draw from."""
@@ -106,7 +111,7 @@ class NonFiniteGuard(Callback):
             ctx.say(f"warning: {why}")
             return
         step.veto(why)
-        _put_back(ctx.model, self._buffers)
+        self._put_back(self._buffers)
         if self._action == "stop" or self.bad_in_a_row == self._patience:
             ctx.request.stop(why)
         else:
@@ -124,6 +129,21 @@ class NonFiniteGuard(Callback):
         """Restores what :meth:`state_dict` returned."""
         self.bad_in_a_row = state["bad_in_a_row"]
 
+    def _buffers_of_model(self) -> Iterator[Tensor]:
+        # By way of the modules: a model may put another tensor in the place of a buffer.
+        for module in self._with_buffers:
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    yield buffer
+
+    def _copy_buffers(self) -> list[Tensor]:
+        return [buffer.detach().clone() for buffer in self._buffers_of_model()]
+
+    @torch.no_grad()
+    def _put_back(self, buffers: list[Tensor]) -> None:
+        for buffer, kept in zip(self._buffers_of_model(), buffers, strict=False):
+            buffer.copy_(kept)
+
     def _look(self, ctx: Context, step: Step) -> list[tuple[str, str]]:
         """Returns what this rank finds: in which micro-batch, and what.
 
@@ -140,12 +160,12 @@ class NonFiniteGuard(Callback):
                 return [("", "the gradient is not finite; not replayed, for SyncBatchNorm")]
             return [(_place(one), f"the loss is {_kind(one.mean)}") for one in kept]
         streams, others, logged = _streams(ctx), rng.capture(), ctx.logged
-        buffers = [buffer.detach().clone() for buffer in ctx.model.buffers()]
+        buffers = self._copy_buffers()
         ctx.logged = {}  # what the loss function logs was logged before
         try:
             found = []
             for one in kept:
-                _put_back(ctx.model, self._buffers)
+                self._put_back(self._buffers)
                 _restore(ctx, one.streams)
                 found.append((_place(one), _replay(ctx, one)))
             return [(place, what) for place, what in found if what]
@@ -153,7 +173,7 @@ class NonFiniteGuard(Callback):
             ctx.logged = logged
             rng.restore(others)
             _restore(ctx, streams)
-            _put_back(ctx.model, buffers)
+            self._put_back(buffers)
 
 
 def _replay(ctx: Context, one: _Kept) -> str:
@@ -229,11 +249,11 @@ def _some(names: list[str]) -> str:
 
 
 def _finite_gradients(ctx: Context) -> bool:
-    params = [p for group in ctx.optimizer.param_groups for p in group["params"]]
-    grads = [p.grad for p in params if p.grad is not None]
-    # The largest absolute value: unlike a Euclidean norm it does not overflow by itself. On
-    # CUDA, reading it waits for the device.
-    return math.isfinite(float(torch.nn.utils.get_total_norm(grads, norm_type=math.inf)))
+    grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in ctx.gradients()]
+    # One that is not finite makes a sum of all so: then, or where the sum overflowed by itself,
+    # each is looked at. On CUDA, reading it waits for the device.
+    total = grads[0].sum() if len(grads) == 1 else torch.nn.utils.get_total_norm(grads)
+    return math.isfinite(float(total)) or all(bool(grad.isfinite().all()) for grad in grads)
 
 
 def _kind(tensor: Tensor) -> str:
@@ -267,9 +287,3 @@ def _restore(ctx: Context, states: list[Tensor]) -> None:
     ctx.shared_rng.set_state(states[2])
     if ctx.device.type == "cuda":
         torch.cuda.set_rng_state(states[3], ctx.device)
-
-
-@torch.no_grad()
-def _put_back(model: nn.Module, buffers: list[Tensor]) -> None:
-    for buffer, kept in zip(model.buffers(), buffers, strict=False):
-        buffer.copy_(kept)

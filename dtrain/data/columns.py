@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, TensorDataset
 
+from dtrain.data.order import Indices
 from dtrain.errors import DataError
 
 
@@ -52,7 +53,7 @@ def as_dataset(dataset: Any) -> Any:
     return dataset
 
 
-def fetch_whole(dataset: Any, rows: Sequence[int]) -> Any:
+def fetch_whole(dataset: Any, rows: Sequence[int] | Indices) -> Any:
     """Returns the batch of ``rows``, or None for a dataset that is not made of arrays.
 
     It is what torch's ``default_collate`` makes of the samples, dtypes included.
@@ -74,16 +75,15 @@ def _has_rows(value: Any) -> bool:
     return type(value) in (np.ndarray, np.memmap, torch.Tensor) and value.ndim > 0
 
 
-def _index_all(columns: list[Any], rows: Sequence[int]) -> list[Any] | None:
+def _index_all(columns: list[Any], rows: Sequence[int] | Indices) -> list[Any] | None:
     batches = [_index(column, rows) for column in columns]
     return None if any(batch is None for batch in batches) else batches
 
 
-def _index(column: Any, rows: Sequence[int]) -> torch.Tensor | None:
-    chosen = torch.as_tensor(rows)
+def _index(column: Any, rows: Sequence[int] | Indices) -> torch.Tensor | None:
     if isinstance(column, torch.Tensor):
-        return column[chosen]
+        return column.index_select(0, torch.as_tensor(rows, device=column.device))
     # Text and objects are collated one by one; so is what torch reads as another dtype, or not.
     if column.dtype.kind not in "biufc" or not column.dtype.isnative or column.dtype == np.uint64:
         return None
-    return torch.as_tensor(np.asarray(column[chosen.numpy()]))
+    return torch.as_tensor(np.asarray(column[np.asarray(rows)]))

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dtrain.checkpoint import rng
 from dtrain.data.columns import fetch_whole
-from dtrain.data.order import Order, Sequential, Shuffled
+from dtrain.data.order import Indices, Order, Pointwise, Sequential, Shuffled
 from dtrain.data.shares import share_of
 from dtrain.data.source import Data
 from dtrain.world import World, derive_seed, seed_everything
@@ -25,6 +26,8 @@ from dtrain.world import World, derive_seed, seed_everything
 Split = Callable[[int], list[int]]
 MicroBatch = tuple[Any, int]
 
+#: How many positions of an order are looked up together, at least.
+_AT_ONCE = 1024
 _WORKER_STREAM = 3
 _SAMPLE_STREAM = 5
 
@@ -148,8 +151,11 @@ class MapFeed:
 
     def indices(self, epoch: int, first_step: int) -> Iterator[list[int]]:
         """Yields the samples of each micro-batch of this rank, step after step."""
-        for _, _, _, rows in self._slices.rows(epoch, first_step):
-            yield rows
+        for rows in self._rows(epoch, first_step):
+            yield rows.tolist()
+
+    def _rows(self, epoch: int, first_step: int) -> Iterator[Indices]:
+        return (rows for _, _, _, rows in self._slices.rows(epoch, first_step))
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[StepFeed]:
         """Yields the steps of ``epoch`` from ``first_step`` on."""
@@ -171,7 +177,7 @@ class MapFeed:
     def _batches(self, epoch: int, first_step: int) -> Iterator[Any]:
         dataset, collate = self._data.dataset, self._data.collate_fn
         if self._data.num_workers == 0 and not self._data.seed_samples:
-            return (fetch(dataset, rows, collate) for rows in self.indices(epoch, first_step))
+            return (fetch(dataset, rows, collate) for rows in self._rows(epoch, first_step))
         self._tasks.begin(epoch, first_step)
         if self._data.num_workers == 0:
             return (_fetch_here(dataset, task, collate) for task in self._tasks)
@@ -209,25 +215,44 @@ class _Slices:
         return -(-self.samples // self.batch_size)
 
     def shares(self, step: int) -> tuple[int, list[int]]:
+        first, end = self._share(step)
+        return first, self.split(end - first) if end > first else []
+
+    def _share(self, step: int) -> tuple[int, int]:
         start = step * self.batch_size
         stop = min(start + self.batch_size, self.samples)
-        first, end = share_of(start, stop, rank=self.rank, size=self.size)
-        return first, self.split(end - first) if end > first else []
+        return share_of(start, stop, rank=self.rank, size=self.size)
 
     def micros(self, step: int) -> int:
         """Returns how many micro-batches the ranks with the largest share have."""
         whole = min(self.batch_size, self.samples - step * self.batch_size)
         return len(self.split(-(-whole // self.size)))
 
-    def rows(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, int, list[int]]]:
+    def rows(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, int, Indices]]:
         """Yields step, number, first position and samples of each micro-batch."""
-        for step in range(first_step, self.steps):
-            first, sizes = self.shares(step)
-            rows = self.order.indices(epoch, first, first + sum(sizes)).tolist()
-            for micro, size in enumerate(sizes):
-                yield step, micro, first, rows[:size]
-                rows = rows[size:]
-                first += size
+        for step, first, rows in self._shares_of(epoch, first_step):
+            done = 0
+            for micro, size in enumerate(self.split(len(rows)) if len(rows) else []):
+                yield step, micro, first + done, rows[done : done + size]
+                done += size
+
+    def _shares_of(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, Indices]]:
+        """Yields step, first position and samples of this rank's share of each step."""
+        order = self.order
+        if not isinstance(order, Pointwise):  # a user's own: asked only for what comes next
+            for step in range(first_step, self.steps):
+                first, end = self._share(step)
+                yield step, first, order.indices(epoch, first, end)
+            return
+        at_once = max(1, _AT_ONCE * self.size // self.batch_size)
+        for begin in range(first_step, self.steps, at_once):
+            steps = range(begin, min(begin + at_once, self.steps))
+            shares = [self._share(step) for step in steps]
+            positions = np.concatenate([np.arange(*share, dtype=np.int64) for share in shares])
+            rows, done = order.at(epoch, positions), 0
+            for step, (first, end) in zip(steps, shares, strict=True):
+                yield step, first, rows[done : done + end - first]
+                done += end - first
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +283,7 @@ class _Tasks(Sampler[_Task]):
             if self._sample_seed is not None:
                 places = range(first, first + len(rows))
                 seeds = [derive_seed(self._sample_seed, epoch, place) for place in places]
-            yield _Task(rows, derive_seed(self._seed, epoch, step, micro), seeds)
+            yield _Task(rows.tolist(), derive_seed(self._seed, epoch, step, micro), seeds)
 
 
 class _Fetcher(Dataset[Any]):
@@ -332,10 +357,13 @@ class _MapStep:
         return False  # the plan of steps says when an epoch ends
 
 
-def fetch(dataset: Any, rows: Sequence[int], collate: Callable[[list[Any]], Any] | None) -> Any:
+def fetch(
+    dataset: Any, rows: Sequence[int] | Indices, collate: Callable[[list[Any]], Any] | None
+) -> Any:
     """Returns the batch of ``rows``: fetched whole where the dataset can, else collated."""
     if collate is None and (batch := fetch_whole(dataset, rows)) is not None:
         return batch
+    rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
     if _fetches_many(dataset):
         samples = dataset.__getitems__(rows)
     else:

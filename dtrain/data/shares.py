@@ -15,9 +15,9 @@ def share_of(start: int, stop: int, *, rank: int, size: int) -> tuple[int, int]:
     Slices are contiguous, in the order of ranks; where it does not divide, lower ranks have
     one sample more. A rank's slice may be empty.
     """
-    shares = split_evenly(stop - start, size)
-    first = start + sum(shares[:rank])
-    return first, first + shares[rank]
+    small, larger = divmod(stop - start, size)
+    first = start + rank * small + min(rank, larger)
+    return first, first + small + (rank < larger)
 
 
 def split_share(share: int, *, steps: int) -> list[int]:

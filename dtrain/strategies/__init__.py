@@ -1,7 +1,8 @@
 """How gradients of different ranks meet."""
 
+from dtrain.strategies.auto import choose
 from dtrain.strategies.base import Strategy
 from dtrain.strategies.ddp import DDP
 from dtrain.strategies.flat import Flat
 
-__all__ = ["DDP", "Flat", "Strategy"]
+__all__ = ["DDP", "Flat", "Strategy", "choose"]

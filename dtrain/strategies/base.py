@@ -45,6 +45,10 @@ class Strategy(ABC):
         """
         return model
 
+    def describe(self) -> str:
+        """Returns how gradients meet, in words, for the start block; or nothing."""
+        return ""
+
     @abstractmethod
     def make_equal(self, model: nn.Module, world: World) -> bool:
         """Gives all ranks rank 0's parameters and buffers; returns whether any differed here.
@@ -69,6 +73,13 @@ class Strategy(ABC):
 
         Ranks: all, communicates.
         """
+
+    def clear(self, optimizer: Optimizer) -> None:
+        """Forgets the gradients of the step before.
+
+        Ranks: all, local.
+        """
+        optimizer.zero_grad(set_to_none=True)
 
     @abstractmethod
     def run(self, step: Step, feed: StepFeed, last: bool) -> None:

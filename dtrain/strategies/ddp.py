@@ -126,6 +126,10 @@ class DDP(Replicated):
         if not (self.find_unused or self._static_graph):
             self._fix_buckets()
 
+    def describe(self) -> str:
+        """Returns how gradients meet, in words."""
+        return "gradients: in buckets, during backward (strategy='ddp')"
+
     def _fix_buckets(self) -> None:
         """Takes an idle step, after which DDP's buckets stay as they are.
 

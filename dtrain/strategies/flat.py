@@ -7,8 +7,6 @@ other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,7 +17,6 @@ from dtrain.microstep import MicroStep
 from dtrain.pulse import BACKWARD, OWN_BACKWARD
 from dtrain.state import Step
 from dtrain.strategies.replicated import Replicated
-from dtrain.wire import Wire
 from dtrain.world import World
 
 #: Views begin at multiples of so many elements, as vectorised kernels want it.
@@ -27,7 +24,7 @@ _ALIGNMENT = 16
 
 
 class Flat(Replicated):
-    """Reduces all gradients at once, after backward. In a world of one it does nothing.
+    """Reduces all gradients at once, after backward.
 
     Args:
         find_unused_parameters: set it where a step may leave parameters without gradient.
@@ -42,8 +39,9 @@ class Flat(Replicated):
         super().__init__()
         self._may_be_unused = find_unused_parameters
         self._flats: list[_Flat] = []
-        self._lane: Tensor | None = None  # the end of one of them
-        self._wire: Wire | None = None
+        self._tail = torch.empty(0)  # of one of them: the lane's
+        self._seeds: dict[torch.dtype, Tensor] = {}
+        self._held: tuple[Optimizer, int] | None = None
         self._spoke = False  # this rank has had a loss in this step
 
     def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
@@ -54,19 +52,16 @@ class Flat(Replicated):
 
         Ranks: all, local.
         """
-        if world.size > 1 and (why := unsuited(model)):
+        if why := unsuited(model):
             raise ConfigError(f"strategy='flat' cannot train this model: {why}. Use 'ddp'.")
         return model
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
-        """Makes the flat tensors, where there is another rank.
+        """Makes the flat tensors.
 
         Ranks: all, local.
         """
         self._take(micro_step, world)
-        self._wire = world.gradients
-        if world.size == 1:
-            return
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         lane = micro_step.lane.param
         for p in micro_step.model.parameters():
@@ -74,10 +69,34 @@ class Flat(Replicated):
                 by_dtype.setdefault(p.dtype, []).append(p)
         by_dtype.setdefault(lane.dtype, [])
         self._flats = [
-            _Flat(params, lane.numel() if dtype == lane.dtype else 0, dtype, lane.device)
+            _Flat(
+                params,
+                flags=len(params) if self._may_be_unused else 0,
+                tail=lane.numel() if dtype == lane.dtype else 0,
+                dtype=dtype,
+                device=lane.device,
+            )
             for dtype, params in by_dtype.items()
         ]
-        self._lane = next(flat.tail for flat in self._flats if flat.tail.numel())
+        self._tail = next(flat.tail for flat in self._flats if flat.tail.numel())
+        self._seeds = {}
+        self._held = None
+
+    def describe(self) -> str:
+        """Returns how gradients meet, in words."""
+        megabytes = sum(flat.gradients.nbytes for flat in self._flats) / 1e6
+        return f"gradients: one reduction after backward ({megabytes:.3g} MB; strategy='flat')"
+
+    def clear(self, optimizer: Optimizer) -> None:
+        """Forgets the gradients of the step before, those that the optimizer does not have, too.
+
+        Ranks: all, local.
+        """
+        for flat in self._flats:
+            for p in flat.params:
+                p.grad = None
+        if type(optimizer).zero_grad is not Optimizer.zero_grad:
+            optimizer.zero_grad(set_to_none=True)  # it may do more
 
     def run(self, step: Step, feed: StepFeed, last: bool) -> None:
         """Runs forward and backward; gradients are reduced after the last micro-batch.
@@ -90,12 +109,6 @@ class Flat(Replicated):
             self._spoke = False
         terms = micro_step(step, feed, last)
         self._pulse.go(OWN_BACKWARD)
-        if not self._flats:
-            if last:
-                micro_step.lane.backward(*terms)
-            elif terms:
-                torch.autograd.backward(terms)
-            return
         losses = terms[1:] if last else terms  # the lane does not come by way of backward
         if losses:
             self._spoke = True
@@ -106,25 +119,35 @@ class Flat(Replicated):
 
     def _backward(self, micro_step: MicroStep, losses: tuple[Tensor, ...]) -> None:
         try:
-            torch.autograd.backward(losses)
+            torch.autograd.backward(losses, [self._seed(loss) for loss in losses])
         except Exception as error:
             if micro_step.gathers:
                 raise  # others may be waiting for this rank in their own backward
             micro_step.fail(error, "backward")
 
+    def _seed(self, loss: Tensor) -> Tensor:
+        """What backward starts with: the sum over ranks is then their mean, at no cost."""
+        if loss.dtype not in self._seeds:
+            self._seeds[loss.dtype] = torch.full_like(loss.detach(), 1 / self._world_size)
+        return self._seeds[loss.dtype]
+
     def _reduce(self, micro_step: MicroStep) -> None:
-        assert self._wire is not None
-        assert self._lane is not None
-        complete = all(p.grad is not None for flat in self._flats for p in flat.params)
-        if self._spoke and micro_step.trouble is None and not (complete or self._may_be_unused):
-            micro_step.fail(self.unused(), "backward")
+        world = self._world
+        assert world is not None
+        grads = [[p.grad for p in flat.params] for flat in self._flats]
+        if self._spoke and micro_step.trouble is None and not self._may_be_unused:
+            lacking = any(grad is None for given in grads for grad in given)
+            if lacking:
+                micro_step.fail(self.unused(), "backward")
+        for flat, given in zip(self._flats, grads, strict=True):
+            flat.fill(given, silent=micro_step.trouble is not None)
+        self._tail.copy_(micro_step.lane.message())
         for flat in self._flats:
-            flat.fill(silent=micro_step.trouble is not None)
-        self._lane.copy_(micro_step.lane.message())
-        for flat in self._flats:
-            self._wire.all_reduce(flat.whole)
-            flat.whole.mul_(1 / self._world_size)
-            flat.hand_out(all_used=not self._may_be_unused)
+            if world.size > 1:
+                world.gradients.all_reduce(flat.whole)
+            flat.hand_out()
+        if world.size > 1:
+            self._tail.mul_(1 / world.size)
 
     @property
     def _world_size(self) -> int:
@@ -132,82 +155,103 @@ class Flat(Replicated):
         return self._world.size
 
     def _reduced(self) -> Tensor | None:
-        return self._lane
+        return self._tail
 
     def _waits_for_all(self) -> bool:
-        return bool(self._flats)  # they are looked through before they are reduced
+        return True  # they are looked through before they are reduced
 
     def check_arrived(self) -> None:
-        """Looks whether each parameter has a gradient, where one process trains.
+        """Does nothing: gradients were looked through before they were reduced.
 
         Ranks: all, local.
         """
-        if not self._flats and not self._may_be_unused:
-            self._check_gradients()
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """Returns the flat tensors, as long as the gradients are views into them.
 
         Ranks: all, local.
         """
-        if self._flats and all(flat.is_handed_out() for flat in self._flats):
+        if self._holds_all(optimizer) and all(flat.is_handed_out() for flat in self._flats):
             return [flat.gradients for flat in self._flats if flat.params]
         return super().gradients(optimizer)
 
+    def _holds_all(self, optimizer: Optimizer) -> bool:
+        """Says whether the optimizer has all parameters that are trained; others' do not count."""
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        if self._held != (optimizer, count):
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if not all(id(p) in held for flat in self._flats for p in flat.params):
+                return False
+            self._held = optimizer, count
+        return True
 
-@dataclass(slots=True)
+
 class _Flat:
-    """The gradients of all parameters of one dtype; see :class:`Flat`."""
+    """The gradients of all parameters of one dtype; see :class:`Flat`.
 
-    params: list[nn.Parameter]
-    views: list[Tensor]
-    whole: Tensor
-    gradients: Tensor
-    used: Tensor
-    tail: Tensor
+    Args:
+        params: the parameters.
+        flags: how many numbers tell which parameters had a gradient: one for each, or none where
+            all must have one.
+        tail: how many numbers follow, for the lane.
+        dtype: of all this.
+        device: of all this.
+    """
 
     def __init__(
-        self, params: list[nn.Parameter], tail: int, dtype: torch.dtype, device: torch.device
+        self,
+        params: list[nn.Parameter],
+        *,
+        flags: int,
+        tail: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         places = [0]
         for p in params:
             places.append(places[-1] + -(-p.numel() // _ALIGNMENT) * _ALIGNMENT)
         self.params = params
-        self.whole = torch.zeros(places[-1] + len(params) + tail, dtype=dtype, device=device)
-        self.gradients, self.used, self.tail = self.whole.split([places[-1], len(params), tail])
+        self.whole = torch.zeros(places[-1] + flags + tail, dtype=dtype, device=device)
+        self.gradients, self.used, self.tail = self.whole.split([places[-1], flags, tail])
         # As dense as the parameter, and in its order: fused optimizers go through both alike.
         self.views = [
             self.whole.as_strided(p.shape, torch.empty_like(p, device="meta").stride(), place)
             for p, place in zip(params, places, strict=False)
         ]
 
-    def fill(self, *, silent: bool) -> None:
+    def fill(self, grads: list[Tensor | None], *, silent: bool) -> None:
         """Takes in this rank's gradients; zeros where it has none, or is to say nothing."""
-        grads = [None if silent else p.grad for p in self.params]
-        given = [grad for grad in grads if grad is not None]
-        if len(given) == len(grads):
-            torch._foreach_copy_(self.views, given)
+        given = [] if silent else [grad for grad in grads if grad is not None]
+        if len(given) == len(self.views):
+            if given:
+                torch._foreach_copy_(self.views, given)
             self.used.fill_(1)
             return
         self.gradients.zero_()
         self.used.zero_()
-        for place, grad in enumerate(grads):
-            if grad is not None:
-                self.views[place].copy_(grad)
-                self.used[place] = 1
+        if given:
+            for place, grad in enumerate(grads):
+                if grad is not None:
+                    self.views[place].copy_(grad)
+                    if len(self.used):
+                        self.used[place] = 1
 
-    def hand_out(self, *, all_used: bool) -> None:
+    def hand_out(self) -> None:
         """Gives each parameter its view; none where no rank had a gradient, and that may be."""
-        used = None if all_used else self.used.tolist()
-        for place, (p, view) in enumerate(zip(self.params, self.views, strict=True)):
-            p.grad = view if used is None or used[place] else None
+        if len(self.used):
+            for p, view, used in zip(self.params, self.views, self.used.tolist(), strict=True):
+                p.grad = view if used else None
+            return
+        for p, view in zip(self.params, self.views, strict=True):
+            p.grad = view
 
     def is_handed_out(self) -> bool:
         """Says whether all gradients are views, or nothing: a callback may have replaced one."""
-        return all(
-            p.grad is None or p.grad is view
-            for p, view in zip(self.params, self.views, strict=True)
-        )
+        for p, view in zip(self.params, self.views, strict=True):
+            grad = p.grad
+            if grad is not view and grad is not None:
+                return False
+        return True
 
 
 def unsuited(model: nn.Module) -> str:

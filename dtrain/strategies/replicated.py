@@ -128,5 +128,5 @@ class Replicated(Strategy):
             f"no gradient reached {', '.join(names) or 'some parameters'}, so the ranks' "
             "gradients could not be summed and nothing was updated. Use the parameters in every "
             "loss, freeze them (`p.requires_grad_(False)` before the Trainer is made), or allow "
-            "it with `strategy=DDP(find_unused_parameters=True)`."
+            f"it with `strategy={type(self).__name__}(find_unused_parameters=True)`."
         )

@@ -248,12 +248,30 @@ def hit_and_fail():
 
 
 def test_handlers_are_restored_after_an_error():
+    for number in SIGNALS:
+        if number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_DFL)
     before = [signal.getsignal(number) for number in SIGNALS]
     asked = []
     with pytest.raises(ValueError, match="planted"), Signals(asked.append):
         hit_and_fail()
     assert asked == ["SIGUSR2"]
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    after = [signal.getsignal(number) for number in SIGNALS]
+    kept = [number in (signal.SIGTERM, signal.SIGINT) for number in SIGNALS]
+    assert [one == two for one, two in zip(before, after, strict=True)] == kept
+
+
+def test_a_schedulers_signal_after_the_run_does_not_kill_it():
+    before = signal.getsignal(signal.SIGUSR1)
+    asked = []
+    try:
+        for _ in range(2):
+            with Signals(asked.append):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert asked == ["SIGUSR1"] * 2  # and we are still here
 
 
 # ------------------------------------------------------------------------------ under torchrun

@@ -385,7 +385,7 @@ class Die(dtrain.Callback):
 def guarded(run_dir, die_at=0):
     dtrain.init(seed=0)
     guard = LossSpikeGuard(window=6)
-    callbacks = [Plant(1, [4, 9], 0, 111), Checkpoint(every_steps=4), guard]
+    callbacks = [Plant(1, [4, 9], 0, 111), Checkpoint(every_steps=4, background=False), guard]
     # The second spike is after the death: only with the window restored it is found.
     callbacks += [Spikes([7, 12], 50), NonFiniteGuard("skip"), Die(die_at)]
     watch = Watch()

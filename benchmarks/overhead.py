@@ -1,0 +1,116 @@
+"""What a training loop costs, beside one that is written by hand.
+
+    python benchmarks/overhead.py                              # 2 ranks, the MLP, dtrain
+    python benchmarks/overhead.py --ranks 1 --loops dtrain dtrain-ddp dtrain-unfused
+    python benchmarks/overhead.py --workload gpt --json
+
+The work is the same for all: AdamW, clipping by norm, a learning rate that changes each step, and
+the mean loss over ranks, logged once in a block of steps. A loop is compared with two handwritten
+ones (benchmarks/handwritten.py): "plain" has torch's defaults, "tuned" every trick. The three live
+in the same processes and take turns, a block at a time, the handwritten ones in an order drawn
+anew for each round. A figure is the median, over rounds, of the ratio of a loop's block to the
+handwritten one's of the same round, all that happens in it included; with the interval that this
+median lies in with 95 % confidence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+DTRAIN = {
+    "dtrain": {"fused": True, "strategy": "auto"},
+    "dtrain-ddp": {"fused": True, "strategy": "ddp"},
+    "dtrain-unfused": {"fused": False, "strategy": "auto"},
+}
+LOOPS = [*DTRAIN]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=["dtrain"], metavar="LOOP")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, help="the default depends on the workload")
+    parser.add_argument("--workload", choices=["mlp", "cnn", "gpt"], default="mlp")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a loop")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments.loops[0], arguments.workload, arguments.rounds)
+        return
+    for loop in arguments.loops:
+        tell(measure(loop, arguments), as_json=arguments.json)
+
+
+def measure(loop: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs the loop under torchrun; returns what rank 0 found."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={arguments.ranks}", __file__, "--worker", "--loops", loop]
+    command += ["--workload", arguments.workload]
+    command += ["--rounds", str(arguments.rounds)] if arguments.rounds else []
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "OVERHEAD_FOLDER": folder}
+        done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            sys.exit(f"{loop} failed with status {done.returncode}")
+        found: dict[str, Any] = json.loads((Path(folder) / "found.json").read_text())
+        return found
+
+
+def work(loop: str, workload_name: str, rounds: int | None) -> None:
+    """One rank."""
+    import torch
+    from lane import compare
+    from turns import Turns
+    from workloads import WORKLOADS
+
+    torch.set_num_threads(1)
+    folder = Path(os.environ["OVERHEAD_FOLDER"])
+    workload = WORKLOADS[workload_name]
+    turns = Turns(loop, workload, rounds or workload.rounds, folder)
+    if loop in DTRAIN:
+        from subjects import train
+
+        train(workload, turns, folder, **DTRAIN[loop])
+    seconds = turns.seconds
+    if len(seconds[loop]) != turns.rounds:
+        raise SystemExit(f"{loop}: {len(seconds[loop])} turns instead of {turns.rounds}")
+    if os.environ["RANK"] != "0":
+        return
+    found = {
+        "loop": loop,
+        "workload": workload_name,
+        "ranks": int(os.environ["WORLD_SIZE"]),
+        "rounds": turns.rounds,
+        "to_plain": compare(seconds[loop], seconds["plain"]),
+        "to_tuned": compare(seconds[loop], seconds["tuned"]),
+        "tuned_to_plain": compare(seconds["tuned"], seconds["plain"]),
+        "median_step_us": {
+            name: round(1e6 * sorted(times)[len(times) // 2]) for name, times in seconds.items()
+        },
+    }
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+def tell(found: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found), flush=True)
+        return
+    print(f"{found['loop']}: {found['workload']}, {found['ranks']} ranks, {found['rounds']} rounds")
+    for name, words in (("to_plain", "to plain"), ("to_tuned", "to tuned")):
+        one = found[name]
+        low, high = one["interval"]
+        print(f"  {words}: {one['ratio']:.3f} ({low:.3f} to {high:.3f})")
+    print(f"  (tuned to plain: {found['tuned_to_plain']['ratio']:.3f})", flush=True)
+    print(f"  median step, us: {found['median_step_us']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Which strategy a model gets that was asked for none."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dtrain.errors import ConfigError
+from dtrain.strategies.base import Strategy
+from dtrain.strategies.ddp import DDP
+from dtrain.strategies.flat import Flat, unsuited
+
+#: The size of one of DDP's buckets: below, it has nothing to overlap with backward. Where gradients
+#: are larger, that saves more than its own work costs (docs/numbers.md).
+FLAT_UP_TO_BYTES = 25 * 2**20
+
+
+def choose(strategy: str | Strategy, model: nn.Module) -> Strategy:
+    """Returns the strategy of that name; for ``"auto"``, the one that is quicker for the model.
+
+    Args:
+        strategy: ``"auto"``, ``"flat"``, ``"ddp"``, or one that is made already.
+        model: as the user made it.
+
+    Raises:
+        ConfigError: there is none of that name.
+
+    Ranks: all, local; equal on all ranks, as their models are.
+    """
+    if isinstance(strategy, Strategy):
+        return strategy
+    if strategy == "auto":
+        trained = [p for p in model.parameters() if p.requires_grad]
+        small = sum(p.numel() * p.element_size() for p in trained) <= FLAT_UP_TO_BYTES
+        return Flat() if small and not unsuited(model) else DDP()
+    if strategy == "flat":
+        return Flat()
+    if strategy == "ddp":
+        return DDP()
+    raise ConfigError(
+        f"strategy={strategy!r}: choose 'auto', 'flat' or 'ddp', or pass a "
+        "dtrain.strategies.Strategy"
+    )
