@@ -40,9 +40,8 @@ def tuned(workload: Workload, dataset: TensorDataset, log: TextIO) -> Iterator[N
     model = workload.model()
     replica: nn.Module = model
     if dist.is_initialized():
-        replica = DistributedDataParallel(
-            model, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        # The models have no buffers, so that sending them costs nothing.
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     scheduler = LinearLR(optimizer, total_iters=1000)
     batches = BatchSampler(sampler_of(dataset), workload.micro_batch_size, drop_last=False)

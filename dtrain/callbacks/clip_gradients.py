@@ -56,11 +56,10 @@ def _clip_norm(grads: list[Tensor], max_norm: float) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(grads[0])
     else:
         norm = torch.nn.utils.get_total_norm([_entries(grad) for grad in grads])
+    if norm.device.type == "cpu" and float(norm) < 0.999 * max_norm:
+        return norm  # no multiplication by 1; on the CPU nothing is waited for
     # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if factor.device.type == "cpu" and factor == 1:
-        return norm  # nothing is waited for, and a pass over all gradients saved
-    torch._foreach_mul_(grads, factor)
+    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

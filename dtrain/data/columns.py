@@ -67,7 +67,7 @@ def fetch_whole(dataset: Any, rows: Sequence[int] | Indices) -> Any:
             batches = _index_all(list(dataset.columns.values()), rows)
             return None if batches is None else dict(zip(dataset.columns, batches, strict=True))
         return _index_all(list(dataset.columns), rows)
-    return _index(dataset, rows) if _has_rows(dataset) else None
+    return _index(dataset, torch.as_tensor(rows)) if _has_rows(dataset) else None
 
 
 def _has_rows(value: Any) -> bool:
@@ -76,14 +76,15 @@ def _has_rows(value: Any) -> bool:
 
 
 def _index_all(columns: list[Any], rows: Sequence[int] | Indices) -> list[Any] | None:
-    batches = [_index(column, rows) for column in columns]
+    chosen = torch.as_tensor(rows)
+    batches = [_index(column, chosen) for column in columns]
     return None if any(batch is None for batch in batches) else batches
 
 
-def _index(column: Any, rows: Sequence[int] | Indices) -> torch.Tensor | None:
+def _index(column: Any, chosen: torch.Tensor) -> torch.Tensor | None:
     if isinstance(column, torch.Tensor):
-        return column.index_select(0, torch.as_tensor(rows, device=column.device))
+        return column.index_select(0, chosen.to(column.device))
     # Text and objects are collated one by one; so is what torch reads as another dtype, or not.
     if column.dtype.kind not in "biufc" or not column.dtype.isnative or column.dtype == np.uint64:
         return None
-    return torch.as_tensor(np.asarray(column[np.asarray(rows)]))
+    return torch.as_tensor(np.asarray(column[chosen.numpy()]))

@@ -160,9 +160,11 @@ class MapFeed:
     def epoch(self, epoch: int, first_step: int) -> Iterator[StepFeed]:
         """Yields the steps of ``epoch`` from ``first_step`` on."""
         batches = self._batches(epoch, first_step)
+        whole = self._slices.sizes(0)  # of all steps but perhaps the last
         for step in range(first_step, self.steps_per_epoch):
-            micros = self._slices.micros(step)
-            yield _MapStep(batches, self.shares(step)[1], micros, self._device)
+            last = step == self.steps_per_epoch - 1
+            sizes, micros = self._slices.sizes(step) if last else whole
+            yield _MapStep(batches, sizes, micros, self._device)
 
     def state_dict(self, epoch: int, step: int) -> dict[str, Any] | None:
         """Returns None: the order of samples is a function of seed, epoch and position."""
@@ -223,10 +225,10 @@ class _Slices:
         stop = min(start + self.batch_size, self.samples)
         return share_of(start, stop, rank=self.rank, size=self.size)
 
-    def micros(self, step: int) -> int:
-        """Returns how many micro-batches the ranks with the largest share have."""
+    def sizes(self, step: int) -> tuple[list[int], int]:
+        """Returns this rank's micro-batches' sizes, and how many the largest share has."""
         whole = min(self.batch_size, self.samples - step * self.batch_size)
-        return len(self.split(-(-whole // self.size)))
+        return self.shares(step)[1], len(self.split(-(-whole // self.size)))
 
     def rows(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, int, Indices]]:
         """Yields step, number, first position and samples of each micro-batch."""

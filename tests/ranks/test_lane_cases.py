@@ -225,13 +225,13 @@ def passes():
     for name, callbacks in (
         ("plain", []),
         ("fp16", [MixedPrecision("fp16")]),
-        ("clip", [ClipGradients(1.0)]),
-        ("fp16 and clip", [MixedPrecision("fp16"), ClipGradients(1.0)]),
+        ("clip", [ClipGradients(1e-3)]),
+        ("fp16 and clip", [MixedPrecision("fp16"), ClipGradients(1e-3)]),
         ("even", []),
     ):
         # 22 = 11 samples on each rank: by samples, each weighs just what is expected.
         loss = tiny.loss_fn if name == "even" else growing
-        run = tiny.trainer(callbacks, loss=loss, optimizer=sgd)
+        run = tiny.trainer(callbacks, loss=loss, optimizer=sgd, strategy="ddp")
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             run.fit(tiny.dataset(), batch_size=22, max_steps=4)
         counts = {event.key: event.count for event in profiled.key_averages()}
@@ -464,7 +464,7 @@ def by_hand_and_by_dtrain():
     """Shares of 15 samples, which is no power of two."""
     world = dtrain.init(seed=0)
     data = dtrain.Data(tiny.dataset(90), 15 * world.size, shuffle=False)
-    run = tiny.trainer([ClipGradients(0.1)])
+    run = tiny.trainer([ClipGradients(0.1)], strategy="ddp")
     run.fit(data, epochs=3)
     net = tiny.model()
     replica = nn.parallel.DistributedDataParallel(net) if world.size > 1 else net

@@ -45,7 +45,9 @@ def train_twins(micro_steps):
         if micro_steps > 1:
             callbacks.append(GradientAccumulation(steps=micro_steps))
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
-        trainer = dtrain.Trainer(model, optimizer, loss_fn, callbacks=callbacks, sinks=[], strategy="ddp")
+        trainer = dtrain.Trainer(
+            model, optimizer, loss_fn, callbacks=callbacks, sinks=[], strategy="ddp"
+        )
         trainer.fit(dtrain.Data(train_set, BATCH_SIZE, order=order), epochs=EPOCHS)
 
         losses = plain.train(
