@@ -45,8 +45,9 @@ Figures = Mapping[str, Any]
 
 #: What is expected to grow how, by a part's name; nothing else is expected to grow.
 GROWS = {
-    "lane: error": "(rounding)",
-    "lane: share": "(rounding)",
+    "lane: a count": "rounding",
+    "lane: samples": "rounding",
+    "lane: equal": "rounding",
     "comm: ": "O(W)",
     "pace: ": "O(W)",
     "epoch start: ": "O(W)",
@@ -63,8 +64,19 @@ GROWS = {
 def of_ranks() -> dict[str, Callable[[Figures], float | None]]:
     """What is shown of real ranks, by its name."""
 
-    def step(one: Figures, loop: str) -> dict[str, Any]:
-        return compare(one["seconds"][loop], one["seconds"]["plain"])
+    def ms_of(one: Figures, loop: str) -> float | None:
+        return 1e3 * statistics.median(one["seconds"][loop]) if "seconds" in one else None
+
+    def ratio(one: Figures, loop: str) -> float | None:
+        if "seconds" not in one:
+            return None
+        return compare(one["seconds"][loop], one["seconds"]["plain"])["ratio"]
+
+    def interval(one: Figures, end: int) -> float | None:
+        # Of a few rounds, the interval is no more than all of them.
+        if len(one.get("seconds", {"dtrain": ()})["dtrain"]) < 5:
+            return None
+        return compare(one["seconds"]["dtrain"], one["seconds"]["plain"])["interval"][end]
 
     def over(one: Figures, what: str, then: str, before: str) -> float:
         return one["held"][then][what] - one["held"][before][what]
@@ -73,12 +85,12 @@ def of_ranks() -> dict[str, Callable[[Figures], float | None]]:
         return 1e3 * one[name] if name in one else None
 
     return {
-        "step: hand-written (ms)": lambda one: 1e3 * statistics.median(one["seconds"]["plain"]),
-        "step: dtrain (ms)": lambda one: 1e3 * statistics.median(one["seconds"]["dtrain"]),
-        "step: dtrain / hand-written": lambda one: step(one, "dtrain")["ratio"],
-        "step: ... 95 % from": lambda one: step(one, "dtrain")["interval"][0],
-        "step: ... 95 % to": lambda one: step(one, "dtrain")["interval"][1],
-        "step: again / hand-written": lambda one: step(one, "again")["ratio"],
+        "step: hand-written (ms)": lambda one: ms_of(one, "plain"),
+        "step: dtrain (ms)": lambda one: ms_of(one, "dtrain"),
+        "step: dtrain / hand-written": lambda one: ratio(one, "dtrain"),
+        "step: ... 95 % from": lambda one: interval(one, 0),
+        "step: ... 95 % to": lambda one: interval(one, 1),
+        "step: again / hand-written": lambda one: ratio(one, "again"),
         "memory: bare process, RSS (MiB)": lambda one: one["held"]["bare"]["rss"],
         "memory: hand-written adds, RSS (MiB)": lambda one: over(one, "rss", "plain", "bare"),
         "memory: dtrain adds, RSS (MiB)": lambda one: over(one, "rss", "trainer", "plain"),
@@ -123,7 +135,7 @@ def table(sizes: Sequence[int], rows: Mapping[str, Sequence[float | None]], of: 
         told = "" if law is None else f"{law:+.2f}"
         expected = next((law for start, law in GROWS.items() if name.startswith(start)), "")
         if of.startswith("part"):
-            told = f"{told}, {expected or 'O(1)'}" if told else expected
+            told = f"{told}, {expected or 'O(1)'}" if told and expected != "rounding" else expected
         lines.append(f"| {name:{wide}} | {cells} | {told:>14} |")
     return "\n".join(lines)
 
@@ -141,7 +153,9 @@ def _free_mib() -> int:
     return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def run_ranks(sizes: Sequence[int], rounds: int, found: dict[str, Any]) -> None:
+def run_ranks(
+    sizes: Sequence[int], rounds: int, found: dict[str, Any], keep: Callable[[], None]
+) -> None:
     """Measures real ranks, as many as fit into memory."""
     for size in sizes:
         if (need := 600 + size * MIB_A_RANK) > (free := _free_mib()):
@@ -150,10 +164,11 @@ def run_ranks(sizes: Sequence[int], rounds: int, found: dict[str, Any]) -> None:
         steps = max(5, min(40, 160 // size))
         ranks = run_processes(scale_ranks.measure, size, rounds, steps, timeout_s=600)
         found["ranks"][str(size)] = ranks[0] | {"cores": os.cpu_count()}
+        keep()
         print(f"{size} ranks measured", file=sys.stderr)
 
 
-def run_parts(sizes: Sequence[int], found: dict[str, Any]) -> None:
+def run_parts(sizes: Sequence[int], found: dict[str, Any], keep: Callable[[], None]) -> None:
     """Measures parts at simulated world sizes."""
     if not sizes:
         return
@@ -161,6 +176,7 @@ def run_parts(sizes: Sequence[int], found: dict[str, Any]) -> None:
         scale_parts.use_store(port, pid)
         for size in sizes:
             found["parts"][str(size)] = scale_parts.everything(size)
+            keep()
             print(f"parts at {size} ranks measured", file=sys.stderr)
 
 
@@ -187,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="*", default=RANKS, help="real ones")
     parser.add_argument("--parts", type=int, nargs="*", default=PARTS, help="simulated worlds")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=12, help="0: everything but steps")
     parser.add_argument("--results", type=Path, help="a JSON file that keeps earlier figures")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments = parser.parse_args()
@@ -195,11 +211,14 @@ def main() -> None:
     found: dict[str, Any] = {"ranks": {}, "parts": {}}
     if arguments.results is not None and arguments.results.exists():
         found = json.loads(arguments.results.read_text())
-    run_ranks(arguments.ranks, arguments.rounds, found)
-    run_parts(arguments.parts, found)
-    if arguments.results is not None:
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        arguments.results.write_text(json.dumps(found, indent=1) + "\n")
+
+    def keep() -> None:
+        if arguments.results is not None:
+            arguments.results.parent.mkdir(parents=True, exist_ok=True)
+            arguments.results.write_text(json.dumps(found, indent=1) + "\n")
+
+    run_ranks(arguments.ranks, arguments.rounds, found, keep)
+    run_parts(arguments.parts, found, keep)
     if arguments.json:
         print(json.dumps(found))
     else:
