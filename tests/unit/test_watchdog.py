@@ -375,3 +375,15 @@ def test_who_comes_late_waits_for_what_the_first_find():
     assert watch_of(7, size, store).find_lost().rank == 5
     assert store.read == []
     assert int(store.add("looking", 0)) == LOOKERS + 1
+
+
+def test_thousands_of_ranks_do_not_ask_in_each_tick_whether_one_has_failed():
+    store = HashStore()
+    store.set("failure", "why")
+    for size, asks in ((2, [0.5, 1.0, 1.5]), (4096, [0.5, 1.0, 1.5]), (16384, [0.5, 2.5])):
+        watch = watch_of(1, size, store)
+        heard = []
+        for tick in range(1, 6 if size == 16384 else 4):
+            watch._clock = tick * 0.5
+            heard += [watch._clock] * (watch._ask_for_failure() == "why")
+        assert heard == asks
