@@ -85,6 +85,7 @@ class WithDtrain:
             loss_fn,
             callbacks=[ClipGradients(1.0), *saving, self.times],
             sinks=[],
+            strategy="ddp",  # as the other loop
             run_dir=run_dir,
             # More ranks than cores: a rank may well not run for seconds.
             hang_after_s=60.0,
