@@ -70,7 +70,8 @@ def of_ranks() -> dict[str, Callable[[Figures], float | None]]:
     def ratio(one: Figures, loop: str) -> float | None:
         if "seconds" not in one:
             return None
-        return compare(one["seconds"][loop], one["seconds"]["plain"])["ratio"]
+        pairs = zip(one["seconds"][loop], one["seconds"]["plain"], strict=True)
+        return statistics.median(ours / plain for ours, plain in pairs)
 
     def interval(one: Figures, end: int) -> float | None:
         # Of a few rounds, the interval is no more than all of them.
