@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dtrain.errors import Failure, HangError, RankMismatch
 
@@ -72,6 +72,22 @@ class Beat:
         if not self.inside:
             return "outside of fit"
         return f"step {self.step} in {self.phase}" + (f" ({self.at})" if self.at else "")
+
+
+#: Up to so many ranks, each looks at all others where it waits in vain; of more, so many do.
+ALL_LOOK, LOOKERS = 64, 16
+
+
+class Turn(NamedTuple):
+    """When a rank looks at the others.
+
+    Attributes:
+        after_s: how much longer it waits before it looks.
+        every_s: how long it waits before it looks again.
+    """
+
+    after_s: float
+    every_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +224,20 @@ def gives_way(mine: Beat, seen: Sequence[Seen]) -> bool:
         and one.beat.quiet_s + one.stale_s > mine.quiet_s / 2
         for one in seen
     )
+
+
+def looks(rank: int, size: int) -> Turn:
+    """Says when a rank that waits in vain looks at all others, so that one store bears it.
+
+    Up to 64 ranks all do, about once a second. Were it all of 16,384, each would ask for as many
+    posts: minutes of work for the store. So :data:`LOOKERS` ranks do, far from each other, and the
+    others read what those find out; should all of them be lost, the others join, one a second.
+    """
+    if size <= ALL_LOOK:
+        return Turn(0.0, size / 64)
+    if rank % -(-size // LOOKERS) == 0:
+        return Turn(0.0, size / 8192)
+    return Turn(float(rank), size / 64)
 
 
 def beat_key(rank: int) -> str:

@@ -14,6 +14,7 @@ outlive the last of them.
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import sys
@@ -36,6 +37,9 @@ def serve(port: int, timeout_s: float) -> int:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     parent = os.getppid()
+    # Each rank has up to three connections to it.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # What is meant for the ranks (a time limit, Ctrl-C) must not take their store away first.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)

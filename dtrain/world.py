@@ -12,6 +12,7 @@ import itertools
 import os
 import random
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -352,6 +353,7 @@ def _open(seed: int, timeout_s: float) -> World:
         threads = max(1, (os.cpu_count() or 1) // local_size)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+    _allow_files(size)
     serving = _serve_apart(timeout_s)
     # Late: most of a single process's start would go into this import.
     from accelerate.state import PartialState
@@ -406,6 +408,20 @@ def _open(seed: int, timeout_s: float) -> World:
     world.open_comm = open_comm
     atexit.register(world._close_at_exit)
     return world
+
+
+def _allow_files(size: int) -> None:
+    """Raises how many files this process may have open, as far as it may itself.
+
+    Each gloo group is a connection to every other rank, and there are up to three; the limit that
+    most systems begin with, 1024, would end that at some 340 ranks.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * size + 1024
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def serve_store(timeout_s: float) -> TCPStore:

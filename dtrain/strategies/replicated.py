@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtrain.checkpoint.files import fingerprint
 from dtrain.errors import RankMismatch, UnusedParameters
 from dtrain.lane import Heard, LaneSilent
 from dtrain.microstep import MicroStep
@@ -64,9 +65,13 @@ class Replicated(Strategy):
         assert self._micro_step is not None, "wrap() comes first"
         assert self._world is not None
         trainable = self._micro_step.take_trainable()
-        everyones = self._world.comm.gather_objects("trainable parameters", trainable)
-        if any(theirs != everyones[0] for theirs in everyones):
-            counts = ", ".join(f"{len(t)} on rank {rank}" for rank, t in enumerate(everyones))
+        comm = self._world.comm
+        # A digest: every rank gets what all say, and this is said in every epoch.
+        mine = torch.tensor(int(fingerprint(trainable), 16) >> 1)
+        everyones = comm.all_gather("trainable parameters", mine)
+        if bool((everyones != everyones[0]).any()):
+            numbers = comm.gather_objects("numbers of trainable parameters", len(trainable))
+            counts = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(numbers))
             raise RankMismatch(f"ranks train different parameters: {counts}; freeze alike on all")
         if trainable == self._trainable:
             return

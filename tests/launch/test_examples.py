@@ -96,6 +96,7 @@ def test_gpt_trains_evaluates_and_writes(tmp_path):
         "docs/callbacks.md",
         "docs/check.md",
         "docs/drill.md",
+        "docs/scaling.md",
         "docs/testing.md",
     ],
 )

@@ -378,6 +378,19 @@ def test_frozen_parameters_are_wrapped_anew_and_nothing_is_kept():
     assert [ref() for ref in kept] == [None, None]
 
 
+def test_ranks_that_freeze_differently_are_told():
+    class FreezesOnOne(dtrain.Callback):
+        def on_epoch_start(self, ctx):
+            next(ctx.model.parameters()).requires_grad_(ctx.progress.epoch == 0 or rank() != 1)
+
+    def rank():
+        return dtrain.init().rank
+
+    for outcome in try_ranks(lambda: tiny_fit([FreezesOnOne()]), 3):
+        assert type(outcome.error) is RankMismatch
+        assert "4 on rank 0, 3 on rank 1, 4 on rank 2; freeze alike" in str(outcome.error)
+
+
 def test_a_case_costs_milliseconds():
     def verbs():
         comm, rank = comm_and_rank()

@@ -7,16 +7,21 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from torch.distributed import HashStore
 
 from dtrain.beats import (
+    LOOKERS,
     Beat,
     Seen,
+    beat_key,
     behind,
     gives_way,
     judge,
     look_up,
+    looks,
     stuck,
     table,
     this_machine,
@@ -25,7 +30,8 @@ from dtrain.comm import Comm
 from dtrain.errors import ConfigError
 from dtrain.pulse import BACKWARD, BETWEEN, DATA, FIRST_DATA, LOSS_FN, SAVING, Pulse
 from dtrain.stacks import Line, Stack, main_stack
-from dtrain.watchdog import HANG_EXIT_CODE, _Bounded
+from dtrain.watchdog import _KEYS_AT_ONCE, HANG_EXIT_CODE, _Bounded, _Watch
+from dtrain.world import World
 
 SIZES = [2, 3, 64]
 
@@ -309,3 +315,75 @@ def test_a_call_that_does_not_come_back_is_given_up():
 
 def test_the_exit_code_says_that_it_failed():
     assert 0 < HANG_EXIT_CODE < 126
+
+
+@pytest.mark.parametrize("size", [65, 100, 1000, 1024, 16384])
+def test_in_a_large_world_few_ranks_look_at_all_others(size):
+    at_once = [rank for rank in range(size) if not looks(rank, size).after_s]
+    assert LOOKERS / 2 < len(at_once) <= LOOKERS
+    assert min(b - a for a, b in pairwise(at_once)) >= size // LOOKERS
+    # Should those be lost, the others follow, one by one.
+    later = [looks(rank, size).after_s for rank in range(size) if rank not in at_once]
+    assert min(b - a for a, b in pairwise(later)) >= 1
+    assert min(later) >= 1
+
+
+def test_in_a_small_world_all_look():
+    assert all(looks(rank, size).after_s == 0 for size in (1, 2, 64) for rank in range(size))
+
+
+class CountingStore(HashStore):
+    """Counts what is read at once."""
+
+    def __init__(self, beats):
+        super().__init__()
+        self.read = []
+        for beat in beats:
+            self.set(beat_key(beat.rank), beat.to_json())
+
+    def multi_get(self, keys):
+        self.read.append(len(keys))
+        return super().multi_get(keys)
+
+
+def watch_of(rank, size, store):
+    made = World(rank, 0, size, "host", None, "none", "solo", 0, Comm(rank=rank, size=size))
+    watch = _Watch(made, 5.0, lambda: store)
+    watch._store = store
+    return watch
+
+
+def test_a_rank_that_waits_leaves_looking_to_others_in_a_large_world():
+    size = 600
+    store = CountingStore([waiting(rank) for rank in range(size)])
+    looker, other = watch_of(0, size, store), watch_of(1, size, store)
+    assert len(looker._look(waiting(0, quiet_s=3.0))) == size
+    # A few hundred at a time: the store's work for one call grows with the square of its keys.
+    assert store.read == [_KEYS_AT_ONCE, _KEYS_AT_ONCE, size - 2 * _KEYS_AT_ONCE]
+    assert other._look(waiting(1, quiet_s=3.0)) == []
+    assert len(store.read) == 3
+    assert len(other._look(waiting(1, quiet_s=4.0))) == size  # nobody has found anything
+    assert len(watch_of(2, size, store)._look(working(2, quiet_s=6.0))) == size  # it is the one
+
+
+def test_who_comes_late_waits_for_what_the_first_find():
+    size = 600
+    store = CountingStore([waiting(rank) for rank in range(size)])
+    store.add("looking", LOOKERS)
+    lost = '{"rank": 5, "host": "h", "where": "x", "step": 1, "kind": "k", "message": "m", '
+    store.set("failure", lost + '"location": "l"}')
+    assert watch_of(7, size, store).find_lost().rank == 5
+    assert store.read == []
+    assert int(store.add("looking", 0)) == LOOKERS + 1
+
+
+def test_thousands_of_ranks_do_not_ask_in_each_tick_whether_one_has_failed():
+    store = HashStore()
+    store.set("failure", "why")
+    for size, asks in ((2, [0.5, 1.0, 1.5]), (4096, [0.5, 1.0, 1.5]), (16384, [0.5, 2.5])):
+        watch = watch_of(1, size, store)
+        heard = []
+        for tick in range(1, 6 if size == 16384 else 4):
+            watch._clock = tick * 0.5
+            heard += [watch._clock] * (watch._ask_for_failure() == "why")
+        assert heard == asks

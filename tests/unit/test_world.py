@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -13,7 +14,14 @@ import torch.distributed as dist
 import dtrain
 from dtrain.errors import ConfigError, LaunchError
 from dtrain.testing import run_processes
-from dtrain.world import current, derive_seed, find_launcher, first_host, seed_everything
+from dtrain.world import (
+    _allow_files,
+    current,
+    derive_seed,
+    find_launcher,
+    first_host,
+    seed_everything,
+)
 
 TORCHRUN = {
     "RANK": "3",
@@ -257,3 +265,14 @@ def world_of_one_by_torchrun() -> tuple[int, str, str]:
 
 def test_torchrun_with_one_process_is_a_world_of_one() -> None:
     assert run_processes(world_of_one_by_torchrun, 1, timeout_s=30) == [(1, "none", "torchrun")]
+
+
+def test_a_process_may_open_as_many_files_as_its_world_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limits: raised.append(limits))
+    for soft, hard in ((1024, 4096), (1024, 10**6), (10**6, 10**6), (1024, -1), (-1, -1)):
+        monkeypatch.setattr(resource, "getrlimit", lambda what, got=(soft, hard): got)
+        _allow_files(16384)
+    assert raised == [(4096, 4096), (66560, 10**6), (66560, -1)]
