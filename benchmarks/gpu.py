@@ -461,9 +461,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a model of some thousand parameters")
-    parser.add_argument("--batch", type=int, help="sequences in a step (32; with --tiny 2)")
+    parser.add_argument("--batch", type=int, help="sequences in a step (16; with --tiny 2)")
     parser.add_argument("--rounds", type=int, help="30; with --tiny 4")
-    parser.add_argument("--block", type=int, default=5, help="steps of a loop at a time")
+    parser.add_argument("--block", type=int, default=10, help="steps of a loop at a time")
     parser.add_argument("--warm-up", type=int, default=2, help="rounds that do not count")
     parser.add_argument("--loops", nargs="+", choices=list(LOOPS), default=list(LOOPS))
     parser.add_argument("--backend", help="of torch.compile: inductor (with --tiny eager), none")
@@ -472,7 +472,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tiny = arguments.tiny
     shape = Shape(2, 32, 2, 96, 16) if tiny else Shape()
-    batch = arguments.batch or (2 if tiny else 32)
+    batch = arguments.batch or (2 if tiny else 16)
     rounds = arguments.rounds or (4 if tiny else 30)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device is available; --tiny --device cpu is a dry run")
