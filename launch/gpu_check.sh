@@ -44,28 +44,30 @@ export PYTHONPATH="$root" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
 # ------------------------------------------------------------------ what is here
 
-can_import() { "$python" -c "import $1" >/dev/null 2>&1; }
+is_there() { # is_there PACKAGE ...: at least one of them
+    "$python" -c 'import sys; from importlib.util import find_spec as f
+sys.exit(not any(map(f, sys.argv[1:])))' "$@"
+}
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     die "$python is no Python 3.11 or newer; PYTHON=/path/to/python3 chooses another."
-can_import torch || die "$python has no torch; PYTHON=/path/to/python3 chooses another."
+is_there torch || die "$python has no torch; PYTHON=/path/to/python3 chooses another."
 if [[ -d .wheels ]]; then
     "$python" tools/wheels.py unpack .wheels "$work/site" | tee -a "$log"
     export PYTHONPATH="$PYTHONPATH:$work/site"
 fi
 missing=()
-for module in numpy accelerate safetensors rich; do
-    can_import "$module" || missing+=("$module")
+for package in numpy accelerate safetensors rich; do
+    is_there "$package" || missing+=("$package")
 done
 if [[ ${#missing[@]} -gt 0 ]]; then
-    die "$python cannot import ${missing[*]}, without which dtrain does not run. Where there is" \
-        "a network, launch/gpu_check.sh --pack collects what is missing in .wheels: bring that."
+    die "$python has no ${missing[*]}, without which dtrain does not run. Where there is a network," \
+        "launch/gpu_check.sh --pack collects in .wheels what may be missing: bring that along."
 fi
-"$python" -c 'import dtrain, dtrain.callbacks, dtrain.sinks' || die "dtrain cannot be imported."
-if [[ -z $dry ]]; then
-    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-        die "torch sees no GPU here; --dry-run needs none."
-fi
+gpus=$("$python" -c 'import torch, dtrain, dtrain.callbacks, dtrain.sinks
+print(torch.cuda.device_count() if torch.cuda.is_available() else 0)') ||
+    die "dtrain cannot be imported."
+[[ -n $dry || $gpus != 0 ]] || die "torch sees no GPU here; --dry-run needs none."
 
 # ------------------------------------------------------------------ the parts
 
@@ -112,7 +114,7 @@ gpu_test() { # gpu_test NAME FILE: in a process each, because a failure of CUDA'
 
 all_parts() {
     machine
-    if can_import pytest; then
+    if is_there pytest; then
         gpu_test 'no host sync in a step' test_no_sync.py
         gpu_test 'figures: bf16, fp16, optimizers, compile' test_same_figures.py
         gpu_test 'votes and errors a step late' test_late_votes.py
@@ -128,10 +130,9 @@ all_parts() {
     fi
     printf '\n=== summary, after %d s%s\n' "$SECONDS" "${dry:+ (a dry run: no GPU was used)}"
     printf '%s\n' "${summary[@]}"
-    if ! can_import lightning && ! can_import pytorch_lightning; then
+    is_there lightning pytorch_lightning ||
         echo 'Lightning is not installed: not in the comparison'
-    fi
-    if [[ -z $dry && $("$python" -c 'import torch; print(torch.cuda.device_count())') == 1 ]]; then
+    if [[ -z $dry && $gpus == 1 ]]; then
         echo 'one GPU: two ranks met over gloo; NCCL between ranks was not tried'
     fi
     [[ -z $failed ]]

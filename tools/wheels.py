@@ -3,8 +3,8 @@
     python tools/wheels.py pack FOLDER 3.12        # for that Python, on Linux, x86-64
     python tools/wheels.py unpack FOLDER TARGET    # what is not installed here; no pip is needed
 
-Packed is all that dtrain and its tests import, except for torch and what that brings, in the
-versions that are installed where it is packed.
+Packed is all that training with dtrain and the tests of tests/gpu import, except for torch and
+what that brings, in the versions that are installed where it is packed.
 """
 
 import subprocess
@@ -13,7 +13,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
-WANTED = ["accelerate", "numpy", "rich", "safetensors", "typer", "pytest", "pytest-timeout"]
+WANTED = ["accelerate", "numpy", "rich", "safetensors", "pytest"]
 GIVEN = "torch"
 #: pip matches exactly these.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 12, 5)] + [
