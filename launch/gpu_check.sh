@@ -109,7 +109,7 @@ EOF
 }
 
 gpu_test() { # gpu_test NAME FILE: in a process each, because a failure of CUDA's spoils the process
-    part "$1" 200 "$python" -m pytest -q -s "tests/gpu/$2" --device "$([[ -n $dry ]] && echo cpu || echo cuda)"
+    part "$1" 150 "$python" -m pytest -q -s "tests/gpu/$2" --device "$([[ -n $dry ]] && echo cpu || echo cuda)"
 }
 
 all_parts() {

@@ -1,7 +1,6 @@
 """What a step does with its numbers where they are on a device: meta, which has none to read.
 
-Reading one is an error there, as of a tensor that is not on the host; and each copy between host and
-device is seen.
+Reading one is an error there, and each copy between host and device is seen.
 """
 
 import pytest
