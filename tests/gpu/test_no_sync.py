@@ -59,8 +59,9 @@ def no_sync(device, counted=None):
         counted += [str(one.message) for one in caught if _FLAG in str(one.message)]
 
 
-def fit(device, monkeypatch, run_dir, callbacks, *, compiled=False, counted=None, loss=None):
+def fit(device, monkeypatch, run_dir, callbacks, *, strategy="flat", **options):
     """Trains; returns how many steps were watched."""
+    compiled, counted, loss = (options.get(name) for name in ("compiled", "counted", "loss"))
     watched, take_step = [], Loop._step
 
     def step(loop, feed):
@@ -83,6 +84,7 @@ def fit(device, monkeypatch, run_dir, callbacks, *, compiled=False, counted=None
         callbacks=callbacks,
         sinks=[JSONLines()],
         run_dir=run_dir,
+        strategy=strategy,
     )
     data = training.dataset(STEPS_PER_EPOCH * training.BATCH - 5)
     result = trainer.fit(
@@ -124,6 +126,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_no_step_waits_for_the_device(device, monkeypatch, tmp_path, case):
     assert fit(device, monkeypatch, tmp_path, CASES[case]()) == WATCHED >= 100
+
+
+def test_nor_with_ddp(device, monkeypatch, tmp_path):
+    assert fit(device, monkeypatch, tmp_path, CASES["bf16"](), strategy="ddp") == WATCHED
 
 
 def test_nor_does_one_of_a_compiled_model(device, monkeypatch, tmp_path):

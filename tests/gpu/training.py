@@ -140,6 +140,7 @@ def with_dtrain(
             *callbacks,
         ],
         sinks=[],
+        strategy="ddp",  # in one flat tensor, a norm is added up in another order
     )
     scales.precision = trainer.precision
     trainer.fit(dtrain.Data(dataset(steps * BATCH), BATCH, shuffle=False), max_steps=steps)
