@@ -127,7 +127,8 @@ class ScaledAutocast(Autocast):
         The scale is adapted for an overflow only; a step that must change nothing else does not
         change the scale either.
         """
-        blocked = self._scaler.overflow + veto
+        # 1 where both are: a fused optimizer takes what it is handed off its count of steps.
+        blocked = torch.clamp(self._scaler.overflow + veto, max=1.0)
         _step_unless(optimizer, blocked)
         self._scaler.update_unless(veto)
         return blocked

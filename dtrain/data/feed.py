@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dtrain.checkpoint import rng
 from dtrain.data.columns import fetch_whole
 from dtrain.data.order import Indices, Order, Pointwise, Sequential, Shuffled
 from dtrain.data.shares import share_of
+from dtrain.data.shipping import ship
 from dtrain.data.source import Data
 from dtrain.world import World, derive_seed, seed_everything
 
@@ -353,7 +353,7 @@ class _MapStep:
         size = next(self._sizes, None)
         if size is None:
             return None
-        return send_to_device(next(self._batches), self._device, non_blocking=True), size
+        return ship(next(self._batches), self._device), size
 
     def is_last(self) -> bool:
         return False  # the plan of steps says when an epoch ends

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 
 from dtrain.checkpoint import rng, tree
 from dtrain.data.feed import EndOfStream, MicroBatch, StepFeed
+from dtrain.data.shipping import ship
 from dtrain.data.source import Data
 from dtrain.errors import CheckpointError, DataError, ResumeError
 from dtrain.world import World
@@ -308,7 +308,7 @@ class _StreamStep:
                 f"a stream yielded {type(batch).__name__} without a tensor in it, so its number of "
                 "samples is unknown; yield tensors, or lists or dicts of tensors"
             )
-        return send_to_device(batch, self._device, non_blocking=True), samples
+        return ship(batch, self._device), samples
 
     def is_last(self) -> bool:
         if not self._looks_ahead:

@@ -28,6 +28,7 @@ from dtrain.data import Data, EndOfStream, MapFeed, Sequential, Shuffled, Stream
 from dtrain.data.columns import fetch_whole
 from dtrain.data.feed import Feed, Split, fetch
 from dtrain.data.shares import split_share
+from dtrain.data.shipping import pinned, ship
 from dtrain.errors import ConfigError, DataError
 from dtrain.world import World
 
@@ -574,3 +575,21 @@ def test_a_ready_batch_without_a_countable_tensor_is_refused(batch: Any) -> None
     step = next(StreamFeed(Data([batch]), world(), 1).epoch(0, 0))
     with pytest.raises(DataError, match=type(batch).__name__):
         step.next()
+
+
+def test_what_goes_to_a_gpu_is_pinned_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU nothing can be pinned: a copy stands in for what is."""
+    asked: list[int] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        asked.append(tensor.numel())
+        return tensor + 100
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    batch = {"x": torch.tensor([1]), "more": [torch.tensor([2, 3]), ("text", 4)], "no": None}
+    assert pinned(batch) == {"x": 101, "more": [pytest.approx([102, 103]), ("text", 4)], "no": None}
+    sparse, elsewhere = torch.eye(2).to_sparse(), torch.ones(1, device="meta")
+    assert pinned((sparse, elsewhere)) == (sparse, elsewhere)
+    assert asked == [1, 2]
+    assert ship(batch, torch.device("cpu"))["x"].item() == 1
+    assert asked == [1, 2]

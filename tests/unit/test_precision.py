@@ -97,6 +97,21 @@ def test_an_overflow_leaves_no_momentum_behind() -> None:
     assert torch.equal(weight, torch.full((64,), -1.0))
 
 
+def test_a_step_that_is_vetoed_and_overflows_is_not_taken_off_twice() -> None:
+    """A fused optimizer takes what blocks it off its count of steps."""
+    weight = nn.Parameter(torch.ones(64))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, fused=True)
+    precision = scaled()
+    for slope, veto in ((1.0, 0.0), (float("inf"), 1.0)):
+        optimizer.zero_grad()
+        precision.scale(slope * weight.sum()).backward()
+        precision.unscale(optimizer, 1.0)
+        blocked = precision.step_unless(optimizer, torch.tensor(veto))
+        assert blocked.item() == veto
+        assert optimizer.state[weight]["step"].item() == 1
+    assert precision.values() == {"loss_scale": 8.0}  # a veto leaves it, whatever overflowed
+
+
 def test_a_skipped_step_still_adapts_the_scale() -> None:
     precision, (weight, optimizer) = scaled(), parameter()
     for slope, scale in ((float("inf"), 4.0), (1.0, 4.0), (1.0, 8.0)):

@@ -1,0 +1,68 @@
+"""Makes dtrain take, on the CPU, the ways that it takes on CUDA; and notices a host sync."""
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dtrain.trainer
+from dtrain.callbacks import clip_gradients
+from dtrain.lane import Lane
+from dtrain.metrics import Means
+from dtrain.precision import takes_a_veto
+
+#: What copies a number from the device to the host, or a size that hangs on numbers.
+_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+
+def pretend(monkeypatch):
+    """Steps are not waited for, and neither the lane nor metrics are read where they are made."""
+    made, message, means = Lane.__init__, Lane.message, Means.__init__
+
+    def make_lane(lane, *args, **options):
+        made(lane, *args, **options)
+        lane._on_device = lane.param.new_zeros(4)
+
+    def copy_message(lane):
+        kept, lane._message = lane._message, lane._message.clone()  # as the way to a GPU would
+        try:
+            return message(lane)
+        finally:
+            lane._message = kept
+
+    def make_means(self, *args, **options):
+        means(self, *args, **options)
+        self._on_cpu = False
+
+    def may_delay(device, optimizer, data):
+        return takes_a_veto(optimizer) and not data.is_stream
+
+    clip_norm = clip_gradients._clip_norm
+
+    def clip(grads, max_norm):
+        # It reads the norm, but on the CPU only (tests/unit/test_device_path.py).
+        NoReads.paused = True
+        try:
+            return clip_norm(grads, max_norm)
+        finally:
+            NoReads.paused = False
+
+    monkeypatch.setattr(clip_gradients, "_clip_norm", clip)
+    monkeypatch.setattr(Lane, "__init__", make_lane)
+    monkeypatch.setattr(Lane, "message", copy_message)
+    monkeypatch.setattr(Means, "__init__", make_means)
+    monkeypatch.setattr(dtrain.trainer, "may_delay", may_delay)
+
+
+class NoReads(TorchDispatchMode):
+    """Raises, or counts, where a tensor's value is asked for."""
+
+    paused = False
+
+    def __init__(self, counted=None):
+        super().__init__()
+        self._counted = counted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.paused and func._schema.name.removeprefix("aten::") in _READS:
+            if self._counted is None:
+                raise RuntimeError(f"would wait for a GPU: {func}")
+            self._counted.append(str(func))
+        return func(*args, **(kwargs or {}))
