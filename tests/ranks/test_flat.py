@@ -15,7 +15,7 @@ from dtrain.callbacks import (
     MixedPrecision,
 )
 from dtrain.errors import ConfigError, RemoteError, UnusedParameters
-from dtrain.strategies import DDP, Flat
+from dtrain.strategies import DDP, Flat, choose
 from dtrain.testing import run_outcomes, run_processes, run_ranks, try_ranks
 
 STEPS = 18
@@ -152,6 +152,81 @@ def test_callbacks_see_the_same_gradients(names):
             assert (updates < 15) == ("fp16" in names)  # overflows were left out, not applied
             for name, value in found.items():
                 assert torch.allclose(value, ddp[name], rtol=1e-4, atol=1e-6), name
+
+
+def train_a_part(strategy):
+    """The optimizer has the first layer only; the second one's gradient is far larger."""
+    dtrain.init(seed=0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    with torch.no_grad():
+        net[0].weight.mul_(20)
+    last = net[1].weight.detach().clone()
+    trainer = tiny.trainer(
+        [ClipGradients(max_norm=0.3)],
+        net=net,
+        optimizer=lambda net: torch.optim.SGD(net[0].parameters(), lr=0.1),
+        strategy=strategy,
+    )
+    result = trainer.fit(tiny.dataset(50), batch_size=12, epochs=3)
+    assert torch.equal(net[1].weight, last)
+    return parameters(net), result.metrics["grad_norm"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_the_optimizer_does_not_have_is_not_clipped_with_the_rest(world_size):
+    ddp, norm = run_ranks(train_a_part, world_size, "ddp")[0]
+    for found, theirs in run_ranks(train_a_part, world_size, "flat"):
+        assert theirs == pytest.approx(norm, rel=1e-5)
+        for name, value in found.items():
+            assert torch.allclose(value, ddp[name], rtol=1e-4, atol=1e-6), name
+
+
+# ----------------------------------------------------------------------------- which it is
+
+
+def test_auto_takes_flat_up_to_a_bucket():
+    bucket = 25 * 2**20 // 4
+    assert isinstance(choose("auto", nn.Linear(bucket - 1, 1)), Flat)
+    assert isinstance(choose("auto", nn.Linear(bucket, 1)), DDP)
+    frozen = nn.Sequential(nn.Linear(bucket, 2).requires_grad_(False), nn.Linear(2, 2))
+    assert isinstance(choose("auto", frozen), Flat)
+    assert isinstance(choose("auto", nn.EmbeddingBag(9, 2, sparse=True)), DDP)
+    assert isinstance(choose("auto", nn.Sequential(nn.SyncBatchNorm(2))), DDP)
+    with pytest.raises(ConfigError, match="strategy='horovod': choose 'auto', 'flat' or 'ddp'"):
+        choose("horovod", nn.Linear(2, 2))
+
+
+class Told(dtrain.Sink):
+    def __init__(self):
+        self.text = ""
+
+    def write(self, report):
+        self.text += report.text if report.kind == "start" else ""
+
+
+def start_block(strategy, options):
+    told = Told()
+    dtrain.init(seed=0)
+    net = tiny.model()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, **options)
+    trainer = dtrain.Trainer(net, optimizer, tiny.loss_fn, sinks=[told], strategy=strategy)
+    trainer.fit(tiny.dataset(), batch_size=16, max_steps=1)
+    return told.text
+
+
+def test_the_start_block_says_how_gradients_meet_and_what_would_be_quicker():
+    for strategy, words in (
+        ("auto", "gradients: one reduction after backward (0.00"),
+        ("ddp", "gradients: in buckets, during backward (strategy='ddp')"),
+    ):
+        text, other = run_ranks(start_block, 2, strategy, {})
+        assert words in text
+        assert "advice: AdamW(..., fused=True)" in text
+        assert not other  # only rank 0 has sinks
+    for options in ({"fused": True}, {"fused": False}):  # chosen already, either way
+        (text,) = run_ranks(start_block, 1, "auto", options)
+        assert "advice" not in text
+        assert "gradients" not in text
 
 
 # ----------------------------------------------------------------------------- what goes wrong

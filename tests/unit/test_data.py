@@ -24,7 +24,16 @@ from torch.utils.data import (
 )
 
 from dtrain.comm import Comm
-from dtrain.data import Data, EndOfStream, MapFeed, Sequential, Shuffled, StreamFeed, as_data
+from dtrain.data import (
+    Data,
+    EndOfStream,
+    MapFeed,
+    Sequential,
+    Shuffled,
+    StreamFeed,
+    Weighted,
+    as_data,
+)
 from dtrain.data.columns import fetch_whole
 from dtrain.data.feed import Feed, Split, fetch
 from dtrain.data.shares import split_share
@@ -267,6 +276,33 @@ def test_a_user_order_takes_the_place_of_shuffle() -> None:
 
     feed = MapFeed(Data(numbers(10), 3, order=Backwards()), world(), whole, SEED)
     assert rows(feed) == [[9, 8, 7], [6]]
+
+
+def test_a_user_order_is_asked_only_for_what_comes_next() -> None:
+    asked = []
+
+    class Live:
+        def __len__(self) -> int:
+            return 10
+
+        def indices(self, epoch: int, start: int, stop: int) -> Any:
+            asked.append((start, stop))
+            return np.arange(start, stop)
+
+    steps = MapFeed(Data(numbers(10), 4, order=Live()), world(1, 2), whole, SEED).epoch(0, 0)
+    for expected in ([(2, 4)], [(2, 4), (6, 8)], [(2, 4), (6, 8), (9, 10)]):
+        next(steps).next()
+        assert asked == expected
+
+
+@pytest.mark.parametrize("kind", [Shuffled, lambda n, seed: Weighted(np.arange(n), seed)])
+def test_positions_are_looked_up_alike_one_by_one_and_together(kind: Any) -> None:
+    order = kind(5000, SEED)
+    alone = [int(order.indices(3, i, i + 1)[0]) for i in range(0, 5000, 97)]
+    assert order.indices(3, 0, 5000)[::97].tolist() == alone
+    feed = MapFeed(Data(numbers(5000), 7, order=order), world(1, 3), whole, SEED)
+    assert rows(feed, 3, 5)[0] == order.indices(3, 5 * 7 + 3, 5 * 7 + 5).tolist()
+    assert rows(feed, 3)[5:] == rows(feed, 3, 5)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
