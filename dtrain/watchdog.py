@@ -235,10 +235,15 @@ class _Watch(threading.Thread):
         if store is not None and not self._lost_store:
             beat = Beat(**self._identity(), number=next(_numbers))
             self._ask("leave", lambda: store.set(beat_key(beat.rank), beat.to_json()))
+            if not self._lost_store:
+                # To connect may take seconds, where names of addresses are looked up.
+                self._world.idle_connections.append(store)
 
     def _open(self) -> None:
+        idle = self._world.idle_connections
+
         def connect() -> None:
-            store = self._connect()
+            store = idle.pop() if idle else self._connect()
             self._old = _failure_in(store)
             self._store = store  # also where nobody waits for it any more
 

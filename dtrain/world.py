@@ -80,6 +80,8 @@ class World:
     gradients: Wire = field(default_factory=GroupWire, repr=False)
     connect: Callable[[], Store] | None = field(default=None, repr=False)
     open_comm: Callable[[], Comm] | None = field(default=None, repr=False)
+    #: Of those that ``connect`` has opened, the ones that nobody uses at the moment.
+    idle_connections: list[Store] = field(default_factory=list, repr=False)
     _opened: bool = field(default=False, repr=False)
     _closers: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
@@ -130,6 +132,7 @@ class World:
             for release in self._closers:
                 release()
             self._closers.clear()
+            self.idle_connections.clear()
             self.comm.close()
             dist.destroy_process_group()
             _forget_partial_state()

@@ -38,6 +38,7 @@ def evaluations(run_dir):
     return [row for row in rows if row["kind"] == "eval"]
 
 
+@pytest.mark.slow
 def test_digits_gives_the_same_figures_however_it_is_launched(tmp_path):
     script = [ROOT / "examples" / "digits.py", "--epochs", "3", "--run-dir"]
     launchers = {"python": [sys.executable], "torchrun": TORCHRUN, "accelerate": ACCELERATE}

@@ -102,8 +102,9 @@ def unbroken(tmp_path_factory):
 @pytest.mark.parametrize(
     ("hook", "step", "resumed_at"),
     [
-        ("on_step_end", 2, 0),  # before the first checkpoint
-        ("on_step_end", 7, 4),  # in the middle of an epoch, between two checkpoints
+        # Before the first checkpoint; in the middle of an epoch, between two checkpoints.
+        pytest.param("on_step_end", 2, 0, marks=pytest.mark.slow),
+        pytest.param("on_step_end", 7, 4, marks=pytest.mark.slow),
         ("on_save", 8, 4),  # while the second is being made
     ],
 )

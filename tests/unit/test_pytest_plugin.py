@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 TESTS = """
@@ -79,6 +81,7 @@ def run_pytest(folder, text):
     )
 
 
+@pytest.mark.slow
 def test_the_fixtures(tmp_path):
     started = time.monotonic()
     done = run_pytest(tmp_path, TESTS)
