@@ -211,6 +211,7 @@ class _Flat:
         for p in params:
             places.append(places[-1] + -(-p.numel() // _ALIGNMENT) * _ALIGNMENT)
         self.params = params
+        self.has_flags = bool(flags)
         self.whole = torch.zeros(places[-1] + flags + tail, dtype=dtype, device=device)
         self.gradients, self.used, self.tail = self.whole.split([places[-1], flags, tail])
         # As dense as the parameter, and in its order: fused optimizers go through both alike.
@@ -225,7 +226,8 @@ class _Flat:
         if len(given) == len(self.views):
             if given:
                 torch._foreach_copy_(self.views, given)
-            self.used.fill_(1)
+            if self.has_flags:
+                self.used.fill_(1)
             return
         self.gradients.zero_()
         self.used.zero_()
@@ -233,12 +235,12 @@ class _Flat:
             for place, grad in enumerate(grads):
                 if grad is not None:
                     self.views[place].copy_(grad)
-                    if len(self.used):
+                    if self.has_flags:
                         self.used[place] = 1
 
     def hand_out(self) -> None:
         """Gives each parameter its view; none where no rank had a gradient, and that may be."""
-        if len(self.used):
+        if self.has_flags:
             for p, view, used in zip(self.params, self.views, self.used.tolist(), strict=True):
                 p.grad = view if used else None
             return
