@@ -85,6 +85,10 @@ class MicroStep(nn.Module):
         self.trouble: Trouble | None = None
         #: Whether backward of this micro-batch meets other ranks in a gather.
         self.gathers = False
+        #: Whether losses are multiplied by a loss scale.
+        self.scales_loss = precision.scales_loss
+        #: Whether this rank had a loss in this micro-batch.
+        self.has_loss = False
         self._loss_fn = loss_fn
         self._precision = precision
         self._hooks = hooks
@@ -148,6 +152,7 @@ class MicroStep(nn.Module):
             if loss is None and not self._may_idle:
                 self._refuse_to_idle()
             self._meet(loss, step)
+        self.has_loss = loss is not None
         terms = [] if voice is None else [voice]
         if loss is not None:
             terms.append(self._weigh(loss, step.samples))

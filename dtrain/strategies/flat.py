@@ -41,6 +41,7 @@ class Flat(Replicated):
         self._flats: list[_Flat] = []
         self._tail = torch.empty(0)  # of one of them: the lane's
         self._seeds: dict[torch.dtype, Tensor] = {}
+        self._divides_after = False
         self._held: tuple[Optimizer, int] | None = None
         self._spoke = False  # this rank has had a loss in this step
 
@@ -80,6 +81,7 @@ class Flat(Replicated):
         ]
         self._tail = next(flat.tail for flat in self._flats if flat.tail.numel())
         self._seeds = {}
+        self._divides_after = micro_step.scales_loss
         self._held = None
 
     def describe(self) -> str:
@@ -110,8 +112,9 @@ class Flat(Replicated):
         terms = micro_step(step, feed, last)
         self._pulse.go(OWN_BACKWARD)
         losses = terms[1:] if last else terms  # the lane does not come by way of backward
+        # A rank without a loss may have its share in others', who gather from it.
+        self._spoke |= micro_step.has_loss
         if losses:
-            self._spoke = True
             self._backward(micro_step, losses)
         if last:
             self._pulse.go(BACKWARD)
@@ -126,9 +129,13 @@ class Flat(Replicated):
             micro_step.fail(error, "backward")
 
     def _seed(self, loss: Tensor) -> Tensor:
-        """What backward starts with: the sum over ranks is then their mean, at no cost."""
+        """What backward starts with: the sum over ranks is then their mean, at no cost.
+
+        Not with a loss scale, which must overflow in the same steps as in one process.
+        """
         if loss.dtype not in self._seeds:
-            self._seeds[loss.dtype] = torch.full_like(loss.detach(), 1 / self._world_size)
+            start = 1.0 if self._divides_after else 1 / self._world_size
+            self._seeds[loss.dtype] = torch.full_like(loss.detach(), start)
         return self._seeds[loss.dtype]
 
     def _reduce(self, micro_step: MicroStep) -> None:
@@ -145,6 +152,8 @@ class Flat(Replicated):
         for flat in self._flats:
             if world.size > 1:
                 world.gradients.all_reduce(flat.whole)
+                if self._divides_after:
+                    flat.gradients.mul_(1 / world.size)
             flat.hand_out()
         if world.size > 1:
             self._tail.mul_(1 / world.size)

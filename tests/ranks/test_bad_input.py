@@ -348,7 +348,7 @@ REFUSALS = {
         lambda folder: make_trainer(optimizer=lambda model: None), ConfigError, ("optimizer",)
     ),
     "an unknown strategy": Refusal(
-        lambda folder: make_trainer(strategy="dpp"), ConfigError, ("strategy='dpp': choose 'ddp'",)
+        lambda folder: make_trainer(strategy="dpp"), ConfigError, ("strategy='dpp': choose 'auto'",)
     ),
     "a loss_fn of one argument": Refusal(
         lambda folder: make_trainer(one_argument),
@@ -942,16 +942,19 @@ def fit_unused(ranks):
 def test_unused_parameters_are_named(world_size):
     for error in run_processes(fit_unused, world_size, (0, 1), timeout_s=TIMEOUT_S):
         words = ("no gradient reached 0.weight, 0.bias, so", "nothing was updated")
-        assert_told(error, UnusedParameters, (*words, "DDP(find_unused_parameters=True)"))
+        assert_told(error, UnusedParameters, (*words, "Flat(find_unused_parameters=True)"))
 
 
-def fit_unused_and_raise(ranks):
-    fit(skip_first_layer if rank() in ranks else mse)
+def fit_unused_and_raise(ranks, strategy):
+    fit(skip_first_layer if rank() in ranks else mse, strategy=strategy)
 
 
 def test_unused_parameters_on_one_rank():
-    found = outcomes(fit_unused_and_raise, (1,))
-    assert_failed(found, 1, UnusedParameters, ("no gradient reached 0.weight, 0.bias",))
+    for strategy in ("flat", "ddp"):
+        other, failing = outcomes(fit_unused_and_raise, (1,), strategy)
+        words = "no gradient reached 0.weight, 0.bias"
+        assert_told(failing, UnusedParameters, (words,))
+        assert_told(other, RemoteError, ("rank 1 on", "at step 0", words))
 
 
 # -- what works ------------------------------------------------------------------------------------
