@@ -44,7 +44,7 @@ def fabric(workload: Workload, turns: Turns, folder: Path) -> None:
         accelerator="cpu",
         devices=LOCAL_RANKS,
         strategy="ddp" if RANKS > 1 else "auto",
-        loggers=CSVLogger(folder, name="fabric"),
+        loggers=CSVLogger(folder, name="fabric", flush_logs_every_n_steps=1),
     )
     fabric.launch()
     model = workload.model()
@@ -149,7 +149,7 @@ def accelerate(workload: Workload, turns: Turns, folder: Path) -> None:
 def ignite(workload: Workload, turns: Turns, folder: Path) -> None:
     import ignite.distributed as idist
     from ignite.engine import Engine, Events
-    from ignite.handlers import LRScheduler, TensorboardLogger
+    from ignite.handlers import TensorboardLogger
     from ignite.metrics import Average, MetricUsage
 
     def train(local_rank: int) -> None:
@@ -172,8 +172,9 @@ def ignite(workload: Workload, turns: Turns, folder: Path) -> None:
             return loss.detach()
 
         trainer = Engine(update)
-        scheduler = LRScheduler(LinearLR(optimizer, total_iters=1000))
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, scheduler)
+        # Not by its LRScheduler, which multiplies the first step's factor of 1/3 in twice.
+        scheduler = LinearLR(optimizer, total_iters=1000)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: scheduler.step())
         # A mean over the block's steps and all ranks.
         block_begins = Events.ITERATION_STARTED(
             event_filter=lambda engine, step: step % workload.block == 1
@@ -251,7 +252,7 @@ def fastai(workload: Workload, turns: Turns, folder: Path) -> None:
     from fastai.distributed import DistributedDL
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
-    from fastai.torch_core import maybe_gather
+    from fastai.torch_core import maybe_gather, rank_distrib
 
     class OverGloo(DistributedDL):
         """Its own one sends the order of samples over CUDA alone."""
@@ -271,7 +272,8 @@ def fastai(workload: Workload, turns: Turns, folder: Path) -> None:
             self.total += self.learn.loss.detach()
             if self.train_iter % workload.block == 0:
                 mean = maybe_gather(self.total / workload.block).mean().item()
-                print({"step": self.train_iter, "loss": mean})
+                if rank_distrib() == 0:
+                    print({"step": self.train_iter, "loss": mean})
                 self.total.zero_()
 
     class TakesTurns(Callback):
