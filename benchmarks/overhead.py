@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--chart", type=Path, metavar="SVG", help="draw one")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rounds is not None and arguments.rounds < 2:
+        parser.error("--rounds: at least 2")
     if arguments.worker:
         work(arguments.loops[0], arguments.workload, arguments.rounds)
         return
