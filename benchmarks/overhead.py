@@ -3,6 +3,13 @@
     python benchmarks/overhead.py                              # 2 ranks, the MLP, dtrain
     python benchmarks/overhead.py --ranks 1 --loops dtrain dtrain-ddp dtrain-unfused
     python benchmarks/overhead.py --workload gpt --json
+    python benchmarks/overhead.py --loops all --chart docs/overhead.svg
+
+"all" are dtrain's and those of other frameworks (benchmarks/peers.py). These come with
+
+    pip install -r benchmarks/requirements.txt -c constraints.txt .
+
+in an environment of their own; one that is not installed is left out.
 
 The work is the same for all: AdamW, clipping by norm, a learning rate that changes each step, and
 the mean loss over ranks, logged once in a block of steps. A loop is compared with two handwritten
@@ -16,6 +23,7 @@ median lies in with 95 % confidence.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -30,29 +38,62 @@ DTRAIN = {
     "dtrain-ddp": {"fused": True, "strategy": "ddp"},
     "dtrain-unfused": {"fused": False, "strategy": "auto"},
 }
-LOOPS = [*DTRAIN]
+PEERS = {  # and what must be there to import
+    "fabric": "lightning",
+    "lightning": "lightning",
+    "accelerate": "accelerate",
+    "ignite": "ignite",
+    "transformers": "transformers",
+    "fastai": "fastai",
+    "pytorch-accelerated": "pytorch_accelerated",
+}
+LOOPS = [*DTRAIN, *PEERS]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=["dtrain"], metavar="LOOP")
+    parser.add_argument(
+        "--loops",
+        nargs="+",
+        choices=["all", *LOOPS],
+        default=["dtrain"],
+        metavar="LOOP",
+        help=f"all, or some of {', '.join(LOOPS)}",
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="the default depends on the workload")
     parser.add_argument("--workload", choices=["mlp", "cnn", "gpt"], default="mlp")
     parser.add_argument("--json", action="store_true", help="print one JSON object a loop")
+    parser.add_argument("--chart", type=Path, metavar="SVG", help="draw one")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rounds is not None and arguments.rounds < 2:
+        parser.error("--rounds: at least 2")
     if arguments.worker:
         work(arguments.loops[0], arguments.workload, arguments.rounds)
         return
-    for loop in arguments.loops:
-        tell(measure(loop, arguments), as_json=arguments.json)
+    every = []
+    for loop in LOOPS if "all" in arguments.loops else arguments.loops:
+        if loop in PEERS and importlib.util.find_spec(PEERS[loop]) is None:
+            how = "not installed (pip install -r benchmarks/requirements.txt)"
+            print(f"{loop}: {how}", file=sys.stderr, flush=True)
+            continue
+        found = measure(loop, arguments)
+        tell(found, as_json=arguments.json)
+        every.append(found)
+    if arguments.chart and every:
+        from chart import draw
+
+        arguments.chart.write_text(draw(every))
 
 
 def measure(loop: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs the loop under torchrun; returns what rank 0 found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={arguments.ranks}", __file__, "--worker", "--loops", loop]
+    """Runs the loop, under torchrun unless on one rank; returns what rank 0 found."""
+    command = [sys.executable]
+    if arguments.ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={arguments.ranks}"]
+    command += [__file__, "--worker", "--loops", loop]
     command += ["--workload", arguments.workload]
     command += ["--rounds", str(arguments.rounds)] if arguments.rounds else []
     with tempfile.TemporaryDirectory() as folder:
@@ -79,15 +120,19 @@ def work(loop: str, workload_name: str, rounds: int | None) -> None:
         from subjects import train
 
         train(workload, turns, folder, **DTRAIN[loop])
+    else:
+        from peers import PEERS as TRAIN
+
+        TRAIN[loop](workload, turns, folder)
     seconds = turns.seconds
     if len(seconds[loop]) != turns.rounds:
         raise SystemExit(f"{loop}: {len(seconds[loop])} turns instead of {turns.rounds}")
-    if os.environ["RANK"] != "0":
+    if os.environ.get("RANK", "0") != "0":
         return
     found = {
         "loop": loop,
         "workload": workload_name,
-        "ranks": int(os.environ["WORLD_SIZE"]),
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "rounds": turns.rounds,
         "to_plain": compare(seconds[loop], seconds["plain"]),
         "to_tuned": compare(seconds[loop], seconds["tuned"]),
