@@ -63,6 +63,13 @@ class Wire(Protocol):
         """
         ...
 
+    def check_own(self, module: nn.Module) -> None:
+        """Raises where ranks that are threads of one process share ``module``.
+
+        Ranks: all.
+        """
+        ...
+
     def data_parallel(self, module: nn.Module, **options: Any) -> DataParallel:
         """Returns ``module``, wrapped so that backward reduces its parameters' gradients.
 
@@ -105,6 +112,12 @@ class GroupWire:
         Ranks: all, communicates.
         """
         dist.broadcast(buffer, group_src=0, group=self._group)
+
+    def check_own(self, module: nn.Module) -> None:
+        """Does nothing: each process has its own.
+
+        Ranks: all, local.
+        """
 
     def data_parallel(self, module: nn.Module, **options: Any) -> DistributedDataParallel:
         """Wraps ``module`` with DistributedDataParallel.

@@ -63,6 +63,8 @@ class Flat(Replicated):
         Ranks: all, local.
         """
         self._take(micro_step, world)
+        if world.size > 1:
+            world.gradients.check_own(micro_step)
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         lane = micro_step.lane.param
         for p in micro_step.model.parameters():

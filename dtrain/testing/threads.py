@@ -215,6 +215,18 @@ class ThreadWire:
         Ranks: all, communicates.
         """
         assert isinstance(module, MicroStep)
+        self.check_own(module)
+        find_unused = bool(options.get("find_unused_parameters"))
+        return Averaged(module, self, self._size, find_unused=find_unused)
+
+    def check_own(self, module: nn.Module) -> None:
+        """Raises where ranks share a model.
+
+        Raises:
+            ConfigError: they do.
+
+        Ranks: all, communicates.
+        """
         places = {p.data_ptr() for p in module.parameters() if p.numel()}
         for rank, theirs in enumerate(self.exchange(places)):
             if rank != self._rank and places & theirs:
@@ -222,8 +234,6 @@ class ThreadWire:
                     f"ranks {self._rank} and {rank} share one model: ranks are threads here, so "
                     "make model, optimizer and callbacks in the function that each rank runs"
                 )
-        find_unused = bool(options.get("find_unused_parameters"))
-        return Averaged(module, self, self._size, find_unused=find_unused)
 
     def exchange(self, value: Any) -> list[Any]:
         """Returns every rank's ``value``, by rank. It must not be changed any more.
