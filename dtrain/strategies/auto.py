@@ -10,7 +10,7 @@ from dtrain.strategies.ddp import DDP
 from dtrain.strategies.flat import Flat, unsuited
 
 #: The size of one of DDP's buckets: below, it has nothing to overlap with backward. Where gradients
-#: are larger, that saves more than its own work costs (docs/numbers.md).
+#: are larger, it may; on one rank, flat is quicker (docs/numbers.md).
 FLAT_UP_TO_BYTES = 25 * 2**20
 
 
