@@ -72,8 +72,8 @@ def _advice(optimizer: Optimizer) -> str:
     if kind not in _FUSABLE or optimizer.defaults.get("fused") is not None or not fusable:
         return ""
     return (
-        f"advice: {kind.__name__}(..., fused=True) computes the same in one pass; for small models "
-        "that saves a third of a step"
+        f"advice: {kind.__name__}(..., fused=True) computes the same in one pass; of a small "
+        "model's step that saves about a fifth"
     )
 
 
