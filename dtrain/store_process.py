@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 #: How long the store outlives a parent that did not end it, at most.
@@ -39,7 +40,8 @@ def serve(port: int, timeout_s: float) -> int:
     parent = os.getppid()
     # Each rank has up to three connections to it.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with suppress(OSError, ValueError):  # then it serves as many as it may
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # What is meant for the ranks (a time limit, Ctrl-C) must not take their store away first.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -458,7 +458,7 @@ class _Watch(threading.Thread):
         began = time.monotonic()
         first: list[Seen] = []
         size = self._world.size
-        is_early = size <= ALL_LOOK or store.add("looking", 1) <= LOOKERS
+        is_early = size <= ALL_LOOK or self._is_among_the_first(store)
         from_s = 0.0 if is_early else _GRACE_S + 2 * TICK_S
         while (now := time.monotonic()) - began < from_s + _GRACE_S + TICK_S:
             self._pulse.go(_FINDING_OUT)
@@ -469,7 +469,9 @@ class _Watch(threading.Thread):
             if now - began < from_s:
                 self._ended.wait(TICK_S)
                 continue
-            seen = [one for one in others.look(now) if one.beat.rank != self._world.rank]
+            seen = self._look_at(others, now)
+            if self._lost_store:
+                return None
             verdict = judge(seen, silent_s=_SILENT_S)
             if verdict is not None:
                 return self._record(verdict.failure())
@@ -480,6 +482,14 @@ class _Watch(threading.Thread):
             # Of 16,384 ranks, once a second: three looks until the silent one is known.
             self._ended.wait(max(TICK_S / 2, size / 16384))
         return None
+
+    def _look_at(self, others: _Others, now: float) -> list[Seen]:
+        seen = self._ask("look", lambda: others.look(now)) or []
+        return [one for one in seen if one.beat.rank != self._world.rank]
+
+    def _is_among_the_first(self, store: Store) -> bool:
+        came = self._ask("looking", lambda: store.add("looking", 1))
+        return came is not None and came <= LOOKERS
 
     # -- the store --------------------------------------------------------------------------------
 

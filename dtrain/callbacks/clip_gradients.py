@@ -56,7 +56,7 @@ def _clip_norm(grads: list[Tensor], max_norm: float) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(grads[0])
     else:
         norm = torch.nn.utils.get_total_norm([_entries(grad) for grad in grads])
-    if norm.device.type == "cpu" and float(norm) < 0.999 * max_norm:
+    if norm.device.type == "cpu" and float(norm) + 1e-6 < 0.999 * max_norm:
         return norm  # no multiplication by 1; on the CPU nothing is waited for
     # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
     torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))

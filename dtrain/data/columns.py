@@ -83,7 +83,7 @@ def _index_all(columns: list[Any], rows: Sequence[int] | Indices) -> list[Any] |
 
 def _index(column: Any, chosen: torch.Tensor) -> torch.Tensor | None:
     if isinstance(column, torch.Tensor):
-        return column.index_select(0, chosen.to(column.device))
+        return column[chosen.to(column.device)]
     # Text and objects are collated one by one; so is what torch reads as another dtype, or not.
     if column.dtype.kind not in "biufc" or not column.dtype.isnative or column.dtype == np.uint64:
         return None

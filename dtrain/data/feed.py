@@ -241,10 +241,11 @@ class _Slices:
     def _shares_of(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, Indices]]:
         """Yields step, first position and samples of this rank's share of each step."""
         order = self.order
-        if not isinstance(order, Pointwise):  # a user's own: asked only for what comes next
+        if not isinstance(order, Pointwise) or order.overrides_indices():
+            # A user's own: asked only for what comes next.
             for step in range(first_step, self.steps):
                 first, end = self._share(step)
-                yield step, first, order.indices(epoch, first, end)
+                yield step, first, np.asarray(order.indices(epoch, first, end), dtype=np.int64)
             return
         at_once = max(1, _AT_ONCE * self.size // self.batch_size)
         for begin in range(first_step, self.steps, at_once):

@@ -49,6 +49,10 @@ class Pointwise(ABC):
         """Returns the samples at positions ``start`` to ``stop - 1`` of ``epoch``."""
         return self.at(epoch, np.arange(start, stop, dtype=np.int64))
 
+    def overrides_indices(self) -> bool:
+        """Says whether a subclass has another order than :meth:`at` tells."""
+        return type(self).indices is not Pointwise.indices
+
 
 class Sequential(Pointwise):
     """The data set's own order, in every epoch.

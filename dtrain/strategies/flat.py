@@ -19,9 +19,6 @@ from dtrain.state import Step
 from dtrain.strategies.replicated import Replicated
 from dtrain.world import World
 
-#: Views begin at multiples of so many elements, as vectorised kernels want it.
-_ALIGNMENT = 16
-
 
 class Flat(Replicated):
     """Reduces all gradients at once, after backward.
@@ -144,10 +141,8 @@ class Flat(Replicated):
         world = self._world
         assert world is not None
         grads = [[p.grad for p in flat.params] for flat in self._flats]
-        if self._spoke and micro_step.trouble is None and not self._may_be_unused:
-            lacking = any(grad is None for given in grads for grad in given)
-            if lacking:
-                micro_step.fail(self.unused(), "backward")
+        if self._spoke and micro_step.trouble is None and (error := self._look(grads)):
+            micro_step.fail(error, "backward")
         for flat, given in zip(self._flats, grads, strict=True):
             flat.fill(given, silent=micro_step.trouble is not None)
         self._tail.copy_(micro_step.lane.message())
@@ -159,6 +154,20 @@ class Flat(Replicated):
             flat.hand_out()
         if world.size > 1:
             self._tail.mul_(1 / world.size)
+
+    def _look(self, grads: list[list[Tensor | None]]) -> Exception | None:
+        """Returns what is wrong with this rank's gradients, if something is."""
+        for given in grads:
+            for grad in given:
+                if grad is None:
+                    if not self._may_be_unused:
+                        return self.unused()
+                elif grad.layout is not torch.strided:
+                    return ConfigError(
+                        "a parameter's gradient is sparse, which a flat tensor cannot hold: pass "
+                        "Trainer(strategy='ddp')"
+                    )
+        return None
 
     @property
     def _world_size(self) -> int:
@@ -220,7 +229,8 @@ class _Flat:
     ) -> None:
         places = [0]
         for p in params:
-            places.append(places[-1] + -(-p.numel() // _ALIGNMENT) * _ALIGNMENT)
+            # Without gaps, whose numbers a callback could change, and a norm would count.
+            places.append(places[-1] + p.numel())
         self.params = params
         self.has_flags = bool(flags)
         self.whole = torch.zeros(places[-1] + flags + tail, dtype=dtype, device=device)

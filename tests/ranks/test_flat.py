@@ -13,6 +13,7 @@ from dtrain.callbacks import (
     GradientAccumulation,
     GradientNoise,
     MixedPrecision,
+    NonFiniteGuard,
 )
 from dtrain.errors import ConfigError, RemoteError, UnusedParameters
 from dtrain.strategies import DDP, Flat, choose
@@ -181,6 +182,38 @@ def test_what_the_optimizer_does_not_have_is_not_clipped_with_the_rest(world_siz
             assert torch.allclose(value, ddp[name], rtol=1e-4, atol=1e-6), name
 
 
+class Poison(dtrain.Callback):
+    """A NaN in one gradient of one step; and something in all of the tensors in another."""
+
+    def on_grads_ready(self, ctx, step):
+        if step.number == 2:
+            next(ctx.model.parameters()).grad.fill_(torch.nan)
+        if step.number == 4:
+            for grad in ctx.gradients():
+                grad.add_(0.01)
+
+
+def bad_step(strategy):
+    """Parameters whose numbers of elements are no powers of two."""
+    dtrain.init(seed=0)
+    net = nn.Sequential(nn.Linear(8, 10), nn.Tanh(), nn.Linear(10, 3))
+    callbacks = [Poison(), ClipGradients(max_norm=0.3), NonFiniteGuard("skip")]
+    trainer = tiny.trainer(callbacks, net=net, strategy=strategy)
+    result = trainer.fit(tiny.dataset(50), batch_size=12, epochs=3)
+    return parameters(net), trainer.context.progress.updates, result.metrics["grad_norm"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_one_bad_step_leaves_nothing_behind(world_size):
+    ddp, updates, norm = run_ranks(bad_step, world_size, "ddp")[0]
+    assert updates == 14  # of 15
+    for found, theirs, their_norm in run_ranks(bad_step, world_size, "flat"):
+        assert theirs == updates
+        assert their_norm == pytest.approx(norm, rel=1e-5)
+        for name, value in found.items():
+            assert torch.allclose(value, ddp[name], rtol=1e-4, atol=1e-6), name
+
+
 # ----------------------------------------------------------------------------- which it is
 
 
@@ -307,6 +340,32 @@ def test_unused_parameters_are_named_as_ddp_does(world_size):
         for outcome in try_ranks(unused, world_size, strategy):
             assert isinstance(outcome.error, UnusedParameters), (strategy, outcome.trace)
             assert "no gradient reached left.weight, left.bias" in str(outcome.error)
+
+
+class Table(nn.Module):
+    """Sparse without a module that says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.head = nn.Parameter(torch.ones(9, 8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        rows = nn.functional.embedding(torch.arange(len(x)) % 9, self.rows, sparse=True)
+        return self.head(x + rows)
+
+
+def train_a_table(strategy):
+    net = Table()
+    run = tiny.trainer(
+        net=net, strategy=strategy, optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.1)
+    )
+    run.fit(tiny.dataset(), batch_size=16, epochs=1)
+
+
+def test_a_sparse_gradient_that_nobody_announced_is_told():
+    for outcome in try_ranks(train_a_table, 2, "auto"):
+        assert "gradient is sparse" in str(outcome.error), outcome.trace
+        assert "strategy='ddp'" in str(outcome.error)
 
 
 def refused():

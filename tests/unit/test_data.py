@@ -18,6 +18,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    Subset,
     TensorDataset,
     WeightedRandomSampler,
     default_collate,
@@ -276,6 +277,23 @@ def test_a_user_order_takes_the_place_of_shuffle() -> None:
 
     feed = MapFeed(Data(numbers(10), 3, order=Backwards()), world(), whole, SEED)
     assert rows(feed) == [[9, 8, 7], [6]]
+
+
+def test_a_subclass_of_an_order_is_asked_what_it_overrides() -> None:
+    class Reversed(Sequential):
+        def indices(self, epoch: int, start: int, stop: int) -> Any:
+            return torch.arange(stop - 1, start - 1, -1)  # any kind of whole numbers
+
+    feed = MapFeed(Data(numbers(6), 3, order=Reversed(6)), world(), whole, SEED)
+    assert rows(feed) == [[2, 1, 0], [5, 4, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.bool])
+def test_tensors_of_any_dtype_are_fetched_whole(dtype: torch.dtype) -> None:
+    column = torch.arange(6).to(dtype)
+    assert torch.equal(fetch_whole(column, [3, 5]), torch.stack([column[3], column[5]]))
+    (chosen,) = fetch_whole(Subset(TensorDataset(column), [-1, 0]), [0, 1])
+    assert torch.equal(chosen, torch.stack([column[-1], column[0]]))
 
 
 def test_a_user_order_is_asked_only_for_what_comes_next() -> None:
