@@ -127,11 +127,16 @@ class Turn:
 
     Attributes:
         step_done: to be called after each step.
-        losses: to be appended to: the mean loss of each block.
+        losses: the mean loss of each block.
     """
 
     step_done: Callable[[], None]
     losses: list[float] = field(default_factory=list)
+
+    def tell(self, total: torch.Tensor, steps: int) -> None:
+        """Reads a sum of losses over so many steps, and begins it anew."""
+        self.losses.append(total.item() / steps)
+        total.zero_()
 
 
 class Turns:
@@ -265,8 +270,7 @@ def tuned(work: Work, turn: Turn) -> None:
         optimizer.step()
         schedule.step()
         if number % work.report_every == 0:
-            turn.losses.append(losses.div_(work.report_every).item())
-            losses.zero_()
+            turn.tell(losses, work.report_every)
         turn.step_done()
 
 
@@ -330,8 +334,7 @@ def accelerate(work: Work, turn: Turn) -> None:
             schedule.step()
             optimizer.zero_grad()
         if number % work.report_every == 0:
-            turn.losses.append(losses.div_(work.report_every).item())
-            losses.zero_()
+            turn.tell(losses, work.report_every)
         turn.step_done()
 
 
@@ -353,8 +356,7 @@ def lightning(work: Work, turn: Turn) -> None:
             loss: Tensor = self._call[0](batch[0])
             self._losses += loss.detach()
             if (number + 1) % work.report_every == 0:
-                turn.losses.append(self._losses.div_(work.report_every).item())
-                self._losses.zero_()
+                turn.tell(self._losses, work.report_every)
             return loss
 
         def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
