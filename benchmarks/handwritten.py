@@ -24,29 +24,38 @@ from torch.utils.data import (
 )
 from workloads import Workload, loss_of
 
+from dtrain.yielding import yielding_threads
+
 
 def plain(workload: Workload, dataset: TensorDataset, log: TextIO) -> Iterator[None]:
     """With torch's defaults, as in its tutorials."""
     model = workload.model()
-    replica = DistributedDataParallel(model) if dist.is_initialized() else model
+    group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    replica = DistributedDataParallel(model, process_group=group) if group else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = LinearLR(optimizer, total_iters=1000)
     loader = DataLoader(dataset, workload.micro_batch_size, sampler=sampler_of(dataset))
-    return train(workload, loader, replica, optimizer, scheduler, log)
+    return train(workload, loader, replica, optimizer, scheduler, group, log)
 
 
 def tuned(workload: Workload, dataset: TensorDataset, log: TextIO) -> Iterator[None]:
-    """A fused optimizer, batches that are fetched whole, and DDP without what it need not do."""
+    """A fused optimizer, batches that are fetched whole, and DDP without what it need not do.
+
+    Its process group is opened as dtrain opens its own.
+    """
     model = workload.model()
+    group = None
     replica: nn.Module = model
     if dist.is_initialized():
+        with yielding_threads():
+            group = dist.new_group(backend="gloo")
         # The models have no buffers, so that sending them costs nothing.
-        replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     scheduler = LinearLR(optimizer, total_iters=1000)
     batches = BatchSampler(sampler_of(dataset), workload.micro_batch_size, drop_last=False)
     loader = DataLoader(Whole(dataset), batch_size=None, sampler=batches)
-    return train(workload, loader, replica, optimizer, scheduler, log)
+    return train(workload, loader, replica, optimizer, scheduler, group, log)
 
 
 class Whole(torch.utils.data.Dataset[tuple[Tensor, ...]]):
@@ -72,6 +81,7 @@ def train(
     replica: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LinearLR,
+    group: dist.ProcessGroup | None,
     log: TextIO,
 ) -> Iterator[None]:
     step, total = 0, torch.zeros(())
@@ -86,8 +96,8 @@ def train(
             total += loss.detach()
             step += 1
             if step % workload.block == 0:
-                if dist.is_initialized():
-                    dist.all_reduce(total)
+                if group is not None:
+                    dist.all_reduce(total, group=group)
                     total /= dist.get_world_size()
                 log.write(json.dumps({"step": step, "loss": total.item() / workload.block}) + "\n")
                 log.flush()

@@ -37,6 +37,7 @@ from dtrain.comm import Comm
 from dtrain.errors import ConfigError, LaunchError
 from dtrain.store_process import ELSEWHERE, END
 from dtrain.wire import GroupWire, Wire
+from dtrain.yielding import yielding_threads
 
 T = TypeVar("T")
 
@@ -375,8 +376,9 @@ def _open(seed: int, timeout_s: float) -> World:
         # A store that lives on still has the addresses of the group that was closed.
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         options |= {"store": PrefixStore(f"life-{life}", store), "rank": rank, "world_size": size}
-    state = PartialState(cpu=not _has_gpu(), **options)
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    with yielding_threads():
+        state = PartialState(cpu=not _has_gpu(), **options)
+        control = dist.new_group(backend="gloo", timeout=timeout)
     rank = dist.get_rank()
     wire, store = GroupWire(control), _own_store(timeout, life)
     comm = Comm(rank=rank, size=size, host=host, wire=wire, store=store)
@@ -403,7 +405,8 @@ def _open(seed: int, timeout_s: float) -> World:
     # One for all Trainers: each further group would make the next one slower to open.
     @cache
     def open_comm() -> Comm:
-        group = dist.new_group(backend="gloo", timeout=timeout)
+        with yielding_threads():
+            group = dist.new_group(backend="gloo", timeout=timeout)
         apart = Comm(rank=rank, size=size, host=host, wire=GroupWire(group))
         world.at_close(apart.close)
         return apart
