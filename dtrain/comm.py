@@ -4,7 +4,8 @@ Every call carries a label. Before any data moves, ranks exchange a small header
 label, call site, shape, step, and whether this rank failed). Ranks that meet in different
 calls all get :class:`RankMismatch` with a table of who was where; where a rank failed, all
 others get :class:`RemoteError` in the same call. A plain process group would instead hang
-or, with equal shapes, silently mix the numbers of two different calls.
+or, with equal shapes, silently mix the numbers of two different calls. What is small travels
+in the header itself, so that most calls are one exchange.
 
 The exchange runs on a wire of its own (a gloo group), so it never interleaves with gradients.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import sys
@@ -20,10 +22,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -38,6 +41,9 @@ Rule = Literal["any", "majority", "all"]
 Place = str | Callable[[], str]  # where something failed; a function if that is known only then
 
 _REDUCE: dict[Op, WireOp] = {"sum": "sum", "mean": "sum", "max": "max", "min": "min"}
+
+_HEADER_BYTES = 256  # equal for all calls: ranks that meet in different ones read them all the same
+_CARRIED_BYTES = _HEADER_BYTES - 16  # after the digest, and whether this rank failed
 
 # What torch says where the other end of a connection is gone; it has no type for that.
 _BROKEN = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|Broken pipe")
@@ -123,15 +129,18 @@ class Comm:
         """
         if op not in _REDUCE:
             raise ConfigError(f"all_reduce({label!r}): op={op!r}; choose one of {sorted(_REDUCE)}")
-        self._meet("all_reduce", label, f"{op} {_describe(tensor)}")
+        detail = f"{op} {_describe(tensor)}"
         buffer = tensor.detach().clone().cpu().contiguous()
+        everyones = self._meet("all_reduce", label, detail, buffer)
         if self._wire is not None:
-            if tensor.dtype in _SUMMED_BY_GLOO:
+            if everyones is not None:
+                buffer = _reduce_here(everyones, op)
+            elif tensor.dtype in _SUMMED_BY_GLOO:
                 self._keep(buffer)
                 with self._bounded(label):
                     self._wire.all_reduce(buffer, _REDUCE[op])
             else:
-                buffer = _reduce_here(torch.stack(self._gather_any(label, buffer)), op)
+                buffer = _reduce_here(self._gather_any(label, buffer), op)
         if op == "mean":
             buffer = buffer / self._size
         return buffer.to(tensor.device)
@@ -145,11 +154,15 @@ class Comm:
 
         Ranks: all, communicates.
         """
-        self._meet("all_gather", label, _describe(tensor))
+        detail = _describe(tensor)
         if self._wire is None:
+            self._meet("all_gather", label, detail)
             return tensor.detach().clone().unsqueeze(0)
-        parts = self._gather_any(label, tensor.detach().cpu().contiguous())
-        return torch.stack(parts).to(tensor.device)
+        mine = tensor.detach().cpu().contiguous()
+        everyones = self._meet("all_gather", label, detail, mine)
+        if everyones is None:
+            everyones = self._gather_any(label, mine)
+        return everyones.to(tensor.device)
 
     def gather_with_grad(self, label: str, tensor: Tensor) -> Tensor:
         """In a loss function: returns the rows of all ranks, in the order of ranks.
@@ -238,11 +251,8 @@ class Comm:
         rules = {"any": 1, "majority": self._size // 2 + 1, "all": self._size}
         if rule not in rules:
             raise ConfigError(f"vote({label!r}): rule={rule!r}; choose one of {sorted(rules)}")
-        self._meet("vote", label, rule)
-        if self._wire is None:
-            return bool(yes)
-        votes = self._gather(label, torch.tensor(int(yes)))
-        return sum(int(vote) for vote in votes) >= rules[rule]
+        votes = self._meet("vote", label, rule, torch.tensor(int(yes)))
+        return bool(yes) if votes is None else int(votes.sum()) >= rules[rule]
 
     def gather_objects(self, label: str, value: T) -> list[T]:
         """Returns every rank's ``value``, by rank. For small things: the values are pickled.
@@ -254,8 +264,9 @@ class Comm:
         Ranks: all, communicates.
         """
         content = pickle.dumps(value)  # before the ranks meet: it may not be possible
-        self._meet("gather_objects", label)
-        return [value] if self._wire is None else self._exchange_bytes(label, content)
+        beginning = _beginning(content)
+        everyones = self._meet("gather_objects", label, "", beginning)
+        return [value] if everyones is None else self._read(label, content, everyones)
 
     def on_main(self, label: str, fn: Callable[[], T]) -> T:
         """Rank 0 calls ``fn``; every rank gets its result, or its failure.
@@ -433,7 +444,13 @@ class Comm:
 
     # -- the header -------------------------------------------------------------------------
 
-    def _meet(self, verb: str, label: str, detail: str = "") -> None:
+    def _meet(
+        self, verb: str, label: str, detail: str = "", mine: Tensor | None = None
+    ) -> Tensor | None:
+        """Returns once all ranks have come to this call, with every rank's ``mine``, stacked.
+
+        None where it is too large to travel with the header, or where this rank is alone.
+        """
         if not isinstance(label, str) or not label:
             raise ConfigError(f"{verb}: the first argument is a label (text), got {label!r}")
         if self._closed:
@@ -444,13 +461,14 @@ class Comm:
                 "only, and the other ranks would never come. Call it outside, on all ranks."
             )
         if self._wire is None:
-            return
+            return None
         site = _call_site()
-        header = self._headers(verb, label, f"{site} {detail}")
-        if bool(header[:, 1].any()):
+        carried = mine if mine is not None and mine.nbytes <= _CARRIED_BYTES else None
+        digests, failed, everyones = self._headers(verb, label, f"{site} {detail}", carried)
+        if failed.any():
             failures = [f for f in self._exchange(label, None) if f is not None]
             raise RemoteError("; ".join(str(f) for f in failures))
-        if bool((header[:, 0] != header[0, 0]).any()):
+        if (digests != digests[0]).any():
             rows = self._exchange(
                 label, f"step {self._step}  {verb}({label!r})  {detail or '-'}  at {site}"
             )
@@ -459,22 +477,51 @@ class Comm:
                 "ranks met in different calls; each verb must be called by all ranks in the "
                 f"same order:\n{table}"
             )
+        return everyones
 
-    def _headers(self, verb: str, label: str, detail: str, *, failed: bool = False) -> Tensor:
-        """Returns ``[world size, 2]``: a digest of each rank's call, and whether it failed."""
+    def _headers(
+        self,
+        verb: str,
+        label: str,
+        detail: str,
+        carried: Tensor | None = None,
+        *,
+        failed: bool = False,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor | None]:
+        """Returns each rank's digest of its call, whether it failed, and what it carried."""
         text = f"{verb}\0{label}\0{detail}\0{self._step}"
-        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-        return torch.stack(self._gather(label, torch.tensor([digest, int(failed)])))
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
+        words = header.numpy()
+        words[:8] = np.frombuffer(digest, np.uint8)
+        words[8] = failed
+        end = 16
+        if carried is not None:
+            end += carried.nbytes
+            header[16:end] = carried.reshape(-1).view(torch.uint8)
+        everyones = self._gather(label, header)
+        told = everyones.view(torch.int64).numpy()
+        if carried is None:
+            return told[:, 0], told[:, 1], None
+        content = everyones[:, 16:end].contiguous().view(-1).view(carried.dtype)
+        return told[:, 0], told[:, 1], content.view(self._size, *carried.shape)
 
     def _exchange(self, label: str, value: T) -> list[T]:
-        return [value] if self._wire is None else self._exchange_bytes(label, pickle.dumps(value))
+        """Gathers objects where all ranks know that all do, and no header is needed."""
+        if self._wire is None:
+            return [value]
+        content = pickle.dumps(value)
+        return self._read(label, content, self._gather(label, _beginning(content)))
 
-    def _exchange_bytes(self, label: str, pickled: bytes) -> list[Any]:
-        content = torch.frombuffer(bytearray(pickled), dtype=torch.uint8)
-        lengths = [int(n) for n in self._gather(label, torch.tensor(len(content)))]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
-        padded[: len(content)] = content
-        parts = self._gather(label, padded)
+    def _read(self, label: str, mine: bytes, beginnings: Tensor) -> list[Any]:
+        """Returns what every rank pickled; gathers the whole where the beginnings are not it."""
+        lengths = beginnings.numpy()[:, :8].copy().view(np.int64)[:, 0]
+        if lengths.max() <= _CARRIED_BYTES - 8:
+            parts = beginnings[:, 8:]
+        else:
+            padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+            padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+            parts = self._gather(label, padded)
         return [
             pickle.loads(part[:length].numpy().tobytes())  # noqa: S301 -- from our own ranks
             for part, length in zip(parts, lengths, strict=True)
@@ -482,18 +529,20 @@ class Comm:
 
     # -- the wire ---------------------------------------------------------------------------
 
-    def _gather(self, label: str, mine: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(mine) for _ in range(self._size)]
+    def _gather(self, label: str, mine: Tensor) -> Tensor:
+        """Returns every rank's ``mine``, stacked."""
+        everyones = mine.new_empty(self._size, *mine.shape)
+        parts = list(everyones.unbind())
         self._keep(mine, *parts)
         assert self._wire is not None
         with self._bounded(label):
             self._wire.all_gather(parts, mine)
-        return parts
+        return everyones
 
-    def _gather_any(self, label: str, mine: Tensor) -> list[Tensor]:
-        """Gathers as bytes, so that every dtype can travel."""
-        parts = self._gather(label, mine.reshape(-1).view(torch.uint8))
-        return [part.view(mine.dtype).reshape(mine.shape) for part in parts]
+    def _gather_any(self, label: str, mine: Tensor) -> Tensor:
+        """Gathers as bytes, so that every dtype can travel; stacks what comes."""
+        everyones = self._gather(label, mine.reshape(-1).view(torch.uint8))
+        return everyones.view(-1).view(mine.dtype).view(self._size, *mine.shape)
 
     def _send(self, label: str, tensor: Tensor) -> Tensor:
         """Gives every rank rank 0's ``tensor``, in place."""
@@ -542,6 +591,13 @@ def _reduce_here(parts: Tensor, op: Op) -> Tensor:
     return total if op == "mean" else total.to(parts.dtype)
 
 
+def _beginning(content: bytes) -> Tensor:
+    """Returns the length, and as much of the content as travels with a header."""
+    room = _CARRIED_BYTES - 8
+    words = len(content).to_bytes(8, sys.byteorder) + content[:room].ljust(room, b"\0")
+    return torch.frombuffer(bytearray(words), dtype=torch.uint8)
+
+
 def _describe(tensor: Tensor) -> str:
     if not isinstance(tensor, Tensor):
         raise ConfigError(f"this verb takes a tensor, not {tensor!r}: wrap it in torch.tensor(...)")
@@ -556,4 +612,4 @@ def _call_site() -> str:
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"

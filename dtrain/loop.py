@@ -29,6 +29,7 @@ from dtrain.pulse import ARRIVAL, BETWEEN, EVALUATION, METRICS, SAVING, UPDATE
 from dtrain.state import Context, Progress, Step
 from dtrain.strategies import Strategy
 
+_SECONDS = "dtrain: seconds of steps"  # among the training metrics, until they are agreed
 ALL_EPOCHS = "all epochs done"
 MAX_STEPS = "max_steps reached"
 
@@ -381,8 +382,9 @@ class Loop:
             values = {}
             if self._loss_weight:
                 values["train/loss"] = self._loss_sum / self._loss_weight
+            self.means.add(_SECONDS, self.pace.seconds, 1)
             values |= self.means.agree(context.comm)
-            if straggler := self.pace.compare():
+            if straggler := self.pace.compare(values.pop(_SECONDS)):
                 context.say(f"warning: {straggler}")
         if not values:
             return

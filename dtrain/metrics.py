@@ -86,8 +86,11 @@ class Means:
             values = values[-1:]
         if reduce == "max":
             values = [torch.stack([self._as_double(value) for value in values]).max()]
-        for value in values:
-            self.add(name, value, 1)
+        if self._on_cpu:
+            total: Number = sum(map(float, values))
+        else:
+            total = torch.stack([self._as_double(value) for value in values]).sum()
+        self.add(name, Mean(total, len(values)), 1)
 
     def _as_double(self, value: Number) -> Tensor:
         return on_device(value, torch.float64, self._device)

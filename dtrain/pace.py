@@ -14,6 +14,8 @@ SLOWER = 1.5
 WORTH_IT = 0.1
 #: Compared are means over at least so many steps; the first of all is left out, as it warms up.
 STEPS = 20
+#: And over at least so many seconds, so that the comparison costs next to nothing.
+SECONDS = 1.0
 
 
 class Pace:
@@ -65,12 +67,20 @@ class Pace:
         if not self._steps:
             self._own_s = self._data_s = self._step_s = 0.0
 
-    def compare(self) -> str:
+    @property
+    def seconds(self) -> float:
+        """How long the steps took that were not compared yet."""
+        return self._step_s
+
+    def compare(self, seconds: float) -> str:
         """Returns who holds up the others, in words, if somebody does; and begins anew.
 
-        Ranks: all, communicates once there are enough steps to compare; equal on all ranks.
+        Args:
+            seconds: the mean of all ranks' :attr:`seconds`, so that all know whether to compare.
+
+        Ranks: all, communicates once there is enough to compare; equal on all ranks.
         """
-        if self._size == 1 or self._steps < STEPS:
+        if self._size == 1 or self._steps < STEPS or seconds < SECONDS:
             return ""
         mine = torch.tensor([self._own_s, self._data_s, self._step_s], dtype=torch.float64)
         mine /= self._steps

@@ -58,24 +58,27 @@ def test_own_work_is_what_does_not_wait_for_others(monkeypatch):
     one = pace.Pace(others, host="a", size=4)
     steps(one, clock, 1, forward=1000.0)  # the first warms up
     steps(one, clock, 19)
-    assert one.compare() == ""
+    assert one.compare(300.0) == ""
     assert others.sent == []  # too few steps to compare
     steps(one, clock, 1)
-    assert one.compare() == ""
+    assert one.seconds == 300.0
+    assert one.compare(0.99) == ""
+    assert others.sent == []  # too little time, and this rank's own does not count
+    assert one.compare(300.0) == ""
     assert others.sent == [[11.0, 1.0, 15.0]]
     steps(one, clock, 20, data=20.0)
     told = (
         "rank 0 on a holds up the others: its own work takes 30 s a step, 20 s of it waiting for "
         "data, where the median rank's takes 11 s"
     )
-    assert one.compare() == told
+    assert one.compare(300.0) == told
     steps(one, clock, 20, data=20.0)
-    assert one.compare() == ""  # it was told
+    assert one.compare(300.0) == ""  # it was told
     # Half as much again, but too little of a step to be worth a word.
     others.rows = [[1.0, 0.0, 100.0]] * 3
     quick = pace.Pace(others, host="a", size=4)
     steps(quick, clock, 21, data=0.0, forward=1.6, backward=98.4, update=0.0)
-    assert quick.compare() == ""
+    assert quick.compare(300.0) == ""
 
 
 def busy(seconds):
