@@ -101,7 +101,8 @@ class MicroStep(nn.Module):
         self._pace = pace
         #: Whether the reference weight is that of real batches, not a guess.
         self.weighed = False
-        self._trainable: list[nn.Parameter] = []
+        #: The model's parameters that require a gradient.
+        self.trainable: list[nn.Parameter] = []
         self._sparse: list[Tensor] = []
 
     def restart(self, weight: float) -> None:
@@ -126,7 +127,7 @@ class MicroStep(nn.Module):
         places = [i for i, p in enumerate(self.model.parameters()) if p.requires_grad]
         if not places:
             raise ConfigError("every parameter of the model is frozen: nothing to train")
-        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._sparse = [
             module.weight
             for module in self.model.modules()
@@ -165,7 +166,7 @@ class MicroStep(nn.Module):
                 self._look_ahead(feed)
             # With find_unused, gradients of zero would make AdamW decay an unused parameter.
             if loss is None and not self._find_unused:
-                terms.append(idle(self._trainable[::-1], self._sparse))
+                terms.append(idle(self.trainable[::-1], self._sparse))
             self._pace.forwarded()
         return tuple(terms)
 

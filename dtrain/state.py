@@ -309,6 +309,7 @@ class Context:
     shown: list[Shown] = field(default_factory=list)
     run_loss: Callable[[Any], Loss] | None = None
     list_gradients: Callable[[], list[Tensor]] | None = None
+    measure_gradients: Callable[[], Tensor] | None = None
 
     def log(self, name: str, value: Number, reduce: Reduce = "mean") -> None:
         """Keeps a value; all values are reported as one number at the next sync point.
@@ -385,6 +386,18 @@ class Context:
         if self.list_gradients is None:
             raise ConfigError("gradients() works during fit only")
         return self.list_gradients()
+
+    def gradient_norm(self) -> Tensor:
+        """In ``on_grads_ready``: the joint Euclidean norm of all gradients, 0-dim.
+
+        Raises:
+            ConfigError: called outside of ``fit``.
+
+        Ranks: all, local; equal on all ranks.
+        """
+        if self.measure_gradients is None:
+            raise ConfigError("gradient_norm() works during fit only")
+        return self.measure_gradients()
 
     def say(self, text: str) -> None:
         """Tells the person at the terminal something, once, from rank 0's view.

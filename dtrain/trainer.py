@@ -189,6 +189,7 @@ class Trainer:
         self._failures = Failures()  # of earlier starts; known on rank 0
         self.context.run_loss = self._run_loss
         self.context.list_gradients = lambda: self._strategy.gradients(self.optimizer)
+        self.context.measure_gradients = lambda: self._strategy.gradient_norm(self.optimizer)
         self._live = False  # a fit has begun in this process
 
     def _fill_slots(self, callbacks: Sequence[Callback], run_dir: str | Path | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.errors import ConfigError
@@ -43,26 +42,14 @@ class ClipGradients(Callback):
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         """Clips."""
-        grads = ctx.gradients()
         if self._max_value is not None:
-            for grad in grads:
+            for grad in ctx.gradients():
                 grad.clamp_(-self._max_value, self._max_value)
         elif self._max_norm is not None:
-            ctx.log("grad_norm", _clip_norm(grads, self._max_norm))
-
-
-def _clip_norm(grads: list[Tensor], max_norm: float) -> Tensor:
-    if len(grads) == 1 and not grads[0].is_sparse:
-        norm: Tensor = torch.linalg.vector_norm(grads[0])
-    else:
-        norm = torch.nn.utils.get_total_norm([_entries(grad) for grad in grads])
-    if norm.device.type == "cpu" and float(norm) + 1e-6 < 0.999 * max_norm:
-        return norm  # no multiplication by 1; on the CPU nothing is waited for
-    # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
-
-
-def _entries(grad: Tensor) -> Tensor:
-    """All entries that are not zero by construction: an embedding's gradient may be sparse."""
-    return grad.coalesce().values() if grad.is_sparse else grad
+            norm = ctx.gradient_norm()
+            ctx.log("grad_norm", norm)
+            # No multiplication by 1; on the CPU nothing is waited for.
+            if norm.device.type != "cpu" or float(norm) + 1e-6 >= 0.999 * self._max_norm:
+                # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
+                factor = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_(ctx.gradients(), factor)

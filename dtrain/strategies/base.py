@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -108,6 +109,13 @@ class Strategy(ABC):
         Ranks: all, local.
         """
 
+    def gradient_norm(self, optimizer: Optimizer) -> Tensor:
+        """Returns the joint Euclidean norm of the gradients, 0-dim; nobody waits for it.
+
+        Ranks: all, local.
+        """
+        return joint_norm(self.gradients(optimizer))
+
     @abstractmethod
     def check_arrived(self) -> None:
         """Looks whether each parameter has a gradient, where nobody waits for what is heard.
@@ -124,3 +132,16 @@ class Strategy(ABC):
 
         Ranks: all, local.
         """
+
+
+def joint_norm(grads: list[Tensor]) -> Tensor:
+    """Returns the Euclidean norm of all entries, in the bits of ``torch.nn.utils``."""
+    # Of an embedding's, those that are not zero by construction: it may be sparse.
+    entries = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
+    if len({(one.device, one.dtype) for one in entries}) != 1:
+        return torch.nn.utils.get_total_norm(entries)
+    if len(entries) == 1:
+        norm: Tensor = torch.linalg.vector_norm(entries[0])
+        return norm
+    joint: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(entries)))
+    return joint

@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from dtrain.data import NO_DATA, StepFeed
 from dtrain.errors import ConfigError
 from dtrain.microstep import MicroStep
 from dtrain.pulse import BACKWARD, OWN_BACKWARD
 from dtrain.state import Step
+from dtrain.strategies.base import joint_norm
 from dtrain.strategies.replicated import Replicated
 from dtrain.wire import DataParallel
 from dtrain.world import World
@@ -64,6 +67,8 @@ class DDP(Replicated):
         self._sync_batchnorm = sync_batchnorm
         self._comm_hook = comm_hook
         self._ddp: DataParallel | None = None
+        self._gradients: list[Tensor] = []  # of the last step, and
+        self._joined: list[Tensor] = []  # the stretches of memory that they fill
 
     def check(self, *, accumulates: bool) -> None:
         """Refuses static_graph with accumulation, where DDP's own assertion would fail.
@@ -109,6 +114,7 @@ class DDP(Replicated):
         self._take(micro_step, world)
         if world.size == 1:
             return
+        self._gradients = self._joined = []
         if self._ddp is None:
             world.at_close(self._release)
         options: dict[str, Any] = {_SYNC_BUFFERS: False}
@@ -166,6 +172,27 @@ class DDP(Replicated):
             if terms:
                 torch.autograd.backward(terms)
 
+    def gradients(self, optimizer: Optimizer) -> list[Tensor]:
+        """Returns the stretches of buckets that gradients fill: a few tensors instead of many.
+
+        Ranks: all, local.
+        """
+        grads = super().gradients(optimizer)
+        if self._ddp is None:
+            return grads
+        if len(grads) != len(self._gradients) or not all(map(is_, grads, self._gradients)):
+            self._gradients, self._joined = grads, _joined(grads)
+        return self._joined
+
+    def gradient_norm(self, optimizer: Optimizer) -> Tensor:
+        """Returns the joint Euclidean norm of the gradients, 0-dim.
+
+        Parameter by parameter: so it has the bits that it has in a hand-written loop.
+
+        Ranks: all, local.
+        """
+        return joint_norm(super().gradients(optimizer))
+
     def check_arrived(self) -> None:
         """Looks whether each parameter has a gradient.
 
@@ -189,3 +216,28 @@ class DDP(Replicated):
 
     def _waits_for_all(self) -> bool:
         return self._ddp is not None and self._comm_hook is None
+
+
+def _joined(grads: list[Tensor]) -> list[Tensor]:
+    """Returns flat tensors that cover these: one for each stretch that they fill without gaps."""
+    flats: list[Tensor] = []
+    rest: list[Tensor] = []
+    for grad in grads:
+        # A sparse one has no place, and one with other strides leaves gaps.
+        dense = grad.layout is torch.strided and (
+            grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)
+        )
+        (flats if dense and grad.numel() else rest).append(grad)
+    flats.sort(key=lambda grad: grad.data_ptr())
+    joined: list[Tensor] = []
+    end = None
+    for grad in flats:
+        place, size = grad.storage_offset(), grad.numel()
+        here = grad.untyped_storage().data_ptr(), place
+        if here == end:
+            last = joined[-1]
+            joined[-1] = last.as_strided((last.numel() + size,), (1,), last.storage_offset())
+        else:
+            joined.append(grad.as_strided((size,), (1,), place))
+        end = here[0], place + size
+    return joined + rest

@@ -88,17 +88,6 @@ class Flat(Replicated):
         megabytes = sum(flat.gradients.nbytes for flat in self._flats) / 1e6
         return f"gradients: one reduction after backward ({megabytes:.3g} MB; strategy='flat')"
 
-    def clear(self, optimizer: Optimizer) -> None:
-        """Forgets the gradients of the step before, those that the optimizer does not have, too.
-
-        Ranks: all, local.
-        """
-        for flat in self._flats:
-            for p in flat.params:
-                p.grad = None
-        if type(optimizer).zero_grad is not Optimizer.zero_grad:
-            optimizer.zero_grad(set_to_none=True)  # it may do more
-
     def run(self, step: Step, feed: StepFeed, last: bool) -> None:
         """Runs forward and backward; gradients are reduced after the last micro-batch.
 

@@ -80,6 +80,17 @@ class Replicated(Strategy):
         self._checked = False
         self.wrap(self._micro_step, self._world)
 
+    def clear(self, optimizer: Optimizer) -> None:
+        """Forgets the gradients of the step before, those that the optimizer does not have, too.
+
+        Ranks: all, local.
+        """
+        assert self._micro_step is not None, "wrap() comes first"
+        for p in self._micro_step.trainable:
+            p.grad = None
+        if type(optimizer).zero_grad is not Optimizer.zero_grad:
+            optimizer.zero_grad(set_to_none=True)  # it may do more
+
     def heard(self) -> Heard:
         """Returns what all ranks said in the step.
 
@@ -113,8 +124,8 @@ class Replicated(Strategy):
 
         Ranks: all, local.
         """
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        return [p.grad for p in parameters if p.grad is not None]
+        groups = optimizer.param_groups
+        return [g for group in groups for p in group["params"] if (g := p.grad) is not None]
 
     def _check_gradients(self) -> None:
         assert self._micro_step is not None, "wrap() comes first"
