@@ -18,6 +18,9 @@ in the same processes and take turns, a block at a time, the handwritten ones in
 anew for each round. A figure is the median, over rounds, of the ratio of a loop's block to the
 handwritten one's of the same round, all that happens in it included; with the interval that this
 median lies in with 95 % confidence.
+
+Each rank gets its share of the cores for itself, as launchers on clusters bind them; with
+--unbound, the system moves ranks about, and now and then puts two on one core.
 """
 
 from __future__ import annotations
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="the default depends on the workload")
     parser.add_argument("--workload", choices=["mlp", "cnn", "gpt"], default="mlp")
+    parser.add_argument("--unbound", action="store_true", help="do not bind ranks to cores")
     parser.add_argument("--json", action="store_true", help="print one JSON object a loop")
     parser.add_argument("--chart", type=Path, metavar="SVG", help="draw one")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -70,6 +74,8 @@ def main() -> None:
     if arguments.rounds is not None and arguments.rounds < 2:
         parser.error("--rounds: at least 2")
     if arguments.worker:
+        if not arguments.unbound:
+            bind()
         work(arguments.loops[0], arguments.workload, arguments.rounds)
         return
     every = []
@@ -96,6 +102,7 @@ def measure(loop: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command += [__file__, "--worker", "--loops", loop]
     command += ["--workload", arguments.workload]
     command += ["--rounds", str(arguments.rounds)] if arguments.rounds else []
+    command += ["--unbound"] if arguments.unbound else []
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"OMP_NUM_THREADS": "1", "OVERHEAD_FOLDER": folder}
         done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
@@ -103,6 +110,15 @@ def measure(loop: str, arguments: argparse.Namespace) -> dict[str, Any]:
             sys.exit(f"{loop} failed with status {done.returncode}")
         found: dict[str, Any] = json.loads((Path(folder) / "found.json").read_text())
         return found
+
+
+def bind() -> None:
+    """Keeps this rank to its share of the cores; before torch is imported and starts threads."""
+    rank, ranks = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    cores = sorted(os.sched_getaffinity(0))
+    if 0 < ranks <= len(cores):
+        each = len(cores) // ranks
+        os.sched_setaffinity(0, cores[rank * each : (rank + 1) * each])
 
 
 def work(loop: str, workload_name: str, rounds: int | None) -> None:

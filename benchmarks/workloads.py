@@ -64,7 +64,7 @@ WORKLOADS = {
         mlp, lambda rows: (torch.randn(rows, 64), torch.randint(10, (rows,))), 16, 50, 60
     ),
     "cnn": Workload(
-        _cnn, lambda rows: (torch.randn(rows, 3, 16, 16), torch.randint(10, (rows,))), 32, 20, 30
+        _cnn, lambda rows: (torch.randn(rows, 3, 16, 16), torch.randint(10, (rows,))), 32, 50, 20
     ),
     "gpt": Workload(
         GPT,

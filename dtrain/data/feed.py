@@ -26,8 +26,9 @@ from dtrain.world import World, derive_seed, seed_everything
 Split = Callable[[int], list[int]]
 MicroBatch = tuple[Any, int]
 
-#: How many positions of an order are looked up together, at least.
-_AT_ONCE = 1024
+#: How many positions of an order are looked up together: few at first, so that an epoch begins at
+#: once; then more and more, as each look-up costs about the same.
+_AT_FIRST, _AT_MOST = 1024, 16384
 _WORKER_STREAM = 3
 _SAMPLE_STREAM = 5
 
@@ -247,15 +248,18 @@ class _Slices:
                 first, end = self._share(step)
                 yield step, first, np.asarray(order.indices(epoch, first, end), dtype=np.int64)
             return
-        at_once = max(1, _AT_ONCE * self.size // self.batch_size)
-        for begin in range(first_step, self.steps, at_once):
-            steps = range(begin, min(begin + at_once, self.steps))
+        begin, positions_at_once = first_step, _AT_FIRST
+        while begin < self.steps:
+            count = max(1, positions_at_once * self.size // self.batch_size)
+            steps = range(begin, min(begin + count, self.steps))
             shares = [self._share(step) for step in steps]
             positions = np.concatenate([np.arange(*share, dtype=np.int64) for share in shares])
             rows, done = order.at(epoch, positions), 0
             for step, (first, end) in zip(steps, shares, strict=True):
                 yield step, first, rows[done : done + end - first]
                 done += end - first
+            begin = steps.stop
+            positions_at_once = min(2 * positions_at_once, _AT_MOST)
 
 
 @dataclass(frozen=True, slots=True)
