@@ -78,23 +78,28 @@ def main() -> None:
             bind()
         work(arguments.loops[0], arguments.workload, arguments.rounds)
         return
-    every = []
+    wanted, every = [], []
     for loop in LOOPS if "all" in arguments.loops else arguments.loops:
         if loop in PEERS and importlib.util.find_spec(PEERS[loop]) is None:
             how = "not installed (pip install -r benchmarks/requirements.txt)"
             print(f"{loop}: {how}", file=sys.stderr, flush=True)
             continue
+        wanted.append(loop)
         found = measure(loop, arguments)
+        if found is None:
+            continue
         tell(found, as_json=arguments.json)
         every.append(found)
     if arguments.chart and every:
         from chart import draw
 
         arguments.chart.write_text(draw(every))
+    if len(every) < len(wanted):
+        sys.exit(1)
 
 
-def measure(loop: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs the loop, under torchrun unless on one rank; returns what rank 0 found."""
+def measure(loop: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Runs the loop, under torchrun unless on one rank; returns what rank 0 found, if it did."""
     command = [sys.executable]
     if arguments.ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
@@ -107,7 +112,8 @@ def measure(loop: str, arguments: argparse.Namespace) -> dict[str, Any]:
         env = os.environ | {"OMP_NUM_THREADS": "1", "OVERHEAD_FOLDER": folder}
         done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
         if done.returncode:
-            sys.exit(f"{loop} failed with status {done.returncode}")
+            print(f"{loop} failed with status {done.returncode}", file=sys.stderr, flush=True)
+            return None
         found: dict[str, Any] = json.loads((Path(folder) / "found.json").read_text())
         return found
 
@@ -124,6 +130,7 @@ def bind() -> None:
 def work(loop: str, workload_name: str, rounds: int | None) -> None:
     """One rank."""
     import torch
+    import torch.distributed.nn.functional  # later, it would keep the group beyond its end
     from lane import compare
     from turns import Turns
     from workloads import WORKLOADS
@@ -140,6 +147,7 @@ def work(loop: str, workload_name: str, rounds: int | None) -> None:
         from peers import PEERS as TRAIN
 
         TRAIN[loop](workload, turns, folder)
+    turns.close()
     seconds = turns.seconds
     if len(seconds[loop]) != turns.rounds:
         raise SystemExit(f"{loop}: {len(seconds[loop])} turns instead of {turns.rounds}")

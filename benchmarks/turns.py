@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Iterator
@@ -67,6 +68,13 @@ class Turns:
                 self.seconds[name].append(seconds / self.block)
         self._meet()
         self._began = time.perf_counter()
+
+    def close(self) -> None:
+        """Lets go of the other loops, and of the process group: the process may abort otherwise."""
+        self._others.clear()
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     @property
     def _rank(self) -> int:
