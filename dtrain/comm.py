@@ -26,7 +26,6 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -43,7 +42,8 @@ Place = str | Callable[[], str]  # where something failed; a function if that is
 _REDUCE: dict[Op, WireOp] = {"sum": "sum", "mean": "sum", "max": "max", "min": "min"}
 
 _HEADER_BYTES = 256  # equal for all calls: ranks that meet in different ones read them all the same
-_CARRIED_BYTES = _HEADER_BYTES - 16  # after the digest, and whether this rank failed
+_TOLD = 9  # of these, the digest, and whether this rank failed
+_CARRIED_BYTES = _HEADER_BYTES - 16  # and what is carried, aligned for any dtype
 
 # What torch says where the other end of a connection is gone; it has no type for that.
 _BROKEN = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|Broken pipe")
@@ -130,17 +130,18 @@ class Comm:
         if op not in _REDUCE:
             raise ConfigError(f"all_reduce({label!r}): op={op!r}; choose one of {sorted(_REDUCE)}")
         detail = f"{op} {_describe(tensor)}"
-        buffer = tensor.detach().clone().cpu().contiguous()
+        buffer = tensor.detach().cpu().contiguous()
         everyones = self._meet("all_reduce", label, detail, buffer)
-        if self._wire is not None:
-            if everyones is not None:
-                buffer = _reduce_here(everyones, op)
-            elif tensor.dtype in _SUMMED_BY_GLOO:
-                self._keep(buffer)
-                with self._bounded(label):
-                    self._wire.all_reduce(buffer, _REDUCE[op])
-            else:
-                buffer = _reduce_here(self._gather_any(label, buffer), op)
+        if self._wire is None:
+            buffer = buffer.clone()
+        elif everyones is not None:
+            buffer = _reduce_here(everyones, op)
+        elif tensor.dtype in _SUMMED_BY_GLOO:
+            buffer = self._keep(buffer.clone())
+            with self._bounded(label):
+                self._wire.all_reduce(buffer, _REDUCE[op])
+        else:
+            buffer = _reduce_here(self._gather_any(label, buffer), op)
         if op == "mean":
             buffer = buffer / self._size
         return buffer.to(tensor.device)
@@ -162,7 +163,7 @@ class Comm:
         everyones = self._meet("all_gather", label, detail, mine)
         if everyones is None:
             everyones = self._gather_any(label, mine)
-        return everyones.to(tensor.device)
+        return everyones.contiguous().to(tensor.device)
 
     def gather_with_grad(self, label: str, tensor: Tensor) -> Tensor:
         """In a loss function: returns the rows of all ranks, in the order of ranks.
@@ -464,11 +465,12 @@ class Comm:
             return None
         site = _call_site()
         carried = mine if mine is not None and mine.nbytes <= _CARRIED_BYTES else None
-        digests, failed, everyones = self._headers(verb, label, f"{site} {detail}", carried)
-        if failed.any():
-            failures = [f for f in self._exchange(label, None) if f is not None]
-            raise RemoteError("; ".join(str(f) for f in failures))
-        if (digests != digests[0]).any():
+        headers = self._headers(verb, label, f"{site} {detail}", carried)
+        told = headers.numpy()[:, :_TOLD]
+        if told[0, -1] or not (told == told[0]).all():
+            if told[:, -1].any():
+                failures = [f for f in self._exchange(label, None) if f is not None]
+                raise RemoteError("; ".join(str(f) for f in failures))
             rows = self._exchange(
                 label, f"step {self._step}  {verb}({label!r})  {detail or '-'}  at {site}"
             )
@@ -477,7 +479,10 @@ class Comm:
                 "ranks met in different calls; each verb must be called by all ranks in the "
                 f"same order:\n{table}"
             )
-        return everyones
+        if carried is None:
+            return None
+        content = headers[:, _HEADER_BYTES - _CARRIED_BYTES :][:, : carried.nbytes]
+        return content.view(carried.dtype).view(self._size, *carried.shape)
 
     def _headers(
         self,
@@ -487,24 +492,19 @@ class Comm:
         carried: Tensor | None = None,
         *,
         failed: bool = False,
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor | None]:
-        """Returns each rank's digest of its call, whether it failed, and what it carried."""
+    ) -> Tensor:
+        """Returns each rank's header, stacked: a digest of its call, whether it failed, and more.
+
+        Shape ``[world size, 256]``, bytes.
+        """
         text = f"{verb}\0{label}\0{detail}\0{self._step}"
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
-        words = header.numpy()
-        words[:8] = np.frombuffer(digest, np.uint8)
-        words[8] = failed
-        end = 16
-        if carried is not None:
-            end += carried.nbytes
-            header[16:end] = carried.reshape(-1).view(torch.uint8)
-        everyones = self._gather(label, header)
-        told = everyones.view(torch.int64).numpy()
-        if carried is None:
-            return told[:, 0], told[:, 1], None
-        content = everyones[:, 16:end].contiguous().view(-1).view(carried.dtype)
-        return told[:, 0], told[:, 1], content.view(self._size, *carried.shape)
+        digest = hashlib.blake2b(text.encode(), digest_size=_TOLD - 1).digest()
+        content = (
+            b"" if carried is None else carried.reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+        header = (digest + bytes([failed])).ljust(_HEADER_BYTES - _CARRIED_BYTES, b"\0") + content
+        padded = bytearray(header.ljust(_HEADER_BYTES, b"\0"))
+        return self._gather(label, torch.frombuffer(padded, dtype=torch.uint8))
 
     def _exchange(self, label: str, value: T) -> list[T]:
         """Gathers objects where all ranks know that all do, and no header is needed."""

@@ -112,6 +112,53 @@ def mains(comm, rank, size, lines):
     return result["from"], comm.on_main("none", lambda: None), comm.on_main("t", lambda: ONE).item()
 
 
+def sizes(comm, rank, size, lines):
+    """Tensors and objects on both sides of what travels in a header, and how often ranks met."""
+    for length in (29, 30, 31, 1000):
+        counted = torch.arange(length, dtype=torch.float64)
+        mine = counted + rank
+        everyones = torch.stack([counted + r for r in range(size)])
+        assert torch.equal(comm.all_gather("g", mine), everyones)
+        assert torch.equal(comm.all_reduce("s", mine), everyones.sum(0))
+        assert torch.equal(comm.all_reduce("m", mine, "max"), everyones[-1])
+    for longest in range(200, 240):  # with what pickling adds, the border is among them
+        objects = comm.gather_objects("o", b"x" * (longest if rank == size - 1 else rank))
+        assert [len(one) for one in objects] == [*range(size - 1), longest]
+    if size == 1:
+        return {}
+    wire, found = comm._wire, {}
+    comm._wire = counting = Counting(wire)
+    verbs = {
+        "barrier": lambda: comm.barrier("b"),
+        "vote": lambda: comm.vote("v", True),
+        "30 numbers": lambda: comm.all_reduce("s", torch.zeros(30, dtype=torch.float64)),
+        "31 numbers": lambda: comm.all_reduce("s", torch.zeros(31, dtype=torch.float64)),
+        "a word": lambda: comm.gather_objects("o", "word"),
+        "a text": lambda: comm.gather_objects("o", "text" * 100),
+    }
+    for name, verb in verbs.items():
+        counting.calls = 0
+        verb()
+        found[name] = counting.calls
+    comm._wire = wire
+    return found
+
+
+class Counting:
+    """A wire that counts how often it is used."""
+
+    def __init__(self, wire):
+        self.wire, self.calls = wire, 0
+
+    def all_gather(self, parts, mine):
+        self.calls += 1
+        self.wire.all_gather(parts, mine)
+
+    def all_reduce(self, buffer, op="sum"):
+        self.calls += 1
+        self.wire.all_reduce(buffer, op)
+
+
 def refusals(comm, rank, size, lines):
     """What is refused before anybody is met."""
     told = []
@@ -129,7 +176,7 @@ def refusals(comm, rank, size, lines):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_what_verbs_return(size):
-    scenes = (reductions, kinds, gathers, broadcasts, votes, mains, refusals)
+    scenes = (reductions, kinds, gathers, broadcasts, votes, mains, sizes, refusals)
     told = by_scene(scenes, size)
     ranks, total = range(size), sum(range(size))
     squares = sum(r * r for r in ranks)
@@ -176,6 +223,9 @@ def test_what_verbs_return(size):
         * size
     )
     assert told["mains"] == [(0, None, 1.0)] * size
+    once = {"barrier": 1, "vote": 1, "30 numbers": 1, "a word": 1}
+    twice = {"31 numbers": 2, "a text": 2}
+    assert told["sizes"] == [once | twice if size > 1 else {}] * size
     for op, rule, empty, no_text in told["refusals"]:
         assert op == "all_reduce('r'): op='avg'; choose one of ['max', 'mean', 'min', 'sum']"
         assert rule == "vote('v'): rule='most'; choose one of ['all', 'any', 'majority']"
