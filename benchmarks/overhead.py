@@ -120,6 +120,8 @@ def measure(loop: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 def bind() -> None:
     """Keeps this rank to its share of the cores; before torch is imported and starts threads."""
+    if sys.platform != "linux":
+        return
     rank, ranks = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     cores = sorted(os.sched_getaffinity(0))
     if 0 < ranks <= len(cores):

@@ -450,7 +450,7 @@ class Comm:
     ) -> Tensor | None:
         """Returns once all ranks have come to this call, with every rank's ``mine``, stacked.
 
-        None where it is too large to travel with the header, or where this rank is alone.
+        None where there is none, it is too large to travel in the header, or this rank is alone.
         """
         if not isinstance(label, str) or not label:
             raise ConfigError(f"{verb}: the first argument is a label (text), got {label!r}")
@@ -587,8 +587,12 @@ def _reduce_here(parts: Tensor, op: Op) -> Tensor:
         return parts.amax(0)
     if op == "min":
         return parts.amin(0)
-    total = parts.sum(0)
-    return total if op == "mean" else total.to(parts.dtype)
+    # Rank by rank, as numbers are added alike on every kind of host; all ranks must get the same.
+    wide = parts.float() if parts.dtype in (torch.float16, torch.bfloat16) else parts
+    total = wide[0].clone()
+    for part in wide[1:]:
+        total += part
+    return total.to(parts.dtype)
 
 
 def _beginning(content: bytes) -> Tensor:

@@ -59,7 +59,7 @@ class Means:
             return
         _check_number(name, total)
         _check_number(name, units)
-        if self._on_cpu:
+        if self._on_cpu or not (isinstance(total, Tensor) or isinstance(units, Tensor)):
             pair = self._sums.setdefault(name, [0.0, 0.0])
             units = float(units)
             if units != 0:
@@ -86,7 +86,7 @@ class Means:
             values = values[-1:]
         if reduce == "max":
             values = [torch.stack([self._as_double(value) for value in values]).max()]
-        if self._on_cpu:
+        if self._on_cpu or not any(isinstance(value, Tensor) for value in values):
             total: Number = sum(map(float, values))
         else:
             total = torch.stack([self._as_double(value) for value in values]).sum()
@@ -122,8 +122,11 @@ class Means:
         for maxima, and one for states of torchmetrics objects that are no sums, where there
         are any.
         """
-        sums = {name: tuple(pair) for name, pair in self._sums.items()}
-        sums |= {name: tuple(pair.tolist()) for name, pair in self._device_sums.items()}
+        sums = {name: (pair[0], pair[1]) for name, pair in self._sums.items()}
+        for name, device_pair in self._device_sums.items():
+            total, weight = sums.get(name, (0.0, 0.0))
+            more, more_weight = device_pair.tolist()
+            sums[name] = total + more, weight + more_weight
         self._sums, self._device_sums = {}, {}
         maxima = {n: pair for n, pair in sums.items() if self._reduce.get(n) == "max"}
         sums = {n: pair for n, pair in sums.items() if n not in maxima}
@@ -168,7 +171,7 @@ class Means:
         )
 
 
-def _largest(by_rank: list[dict[str, tuple[float, ...]]]) -> dict[str, float]:
+def _largest(by_rank: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
     largest: dict[str, float] = {}
     for maxima in by_rank:
         for name, pair in maxima.items():

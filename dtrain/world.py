@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -376,8 +376,9 @@ def _open(seed: int, timeout_s: float) -> World:
         # A store that lives on still has the addresses of the group that was closed.
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         options |= {"store": PrefixStore(f"life-{life}", store), "rank": rank, "world_size": size}
-    with yielding_threads():
+    with nullcontext() if _has_gpu() else yielding_threads():  # NCCL's stay as they are
         state = PartialState(cpu=not _has_gpu(), **options)
+    with yielding_threads():
         control = dist.new_group(backend="gloo", timeout=timeout)
     rank = dist.get_rank()
     wire, store = GroupWire(control), _own_store(timeout, life)

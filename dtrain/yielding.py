@@ -20,14 +20,17 @@ def yielding_threads() -> Iterator[None]:
 
     Ranks: all, local.
     """
-    if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:
+    if sys.platform != "linux":
         yield
         return
-    # Where a container forbids it, they work as ever, only slower.
-    with suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    chosen = False
+    # Where a container forbids it, or does not know it, they work as ever, only slower.
+    with suppress(OSError):
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            chosen = True
     try:
         yield
     finally:
-        with suppress(PermissionError):
+        if chosen:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

@@ -48,8 +48,8 @@ class ClipGradients(Callback):
         elif self._max_norm is not None:
             norm = ctx.gradient_norm()
             ctx.log("grad_norm", norm)
-            # No multiplication by 1; on the CPU nothing is waited for.
-            if norm.device.type != "cpu" or float(norm) + 1e-6 >= 0.999 * self._max_norm:
+            # No multiplication by 1; on the CPU nothing is waited for. By NaN, though.
+            if norm.device.type != "cpu" or not float(norm) + 1e-6 < 0.999 * self._max_norm:
                 # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
                 factor = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
                 torch._foreach_mul_(ctx.gradients(), factor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -83,11 +84,11 @@ def _index_all(columns: list[Any], rows: Sequence[int] | Indices) -> list[Any] |
 
 def _index(column: Any, chosen: torch.Tensor) -> torch.Tensor | None:
     if isinstance(column, torch.Tensor):
-        chosen = chosen.to(column.device)
-        try:
-            return column.index_select(0, chosen)  # quicker; not of all dtypes, nor from the end
-        except (IndexError, NotImplementedError):
-            return column[chosen]
+        if column.device.type == "cpu":
+            # Quicker; but it does not count from the end, nor know all dtypes and shapes.
+            with suppress(IndexError, RuntimeError):
+                return column.index_select(0, chosen)
+        return column[chosen.to(column.device)]
     # Text and objects are collated one by one; so is what torch reads as another dtype, or not.
     if column.dtype.kind not in "biufc" or not column.dtype.isnative or column.dtype == np.uint64:
         return None

@@ -27,8 +27,9 @@ Split = Callable[[int], list[int]]
 MicroBatch = tuple[Any, int]
 
 #: How many positions of an order are looked up together: few at first, so that an epoch begins at
-#: once; then more and more, as each look-up costs about the same.
+#: once; then more and more, as each look-up costs about the same. But of so many steps at most.
 _AT_FIRST, _AT_MOST = 1024, 16384
+_STEPS_AT_MOST = 1024
 _WORKER_STREAM = 3
 _SAMPLE_STREAM = 5
 
@@ -251,6 +252,7 @@ class _Slices:
         begin, positions_at_once = first_step, _AT_FIRST
         while begin < self.steps:
             count = max(1, positions_at_once * self.size // self.batch_size)
+            count = min(count, _STEPS_AT_MOST)
             steps = range(begin, min(begin + count, self.steps))
             shares = [self._share(step) for step in steps]
             positions = np.concatenate([np.arange(*share, dtype=np.int64) for share in shares])

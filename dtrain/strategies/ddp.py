@@ -67,8 +67,9 @@ class DDP(Replicated):
         self._sync_batchnorm = sync_batchnorm
         self._comm_hook = comm_hook
         self._ddp: DataParallel | None = None
-        self._gradients: list[Tensor] = []  # of the last step, and
-        self._joined: list[Tensor] = []  # the stretches of memory that they fill
+        self._gradients: list[Tensor] = []  # of the last step, if they are parts of buckets,
+        self._places: list[int] = []  # where they are in memory, and
+        self._joined: list[Tensor] = []  # the stretches of it that they fill
 
     def check(self, *, accumulates: bool) -> None:
         """Refuses static_graph with accumulation, where DDP's own assertion would fail.
@@ -114,7 +115,7 @@ class DDP(Replicated):
         self._take(micro_step, world)
         if world.size == 1:
             return
-        self._gradients = self._joined = []
+        self._forget_gradients()
         if self._ddp is None:
             world.at_close(self._release)
         options: dict[str, Any] = {_SYNC_BUFFERS: False}
@@ -152,6 +153,10 @@ class DDP(Replicated):
 
     def _release(self) -> None:
         self._ddp = None
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        self._gradients, self._places, self._joined = [], [], []
 
     def run(self, step: Step, feed: StepFeed, last: bool) -> None:
         """Runs forward and backward; gradients are reduced in the last micro-batch.
@@ -180,9 +185,13 @@ class DDP(Replicated):
         grads = super().gradients(optimizer)
         if self._ddp is None:
             return grads
-        if len(grads) != len(self._gradients) or not all(map(is_, grads, self._gradients)):
-            self._gradients, self._joined = grads, _joined(grads)
-        return self._joined
+        places = [grad.data_ptr() for grad in grads]
+        if places == self._places and all(map(is_, grads, self._gradients)):
+            return self._joined
+        joined = _joined(grads)
+        if len(joined) < len(grads):  # buckets, which stay; all else comes anew in each step
+            self._gradients, self._places, self._joined = grads, places, joined
+        return joined
 
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
         """Returns the joint Euclidean norm of the gradients, 0-dim.
@@ -233,11 +242,11 @@ def _joined(grads: list[Tensor]) -> list[Tensor]:
     end = None
     for grad in flats:
         place, size = grad.storage_offset(), grad.numel()
-        here = grad.untyped_storage().data_ptr(), place
-        if here == end:
+        where = grad.untyped_storage().data_ptr(), grad.dtype
+        if (*where, place) == end:
             last = joined[-1]
             joined[-1] = last.as_strided((last.numel() + size,), (1,), last.storage_offset())
         else:
             joined.append(grad.as_strided((size,), (1,), place))
-        end = here[0], place + size
+        end = (*where, place + size)
     return joined + rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,10 @@ class Replicated(Strategy):
         assert self._micro_step is not None, "wrap() comes first"
         for p in self._micro_step.trainable:
             p.grad = None
-        if type(optimizer).zero_grad is not Optimizer.zero_grad:
+        for group in optimizer.param_groups:  # some may have been unfrozen since
+            for p in group["params"]:
+                p.grad = None
+        if optimizer.zero_grad != MethodType(Optimizer.zero_grad, optimizer):
             optimizer.zero_grad(set_to_none=True)  # it may do more
 
     def heard(self) -> Heard:

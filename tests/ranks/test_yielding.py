@@ -11,7 +11,13 @@ from dtrain.yielding import yielding_threads
 GLOO = {"pt_gloo_runloop", "gloo_tcp_loop"}
 
 
+def ordinary():
+    """Whatever this process was started under."""
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def policies():
+    ordinary()
     world = dtrain.init(seed=0)
     world.open_comm().barrier("a group that is opened later, too")
     found = []
@@ -39,15 +45,21 @@ def policy_of_a_new_thread():
 
 
 def test_where_it_is_forbidden_all_goes_on(monkeypatch):
-    def forbidden(*args):
-        raise PermissionError(1, "Operation not permitted")
-
+    ordinary()
     with yielding_threads():
         assert policy_of_a_new_thread() == os.SCHED_BATCH
     assert policy_of_a_new_thread() == os.SCHED_OTHER
-    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
-    with yielding_threads():
-        assert policy_of_a_new_thread() == os.SCHED_OTHER
+    for error in (PermissionError(1, "not permitted"), OSError(38, "not implemented")):
+        for name in ("sched_setscheduler", "sched_getscheduler"):
+            with monkeypatch.context() as patched:
+
+                def refuse(*args, error=error):
+                    raise error
+
+                patched.setattr(os, name, refuse)
+                with yielding_threads():
+                    patched.undo()
+                    assert policy_of_a_new_thread() == os.SCHED_OTHER
 
 
 def test_a_policy_that_was_chosen_stays():
