@@ -114,8 +114,8 @@ def counted(strategy, run_dir):
 
 
 # Calls of dtrain's functions; torch's operators, the model's, the optimizer's and EMA's included;
-# tensors of one number that are read, which on the CPU waits for nothing; and objects that are kept,
-# of the kinds that Python looks for garbage among (what is counted here keeps some itself).
+# tensors of one number that are read, which on the CPU waits for nothing; objects that are kept, of
+# kinds that Python looks for garbage among (what is counted here keeps some itself).
 BUDGET = {
     "flat": {"collectives": 1, "calls": 194, "ops": 57, "syncs": 3, "kept": 7},
     # DDP's own reduction is no call of ours.
