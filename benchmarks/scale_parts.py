@@ -34,7 +34,7 @@ from dtrain.comm import Comm
 from dtrain.data.feed import _Slices
 from dtrain.data.order import Shuffled
 from dtrain.lane import Lane, Slot
-from dtrain.pace import STEPS, Pace
+from dtrain.pace import SECONDS, STEPS, Pace
 from dtrain.strategies import DDP
 from dtrain.watchdog import _Others
 
@@ -161,7 +161,7 @@ def agreements(ranks: int) -> dict[str, float]:
 
     def compare() -> None:
         pace._steps = STEPS
-        pace.compare()
+        pace.compare(SECONDS)
 
     step = _strategy(Comm(rank=0, size=ranks, wire=wire), ranks)
     step.refresh()
