@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.errors import ConfigError
@@ -48,8 +49,11 @@ class ClipGradients(Callback):
         elif self._max_norm is not None:
             norm = ctx.gradient_norm()
             ctx.log("grad_norm", norm)
-            # No multiplication by 1; on the CPU nothing is waited for. By NaN, though.
-            if norm.device.type != "cpu" or not float(norm) + 1e-6 < 0.999 * self._max_norm:
-                # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
-                factor = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_(ctx.gradients(), factor)
+            _clip(ctx, norm, self._max_norm)
+
+
+def _clip(ctx: Context, norm: Tensor, max_norm: float) -> None:
+    if norm.device.type == "cpu" and float(norm) + 1e-6 < 0.999 * max_norm:
+        return  # no multiplication by 1; on the CPU nothing is waited for
+    # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
+    torch._foreach_mul_(ctx.gradients(), (max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,11 +14,50 @@ from torch import Tensor
 def ship(batch: Any, device: torch.device) -> Any:
     """Returns a batch on the device; on CUDA the copy is on its way while the host goes on.
 
+    There it has a stream of its own, beside what the device still computes for the step before.
+
     Ranks: all, local.
     """
-    if device.type == "cuda":
-        batch = pinned(batch)
-    return send_to_device(batch, device, non_blocking=True)
+    if device.type != "cuda":
+        return send_to_device(batch, device, non_blocking=True)
+    batch = pinned(batch)
+    if not _is_of_host(batch):
+        return send_to_device(batch, device, non_blocking=True)
+    beside, here = _stream_of_copies(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(beside):
+        shipped = send_to_device(batch, device, non_blocking=True)
+    here.wait_stream(beside)
+    for tensor in _tensors(shipped):
+        # Its memory belongs to the other stream, which may fill it again once it is let go of.
+        tensor.record_stream(here)
+    return shipped
+
+
+@cache
+def _stream_of_copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _is_of_host(batch: Any) -> bool:
+    """Says whether all of it lies in the host's memory, in what :func:`_tensors` looks into."""
+    kind = type(batch)
+    if kind is list or kind is tuple:
+        return all(map(_is_of_host, batch))
+    if kind is dict:
+        return all(map(_is_of_host, batch.values()))
+    if kind is torch.Tensor:
+        return bool(batch.device.type == "cpu" and batch.layout == torch.strided)
+    return not hasattr(batch, "to")
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, list | tuple):
+        for part in batch:
+            yield from _tensors(part)
+    elif isinstance(batch, dict):
+        yield from _tensors(list(batch.values()))
 
 
 def pinned(batch: Any) -> Any:

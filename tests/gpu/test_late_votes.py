@@ -93,12 +93,16 @@ def test_a_step_that_is_skipped_changes_nothing():
 
 
 def test_batches_are_on_their_way_from_pinned_memory(device, monkeypatch):
+    """And on a stream of their own, for which the one that computes waits."""
     seen = []
     to = torch.Tensor.to
 
     def watched(tensor, *args, **options):
         if options.get("non_blocking") and tensor.device.type == "cpu":
-            seen.append(tensor.is_pinned() if device.type == "cuda" else True)
+            own = (
+                device.type != "cuda" or torch.cuda.current_stream() != torch.cuda.default_stream()
+            )
+            seen.append(own and (device.type != "cuda" or tensor.is_pinned()))
         return to(tensor, *args, **options)
 
     class Look(dtrain.Callback):

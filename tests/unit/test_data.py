@@ -5,6 +5,7 @@ import gc
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing import active_children
 from pathlib import Path
@@ -34,6 +35,7 @@ from dtrain.data import (
     StreamFeed,
     Weighted,
     as_data,
+    shipping,
 )
 from dtrain.data.columns import fetch_whole
 from dtrain.data.feed import Feed, Split, fetch
@@ -647,3 +649,66 @@ def test_what_goes_to_a_gpu_is_pinned_first(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [1, 2]
     assert ship(batch, torch.device("cpu"))["x"].item() == 1
     assert asked == [1, 2]
+
+
+class Streams:
+    """Stands in for CUDA's streams, and notes what is done on which."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[tuple[str, ...]] = []
+        self.on = "computes"
+
+        class Computes:
+            def wait_stream(_, other: str) -> None:
+                self.done.append(("computes", "waits for", other))
+
+        @contextmanager
+        def stream(name: str) -> Iterator[None]:
+            self.on = name
+            yield
+            self.on = "computes"
+
+        def send(batch: Any, device: torch.device, *, non_blocking: bool) -> Any:
+            assert non_blocking
+            self.done.append((self.on, "copies"))
+            return batch
+
+        def record(tensor: Tensor, stream: Any) -> None:
+            self.done.append((str(tensor.tolist()), "is used by", type(stream).__name__.lower()))
+
+        monkeypatch.setattr(shipping, "_stream_of_copies", lambda device: "copies")
+        monkeypatch.setattr(shipping, "send_to_device", send)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Computes())
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+        monkeypatch.setattr(Tensor, "record_stream", record)
+
+
+def test_a_copy_to_a_gpu_runs_beside_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU there are no streams; what is to be done on them, and in which order, is seen."""
+    streams = Streams(monkeypatch)
+    ship({"x": torch.tensor([1]), "more": (torch.tensor([2]), "text")}, torch.device("cuda", 0))
+    assert streams.done == [
+        ("copies", "copies"),
+        ("computes", "waits for", "copies"),
+        ("[1]", "is used by", "computes"),
+        ("[2]", "is used by", "computes"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.ones(1, device="meta"),
+        torch.eye(2).to_sparse(),
+        torch.nn.Parameter(torch.ones(1)),
+        torch.nn.Linear(1, 1),
+    ],
+    ids=["elsewhere", "sparse", "of another class", "no tensor, but it can move"],
+)
+def test_what_is_not_known_is_copied_where_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, odd: Any
+) -> None:
+    streams = Streams(monkeypatch)
+    ship([torch.ones(1), [odd]], torch.device("cuda", 0))
+    assert streams.done == [("computes", "copies")]

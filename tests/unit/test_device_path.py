@@ -3,16 +3,19 @@
 Reading one is an error there, and each copy between host and device is seen.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dtrain.callbacks.clip_gradients import _clip_norm
+from dtrain.callbacks.clip_gradients import _clip
 from dtrain.lane import Heard, Lane, Slot
 from dtrain.metrics import Means
 from dtrain.precision import ScaledAutocast
+from dtrain.strategies.base import joint_norm
 
 META = torch.device("meta")
 
@@ -50,7 +53,10 @@ def test_nothing_is_read_and_only_the_message_is_copied(weight):
         assert precision.unscale(optimizer, factor) == 1.0
         grads = [p.grad for p in model.parameters()]
         torch._foreach_mul_(grads, factor)
-        means.add("norm", _clip_norm(grads, 1.0), weight)
+        norm = joint_norm(grads)
+        _clip(SimpleNamespace(gradients=lambda: grads), norm, 1.0)
+        means.add("norm", norm, weight)
+        means.add_logged("logged", [norm, 1.0, norm], "mean")
         means.add("norm", 0.5, 1)
         precision._scaler.update_unless(veto)
     assert copies.seen == [("aten._to_copy.default", True)]
