@@ -92,6 +92,10 @@ def test_a_step_that_is_skipped_changes_nothing():
     assert {float(state["step"]) for state in run.optimizer.state.values()} == {7.0}
 
 
+def on_another_stream():
+    return torch.cuda.current_stream() != torch.cuda.default_stream()
+
+
 def test_batches_are_on_their_way_from_pinned_memory(device, monkeypatch):
     """And on a stream of their own, for which the one that computes waits."""
     seen = []
@@ -99,10 +103,7 @@ def test_batches_are_on_their_way_from_pinned_memory(device, monkeypatch):
 
     def watched(tensor, *args, **options):
         if options.get("non_blocking") and tensor.device.type == "cpu":
-            own = (
-                device.type != "cuda" or torch.cuda.current_stream() != torch.cuda.default_stream()
-            )
-            seen.append(own and (device.type != "cuda" or tensor.is_pinned()))
+            seen.append(device.type != "cuda" or (tensor.is_pinned() and on_another_stream()))
         return to(tensor, *args, **options)
 
     class Look(dtrain.Callback):

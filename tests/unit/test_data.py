@@ -685,7 +685,7 @@ class Streams:
 
 
 def test_a_copy_to_a_gpu_runs_beside_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU there are no streams; what is to be done on them, and in which order, is seen."""
+    """Without a GPU there are no streams; what is done on which, and in what order, is seen."""
     streams = Streams(monkeypatch)
     ship({"x": torch.tensor([1]), "more": (torch.tensor([2]), "text")}, torch.device("cuda", 0))
     assert streams.done == [
