@@ -23,13 +23,12 @@ from dtrain.lane import Arriving, Lane, Verdict
 from dtrain.metrics import Means
 from dtrain.microstep import MicroStep
 from dtrain.outcome import Outcome
-from dtrain.pace import Pace
+from dtrain.pace import SECONDS_METRIC, Pace
 from dtrain.precision import Factor, Precision
 from dtrain.pulse import ARRIVAL, BETWEEN, EVALUATION, METRICS, SAVING, UPDATE
 from dtrain.state import Context, Progress, Step
 from dtrain.strategies import Strategy
 
-_SECONDS = "dtrain: seconds of steps"  # among the training metrics, until they are agreed
 ALL_EPOCHS = "all epochs done"
 MAX_STEPS = "max_steps reached"
 
@@ -382,9 +381,9 @@ class Loop:
             values = {}
             if self._loss_weight:
                 values["train/loss"] = self._loss_sum / self._loss_weight
-            self.means.add(_SECONDS, self.pace.seconds, 1)
+            self.means.add(SECONDS_METRIC, self.pace.seconds, 1)
             values |= self.means.agree(context.comm)
-            if straggler := self.pace.compare(values.pop(_SECONDS)):
+            if straggler := self.pace.compare(values.pop(SECONDS_METRIC)):
                 context.say(f"warning: {straggler}")
         if not values:
             return

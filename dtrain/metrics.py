@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -26,9 +26,10 @@ class Means:
     Args:
         label: names the reduction for the other ranks.
         device: where metrics are computed.
+        names: of metrics that all ranks have, so that they need not be agreed on.
     """
 
-    def __init__(self, label: str, device: torch.device) -> None:
+    def __init__(self, label: str, device: torch.device, names: Sequence[str] = ()) -> None:
         self._label = label
         self._device = device
         self._on_cpu = device.type == "cpu"
@@ -36,7 +37,7 @@ class Means:
         self._device_sums: dict[str, Tensor] = {}
         self._reduce: dict[str, Reduce] = {}
         self._objects = Objects()
-        self._names: list[str] = []  # agreed
+        self._names = list(names)  # agreed
 
     def add(self, name: str, value: Metric, weight: Number) -> None:
         """Adds a mean over ``weight`` units; or a :class:`Mean` or object, with its own.

@@ -16,6 +16,8 @@ WORTH_IT = 0.1
 STEPS = 20
 #: And over at least so many seconds, so that the comparison costs next to nothing.
 SECONDS = 1.0
+#: What tells how many seconds it is, among the training metrics, until they are agreed.
+SECONDS_METRIC = "dtrain: seconds of steps"
 
 
 class Pace:

@@ -47,7 +47,7 @@ from dtrain.lane import Lane
 from dtrain.loop import Loop, Plan
 from dtrain.metrics import Means
 from dtrain.microstep import MicroStep, UserLoss, adapt, as_loss
-from dtrain.pace import Pace
+from dtrain.pace import SECONDS_METRIC, Pace
 from dtrain.precision import Precision, takes_a_veto
 from dtrain.pulse import SAVING
 from dtrain.reporting import Reporter
@@ -153,7 +153,7 @@ class Trainer:
             loss_fn = adapt(loss_fn)
         self._eval_fn = eval_fn
         self._loss_fn = loss_fn
-        self._means = Means("train", world.device)
+        self._means = Means("train", world.device, names=[SECONDS_METRIC])
         self._eval_means: dict[str, Means] = {}
         self._eval_gathers = Gathers(world.comm, rank=world.rank, size=world.size)
         shares = 1 if self.precision.scales_loss else world.size

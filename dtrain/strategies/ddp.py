@@ -185,7 +185,8 @@ class DDP(Replicated):
         grads = super().gradients(optimizer)
         if self._ddp is None:
             return grads
-        places = [grad.data_ptr() for grad in grads]
+        # A sparse gradient is nowhere, and comes anew in each step.
+        places = [0 if grad.is_sparse else grad.data_ptr() for grad in grads]
         if places == self._places and all(map(is_, grads, self._gradients)):
             return self._joined
         joined = _joined(grads)
