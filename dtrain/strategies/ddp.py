@@ -186,7 +186,7 @@ class DDP(Replicated):
         if self._ddp is None:
             return grads
         # A sparse gradient is nowhere, and comes anew in each step.
-        places = [0 if grad.is_sparse else grad.data_ptr() for grad in grads]
+        places = [grad.data_ptr() if grad.layout is torch.strided else 0 for grad in grads]
         if places == self._places and all(map(is_, grads, self._gradients)):
             return self._joined
         joined = _joined(grads)
