@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dtrain.callback import Callback
 from dtrain.checkpoint import rng
+from dtrain.data.shipping import tensors_of
 from dtrain.errors import ConfigError
 from dtrain.state import Context, Number, Step
 
@@ -182,7 +183,7 @@ def _replay(ctx: Context, one: _Kept) -> str:
 
     def watch(where: str) -> Callable[[nn.Module, Any, Any], None]:
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            for tensor in _tensors(output):
+            for tensor in tensors_of(output):
                 if kind := _kind(tensor):
                     first.setdefault(kind, where)
 
@@ -210,7 +211,7 @@ def _replay(ctx: Context, one: _Kept) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    if kinds := {kind for tensor in _tensors(one.batch) if (kind := _kind(tensor))}:
+    if kinds := {kind for tensor in tensors_of(one.batch) if (kind := _kind(tensor))}:
         words.append(f"the batch holds {' and '.join(sorted(kinds))} values")
     words += [f"first {kind}: output of {where}" for kind, where in first.items()]
     if told and not _kind(mean):
@@ -260,17 +261,6 @@ def _kind(tensor: Tensor) -> str:
     if not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all()):
         return ""
     return "NaN" if bool(tensor.isnan().any()) else "infinite"
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
 
 
 def _streams(ctx: Context) -> list[Tensor]:

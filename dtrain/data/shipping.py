@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -27,7 +27,7 @@ def ship(batch: Any, device: torch.device) -> Any:
     with torch.cuda.stream(beside):
         shipped = send_to_device(batch, device, non_blocking=True)
     here.wait_stream(beside)
-    for tensor in _tensors(shipped):
+    for tensor in tensors_of(shipped):
         # Its memory belongs to the other stream, which may fill it again once it is let go of.
         tensor.record_stream(here)
     return shipped
@@ -39,7 +39,7 @@ def _stream_of_copies(device: torch.device) -> torch.cuda.Stream:
 
 
 def _is_of_host(batch: Any) -> bool:
-    """Says whether all of it lies in the host's memory, in what :func:`_tensors` looks into."""
+    """Says whether all of it lies in the host's memory, in what :func:`tensors_of` looks into."""
     kind = type(batch)
     if kind is list or kind is tuple:
         return all(map(_is_of_host, batch))
@@ -50,14 +50,19 @@ def _is_of_host(batch: Any) -> bool:
     return not hasattr(batch, "to")
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, list | tuple):
-        for part in batch:
-            yield from _tensors(part)
-    elif isinstance(batch, dict):
-        yield from _tensors(list(batch.values()))
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors of a batch: those in lists, tuples and mappings, too.
+
+    Ranks: all, local.
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_of(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_of(part)
 
 
 def pinned(batch: Any) -> Any:
