@@ -30,7 +30,7 @@ from torch.utils.data import TensorDataset
 
 import dtrain
 from dtrain.callbacks import Checkpoint
-from dtrain.checkpoint import files
+from dtrain.checkpoint import format as files
 
 WIDTH, LAYERS = 4096, 5
 

@@ -5,7 +5,7 @@
 
 Two trainings live in the same processes and take turns, in fits of a few hundred steps: one as it
 is, the other with hang_after_s=None and with what the control plane does in a step taken out (the
-pulse that the watchdog reads, the stop-watches that name stragglers, the place that an error would
+activity that the watchdog reads, the stop-watches that name stragglers, the place that an error would
 be told with). Votes travel in the lane, which benchmarks/lane.py measures. A figure is the median,
 over rounds, of the ratio of median steps within a round, with the interval that this median lies
 in with 95 % confidence; "again" is the training without, once more.
@@ -27,9 +27,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import dtrain
-from dtrain.comm import Comm
-from dtrain.pace import Pace
-from dtrain.pulse import Pulse
+from dtrain.distributed.activity import Activity
+from dtrain.distributed.comm import Comm
+from dtrain.watchdog.straggler import StragglerClock
 
 
 class Times(dtrain.Callback):
@@ -110,8 +110,8 @@ def uncontrolled() -> Iterator[None]:
 
     with ExitStack() as stack:
         for owner, names in {
-            Pulse: ["go", "begin_step", "end_lap", "has_data"],
-            Pace: ["begin_step", "waited_for_data", "forwarded", "reduced", "end_step"],
+            Activity: ["go", "begin_step", "end_lap", "has_data"],
+            StragglerClock: ["begin_step", "waited_for_data", "forwarded", "reduced", "end_step"],
             Comm: ["mark_step"],
         }.items():
             for name in names:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import dtrain
-from dtrain.yielding import yielding_threads
+from dtrain.distributed.gloo_threads import yielding_threads
 
 BLOCK = 50
 

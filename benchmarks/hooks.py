@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from dtrain.callback import Callback, Hooks
-from dtrain.pulse import Pulse
+from dtrain.distributed.activity import Activity
 
 CALLS = 1000
 
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--callbacks", type=int, default=100)
     arguments = parser.parse_args()
-    none = Hooks([Callback()], Pulse())
-    many = Hooks([Nothing() for _ in range(arguments.callbacks)], Pulse())
+    none = Hooks([Callback()], Activity())
+    many = Hooks([Nothing() for _ in range(arguments.callbacks)], Activity())
     rows = [(seconds_of(none), seconds_of(many)) for _ in range(arguments.rounds)]
     empty = median(one for one, _ in rows)
     each = median((all_of_them - one) / arguments.callbacks for one, all_of_them in rows)

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import dtrain
-from dtrain.lane import Lane, Slot
+from dtrain.step.lane import Lane, Slot
 
 
 def mlp() -> nn.Module:

@@ -27,16 +27,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from dtrain import store_process
-from dtrain.beats import LOOKERS, Beat, Seen, beat_key, judge
-from dtrain.checkpoint import files, writing
-from dtrain.comm import Comm
+from dtrain.checkpoint import format as files
+from dtrain.checkpoint import writer as writing
 from dtrain.data.feed import _Slices
 from dtrain.data.order import Shuffled
-from dtrain.lane import Lane, Slot
-from dtrain.pace import SECONDS, STEPS, Pace
+from dtrain.distributed import store_process
+from dtrain.distributed.comm import Comm
+from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
+from dtrain.step.lane import Lane, Slot
 from dtrain.strategies import DDP
-from dtrain.watchdog import _Others
+from dtrain.watchdog.judgement import LOOKERS, Seen, judge
+from dtrain.watchdog.straggler import SECONDS, STEPS, StragglerClock
+from dtrain.watchdog.thread import _Others
 
 PARAMETERS = 291  # tensors of a model of 7 billion parameters, as Llama 2 has them
 
@@ -115,7 +117,7 @@ def lane(ranks: int) -> dict[str, float]:
 
 
 class Alike:
-    """A wire on which all other ranks say what this one says, and nothing takes time to travel."""
+    """A transport on which all other ranks say what this one says, and nothing takes time to travel."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -137,14 +139,14 @@ class Alike:
 
 def comm(ranks: int) -> dict[str, float]:
     """One rank's own work and traffic in a verb, without the time on the network."""
-    wire = Alike()
-    verbs = Comm(rank=0, size=ranks, wire=wire)
+    transport = Alike()
+    verbs = Comm(rank=0, size=ranks, transport=transport)
     verbs.barrier("here")
-    header = wire.received
+    header = transport.received
     settings = {f"name {number}": "x" * 20 for number in range(12)}
-    wire.received = 0
+    transport.received = 0
     verbs.gather_objects("fit", settings)
-    gathered = wire.received
+    gathered = transport.received
     return {
         "comm: header (us)": 1e6 * seconds_of(lambda: verbs.barrier("here")),
         "comm: header (KB received)": header / 1e3,
@@ -156,18 +158,18 @@ def comm(ranks: int) -> dict[str, float]:
 
 def agreements(ranks: int) -> dict[str, float]:
     """What is agreed at a report and at the start of an epoch."""
-    wire = Alike()
-    pace = Pace(Comm(rank=0, size=ranks, wire=wire), host="host", size=ranks)
+    transport = Alike()
+    pace = StragglerClock(Comm(rank=0, size=ranks, transport=transport), host="host", size=ranks)
 
     def compare() -> None:
         pace._steps = STEPS
         pace.compare(SECONDS)
 
-    step = _strategy(Comm(rank=0, size=ranks, wire=wire), ranks)
+    step = _strategy(Comm(rank=0, size=ranks, transport=transport), ranks)
     step.refresh()
-    wire.received = 0
+    transport.received = 0
     step.refresh()
-    received = wire.received
+    received = transport.received
     return {
         "pace: who holds up the others (us)": 1e6 * seconds_of(compare),
         "epoch start: what is frozen (ms)": 1e3 * seconds_of(step.refresh),
@@ -196,7 +198,7 @@ def checkpoint(ranks: int) -> dict[str, float]:
     facts = {"bytes": 25000, "sha256": "0" * 64}
     mine = {f"{files.rank_name(0)}{end}": facts for end in (".safetensors", ".json")}
     told = len(pickle.dumps(mine)) * ranks
-    verbs = Comm(rank=0, size=ranks, wire=Alike())
+    verbs = Comm(rank=0, size=ranks, transport=Alike())
     with tempfile.TemporaryDirectory(prefix="dtrain-scale-") as folder:
         aside, final = files.place(Path(folder), 1)
         aside.mkdir()
@@ -293,7 +295,7 @@ def beats(ranks: int) -> dict[str, float]:
 
     def post() -> None:
         for rank, text in enumerate(texts):
-            _clients[rank % CLIENTS].set(beat_key(rank), text)
+            _clients[rank % CLIENTS].set(heartbeat_key(rank), text)
         for client in _clients:
             client.check(["failure"])  # a post is not answered; this is
 
@@ -316,8 +318,8 @@ def beats(ranks: int) -> dict[str, float]:
     }
 
 
-def _beat(rank: int) -> Beat:
-    return Beat(
+def _beat(rank: int) -> Heartbeat:
+    return Heartbeat(
         rank=rank,
         host=f"gpu-node-{rank // 8:04d}",
         pid=100_000 + rank,

@@ -1,13 +1,14 @@
 """dtrain: a small training loop for PyTorch that behaves on a thousand ranks as on one."""
 
-from dtrain.callback import Callback, Sink
+from dtrain.callback import Callback
+from dtrain.checkpoint import export_model, load_model
+from dtrain.context import Context, Loss, Mean, Progress, Step
 from dtrain.data import Data
-from dtrain.equivalence import Equivalence, check_equivalence
+from dtrain.distributed import World, init, on_main
 from dtrain.errors import DtrainError
-from dtrain.state import Context, Loss, Mean, Progress, Report, Step
+from dtrain.sinks import Report, Sink
 from dtrain.trainer import FitResult, Trainer
-from dtrain.weights import export_model, load_model
-from dtrain.world import World, init, on_main
+from dtrain.trials import Equivalence, check_equivalence
 
 __version__ = "0.1.0"
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from torch import Tensor, nn
-
+from dtrain.context import Context, Step
+from dtrain.distributed import (
+    Activity,
+    Phase,
+)
 from dtrain.errors import ConfigError
-from dtrain.precision import Precision
-from dtrain.pulse import Place, Pulse
-from dtrain.state import Context, Progress, Report, Step
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -119,8 +118,8 @@ class Callback:
 
 HOOK_NAMES = tuple(name for name in vars(Callback) if name.startswith("on_"))
 _IN_A_STEP = ("on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end")
-_PLACES = {
-    name: Place(name, slow=name not in (*_IN_A_STEP, "on_eval_batch")) for name in HOOK_NAMES
+_PHASES = {
+    name: Phase(name, slow=name not in (*_IN_A_STEP, "on_eval_batch")) for name in HOOK_NAMES
 }
 
 
@@ -132,9 +131,9 @@ class Hooks:
         hooks.fire(Callback.on_step_end, ctx, step)
     """
 
-    def __init__(self, callbacks: Iterable[Callback], pulse: Pulse | None = None) -> None:
+    def __init__(self, callbacks: Iterable[Callback], activity: Activity | None = None) -> None:
         self.callbacks = tuple(callbacks)
-        self._pulse = pulse or Pulse()
+        self._activity = activity or Activity()
         self.error: BaseException | None = None  # what a hook raised
         self.failed_in = ""  # which hook, for messages
         self._bound: dict[Any, tuple[Callable[..., None], ...]] = {}
@@ -162,14 +161,14 @@ class Hooks:
         if not methods:
             self.failed_in = ""
             return
-        place = _PLACES[hook]
-        before = self._pulse.go(place)
+        phase = _PHASES[hook]
+        before = self._activity.enter(phase)
         try:
             for method in methods:
                 method(*args, **kwargs)
-                self._pulse.go(place)
+                self._activity.enter(phase)
             self.failed_in = ""
-            self._pulse.go(before)
+            self._activity.enter(before)
         except BaseException as error:
             self.failed_in = hook
             self.error = error
@@ -180,83 +179,8 @@ class Hooks:
         return bool(self._bound[hook])
 
 
-class Sink:
-    """Takes a run's figures somewhere. Runs on rank 0 only, in a thread of its own.
-
-    Override :meth:`write`; it is handed frozen numbers and can reach no other rank.
-
-    Attributes:
-        on_error: ``"warn"``: a failure is reported once, the sink left out, and the training
-            goes on; ``"raise"``: the run ends on all ranks at the next sync point.
-
-    Ranks: rank 0 only.
-    """
-
-    on_error: Literal["warn", "raise"] = "warn"
-
-    def open(self, run_dir: Path | None) -> None:
-        """The run begins; ``run_dir`` is its folder, or None where it keeps no files."""
-
-    def write(self, report: Report) -> None:
-        """One report: see :class:`dtrain.state.Report` for its kinds."""
-
-    def close(self) -> None:
-        """The run is over, well or badly; what is buffered must be written now."""
-
-
 # A callback may fill a slot of the loop. Slots are found by shape, so that the loop knows no
 # concrete callback; each can be filled once.
-
-
-@runtime_checkable
-class PrecisionSlot(Protocol):
-    """Fills the precision slot: autocast, scale, unscale and step."""
-
-    def make_precision(self, device_type: str) -> Precision:
-        """Returns what computes in the wanted precision on ``"cpu"`` or ``"cuda"``."""
-        ...
-
-
-@runtime_checkable
-class AccumulationSlot(Protocol):
-    """Fills the accumulation slot: how a rank's share becomes micro-batches."""
-
-    def split(self, share: int) -> list[int]:
-        """Returns the micro-batches' sizes; they sum to ``share``."""
-        ...
-
-    def batches_per_step(self) -> int:
-        """Returns how many ready-made batches of a stream make a step."""
-        ...
-
-
-@runtime_checkable
-class CheckpointSlot(Protocol):
-    """Fills the checkpoint slot: when to save and what to keep."""
-
-    #: Whether training goes on while a checkpoint is written.
-    background: bool
-    #: Whether a checkpoint may lack weights that were never trained.
-    trainable_only: bool
-
-    def select(self, model: nn.Module) -> dict[str, Tensor]:
-        """Returns what to save of the model's state, by name; equal on all ranks."""
-        ...
-
-    def due_after_step(self, progress: Progress) -> bool:
-        """Says whether this step is to be saved; equal on all ranks, must not communicate."""
-        ...
-
-    def due_after_epoch(self, progress: Progress) -> bool:
-        """The same, asked after an epoch and its evaluation."""
-        ...
-
-    def prune(self, saved: list[tuple[int, dict[str, float]]]) -> list[int]:
-        """Returns the steps to delete, given each saved step (oldest first) and its metrics.
-
-        Ranks: rank 0 only; perhaps in a thread beside the training.
-        """
-        ...
 
 
 def the_only(slot: type[S], callbacks: Iterable[Callback]) -> S | None:

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.checkpoint.files import fingerprint
-from dtrain.comm import Comm
+from dtrain.distributed import Comm, digest_of
 from dtrain.errors import ConfigError, RankMismatch
 from dtrain.loop import Plan
 
@@ -78,7 +77,7 @@ def check_same_model(model: nn.Module, comm: Comm) -> None:
     """
     shapes = shapes_of(model)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    if len(set(comm.gather_objects("model", fingerprint([*shapes, frozen])))) == 1:
+    if len(set(comm.gather_objects("model", digest_of([*shapes, frozen])))) == 1:
         return
     mine = [f"{name} {shape} {dtype}" for name, shape, dtype in shapes]
     mine += [f"{name} (frozen)" for name in frozen]

@@ -13,21 +13,34 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from dtrain.agreement import Agreed, Agreement
-from dtrain.callback import Callback, CheckpointSlot, Hooks
-from dtrain.checkpoint.saver import Saver
+from dtrain.callback import Callback, Hooks
+from dtrain.checkpoint import CheckpointSlot, Saver
+from dtrain.context import Context, Outbox, Progress, Step
 from dtrain.data import Feed, StepFeed
+from dtrain.distributed import (
+    ARRIVAL,
+    BETWEEN,
+    EVALUATION,
+    METRICS,
+    SAVING,
+    UPDATE,
+)
 from dtrain.errors import DataError, RemoteError
-from dtrain.journal import Journal
-from dtrain.lane import Arriving, Lane, Verdict
 from dtrain.metrics import Means
-from dtrain.microstep import MicroStep
-from dtrain.outcome import Outcome
-from dtrain.pace import SECONDS_METRIC, Pace
-from dtrain.precision import Factor, Precision
-from dtrain.pulse import ARRIVAL, BETWEEN, EVALUATION, METRICS, SAVING, UPDATE
-from dtrain.state import Context, Progress, Step
+from dtrain.sinks import History
+from dtrain.step import (
+    Agreed,
+    Agreement,
+    Arriving,
+    Factor,
+    Lane,
+    MicroStep,
+    Precision,
+    StepResult,
+    Verdict,
+)
 from dtrain.strategies import Strategy
+from dtrain.watchdog import SECONDS_METRIC, StragglerClock
 
 ALL_EPOCHS = "all epochs done"
 MAX_STEPS = "max_steps reached"
@@ -75,8 +88,9 @@ class Loop:
     optimizer: Optimizer
     means: Means
     agreement: Agreement
-    pace: Pace
-    journal: Journal
+    clock: StragglerClock
+    history: History
+    outbox: Outbox
     world_size: int
     evaluate: Callable[[], dict[str, float]]
     save: Callable[[dict[str, Any], dict[str, Any] | None], None]
@@ -96,7 +110,7 @@ class Loop:
     def __post_init__(self) -> None:
         self._loss_sum = self._loss_weight = 0.0  # since the last report; agreed
         self._saved_at = self._evaluated_at = -1
-        self._pending: tuple[Step, Outcome] | None = None
+        self._pending: tuple[Step, StepResult] | None = None
         self._save_asked = False
         self._warned_nonfinite = False
         self._failed_save: Exception | None = None  # the last one that was told of
@@ -142,7 +156,7 @@ class Loop:
             step=0 if at_end else progress.step_in_epoch,
         )
         if lost:
-            self.context.notes.append(lost)
+            self.context.say(lost)
 
     @property
     def failed_here(self) -> bool:
@@ -244,9 +258,9 @@ class Loop:
         """Takes one global step; returns False where it had to be left undone, for want of data."""
         context, hooks, progress = self.context, self.hooks, self.context.progress
         context.comm.mark_step(progress.step)
-        self.pace.begin_step()
-        pulse = context.comm.pulse
-        pulse.begin_step(progress.step)
+        self.clock.begin_step()
+        activity = context.comm.activity
+        activity.begin_step(progress.step)
         step = Step(number=progress.step, micros=step_feed.micros)
         with context.comm.alone(self._at("a training step")):
             hooks.fire(Callback.on_step_start, context, step)
@@ -255,53 +269,53 @@ class Loop:
             for micro in range(step_feed.micros):
                 step.micro = micro
                 self.strategy.run(step, step_feed, last=micro == step_feed.micros - 1)
-            self.pace.reduced()
-            pulse.go(ARRIVAL)
-            step.outcome = outcome = Outcome(self.strategy, progress)
+            self.clock.reduced()
+            activity.enter(ARRIVAL)
+            step.result = result = StepResult(self.strategy, progress)
         if not self._conclude():
-            pulse.end_lap(BETWEEN)
+            activity.end_lap(BETWEEN)
             return False
         # Fused SGD has no momentum that it could leave alone before its first update.
         if self.delays and progress.updates:
             with context.comm.alone(self._at("a training step")):
                 self.strategy.check_arrived()
-                self._update(step, outcome)
-                self._pending = step, outcome
+                self._update(step, result)
+                self._pending = step, result
                 progress.step += 1
                 progress.step_in_epoch += 1
                 hooks.fire_step_end(context, step, late=False)
-            self.pace.end_step()
-            pulse.end_lap(BETWEEN)
+            self.clock.end_step()
+            activity.end_lap(BETWEEN)
             return True
-        verdict = outcome.verdict()  # agreed, and all below follows from it
+        verdict = result.verdict()  # agreed, and all below follows from it
         self._take_notice(verdict)
         if verdict.starved or verdict.leaving or not verdict.fed:
-            pulse.end_lap(BETWEEN)
+            activity.end_lap(BETWEEN)
             return False
         with context.comm.alone(self._at("a training step")):
             if verdict.weight > 0:
-                self._update(step, outcome, verdict)
+                self._update(step, result, verdict)
             progress.step += 1
             progress.step_in_epoch += 1
-            self._count(step, outcome)
+            self._count(step, result)
             hooks.fire(Callback.on_step_end, context, step)
-        self.pace.end_step()
-        pulse.end_lap(BETWEEN)
+        self.clock.end_step()
+        activity.end_lap(BETWEEN)
         return True
 
     def _conclude(self) -> bool:
-        """Takes notice of a step that was not waited for: by now its outcome has arrived.
+        """Takes notice of a step that was not waited for: by now its result has arrived.
 
         Returns:
             False where that step had to be left undone.
         """
         if self._pending is None:
             return True
-        step, outcome = self._pending
+        step, result = self._pending
         self._pending = None
-        self.context.comm.pulse.go(ARRIVAL)
+        self.context.comm.activity.enter(ARRIVAL)
         self.context.comm.mark_step(step.number)
-        progress, verdict = self.context.progress, outcome.verdict()
+        progress, verdict = self.context.progress, result.verdict()
         undone = bool(verdict.errors or verdict.leaving)
         if undone:  # it changed nothing: whoever goes on takes it again
             progress.step -= 1
@@ -310,7 +324,7 @@ class Loop:
         if undone:
             return False
         with self.context.comm.alone(self._at("a training step")):
-            self._count(step, outcome)
+            self._count(step, result)
             self.hooks.fire_step_end(self.context, step, late=True)
         self.context.comm.mark_step(self.context.progress.step)
         return True
@@ -323,20 +337,20 @@ class Loop:
             self._heed(self.agreement.carried())
         self.epoch_is_cut = bool(verdict.ending)
 
-    def _update(self, step: Step, outcome: Outcome, verdict: Verdict | None = None) -> None:
+    def _update(self, step: Step, result: StepResult, verdict: Verdict | None = None) -> None:
         """Updates the parameters; without a verdict, only if it turns out that they may be."""
-        self.context.comm.pulse.go(UPDATE)
-        factor = outcome.heard.factor() if verdict is None else verdict.factor
+        self.context.comm.activity.enter(UPDATE)
+        factor = result.heard.factor() if verdict is None else verdict.factor
         self._normalise(self.precision.unscale(self.optimizer, factor))
         self.hooks.fire(Callback.on_grads_ready, self.context, step)
         if step.vetoed:
             self.precision.skip()
             self.context.log("vetoed", 1 / self.world_size, "sum")
         elif verdict is None:
-            blocked = self.precision.step_unless(self.optimizer, outcome.heard.veto())
-            outcome.settle(blocked=Arriving(blocked.reshape(1)))
+            blocked = self.precision.step_unless(self.optimizer, result.heard.veto())
+            result.settle(blocked=Arriving(blocked.reshape(1)))
         else:
-            outcome.settle(blocked=not self.precision.step(self.optimizer))
+            result.settle(blocked=not self.precision.step(self.optimizer))
 
     def _normalise(self, factor: Factor) -> None:
         """Turns sums of weighted gradients into the gradient of the global mean."""
@@ -344,9 +358,9 @@ class Loop:
             return
         torch._foreach_mul_(self.strategy.gradients(self.optimizer), factor)
 
-    def _count(self, step: Step, outcome: Outcome) -> None:
-        progress, verdict = self.context.progress, outcome.verdict()
-        outcome.arrive()
+    def _count(self, step: Step, result: StepResult) -> None:
+        progress, verdict = self.context.progress, result.verdict()
+        result.arrive()
         progress.samples += verdict.samples
         self.lane.observe(verdict)
         # A step that was left out for its loss must not make the whole report's loss NaN.
@@ -372,18 +386,18 @@ class Loop:
         if not self._loss_weight and not final:
             return
         context = self.context
-        context.comm.pulse.go(METRICS)
+        context.comm.activity.enter(METRICS)
         with self.context.comm.lockstep(self._at("agreeing on training metrics")):
-            for name, logged in context.logged.items():
+            for name, logged in self.outbox.logged.items():
                 self.means.add_logged(name, logged.values, logged.reduce)
-            context.logged.clear()
-            self.journal.check()
+            self.outbox.logged.clear()
+            self.history.check()
             values = {}
             if self._loss_weight:
                 values["train/loss"] = self._loss_sum / self._loss_weight
-            self.means.add(SECONDS_METRIC, self.pace.seconds, 1)
+            self.means.add(SECONDS_METRIC, self.clock.seconds, 1)
             values |= self.means.agree(context.comm)
-            if straggler := self.pace.compare(values.pop(SECONDS_METRIC)):
+            if straggler := self.clock.compare(values.pop(SECONDS_METRIC)):
                 context.say(f"warning: {straggler}")
         if not values:
             return
@@ -391,37 +405,37 @@ class Loop:
         values |= self.precision.values()
         self._loss_sum = self._loss_weight = 0.0
         context.metrics |= values
-        self.journal.report("train", values)
+        self.history.report("train", values)
 
     def _evaluate(self) -> None:
         context = self.context
         self._evaluated_at = context.progress.step
-        context.comm.pulse.go(EVALUATION)
+        context.comm.activity.enter(EVALUATION)
         with self.context.comm.lockstep(self._at("evaluation")):
             self.hooks.fire(Callback.on_eval_start, context)
             metrics = self.evaluate()
             self.hooks.fire(Callback.on_eval_end, context, metrics)
         context.metrics |= metrics
-        self.journal.report("eval", metrics)
-        context.comm.pulse.go(BETWEEN)
+        self.history.report("eval", metrics)
+        context.comm.activity.enter(BETWEEN)
         self._settle()
 
     def _save_once(self) -> None:
         step = self.context.progress.step
         self._save_asked = False
-        self.context.comm.pulse.go(SAVING)
+        self.context.comm.activity.enter(SAVING)
         if self.saver.finish() is not None:
             self._tell_failed_save("now")
             self._saved_at = -1
         if self._saved_at == step:
             return
         self._log()  # sums since the last report are in no checkpoint, so none may be open
-        self.context.comm.pulse.go(SAVING)
+        self.context.comm.activity.enter(SAVING)
         with self.context.comm.lockstep(self._at("saving a checkpoint")):
             self.hooks.fire(Callback.on_save, self.context)
             self.save(self.state_dict(), self.data_state())
         self._saved_at = step
-        self.context.comm.pulse.go(BETWEEN)
+        self.context.comm.activity.enter(BETWEEN)
 
     def _save_last(self) -> None:
         """Saves, and returns once it is written. Here a failure is an error."""
@@ -431,7 +445,7 @@ class Loop:
         if (failure := self.saver.finish()) is not None:
             mine = None if isinstance(failure, RemoteError) else failure
             self.context.comm.raise_failures("the last checkpoint", mine, "saving a checkpoint")
-        self.context.comm.pulse.go(BETWEEN)
+        self.context.comm.activity.enter(BETWEEN)
 
     def _retry_failed_save(self) -> None:
         """Asks for another where a checkpoint could not be written; not where that failed, too."""

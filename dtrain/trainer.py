@@ -10,25 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.agreement import Agreement
-from dtrain.callback import (
-    AccumulationSlot,
-    Callback,
+from dtrain.callback import Callback, Hooks, check_names, the_only
+from dtrain.checkpoint import (
     CheckpointSlot,
-    Hooks,
-    PrecisionSlot,
-    Sink,
-    check_names,
-    the_only,
+    Failures,
+    ResumeMode,
+    RunLock,
+    RunState,
+    Saved,
+    Saver,
+    Status,
+    status,
 )
-from dtrain.checkpoint import files, status
-from dtrain.checkpoint.claim import Claim
-from dtrain.checkpoint.files import Saved, fingerprint
-from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.status import Failures, ResumeMode, Status
+from dtrain.checkpoint import format as files
 from dtrain.checks import (
     check_config,
     check_optimizer,
@@ -37,28 +34,38 @@ from dtrain.checks import (
     check_same_model,
     shapes_of,
 )
-from dtrain.data import Data, Feed, MapFeed, StreamFeed, as_data
+from dtrain.cluster import JobEnd, Signals
+from dtrain.context import Context, Loss, Outbox, Progress, Request
+from dtrain.data import AccumulationSlot, Data, Feed, MapFeed, StreamFeed, as_data
+from dtrain.distributed import (
+    SAVING,
+    current,
+    derive_seed,
+    digest_of,
+    init,
+    seed_everything,
+    share_buffers,
+)
 from dtrain.errors import ConfigError, CrashLoop, DtrainError, RunTaken
-from dtrain.evaluation import evaluate, share_buffers
-from dtrain.gathers import Gathers
-from dtrain.job_end import JobEnd
-from dtrain.journal import Journal
-from dtrain.lane import Lane
 from dtrain.loop import Loop, Plan
 from dtrain.metrics import Means
-from dtrain.microstep import MicroStep, UserLoss, adapt, as_loss
-from dtrain.pace import SECONDS_METRIC, Pace
-from dtrain.precision import Precision, takes_a_veto
-from dtrain.pulse import SAVING
-from dtrain.reporting import Reporter
-from dtrain.signals import Signals
-from dtrain.sinks import Console
-from dtrain.snapshot import Snapshot
-from dtrain.state import Context, Loss, Progress, Request
+from dtrain.sinks import Console, Dispatcher, History, Sink, describe_end, describe_start
+from dtrain.step import (
+    Agreement,
+    Gathers,
+    Lane,
+    LossFn,
+    MicroStep,
+    Precision,
+    PrecisionSlot,
+    UserLoss,
+    adapt,
+    as_loss,
+    evaluate,
+    takes_a_veto,
+)
 from dtrain.strategies import Strategy, choose
-from dtrain.watchdog import HANG_AFTER_S, Watchdog
-from dtrain.words import describe_end, describe_start
-from dtrain.world import current, derive_seed, init, seed_everything
+from dtrain.watchdog import HANG_AFTER_S, SECONDS_METRIC, StragglerClock, Watchdog
 
 #: What a failed run gives the checkpoint under way.
 _LAST_CHANCE_S = 2.0
@@ -113,7 +120,7 @@ class Trainer:
         hang_after_s: a rank that makes no progress for this long in the middle of a step, or for
             ten times the slowest recent step where that is longer, is named on every rank, and
             the run ends; see docs/hangs.md. Elsewhere, and in the first step, it is 300 seconds
-            at least. A hook that takes longer says so by ``ctx.alive()``. None switches it off,
+            at least. A hook that takes longer says so by ``ctx.heartbeat()``. None switches it off,
             for a debugger or a job that is suspended. At one rank it is off.
 
     Raises:
@@ -159,7 +166,7 @@ class Trainer:
         shares = 1 if self.precision.scales_loss else world.size
         self._lane = Lane(self.model, rank=world.rank, size=world.size, shares=shares)
         self._agreement = Agreement(self.context.request, world.comm, world.host)
-        self._pace = Pace(world.comm, host=world.host, size=world.size)
+        self._clock = StragglerClock(world.comm, host=world.host, size=world.size)
         self._micro_step = MicroStep(
             self.model,
             loss_fn,
@@ -169,12 +176,12 @@ class Trainer:
             context=self.context,
             agreement=self._agreement,
             gathers=Gathers(world.comm, rank=world.rank, size=world.size),
-            pace=self._pace,
+            clock=self._clock,
             means=self._means,
             find_unused=self._strategy.find_unused,
             may_idle=self._strategy.may_idle,
         )
-        self._snapshot = Snapshot(
+        self._run_state = RunState(
             self.model,
             self.optimizer,
             self.precision,
@@ -185,16 +192,16 @@ class Trainer:
             self._checkpoint,
         )
         self._saver = Saver(world)
-        self._make_up: dict[str, Any] = {}
+        self._fingerprint: dict[str, Any] = {}
         self._failures = Failures()  # of earlier starts; known on rank 0
-        self.context.run_loss = self._run_loss
-        self.context.list_gradients = lambda: self._strategy.gradients(self.optimizer)
-        self.context.measure_gradients = lambda: self._strategy.gradient_norm(self.optimizer)
+        self.context._engine = _Engine(
+            self.model, self.optimizer, loss_fn, self.precision, self._strategy
+        )
         self._live = False  # a fit has begun in this process
 
     def _fill_slots(self, callbacks: Sequence[Callback], run_dir: str | Path | None) -> None:
         check_names(callbacks)
-        self.hooks = Hooks(callbacks, self.world.comm.pulse)
+        self.hooks = Hooks(callbacks, self.world.comm.activity)
         precision = the_only(PrecisionSlot, callbacks)  # type: ignore[type-abstract]
         self.precision = (
             Precision() if precision is None else precision.make_precision(self.world.device.type)
@@ -213,11 +220,12 @@ class Trainer:
             raise ConfigError("no parameter of the model requires a gradient: nothing to train")
         self.model = self._strategy.prepare_model(model.to(world.device), world)
         self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizer(self.model)
-        notes = check_optimizer(self.optimizer, self.model)
+        self._outbox = Outbox()
+        self._outbox.notes += check_optimizer(self.optimizer, self.model)
         check_same_model(self.model, world.comm)
         changed = self._strategy.make_equal(self.model, world)
         if world.comm.vote("models differ", changed):
-            notes.append(
+            self._outbox.notes.append(
                 "the ranks' models were not equal; all have rank 0's now. Call "
                 "dtrain.init(seed=...) before the model is made, and they are equal from the start."
             )
@@ -232,7 +240,7 @@ class Trainer:
             device=world.device,
             run_dir=self._run_dir,
             loss_scaled=self.precision.scales_loss,
-            notes=notes,
+            _outbox=self._outbox,
         )
 
     # -- the two things a user calls ------------------------------------------------------------
@@ -294,8 +302,8 @@ class Trainer:
                     lambda: check_plan(epochs, max_steps, eval_every, log_every, eval_first),
                 )
         finally:
-            if self._saver.claim is not None:
-                self._saver.claim.release()
+            if self._saver.run_lock is not None:
+                self._saver.run_lock.release()
 
     def _fit(
         self,
@@ -306,7 +314,7 @@ class Trainer:
         make_plan: Callable[[], Plan],
     ) -> FitResult:
         loop: Loop | None = None
-        reporter = Reporter(self._sinks, self._run_dir, active=self.world.is_main)
+        dispatcher = Dispatcher(self._sinks, self._run_dir, active=self.world.is_main)
         preempt = self.context.request.preempt
         try:
             with Signals(preempt), JobEnd(preempt, active=self.world.is_main):
@@ -314,20 +322,20 @@ class Trainer:
                     plan = make_plan()
                     data = as_data(train, batch_size, shuffle=True)
                     evals = self._eval_feeds(eval_set, data.batch_size)
-                    loop = self._assemble(plan, data, evals, reporter)
-                    self._begin(loop, data, reporter, resume)
+                    loop = self._assemble(plan, data, evals, dispatcher)
+                    self._begin(loop, data, dispatcher, resume)
                 loop.run()
                 with self.world.comm.lockstep("the end of fit"):
-                    self._finish(loop, reporter)
+                    self._finish(loop, dispatcher)
         except BaseException as error:
-            phase = self.world.comm.pulse.place.phase
+            phase = self.world.comm.activity.phase.name
             cause: BaseException | None = self._watchdog.explain(error)
             if cause is None and error is not self.hooks.error:
                 cause = self.world.comm.explain(error)
             if cause is None:
                 self.world.comm.record(error, self.hooks.failed_in or phase)
             self._fail(loop, error, cause)
-            reporter.close()
+            dispatcher.close()
             self.world.tell_launcher(cause or error)
             if cause is not None:
                 raise cause from error
@@ -338,7 +346,7 @@ class Trainer:
             epochs=progress.epoch,
             stop_reason=loop.stop_reason,
             metrics=dict(self.context.metrics),
-            history=loop.journal.history,
+            history=loop.history.rows,
             preempted=loop.preempted,
         )
 
@@ -387,10 +395,6 @@ class Trainer:
             )
         return feeds
 
-    def _run_loss(self, batch: Any) -> Loss:
-        with self.precision.autocast():
-            return as_loss(self._loss_fn(self.model, batch, self.context), 1)
-
     def _evaluate(self, feeds: dict[str, Feed]) -> dict[str, float]:
         share_buffers(self.model, self.world.comm)
         metrics: dict[str, float] = {}
@@ -407,13 +411,17 @@ class Trainer:
             )
         return metrics
 
-    def _assemble(self, plan: Plan, data: Data, evals: dict[str, Feed], reporter: Reporter) -> Loop:
+    def _assemble(
+        self, plan: Plan, data: Data, evals: dict[str, Feed], dispatcher: Dispatcher
+    ) -> Loop:
         feed = self._feed(data)
         if not evals:
             plan = replace(plan, eval_every=None)
-        self._make_up = self._snapshot.make_up = self._describe_make_up(data)
+        self._fingerprint = self._run_state.fingerprint = self._describe_fingerprint(data)
         # A stream is each rank's own, and so is its length.
-        same = {k: v for k, v in self._make_up.items() if not (data.is_stream and k == "samples")}
+        same = {
+            k: v for k, v in self._fingerprint.items() if not (data.is_stream and k == "samples")
+        }
         sizes = {label: str(one) for label, one in evals.items()}
         check_same_call(same | {"plan": plan, "evaluation": sizes}, self.world.comm)
         self._micro_step.restart(data.batch_size or 0)
@@ -439,8 +447,9 @@ class Trainer:
             optimizer=self.optimizer,
             means=self._means,
             agreement=self._agreement,
-            pace=self._pace,
-            journal=Journal(self.context, reporter),
+            clock=self._clock,
+            history=History(self.context.progress, self._outbox, dispatcher),
+            outbox=self._outbox,
             world_size=self.world.size,
             evaluate=lambda: self._evaluate(evals),
             save=self._save,
@@ -449,25 +458,25 @@ class Trainer:
             delays=may_delay(self.world.device, self.optimizer, data),
         )
 
-    def _begin(self, loop: Loop, data: Data, reporter: Reporter, resume: ResumeMode) -> None:
+    def _begin(self, loop: Loop, data: Data, dispatcher: Dispatcher, resume: ResumeMode) -> None:
         """Everything before the first step: resume, hooks, wrapping, the start block."""
         comm, context = self.world.comm, self.context
         saved = None if self._live else self._find_saved(loop.plan, resume)
         if self._live and self._run_dir is not None:
-            comm.on_main("claim", self._claim_again)
+            comm.on_main("run_lock", self._lock_again)
         if self._live and loop.plan.fulfilled_by(context.progress):
             raise ConfigError(
                 f"this trainer has done {context.progress.epoch} epochs and "
                 f"{context.progress.step} steps already: epochs and max_steps count from the "
                 "run's beginning, so ask for more"
             )
-        state = {} if saved is None else self._snapshot.restore_model(saved)
-        comm.on_main("open sinks", reporter.open)
+        state = {} if saved is None else self._run_state.restore_model(saved)
+        comm.on_main("open sinks", dispatcher.open)
         self.hooks.fire(Callback.on_fit_start, context)
         if saved is not None:
-            mine = self._snapshot.restore_rest(saved, state, self._seed_rank)
+            mine = self._run_state.restore_rest(saved, state, self._seed_rank)
             loop.load_state_dict(state["loop"], mine)
-            loop.journal = Journal(context, reporter)  # counts from here
+            loop.history = History(context.progress, self._outbox, dispatcher)  # counts from here
         elif not self._live:
             self._seed_rank()
         if not self._live:
@@ -478,9 +487,14 @@ class Trainer:
         self._live = True
         comm.on_main("status", self._write_start)
         words = describe_start(
-            self.model, self.precision, self._strategy, self.world, data, loop, self._split
+            context,
+            self.world,
+            precision=self.precision.name,
+            strategy=self._strategy.describe(),
+            batch_size=data.batch_size,
+            split=self._split,
         )
-        loop.journal.report("start", {}, words, config=self._config)
+        loop.history.report("start", {}, words, config=self._config)
 
     def _find_saved(self, plan: Plan, resume: ResumeMode) -> Saved | None:
         """Returns the checkpoint to go on from, if there is one and the user wants it."""
@@ -493,10 +507,10 @@ class Trainer:
 
         def look() -> status.Decision:
             status.prepare(run_dir)
-            self._saver.claim = Claim(run_dir)
-            self._saver.claim.take()
+            self._saver.run_lock = RunLock(run_dir)
+            self._saver.run_lock.take()
             decision = status.decide(
-                run_dir, resume, self._make_up, epochs=plan.epochs, max_steps=plan.max_steps
+                run_dir, resume, self._fingerprint, epochs=plan.epochs, max_steps=plan.max_steps
             )
             before, restarted = decision.before, self.world.restarted
             try:
@@ -509,21 +523,21 @@ class Trainer:
             return decision
 
         decision = self.world.comm.on_main("resume", look)
-        self.context.notes += decision.notes
+        self._outbox.notes += decision.notes
         return decision.saved
 
-    def _claim_again(self) -> None:
-        if self._saver.claim is not None:
-            self._saver.claim.take_again()
+    def _lock_again(self) -> None:
+        if self._saver.run_lock is not None:
+            self._saver.run_lock.take_again()
 
     def _seed_rank(self) -> None:
         """Gives this rank its own streams; a later start of the run draws fresh ones."""
         seed_everything(self._seed, _RANK_STREAM, self.world.rank, self.context.progress.step)
 
-    def _finish(self, loop: Loop, reporter: Reporter) -> None:
+    def _finish(self, loop: Loop, dispatcher: Dispatcher) -> None:
         state: status.State = "preempted" if loop.preempted else "finished"
-        loop.journal.report("end", {}, describe_end(state, loop))
-        self.world.comm.on_main("close sinks", reporter.finish)
+        loop.history.report("end", {}, describe_end(state, self.context, loop.stop_reason))
+        self.world.comm.on_main("close sinks", dispatcher.finish)
         self.world.comm.on_main("status", lambda: self._write_status(state, loop.stop_reason))
 
     def _fail(self, loop: Loop | None, error: BaseException, cause: BaseException | None) -> None:
@@ -535,7 +549,7 @@ class Trainer:
                 error.add_note(f"({callback.name}.on_error raised as well: {another!r})")
         # A further fit must not take up what was asked or logged in this one.
         self._agreement.drop()
-        self.context.logged.clear()
+        self._outbox.logged.clear()
         if loop is None or not self._live:
             return
         if loop.failed_together:
@@ -559,7 +573,7 @@ class Trainer:
         folder = self._run_dir / status.EMERGENCY
         step = self.context.progress.step
         comm = self.world.comm
-        comm.pulse.go(SAVING)
+        comm.activity.enter(SAVING)
 
         def tidy() -> None:
             for older in files.listed(folder):
@@ -571,7 +585,7 @@ class Trainer:
                 share_buffers(self.model, comm)
                 # Whose step failed may have a broken device; others write what is there of it.
                 healthy = comm.gather_objects("who failed", not loop.failed_here)
-                content = self._snapshot.take(
+                content = self._run_state.take(
                     loop.state_dict(), loop.data_state(), device_is_well=not loop.failed_here
                 )
                 sharers = [rank for rank, well in enumerate(healthy) if well]
@@ -609,17 +623,17 @@ class Trainer:
             self._write_status("running", at=at)
 
         share_buffers(self.model, comm)
-        content = self._snapshot.take(loop_state, data_state)
+        content = self._run_state.take(loop_state, data_state)
         self._saver.save(folder, content, then=tidy, wait=not self._saves_beside)
 
     @property
     def _saves_beside(self) -> bool:
         return self._checkpoint is not None and self._checkpoint.background
 
-    def _describe_make_up(self, data: Data) -> dict[str, Any]:
+    def _describe_fingerprint(self, data: Data) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
         return {
-            "model": fingerprint(shapes_of(self.model)),
+            "model": digest_of(shapes_of(self.model)),
             "optimizer": type(self.optimizer).__name__,
             "callbacks": [callback.name for callback in self.hooks.callbacks],
             "precision": self.precision.name,
@@ -639,8 +653,8 @@ class Trainer:
     ) -> None:
         if self._run_dir is None:
             return
-        if self._saver.claim is not None:
-            self._saver.claim.check()
+        if self._saver.run_lock is not None:
+            self._saver.run_lock.check()
         progress = at or self.context.progress
         failures = self._failures
         if state == "failed":
@@ -652,12 +666,33 @@ class Trainer:
                 reason,
                 progress.step,
                 progress.epoch,
-                make_up=self._make_up,
+                fingerprint=self._fingerprint,
                 failed_at=failures.at,
                 failures=failures.count,
                 requeue=not failures.is_loop,
             ),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """What computes for hooks."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    loss_fn: LossFn
+    precision: Precision
+    strategy: Strategy
+
+    def loss_of(self, ctx: Context, batch: Any) -> Loss:
+        with self.precision.autocast():
+            return as_loss(self.loss_fn(self.model, batch, ctx), 1)
+
+    def gradients(self) -> list[Tensor]:
+        return self.strategy.gradients(self.optimizer)
+
+    def gradient_norm(self) -> Tensor:
+        return self.strategy.gradient_norm(self.optimizer)
 
 
 def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:

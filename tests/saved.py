@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
-from dtrain.checkpoint import files, tree, writing
-from dtrain.checkpoint.writing import Content, Stage
-from dtrain.comm import Comm
+from dtrain.checkpoint import format as files
+from dtrain.checkpoint import tree
+from dtrain.checkpoint import writer as writing
+from dtrain.checkpoint.writer import Content, Stage
+from dtrain.distributed.comm import Comm
 
 
 def save(

@@ -6,7 +6,7 @@ python tools/write_sbatch.py
 from pathlib import Path
 from typing import get_args
 
-from dtrain.batch import Kind, render
+from dtrain.cluster.batch import Kind, render
 
 for kind in get_args(Kind):
     path = Path(__file__).parents[1] / "slurm" / f"{kind}.sbatch"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Progress
+from dtrain.distributed import share_buffers
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.evaluation import share_buffers
-from dtrain.state import Context, Progress
 
 _NAMED = 5
 

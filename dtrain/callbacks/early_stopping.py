@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from dtrain.callback import Callback
-from dtrain.comm import Rule
+from dtrain.context import Context
+from dtrain.distributed import Rule
 from dtrain.errors import ConfigError
-from dtrain.state import Context
 
 Mode = Literal["min", "max"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Step
 
 
 class EMA(Callback):

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from dtrain.callback import Callback
+from dtrain.context import Context
 from dtrain.errors import ConfigError
-from dtrain.state import Context
 
 
 class Freeze(Callback):

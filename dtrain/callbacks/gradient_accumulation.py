@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dtrain.callback import Callback
-from dtrain.data.shares import split_share
+from dtrain.data import split_share
 from dtrain.errors import ConfigError
 
 

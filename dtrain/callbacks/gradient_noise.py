@@ -7,8 +7,8 @@ import math
 import torch
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Step
 
 
 class GradientNoise(Callback):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Step
 
 
 class GradientStats(Callback):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Step
 
 
 class L1L2Penalty(Callback):

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
 from dtrain.errors import ConfigError, DataError
-from dtrain.state import Context, Step
 
 
 class LabelSmoothing(Callback):

@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
+from dtrain.distributed import current
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Step
-from dtrain.world import current
 
 
 class LogSamples(Callback):

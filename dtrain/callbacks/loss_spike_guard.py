@@ -7,8 +7,8 @@ from collections import deque
 from typing import Any, Literal, get_args
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Step
 
 Action = Literal["skip", "stop", "warn"]
 

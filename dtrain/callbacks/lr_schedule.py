@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Step
 
 Factory = Callable[[Optimizer, int], LRScheduler]
 

@@ -8,7 +8,7 @@ import torch
 
 from dtrain.callback import Callback
 from dtrain.errors import ConfigError
-from dtrain.precision import Autocast, Precision, ScaledAutocast
+from dtrain.step import Autocast, Precision, ScaledAutocast
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
 from dtrain.errors import ConfigError, DataError
-from dtrain.state import Context, Step
 
 
 def hard_labels(y: Tensor) -> Tensor:

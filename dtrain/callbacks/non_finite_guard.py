@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.callback import Callback
-from dtrain.checkpoint import rng
-from dtrain.data.shipping import tensors_of
+from dtrain.context import Context, Number, Step
+from dtrain.data import tensors_of
+from dtrain.distributed import random_streams
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Number, Step
 
 Action = Literal["stop", "skip", "ignore"]
 
@@ -160,9 +160,8 @@ class NonFiniteGuard(Callback):
             if not step.nonfinite:
                 return [("", "the gradient is not finite; not replayed, for SyncBatchNorm")]
             return [(_place(one), f"the loss is {_kind(one.mean)}") for one in kept]
-        streams, others, logged = _streams(ctx), rng.capture(), ctx.logged
+        streams, others = _streams(ctx), random_streams.capture()
         buffers = self._copy_buffers()
-        ctx.logged = {}  # what the loss function logs was logged before
         try:
             found = []
             for one in kept:
@@ -171,8 +170,7 @@ class NonFiniteGuard(Callback):
                 found.append((_place(one), _replay(ctx, one)))
             return [(place, what) for place, what in found if what]
         finally:
-            ctx.logged = logged
-            rng.restore(others)
+            random_streams.restore(others)
             _restore(ctx, streams)
             self._put_back(buffers)
 

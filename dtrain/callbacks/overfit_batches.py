@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Step
 
 
 class OverfitBatches(Callback):

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Progress, Step
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Progress, Step
 
 Group = dict[str, Any]
 

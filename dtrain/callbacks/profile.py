@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
+from dtrain.distributed import current
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Step
-from dtrain.world import current
 
 
 class Profile(Callback):
@@ -114,7 +114,7 @@ class Profile(Callback):
         """Ends a step's event; after the last one, writes the trace."""
         self._end_event()
         if step.number + 1 == self._steps.stop:
-            with ctx.slowly("writing a trace"):
+            with ctx.long_operation("writing a trace"):
                 self._finish()
 
     def on_fit_end(self, ctx: Context) -> None:

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
+from dtrain.distributed import current
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Step
-from dtrain.world import current
 
 PHASES = ("data", "forward", "backward", "optimizer")
 _STEP_S = "throughput/step_s"
@@ -104,7 +104,7 @@ class Throughput(Callback):
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
         """Starts the clock."""
-        if _STEP_S not in ctx.logged:  # what was logged has been reported
+        if not ctx.is_logged(_STEP_S):  # what was logged has been reported
             self._sums = dict.fromkeys(PHASES, 0.0)
             self._samples = 0
         self._step = dict.fromkeys(PHASES, 0.0)

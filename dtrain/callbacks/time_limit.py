@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 from dtrain.callback import Callback
+from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Step
 
 Then = Literal["stop", "preempt"]
 

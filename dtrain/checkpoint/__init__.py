@@ -1,1 +1,22 @@
-"""Checkpoints: what is saved, how it lies on disk, and which run is continued."""
+"""What of a run is on disk: whole, intact, and written by one start only."""
+
+from dtrain.checkpoint.format import Saved
+from dtrain.checkpoint.run_lock import RunLock
+from dtrain.checkpoint.run_state import RunState
+from dtrain.checkpoint.saver import Saver
+from dtrain.checkpoint.slot import CheckpointSlot
+from dtrain.checkpoint.status import Failures, ResumeMode, Status
+from dtrain.checkpoint.weights import export_model, load_model
+
+__all__ = [
+    "CheckpointSlot",
+    "Failures",
+    "ResumeMode",
+    "RunLock",
+    "RunState",
+    "Saved",
+    "Saver",
+    "Status",
+    "export_model",
+    "load_model",
+]

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import torch
 
-from dtrain.checkpoint import writing
-from dtrain.checkpoint.claim import Claim
-from dtrain.checkpoint.files import fingerprint
-from dtrain.checkpoint.writing import Content, Stage, Staged
-from dtrain.comm import Comm
-from dtrain.ending import end_with
+from dtrain.checkpoint import writer as writing
+from dtrain.checkpoint.run_lock import RunLock
+from dtrain.checkpoint.writer import Content, Stage, Staged
+from dtrain.distributed import (
+    SAVING,
+    Comm,
+    World,
+    digest_of,
+    end_with,
+)
 from dtrain.errors import CommError, RankMismatch
-from dtrain.pulse import SAVING
-from dtrain.world import World
 
 _LOOK_EVERY_S = 1.0
 
@@ -42,12 +44,12 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._leaving = threading.Lock()
         self._left = False
-        self._beats = 0
+        self._signs = 0
         #: Why the last checkpoint could not be written. Whoever has called :meth:`finish` knows
         #: the same on all ranks; before that, a rank may know it earlier than another.
         self.failure: Exception | None = None
         #: Rank 0's right to write; None on the others.
-        self.claim: Claim | None = None
+        self.run_lock: RunLock | None = None
         #: How many in a row could not be written.
         self.failures = 0
 
@@ -58,7 +60,7 @@ class Saver:
         """
         if self._apart is None and self._world.open_comm is not None:
             self._apart = self._world.open_comm()
-            self._apart.pulse.go(SAVING)
+            self._apart.activity.enter(SAVING)
 
     def save(
         self,
@@ -87,7 +89,7 @@ class Saver:
         comm = self._world.comm
         # What is divided among ranks must be the same on all. Callbacks see to theirs, and where
         # one keeps something of its own on some ranks, rank 0's is what counts.
-        mine = int(fingerprint(writing.layout(content)), 16) >> 1
+        mine = int(digest_of(writing.layout(content)), 16) >> 1
         everyones = comm.all_gather("checkpoint: what it holds", torch.tensor(mine)).tolist()
         sharers = sharers or range(self._world.size)
         staged = self._stage.take(content, sharers if len(set(everyones)) == 1 else sharers[:1])
@@ -113,16 +115,16 @@ class Saver:
 
         Ranks: all, local; the others' threads are waited for.
         """
-        thread, pulse = self._thread, self._world.comm.pulse
+        thread, activity = self._thread, self._world.comm.activity
         if thread is None:
             return self.failure
         if timeout_s is not None:
             thread.join(timeout_s)
-        before = pulse.place
+        before = activity.phase
         while timeout_s is None and thread.is_alive():
             self._show_life()
             thread.join(_LOOK_EVERY_S)
-        pulse.go(before)
+        activity.enter(before)
         if not thread.is_alive():
             self._thread = None
         return self.failure
@@ -143,9 +145,9 @@ class Saver:
     def _show_life(self) -> None:
         """Passes on to the watchdog that the thread is at work, or that it waits for others."""
         assert self._apart is not None
-        if self._apart.pulse.beats != self._beats:
-            self._beats = self._apart.pulse.beats
-            self._world.comm.pulse.go(self._apart.pulse.place)
+        if self._apart.activity.signs != self._signs:
+            self._signs = self._apart.activity.signs
+            self._world.comm.activity.enter(self._apart.activity.phase)
 
     def _unless_left(self, then: Callable[[], None]) -> None:
         with self._leaving:
@@ -163,7 +165,7 @@ class Saver:
     def _write(self, folder: Path, staged: Staged, comm: Comm, then: Callable[[], None]) -> None:
         try:
             is_main = self._world.is_main
-            writing.write(folder, staged, comm, is_main=is_main, then=then, claim=self.claim)
+            writing.write(folder, staged, comm, is_main=is_main, then=then, run_lock=self.run_lock)
         except Exception as error:
             # What one rank raises is a RemoteError on the others, of whatever kind it was.
             if comm is self._world.comm and isinstance(error, CommError | RankMismatch):

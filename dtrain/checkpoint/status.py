@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dtrain.checkpoint import claim, files
-from dtrain.checkpoint.files import Saved
+from dtrain.checkpoint import format as files
+from dtrain.checkpoint import run_lock as run_lock
+from dtrain.checkpoint.format import Saved
 from dtrain.errors import CheckpointError, ConfigError, CrashLoop, ResumeError
 
 State = Literal["running", "finished", "preempted", "failed"]
@@ -37,7 +38,7 @@ class Status:
         reason: why, in plain words.
         step: global steps taken.
         epoch: epochs finished.
-        make_up: what the run is made of; a run is continued only by one of the same make-up.
+        fingerprint: what the run is made of; a run is continued only by one of the same make-up.
         failed_at: the furthest step at which the run failed, or -1. Of a run that was killed before
             it could tell, the last step that it told of.
         failures: how often in a row it came no further.
@@ -49,7 +50,7 @@ class Status:
     reason: str = ""
     step: int = 0
     epoch: int = 0
-    make_up: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
     failed_at: int = -1
     failures: int = 0
     requeue: bool = True
@@ -107,10 +108,10 @@ def read(run_dir: Path) -> Status | None:
     """
     file = run_dir / "status.json"
     try:
-        return Status(**json.loads(file.read_bytes()))
+        return Status(**_renamed(json.loads(file.read_bytes())))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ResumeError(
             f"{file} cannot be read: {error}. Delete it: what there are of checkpoints is kept."
         ) from error
@@ -148,7 +149,7 @@ def check_mode(mode: str) -> None:
 def decide(
     run_dir: Path,
     mode: ResumeMode,
-    make_up: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     *,
     epochs: int | None,
     max_steps: int | None,
@@ -160,7 +161,7 @@ def decide(
         mode: ``"auto"`` continues an unfinished run, ``"must"`` insists on one, ``"never"``
             begins anew and moves the old run's files aside; ``"emergency"`` insists on what was
             saved when a step failed.
-        make_up: what this run is made of.
+        fingerprint: what this run is made of.
         epochs: how many epochs this run is to have in all, if it counts them.
         max_steps: how many steps, if it counts them.
 
@@ -196,7 +197,7 @@ def decide(
                 + "".join(f"\n  {note}" for note in notes)
             )
         return Decision(None, tuple(notes), status)
-    _compare(run_dir, status, make_up)
+    _compare(run_dir, status, fingerprint)
     done_epochs, done_steps = status.epoch, status.step
     more = (epochs is not None and epochs > done_epochs) or (epochs is None and max_steps is None)
     if epochs is None and max_steps is not None:
@@ -213,7 +214,7 @@ def decide(
         )
     assert saved is not None
     what = f"continuing at step {saved.step} from {saved.path}"
-    compared = f"the same make-up: {', '.join(make_up)}"
+    compared = f"the same make-up: {', '.join(fingerprint)}"
     return Decision(saved, (*notes, f"{what} ({compared})"), status)
 
 
@@ -271,7 +272,14 @@ def failures_before(before: Status | None, *, restarted: bool) -> Failures:
 def _said_by(saved: Saved) -> Status:
     """Returns the status of the run that made a checkpoint, when it made it."""
     state = files.load_state(saved.path)
-    return Status("running", "", saved.step, state["progress"]["epoch"], state["make_up"])
+    fingerprint = _renamed(state)["fingerprint"]
+    return Status("running", "", saved.step, state["progress"]["epoch"], fingerprint)
+
+
+def _renamed(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts of an older run, under today's names."""
+    names = {"make_up": "fingerprint"}  # until 0.1
+    return {names.get(name, name): value for name, value in facts.items()}
 
 
 def _by_plan(reason: str) -> bool:
@@ -279,11 +287,11 @@ def _by_plan(reason: str) -> bool:
     return reason in ("all epochs done", "max_steps reached")
 
 
-def _compare(run_dir: Path, status: Status, make_up: Mapping[str, Any]) -> None:
+def _compare(run_dir: Path, status: Status, fingerprint: Mapping[str, Any]) -> None:
     different = [
-        f"  {key}: {status.make_up.get(key)!r} there, {value!r} here"
-        for key, value in make_up.items()
-        if status.make_up.get(key) != value
+        f"  {key}: {status.fingerprint.get(key)!r} there, {value!r} here"
+        for key, value in fingerprint.items()
+        if status.fingerprint.get(key) != value
     ]
     if different:
         raise ResumeError(
@@ -301,6 +309,6 @@ def _set_aside(run_dir: Path) -> Decision:
     aside = run_dir / f"before-{number}"
     aside.mkdir()
     for path in sorted(run_dir.iterdir()):
-        if not path.name.startswith(("before-", claim.TOKEN)):  # whose run_dir it is, stays
+        if not path.name.startswith(("before-", run_lock.TOKEN)):  # whose run_dir it is, stays
             path.rename(aside / path.name)
     return Decision(None, (f"beginning anew; the old run's files are in {aside}",))

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from dtrain.cli.show import show
-from dtrain.equivalence import check_equivalence
-from dtrain.equivalence.report import COLUMNS, headline, paragraphs, rows
 from dtrain.errors import CheckError, ConfigError
+from dtrain.trials import check_equivalence
+from dtrain.trials.equivalence.report import COLUMNS, headline, paragraphs, rows
 
 NOT_EQUAL, NOT_CHECKED, INTERRUPTED = 1, 2, 130
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from dtrain.cli.show import show
-from dtrain.drill import drill as drill_script
-from dtrain.drill.report import COLUMNS, headline, paragraphs, rows
 from dtrain.errors import CheckError, ConfigError
+from dtrain.trials import drill as drill_script
+from dtrain.trials.drill.report import COLUMNS, headline, paragraphs, rows
 
 DIFFERS, NOT_DRILLED, INTERRUPTED = 1, 2, 130
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dtrain.checkpoint import export_model
 from dtrain.errors import CheckpointError
-from dtrain.weights import export_model
 
 NOT_EXPORTED = 2
 

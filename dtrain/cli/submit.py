@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dtrain.batch import Kind, render
+from dtrain.cluster import Kind, render
 from dtrain.errors import ConfigError
 
 NOT_SUBMITTED = 2

@@ -1,12 +1,15 @@
 """What to train on, in which order, and who gets which part."""
 
-from dtrain.data.feed import NO_DATA, EndOfStream, Feed, MapFeed, StepFeed
+from dtrain.data.feed import NO_DATA, EndOfStream, Feed, MapFeed, StepFeed, fetch
 from dtrain.data.order import Bucketed, Order, Sequential, Shuffled, Weighted
+from dtrain.data.shares import AccumulationSlot, split_share
+from dtrain.data.shipping import tensors_of
 from dtrain.data.source import Data, as_data
 from dtrain.data.streams import StreamFeed
 
 __all__ = [
     "NO_DATA",
+    "AccumulationSlot",
     "Bucketed",
     "Data",
     "EndOfStream",
@@ -19,4 +22,7 @@ __all__ = [
     "StreamFeed",
     "Weighted",
     "as_data",
+    "fetch",
+    "split_share",
+    "tensors_of",
 ]

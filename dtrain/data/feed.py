@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from dtrain.checkpoint import rng
 from dtrain.data.columns import fetch_whole
 from dtrain.data.order import Indices, Order, Pointwise, Sequential, Shuffled
 from dtrain.data.shares import share_of
 from dtrain.data.shipping import ship
 from dtrain.data.source import Data
-from dtrain.world import World, derive_seed, seed_everything
+from dtrain.distributed import World, derive_seed, random_streams, seed_everything
 
 Split = Callable[[int], list[int]]
 MicroBatch = tuple[Any, int]
@@ -315,7 +314,7 @@ class _Fetcher(Dataset[Any]):
 def _fetch_here(dataset: Any, task: _Task, collate: Callable[[list[Any]], Any] | None) -> Any:
     """As a worker would; and the training's own random streams do not notice."""
     assert task.sample_seeds is not None
-    with rng.kept():
+    with random_streams.kept():
         return _fetch_seeded(dataset, task.rows, task.sample_seeds, collate)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 
 def split_evenly(total: int, parts: int) -> list[int]:
     """Returns ``parts`` sizes that sum to ``total``, differing by at most 1, larger first."""
@@ -24,3 +26,16 @@ def share_of(start: int, stop: int, *, rank: int, size: int) -> tuple[int, int]:
 def split_share(share: int, *, steps: int) -> list[int]:
     """Returns up to ``steps`` micro-batch sizes that sum to ``share``; none is empty."""
     return [size for size in split_evenly(share, steps) if size]
+
+
+@runtime_checkable
+class AccumulationSlot(Protocol):
+    """Fills the accumulation slot: how a rank's share becomes micro-batches."""
+
+    def split(self, share: int) -> list[int]:
+        """Returns the micro-batches' sizes; they sum to ``share``."""
+        ...
+
+    def batches_per_step(self) -> int:
+        """Returns how many ready-made batches of a stream make a step."""
+        ...

@@ -17,12 +17,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dtrain.checkpoint import rng, tree
+from dtrain.checkpoint import tree
 from dtrain.data.feed import EndOfStream, MicroBatch, StepFeed
 from dtrain.data.shipping import ship
 from dtrain.data.source import Data
+from dtrain.distributed import World, random_streams
 from dtrain.errors import CheckpointError, DataError, ResumeError
-from dtrain.world import World
 
 #: After so many batches a stream is asked for its state; so many at most are skipped.
 MARK_EVERY = 16
@@ -80,7 +80,7 @@ class StreamFeed:
         looks_ahead = self._when_uneven == "stop"
         loaded = self._loaded
         if loaded is not None and loaded["epoch"] == epoch:
-            with rng.kept():  # the streams of random numbers are where they were saved
+            with random_streams.kept():  # the streams of random numbers are where they were saved
                 current = self._go_on(loaded)
                 if looks_ahead and first_step:
                     current.begin(first_step)
@@ -89,7 +89,7 @@ class StreamFeed:
             before = None if self._pass is None else self._pass.end()
             if loaded is not None and self._stateful is not None:
                 before = loaded
-                with rng.kept():
+                with random_streams.kept():
                     self._go_on(loaded).skip()  # ends that pass, as the saved run did
             current = self._begin(before)
             for _ in range(first_step * self._batches_per_step):
@@ -101,7 +101,7 @@ class StreamFeed:
             step += 1
 
     def _begin(self, before: dict[str, Any] | None) -> _Pass:
-        begun = rng.capture_host() if self._saves and self._stateful is None else None
+        begun = random_streams.capture_host() if self._saves and self._stateful is None else None
         stateful = self._stateful if self._saves else None
         return _Pass(iter(self._stream), stateful, before, begun)
 
@@ -111,7 +111,7 @@ class StreamFeed:
         if self._stateful is None:
             skip = place["batches"]
             if place["begun"] is not None:
-                rng.restore(place["begun"])  # for a shuffle, and the seeds of workers
+                random_streams.restore(place["begun"])  # for a shuffle, and the seeds of workers
         elif place["stream"] is not None:
             self._stateful.load_state_dict(place["stream"])
         elif place["before"] is not None:

@@ -16,8 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dtrain.callback import Sink
-from dtrain.state import Report
+from dtrain.sinks.report import Report
+from dtrain.sinks.sink import Sink
 
 _BAR_WIDTH = (8, 40)
 _REDRAW_S = 0.05  # drawing takes about 1 ms, and the training would wait for it (the GIL)

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from dtrain.callback import Sink
 from dtrain.errors import ConfigError
-from dtrain.state import Report
+from dtrain.sinks.report import Report
+from dtrain.sinks.sink import Sink
 
 
 class JSONLines(Sink):

@@ -5,4 +5,9 @@ from dtrain.strategies.base import Strategy
 from dtrain.strategies.ddp import DDP
 from dtrain.strategies.flat import Flat
 
-__all__ = ["DDP", "Flat", "Strategy", "choose"]
+__all__ = [
+    "DDP",
+    "Flat",
+    "Strategy",
+    "choose",
+]

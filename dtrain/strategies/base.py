@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtrain.context import Step
 from dtrain.data import StepFeed
+from dtrain.distributed import World
 from dtrain.errors import UnusedParameters
-from dtrain.lane import Heard
-from dtrain.microstep import MicroStep
-from dtrain.state import Step
-from dtrain.world import World
+from dtrain.step import Heard, MicroStep
 
 
 class Strategy(ABC):

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from dtrain.context import Step
 from dtrain.data import NO_DATA, StepFeed
+from dtrain.distributed import (
+    BACKWARD,
+    OWN_BACKWARD,
+    DataParallel,
+    World,
+)
 from dtrain.errors import ConfigError
-from dtrain.microstep import MicroStep
-from dtrain.pulse import BACKWARD, OWN_BACKWARD
-from dtrain.state import Step
+from dtrain.step import MicroStep
 from dtrain.strategies.base import joint_norm
 from dtrain.strategies.replicated import Replicated
-from dtrain.wire import DataParallel
-from dtrain.world import World
 
 # 2.13 renamed the argument; 2.11 has only the old name.
 _ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -168,12 +171,12 @@ class DDP(Replicated):
         if last:
             voice, *terms = forward(step, feed, last)
             # It works in backward, too, but nobody could tell from when on it only waits.
-            self._pulse.go(OWN_BACKWARD if self._ddp is None else BACKWARD)
+            self._activity.enter(OWN_BACKWARD if self._ddp is None else BACKWARD)
             self._micro_step.lane.backward(voice, *terms)
             return
         with nullcontext() if self._ddp is None else self._ddp.no_sync():
             terms = forward(step, feed, last)
-            self._pulse.go(OWN_BACKWARD)
+            self._activity.enter(OWN_BACKWARD)
             if terms:
                 torch.autograd.backward(terms)
 

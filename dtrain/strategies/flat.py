@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtrain.context import Step
 from dtrain.data import StepFeed
+from dtrain.distributed import (
+    BACKWARD,
+    OWN_BACKWARD,
+    World,
+)
 from dtrain.errors import ConfigError
-from dtrain.microstep import MicroStep
-from dtrain.pulse import BACKWARD, OWN_BACKWARD
-from dtrain.state import Step
+from dtrain.step import MicroStep
 from dtrain.strategies.replicated import Replicated
-from dtrain.world import World
 
 
 class Flat(Replicated):
@@ -98,14 +101,14 @@ class Flat(Replicated):
         if step.micro == 0:
             self._spoke = False
         terms = micro_step(step, feed, last)
-        self._pulse.go(OWN_BACKWARD)
+        self._activity.enter(OWN_BACKWARD)
         losses = terms[1:] if last else terms  # the lane does not come by way of backward
         # A rank without a loss may have its share in others', who gather from it.
         self._spoke |= micro_step.has_loss
         if losses:
             self._backward(micro_step, losses)
         if last:
-            self._pulse.go(BACKWARD)
+            self._activity.enter(BACKWARD)
             self._reduce(micro_step)
 
     def _backward(self, micro_step: MicroStep, losses: tuple[Tensor, ...]) -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.checkpoint.files import fingerprint
+from dtrain.distributed import (
+    Activity,
+    World,
+    digest_of,
+)
 from dtrain.errors import RankMismatch, UnusedParameters
-from dtrain.lane import Heard, LaneSilent
-from dtrain.microstep import MicroStep
-from dtrain.pulse import Pulse
+from dtrain.step import Heard, LaneSilent, MicroStep
 from dtrain.strategies.base import Strategy
-from dtrain.world import World
 
 
 class Replicated(Strategy):
@@ -27,7 +28,7 @@ class Replicated(Strategy):
     def __init__(self) -> None:
         self._micro_step: MicroStep | None = None
         self._world: World | None = None
-        self._pulse = Pulse()
+        self._activity = Activity()
         self._trainable: list[int] = []
         self._checked = False
 
@@ -51,7 +52,7 @@ class Replicated(Strategy):
     def _take(self, micro_step: MicroStep, world: World) -> None:
         self._micro_step = micro_step
         self._world = world
-        self._pulse = world.comm.pulse
+        self._activity = world.comm.activity
         self._trainable = micro_step.take_trainable()
 
     def refresh(self) -> None:
@@ -68,7 +69,7 @@ class Replicated(Strategy):
         trainable = self._micro_step.take_trainable()
         comm = self._world.comm
         # A digest: every rank gets what all say, and this is said in every epoch.
-        mine = torch.tensor(int(fingerprint(trainable), 16) >> 1)
+        mine = torch.tensor(int(digest_of(trainable), 16) >> 1)
         everyones = comm.all_gather("trainable parameters", mine)
         if bool((everyones != everyones[0]).any()):
             numbers = comm.gather_objects("numbers of trainable parameters", len(trainable))

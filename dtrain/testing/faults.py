@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from dtrain.callback import HOOK_NAMES, Callback
+from dtrain.context import Context, Step
+from dtrain.distributed import current
 from dtrain.errors import ConfigError
-from dtrain.state import Context, Step
 from dtrain.testing.turns import aside
-from dtrain.world import current
 
 
 class Waitable(Protocol):

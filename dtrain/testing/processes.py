@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from dtrain.distributed import serve_store
 from dtrain.errors import DtrainError
 from dtrain.testing.outcomes import Outcome, RanksFailed
-from dtrain.world import serve_store
 
 #: Has a rank write where its threads are; a number that hardly anybody uses.
 _SAY_WHERE = signal.SIGRTMAX - 1

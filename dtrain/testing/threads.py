@@ -1,7 +1,7 @@
 """Ranks for tests as threads of this process: milliseconds instead of a second.
 
-They run the same :class:`~dtrain.comm.Comm`, Trainer and strategy as real ranks; only the wire
-beneath is another (:mod:`dtrain.wire`), and the ranks take turns (:mod:`dtrain.testing.turns`).
+They run the same :class:`~dtrain.Comm`, Trainer and strategy as real ranks; only the transport
+beneath is another (:mod:`dtrain.transport`), and the ranks take turns (:mod:`dtrain.testing.turns`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtrain.checkpoint import rng
-from dtrain.comm import Comm
+from dtrain.distributed import Comm, TransportOp, World, inhabited, local_store, random_streams
 from dtrain.errors import ConfigError, DtrainError
-from dtrain.microstep import MicroStep
+from dtrain.step import MicroStep
 from dtrain.testing.outcomes import Outcome, RanksFailed
 from dtrain.testing.turns import Turns
-from dtrain.wire import WireOp, local_store
-from dtrain.world import World, inhabited
 
 DEFAULT_TIMEOUT_S = 20.0
 
@@ -97,7 +94,7 @@ def try_ranks(
     """
     if world_size < 1 or timeout_s <= 0:
         raise ConfigError(f"world_size={world_size}, timeout_s={timeout_s}: must be more than 0")
-    before, threads_of_torch = rng.capture_host(), torch.get_num_threads()
+    before, threads_of_torch = random_streams.capture_host(), torch.get_num_threads()
     turns = Turns(world_size, timeout_s)
     outcomes: dict[int, Outcome] = {}
     worlds = _worlds(turns, world_size)
@@ -123,7 +120,7 @@ def try_ranks(
             thread.join(turns.seconds_left() + 1)  # those that only wait leave by themselves
     finally:
         turns.end("the test is over")
-        rng.restore(before)
+        random_streams.restore(before)
         torch.set_num_threads(threads_of_torch)
     return [outcomes.get(rank) or _stuck(rank, turns) for rank in range(world_size)]
 
@@ -151,7 +148,7 @@ def _worlds(turns: Turns, size: int) -> list[World]:
                 backend="threads" if size > 1 else "none",
                 launcher="threads",
                 seed=0,
-                comm=Comm(rank=rank, size=size, host=host, wire=comm, store=store)
+                comm=Comm(rank=rank, size=size, host=host, transport=comm, store=store)
                 if size > 1
                 else Comm(host=host),
                 gradients=gradients,
@@ -161,13 +158,13 @@ def _worlds(turns: Turns, size: int) -> list[World]:
 
 
 class ThreadWire:
-    """One rank's end of a wire between threads; see :class:`dtrain.wire.Wire`.
+    """One rank's end of a transport between threads; see :class:`dtrain.transport.Transport`.
 
     Args:
         turns: whom this rank takes turns with.
         rank: this rank.
         size: the world size.
-        what: names the wire in errors; each has meetings of its own.
+        what: names the transport in errors; each has meetings of its own.
     """
 
     def __init__(self, turns: Turns, rank: int, size: int, what: str) -> None:
@@ -184,7 +181,7 @@ class ThreadWire:
         for part, theirs in zip(parts, self._meet("all_gather", mine), strict=True):
             part.copy_(theirs)
 
-    def all_reduce(self, buffer: Tensor, op: WireOp = "sum") -> None:
+    def all_reduce(self, buffer: Tensor, op: TransportOp = "sum") -> None:
         """Reduces ``buffer`` over all ranks, in place, in the order of ranks.
 
         Ranks: all, communicates.
@@ -247,7 +244,7 @@ class ThreadWire:
         brought = self.exchange((call, mine.detach().clone()))
         calls = {f"{call} {t.dtype}{list(t.shape)}" for call, t in brought}
         if len(calls) > 1:
-            raise RuntimeError(f"ranks met on the wire in different calls: {sorted(calls)}")
+            raise RuntimeError(f"ranks met on the transport in different calls: {sorted(calls)}")
         return [theirs for _, theirs in brought]
 
 
@@ -259,16 +256,16 @@ class Averaged:
 
     Args:
         micro_step: what it runs.
-        wire: to the other ranks.
+        transport: to the other ranks.
         size: the world size.
         find_unused: gradients may be missing.
     """
 
     def __init__(
-        self, micro_step: MicroStep, wire: ThreadWire, size: int, *, find_unused: bool
+        self, micro_step: MicroStep, transport: ThreadWire, size: int, *, find_unused: bool
     ) -> None:
         self._micro_step = micro_step
-        self._wire = wire
+        self._transport = transport
         self._size = size
         self._find_unused = find_unused
         # The lane's gradient arrives last, and only in the last backward of a step. The hook must
@@ -304,7 +301,7 @@ class Averaged:
         if not self._find_unused and any(p.grad is None for p in params):
             return
         shares = [None if p.grad is None else p.grad * (1 / self._size) for p in params]
-        everyones: list[list[Tensor | None]] = self._wire.exchange(shares)
+        everyones: list[list[Tensor | None]] = self._transport.exchange(shares)
         if any(len(theirs) != len(shares) for theirs in everyones):
             raise RuntimeError("ranks reduce the gradients of different parameters")
         for parameter, parts in zip(params, zip(*everyones, strict=True), strict=True):

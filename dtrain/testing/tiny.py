@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset
 
-from dtrain.callback import Callback, Sink
+from dtrain.callback import Callback
+from dtrain.context import Context, Loss, Step
 from dtrain.data import Data
-from dtrain.state import Context, Loss, Step
+from dtrain.distributed import init
+from dtrain.sinks import Sink
 from dtrain.trainer import FitResult, Trainer
-from dtrain.world import init
 
 CLASSES = 2
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dtrain.checkpoint import rng
+from dtrain.distributed import random_streams
 
 _DTRAIN = str(Path(__file__).resolve().parents[1])
 
 
 class Unreachable(RuntimeError):
-    """Another rank cannot come to a meeting, or not in time; see :class:`dtrain.wire.Wire`."""
+    """Another rank cannot come to a meeting, or not in time; see :class:`dtrain.transport.Transport`."""
 
 
 @dataclass(slots=True)
@@ -79,7 +79,8 @@ class Turns:
         self._deadline = time.monotonic() + timeout_s
         self._lock = threading.Lock()  # guards everything below
         self._ranks = [
-            _Rank(threading.Condition(self._lock), rng.capture_host()) for _ in range(size)
+            _Rank(threading.Condition(self._lock), random_streams.capture_host())
+            for _ in range(size)
         ]
         self._turn: int | None = 0
         self._ready = deque(range(1, size))  # may go on, in this order
@@ -173,7 +174,7 @@ class Turns:
 
     def _give_up(self, rank: int) -> None:
         if not self._over:
-            self._ranks[rank].streams = rng.capture_host()
+            self._ranks[rank].streams = random_streams.capture_host()
             self._pass_on()
 
     def _take(self, rank: int) -> None:
@@ -187,7 +188,7 @@ class Turns:
                 mine.wake.wait(left)
         if self._over:
             raise Unreachable(self._over)
-        rng.restore(mine.streams)
+        random_streams.restore(mine.streams)
 
     def _pass_on(self) -> None:
         """Gives the turn to the next rank, if one may go on."""

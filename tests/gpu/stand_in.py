@@ -4,9 +4,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dtrain.trainer
 from dtrain.callbacks import clip_gradients
-from dtrain.lane import Lane
-from dtrain.metrics import Means
-from dtrain.precision import takes_a_veto
+from dtrain.metrics.means import Means
+from dtrain.step.lane import Lane
+from dtrain.step.precision import takes_a_veto
 
 #: What copies a number from the device to the host, or a size that hangs on numbers.
 _READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")

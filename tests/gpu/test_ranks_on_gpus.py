@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import dtrain
-from dtrain.lane import Lane, Slot
+from dtrain.step.lane import Lane, Slot
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import dtrain
 from dtrain.cli import app
-from dtrain.equivalence.check import Check
-from dtrain.equivalence.launcher import Launcher
 from dtrain.errors import CheckError, ConfigError
+from dtrain.trials.equivalence.check import Check
+from dtrain.trials.equivalence.launcher import Launcher
 
 ROOT = Path(__file__).parents[2]
 

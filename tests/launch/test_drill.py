@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dtrain.cli import app
-from dtrain.drill import Drill, drill
-from dtrain.equivalence.launcher import Launcher
 from dtrain.errors import CheckError, ConfigError
+from dtrain.trials.drill.drill import Drill, drill
+from dtrain.trials.equivalence.launcher import Launcher
 
 ROOT = Path(__file__).parents[2]
 

@@ -47,7 +47,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dtrain
-from dtrain.beats import Beat, beat_key
+from dtrain.distributed import Heartbeat, heartbeat_key
 from dtrain.callbacks import Checkpoint
 
 world = dtrain.init(seed=3)
@@ -58,14 +58,14 @@ class Waits(dtrain.Callback):
     def on_step_end(self, ctx, step):
         if step.number == meets:
             store = world.connect()
-            while Beat.from_json(store.get(beat_key(world.rank))).phase != "on_step_end":
+            while Heartbeat.from_json(store.get(heartbeat_key(world.rank))).phase != "on_step_end":
                 self.wait(ctx)
             (out / f"at-{world.rank}").touch()
             while not (out / "go").exists():
                 self.wait(ctx)
 
     def wait(self, ctx):
-        ctx.alive()
+        ctx.heartbeat()
         threading.Event().wait(0.02)
 
 

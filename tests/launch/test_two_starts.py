@@ -26,11 +26,11 @@ from torch.utils.data import TensorDataset
 
 import dtrain
 from dtrain.callbacks import Checkpoint
-from dtrain.checkpoint import claim, files
+from dtrain.checkpoint import run_lock, files
 
 out, name, holds_at, locks, background = sys.argv[1:]
 out = Path(out)
-claim.WAIT_S = 1.0
+run_lock.WAIT_S = 1.0
 world = dtrain.init(seed=3)
 real_commit = files.commit
 
@@ -59,7 +59,7 @@ class Holds(dtrain.Callback):
 
 
 if locks == "unseen":
-    claim.fcntl.flock = no_locks
+    run_lock.fcntl.flock = no_locks
 files.commit = commit
 x = torch.randn(48, 6, generator=torch.Generator().manual_seed(5))
 model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 1))

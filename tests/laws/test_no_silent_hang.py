@@ -24,11 +24,11 @@ from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
 import dtrain
-from dtrain.beats import Beat, beat_key
 from dtrain.callbacks import Checkpoint
+from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
 from dtrain.errors import RemoteError
 from dtrain.testing import run_outcomes, run_processes
-from dtrain.watchdog import HANG_EXIT_CODE
+from dtrain.watchdog.thread import HANG_EXIT_CODE
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +70,7 @@ def heard_in(phase):
     world = dtrain.init()
     store = world.connect()
     deadline = time.monotonic() + 10
-    while Beat.from_json(store.get(beat_key(world.rank))).phase != phase:
+    while Heartbeat.from_json(store.get(heartbeat_key(world.rank))).phase != phase:
         assert time.monotonic() < deadline
         threading.Event().wait(0.05)
 
@@ -339,7 +339,7 @@ class Slow(dtrain.Callback):
         elif step.number == 7:
             for _ in range(4):
                 self.wait(1.0)
-                ctx.alive()
+                ctx.heartbeat()
 
     def on_eval_batch(self, ctx, step):
         self.wait(0.5)

@@ -27,11 +27,12 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import dtrain
-from dtrain.callback import Sink
 from dtrain.callbacks import Checkpoint
-from dtrain.checkpoint import disk, files, tree
+from dtrain.checkpoint import disk, tree
+from dtrain.checkpoint import format as files
 from dtrain.errors import CheckpointError, RemoteError
 from dtrain.sinks import JSONLines
+from dtrain.sinks.sink import Sink
 from dtrain.testing import run_outcomes, run_processes
 
 # ----------------------------------------------------------------------------- file operations

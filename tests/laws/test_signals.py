@@ -17,8 +17,8 @@ from torch.utils.data import TensorDataset
 
 import dtrain
 from dtrain.callbacks import Checkpoint
-from dtrain.checkpoint import files
-from dtrain.signals import SIGNALS, Signals
+from dtrain.checkpoint import format as files
+from dtrain.cluster.signals import SIGNALS, Signals
 from dtrain.testing import run_outcomes, run_processes
 
 ROOT = Path(__file__).parents[2]

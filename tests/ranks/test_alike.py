@@ -125,7 +125,7 @@ def raises_and_tells_nobody():
 
 @pytest.mark.parametrize("fn", [leaves_early, raises_alone, raises_and_tells_nobody])
 def test_ranks_that_leave_are_missed_in_the_same_words(fn):
-    # What the wire itself says comes last: gloo's words, or those of the threads.
+    # What the transport itself says comes last: gloo's words, or those of the threads.
     told = [
         [(type(o.error), re.sub(r"out of time\): .*", "", str(o.error)), o.value) for o in outcomes]
         for outcomes in (run_outcomes(fn, 3, timeout_s=TIMEOUT_S), try_ranks(fn, 3))

@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LinearLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dtrain
-from dtrain import wire
 from dtrain.callbacks import (
     EMA,
     Checkpoint,
@@ -24,6 +23,7 @@ from dtrain.callbacks import (
     LRSchedule,
     NonFiniteGuard,
 )
+from dtrain.distributed import transport as transport
 from dtrain.testing import run_processes
 
 FIRST, LAST = 10, 20  # of the steps that are counted
@@ -77,7 +77,7 @@ def usual(strategy):
         return counted
 
     for name in ("all_reduce", "all_gather", "broadcast"):
-        setattr(wire.GroupWire, name, count(getattr(wire.GroupWire, name)))
+        setattr(transport.GroupTransport, name, count(getattr(transport.GroupTransport, name)))
     callbacks = [
         ClipGradients(1.0),
         LRSchedule(lambda opt, steps: LinearLR(opt, total_iters=1000)),

@@ -9,8 +9,14 @@ import pytest
 import torch
 
 import dtrain
-from dtrain.comm import Comm
-from dtrain.errors import CheckpointError, CommError, ConfigError, RankMismatch, RemoteError
+from dtrain.distributed.comm import Comm
+from dtrain.errors import (
+    CheckpointError,
+    CommError,
+    ConfigError,
+    RankMismatch,
+    RemoteError,
+)
 from dtrain.testing import run_outcomes, run_processes
 
 TIMEOUT_S = 30
@@ -126,8 +132,8 @@ def sizes(comm, rank, size, lines):
         assert [len(one) for one in objects] == [*range(size - 1), longest]
     if size == 1:
         return {}
-    wire, found = comm._wire, {}
-    comm._wire = counting = Counting(wire)
+    transport, found = comm._transport, {}
+    comm._transport = counting = Counting(transport)
     verbs = {
         "barrier": lambda: comm.barrier("b"),
         "vote": lambda: comm.vote("v", True),
@@ -140,23 +146,23 @@ def sizes(comm, rank, size, lines):
         counting.calls = 0
         verb()
         found[name] = counting.calls
-    comm._wire = wire
+    comm._transport = transport
     return found
 
 
 class Counting:
-    """A wire that counts how often it is used."""
+    """A transport that counts how often it is used."""
 
-    def __init__(self, wire):
-        self.wire, self.calls = wire, 0
+    def __init__(self, transport):
+        self.transport, self.calls = transport, 0
 
     def all_gather(self, parts, mine):
         self.calls += 1
-        self.wire.all_gather(parts, mine)
+        self.transport.all_gather(parts, mine)
 
     def all_reduce(self, buffer, op="sum"):
         self.calls += 1
-        self.wire.all_reduce(buffer, op)
+        self.transport.all_reduce(buffer, op)
 
 
 def refusals(comm, rank, size, lines):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from torch.distributed import PrefixStore
 
-from dtrain.world import serve_store
+from dtrain.distributed.rendezvous import serve_store
 
 # The interpreter takes its time to end, so that a thread that is left would ask for its lock
 # meanwhile, and abort the process.

@@ -12,12 +12,14 @@ import tiny
 import torch
 
 import dtrain
-from dtrain import watchdog
 from dtrain.callbacks import EMA, Checkpoint
-from dtrain.checkpoint import disk, files, writing
+from dtrain.checkpoint import disk
+from dtrain.checkpoint import format as files
+from dtrain.checkpoint import writer as writing
 from dtrain.checkpoint.saver import Saver
 from dtrain.errors import RemoteError
 from dtrain.testing import run_outcomes, run_processes, run_ranks
+from dtrain.watchdog import thread as watchdog
 
 STEPS = 12
 

@@ -14,9 +14,9 @@ import tiny
 
 import dtrain
 from dtrain.errors import RemoteError, SinkError
-from dtrain.reporting import Reporter
 from dtrain.sinks import Console, JSONLines
 from dtrain.sinks.csv_file import CSV
+from dtrain.sinks.dispatcher import Dispatcher
 from dtrain.testing import run_outcomes
 
 STEPS = 16
@@ -135,7 +135,7 @@ def small_disk():
 
 def all_cases(folder, on_error):
     # Ten seconds are long for a test that waits for a sink that hangs.
-    Reporter.close = functools.partialmethod(Reporter.close, timeout_s=0.2)
+    Dispatcher.close = functools.partialmethod(Dispatcher.close, timeout_s=0.2)
     found = {"none": train("none", folder)}
     for name, sink, callbacks in (
         ("write", RaisesIn("write"), [AwaitFailure()]),

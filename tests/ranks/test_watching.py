@@ -129,7 +129,7 @@ class SkipAt(dtrain.Callback):
 def speed(folder, *callbacks, fake=True, batch_size=12, log_every=2, max_steps=16, **arguments):
     """The figures of each report, without the prefix of their names."""
     dtrain.init(seed=0)
-    clock = Clock(dtrain.world.current().rank + 1)
+    clock = Clock(dtrain.distributed.current().rank + 1)
     before = throughput.perf_counter
     throughput.perf_counter = clock if fake else before
     run = trainer(

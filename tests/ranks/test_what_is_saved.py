@@ -6,7 +6,7 @@ from torch import nn
 
 import dtrain
 from dtrain.callbacks import Checkpoint, Freeze
-from dtrain.checkpoint import files
+from dtrain.checkpoint import format as files
 from dtrain.errors import CheckpointError
 from dtrain.testing import run_ranks, try_ranks
 

@@ -5,8 +5,8 @@ import threading
 from pathlib import Path
 
 import dtrain
+from dtrain.distributed.gloo_threads import yielding_threads
 from dtrain.testing import run_processes
-from dtrain.yielding import yielding_threads
 
 GLOO = {"pt_gloo_runloop", "gloo_tcp_loop"}
 

@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dtrain.batch import render
+from dtrain.cluster.batch import render
 
 HERE = Path(__file__).parent
 TRAIN = HERE / "slurm_train.py"

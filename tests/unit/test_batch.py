@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 from typer.testing import CliRunner
 
-from dtrain.batch import Kind, render
 from dtrain.cli import app
+from dtrain.cluster.batch import Kind, render
 from dtrain.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -3,18 +3,12 @@
 from typing import Any
 
 import pytest
+from dtrain.data.shares import AccumulationSlot
+from dtrain.step.precision import PrecisionSlot
 
-from dtrain.callback import (
-    HOOK_NAMES,
-    AccumulationSlot,
-    Callback,
-    CheckpointSlot,
-    Hooks,
-    PrecisionSlot,
-    check_names,
-    the_only,
-)
+from dtrain.callback import HOOK_NAMES, Callback, Hooks, check_names, the_only
 from dtrain.callbacks import Checkpoint, GradientAccumulation, MixedPrecision
+from dtrain.checkpoint.slot import CheckpointSlot
 from dtrain.errors import ConfigError
 
 CTX: Any = object()  # hooks only hand it on

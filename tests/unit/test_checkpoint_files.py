@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dtrain
 from dtrain.callbacks import Checkpoint
-from dtrain.checkpoint import files, tree
-from dtrain.checkpoint.writing import Content, Stage
+from dtrain.checkpoint import format as files
+from dtrain.checkpoint import tree
+from dtrain.checkpoint.writer import Content, Stage
 from dtrain.errors import CheckpointError, RemoteError
 from dtrain.testing import run_processes
 

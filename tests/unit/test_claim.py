@@ -9,8 +9,10 @@ import socket
 import pytest
 from saved import save
 
-from dtrain.checkpoint import claim, disk, files, status
-from dtrain.checkpoint.claim import Claim
+from dtrain.checkpoint import disk, status
+from dtrain.checkpoint import format as files
+from dtrain.checkpoint import run_lock as run_lock
+from dtrain.checkpoint.run_lock import RunLock
 from dtrain.errors import CheckpointError, RunTaken
 
 ME = re.escape(f"(pid {os.getpid()} on {socket.gethostname()}, since ")
@@ -18,7 +20,7 @@ ME = re.escape(f"(pid {os.getpid()} on {socket.gethostname()}, since ")
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr(claim, "WAIT_S", 0.3)
+    monkeypatch.setattr(run_lock, "WAIT_S", 0.3)
 
 
 @pytest.fixture
@@ -26,11 +28,11 @@ def no_locks(monkeypatch):
     def flock(handle, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(claim.fcntl, "flock", flock)
+    monkeypatch.setattr(run_lock.fcntl, "flock", flock)
 
 
 def taken(run_dir):
-    mine = Claim(run_dir)
+    mine = RunLock(run_dir)
     mine.take()
     mine.check()
     return mine
@@ -39,7 +41,7 @@ def taken(run_dir):
 def test_a_second_start_waits_says_so_and_gives_up(tmp_path, capsys):
     first = taken(tmp_path)
     with pytest.raises(RunTaken, match=f"^another start of this run {ME}.*is alive and writes to"):
-        Claim(tmp_path).take()
+        RunLock(tmp_path).take()
     assert re.search(f"{ME}.* still writes to .*; waiting up to 0.3 s", capsys.readouterr().err)
     first.check()  # nothing was taken from it
 
@@ -83,9 +85,9 @@ def test_any_other_trouble_with_a_lock_is_told(tmp_path, monkeypatch):
     def flock(handle, operation):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(claim.fcntl, "flock", flock)
+    monkeypatch.setattr(run_lock.fcntl, "flock", flock)
     with pytest.raises(CheckpointError, match="Input/output error"):
-        Claim(tmp_path).take()
+        RunLock(tmp_path).take()
 
 
 def test_a_further_fit_goes_on_unless_somebody_else_wrote(tmp_path):

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.file_proxy import FileProxy
 
-from dtrain.reporting import Reporter
 from dtrain.sinks import Console
 from dtrain.sinks.console import _forget_bar
-from dtrain.state import Report
+from dtrain.sinks.dispatcher import Dispatcher
+from dtrain.sinks.report import Report
 
 PLAN: dict[str, Any] = {"total_steps": 230, "steps_per_epoch": 23}
 
@@ -170,10 +170,10 @@ def test_a_file_gets_no_ansi_codes_even_if_colour_is_forced(
 
 
 def test_it_writes_to_stdout_by_default(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = Reporter([Console()], None)
-    reporter.open()
-    reporter.send(train(1))
-    reporter.close()
+    dispatcher = Dispatcher([Console()], None)
+    dispatcher.open()
+    dispatcher.send(train(1))
+    dispatcher.close()
     assert capsys.readouterr().out == "step 1  epoch 2  loss 0.8123\n"
 
 

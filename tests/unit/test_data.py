@@ -25,7 +25,6 @@ from torch.utils.data import (
     default_collate,
 )
 
-from dtrain.comm import Comm
 from dtrain.data import (
     Data,
     EndOfStream,
@@ -41,8 +40,9 @@ from dtrain.data.columns import fetch_whole
 from dtrain.data.feed import Feed, Split, fetch
 from dtrain.data.shares import split_share
 from dtrain.data.shipping import pinned, ship
+from dtrain.distributed.comm import Comm
+from dtrain.distributed.world import World
 from dtrain.errors import ConfigError, DataError
-from dtrain.world import World
 
 SEED = 3
 

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dtrain.callbacks.clip_gradients import _clip
-from dtrain.lane import Heard, Lane, Slot
-from dtrain.metrics import Means
-from dtrain.precision import ScaledAutocast
+from dtrain.metrics.means import Means
+from dtrain.step.lane import Heard, Lane, Slot
+from dtrain.step.precision import ScaledAutocast
 from dtrain.strategies.base import joint_norm
 
 META = torch.device("meta")

@@ -2,11 +2,11 @@
 
 import torch
 
-from dtrain.drill.compare import compare, compare_resized, tolerance_of
-from dtrain.drill.orders import Fault, Start
-from dtrain.drill.plan import draw
-from dtrain.drill.record import RankRecord, Recorder, StartRecord
-from dtrain.drill.run import Final, Run
+from dtrain.trials.drill.compare import compare, compare_resized, tolerance_of
+from dtrain.trials.drill.orders import Fault, Start
+from dtrain.trials.drill.plan import draw
+from dtrain.trials.drill.record import RankRecord, Recorder, StartRecord
+from dtrain.trials.drill.run import Final, Run
 
 
 def one_rank(steps, *, samples="abcd", loss=0.5):

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dtrain.equivalence import samples as of
-from dtrain.equivalence.compare import DOUBLE, compare, gradient_gaps, parameter_gap
-from dtrain.equivalence.lens import Lens
-from dtrain.equivalence.record import Record, Results, gradients_name, write_tensors
-from dtrain.equivalence.setup import Setup
+from dtrain.trials.equivalence import samples as of
+from dtrain.trials.equivalence.compare import DOUBLE, compare, gradient_gaps, parameter_gap
+from dtrain.trials.equivalence.lens import Lens
+from dtrain.trials.equivalence.record import Record, Results, gradients_name, write_tensors
+from dtrain.trials.equivalence.setup import Setup
 
 START = {"weight": torch.zeros(3, dtype=torch.float64), "bias": torch.zeros(2, dtype=torch.float64)}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.cluster.deadline import JobEnd, end_shown, job_end, margin_of
 from dtrain.errors import ConfigError
-from dtrain.job_end import JobEnd, end_shown, job_end, margin_of
 
 JOB = {"SLURM_JOB_ID": "7"}
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from dtrain.errors import ConfigError
-from dtrain.reporting import Reporter
 from dtrain.sinks import JSONLines
-from dtrain.state import Report
+from dtrain.sinks.dispatcher import Dispatcher
+from dtrain.sinks.report import Report
 
 
 def line(step: int, kind: str = "train") -> str:
@@ -86,9 +86,9 @@ def test_another_file_name_and_folders_that_are_not_there_yet(tmp_path: Path) ->
 
 
 def test_a_run_without_a_folder_is_refused_in_plain_words() -> None:
-    reporter = Reporter([JSONLines()], None)
+    dispatcher = Dispatcher([JSONLines()], None)
     with pytest.raises(ConfigError) as caught:
-        reporter.open()
+        dispatcher.open()
     assert str(caught.value) == (
         "JSONLines writes metrics.jsonl into the run's folder, and this run has none: name one "
         'with Trainer(run_dir="runs/first"), or remove the sink'

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtrain.lane import Lane, LaneSilent, Slot, Verdict, idle
+from dtrain.step.idle import idle
+from dtrain.step.lane import Lane, LaneSilent, Slot, Verdict
 
 NAN, INF = float("nan"), float("inf")
 QUIET = {slot.name: 0.0 for slot in Slot}

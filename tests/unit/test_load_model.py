@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import dtrain
 from dtrain.callbacks import Checkpoint
-from dtrain.checkpoint import writing
+from dtrain.checkpoint import writer as writing
 from dtrain.cli import app
 from dtrain.errors import CheckpointError
 

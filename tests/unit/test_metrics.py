@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import dtrain
-from dtrain.comm import Comm
+from dtrain.context.values import Mean
+from dtrain.distributed.comm import Comm
 from dtrain.errors import LossError
-from dtrain.metrics import Means, as_metrics
-from dtrain.state import Mean
+from dtrain.metrics.means import Means, as_metrics
 from dtrain.testing import run_processes
 
 NAN = float("nan")

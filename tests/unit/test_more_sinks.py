@@ -20,16 +20,17 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dtrain
-from dtrain.callback import Sink
 from dtrain.callbacks import Checkpoint
+from dtrain.context.outbox import Shown
 from dtrain.errors import ConfigError
-from dtrain.reporting import Reporter
 from dtrain.sinks.console import Console
 from dtrain.sinks.csv_file import CSV
+from dtrain.sinks.dispatcher import Dispatcher
 from dtrain.sinks.json_lines import JSONLines
+from dtrain.sinks.report import Report
+from dtrain.sinks.sink import Sink
 from dtrain.sinks.tensorboard import TensorBoard
 from dtrain.sinks.wandb import WandB
-from dtrain.state import Report, Shown
 from dtrain.testing import run_processes
 
 HEADER = "step,epoch,kind,seconds,samples"
@@ -395,7 +396,7 @@ def train_with_sinks(run_dir: Path, fail_at: int, with_sinks: bool) -> Any:
 
 def bare_failed_and_continued(folder: Path) -> list[Any]:
     # wandb may take its time to end; what is left behind after it is tested elsewhere.
-    Reporter.close = functools.partialmethod(Reporter.close, timeout_s=50.0)  # type: ignore[method-assign,assignment]
+    Dispatcher.close = functools.partialmethod(Dispatcher.close, timeout_s=50.0)  # type: ignore[method-assign,assignment]
     return [
         train_with_sinks(folder / "bare", 0, False),
         train_with_sinks(folder / "run", 6, True),

@@ -6,7 +6,7 @@ from torch import nn
 
 from dtrain.callbacks import MixedPrecision
 from dtrain.errors import ConfigError
-from dtrain.precision import Autocast, Precision, ScaledAutocast
+from dtrain.step.precision import Autocast, Precision, ScaledAutocast
 
 
 def parameter(value: float = 1.0) -> tuple[nn.Parameter, torch.optim.Optimizer]:

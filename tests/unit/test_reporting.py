@@ -1,4 +1,4 @@
-"""The reporter: order, flushing, and sinks that raise, hang or are slow."""
+"""The dispatcher: order, flushing, and sinks that raise, hang or are slow."""
 
 import io
 import sys
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.callback import Sink
 from dtrain.errors import ConfigError
-from dtrain.reporting import Reporter
-from dtrain.state import Report, ReportKind
+from dtrain.sinks.dispatcher import Dispatcher
+from dtrain.sinks.report import Report, ReportKind
+from dtrain.sinks.sink import Sink
 
 WAIT_S = 30.0  # how long a test waits for another thread before it fails
 
@@ -106,70 +106,70 @@ def sink_threads() -> list[str]:
 
 def test_every_sink_gets_all_reports_in_order_before_close_returns(tmp_path: Path) -> None:
     first, second = Recorder(), Recorder()
-    reporter = Reporter([first, second], tmp_path)
-    reporter.open()
+    dispatcher = Dispatcher([first, second], tmp_path)
+    dispatcher.open()
     kinds: list[ReportKind] = ["start", "train", "eval", "message", "train", "end"]
     sent = [report(step, kind) for step, kind in enumerate(kinds * 100)]
     for one in sent:
-        reporter.send(one)
-    reporter.close()
+        dispatcher.send(one)
+    dispatcher.close()
     for sink in (first, second):
         assert sink.calls == [("open", tmp_path), *sent, "close"]
-    assert reporter.failures == []
-    assert reporter.dropped == {}
+    assert dispatcher.failures == []
+    assert dispatcher.dropped == {}
     assert sink_threads() == []
 
 
 def test_each_sink_writes_and_closes_in_one_thread_of_its_own() -> None:
     first, second = Recorder(), Recorder()
-    reporter = Reporter([first, second], None)
-    reporter.open()
-    reporter.send(report(1))
-    reporter.close()
+    dispatcher = Dispatcher([first, second], None)
+    dispatcher.open()
+    dispatcher.send(report(1))
+    dispatcher.close()
     (one,), (two,) = first.threads, second.threads
     assert len({one, two, threading.get_ident()}) == 3
 
 
 def test_open_is_synchronous() -> None:
     sink = Recorder()
-    reporter = Reporter([sink], None)
+    dispatcher = Dispatcher([sink], None)
     assert sink.calls == []
-    reporter.open()
+    dispatcher.open()
     assert sink.calls == [("open", None)]
-    reporter.close()
+    dispatcher.close()
 
 
 def test_an_inactive_reporter_calls_no_sink(tmp_path: Path) -> None:
     sink = Recorder()
-    reporter = Reporter([sink], tmp_path, active=False)
-    reporter.open()
-    reporter.send(report(1))
+    dispatcher = Dispatcher([sink], tmp_path, active=False)
+    dispatcher.open()
+    dispatcher.send(report(1))
     assert sink_threads() == []
-    reporter.close()
+    dispatcher.close()
     assert sink.calls == []
-    assert reporter.failures == []
+    assert dispatcher.failures == []
 
 
 def test_reports_sent_before_open_or_after_close_go_nowhere() -> None:
     sink = Recorder()
-    reporter = Reporter([sink], None)
-    reporter.send(report(1))
-    reporter.open()
-    reporter.send(report(2))
-    reporter.close()
-    reporter.send(report(3))
-    reporter.close()
+    dispatcher = Dispatcher([sink], None)
+    dispatcher.send(report(1))
+    dispatcher.open()
+    dispatcher.send(report(2))
+    dispatcher.close()
+    dispatcher.send(report(3))
+    dispatcher.close()
     assert sink.steps == [2]
     assert sink.calls.count("close") == 1
 
 
 def test_it_can_be_opened_again() -> None:
     sink = Recorder()
-    reporter = Reporter([sink], None)
+    dispatcher = Dispatcher([sink], None)
     for step in (1, 2):
-        reporter.open()
-        reporter.send(report(step))
-        reporter.close()
+        dispatcher.open()
+        dispatcher.send(report(step))
+        dispatcher.close()
     assert sink.calls == [
         ("open", None),
         report(1),
@@ -186,16 +186,16 @@ def test_it_can_be_opened_again() -> None:
 @pytest.mark.parametrize("active", [True, False])
 def test_what_is_no_sink_is_refused_on_every_rank(active: bool) -> None:
     with pytest.raises(ConfigError) as caught:
-        Reporter([Recorder], None, active=active)  # type: ignore[list-item]
+        Dispatcher([Recorder], None, active=active)  # type: ignore[list-item]
     assert str(caught.value) == f"sinks: {Recorder!r} is no dtrain.Sink; did you mean `Recorder()`?"
     with pytest.raises(ConfigError) as caught:
-        Reporter([print], None, active=active)  # type: ignore[list-item]
+        Dispatcher([print], None, active=active)  # type: ignore[list-item]
     assert str(caught.value) == "sinks: <built-in function print> is no dtrain.Sink"
 
 
 def test_a_queue_needs_room() -> None:
     with pytest.raises(ConfigError, match=r"^capacity=0: at least one report must be able to wait"):
-        Reporter([], None, capacity=0)
+        Dispatcher([], None, capacity=0)
 
 
 # ------------------------------------------------------------------------ sinks that misbehave
@@ -203,25 +203,25 @@ def test_a_queue_needs_room() -> None:
 
 def test_a_sink_that_fails_to_open_raises_and_closes_those_before_it() -> None:
     before, after = Recorder(), Recorder()
-    reporter = Reporter([before, RaisesInOpen(), after], None)
+    dispatcher = Dispatcher([before, RaisesInOpen(), after], None)
     with pytest.raises(ConfigError) as caught:
-        reporter.open()
+        dispatcher.open()
     assert str(caught.value) == "a run_dir is needed"
     assert caught.value.__notes__ == ["(while the sink RaisesInOpen was opened)"]
     assert before.calls == [("open", None), "close"]
     assert after.calls == []
-    reporter.send(report(1))
+    dispatcher.send(report(1))
     assert before.steps == []
     assert sink_threads() == []
 
 
 def test_a_sink_that_raises_is_named_once_and_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     bad, good = RaisesAt(2), Recorder()
-    reporter = Reporter([bad, good], None)
-    reporter.open()
+    dispatcher = Dispatcher([bad, good], None)
+    dispatcher.open()
     for step in range(1, 6):
-        reporter.send(report(step))
-    reporter.close()
+        dispatcher.send(report(step))
+    dispatcher.close()
     assert good.steps == [1, 2, 3, 4, 5]
     assert bad.steps == [1, 2]
     assert bad.calls[-1] == "close"
@@ -230,36 +230,36 @@ def test_a_sink_that_raises_is_named_once_and_left_out(capsys: pytest.CaptureFix
         "dtrain: the sink RaisesAt failed in write() and is left out from here on: "
         f"OSError: the disk is full ({place}). Training goes on.\n"
     )
-    ((name, error),) = reporter.failures
+    ((name, error),) = dispatcher.failures
     assert name == "RaisesAt"
     assert isinstance(error, OSError)
 
 
 def test_after_a_failure_nothing_is_queued(capsys: pytest.CaptureFixture[str]) -> None:
     bad = RaisesAt(1)
-    reporter = Reporter([bad], None, capacity=1)
-    reporter.open()
-    reporter.send(report(1))
+    dispatcher = Dispatcher([bad], None, capacity=1)
+    dispatcher.open()
+    dispatcher.send(report(1))
     for thread in threading.enumerate():
         if thread.name == "dtrain-sink-RaisesAt":
             thread.join(WAIT_S)
     for step in range(2, 10):
-        reporter.send(report(step))
-    reporter.close()
+        dispatcher.send(report(step))
+    dispatcher.close()
     assert bad.steps == [1]
-    assert reporter.dropped == {}
+    assert dispatcher.dropped == {}
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_failing_close_after_a_failing_write_is_a_note(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    reporter = Reporter([RaisesAt(1, close_too=True)], None)
-    reporter.open()
-    reporter.send(report(1))
-    reporter.close()
+    dispatcher = Dispatcher([RaisesAt(1, close_too=True)], None)
+    dispatcher.open()
+    dispatcher.send(report(1))
+    dispatcher.close()
     assert capsys.readouterr().err.count("\n") == 1
-    ((_, error),) = reporter.failures
+    ((_, error),) = dispatcher.failures
     assert isinstance(error, OSError)
     place = line_of(RaisesAt.close, 'raise ValueError("nor can it be closed")')
     assert error.__notes__ == [
@@ -269,48 +269,48 @@ def test_a_failing_close_after_a_failing_write_is_a_note(
 
 def test_a_sink_that_raises_in_close_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     sink = RaisesInClose()
-    reporter = Reporter([sink], None)
-    reporter.open()
-    reporter.send(report(1))
-    reporter.close()
+    dispatcher = Dispatcher([sink], None)
+    dispatcher.open()
+    dispatcher.send(report(1))
+    dispatcher.close()
     assert sink.steps == [1]
     place = line_of(RaisesInClose.close, 'raise ValueError("cannot be closed")')
     assert capsys.readouterr().err == (
         "dtrain: the sink RaisesInClose failed in close() and is left out from here on: "
         f"ValueError: cannot be closed ({place}). Training goes on.\n"
     )
-    assert [name for name, _ in reporter.failures] == ["RaisesInClose"]
+    assert [name for name, _ in dispatcher.failures] == ["RaisesInClose"]
 
 
 def test_sinks_of_one_class_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = Reporter([RaisesAt(9), RaisesAt(1)], None)
-    reporter.open()
-    reporter.send(report(1))
-    reporter.close()
-    assert [name for name, _ in reporter.failures] == ["RaisesAt (2)"]
+    dispatcher = Dispatcher([RaisesAt(9), RaisesAt(1)], None)
+    dispatcher.open()
+    dispatcher.send(report(1))
+    dispatcher.close()
+    assert [name for name, _ in dispatcher.failures] == ["RaisesAt (2)"]
     assert "the sink RaisesAt (2) failed" in capsys.readouterr().err
 
 
 def test_a_sink_that_hangs_is_named_and_left_behind(capsys: pytest.CaptureFixture[str]) -> None:
     stuck = Gated()
-    reporter = Reporter([stuck], None)
-    reporter.open()
+    dispatcher = Dispatcher([stuck], None)
+    dispatcher.open()
     for step in (1, 2, 3):
-        reporter.send(report(step))
+        dispatcher.send(report(step))
     assert stuck.entered.wait(WAIT_S)
     (thread,) = [t for t in threading.enumerate() if t.name == "dtrain-sink-Gated"]
     assert thread.daemon
-    reporter.close(timeout_s=0)
+    dispatcher.close(timeout_s=0)
     text = (
         "the sink Gated was not done after 0 s and is left behind at "
         f"{line_of(Gated.write, 'self.released.wait(WAIT_S)')}; "
         "reports that still waited for it: 2."
     )
     assert capsys.readouterr().err == f"dtrain: {text}\n"
-    ((name, error),) = reporter.failures
+    ((name, error),) = dispatcher.failures
     assert (name, type(error), str(error)) == ("Gated", TimeoutError, text)
 
-    reporter.close(timeout_s=0)  # says nothing more
+    dispatcher.close(timeout_s=0)  # says nothing more
     stuck.released.set()
     thread.join(WAIT_S)
     assert stuck.calls == [("open", None), report(1)]  # nothing after it was left behind
@@ -321,35 +321,35 @@ def test_a_closed_stderr_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     stream.close()
     monkeypatch.setattr(sys, "stderr", stream)
-    reporter = Reporter([RaisesAt(1)], None)
-    reporter.open()
-    reporter.send(report(1))
-    reporter.close()
-    assert [name for name, _ in reporter.failures] == ["RaisesAt"]
+    dispatcher = Dispatcher([RaisesAt(1)], None)
+    dispatcher.open()
+    dispatcher.send(report(1))
+    dispatcher.close()
+    assert [name for name, _ in dispatcher.failures] == ["RaisesAt"]
 
 
 # ------------------------------------------------------------------------------ a full queue
 
 
-def fill(kinds: list[ReportKind], capacity: int) -> tuple[Gated, Reporter]:
+def fill(kinds: list[ReportKind], capacity: int) -> tuple[Gated, Dispatcher]:
     """Sends step 0, which the sink hangs on, then one report of each kind, then lets it go."""
     sink = Gated()
-    reporter = Reporter([sink], None, capacity=capacity)
-    reporter.open()
-    reporter.send(report(0))
+    dispatcher = Dispatcher([sink], None, capacity=capacity)
+    dispatcher.open()
+    dispatcher.send(report(0))
     assert sink.entered.wait(WAIT_S)
     for step, kind in enumerate(kinds, start=1):
-        reporter.send(report(step, kind))
+        dispatcher.send(report(step, kind))
     sink.released.set()
-    reporter.close()
-    return sink, reporter
+    dispatcher.close()
+    return sink, dispatcher
 
 
 def test_a_full_queue_drops_the_oldest_train_reports(capsys: pytest.CaptureFixture[str]) -> None:
-    sink, reporter = fill(["eval", "train", "train", "message", "train", "eval"], capacity=4)
+    sink, dispatcher = fill(["eval", "train", "train", "message", "train", "eval"], capacity=4)
     assert sink.steps == [0, 1, 4, 5, 6]
-    assert reporter.dropped == {"Gated": 2}
-    assert reporter.failures == []
+    assert dispatcher.dropped == {"Gated": 2}
+    assert dispatcher.failures == []
     assert capsys.readouterr().err == (
         "dtrain: the sink Gated is slower than the training: 4 reports wait for it. At step 5 "
         "some train reports begin to be left out of it. Training goes on.\n"
@@ -357,15 +357,15 @@ def test_a_full_queue_drops_the_oldest_train_reports(capsys: pytest.CaptureFixtu
 
 
 def test_a_full_queue_without_train_reports_takes_no_new_ones() -> None:
-    sink, reporter = fill(["start", "eval", "train", "train"], capacity=2)
+    sink, dispatcher = fill(["start", "eval", "train", "train"], capacity=2)
     assert sink.steps == [0, 1, 2]
-    assert reporter.dropped == {"Gated": 2}
+    assert dispatcher.dropped == {"Gated": 2}
 
 
 def test_a_queue_full_of_other_reports_drops_the_oldest() -> None:
-    sink, reporter = fill(["message", "eval", "end"], capacity=2)
+    sink, dispatcher = fill(["message", "eval", "end"], capacity=2)
     assert sink.steps == [0, 2, 3]
-    assert reporter.dropped == {"Gated": 1}
+    assert dispatcher.dropped == {"Gated": 1}
 
 
 def test_a_slow_sink_does_not_hold_up_another() -> None:
@@ -378,13 +378,13 @@ def test_a_slow_sink_does_not_hold_up_another() -> None:
                 seen.set()
 
     slow, quick = Gated(), Last()
-    reporter = Reporter([slow, quick], None)
-    reporter.open()
+    dispatcher = Dispatcher([slow, quick], None)
+    dispatcher.open()
     for step in range(1, 51):
-        reporter.send(report(step))
+        dispatcher.send(report(step))
     assert seen.wait(WAIT_S)  # while the slow one still hangs in its first write
     assert slow.steps == []
     assert quick.steps == list(range(1, 51))
     slow.released.set()
-    reporter.close()
+    dispatcher.close()
     assert slow.steps == list(range(1, 51))

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import dtrain
+from dtrain.distributed.world import current
 from dtrain.errors import CommError, ConfigError, RankMismatch, RemoteError
 from dtrain.testing import RanksFailed, aside, run_ranks, tiny_fit, try_ranks
-from dtrain.world import current
 
 ONE = torch.ones(1)
 
@@ -73,7 +73,7 @@ def test_random_streams_are_each_ranks_own_and_the_callers_go_on():
     assert draw()[::2] == before[::2]
 
     def alone(rank):
-        dtrain.world.seed_everything(0)
+        dtrain.distributed.seed_everything(0)
         drawn = []
         for turn in range(3):
             for _ in range(rank + turn):

@@ -19,7 +19,7 @@ def old_run(run_dir: Path, state: Any = "running", *, saved: int | None = 30, **
     """A run of 3 epochs and 30 steps, with a checkpoint, unless told otherwise."""
     if saved is not None:
         save(run_dir / "checkpoints", saved)
-    facts = {"reason": "all epochs done", "step": 30, "epoch": 3, "make_up": MAKE_UP} | more
+    facts = {"reason": "all epochs done", "step": 30, "epoch": 3, "fingerprint": MAKE_UP} | more
     status.write(run_dir, Status(state, **facts))
 
 
@@ -158,7 +158,7 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(tmp_path: Path, e
 @pytest.mark.parametrize("state", ["running", "finished"])
 def test_another_make_up_is_refused_with_the_differences(tmp_path: Path, state: str) -> None:
     there = {"model": "abd", "batch size": 64, "callbacks": ["Checkpoint", "EarlyStopping"]}
-    old_run(tmp_path, state, make_up=there)
+    old_run(tmp_path, state, fingerprint=there)
     with pytest.raises(ResumeError) as raised:
         decide(tmp_path, "auto", MAKE_UP | {"seed": 1}, epochs=9, max_steps=None)
     first, *differences, last = str(raised.value).splitlines()
@@ -260,7 +260,7 @@ def test_a_status_is_on_the_disk_before_it_replaces_the_old_one(
 def test_without_a_status_the_checkpoint_says_of_which_run_it_is(
     tmp_path: Path, mode: Any, content: bytes | None
 ) -> None:
-    said = {"progress": {"epoch": 2}, "make_up": MAKE_UP}
+    said = {"progress": {"epoch": 2}, "fingerprint": MAKE_UP}
     save(tmp_path / "checkpoints", 25, state=said)
     if content is not None:
         (tmp_path / "status.json").write_bytes(content)
@@ -273,7 +273,7 @@ def test_without_a_status_the_checkpoint_says_of_which_run_it_is(
     assert "continuing at step 25" in continuing
     assert len(unreadable) == (content is not None)
     # And so another run's is not mixed with this one.
-    save(tmp_path / "checkpoints", 26, state=said | {"make_up": MAKE_UP | {"batch size": 32}})
+    save(tmp_path / "checkpoints", 26, state=said | {"fingerprint": MAKE_UP | {"batch size": 32}})
     with pytest.raises(ResumeError, match="batch size: 32 there, 64 here"):
         choose(tmp_path, mode)
 

@@ -1,4 +1,4 @@
-"""Who is judged how: fake heartbeats in, a verdict out. And the pulse that they are made of."""
+"""Who is judged how: fake heartbeats in, a verdict out. And the activity that they are made of."""
 
 import math
 import os
@@ -12,26 +12,23 @@ from itertools import pairwise
 import pytest
 from torch.distributed import HashStore
 
-from dtrain.beats import (
-    LOOKERS,
-    Beat,
-    Seen,
-    beat_key,
-    behind,
-    gives_way,
-    judge,
-    look_up,
-    looks,
-    stuck,
-    table,
-    this_machine,
+from dtrain.distributed.activity import (
+    BACKWARD,
+    BETWEEN,
+    DATA,
+    FIRST_DATA,
+    LOSS_FN,
+    SAVING,
+    Activity,
 )
-from dtrain.comm import Comm
+from dtrain.distributed.comm import Comm
+from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
+from dtrain.distributed.processes import look_up, this_machine
+from dtrain.distributed.world import World
 from dtrain.errors import ConfigError
-from dtrain.pulse import BACKWARD, BETWEEN, DATA, FIRST_DATA, LOSS_FN, SAVING, Pulse
-from dtrain.stacks import Line, Stack, main_stack
-from dtrain.watchdog import _KEYS_AT_ONCE, HANG_EXIT_CODE, _Bounded, _Watch
-from dtrain.world import World
+from dtrain.watchdog.judgement import LOOKERS, Seen, behind, gives_way, judge, looks, stuck, table
+from dtrain.watchdog.stacks import Line, Stack, main_stack
+from dtrain.watchdog.thread import _KEYS_AT_ONCE, HANG_EXIT_CODE, _Bounded, _Watch
 
 SIZES = [2, 3, 64]
 
@@ -40,7 +37,7 @@ def waiting(rank, **more):
     """A rank that has waited in backward for longer than its limit."""
     facts = {"step": 8, "phase": "backward", "at": "train.py:9", "waits": True, "quiet_s": 6.0}
     facts |= {"limit_s": 5.0, "inside": True} | more
-    return Beat(rank, f"node{rank // 8}", 100 + rank, "", 50, **facts)
+    return Heartbeat(rank, f"node{rank // 8}", 100 + rank, "", 50, **facts)
 
 
 def working(rank, **more):
@@ -51,11 +48,11 @@ def working(rank, **more):
 def world(size, odd, make, **more):
     """All wait but one; as another rank sees them, whose posts are half a second old."""
     beats = [make(odd, **more) if rank == odd else waiting(rank) for rank in range(size)]
-    return [Seen(beat, 0.5) for beat in beats]
+    return [Seen(heartbeat, 0.5) for heartbeat in beats]
 
 
 def changed(seen, rank, **more):
-    return [replace(one, **more) if one.beat.rank == rank else one for one in seen]
+    return [replace(one, **more) if one.heartbeat.rank == rank else one for one in seen]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -78,7 +75,7 @@ def test_a_process_that_does_not_run_is_named_at_once(size, process, words):
     for odd in (0, size - 1):
         for make in (working, waiting):
             verdict = judge(changed(world(size, odd, make), odd, process=process))
-            assert verdict.beat.rank == odd
+            assert verdict.heartbeat.rank == odd
             assert words in verdict.message
             failure = str(verdict.failure())
             assert failure.startswith(f"rank {odd} on node{odd // 8} failed in ")
@@ -91,13 +88,13 @@ def test_a_rank_that_posts_nothing_is_named_after_its_own_limit(size):
     seen = world(size, odd, working)
     assert judge(changed(seen, odd, stale_s=4.9)) is None
     verdict = judge(changed(seen, odd, stale_s=5.1))
-    assert verdict.beat.rank == odd
+    assert verdict.heartbeat.rank == odd
     assert "nothing was heard of it for 5.1 s" in verdict.message
     # Reading a large file may hold the interpreter, in a slow phase.
     slow = world(size, odd, working, limit_s=300.0)
     assert judge(changed(slow, odd, stale_s=60.0)) is None
     # Connections have broken: then it is the one.
-    assert judge(changed(slow, odd, stale_s=3.0), silent_s=2.5).beat.rank == odd
+    assert judge(changed(slow, odd, stale_s=3.0), silent_s=2.5).heartbeat.rank == odd
     debugged = world(size, odd, working, limit_s=math.inf)
     assert judge(changed(debugged, odd, stale_s=1e6)) is None
     # Outside of fit nobody posts; it may come back.
@@ -111,7 +108,7 @@ def test_ranks_that_wait_for_one_another_are_all_shown(size):
     odd = size - 1
     seen = world(size, odd, waiting, step=7, phase="on_step_end", at="mine.py:3")
     verdict = judge(seen)
-    assert verdict.beat.rank == odd
+    assert verdict.heartbeat.rank == odd
     assert "all ranks wait for one another, and none has moved for 6.0 s" in verdict.message
     lines = verdict.table.splitlines()
     assert len(lines) == 2
@@ -153,9 +150,9 @@ def test_a_rank_on_itself():
 
 
 def test_posts_travel_as_json():
-    for beat in (waiting(1), working(2, limit_s=math.inf)):
-        assert Beat.from_json(beat.to_json()) == beat
-        assert Beat.from_json(beat.to_json().encode()) == beat
+    for heartbeat in (waiting(1), working(2, limit_s=math.inf)):
+        assert Heartbeat.from_json(heartbeat.to_json()) == heartbeat
+        assert Heartbeat.from_json(heartbeat.to_json().encode()) == heartbeat
     assert table([waiting(0), working(1)]).splitlines() == [
         "  rank 0 on node0: step 8 in backward (train.py:9)",
         "  rank 1 on node0: step 8 in data",
@@ -167,89 +164,93 @@ def test_the_kernel_knows_what_became_of_a_process():
         [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
     )
     machine = this_machine()
-    beat = replace(waiting(1), pid=child.pid, machine=machine)
+    heartbeat = replace(waiting(1), pid=child.pid, machine=machine)
     try:
-        assert look_up(beat, machine) == "runs"
-        assert look_up(beat, "another") == look_up(replace(beat, machine=""), "") == "unknown"
+        assert look_up(heartbeat, machine) == "runs"
+        assert (
+            look_up(heartbeat, "another")
+            == look_up(replace(heartbeat, machine=""), "")
+            == "unknown"
+        )
         os.kill(child.pid, signal.SIGSTOP)
         os.waitid(os.P_PID, child.pid, os.WSTOPPED)
-        assert look_up(beat, machine) == "stopped"
+        assert look_up(heartbeat, machine) == "stopped"
     finally:
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        assert look_up(beat, machine) == "gone"  # nobody has taken its exit code yet
+        assert look_up(heartbeat, machine) == "gone"  # nobody has taken its exit code yet
         child.communicate()
-    assert look_up(beat, machine) == "gone"
+    assert look_up(heartbeat, machine) == "gone"
 
 
-# ----------------------------------------------------------------------------- the pulse
+# ----------------------------------------------------------------------------- the activity
 
 
 def test_limits_follow_the_place_and_the_slowest_recent_step():
-    pulse = Pulse()
-    assert pulse.limit_s(5, 300) == 300  # the start
-    pulse.begin_step(0)
-    pulse.go(BACKWARD)
-    assert pulse.limit_s(5, 300) == 300  # the first step
-    pulse.steps._began -= 100.0
-    pulse.end_lap(BETWEEN)
-    assert pulse.limit_s(5, 300) == 300  # between steps, where anything may take long
-    pulse.begin_step(1)
-    assert pulse.step == 1
-    pulse.go(FIRST_DATA)
-    assert pulse.limit_s(5, 300) == 300
-    pulse.steps._began -= 100.0
-    pulse.has_data(first=True)  # what workers' start took counts as little as the first step
-    assert pulse.place is LOSS_FN
-    assert pulse.limit_s(5, 300) == 5
-    pulse.steps._began -= 2.0
-    pulse.end_lap(BETWEEN)
-    pulse.begin_step(2)
-    assert 20 <= pulse.limit_s(5, 300) < 21
+    activity = Activity()
+    assert activity.limit_s(5, 300) == 300  # the start
+    activity.begin_step(0)
+    activity.enter(BACKWARD)
+    assert activity.limit_s(5, 300) == 300  # the first step
+    activity.steps._began -= 100.0
+    activity.end_lap(BETWEEN)
+    assert activity.limit_s(5, 300) == 300  # between steps, where anything may take long
+    activity.begin_step(1)
+    assert activity.step == 1
+    activity.enter(FIRST_DATA)
+    assert activity.limit_s(5, 300) == 300
+    activity.steps._began -= 100.0
+    activity.has_data(first=True)  # what workers' start took counts as little as the first step
+    assert activity.phase is LOSS_FN
+    assert activity.limit_s(5, 300) == 5
+    activity.steps._began -= 2.0
+    activity.end_lap(BETWEEN)
+    activity.begin_step(2)
+    assert 20 <= activity.limit_s(5, 300) < 21
     for step in range(3, 300):  # forgotten by and by
-        pulse.begin_step(step)
-        pulse.end_lap(BETWEEN)
-    pulse.begin_step(300)
-    assert pulse.limit_s(5, 300) == 5
-    assert pulse.limit_s(400, 300) == 400
-    before = pulse.go(SAVING)
-    assert pulse.limit_s(5, 300) == 300
-    assert pulse.limit_s(400, 300) == 400
-    pulse.go(before)
-    pulse.restart()
-    assert pulse.limit_s(5, 300) == 300
+        activity.begin_step(step)
+        activity.end_lap(BETWEEN)
+    activity.begin_step(300)
+    assert activity.limit_s(5, 300) == 5
+    assert activity.limit_s(400, 300) == 400
+    before = activity.enter(SAVING)
+    assert activity.limit_s(5, 300) == 300
+    assert activity.limit_s(400, 300) == 400
+    activity.enter(before)
+    activity.restart()
+    assert activity.limit_s(5, 300) == 300
 
 
 def test_what_is_slow_for_once_leaves_the_limit_as_it_is():
-    pulse = Pulse()
+    activity = Activity()
     for step in range(2):
-        pulse.begin_step(step)
-        with pulse.slowly("writing a trace"):
-            assert pulse.limit_s(5, 300) == 300
-            assert pulse.place.phase == "writing a trace"
+        activity.begin_step(step)
+        with activity.long_operation("writing a trace"):
+            assert activity.limit_s(5, 300) == 300
+            assert activity.phase.name == "writing a trace"
             threading.Event().wait(0.1)
-        assert pulse.limit_s(5, 300) == (5 if step else 300)
-        pulse.end_lap(BETWEEN)
-    assert pulse.steps.slowest_s < 0.1
+        assert activity.limit_s(5, 300) == (5 if step else 300)
+        activity.end_lap(BETWEEN)
+    assert activity.steps.slowest_s < 0.1
 
 
 def test_batches_of_an_evaluation_have_a_limit_of_their_own():
-    pulse = Pulse()
-    pulse.restart_batches()
-    pulse.begin_batch()
-    assert pulse.limit_s(5, 300) == 300
-    pulse.end_lap(BETWEEN)
-    pulse.begin_batch()
-    assert pulse.limit_s(5, 300) == 5
-    assert pulse.place.phase == "data of an evaluation"
+    activity = Activity()
+    activity.restart_batches()
+    activity.begin_batch()
+    assert activity.limit_s(5, 300) == 300
+    activity.end_lap(BETWEEN)
+    activity.begin_batch()
+    assert activity.limit_s(5, 300) == 5
+    assert activity.phase.name == "data of an evaluation"
 
 
 def test_every_sign_of_progress_counts():
-    pulse = Pulse()
-    beats = pulse.beats
-    assert pulse.go(DATA) is not DATA
-    assert pulse.go(DATA) is DATA
-    assert pulse.beats == beats + 2
+    activity = Activity()
+    beats = activity.signs
+    assert activity.enter(DATA) is not DATA
+    assert activity.enter(DATA) is DATA
+    assert activity.signs == beats + 2
 
 
 def test_what_another_rank_broke_is_told_from_what_broke_here():
@@ -260,7 +261,7 @@ def test_what_another_rank_broke_is_told_from_what_broke_here():
     assert not comm.may_be_broken(mine)
     assert not comm.may_be_broken(ValueError("gloo"))
     assert not comm.may_be_broken(ConfigError("gloo"))
-    comm.pulse.go(BACKWARD)
+    comm.activity.enter(BACKWARD)
     assert comm.may_be_broken(mine)
 
 
@@ -338,8 +339,8 @@ class CountingStore(HashStore):
     def __init__(self, beats):
         super().__init__()
         self.read = []
-        for beat in beats:
-            self.set(beat_key(beat.rank), beat.to_json())
+        for heartbeat in beats:
+            self.set(heartbeat_key(heartbeat.rank), heartbeat.to_json())
 
     def multi_get(self, keys):
         self.read.append(len(keys))

@@ -12,16 +12,12 @@ import torch
 import torch.distributed as dist
 
 import dtrain
+from dtrain.distributed.environment import find_launcher, first_host
+from dtrain.distributed.rendezvous import _allow_files
+from dtrain.distributed.seeding import derive_seed, seed_everything
+from dtrain.distributed.world import current
 from dtrain.errors import ConfigError, LaunchError
 from dtrain.testing import run_processes
-from dtrain.world import (
-    _allow_files,
-    current,
-    derive_seed,
-    find_launcher,
-    first_host,
-    seed_everything,
-)
 
 TORCHRUN = {
     "RANK": "3",

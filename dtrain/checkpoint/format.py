@@ -1,0 +1,307 @@
+"""Checkpoints on disk: renamed into place once they are whole; read only if intact.
+
+::
+
+    run_dir/checkpoints/step-00000500/
+        model.safetensors        parameters and buffers
+        state.safetensors        optimizer and callbacks: what is a tensor
+        state.json               optimizer, callbacks, progress: what is not
+        rank-00000.safetensors   this rank's random streams
+        rank-00000.json
+        manifest.json            size and sha256 of each file, written last
+
+What is large comes in parts, as Hugging Face's libraries name and index them::
+
+        model-00001-of-00004.safetensors ... model.safetensors.index.json
+
+Who writes which of them is said in :mod:`dtrain.checkpoint.writing`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dtrain.checkpoint import disk, tree
+from dtrain.errors import CheckpointError
+
+FORMAT = 1
+MODEL, STATE = "model", "state"
+_MANIFEST = "manifest.json"
+_REPLACED = ".replaced-"
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that was found intact.
+
+    Attributes:
+        path: its folder.
+        step: the global step after which it was made.
+        metrics: the newest agreed metrics when it was made.
+    """
+
+    path: Path
+    step: int
+    metrics: dict[str, float]
+
+
+def place(folder: Path, step: int, token: str = "") -> tuple[Path, Path]:
+    """Returns where the checkpoint of ``step`` is to be, and where it is written before.
+
+    Args:
+        folder: ``run_dir/checkpoints``.
+        step: the global step.
+        token: of the start that writes it: no other's file comes between its own.
+    """
+    final = folder / f"step-{step:08d}"
+    return final, folder / f".writing-{final.name}-{token}".rstrip("-")
+
+
+def part_name(stem: str, number: int, parts: int) -> str:
+    """Returns the name of the ``number``-th of so many files, from 0."""
+    return f"{stem}-{number + 1:05d}-of-{parts:05d}.safetensors" if parts > 1 else _whole(stem)
+
+
+def rank_name(rank: int) -> str:
+    """Returns what the names of a rank's own files begin with."""
+    return f"rank-{rank:05d}"
+
+
+def facts_of(file: Path) -> dict[str, Any]:
+    """Returns what a manifest says of a file; reads every byte."""
+    return {"bytes": file.stat().st_size, "sha256": disk.digest(file)}
+
+
+def commit(
+    aside: Path,
+    final: Path,
+    step: int,
+    metrics: dict[str, float],
+    facts: Mapping[str, Any],
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Writes the manifest of a checkpoint that is whole, and renames its folder into place.
+
+    Args:
+        aside: where all its files are.
+        final: where it is to be.
+        step: the global step.
+        metrics: the newest agreed metrics.
+        facts: from each file's name to :func:`facts_of` it.
+        check: raises where this start may not write any more; called at the last moment.
+
+    Ranks: rank 0 only.
+    """
+    manifest = {"format": FORMAT, "step": step, "metrics": metrics, "files": dict(facts)}
+    manifest["sha256"] = _digest_of(manifest)
+    disk.write_bytes(aside / _MANIFEST, json.dumps(manifest, indent=1).encode())
+    disk.sync_folder(aside)
+    check()
+    replaced = final.with_name(_REPLACED + final.name)
+    if final.is_dir():  # the same step saved again, after a resume
+        final.rename(replaced)  # where it is found, should a kill come before the next line
+    aside.rename(final)
+    disk.sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)  # what is left of it goes with the next save
+
+
+def tidy(folder: Path) -> None:
+    """Ends what a kill cut short: half a save goes, what it was about to replace comes back."""
+    for replaced in folder.glob(f"{_REPLACED}step-*"):
+        final = folder / replaced.name.removeprefix(_REPLACED)
+        if final.exists():
+            disk.delete(replaced)
+        else:
+            replaced.rename(final)
+    for leftover in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
+        disk.delete(leftover)
+
+
+def find(folder: Path) -> tuple[Saved | None, list[str]]:
+    """Returns the newest intact checkpoint, and what is wrong with newer ones.
+
+    Ranks: all, local; reads every byte of the files it looks at.
+    """
+    damage: list[str] = []
+    for path in reversed(_by_step(folder)):
+        try:
+            return check(path), damage
+        except CheckpointError as error:
+            damage.append(str(error))
+    return None, damage
+
+
+def listed(folder: Path) -> list[Saved]:
+    """Returns the checkpoints in ``folder``, oldest first, by their manifests alone."""
+    saved = []
+    for path in _by_step(folder):
+        try:
+            manifest = _read_manifest(path)
+        except CheckpointError:
+            continue  # damaged: `find` says so when it matters
+        saved.append(Saved(path, manifest["step"], manifest["metrics"]))
+    return saved
+
+
+def model_file(path: Path) -> Path:
+    """Returns the file with the model; the checkpoint's folder, where it is in parts."""
+    file = path / _whole(MODEL)
+    return file if file.exists() else path
+
+
+def load_model(path: Path) -> dict[str, Tensor]:
+    """Returns parameters and buffers, on the CPU.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    return _load_parts(path, MODEL)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Returns what was saved as ``state``.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    return _join(path / f"{STATE}.json", _load_parts(path, STATE))
+
+
+def load_rank_state(path: Path, rank: int) -> dict[str, Any] | None:
+    """Returns what this rank saved, or None where the run had fewer ranks.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    file = path / f"{rank_name(rank)}.json"
+    if not file.exists():
+        return None
+    return _join(file, load_tensors(path / _whole(rank_name(rank))))
+
+
+def remove(folder: Path, step: int) -> None:
+    """Deletes the checkpoint of ``step``; renamed first, so that half of one is never found.
+
+    Ranks: rank 0 only.
+    """
+    path = folder / f"step-{step:08d}"
+    aside = folder / f".removing-{path.name}"
+    if aside.exists():  # killed while it removed, and the step was saved again
+        shutil.rmtree(aside)
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _by_step(folder: Path) -> list[Path]:
+    paths = {path.name: path for path in folder.glob("step-*")}
+    for path in folder.glob(f"{_REPLACED}step-*"):  # killed before the new one was in its place
+        paths.setdefault(path.name.removeprefix(_REPLACED), path)
+    numbered = [name for name in paths if name[5:].isdecimal()]
+    return [paths[name] for name in sorted(numbered, key=lambda name: int(name[5:]))]
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    """Returns the digest of a manifest's own content, but for the digest itself."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def has_manifest(path: Path) -> bool:
+    """Says whether a folder is a checkpoint's."""
+    return (path / _MANIFEST).exists()
+
+
+def check(path: Path) -> Saved:
+    """Compares all files of one checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: names the first file that is not as it was written.
+
+    Ranks: all, local; reads every byte.
+    """
+    manifest = _read_manifest(path)
+    for name, facts in manifest["files"].items():
+        file = path / name
+        try:
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing")
+            if (size := file.stat().st_size) != facts["bytes"]:
+                raise CheckpointError(f"{file} has {size} bytes, not the {facts['bytes']} written")
+            changed = disk.digest(file) != facts["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        if changed:
+            raise CheckpointError(f"{file} was changed since it was written (its sha256 differs)")
+    return Saved(path, manifest["step"], manifest["metrics"])
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / _MANIFEST
+    try:
+        manifest = json.loads(file.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"{file} has format {manifest['format']}; this dtrain reads {FORMAT}"
+            )
+        if manifest["sha256"] != _digest_of(manifest):
+            raise ValueError("it was changed since it was written")
+        facts = [(f["bytes"], f["sha256"]) for f in manifest["files"].values()]
+        if not isinstance(manifest["step"], int) or not facts:
+            raise ValueError("step or files")
+        if any("/" in name or name.startswith(".") for name in manifest["files"]):
+            raise ValueError("a file outside of its folder")
+        named = path.name.rpartition("step-")[2]
+        if named.isdecimal() and int(named) != manifest["step"]:
+            raise ValueError(f"it is of step {manifest['step']}, not of its folder's")
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing: the checkpoint is not complete") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error!r}") from error
+    return dict(manifest)
+
+
+def _whole(stem: str) -> str:
+    return f"{stem}.safetensors"
+
+
+def _load_parts(path: Path, stem: str) -> dict[str, Tensor]:
+    part = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    names = [name for name in _read_manifest(path)["files"] if part.fullmatch(name)]
+    tensors: dict[str, Tensor] = {}
+    for name in names or [_whole(stem)]:
+        tensors |= load_tensors(path / name)
+    return tensors
+
+
+def _join(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Returns the state whose JSON is in ``file``."""
+    try:
+        state = tree.join(json.loads(file.read_bytes()), tensors)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds {type(state).__name__}, not dict")
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, CheckpointError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return state
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file, on the CPU.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error

@@ -1,0 +1,171 @@
+"""Who may write to a run's folder: one start of the run, the newest.
+
+Two things see to that. A lock on ``run_dir/.writer.lock``, which the kernel takes back from a
+process that is killed: a second start on the same machine waits for it, and gives up. And a token
+in ``run_dir/.writer``, for another machine: an old start that is cut off may live on, and keep its
+lock, while the job is begun again elsewhere. Each start leaves a new token; who finds another's
+than its own writes nothing any more.
+
+Nothing closes the moment between a look at the token and the rename that follows. It is one system
+call long; but a network file system may show an old token for as long as it caches names.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from dtrain.checkpoint import disk
+from dtrain.distributed import (
+    this_machine,
+)
+from dtrain.errors import CheckpointError, RunTaken
+
+#: How long a start waits for the end of the one before; a loader's workers outlive a killed rank.
+WAIT_S = 10.0
+#: The run_lock's own files in ``run_dir``.
+TOKEN, LOCK = ".writer", ".writer.lock"
+_LOOK_EVERY_S = 0.1
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+class RunLock:
+    """This start's right to write to ``run_dir``.
+
+    Args:
+        run_dir: the run's folder, which is there.
+
+    Ranks: rank 0 only.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        #: Names this start, and what it writes aside.
+        self.token = uuid.uuid4().hex
+        self._lock: int | None = None
+
+    def take(self) -> None:
+        """Makes this start the one that writes; every start before it no longer may.
+
+        Raises:
+            RunTaken: another one is alive on this machine, and does not end within :data:`WAIT_S`.
+            CheckpointError: the folder cannot be written.
+        """
+        with disk.plain_words(self._run_dir / TOKEN):
+            self._lock = _lock(self._run_dir)
+            facts = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid()}
+            facts["machine"] = this_machine()
+            facts["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
+            aside = self._run_dir / f"{TOKEN}-{self.token}"
+            disk.write_bytes(aside, json.dumps(facts).encode())
+            os.replace(aside, self._run_dir / TOKEN)
+            disk.sync_folder(self._run_dir)
+
+    def take_again(self) -> None:
+        """Goes on after :meth:`release`, if nobody else wrote meanwhile.
+
+        Raises:
+            RunTaken: somebody did, or does.
+            CheckpointError: the folder cannot be read.
+        """
+        with disk.plain_words(self._run_dir / TOKEN):
+            self._lock = _lock(self._run_dir)
+        self.check()
+
+    def check(self) -> None:
+        """Returns if this start may write.
+
+        Raises:
+            RunTaken: another one has begun since.
+            CheckpointError: that cannot be found out.
+        """
+        try:
+            facts = json.loads((self._run_dir / TOKEN).read_bytes())
+            taken = facts["token"] != self.token
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(f"{self._run_dir / TOKEN} cannot be read: {error}") from error
+        if taken:
+            raise RunTaken(
+                f"another start of this run ({_who(self._run_dir)}) writes to {self._run_dir} now, "
+                "so this one ends, and leaves it as it is"
+            )
+
+    def release(self) -> None:
+        """Lets another start begin at once; a second call does nothing."""
+        if self._lock is not None:
+            # Not by closing alone: a loader's worker may have been forked with a copy of it.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock(run_dir: Path) -> int | None:
+    """Returns a handle that holds the lock; None where that cannot be had, and the token decides.
+
+    So it is where the file system knows no locks, and where the lock is kept for one that is not
+    alive on this machine: it is of another host, which nobody can ask, or a worker was left behind.
+    """
+    handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline, told, never = time.monotonic() + WAIT_S, False, threading.Event()
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = _who(run_dir)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                os.close(handle)
+                return None
+            else:
+                return handle
+            if time.monotonic() >= deadline:
+                if _may_live_here(run_dir):
+                    raise RunTaken(
+                        f"another start of this run ({who}) is alive and writes to {run_dir}. Wait "
+                        "for its end, or choose another run_dir."
+                    )
+                _say(f"{run_dir} is taken over from another start of this run ({who})")
+                os.close(handle)
+                return None
+            if not told:
+                told = True
+                _say(
+                    f"another start of this run ({who}) still writes to {run_dir}; waiting up to "
+                    f"{WAIT_S:g} s for its end"
+                )
+            never.wait(_LOOK_EVERY_S)
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _say(words: str) -> None:
+    sys.stderr.write(f"dtrain: {words}\n")
+    sys.stderr.flush()
+
+
+def _may_live_here(run_dir: Path) -> bool:
+    try:
+        facts = json.loads((run_dir / TOKEN).read_bytes())
+        here = this_machine()
+        return facts["machine"] == here and (not here or Path(f"/proc/{facts['pid']}").exists())
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
+
+
+def _who(run_dir: Path) -> str:
+    try:
+        facts = json.loads((run_dir / TOKEN).read_bytes())
+        return f"pid {facts['pid']} on {facts['host']}, since {facts['since']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "it has not said which"

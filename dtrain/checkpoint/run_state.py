@@ -1,0 +1,187 @@
+"""The whole state of a run, as it goes into a checkpoint and comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.callback import Callback
+from dtrain.checkpoint import format as files
+from dtrain.checkpoint import tree
+from dtrain.checkpoint.format import Saved
+from dtrain.checkpoint.slot import CheckpointSlot
+from dtrain.checkpoint.writer import Content
+from dtrain.context import Context
+from dtrain.distributed import World, random_streams
+from dtrain.errors import CheckpointError
+
+_PROGRESS = ("step", "updates", "epoch", "step_in_epoch", "samples")
+
+
+class Stateful(Protocol):
+    """What has a state that a resumed run needs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns it: JSON values and tensors."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores it."""
+        ...
+
+
+class RunState:
+    """Collects and restores what a run is in the middle of.
+
+    Restoring goes in two parts: the model and the progress before ``on_fit_start``, in which
+    callbacks look at them; all else after it, because a scheduler that is made there changes
+    the optimizer.
+
+    Ranks: all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        precision: Stateful,
+        callbacks: tuple[Callback, ...],
+        context: Context,
+        world: World,
+        config: dict[str, Any],
+        slot: CheckpointSlot | None,
+    ) -> None:
+        self._slot = slot
+        self._model = model
+        #: What must be the same for the run to be continued.
+        self.fingerprint: dict[str, Any] = {}
+        self._optimizer = optimizer
+        self._precision = precision
+        self._callbacks = callbacks
+        self._context = context
+        self._world = world
+        self._config = config
+
+    def take(
+        self, loop: dict[str, Any], data: dict[str, Any] | None, *, device_is_well: bool = True
+    ) -> Content:
+        """Returns what a checkpoint of the run must hold; nothing is copied yet.
+
+        Args:
+            loop: the loop's own state.
+            data: where this rank's stream of data is, if it has one.
+            device_is_well: False touches no more of the device than names.
+
+        Raises:
+            CheckpointError: something in it cannot be saved; it is named.
+
+        Ranks: all, local.
+        """
+        context, slot = self._context, self._slot
+        return Content(
+            step=context.progress.step,
+            model=self._model.state_dict() if slot is None else slot.select(self._model),
+            state=tree.split(
+                {
+                    "optimizer": self._optimizer.state_dict(),
+                    "precision": self._precision.state_dict(),
+                    "callbacks": {c.name: c.state_dict() for c in self._callbacks},
+                    "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
+                    "loop": loop,
+                    "shared_rng": context.shared_rng.get_state(),
+                    "metrics": context.metrics,
+                    "config": self._config,
+                    "fingerprint": self.fingerprint,
+                }
+            ),
+            rank_state=tree.split(
+                {
+                    "rng": random_streams.capture()
+                    if device_is_well
+                    else random_streams.capture_host(),
+                    "own_rng": context.rng.get_state(),
+                    "data": data,
+                }
+            ),
+            metrics=context.metrics,
+        )
+
+    def restore_model(self, saved: Saved) -> dict[str, Any]:
+        """Restores parameters, buffers and progress; returns the rest, for :meth:`restore_rest`.
+
+        Raises:
+            CheckpointError: a file cannot be read, or lacks what the model has.
+
+        Ranks: all, local.
+        """
+        tensors = files.load_model(saved.path)
+        missing = [name for name in self._model.state_dict() if name not in tensors]
+        if missing and not (self._slot is not None and self._slot.trainable_only):
+            raise CheckpointError(
+                f"{saved.path} lacks {len(missing)} of the model's tensors, such as {missing[0]}: "
+                "it was made with Checkpoint(trainable_only=True). Pass that again, and load the "
+                "base model before fit."
+            )
+        self._model.load_state_dict(tensors, strict=not missing)
+        state = files.load_state(saved.path)
+        for name in _PROGRESS:
+            setattr(self._context.progress, name, state["progress"][name])
+        return state
+
+    def restore_rest(
+        self, saved: Saved, state: dict[str, Any], new_rank: Callable[[], None]
+    ) -> dict[str, Any] | None:
+        """Restores optimizer, precision, callbacks, metrics and random streams.
+
+        Args:
+            saved: the checkpoint.
+            state: what :meth:`restore_model` returned.
+            new_rank: called on a rank that the saved run did not have, to seed its streams.
+
+        Returns:
+            What was saved as this rank's ``data``.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+
+        Ranks: all, local.
+        """
+        context = self._context
+        self._optimizer.load_state_dict(state["optimizer"])
+        _undo_casts(self._optimizer, state["optimizer"])
+        self._precision.load_state_dict(state["precision"])
+        for callback in self._callbacks:
+            callback.load_state_dict(state["callbacks"][callback.name])
+        context.shared_rng.set_state(state["shared_rng"])
+        context.metrics.update(state["metrics"])
+        mine = files.load_rank_state(saved.path, self._world.rank)
+        if mine is None:
+            new_rank()
+            return None
+        random_streams.restore(mine["rng"])
+        context.rng.set_state(mine["own_rng"])
+        data: dict[str, Any] | None = mine["data"]
+        return data
+
+
+def _undo_casts(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Gives an optimizer's state the dtypes that were saved, and its parameters' memory format.
+
+    ``Optimizer.load_state_dict`` casts all state to the dtype of its parameter: masks, counts,
+    and what is kept in float32 beside bfloat16. And files hold contiguous tensors only.
+    """
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, p in zip(numbers, parameters, strict=True):
+        state = optimizer.state.get(p, {})
+        for name, value in saved["state"].get(number, {}).items():
+            if not isinstance(value, Tensor) or not isinstance(state.get(name), Tensor):
+                continue
+            if value.dtype != state[name].dtype:
+                state[name] = value.to(state[name].device)
+            if value.shape == p.shape and state[name].stride() != p.stride():
+                state[name] = torch.empty_like(p, dtype=value.dtype).copy_(state[name])

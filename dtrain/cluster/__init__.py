@@ -1,0 +1,12 @@
+"""What schedulers want of a run, and a run of them: batch scripts, signals, deadlines."""
+
+from dtrain.cluster.batch import Kind, render
+from dtrain.cluster.deadline import JobEnd
+from dtrain.cluster.signals import Signals
+
+__all__ = [
+    "JobEnd",
+    "Kind",
+    "Signals",
+    "render",
+]

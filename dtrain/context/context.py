@@ -1,0 +1,179 @@
+"""What every hook gets first."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.context.outbox import Outbox, Reduce, Shown
+from dtrain.context.progress import Progress
+from dtrain.context.request import Request
+from dtrain.context.values import Loss, Number
+from dtrain.distributed import Comm
+from dtrain.errors import ConfigError
+
+
+class Engine(Protocol):
+    """What computes for hooks, while ``fit`` runs."""
+
+    def loss_of(self, ctx: Context, batch: Any) -> Loss:
+        """Runs the loss function on a batch."""
+        ...
+
+    def gradients(self) -> list[Tensor]:
+        """Returns tensors that hold all gradients."""
+        ...
+
+    def gradient_norm(self) -> Tensor:
+        """Returns the joint norm of all gradients, 0-dim."""
+        ...
+
+
+@dataclass(eq=False)
+class Context:
+    """What every hook gets first.
+
+    Attributes:
+        model: the user's own module, never wrapped.
+        optimizer: the user's own optimizer.
+        progress: how far the run is.
+        comm: verbs between ranks; all ranks must call them.
+        request: ask to stop, skip or save; never communicates.
+        rng: a generator of this rank's own.
+        shared_rng: a generator that is equal on all ranks.
+        device: where this rank computes.
+        run_dir: where the run keeps its files, or None.
+        has_eval: whether `fit` was given an eval_set.
+        loss_scaled: whether the precision scales the loss; a gradient that overflows is then
+            no trouble.
+        metrics: the newest agreed metrics, equal on all ranks.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    progress: Progress
+    comm: Comm
+    request: Request
+    rng: torch.Generator
+    shared_rng: torch.Generator
+    device: torch.device
+    run_dir: Path | None
+    has_eval: bool = False
+    loss_scaled: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    _outbox: Outbox = field(default_factory=Outbox, repr=False)
+    _engine: Engine | None = field(default=None, repr=False)
+
+    def log(self, name: str, value: Number, reduce: Reduce = "mean") -> None:
+        """Keeps a value; all values are reported as one number at the next sync point.
+
+        The value is not read here, so a CUDA tensor costs no sync.
+
+        Args:
+            name: what to report it as; the same name always with the same ``reduce``.
+            value: a number or a 0-dim tensor.
+            reduce: over calls and ranks: their ``"mean"``, ``"sum"`` or ``"max"``; ``"last"`` is
+                the mean over ranks of each rank's last value.
+
+        Raises:
+            ConfigError: ``reduce`` is none of these, or another than before.
+
+        Ranks: all, local.
+        """
+        self._outbox.log(name, value, reduce)
+
+    def is_logged(self, name: str) -> bool:
+        """Says whether a value of that name waits for the next report.
+
+        Ranks: all, local.
+        """
+        return name in self._outbox.logged
+
+    def say(self, text: str) -> None:
+        """Tells the person at the terminal something, once, from rank 0's view.
+
+        Ranks: all, local; rank 0's words are shown.
+        """
+        self._outbox.notes.append(text)
+
+    def show(self, name: str, *, text: str = "", image: Any = None) -> None:
+        """Hands a text or a picture to the sinks, with the next report.
+
+        Args:
+            name: what it is, such as ``"eval/sample"``.
+            text: any text.
+            image: an array of 8-bit values, shape ``[height, width]`` or
+                ``[height, width, 3]``.
+
+        Ranks: all, local; rank 0's is shown.
+        """
+        self._outbox.shown.append(Shown(name, text, image))
+
+    def heartbeat(self) -> None:
+        """Says that this rank is still at work, where a hook or a loss function takes long.
+
+        In the middle of a step a hook that says nothing is taken for stuck after
+        ``Trainer(hang_after_s=...)`` seconds, or ten times the slowest recent step.
+
+        Ranks: all, local.
+        """
+        self.comm.activity.enter(self.comm.activity.phase)
+
+    def long_operation(self, what: str) -> AbstractContextManager[None]:
+        """Returns a block in which one call may take minutes, in the middle of a step.
+
+        Example::
+
+            with ctx.long_operation("writing the trace"):
+                profiler.export_chrome_trace(path)
+
+        Args:
+            what: for messages.
+
+        Ranks: all, local.
+        """
+        return self.comm.activity.long_operation(what)
+
+    def loss_of(self, batch: Any) -> Loss:
+        """Runs the loss function once more, as training would, for debugging.
+
+        The model's parameters get no gradient by this alone, and what it logs is forgotten.
+
+        Ranks: all, local, unless the loss function communicates.
+        """
+        with self._outbox.closed():
+            return self._computing("loss_of").loss_of(self, batch)
+
+    def gradients(self) -> list[Tensor]:
+        """In ``on_grads_ready``: tensors that hold all gradients, and otherwise zeros only.
+
+        For what is done to all of them alike, such as a norm: there may be fewer of them than of
+        parameters. What is done to them in place is done to the gradients.
+
+        Raises:
+            ConfigError: called outside of ``fit``.
+
+        Ranks: all, local; the gradients are equal on all ranks.
+        """
+        return self._computing("gradients").gradients()
+
+    def gradient_norm(self) -> Tensor:
+        """In ``on_grads_ready``: the joint Euclidean norm of all gradients, 0-dim.
+
+        Raises:
+            ConfigError: called outside of ``fit``.
+
+        Ranks: all, local; equal on all ranks.
+        """
+        return self._computing("gradient_norm").gradient_norm()
+
+    def _computing(self, what: str) -> Engine:
+        if self._engine is None:
+            raise ConfigError(f"{what}() works during fit only")
+        return self._engine

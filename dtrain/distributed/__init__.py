@@ -1,0 +1,67 @@
+"""Who this rank is, and the only ways to the others."""
+
+from dtrain.distributed import random_streams
+from dtrain.distributed.activity import (
+    ARRIVAL,
+    BACKWARD,
+    BETWEEN,
+    DATA,
+    EVAL_LOSS_FN,
+    EVALUATION,
+    FIRST_DATA,
+    METRICS,
+    OWN_BACKWARD,
+    SAVING,
+    UPDATE,
+    Activity,
+    Phase,
+)
+from dtrain.distributed.at_exit import end_with
+from dtrain.distributed.comm import Comm, Rule
+from dtrain.distributed.digest import digest_of
+from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
+from dtrain.distributed.processes import Process, look_up, stopped_children, this_machine
+from dtrain.distributed.rendezvous import serve_store
+from dtrain.distributed.replicas import share_buffers
+from dtrain.distributed.seeding import derive_seed, seed_everything
+from dtrain.distributed.transport import DataParallel, TransportOp, local_store
+from dtrain.distributed.world import World, current, inhabited, init, on_main
+
+__all__ = [
+    "ARRIVAL",
+    "BACKWARD",
+    "BETWEEN",
+    "DATA",
+    "EVALUATION",
+    "EVAL_LOSS_FN",
+    "FIRST_DATA",
+    "METRICS",
+    "OWN_BACKWARD",
+    "SAVING",
+    "UPDATE",
+    "Activity",
+    "Comm",
+    "DataParallel",
+    "Heartbeat",
+    "Phase",
+    "Process",
+    "Rule",
+    "TransportOp",
+    "World",
+    "current",
+    "derive_seed",
+    "digest_of",
+    "end_with",
+    "heartbeat_key",
+    "inhabited",
+    "init",
+    "local_store",
+    "look_up",
+    "on_main",
+    "random_streams",
+    "seed_everything",
+    "serve_store",
+    "share_buffers",
+    "stopped_children",
+    "this_machine",
+]

@@ -1,0 +1,169 @@
+"""Where the main thread is, for whoever watches it from another thread.
+
+The main thread writes plain attributes as it goes: no lock, no clock, well under a microsecond.
+:mod:`dtrain.watchdog` reads them once a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+#: How fast the slowest lap is forgotten: by half in about 70 laps.
+_FORGET = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Somewhere the main thread can be.
+
+    Attributes:
+        name: in words, for messages; a hook's name where it is one.
+        waits: whether it waits there for other ranks, or works.
+        slow: whether it may take long there at any time: start, evaluation, saves.
+        reads: whether it waits for data there: a file system may stall, and nobody is to blame.
+    """
+
+    name: str
+    waits: bool = False
+    slow: bool = False
+    reads: bool = False
+
+
+START = Phase("the start of fit", slow=True)
+BETWEEN = Phase("between two steps", slow=True)
+STEP = Phase("a training step")
+FIRST_DATA = Phase("data", slow=True)  # of an epoch: loaders start their workers
+DATA = Phase("data", reads=True)
+LOSS_FN = Phase("loss_fn")
+BACKWARD = Phase("backward", waits=True)
+OWN_BACKWARD = Phase("backward")  # of a micro-batch whose gradients are not reduced yet
+ARRIVAL = Phase("agreeing on the step", waits=True)
+UPDATE = Phase("update")
+EVALUATION = Phase("evaluation", slow=True)
+EVAL_DATA = Phase("data of an evaluation", reads=True)
+EVAL_FIRST_DATA = Phase("data of an evaluation", slow=True)
+EVAL_LOSS_FN = Phase("loss_fn of an evaluation")
+METRICS = Phase("agreeing on training metrics", slow=True)
+SAVING = Phase("saving a checkpoint", slow=True)
+
+
+class Laps:
+    """How long what is done again and again takes: steps, batches of an evaluation."""
+
+    __slots__ = ("_began", "count", "slowest_s")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.slowest_s = 0.0  # recently; forgotten slowly
+        self._began = 0.0
+
+    def begin(self) -> None:
+        """A lap begins."""
+        self._began = time.monotonic()
+
+    def end(self) -> None:
+        """It ends. What the first one took says nothing of those to come."""
+        if self.count:
+            took, known = time.monotonic() - self._began, self.slowest_s * _FORGET
+            self.slowest_s = took if took > known else known
+        self.count += 1
+
+    def leave_out(self, seconds: float) -> None:
+        """What the lap has done for so long says nothing of others."""
+        self._began += seconds
+
+
+class Activity:
+    """What the main thread says of itself.
+
+    Attributes:
+        phase: where it is.
+        signs: grows with every sign of progress.
+        step: the global step it is in, or was in last.
+        steps: how long steps of this fit take.
+        batches: how long batches of this evaluation take.
+        laps: of which of the two it is in the middle; None in between.
+        watched: whether a watchdog looks at all this.
+
+    Ranks: all, local.
+    """
+
+    __slots__ = ("batches", "laps", "phase", "signs", "step", "steps", "watched")
+
+    def __init__(self) -> None:
+        self.phase = START
+        self.signs = 0
+        self.step = 0
+        self.watched = False
+        self.restart()
+
+    def restart(self) -> None:
+        """A fit begins: its first step may take long."""
+        self.steps = Laps()
+        self.laps: Laps | None = None
+        self.restart_batches()
+        self.enter(START)
+
+    def restart_batches(self) -> None:
+        """An evaluation begins: its first batch may take long."""
+        self.batches = Laps()
+
+    def enter(self, phase: Phase) -> Phase:
+        """The main thread comes to ``phase``; returns where it was, to go back to."""
+        before = self.phase
+        self.phase = phase
+        self.signs += 1
+        return before
+
+    @contextmanager
+    def long_operation(self, what: str) -> Iterator[None]:
+        """What is done in the block may take long, as anything outside of a step may."""
+        began = time.monotonic()
+        before = self.enter(Phase(what, slow=True))
+        try:
+            yield
+        finally:
+            self.enter(before)
+            if self.laps is not None:
+                self.laps.leave_out(time.monotonic() - began)
+
+    def begin_step(self, step: int) -> None:
+        """A global step begins."""
+        self.step = step
+        self.laps = self.steps
+        self.steps.begin()
+        self.enter(STEP)
+
+    def has_data(self, *, first: bool) -> None:
+        """The data of a step has come; what the ``first`` of an epoch took does not count."""
+        if first and self.laps is not None:
+            self.laps.begin()
+        self.enter(LOSS_FN)
+
+    def begin_batch(self) -> None:
+        """A batch of an evaluation begins."""
+        self.laps = self.batches
+        self.batches.begin()
+        self.enter(EVAL_DATA if self.batches.count else EVAL_FIRST_DATA)
+
+    def end_lap(self, phase: Phase) -> None:
+        """The step or batch is over, and ``phase`` comes next."""
+        if self.laps is not None:
+            self.laps.end()
+            self.laps = None
+        self.enter(phase)
+
+    def limit_s(self, hang_after_s: float, long_s: float) -> float:
+        """Returns how long the main thread may be where it is without a sign of progress.
+
+        Args:
+            hang_after_s: at least, in the middle of a step or batch.
+            long_s: at least, elsewhere, and in the first of them.
+        """
+        laps = self.laps
+        if self.phase.slow or laps is None or not laps.count:
+            return max(long_s, hang_after_s)
+        return max(hang_after_s, 10 * laps.slowest_s)

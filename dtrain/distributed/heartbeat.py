@@ -1,0 +1,70 @@
+"""What ranks post of themselves, and what follows from all of it: a pure function.
+
+A rank that works is judged by itself. A rank that waits judges the others, and only where
+waiting is in vain: for one whose process is stopped or gone, for one that posts nothing any
+more, or because all wait for one another.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What one rank posts of itself.
+
+    Attributes:
+        rank: which.
+        host: its host's name.
+        pid: of its process.
+        machine: equal where process numbers mean the same; nothing where that is not known.
+        number: grows from post to post.
+        step: the global step it is in.
+        phase: where its main thread is: a hook, or a phase of the loop.
+        at: ``file:line`` of that, once it has stayed there for a moment.
+        waits: whether it waits for other ranks there.
+        quiet_s: for how long it has made no progress.
+        limit_s: how long that may be where it is.
+        inside: in ``fit`` or ``evaluate``; elsewhere nobody posts.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    machine: str
+    number: int
+    step: int = 0
+    phase: str = ""
+    at: str = ""
+    waits: bool = False
+    quiet_s: float = 0.0
+    limit_s: float = 0.0
+    inside: bool = False
+
+    def to_json(self) -> str:
+        """Returns what :meth:`from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Heartbeat:
+        """Reads what :meth:`to_json` returned."""
+        return cls(**json.loads(text))
+
+    @property
+    def who(self) -> str:
+        """Rank, host and process, in words."""
+        return f"rank {self.rank} on {self.host} (pid {self.pid})"
+
+    @property
+    def where(self) -> str:
+        """Step, phase and line, in words."""
+        if not self.inside:
+            return "outside of fit"
+        return f"step {self.step} in {self.phase}" + (f" ({self.at})" if self.at else "")
+
+
+def heartbeat_key(rank: int) -> str:
+    """Where in the store a rank posts."""
+    return f"heartbeat/{rank}"

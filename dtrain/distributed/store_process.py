@@ -1,0 +1,109 @@
+"""A rendezvous store in a process of its own: it does not stop or die with rank 0.
+
+Started by :func:`dtrain.distributed.serve_apart`, by path, so that no more than torch is imported:
+
+    python store_process.py PORT TIMEOUT_S
+
+It writes a line to stdout once it serves, or why it cannot, and lives as long as the process
+that started it. On stdin it is told the process numbers of the ranks of this host, then that there
+are ranks elsewhere, if there are, and in the end that it may go. If its parent ends without that
+word, the other ranks have some seconds yet to read in the store what became of it; it does not
+outlive the last of them.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+#: How long the store outlives a parent that did not end it, at most.
+LINGER_S = 15.0
+_LOOK_S = 0.25
+#: What it is told besides process numbers.
+END, ELSEWHERE = "end", "elsewhere"
+
+
+def serve(port: int, timeout_s: float) -> int:
+    """Serves the store at ``port`` until the parent ends; returns an exit code.
+
+    Ranks: none; a process beside rank 0.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    parent = os.getppid()
+    # Each rank has up to three connections to it.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(OSError, ValueError):  # then it serves as many as it may
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # What is meant for the ranks (a time limit, Ctrl-C) must not take their store away first.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    try:
+        store = TCPStore(
+            "localhost",  # where it connects to itself; it serves at all addresses
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except RuntimeError as error:
+        _say(f"cannot serve at port {port}: {error}".replace("\n", " "))
+        return 1
+    _say("serving")
+    told = _wait_for(parent)
+    if END not in told:
+        _linger(told)
+    del store
+    os._exit(0)  # torch takes its time to tidy up, and rank 0 waits for it
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+    # Whoever waits for the end of the job's output must not wait for this process.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (1, 2):
+        os.dup2(nothing, stream)
+
+
+def _wait_for(parent: int) -> list[str]:
+    """Returns what the parent said, once it is gone or has said that this is the end."""
+    said, listening = b"", [0]
+    # Children of the parent may hold the other end of stdin, so that its closing is not enough.
+    while os.getppid() == parent and END not in said.decode().split():
+        if select.select(listening, [], [], _LOOK_S)[0]:
+            more = os.read(0, 1 << 16)
+            said += more
+            if not more:
+                listening = []
+    return said.decode().split()
+
+
+def _linger(told: list[str]) -> None:
+    """Waits until no rank is left that could ask, or for long enough."""
+    until = time.monotonic() + LINGER_S
+    here = [int(word) for word in told if word.isdigit()]
+    never = threading.Event()
+    while time.monotonic() < until and (ELSEWHERE in told or any(map(_lives, here))):
+        never.wait(_LOOK_S)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return False  # another's process, which got the number of one that is gone
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(serve(int(sys.argv[1]), float(sys.argv[2])))

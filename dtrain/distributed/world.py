@@ -1,0 +1,325 @@
+"""Who am I? Rank, host, device and process group, from whatever launched this process.
+
+torchrun and ``accelerate launch`` describe a rank in ``RANK``, ``WORLD_SIZE`` and so on;
+``srun`` in ``SLURM_PROCID`` and so on, which are translated. Without either, this process is
+the whole world and no process group is opened.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cache
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from dtrain.distributed.comm import Comm
+from dtrain.distributed.environment import find_launcher
+from dtrain.distributed.gloo_threads import yielding_threads
+from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
+from dtrain.distributed.processes import this_machine
+from dtrain.distributed.rendezvous import (
+    _allow_files,
+    _await_store,
+    _is_failing,
+    _own_store,
+    _serve_apart,
+    _tell_store,
+)
+from dtrain.distributed.seeding import seed_everything
+from dtrain.distributed.transport import GroupTransport, Transport
+from dtrain.errors import ConfigError
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT_S = 600.0
+_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
+
+@dataclass(eq=False)
+class World:
+    """This process's place among the ranks, and the means to reach the others.
+
+    Attributes:
+        rank: 0 to ``size - 1``.
+        local_rank: the rank within this host.
+        size: how many ranks there are (the world size).
+        host: this host's name.
+        device: where this rank computes.
+        backend: ``"nccl"``, ``"gloo"``, ``"threads"`` where ranks are those of a test, or
+            ``"none"`` in a world of one.
+        launcher: ``"torchrun"``, ``"slurm"``, ``"solo"`` or ``"threads"``.
+        seed: what all random streams are derived from.
+        comm: labelled verbs to the other ranks.
+        gradients: what gradients travel over; for strategies.
+        connect: opens a connection of its own to the rendezvous store; None where there is none.
+        open_comm: opens labelled verbs of their own, for a thread beside the main one; all ranks
+            call it. The same ones each time, so whoever uses them holds their lock. None where no
+            thread can be beside (ranks of a test that are threads).
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    host: str
+    device: torch.device
+    backend: str
+    launcher: str
+    seed: int
+    comm: Comm
+    gradients: Transport = field(default_factory=GroupTransport, repr=False)
+    connect: Callable[[], Store] | None = field(default=None, repr=False)
+    open_comm: Callable[[], Comm] | None = field(default=None, repr=False)
+    #: Of those that ``connect`` has opened, the ones that nobody uses at the moment.
+    idle_connections: list[Store] = field(default_factory=list, repr=False)
+    _opened: bool = field(default=False, repr=False)
+    _closers: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0."""
+        return self.rank == 0
+
+    @property
+    def restarted(self) -> bool:
+        """True where torchrun or SLURM started this again by itself."""
+        counts = (os.environ.get(name, "0") for name in _RESTART_COUNTS)
+        return any(count not in ("", "0") for count in counts)
+
+    def at_close(self, release: Callable[[], None]) -> None:
+        """Has ``release`` called before the process group is closed.
+
+        For whoever holds something that holds the process group.
+
+        Ranks: all, local.
+        """
+        self._closers.append(release)
+
+    def tell_launcher(self, error: BaseException) -> None:
+        """Leaves ``error``, which is being handled, where torchrun looks for a root cause.
+
+        Ranks: all, local.
+        """
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            # Late: it takes a while to import, and only a failure needs it.
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
+
+    def close(self) -> None:
+        """Closes the process group, if :func:`init` opened it. A second call does nothing.
+
+        Ranks: all, local.
+        """
+        global _current  # noqa: PLW0603 -- see `_current`
+        if _current is self:
+            _current = None
+        if self._opened:
+            self._opened = False
+            atexit.unregister(self._close_at_exit)
+            # A process group ends its threads when the last reference to it goes. Should that
+            # be while the interpreter ends, the process may abort: so it has to be here.
+            for release in self._closers:
+                release()
+            self._closers.clear()
+            self.idle_connections.clear()
+            self.comm.close()
+            dist.destroy_process_group()
+            _forget_partial_state()
+
+    def _close_at_exit(self) -> None:
+        # After an uncaught error, closing may wait for ranks that are stuck: just leave.
+        if not _is_failing():
+            self.close()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+
+
+# Counts worlds opened one after another, so that one does not read what another left behind.
+_lives = itertools.count()
+
+# torch's process group exists once in a process, and so does what dtrain knows of it.
+_current: World | None = None
+
+# Where ranks are threads, each has its own instead; see `inhabited`.
+_of_thread: ContextVar[World | None] = ContextVar("_of_thread", default=None)
+
+
+def init(*, seed: int = 0, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
+    """Finds out who this rank is, opens the process group, and seeds every random stream.
+
+    Call it first, before the model is made: the ranks then make equal models. A second call
+    returns the same world, seeded anew. The result is also a context manager that closes
+    what it opened.
+
+    Args:
+        seed: a number from 0 to 2**32 - 1; Python's, NumPy's and torch's streams start from
+            it, equal on all ranks. ``Trainer.fit`` gives each rank a stream of its own.
+        timeout_s: how long, in seconds, a rank waits for the others before it gives up.
+
+    Raises:
+        LaunchError: the environment is half set.
+        ConfigError: ``seed`` or ``timeout_s`` is out of range.
+
+    Ranks: all, communicates.
+    """
+    global _current  # noqa: PLW0603 -- see `_current`
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed}: must be from 0 to 2**32 - 1")
+    if timeout_s <= 0:
+        raise ConfigError(f"timeout_s={timeout_s}: must be more than 0 seconds")
+    world = current()
+    if world is None:
+        world = _current = _open(seed, timeout_s)
+    world.seed = seed
+    seed_everything(seed)
+    return world
+
+
+def current() -> World | None:
+    """Returns the world that :func:`init` made, or None before it was called.
+
+    Ranks: all, local.
+    """
+    return _of_thread.get() or _current
+
+
+@contextmanager
+def inhabited(world: World) -> Iterator[None]:
+    """Makes ``world`` this thread's own in the block: :func:`init` and :func:`current` return it.
+
+    For ranks that are threads of one process.
+
+    Ranks: all, local.
+    """
+    token = _of_thread.set(world)
+    try:
+        yield
+    finally:
+        _of_thread.reset(token)
+
+
+def on_main(label: str, fn: Callable[[], T]) -> T:
+    """Rank 0 calls ``fn``; every rank gets its result, or its failure. For scripts.
+
+    Example::
+
+        path = dtrain.on_main("download", lambda: fetch_dataset())
+
+    Raises:
+        RemoteError: ``fn`` raised on rank 0, where the original error is raised.
+
+    Ranks: all, communicates; ``fn`` runs on rank 0 only.
+    """
+    return (current() or init()).comm.on_main(label, fn)
+
+
+def _open(seed: int, timeout_s: float) -> World:
+    launcher, variables = find_launcher(os.environ)
+    host = socket.gethostname()
+    size = int(variables.get("WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    if launcher == "solo" or size == 1:
+        device = torch.device("cuda" if _has_gpu() else "cpu")
+        world = World(0, 0, 1, host, device, "none", launcher, seed, Comm(host=host))
+        world.open_comm = lambda: Comm(host=host)
+        return world
+    os.environ.update(variables)
+    # One thread each unless told otherwise: ranks that share a host share its cores.
+    if not os.environ.get("OMP_NUM_THREADS"):
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        threads = max(1, (os.cpu_count() or 1) // local_size)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    _allow_files(size)
+    serving = _serve_apart(timeout_s)
+    # Late: most of a single process's start would go into this import.
+    from accelerate.state import PartialState
+
+    if serving is not None:
+        _await_store(serving)
+    # Imported later, as DistributedDataParallel does, its functions' default arguments would keep
+    # the process group until the interpreter ends, and the process may abort then.
+    from torch.distributed.nn import functional as _functional  # noqa: F401
+
+    opened = not dist.is_initialized()
+    life = next(_lives)
+    timeout = timedelta(seconds=timeout_s)
+    options: dict[str, Any] = {"timeout": timeout}
+    if life:
+        # A store that lives on still has the addresses of the group that was closed.
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        options |= {"store": PrefixStore(f"life-{life}", store), "rank": rank, "world_size": size}
+    with nullcontext() if _has_gpu() else yielding_threads():  # NCCL's stay as they are
+        state = PartialState(cpu=not _has_gpu(), **options)
+    with yielding_threads():
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    rank = dist.get_rank()
+    transport, store = GroupTransport(control), _own_store(timeout, life)
+    comm = Comm(rank=rank, size=size, host=host, transport=transport, store=store)
+    hello = Heartbeat(rank=rank, host=host, pid=os.getpid(), machine=this_machine(), number=0)
+    store.set(heartbeat_key(rank), hello.to_json())
+    if serving is not None:
+        keys = [heartbeat_key(one) for one in range(size)]
+        _tell_store(serving, [Heartbeat.from_json(one) for one in store.multi_get(keys)])
+    world = World(
+        rank=rank,
+        local_rank=state.local_process_index,
+        size=size,
+        host=host,
+        # A CPU has no number; PartialState gives it one.
+        device=torch.device("cpu" if state.device.type == "cpu" else state.device),
+        backend=dist.get_backend(),
+        launcher=launcher,
+        seed=seed,
+        comm=comm,
+        connect=lambda: _own_store(timeout, life),
+        _opened=opened,
+    )
+
+    # One for all Trainers: each further group would make the next one slower to open.
+    @cache
+    def open_comm() -> Comm:
+        with yielding_threads():
+            group = dist.new_group(backend="gloo", timeout=timeout)
+        apart = Comm(rank=rank, size=size, host=host, transport=GroupTransport(group))
+        world.at_close(apart.close)
+        return apart
+
+    world.open_comm = open_comm
+    atexit.register(world._close_at_exit)
+    return world
+
+
+def _has_gpu() -> bool:
+    """There is one, and ``accelerate launch --cpu`` did not say to leave it alone."""
+    told_not_to = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return torch.cuda.is_available() and not told_not_to
+
+
+def _forget_partial_state() -> None:
+    """Lets a later :func:`init` in this process find a new world (the state is a singleton)."""
+    from accelerate.state import PartialState
+
+    PartialState._reset_state()

@@ -1,0 +1,8 @@
+"""Exact means over all ranks, and torchmetrics objects."""
+
+from dtrain.metrics.means import Means, as_metrics
+
+__all__ = [
+    "Means",
+    "as_metrics",
+]

@@ -1,0 +1,203 @@
+"""Weighted means that are summed locally and agreed in one packed reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtrain.context import Mean, Number, Reduce, on_device
+from dtrain.distributed import Comm
+from dtrain.errors import LossError
+from dtrain.metrics.objects import MetricObject, Objects
+
+Metric = Number | Mean | MetricObject
+
+
+class Means:
+    """Named metrics over micro-batches and, once agreed, over ranks.
+
+    Nothing is read from the device before :meth:`agree`.
+
+    Args:
+        label: names the reduction for the other ranks.
+        device: where metrics are computed.
+        names: of metrics that all ranks have, so that they need not be agreed on.
+    """
+
+    def __init__(self, label: str, device: torch.device, names: Sequence[str] = ()) -> None:
+        self._label = label
+        self._device = device
+        self._on_cpu = device.type == "cpu"
+        self._sums: dict[str, list[float]] = {}
+        self._device_sums: dict[str, Tensor] = {}
+        self._reduce: dict[str, Reduce] = {}
+        self._objects = Objects()
+        self._names = list(names)  # agreed
+
+    def add(self, name: str, value: Metric, weight: Number) -> None:
+        """Adds a mean over ``weight`` units; or a :class:`Mean` or object, with its own.
+
+        A value with weight 0 counts for nothing, even if it is NaN.
+
+        Raises:
+            LossError: the value is no number.
+
+        Ranks: all, local.
+        """
+        if isinstance(value, Mean):
+            total, units = value.total, value.weight
+        elif isinstance(value, Tensor | Real):
+            _check_number(name, value)
+            units = weight
+            total = value * weight
+        else:
+            self._add_object(name, value)
+            return
+        _check_number(name, total)
+        _check_number(name, units)
+        if self._on_cpu or not (isinstance(total, Tensor) or isinstance(units, Tensor)):
+            pair = self._sums.setdefault(name, [0.0, 0.0])
+            units = float(units)
+            if units != 0:
+                pair[0] += float(total.detach() if isinstance(total, Tensor) else total)
+                pair[1] += units
+            return
+        both = torch.stack([self._as_double(x) for x in (total, units)])
+        both = torch.where(both[1] == 0, torch.zeros_like(both), both)
+        seen = self._device_sums.get(name)
+        self._device_sums[name] = both if seen is None else seen + both
+
+    def add_logged(self, name: str, values: list[Number], reduce: Reduce) -> None:
+        """Adds what was logged under a name since the last sync point.
+
+        Raises:
+            LossError: a value is no number.
+
+        Ranks: all, local.
+        """
+        self._reduce[name] = reduce
+        for value in values:
+            _check_number(name, value)
+        if reduce == "last":
+            values = values[-1:]
+        if reduce == "max":
+            values = [torch.stack([self._as_double(value) for value in values]).max()]
+        if self._on_cpu or not any(isinstance(value, Tensor) for value in values):
+            total: Number = sum(map(float, values))
+        else:
+            total = torch.stack([self._as_double(value) for value in values]).sum()
+        self.add(name, Mean(total, len(values)), 1)
+
+    def _as_double(self, value: Number) -> Tensor:
+        return on_device(value, torch.float64, self._device)
+
+    def _add_object(self, name: str, value: Any) -> None:
+        parts = value.items() if hasattr(value, "items") else [("", value)]
+        for key, part in parts:  # a MetricCollection is several
+            if not isinstance(part, MetricObject):
+                raise LossError(
+                    f"metric {name!r} is {part!r}; a metric is a number, a 0-dim tensor, "
+                    "dtrain.Mean(total, weight) or a torchmetrics object"
+                )
+            self._objects.add(f"{name}/{key}" if key else name, part)
+
+    def drop(self) -> None:
+        """Forgets what was added and not agreed, as after a failure.
+
+        Ranks: all, local.
+        """
+        self._sums, self._device_sums = {}, {}
+        self._objects.drop()
+
+    def agree(self, comm: Comm) -> dict[str, float]:
+        """Returns each metric over all ranks, in the order of first use, and starts anew.
+
+        A rank that had no data, or did not report a name, contributes nothing to it.
+
+        Ranks: all, communicates: one packed reduction; an exchange when a name is new, one
+        for maxima, and one for states of torchmetrics objects that are no sums, where there
+        are any.
+        """
+        sums = {name: (pair[0], pair[1]) for name, pair in self._sums.items()}
+        for name, device_pair in self._device_sums.items():
+            total, weight = sums.get(name, (0.0, 0.0))
+            more, more_weight = device_pair.tolist()
+            sums[name] = total + more, weight + more_weight
+        self._sums, self._device_sums = {}, {}
+        maxima = {n: pair for n, pair in sums.items() if self._reduce.get(n) == "max"}
+        sums = {n: pair for n, pair in sums.items() if n not in maxima}
+        # Names are agreed once; after that a sync point is one packed reduction, which also
+        # says whether some rank has a name that the others have not seen.
+        new = {name: pair for name, pair in sums.items() if name not in self._names}
+        lists = self._objects.collect()
+        new_objects = self._objects.news()
+        known = [number for name in self._names for number in sums.get(name, (0.0, 0.0))]
+        flags = [bool(new or new_objects), bool(maxima), lists, True]
+        figures = torch.tensor([*flags, *known], dtype=torch.float64)
+        packed = comm.all_reduce(f"{self._label}: sums", torch.cat([figures, self._objects.pack()]))
+        any_new, any_maxima, any_lists, ranks = map(int, packed[:4].tolist())
+        pairs = packed[4 : len(figures)].view(-1, 2).tolist()
+        agreed = dict(zip(self._names, pairs, strict=True))
+        news: list[dict[str, Any]] = []
+        if any_new:
+            kinds = {name: self._reduce.get(name, "mean") for name in new}
+            everyones = comm.gather_objects(f"{self._label}: new names", (new, kinds, new_objects))
+            for theirs, how, objects in everyones:
+                self._reduce = how | self._reduce
+                news.append(objects)
+                for name, (total, weight) in theirs.items():
+                    seen = agreed.setdefault(name, [0.0, 0.0])
+                    seen[0] += total
+                    seen[1] += weight
+            self._names = list(agreed)
+        values = {
+            name: total if self._reduce.get(name) == "sum" else total / weight
+            for name, (total, weight) in agreed.items()
+            if weight
+        }
+        if any_maxima:
+            values |= _largest(comm.gather_objects(f"{self._label}: maxima", maxima))
+        return values | self._objects.agree(
+            packed[len(figures) :],
+            news,
+            exchange=bool(any_lists),
+            ranks=ranks,
+            label=self._label,
+            comm=comm,
+        )
+
+
+def _largest(by_rank: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    largest: dict[str, float] = {}
+    for maxima in by_rank:
+        for name, pair in maxima.items():
+            largest[name] = max(pair[0], largest.get(name, pair[0]))
+    return largest
+
+
+def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns ``metrics`` if it is a mapping from names to numbers.
+
+    Raises:
+        LossError: it is something else.
+    """
+    if not isinstance(metrics, Mapping):
+        raise LossError(
+            f"Loss(metrics=...) must be a dict from name to number, not {type(metrics).__name__}"
+        )
+    return metrics
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise LossError(
+                f"metric {name!r} is a tensor of shape {list(value.shape)}; a metric is one "
+                "number: average it, or return it in Loss(outputs=...)"
+            )
+    elif not isinstance(value, Real):
+        raise LossError(f"metric {name!r} is {value!r}; a metric is a number or a 0-dim tensor")

@@ -1,0 +1,285 @@
+"""torchmetrics objects: each rank updates its own, all get the value over all ranks' data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.distributed import Comm
+from dtrain.errors import LossError
+
+State = Any  # a tensor, or a list of tensors (or, in detection, of tuples)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A state that is summed over ranks: where it lies in a metric, and what it looks like."""
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Sums = dict[Place, Tensor]  # in float64
+Others = dict[str, dict[str, State]]  # states that are not summed, by path and by name
+
+
+@runtime_checkable
+class MetricObject(Protocol):
+    """What dtrain needs of a ``torchmetrics.Metric``."""
+
+    update_called: bool
+    device: torch.device
+    distributed_available_fn: Callable[[], bool] | None
+    metric_state: dict[str, State]
+    _computed: Any
+    _reductions: dict[str, Callable[[Any], Any] | None]
+
+    def compute(self) -> Any:
+        """Returns the metric's value."""
+        ...
+
+    def reset(self) -> None:
+        """Forgets all updates."""
+        ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The metric itself and, in a wrapper or a sum of metrics, those inside it."""
+        ...
+
+
+class Objects:
+    """The torchmetrics objects of one set of metrics, from first use to agreement.
+
+    States that torchmetrics sums travel in the packed reduction that :class:`~dtrain.metrics.Means`
+    makes anyway, once their layout is agreed; all others (lists, maxima, custom ones) of all
+    metrics travel in one exchange. They are merged as torchmetrics would; its own collectives,
+    one for each state, are never called. Sums are made in float64: counts are exact to 2^53.
+
+    An agreement is: :meth:`collect`, :meth:`pack` and :meth:`news` for the others, then
+    :meth:`agree`.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, MetricObject] = {}
+        self._sums: dict[str, Sums] = {}
+        self._others: dict[str, Others] = {}
+        self._layouts: dict[str, tuple[Place, ...]] = {}  # agreed
+
+    def add(self, name: str, metric: MetricObject) -> None:
+        """Takes notice of a metric that was updated.
+
+        Ranks: all, local.
+        """
+        self._seen[name] = metric
+
+    def drop(self) -> None:
+        """Forgets what was not agreed.
+
+        Ranks: all, local.
+        """
+        for metric in self._seen.values():
+            metric.reset()
+        self._seen = {}
+
+    def collect(self) -> bool:
+        """Looks at this rank's states; returns whether there are any that are not summed.
+
+        Ranks: all, local.
+        """
+        updated = {name: metric for name, metric in self._seen.items() if _was_updated(metric)}
+        self._sums = {name: _sums(metric) for name, metric in updated.items()}
+        self._others = {name: _others(metric) for name, metric in updated.items()}
+        return any(any(states.values()) for states in self._others.values())
+
+    def pack(self) -> Tensor:
+        """Returns, for each metric that ranks agreed on, a 1 and its sums; or zeros.
+
+        Ranks: all, local.
+        """
+        parts = []
+        for name, layout in self._layouts.items():
+            fits = self._fits(name)
+            parts.append(torch.tensor([float(fits)], dtype=torch.float64))
+            for place in layout:
+                blank = torch.zeros(place.shape, dtype=torch.float64)
+                parts.append((self._sums[name][place] if fits else blank).reshape(-1))
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    def news(self) -> dict[str, Sums]:
+        """Returns the sums for which there is no place in what is packed yet.
+
+        Ranks: all, local.
+        """
+        return {name: sums for name, sums in self._sums.items() if not self._fits(name)}
+
+    def agree(
+        self,
+        packed: Tensor,
+        news: list[dict[str, Sums]],
+        *,
+        exchange: bool,
+        ranks: int,
+        label: str,
+        comm: Comm,
+    ) -> dict[str, float]:
+        """Returns each metric's value over all ranks' updates, and resets it.
+
+        A rank that updated nothing, or never saw the metric, gets the value all the same.
+
+        Args:
+            packed: the sum over ranks of what :meth:`pack` returned.
+            news: every rank's :meth:`news`; the same list on all ranks, empty if nobody has any.
+            exchange: whether any rank has states that are not summed.
+            ranks: the world size.
+            label: names the exchanges.
+            comm: to the other ranks.
+
+        Raises:
+            LossError: a value is not a number or a dict of numbers, or a metric's states have
+                different shapes on the ranks.
+
+        Ranks: all, communicates.
+        """
+        counts, totals = self._unpack(packed)
+        for name, sums in (item for theirs in news for item in theirs.items()):
+            _add(name, totals.setdefault(name, dict.fromkeys(sums, _ZERO)), sums)
+            counts[name] = counts.get(name, 0) + 1
+            self._layouts[name] = tuple(sums)
+        others = comm.gather_objects(f"{label}: metric states", self._others) if exchange else []
+        values: dict[str, float] = {}
+        for name, sums in totals.items():
+            if name in self._seen:
+                theirs = [states[name] for states in others if name in states]
+                values |= _flatten(name, _compute(self._seen[name], sums, theirs))
+        self.drop()
+        if all(count == ranks for count in counts.values()):
+            return values
+        agreed: dict[str, float] = {}
+        for found in comm.gather_objects(f"{label}: metric values", values):
+            agreed |= {name: value for name, value in found.items() if name not in agreed}
+        return agreed
+
+    def _fits(self, name: str) -> bool:
+        return name in self._sums and tuple(self._sums[name]) == self._layouts.get(name)
+
+    def _unpack(self, packed: Tensor) -> tuple[dict[str, int], dict[str, Sums]]:
+        """Returns how many ranks updated each metric, and its sums, where any did."""
+        counts: dict[str, int] = {}
+        totals: dict[str, Sums] = {}
+        for name, layout in self._layouts.items():
+            count, packed = int(packed[0]), packed[1:]
+            sums: Sums = {}
+            for place in layout:
+                size = torch.Size(place.shape).numel()
+                sums[place], packed = packed[:size].view(place.shape), packed[size:]
+            if count:
+                counts[name], totals[name] = count, sums
+        return counts, totals
+
+
+_ZERO = torch.zeros((), dtype=torch.float64)
+
+
+def _add(name: str, totals: Sums, sums: Sums) -> None:
+    if tuple(totals) != tuple(sums):
+        shapes = [[list(place.shape) for place in each] for each in (totals, sums)]
+        raise LossError(
+            f"the states of the metric {name!r} have the shapes {shapes[0]} on one rank and "
+            f"{shapes[1]} on another: update it alike on all ranks"
+        )
+    for place, state in sums.items():
+        totals[place] = totals[place] + state
+
+
+def _parts(metric: MetricObject) -> dict[str, MetricObject]:
+    """The metric and those that it wraps or sums, by their place in it."""
+    return {path: part for path, part in metric.named_modules() if isinstance(part, MetricObject)}
+
+
+def _was_updated(metric: MetricObject) -> bool:
+    return any(part.update_called for part in _parts(metric).values())
+
+
+def _is_summed(state: State, reduction: Callable[[Any], Any] | None) -> bool:
+    # Imported late: who brings no torchmetrics object need not have it.
+    from torchmetrics.utilities import dim_zero_sum
+
+    return reduction is dim_zero_sum and isinstance(state, Tensor) and not state.is_complex()
+
+
+def _sums(metric: MetricObject) -> Sums:
+    return {
+        Place(path, name, tuple(state.shape), state.dtype): state.detach().cpu().double()
+        for path, part in _parts(metric).items()
+        for name, state in part.metric_state.items()
+        if _is_summed(state, part._reductions[name])
+    }
+
+
+def _others(metric: MetricObject) -> Others:
+    cpu = torch.device("cpu")
+    return {
+        path: {
+            name: _moved(state, cpu)
+            for name, state in part.metric_state.items()
+            if not _is_summed(state, part._reductions[name])
+        }
+        for path, part in _parts(metric).items()
+    }
+
+
+def _moved(state: State, device: torch.device) -> State:
+    if isinstance(state, Tensor):
+        return state.detach().to(device)
+    return [_moved(one, device) if isinstance(one, Tensor) else one for one in state]
+
+
+def _compute(metric: MetricObject, sums: Sums, others: list[Others]) -> Any:
+    """Computes with all ranks' states; to be followed by a reset."""
+    parts = _parts(metric)
+    before = {path: part.distributed_available_fn for path, part in parts.items()}
+    summed = {(place.path, place.name): (place, state) for place, state in sums.items()}
+    try:
+        for path, part in parts.items():
+            part.distributed_available_fn = lambda: False  # merged here, not by a collective
+            part._computed = None  # it may have been looked at: that value is of this rank only
+            for name in part.metric_state:
+                if (path, name) in summed:
+                    place, total = summed[path, name]
+                    merged = total.to(place.dtype)
+                else:
+                    merged = _merge([each[path][name] for each in others], part._reductions[name])
+                setattr(part, name, _moved(merged, part.device))
+        return metric.compute()
+    finally:
+        for path, part in parts.items():
+            part.distributed_available_fn = before[path]
+
+
+def _merge(states: list[State], reduction: Callable[[Any], Any] | None) -> State:
+    """As ``torchmetrics.Metric`` does after its collectives."""
+    if isinstance(states[0], Tensor):
+        stacked = torch.stack(states)
+        return stacked if reduction is None else reduction(stacked)
+    flat = [one for each in states for one in each]
+    return flat if reduction is None or not flat else [reduction(flat)]
+
+
+def _flatten(name: str, value: Any) -> dict[str, float]:
+    if isinstance(value, Mapping):
+        flat: dict[str, float] = {}
+        for key, one in value.items():
+            flat |= _flatten(f"{name}/{key}", one)
+        return flat
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise LossError(
+            f"the metric {name!r} computes a tensor of shape {list(value.shape)}; sinks take "
+            "numbers: choose an average (`average='macro'`)"
+        )
+    return {name: float(torch.as_tensor(value))}

@@ -1,0 +1,301 @@
+"""Hands reports to sinks, each in a thread of its own, so that none can hold up the training.
+
+A sink may be slow, hang or fail (a full disk, a server that does not answer): the others and
+the training go on, and a line on stderr says what happened.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from dtrain.errors import ConfigError, SinkError, locate
+from dtrain.sinks.report import Report
+from dtrain.sinks.sink import Sink
+
+
+class Dispatcher:
+    """Hands each report to every sink; never blocks, and never raises once it is open.
+
+    Each sink gets its reports in the order they were sent. Before :meth:`open`, after
+    :meth:`close` and where ``active`` is False, :meth:`send` does nothing, so that callers on
+    other ranks and in error paths need no branch.
+
+    Args:
+        sinks: where reports go.
+        run_dir: the run's folder, handed to the sinks; None where it keeps no files.
+        active: False makes a null object that calls no sink; for all ranks but 0.
+        capacity: how many reports may wait for one sink.
+
+    Raises:
+        ConfigError: one of ``sinks`` is no sink. This is checked on every rank.
+
+    Ranks: rank 0 only; on the others, with ``active=False``, it does nothing.
+    """
+
+    def __init__(
+        self,
+        sinks: Iterable[Sink],
+        run_dir: Path | None,
+        *,
+        active: bool = True,
+        capacity: int = 1000,
+    ) -> None:
+        self._sinks = tuple(sinks)
+        for sink in self._sinks:
+            if not isinstance(sink, Sink):
+                raise ConfigError(f"sinks: {sink!r} is no dtrain.Sink{_hint(sink)}")
+            if sink.on_error not in ("warn", "raise"):
+                raise ConfigError(
+                    f"{type(sink).__name__}(on_error={sink.on_error!r}): choose 'warn' or 'raise'"
+                )
+        if capacity < 1:
+            raise ConfigError(f"capacity={capacity}: at least one report must be able to wait")
+        self._run_dir = run_dir
+        self._active = active
+        self._capacity = capacity
+        self._workers: list[_Worker] = []
+        self._is_open = False
+        self._notices: list[threading.Thread] = []
+
+    @property
+    def failures(self) -> list[tuple[str, BaseException]]:
+        """The sinks that failed, by name, and how; a ``TimeoutError`` for one that hung."""
+        return [(w.name, w.error) for w in self._workers if w.error is not None]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many reports were left out of which sink because it was too slow."""
+        return {w.name: w.dropped for w in self._workers if w.dropped}
+
+    def check(self) -> None:
+        """Raises if a sink with ``on_error="raise"`` has failed.
+
+        Raises:
+            SinkError: names the sink and its error.
+
+        Ranks: rank 0 only; elsewhere it never raises.
+        """
+        for worker in self._workers:
+            if worker.error is not None and worker.must_work:
+                raise SinkError(
+                    f"the sink {worker.name} failed, and on_error='raise': "
+                    f"{_describe(worker.error)}"
+                ) from worker.error
+
+    def open(self) -> None:
+        """Opens every sink, here and now, and starts the threads that feed them.
+
+        Raises:
+            Exception: whatever a sink raises, such as a :class:`ConfigError`. Sinks that were
+                opened before it are closed again.
+
+        Ranks: rank 0 only.
+        """
+        if not self._active or self._is_open:
+            return
+        self._workers = []
+        self._is_open = True
+        count: Counter[str] = Counter()
+        for sink in self._sinks:
+            kind = type(sink).__name__
+            count[kind] += 1
+            name = kind if count[kind] == 1 else f"{kind} ({count[kind]})"
+            try:
+                sink.open(self._run_dir)
+            except BaseException as error:
+                error.add_note(f"(while the sink {name} was opened)")
+                self.close()
+                raise
+            self._workers.append(_Worker(name, sink, self._capacity))
+
+    def send(self, report: Report) -> None:
+        """Hands ``report`` to every sink, without waiting for any of them.
+
+        Where ``capacity`` reports wait already, the oldest ``train`` report is left out.
+
+        Ranks: rank 0 only.
+        """
+        if not self._is_open:
+            return
+        for worker in self._workers:
+            if worker.put(report):
+                self._notify(
+                    f"dtrain: the sink {worker.name} is slower than the training: "
+                    f"{self._capacity} reports wait for it. At step {report.step} some train "
+                    "reports begin to be left out of it. Training goes on."
+                )
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Returns when every report was written and every sink closed, or the time is up.
+
+        A sink that is not done in time is named on stderr and left behind: it is handed
+        nothing more, and its thread does not keep the interpreter from ending. A second call
+        does nothing.
+
+        Args:
+            timeout_s: for all sinks together, in seconds.
+
+        Ranks: rank 0 only.
+        """
+        self._is_open = False
+        deadline = time.monotonic() + timeout_s
+        for worker in self._workers:
+            worker.finish()
+        for worker in self._workers:
+            if not worker.join(deadline - time.monotonic()):
+                self._notify(f"dtrain: {worker.leave_behind(timeout_s)}")
+        for notice in self._notices:
+            notice.join(1.0)
+        self._notices.clear()
+
+    def finish(self) -> None:
+        """Closes, and raises if a sink with ``on_error="raise"`` has failed.
+
+        Raises:
+            SinkError: names the sink and its error.
+
+        Ranks: rank 0 only.
+        """
+        self.close()
+        self.check()
+
+    def _notify(self, text: str) -> None:
+        # stderr can block as well (a paused terminal, a full pipe), and this is the thread
+        # that trains.
+        thread = threading.Thread(target=_say, args=(text,), name="dtrain-notice", daemon=True)
+        thread.start()
+        self._notices.append(thread)
+
+
+class _Worker:
+    """One sink, the reports that wait for it, and the thread that feeds it."""
+
+    def __init__(self, name: str, sink: Sink, capacity: int) -> None:
+        self.name = name
+        self.error: BaseException | None = None
+        self.dropped = 0
+        self.must_work = sink.on_error == "raise"
+        self._sink = sink
+        self._capacity = capacity
+        self._waiting: deque[Report] = deque()
+        self._changed = threading.Condition()  # guards everything above and below
+        self._finishing = False
+        self._left_behind = False
+        # A daemon, so that a sink that hangs cannot keep the interpreter from ending.
+        self._thread = threading.Thread(target=self._run, name=f"dtrain-sink-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, report: Report) -> bool:
+        """Queues ``report``; returns whether this was the first time that one was left out."""
+        with self._changed:
+            if self.error is not None:
+                return False
+            full = len(self._waiting) >= self._capacity
+            if full:
+                self.dropped += 1
+                for index, old in enumerate(self._waiting):
+                    if old.kind == "train":
+                        del self._waiting[index]
+                        break
+                else:
+                    if report.kind == "train":
+                        return self.dropped == 1
+                    self._waiting.popleft()
+            self._waiting.append(report)
+            self._changed.notify()
+            return full and self.dropped == 1
+
+    def finish(self) -> None:
+        """Lets the thread end once nothing waits any more."""
+        with self._changed:
+            self._finishing = True
+            self._changed.notify()
+
+    def join(self, seconds: float) -> bool:
+        """Waits for the thread; returns whether it ended, or was given up before."""
+        self._thread.join(max(0.0, seconds))
+        return self._left_behind or not self._thread.is_alive()
+
+    def leave_behind(self, timeout_s: float) -> str:
+        """Hands the sink nothing more; returns what to tell a person."""
+        with self._changed:
+            self._left_behind = True
+            text = (
+                f"the sink {self.name} was not done after {timeout_s:g} s and is left behind at "
+                f"{_where_is(self._thread)}; reports that still waited for it: "
+                f"{len(self._waiting)}."
+            )
+            self._waiting.clear()
+            if self.error is None:
+                self.error = TimeoutError(text)
+            return text
+
+    def _run(self) -> None:
+        error = self._attempt(self._write_all)
+        if self._left_behind:
+            return
+        where = "write()"
+        # Also after a failure, and before anything is said: a sink may have redirected stderr.
+        close_error = self._attempt(self._sink.close)
+        if error is None:
+            error, where = close_error, "close()"
+        elif close_error is not None:
+            error.add_note(f"(its close() failed as well: {_describe(close_error)})")
+        if error is not None:
+            _say(
+                f"dtrain: the sink {self.name} failed in {where} and is left out from here on: "
+                f"{_describe(error)}. "
+                + ("The run is stopped." if self.must_work else "Training goes on.")
+            )
+
+    def _attempt(self, action: Callable[[], None]) -> BaseException | None:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001 -- the thread's outermost frame; told in _run
+            with self._changed:
+                if self.error is None:
+                    self.error = error
+                self._waiting.clear()
+            return error
+        return None
+
+    def _write_all(self) -> None:
+        while (report := self._next()) is not None:
+            self._sink.write(report)
+
+    def _next(self) -> Report | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._finishing)
+            return self._waiting.popleft() if self._waiting else None
+
+
+def _hint(sink: object) -> str:
+    return f"; did you mean `{sink.__name__}()`?" if isinstance(sink, type) else ""
+
+
+def _say(text: str) -> None:
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):
+        return  # stderr is closed, or never was: there is nobody to tell
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error} ({locate(error)})"
+
+
+def _where_is(thread: threading.Thread) -> str:
+    """Returns ``file:line`` where ``thread`` is now, outside of Python's own library."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    stack = traceback.extract_stack(frame) if frame is not None else []
+    for entry in reversed(stack):
+        if "/lib/python3" not in entry.filename and not entry.filename.startswith("<"):
+            return f"{entry.filename}:{entry.lineno}"
+    return "an unknown place"

@@ -1,0 +1,82 @@
+"""What a run reports: to the sinks, and to whoever called ``fit``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dtrain.context import Outbox, Progress, Shown
+from dtrain.sinks.dispatcher import Dispatcher
+from dtrain.sinks.report import Report, ReportKind
+
+
+class History:
+    """Turns figures into reports: puts step, epoch and time to them, and keeps a history.
+
+    Ranks: all, local; rank 0's reach the sinks.
+    """
+
+    def __init__(self, progress: Progress, outbox: Outbox, dispatcher: Dispatcher) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._progress = progress
+        self._outbox = outbox
+        self._dispatcher = dispatcher
+        self._began = time.perf_counter()
+        self._samples_before = progress.samples
+
+    def check(self) -> None:
+        """Raises if a sink failed that must not.
+
+        Raises:
+            SinkError: on rank 0.
+
+        Ranks: all, local; inside a phase in which an error reaches all ranks.
+        """
+        self._dispatcher.check()
+
+    def report(
+        self,
+        kind: ReportKind,
+        values: Mapping[str, float],
+        text: str = "",
+        *,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Sends figures or a text to the sinks, after what callbacks had to say."""
+        progress = self._progress
+        for note in self._outbox.notes:
+            self._send("message", {}, note)
+        self._outbox.notes.clear()
+        for shown in self._outbox.shown:
+            self._send("sample", {}, shown.text, sample=shown)
+        self._outbox.shown.clear()
+        if kind in ("train", "eval"):
+            self.rows.append({"step": progress.step, "epoch": progress.epoch, **values})
+        self._send(kind, values, text, config=config)
+
+    def _send(
+        self,
+        kind: ReportKind,
+        values: Mapping[str, float],
+        text: str,
+        *,
+        config: Mapping[str, Any] | None = None,
+        sample: Shown | None = None,
+    ) -> None:
+        progress = self._progress
+        self._dispatcher.send(
+            Report(
+                kind=kind,
+                step=progress.step,
+                epoch=progress.epoch,
+                values=dict(values),  # callbacks may keep and change theirs
+                text=text,
+                seconds=time.perf_counter() - self._began,
+                samples=progress.samples - self._samples_before,
+                total_steps=progress.total_steps,
+                steps_per_epoch=progress.steps_per_epoch,
+                config=config or {},
+                sample=sample,
+            )
+        )

@@ -1,0 +1,41 @@
+"""One step of training: what a rank does with a micro-batch, and how ranks agree on it."""
+
+from dtrain.step.arriving import Arriving
+from dtrain.step.evaluation import evaluate
+from dtrain.step.gather_with_grad import Gathers
+from dtrain.step.lane import Heard, Lane, LaneSilent, Verdict
+from dtrain.step.micro_step import LossFn, MicroStep, UserLoss, adapt, as_loss
+from dtrain.step.precision import (
+    Autocast,
+    Factor,
+    Precision,
+    PrecisionSlot,
+    ScaledAutocast,
+    takes_a_veto,
+)
+from dtrain.step.result import StepResult
+from dtrain.step.votes import Agreed, Agreement
+
+__all__ = [
+    "Agreed",
+    "Agreement",
+    "Arriving",
+    "Autocast",
+    "Factor",
+    "Gathers",
+    "Heard",
+    "Lane",
+    "LaneSilent",
+    "LossFn",
+    "MicroStep",
+    "Precision",
+    "PrecisionSlot",
+    "ScaledAutocast",
+    "StepResult",
+    "UserLoss",
+    "Verdict",
+    "adapt",
+    "as_loss",
+    "evaluate",
+    "takes_a_veto",
+]

@@ -1,0 +1,219 @@
+"""Rows of all ranks inside of a loss function, though some ranks may have no batch.
+
+A loss function that compares its samples with those of all ranks (in-batch negatives) waits
+for every rank, while one that skips, fails or has run out of data never calls it. So ranks
+meet once more at the end of each micro-step; whoever is there already takes part in the
+others' gathers with no rows, forward and backward. Runs that do not gather pay for one such
+meeting, in their first micro-step, in which that is found out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtrain.distributed import Comm
+from dtrain.errors import ConfigError, LossError, RankMismatch
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A rank gathers.
+
+    Attributes:
+        label: of the call.
+        rows: what it contributes, shape ``[rows, ...]``, on the CPU.
+        enabled: whether it records gradients at all.
+        wants_grad: whether its rows need one.
+    """
+
+    label: str
+    rows: Tensor
+    enabled: bool
+    wants_grad: bool
+
+    def __str__(self) -> str:
+        dtype = str(self.rows.dtype).removeprefix("torch.")
+        shape = ", ".join(map(str, ["rows", *self.rows.shape[1:]]))
+        return f"gather_with_grad({self.label!r}) of {dtype}[{shape}]" + (
+            "" if self.enabled else " under no_grad"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A rank has come to the end of its micro-step.
+
+    Attributes:
+        weight: of its micro-batch; 0 where it had none, or left it out.
+        gathered: how often its loss function gathered.
+        completed: whether its loss function returned what need be known of it.
+        ended: it has no more batches.
+    """
+
+    weight: float = 0.0
+    gathered: int = 0
+    completed: bool = False
+    ended: bool = False
+
+
+class Gathers:
+    """One rank's end of the gathers of a loss function.
+
+    Args:
+        comm: to the other ranks.
+        rank: this rank.
+        size: the world size.
+
+    Ranks: all.
+    """
+
+    def __init__(self, comm: Comm, *, rank: int, size: int) -> None:
+        self._comm = comm
+        self._rank = rank
+        self._size = size
+        self._calls = 0
+        self._ties: list[Tensor] = []
+        #: Whether loss functions gather; None until all ranks know.
+        self.used: bool | None = None if size > 1 else False
+
+    def restart(self) -> None:
+        """Forgets whether loss functions gather.
+
+        Ranks: all, local; must be called on all ranks.
+        """
+        self.used = None if self._size > 1 else False
+
+    def gather(self, label: str, rows: Tensor) -> Tensor:
+        """Returns all ranks' rows; see :meth:`dtrain.Comm.gather_with_grad`.
+
+        Ranks: all, communicates; ranks without a batch take part in :meth:`finish`.
+        """
+        if not isinstance(rows, Tensor) or not rows.dim():
+            raise LossError(
+                f"gather_with_grad({label!r}) takes rows, a tensor of shape [rows, ...], "
+                f"not {rows!r}"
+            )
+        if self._size == 1:
+            return rows
+        if self.used is False:
+            raise ConfigError(
+                f"gather_with_grad({label!r}) is called for the first time in a later micro-step: "
+                "ranks without a batch no longer wait for it. Call it from the first one on."
+            )
+        self._calls += 1
+        enabled = torch.is_grad_enabled()
+        mine = rows.detach().cpu().clone(memory_format=torch.contiguous_format)
+        everyones = self._announce(Rows(label, mine, enabled, enabled and rows.requires_grad))
+        _check(everyones)
+        return self._join(everyones, rows)
+
+    def finish(
+        self, weight: float = 0.0, *, completed: bool = False, ended: bool = False
+    ) -> list[Done]:
+        """Ends a micro-step: serves the others' gathers until all ranks are here.
+
+        Args:
+            weight: units in this rank's micro-batch.
+            completed: whether the loss function ran to its end, so that it is known by now
+                whether it gathers.
+            ended: whether this rank has no more batches.
+
+        Returns:
+            What each rank said, by rank; nothing where loss functions are known not to gather.
+
+        Ranks: all, communicates unless loss functions are known not to gather.
+        """
+        if self.used is False:
+            return []
+        while True:
+            everyones = self._announce(Done(weight, self._calls, completed, ended))
+            done = [one for one in everyones if isinstance(one, Done)]
+            if len(done) == self._size:
+                break
+            self._serve(everyones)
+        self._calls = 0
+        if self.used is None and any(one.completed or one.gathered for one in done):
+            self.used = any(one.gathered for one in done)
+        return done
+
+    def take_ties(self) -> list[Tensor]:
+        """Returns zeros, one for each gather; their backward takes part in that of the others.
+
+        Ranks: all, local.
+        """
+        ties, self._ties = self._ties, []
+        return ties
+
+    def _announce(self, mine: Rows | Done) -> list[Rows | Done]:
+        everyones: list[Rows | Done] = self._comm.gather_objects("gathers of a loss function", mine)
+        return everyones
+
+    def _serve(self, everyones: list[Rows | Done]) -> None:
+        try:
+            first = _check(everyones)
+        except RankMismatch:
+            return  # raised where it was called; those ranks come here next
+        nothing = first.rows.new_zeros((0, *first.rows.shape[1:]))
+        with torch.set_grad_enabled(first.enabled):
+            self._join(everyones, nothing)
+
+    def _join(self, everyones: list[Rows | Done], mine: Tensor) -> Tensor:
+        parts = [one.rows if isinstance(one, Rows) else None for one in everyones]
+        counts = [0 if part is None else len(part) for part in parts]
+        whole = torch.cat([part for part in parts if part is not None]).to(mine.device)
+        gathering = [one for one in everyones if isinstance(one, Rows)]
+        if not any(one.wants_grad for one in gathering):
+            return whole
+        start = sum(counts[: self._rank])
+        # Rows may need no gradient on this rank; it takes part in the others' backward anyway.
+        anchor = torch.zeros((), device=mine.device, requires_grad=True)
+        own = slice(start, start + counts[self._rank])
+        gathered: Tensor
+        gathered, tie = _Join.apply(  # type: ignore[no-untyped-call]
+            mine, anchor, whole, self._comm, gathering[0].label, own
+        )
+        self._ties.append(tie)
+        return gathered
+
+
+def _check(everyones: list[Rows | Done]) -> Rows:
+    """Returns what is gathered.
+
+    Raises:
+        RankMismatch: ranks gather different things.
+    """
+    first = next(one for one in everyones if isinstance(one, Rows))
+    if any(isinstance(one, Rows) and str(one) != str(first) for one in everyones):
+        table = "\n".join(
+            f"  rank {rank}: {one if isinstance(one, Rows) else 'no batch, or done with it'}"
+            for rank, one in enumerate(everyones)
+        )
+        raise RankMismatch(f"ranks met in different gathers of their loss functions:\n{table}")
+    return first
+
+
+class _Join(torch.autograd.Function):
+    """All ranks' rows; backward sums what each rank's loss says about them.
+
+    The second output is a zero that goes into every rank's loss, so that its backward is
+    called whatever becomes of the rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, mine: Tensor, anchor: Tensor, whole: Tensor, comm: Comm, label: str, own: slice
+    ) -> tuple[Tensor, Tensor]:
+        ctx.comm, ctx.label, ctx.own = comm, label, own
+        return whole, anchor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        # Sums of half precision would lose or overflow.
+        summed = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+        total = ctx.comm.all_reduce(f"gradient of gather_with_grad({ctx.label!r})", summed)
+        return total[ctx.own].to(grad.dtype), grads[1].new_zeros(()), None, None, None, None

@@ -1,0 +1,313 @@
+"""The lane: what ranks tell one another inside the gradient reduction that happens anyway.
+
+:class:`Lane` owns one extra parameter of a few zeros. In each step's last backward, its gradient
+is what this rank has to say: how much weight its samples had, its weighted loss, its votes. DDP
+sums that over ranks in the bucket it sends anyway, so that after backward every rank knows the
+global weight (which normalises the gradients), the global loss and everyone's votes, without a
+collective.
+
+The parameter is no part of the user's model, optimizer or checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dtrain.context import on_device
+from dtrain.errors import DtrainError
+from dtrain.step.arriving import Arriving
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+class Slot(IntEnum):
+    """Places in the lane. All but ``WEIGHT`` and ``LOSS`` are counts."""
+
+    CANARY = 0  # rank 0 says W, the others 1: the sum is 2W - 1, or no reduction happened
+    WEIGHT = 1  # units / reference weight
+    LOSS = 2  # units / reference weight * mean loss
+    SAMPLES = 3  # modulo 256 in each micro-batch: float32 holds whole numbers to 2^24 only
+    SAMPLES_256 = 4  # the same in units of 256 samples
+    STOP = 5
+    SAVE = 6
+    PREEMPT = 7
+    SKIPPED = 8  # micro-batches left out on request
+    ERROR = 9
+    NONFINITE = 10  # micro-batches whose loss is NaN or infinite
+    FED = 11  # ranks that had a batch
+    # Ranks whose stream has no batch for the next step, or not even for this one, where that
+    # ends the epoch for all:
+    ENDING = 12
+    STARVED = 13
+    LEAVING = 14  # ranks that cannot finish the step because the job is being ended
+
+
+class Verdict(NamedTuple):
+    """What all ranks said in a step. Equal on all of them.
+
+    Attributes:
+        weight: units in the global batch.
+        loss_mean: mean loss over those units; NaN where there are none.
+        factor: what the reduced gradients must be multiplied by to be those of ``loss_mean``.
+        samples: samples in the global batch.
+        stop, save, preempt, errors, fed, ending, starved, leaving: how many ranks said so.
+        skipped, nonfinite: how many micro-batches, over all ranks.
+    """
+
+    weight: float
+    loss_mean: float
+    factor: float
+    samples: int
+    # From here on in the order of the slots.
+    stop: int
+    save: int
+    preempt: int
+    skipped: int
+    errors: int
+    nonfinite: int
+    fed: int
+    ending: int
+    starved: int
+    leaving: int
+
+
+class LaneSilent(DtrainError):
+    """The lane came back without a reduction: some parameter's gradient never arrived."""
+
+
+class Lane:
+    """One rank's end of the lane.
+
+    A step is: :meth:`open`, then :meth:`add` for each micro-batch and :meth:`say` for votes,
+    :meth:`attach` at the start of the last forward, :meth:`backward` after it, and then
+    :meth:`listen`.
+
+    Args:
+        model: decides the lane's dtype (float64 if a parameter is, else float32) and device.
+        rank: this rank.
+        size: the world size.
+        shares: how many such parts of a step's weight the reference weight stands for: the world
+            size, so that gradients are those of DDP; or 1, so that what is multiplied by a loss
+            scale is as large as in one process, and overflows with the same scale.
+
+    Ranks: all, local; what is said travels with the gradients.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, rank: int, size: int, shares: int | None = None
+    ) -> None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        double = any(p.dtype == torch.float64 for p in parameters)
+        device = parameters[0].device if parameters else torch.device("cpu")
+        dtype = torch.float64 if double else torch.float32
+        self.param = nn.Parameter(torch.zeros(len(Slot), dtype=dtype, device=device))
+        self._size = size
+        self._shares = size if shares is None else shares
+        self.expect(self._shares)
+        self._message = torch.zeros(len(Slot), dtype=dtype)
+        self._said: np.ndarray[Any, Any] = self._message.numpy()  # a view: no torch op to write
+        self._is_narrow = not double
+        self._weight = self._loss = 0.0
+        self._canary = size if rank == 0 else 1
+        self._voice: Tensor | None = None
+        # A mean over 10 ranks that say 1 may be 1.0000001, which is 1 all the same.
+        self._rounding = size * torch.finfo(dtype).eps
+        # On an accelerator the loss is not read; it is added up where it is.
+        self._on_device: Tensor | None = None if device.type == "cpu" else self.param.new_zeros(4)
+
+    def restart(self, weight: float) -> None:
+        """Begins a fit, maybe in another thread than the last; see :meth:`expect`."""
+        self._voice = None
+        self.expect(weight)
+
+    def expect(self, weight: float) -> None:
+        """Sets the reference weight from what a step is expected to weigh, over all ranks.
+
+        Weights are divided by it before they touch the loss: in float16, a sum over 65,536
+        tokens would leave no room for the loss scale. Where each rank then weighs 1, nothing
+        is multiplied and nothing rounded. Equal on all ranks, because ``weight`` is.
+        """
+        if weight > 0 and math.isfinite(weight):
+            self.expected = float(weight)
+            self.reference = self.expected / self._shares
+
+    def observe(self, verdict: Verdict) -> None:
+        """Moves the reference weight where steps turn out to weigh otherwise than expected.
+
+        Only where they differ by more than a factor of 4 (tokens where samples were expected):
+        a ragged last batch must not make the next step's gradients need another factor.
+        """
+        if verdict.weight > 0 and not 0.25 <= verdict.weight / self.expected <= 4:
+            self.expect(verdict.weight)
+
+    def open(self) -> None:
+        """Begins a step: nothing is said yet."""
+        self._said.fill(0)
+        self._said[0] = self._canary
+        self._weight = self._loss = 0.0
+        if self._on_device is not None:
+            self._on_device.zero_()
+        self.param.grad = None
+
+    def add(self, loss: Tensor, weight: float | Tensor, samples: int) -> Tensor:
+        """Adds a micro-batch; returns the term of the loss that backward starts from."""
+        scaled = weight / self.reference
+        if samples >= 256:
+            self._said[Slot.SAMPLES_256] += samples // 256
+            samples %= 256
+        self._said[Slot.SAMPLES] += samples
+        if self._on_device is None:
+            number, share = loss.item(), float(scaled)
+            self._weight += share
+            self._loss += share * number
+            if not math.isfinite(number):
+                self._said[Slot.NONFINITE] += 1
+            return loss if share == 1.0 else loss * share
+        whole = on_device(scaled, self.param.dtype, self.param.device)
+        # Weight 0 counts for nothing, even if the mean is NaN; it is not read to find out.
+        value = torch.where(whole > 0, loss.detach().to(self.param.dtype), 0.0)
+        bad = (~torch.isfinite(value)).to(self.param.dtype)
+        self._on_device += torch.stack((whole, whole * value, bad, whole.new_zeros(())))
+        return torch.where(whole > 0, loss, 0.0) * scaled
+
+    def say(self, slot: Slot, count: int = 1) -> None:
+        """Adds ``count`` to a slot."""
+        self._said[slot] += count
+
+    def attach(self) -> Tensor:
+        """Returns what carries the lane; it goes into backward together with the loss.
+
+        Recorded before the first forward of a fit: autograd runs what was recorded first
+        last, so that the lane is the last gradient to arrive, and its coming back proves that
+        every bucket before it was reduced. A view keeps nothing for its backward, and serves all
+        steps.
+        """
+        if self._voice is None:
+            self._voice = self.param.view_as(self.param)
+        return self._voice
+
+    def backward(self, voice: Tensor, *terms: Tensor) -> None:
+        """Runs the step's last backward, in which the lane's gradient is what was said.
+
+        Args:
+            voice: what :meth:`attach` returned.
+            terms: of the loss, each one number.
+
+        Ranks: all; communicates where the terms come out of DDP.
+        """
+        torch.autograd.backward((voice, *terms), (self.message(), *(None for _ in terms)))
+
+    def message(self) -> Tensor:
+        """Returns what this rank says, in the order of :class:`Slot`."""
+        if self._on_device is None:
+            self._said[Slot.WEIGHT] = self._weight
+            self._said[Slot.LOSS] = _narrow(self._loss) if self._is_narrow else self._loss
+            return self._message.clone()
+        message = self._message.to(self.param.device, non_blocking=True)
+        message[Slot.WEIGHT] += self._on_device[0]
+        message[Slot.LOSS] += self._on_device[1]
+        message[Slot.NONFINITE] += self._on_device[2]
+        return message
+
+    def listen(self, reduced: Tensor | None = None) -> Heard:
+        """Returns what all ranks said, after the last backward; on CUDA it is still on its way.
+
+        Args:
+            reduced: the mean over ranks of :meth:`message`, where it did not come with the
+                gradients.
+
+        Raises:
+            LaneSilent: no gradient reached the lane.
+        """
+        # The gradients' mean over ranks is what DDP leaves.
+        mean = self.param.grad if reduced is None else reduced
+        if mean is None:
+            raise LaneSilent("no gradient reached the lane")
+        values = mean.tolist() if self._on_device is None else Arriving(mean)
+        return Heard(mean, values, self.reference, self._size, self._rounding)
+
+
+class Heard:
+    """What all ranks said in a step: parts of it at once on the device, all a little later.
+
+    Args:
+        mean: over ranks, of what each said.
+        values: the same on the host, or on its way there.
+        reference: the reference weight in that step.
+        size: the world size.
+        rounding: how far the mean of equal shares may be from 1.
+
+    Ranks: all, local.
+    """
+
+    __slots__ = ("_mean", "_reference", "_rounding", "_size", "_values", "_verdict", "_whole")
+
+    def __init__(
+        self,
+        mean: Tensor,
+        values: list[float] | Arriving,
+        reference: float,
+        size: int,
+        rounding: float,
+    ) -> None:
+        self._mean = mean
+        self._values = values
+        self._reference = reference
+        self._size = size
+        self._rounding = rounding
+        self._whole = 2 * size - 1
+        self._verdict: Verdict | None = None
+
+    def factor(self) -> Tensor:
+        """What gradients must be multiplied by, 0-dim on the device; see :class:`Verdict`."""
+        share = self._mean[Slot.WEIGHT]
+        is_one = (share - 1).abs() <= self._rounding
+        return torch.where(is_one, 1.0, torch.where(share > 0, 1 / share, 0.0))
+
+    def veto(self) -> Tensor:
+        """1 where the step must change nothing (an error, no weight, no reduction, ...), else 0.
+
+        0-dim float32 on the device, as fused optimizers take it for ``found_inf``.
+        """
+        said = self._mean
+        unreduced = (said[Slot.CANARY] * self._size - self._whole).abs() > self._size / 4
+        stays = (said[Slot.ERROR] + said[Slot.LEAVING] > 0) | ~(said[Slot.WEIGHT] > 0)
+        return (stays | unreduced).float()
+
+    def verdict(self) -> Verdict:
+        """Returns it all, on the host; waits until it is there.
+
+        Raises:
+            LaneSilent: no reduction happened.
+        """
+        if self._verdict is None:
+            values = self._values.get() if isinstance(self._values, Arriving) else self._values
+            canary, share, loss, *said = values
+            size = self._size
+            # An unreduced lane says 1, W or W * W. Not compared as a whole number: a sum over
+            # thousands of ranks is inexact.
+            if not abs(canary * size - self._whole) <= size / 4:
+                raise LaneSilent("the lane's gradient was not reduced")
+            # Rounded: DDP multiplies by 1 / world size, which is inexact at 3.
+            samples, samples_256, *counts = [round(mean * size) if mean else 0 for mean in said]
+            if abs(share - 1) <= self._rounding:
+                share = 1.0
+            self._verdict = Verdict(
+                share * self._reference * size,
+                loss / share if share > 0 else math.nan,
+                1.0 / share if share > 0 else 0.0,
+                samples + 256 * samples_256,
+                *counts,
+            )
+        return self._verdict
+
+
+def _narrow(value: float) -> float:
+    """As float32 holds it; NumPy would warn of an overflow."""
+    return math.copysign(math.inf, value) if abs(value) > _FLOAT32_MAX else value

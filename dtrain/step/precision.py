@@ -1,0 +1,205 @@
+"""The precision slot: in which numbers the model computes. Full precision is the null object."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Factor = float | Tensor
+
+
+class Precision:
+    """Full precision: nothing is cast, nothing is scaled. Other precisions override.
+
+    Ranks: all, local. Gradients are already reduced when they are unscaled, so ranks agree.
+    """
+
+    name = "full precision"
+    scales_loss = False
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the loss function runs."""
+        return nullcontext()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Returns the loss that backward starts from."""
+        return loss
+
+    def unscale(self, optimizer: Optimizer, factor: Factor) -> Factor:
+        """Divides gradients by the loss scale; called once a step, after the reduction.
+
+        Args:
+            optimizer: of the gradients.
+            factor: what they must be multiplied by besides.
+
+        Returns:
+            The factor that is left to be applied: 1 where unscaling took it in.
+        """
+        return factor
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Steps the optimizer; returns False where gradients overflowed and it did not."""
+        optimizer.step()
+        return True
+
+    def step_unless(self, optimizer: Optimizer, veto: Tensor) -> Tensor:
+        """Steps a fused optimizer, without looking whether it may.
+
+        Args:
+            optimizer: one that honours ``found_inf``.
+            veto: 0-dim, on the device: 1 where nothing must change.
+
+        Returns:
+            0-dim, on the device: more than 0 where nothing changed.
+        """
+        _step_unless(optimizer, veto)
+        return veto
+
+    def skip(self) -> None:
+        """Ends a step whose update is not applied."""
+
+    def values(self) -> dict[str, float]:
+        """Returns figures worth reporting."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+
+
+class Autocast(Precision):
+    """Runs the loss function under ``torch.autocast``; for bfloat16 that is all it takes."""
+
+    def __init__(self, device_type: str, dtype: torch.dtype) -> None:
+        self.name = str(dtype).removeprefix("torch.") + " autocast"
+        self._device_type = device_type
+        self._dtype = dtype
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the loss function runs."""
+        return torch.autocast(self._device_type, dtype=self._dtype)
+
+
+class ScaledAutocast(Autocast):
+    """Autocast with a dynamic loss scale, for float16, whose gradients would underflow.
+
+    The scale is doubled after ``growth_interval`` steps without overflow and halved after
+    one; see Micikevicius et al., "Mixed Precision Training", ICLR 2018.
+    """
+
+    scales_loss = True
+
+    def __init__(
+        self, device_type: str, dtype: torch.dtype, init_scale: float, growth_interval: int
+    ) -> None:
+        super().__init__(device_type, dtype)
+        self._scaler = _Scaler(device_type, init_scale=init_scale, growth_interval=growth_interval)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Returns the loss times the loss scale."""
+        return self._scaler.scale(loss)
+
+    def unscale(self, optimizer: Optimizer, factor: Factor) -> Factor:
+        """Divides gradients by the loss scale and finds out whether any overflowed."""
+        self._scaler.factor = factor
+        self._scaler.unscale_(optimizer)
+        return 1.0
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Steps the optimizer unless gradients overflowed; adapts the scale."""
+        # Not left to a fused optimizer: SGD would keep a first momentum that it never wrote.
+        applied = not self._scaler.overflow.item()
+        if applied:
+            self._scaler.step(optimizer)
+        self._scaler.update()
+        return applied
+
+    def step_unless(self, optimizer: Optimizer, veto: Tensor) -> Tensor:
+        """Steps a fused optimizer unless gradients overflowed or ``veto`` is 1.
+
+        The scale is adapted for an overflow only; a step that must change nothing else does not
+        change the scale either.
+        """
+        # 1 where both are: a fused optimizer takes what it is handed off its count of steps.
+        blocked = torch.clamp(self._scaler.overflow + veto, max=1.0)
+        _step_unless(optimizer, blocked)
+        self._scaler.update_unless(veto)
+        return blocked
+
+    def skip(self) -> None:
+        """Ends a step whose update is not applied; an overflow still adapts the scale."""
+        self._scaler.update()
+
+    def values(self) -> dict[str, float]:
+        """Returns the loss scale."""
+        return {"loss_scale": self._scaler.get_scale()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the scale and its growth counter."""
+        return dict(self._scaler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the scale and its growth counter."""
+        self._scaler.load_state_dict(state)
+
+
+class _Scaler(torch.amp.GradScaler):
+    """A GradScaler whose one pass over the gradients applies another factor as well."""
+
+    factor: Factor = 1.0
+    overflow: Tensor  # of the last unscaling: more than 0 where there was one
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """As GradScaler's; also on a rank that was idle so far, and has scaled no loss yet."""
+        if self._enabled and self._scale is None:
+            device = optimizer.param_groups[0]["params"][0].device
+            self._lazy_init_scale_growth_tracker(device)
+        super().unscale_(optimizer)
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        found = super()._unscale_grads_(
+            optimizer, (inv_scale * self.factor).float(), found_inf, allow_fp16
+        )
+        self.overflow = torch.stack([one.to(inv_scale.device) for one in found.values()]).sum()
+        return found
+
+    def update_unless(self, veto: Tensor) -> None:
+        """Adapts the scale, or leaves it where ``veto`` is 1."""
+        scale, tracker = self._check_scale_growth_tracker("update")
+        before = scale.clone(), tracker.clone()
+        self.update()
+        for now, then in zip((scale, tracker), before, strict=True):
+            now.copy_(torch.where(veto > 0, then, now))
+
+
+def _step_unless(optimizer: Optimizer, blocked: Tensor) -> None:
+    """As GradScaler hands it to fused optimizers."""
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = blocked  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def takes_a_veto(optimizer: Optimizer) -> bool:
+    """Says whether the optimizer can be told on the device to change nothing, as fused ones can."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+@runtime_checkable
+class PrecisionSlot(Protocol):
+    """Fills the precision slot: autocast, scale, unscale and step."""
+
+    def make_precision(self, device_type: str) -> Precision:
+        """Returns what computes in the wanted precision on ``"cpu"`` or ``"cuda"``."""
+        ...

@@ -1,0 +1,111 @@
+"""From what one rank requests to what all ranks do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dtrain.context import Request
+from dtrain.distributed import Comm
+from dtrain.step.lane import Lane, Slot
+
+Reasons = dict[str, list[str]]
+
+_SLOTS = {"stop": Slot.STOP, "save": Slot.SAVE, "preempt": Slot.PREEMPT}
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks do. Equal on all of them.
+
+    Attributes:
+        save: make a checkpoint.
+        preempt: save and leave; the run is to be continued.
+        stop_reason: why to stop, or nothing.
+    """
+
+    save: bool = False
+    preempt: bool = False
+    stop_reason: str = ""
+
+
+class Agreement:
+    """Carries requests to all ranks: in the lane during a step, in a verb between steps.
+
+    Only counts travel in the lane. Reasons are gathered as text once somebody asked.
+
+    Ranks: all.
+    """
+
+    def __init__(self, request: Request, comm: Comm, host: str) -> None:
+        self._request = request
+        self._comm = comm
+        self._host = host
+        self._carried: Reasons = {}
+
+    def say(self, lane: Lane) -> None:
+        """Puts what is pending into the lane, for the reduction that comes next.
+
+        Ranks: all, local.
+        """
+        pending = self._request.pending
+        if pending["stop"] or pending["save"] or pending["preempt"]:
+            for kind, reasons in self._take().items():
+                # Those of a step that was not waited for may still be there.
+                self._carried.setdefault(kind, []).extend(reasons)
+                lane.say(_SLOTS[kind], int(bool(reasons)))
+
+    def drop(self) -> None:
+        """Forgets what was requested and not agreed, as after a failure.
+
+        Ranks: all, local.
+        """
+        self._take()
+        self._request.skipped.clear()
+        self._carried = {}
+
+    def carried(self) -> Agreed:
+        """Returns what the lane's votes amount to; called where any rank has voted.
+
+        Ranks: all, communicates.
+        """
+        mine, self._carried = self._carried, {}
+        return self._gather(mine)
+
+    def settle(self) -> Agreed:
+        """Returns what was requested since the last reduction.
+
+        Ranks: all, communicates.
+        """
+        pending = self._request.pending
+        asked = torch.tensor(sum(map(len, pending.values())))
+        if not int(self._comm.all_reduce("requests", asked)):
+            return Agreed()
+        return self._gather(self._take())
+
+    def _take(self) -> Reasons:
+        # One by one: a signal may add another at any moment, and none may be lost.
+        pending = self._request.pending.items()
+        return {kind: [reasons.pop(0) for _ in range(len(reasons))] for kind, reasons in pending}
+
+    def _gather(self, mine: Reasons) -> Agreed:
+        by_rank = self._comm.gather_objects("reasons", (self._host, mine))
+        preempt, stop = _words(by_rank, "preempt"), _words(by_rank, "stop")
+        return Agreed(
+            save=any(reasons.get("save") for _, reasons in by_rank),
+            preempt=bool(preempt),
+            stop_reason=preempt or stop,
+        )
+
+
+def _words(by_rank: list[tuple[str, Reasons]], kind: str) -> str:
+    """Who asked, and why; once, where all ranks asked for the same reason."""
+    asked = [reasons.get(kind, []) for _, reasons in by_rank]
+    if asked[0] and all(reasons == asked[0] for reasons in asked):
+        return "; ".join(asked[0])
+    return "; ".join(
+        f"{why} (asked by rank {rank} on {host})"
+        for rank, (host, reasons) in enumerate(by_rank)
+        for why in reasons.get(kind, [])
+    )

@@ -1,0 +1,199 @@
+"""Where a drilled run is not what the undisturbed one was, and which comes first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtrain.trials.drill.run import Run
+
+#: Law 1: the relative distance of norms that rounding may bring between world sizes.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
+_COARSE = 1e-2  # bfloat16 and float16
+_END = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is not as it was undisturbed.
+
+    Attributes:
+        what: what it is of: ``samples``, ``metric``, ``model`` or ``state``.
+        name: which: a metric, a tensor, a path in the state.
+        step: the first step that shows it, from 1; infinite for what the run ended with.
+        words: what is there, and what was there undisturbed.
+    """
+
+    what: str
+    name: str
+    step: float
+    words: str
+
+
+def compare(reference: Run, drilled: Run) -> list[Difference]:
+    """Compares to the bit, on the same number of ranks; what comes first in time is first.
+
+    Steps that were taken twice must have been the same both times.
+    """
+    found = [
+        *_samples(reference, drilled, together=False),
+        *_metrics(reference, drilled),
+        *_final(reference, drilled),
+    ]
+    return sorted(found, key=lambda one: one.step)  # stable: causes before effects
+
+
+def compare_resized(reference: Run, drilled: Run) -> list[Difference]:
+    """Compares where the run went on with another number of ranks.
+
+    The samples of each global batch must be the same, in the same order; parameters and buffers
+    within law 1's tolerance, as the relative distance of their norms.
+    """
+    found = list(_samples(reference, drilled, together=True))
+    if reference.final.step != drilled.final.step:
+        return [*found, _steps(reference, drilled)]
+    mine, theirs = reference.final.model, drilled.final.model
+    apart = {name: _distance(mine[name], theirs[name]) for name in mine}
+    size = math.sqrt(sum(float(t.double().square().sum()) for t in mine.values()))
+    gap = math.sqrt(sum(value**2 for value in apart.values())) / (size or 1.0)
+    tolerance = tolerance_of(mine)
+    if not gap <= tolerance:
+        worst = max(apart, key=lambda name: apart[name])
+        words = (
+            f"parameters and buffers are apart by {gap:.1e} of their norm, more than {tolerance:g};"
+            f" most of it in {worst}"
+        )
+        found.append(Difference("model", worst, _END, words))
+    return found
+
+
+def tolerance_of(model: Mapping[str, Tensor]) -> float:
+    """Returns law 1's tolerance for the coarsest dtype among a model's floating tensors."""
+    floating = [t.dtype for t in model.values() if t.is_floating_point()]
+    return max((TOLERANCES.get(dtype, _COARSE) for dtype in floating), default=0.0)
+
+
+def _samples(reference: Run, drilled: Run, *, together: bool) -> Iterator[Difference]:
+    expected = reference.starts[0].batches()
+    seen: set[int] = set()
+    for number, start in enumerate(drilled.starts):
+        for step, ranks in start.batches().items():
+            seen.add(step)
+            # Ranks' shares lie one after the other, so this is the global batch in its order.
+            mine, theirs = (_joined(each) for each in (expected.get(step, []), ranks))
+            wrong = _first_wrong(mine, theirs)
+            if wrong is None and not together:
+                sizes = [len(rank) for rank in expected.get(step, [])]
+                wrong = None if sizes == [len(rank) for rank in ranks] else 0
+            if wrong is not None:
+                strange = len({*theirs} - {*mine})
+                words = (
+                    f"step {step + 1} consumed other samples{_again(number)}: the first that "
+                    f"differs is number {wrong + 1} of the global batch of {len(mine)}, and "
+                    f"{strange} are not of this step at all"
+                )
+                yield Difference("samples", "samples", step + 1, words)
+    for step in sorted({*expected} - seen):
+        yield Difference("samples", "samples", step + 1, f"step {step + 1} was never done")
+
+
+def _metrics(reference: Run, drilled: Run) -> Iterator[Difference]:
+    expected = reference.starts[0].main.reports
+    seen = set()
+    for number, start in enumerate(drilled.starts):
+        for key, values in start.main.reports.items():
+            kind, step, _ = key
+            seen.add(key)
+            at = f"of the {kind} report at step {step}"
+            for name in sorted({*values, *expected.get(key, {})}):
+                mine, theirs = expected.get(key, {}).get(name), values.get(name)
+                if not _same(mine, theirs):
+                    is_now = f"{name} {at} is {_number(theirs)}{_again(number)}"
+                    words = f"{is_now}; undisturbed it is {_number(mine)}{_off(mine, theirs)}"
+                    yield Difference("metric", name, step, words)
+    for kind, step, place in sorted({*expected} - seen):
+        for name in expected[kind, step, place]:
+            words = f"{name} of the {kind} report at step {step} was never reported"
+            yield Difference("metric", name, step, words)
+
+
+def _final(reference: Run, drilled: Run) -> Iterator[Difference]:
+    if reference.final.step != drilled.final.step:
+        yield _steps(reference, drilled)
+    for what in ("model", "state"):
+        mine: dict[str, Any] = getattr(reference.final, what)
+        theirs: dict[str, Any] = getattr(drilled.final, what)
+        for name in [*mine, *(name for name in theirs if name not in mine)]:
+            if name not in mine or name not in theirs:
+                which = "is not there" if name in mine else "is there; undisturbed it is not"
+                yield Difference(what, name, _END, f"{name} {which}")
+            elif words := _unequal(mine[name], theirs[name]):
+                yield Difference(what, name, _END, f"{name} {words}")
+
+
+def _steps(reference: Run, drilled: Run) -> Difference:
+    words = (
+        f"the last checkpoint is of step {drilled.final.step}; undisturbed it is of step "
+        f"{reference.final.step}"
+    )
+    return Difference("model", "step", _END, words)
+
+
+def _unequal(mine: Any, theirs: Any) -> str:
+    """Returns by how much two values differ, in words; nothing where they are equal to the bit."""
+    if not (isinstance(mine, Tensor) and isinstance(theirs, Tensor)):
+        return "" if _same(mine, theirs) else f"is {theirs!r}; undisturbed it is {mine!r}"
+    if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+        there, here = (f"{one.dtype} {list(one.shape)}" for one in (mine, theirs))
+        return f"is {here}; undisturbed it is {there}"
+    a, b = (_bytes(one) for one in (mine, theirs))
+    if torch.equal(a, b):
+        return ""
+    count = int((a != b).any(1).sum())
+    gap = float((mine.double() - theirs.double()).abs().max())
+    return f"differs in {count} of {mine.numel()} values, by up to {gap:.1e}"
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Returns a tensor's bits, ``[values, bytes of a value]``."""
+    flat = tensor.contiguous().reshape(-1)
+    return flat.view(torch.uint8).reshape(len(flat), -1)
+
+
+def _distance(mine: Tensor, theirs: Tensor) -> float:
+    return float((mine.double() - theirs.double()).norm())
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    both_nan = mine != mine and theirs != theirs
+    return bool(mine == theirs) or both_nan
+
+
+def _joined(ranks: list[list[str]]) -> list[str]:
+    return [sample for rank in ranks for sample in rank]
+
+
+def _first_wrong(mine: list[str], theirs: list[str]) -> int | None:
+    for place, (a, b) in enumerate(zip(mine, theirs, strict=False)):
+        if a != b:
+            return place
+    return None if len(mine) == len(theirs) else min(len(mine), len(theirs))
+
+
+def _number(value: float | None) -> str:
+    return "not there" if value is None else f"{value:.9g}"
+
+
+def _off(mine: float | None, theirs: float | None) -> str:
+    if mine is None or theirs is None:
+        return ""
+    return f" (off by {abs(theirs - mine):.1e})"
+
+
+def _again(start: int) -> str:
+    return f" after {start} restart{'s' * (start > 1)}" if start else " already before the kill"

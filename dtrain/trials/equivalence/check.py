@@ -1,0 +1,315 @@
+"""The check: the truth, the other runs, and experiments where numbers part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dtrain.errors import CheckError, ConfigError
+from dtrain.trials.equivalence import causes as find
+from dtrain.trials.equivalence.compare import DOUBLE, SINGLE, Comparison, Tolerance, compare
+from dtrain.trials.equivalence.launcher import Launcher
+from dtrain.trials.equivalence.record import Results
+from dtrain.trials.equivalence.report import Cause, Equivalence
+from dtrain.trials.equivalence.setup import SWITCHES, Setup
+
+Progress = Callable[[str], None]
+
+
+def check_equivalence(
+    script: str | Path,
+    args: Sequence[str] = (),
+    *,
+    ranks: int = 2,
+    micro_batches: Sequence[int] = (1, 2),
+    steps: int = 4,
+    timeout_s: float = 300.0,
+    allow: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Equivalence:
+    """Trains a few steps of a script on 1 and on several ranks, and compares all numbers.
+
+    The script runs as it is, in processes of its own, up to the end of its first ``fit``. There
+    it takes ``steps`` steps in float64, without checkpoints, sinks, evaluation and mixed
+    precision, with its global batch split over ranks and micro-batches in every combination.
+    Where numbers part from those of one rank with one micro-batch, experiments look for the
+    cause.
+
+    Example::
+
+        found = dtrain.check_equivalence("train.py", ["--size", "tiny"])
+        assert found.passed, str(found)
+
+    Args:
+        script: a file that calls ``Trainer(...).fit(...)``.
+        args: the script's own arguments.
+        ranks: compare one rank with so many. They run on this machine: on its GPUs if there is
+            one for each, else on the CPU.
+        micro_batches: compare so many micro-batches a rank.
+        steps: global steps of each run.
+        timeout_s: how long a run may take, in seconds.
+        allow: what may make numbers depend on ranks, and is taken out of all runs, so that the
+            rest can be compared: ``"dropout"``, ``"batchnorm"``, ``"augmentation"``,
+            ``"mixup"``.
+        progress: is told what runs next.
+
+    Returns:
+        What was found; ``str()`` of it is a report.
+
+    Raises:
+        ConfigError: an argument is off.
+        CheckError: the script failed, took too long, or never called ``fit``.
+
+    Ranks: none; it starts them.
+    """
+    script = Path(script)
+    _check_arguments(script, ranks, micro_batches, steps, timeout_s, allow)
+    with Launcher(most_ranks=ranks) as launcher:
+        check = Check(launcher, script, args, ranks, steps, timeout_s, tuple(allow), progress)
+        return check.run(micro_batches)
+
+
+def _check_arguments(
+    script: Path,
+    ranks: int,
+    micro_batches: Sequence[int],
+    steps: int,
+    timeout_s: float,
+    allow: Sequence[str],
+) -> None:
+    if not script.is_file():
+        raise ConfigError(f"there is no script {str(script)!r} (seen from {Path.cwd()})")
+    if min(ranks, steps, *micro_batches) < 1:
+        raise ConfigError(
+            f"ranks={ranks}, steps={steps}, micro_batches={list(micro_batches)}: all must be 1 or "
+            "more"
+        )
+    if ranks == 1 and not any(micros > 1 for micros in micro_batches):
+        raise ConfigError(
+            "nothing to compare: with one rank and one micro-batch there is the truth only. Ask "
+            "for ranks=2, or micro_batches=(1, 2)"
+        )
+    if timeout_s <= 0:
+        raise ConfigError(f"timeout_s={timeout_s}: must be more than 0 seconds")
+    strange = [name for name in allow if name not in SWITCHES]
+    if strange:
+        raise ConfigError(f"allow={strange[0]!r}: choose from {', '.join(SWITCHES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    setup: Setup
+    results: Results
+    comparison: Comparison
+
+
+@dataclass
+class Check:
+    """One check, from the truth to the causes; :func:`check_equivalence` says what of."""
+
+    launcher: Launcher
+    script: str | Path
+    args: Sequence[str]
+    ranks: int
+    steps: int
+    timeout_s: float = 300.0
+    allow: tuple[str, ...] = ()
+    progress: Progress | None = None
+    notes: list[str] = field(default_factory=list)
+    tolerance: Tolerance = DOUBLE
+
+    def run(self, micro_batches: Sequence[int]) -> Equivalence:
+        """Runs it.
+
+        Ranks: none; the launcher starts them.
+        """
+        setup, truth = self._truth()
+        if truth.main.batch_size is None:
+            raise CheckError(
+                f"{self.script} trains on an iterable of ready batches, of which each rank has its "
+                "own: on other ranks or micro-batches a step sees other samples, and there is "
+                "nothing to compare. For this check, give fit a map-style dataset of some samples, "
+                "with batch_size."
+            )
+        runs = []
+        for ranks in sorted({1, self.ranks}):
+            for micros in sorted({1, *micro_batches}):
+                if (ranks, micros) != (1, 1):
+                    one = replace(
+                        setup,
+                        ranks=ranks,
+                        micro_batches=micros,
+                        examine=False,
+                        batch_size=truth.main.batch_size,
+                    )
+                    runs.append(self._against(truth, one, one.title))
+        parted = [run for run in runs if not run.comparison.equal]
+        causes = self._causes(setup, truth, parted) if parted else []
+        self._take_notes(truth, runs)
+        # Where a run parts, a small gradient may move parameters for that reason.
+        equal = [run.comparison for run in runs if run.comparison.equal]
+        zero = dict.fromkeys(name for one in equal for name in one.zero_gradients)
+        return Equivalence(
+            script=str(self.script),
+            steps=truth.main.steps,
+            dtype="float64" if self.tolerance is DOUBLE else "float32",
+            runs=tuple(run.comparison for run in runs),
+            causes=tuple(causes),
+            zero_gradients=tuple(zero),
+            notes=tuple(self.notes),
+        )
+
+    # -- runs ---------------------------------------------------------------------------------
+
+    def _truth(self) -> tuple[Setup, Results]:
+        """One rank and one micro-batch; in float64 if the script can do it."""
+        setup = Setup(1, 1, self.steps, without=self.allow, examine=True)
+        try:
+            truth = self._launch(setup, f"{setup.title} (the truth)")
+        except CheckError as error:
+            if not error.fails_itself:
+                raise
+            # It may be float64 that it cannot do; if not, it fails again, in its own way.
+            setup = replace(setup, double=False)
+            truth = self._launch(setup, f"{setup.title} (the truth), in float32")
+            self.notes.append(
+                f"in float64 the script fails ({_last_line(error)}), so it was compared in "
+                "float32, where faults of less than a thousandth cannot be told from rounding."
+            )
+            self.tolerance = SINGLE
+        if setup.double and truth.main.dtype != "float64":
+            self.notes.append(
+                f"the loss comes in {truth.main.dtype}, though its batch and the model are "
+                "float64, so faults of less than a thousandth cannot be told from rounding."
+            )
+            self.tolerance = SINGLE
+        return setup, truth
+
+    def _launch(self, setup: Setup, title: str) -> Results:
+        if self.progress is not None:
+            self.progress(title)
+        return self.launcher.run(setup, self.script, self.args, self.timeout_s)
+
+    def _against(self, truth: Results, setup: Setup, title: str) -> _Run:
+        results = self._launch(setup, title)
+        comparison = compare(setup.title, truth, results, self.tolerance)
+        results.forget_gradients()
+        return _Run(setup, results, comparison)
+
+    # -- causes -------------------------------------------------------------------------------
+
+    def _causes(self, setup: Setup, truth: Results, parted: list[_Run]) -> list[Cause]:
+        worst = parted[-1]  # most ranks, most micro-batches: whatever splits does so here
+        title = worst.comparison.title
+        strays = worst.comparison.strays
+        examined = truth.main.examined
+        suspects = [name for name in truth.main.seen if name not in self.allow]
+        if examined is not None and examined.data_draws and "augmentation" not in self.allow:
+            suspects.append("augmentation")
+        equal = self._equal_without(suspects, setup, worst.setup) if suspects else None
+        causes = find.switchable(suspects, equal)
+        if equal:
+            return causes
+        others = [
+            find.drifting(strays, title) if strays else None,
+            find.ragged_mean(examined, self.tolerance),
+            *self._rank_dependent(truth, parted),
+            None if "mixup" in suspects else find.drawing_callback(truth.main),
+            find.other_start(truth, worst.results, title),
+            find.other_settings(truth.main, worst.results.main, title),
+        ]
+        found = [cause for cause in others if cause is not None]
+        # What only may be a cause, or follows from one that was found: the first of them.
+        augmented = "augmentation" in suspects
+        weaker = [
+            find.wandering_data(examined),
+            find.random_loss(examined),
+            None if augmented else find.other_data(truth.main, worst.results, title),
+            find.moving_buffers(truth.main),
+        ]
+        if not found:
+            found += [cause for cause in weaker if cause is not None][:1]
+        if not found or find.other_start(truth, worst.results, title) is not None:
+            found += self._again(setup, truth)
+        if not found and not (suspects and equal is None):
+            found.append(find.unknown())
+        return [*found, *causes]
+
+    def _equal_without(self, suspects: Sequence[str], setup: Setup, worst: Setup) -> bool | None:
+        """An experiment: are the numbers equal once the suspects are switched off?"""
+        without = (*self.allow, *suspects)
+        words = "without " + ", ".join(suspects)
+        truth = self._experiment(
+            replace(setup, without=without, examine=False), f"{words}, {setup.title}"
+        )
+        run = truth and self._experiment(replace(worst, without=without), f"{words}, {worst.title}")
+        if truth is None or run is None:
+            return None
+        return compare(words, truth, run, self.tolerance).equal
+
+    def _rank_dependent(self, truth: Results, parted: list[_Run]) -> list[Cause]:
+        """An experiment: every rank gets the same samples and random streams."""
+        several = [run.setup for run in parted if run.setup.ranks > 1]
+        if not several:
+            return []
+        twins = replace(several[0], micro_batches=1, twins=True)
+        results = self._experiment(twins, f"the same samples on {self.ranks} ranks")
+        return find.rank_dependent(results, truth.main.examined) if results else []
+
+    def _again(self, setup: Setup, truth: Results) -> list[Cause]:
+        """An experiment: does the truth repeat itself?"""
+        results = self._experiment(replace(setup, examine=False), "one rank once more")
+        if results is None:
+            return []
+        again = compare(setup.title, truth, results, self.tolerance)
+        if again.equal:
+            return []
+        where = f"loss by {again.loss_gap:.1e}, {again.worst} by {again.worst_gap:.1e}"
+        return [find.not_repeatable(where)]
+
+    def _experiment(self, setup: Setup, words: str) -> Results | None:
+        """Runs one; that it fails must not hide what is known already."""
+        try:
+            return self._launch(setup, f"experiment: {words}")
+        except CheckError as error:
+            self.notes.append(f"an experiment ({words}) failed: {_last_line(error)}.")
+            return None
+
+    # -- notes --------------------------------------------------------------------------------
+
+    def _take_notes(self, truth: Results, runs: list[_Run]) -> None:
+        self.notes += [f"{SWITCHES[name]} in all runs (--allow {name})." for name in self.allow]
+        several = [run for run in runs if run.setup.ranks > 1]
+        if several:
+            self._note_several(truth, several[0].results)
+        if truth.main.steps < self.steps:
+            self.notes.append(f"the training was over after {truth.main.steps} steps.")
+        if not all(map(math.isfinite, truth.main.losses)):
+            self.notes.append("the loss is not finite, also on one rank with one micro-batch.")
+        examined = truth.main.examined
+        if examined is not None and any(not run.comparison.equal for run in runs):
+            self.notes += [f"could not be looked at: {failure}." for failure in examined.failures]
+
+    def _note_several(self, truth: Results, run: Results) -> None:
+        unequal = find.unequal_models(run)
+        if unequal and find.other_start(truth, run, "") is None:
+            which = ", ".join(str(rank) for rank in unequal)
+            self.notes.append(
+                f"the script makes another model on rank {which} than on rank 0: its seed depends "
+                "on the rank. The Trainer gives all ranks rank 0's, so the numbers do not suffer; "
+                "but call dtrain.init(seed=...) before the model is made, and seed nothing by the "
+                "rank."
+            )
+        mine, theirs = truth.main.batch_size, run.main.batch_size
+        if mine != theirs:
+            self.notes.append(
+                f"the script asks for batch_size {mine} on one rank and {theirs} on {self.ranks}. "
+                f"batch_size is the global batch; here all runs had {mine}."
+            )
+
+
+def _last_line(error: CheckError) -> str:
+    """The last line of a script's output, which names the error."""
+    return str(error).splitlines()[-1].strip(" |.")

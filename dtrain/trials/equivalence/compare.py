@@ -1,0 +1,232 @@
+"""Where the numbers of two runs part: loss by loss and tensor by tensor.
+
+Gradients decide, parameters only where gradients say nothing. An optimizer such as Adam divides
+each gradient by its own size, so that what is zero but for rounding still moves its parameter by
+a whole step, in any direction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dtrain.trials.equivalence.record import Results, gradients_name
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far rounding alone may lead.
+
+    Attributes:
+        loss: of the largest loss.
+        gradient: of a tensor's largest gradient.
+        floor: a tensor whose largest gradient is less than this part of the model's is judged
+            by this part: rounding comes from the sums that gradients are made of, which do not
+            shrink with the tensor's own.
+        parameter: of the farthest that the tensor's numbers moved.
+        weak: a number whose gradient was once less than this part of the model's largest may
+            be driven by rounding; its parameter decides nothing. (One without any gradient is
+            driven by nothing; its parameter does decide.)
+    """
+
+    loss: float
+    gradient: float
+    floor: float
+    parameter: float
+    weak: float
+
+
+# Rounding is near 1e-16 of what is summed, and a sum's error some hundred times that. A wrong
+# mean or another sample shows in the first digits. These lie in between.
+DOUBLE = Tolerance(loss=1e-9, gradient=1e-8, floor=1e-4, parameter=1e-6, weak=1e-6)
+# Rounding is near 1e-7 here, so small faults hide in it.
+SINGLE = Tolerance(loss=1e-4, gradient=1e-3, floor=1e-2, parameter=3e-2, weak=1e-2)
+
+
+@dataclass(frozen=True, slots=True)
+class Parted:
+    """A tensor whose numbers part.
+
+    Attributes:
+        name: of the parameter.
+        gap: how far, relative to its largest gradient (or to how far it moved).
+        step: the first step in which its gradients part; None where only the parameters do.
+    """
+
+    name: str
+    gap: float
+    step: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One run against the truth.
+
+    Attributes:
+        title: which run.
+        loss_gap: the largest difference of a step's loss, relative to the largest loss.
+        worst: the tensor with the largest gap, parted or not.
+        worst_gap: that gap.
+        parted: the tensors that part, the farthest first.
+        zero_gradients: tensors that differ only where their gradient is zero but for rounding.
+        loss_parts: the losses part.
+        strays: ranks whose parameters were not rank 0's after the last step, bit for bit.
+    """
+
+    title: str
+    loss_gap: float
+    worst: str
+    worst_gap: float
+    parted: tuple[Parted, ...]
+    zero_gradients: tuple[str, ...]
+    loss_parts: bool
+    strays: tuple[int, ...] = ()
+
+    @property
+    def equal(self) -> bool:
+        """The numbers are those of the truth."""
+        return not (self.parted or self.loss_parts or self.strays)
+
+    @property
+    def first_step(self) -> int | None:
+        """The first step whose gradients part."""
+        return min((p.step for p in self.parted if p.step is not None), default=None)
+
+
+def compare(title: str, truth: Results, run: Results, tolerance: Tolerance) -> Comparison:
+    """Compares a run with the truth."""
+    gaps: dict[str, float] = {}
+    first: dict[str, int] = {}
+    weak: dict[str, Tensor] = {}  # numbers whose gradient was once near rounding
+    moving: dict[str, Tensor] = {}  # numbers that had any gradient at all
+    for step in range(min(truth.main.steps, run.main.steps)):
+        with (
+            truth.tensors(gradients_name(step)) as mine,
+            run.tensors(gradients_name(step)) as theirs,
+        ):
+            for name, gap in gradient_gaps(mine, theirs, tolerance.floor).items():
+                gaps[name] = max(gaps.get(name, 0.0), gap)
+                if gap > tolerance.gradient:
+                    first.setdefault(name, step)
+            _keep_weak(weak, moving, mine, theirs, tolerance.weak)
+    parted = [Parted(name, gaps[name], step) for name, step in first.items()]
+    zero = []
+    with (
+        truth.tensors("initial") as start,
+        truth.tensors("final") as mine,
+        run.tensors("final") as theirs,
+    ):
+        for name in mine:
+            if name in first or name not in weak:
+                continue
+            gap, drifted = parameter_gap(
+                start[name], mine[name], theirs[name], weak[name] & moving[name], tolerance
+            )
+            if gap > tolerance.parameter:
+                parted.append(Parted(name, gap, None))
+            elif drifted:
+                whole = drifted == mine[name].numel()
+                zero.append(
+                    name if whole else f"{name} ({drifted} of {mine[name].numel()} numbers)"
+                )
+    loss_gap = _loss_gap(truth.main.losses, run.main.losses)
+    worst = max(gaps, key=lambda name: gaps[name], default="")
+    return Comparison(
+        title=title,
+        loss_gap=loss_gap,
+        worst=worst,
+        worst_gap=gaps.get(worst, 0.0),
+        parted=tuple(sorted(parted, key=lambda p: p.gap, reverse=True)),
+        zero_gradients=tuple(zero),
+        loss_parts=loss_gap > tolerance.loss,
+        strays=tuple(
+            rank
+            for rank, one in enumerate(run.ranks)
+            if one.own_parameters != run.main.own_parameters
+        ),
+    )
+
+
+def gradient_gaps(
+    mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], floor: float
+) -> dict[str, float]:
+    """Returns how far each tensor's gradients are apart, relative to its largest.
+
+    Args:
+        mine: the truth.
+        theirs: the run's.
+        floor: no tensor's largest gradient counts as less than this part of the model's.
+
+    Returns:
+        By name; infinite where one of them is missing or not finite.
+    """
+    largest = {name: _largest(mine[name]) for name in mine}
+    unit = floor * max(largest.values(), default=0.0)
+    gaps = {}
+    for name in {*mine, *theirs}:
+        if name not in mine or name not in theirs:
+            gaps[name] = math.inf
+            continue
+        gaps[name] = _ratio(_largest(theirs[name] - mine[name]), max(largest[name], unit))
+    return gaps
+
+
+def parameter_gap(
+    start: Tensor, mine: Tensor, theirs: Tensor, weak: Tensor, tolerance: Tolerance
+) -> tuple[float, int]:
+    """Returns how far a parameter is apart, and how many of its weak numbers drifted.
+
+    Args:
+        start: before the first step.
+        mine: after the last, in truth.
+        theirs: the run's.
+        weak: which numbers may have been driven by rounding alone.
+        tolerance: when one has drifted.
+
+    Returns:
+        The largest difference of numbers that are not weak, relative to how far the tensor's
+        numbers moved; and the count of weak ones that differ by more than the tolerance.
+    """
+    moved = _largest(mine - start)
+    apart = (theirs - mine).abs()
+    drifted = int((weak & (apart > tolerance.parameter * moved)).sum())
+    return _ratio(_largest(apart[~weak]), moved), drifted
+
+
+def _keep_weak(
+    weak: dict[str, Tensor],
+    moving: dict[str, Tensor],
+    mine: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    threshold: float,
+) -> None:
+    unit = threshold * max((_largest(mine[name]) for name in mine), default=0.0)
+    for name in mine.keys() & theirs.keys():
+        now_weak = mine[name].abs() <= unit
+        now_moving = (mine[name] != 0) | (theirs[name] != 0)
+        weak[name] = weak[name] | now_weak if name in weak else now_weak
+        moving[name] = moving[name] | now_moving if name in moving else now_moving
+
+
+def _loss_gap(mine: list[float], theirs: list[float]) -> float:
+    if len(mine) != len(theirs):
+        return math.inf
+    unit = max((abs(value) for value in mine if math.isfinite(value)), default=0.0)
+    gaps = [
+        0.0 if math.isnan(a) and math.isnan(b) else _ratio(abs(a - b), unit)
+        for a, b in zip(mine, theirs, strict=True)
+    ]
+    return max(gaps, default=0.0)
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _ratio(apart: float, unit: float) -> float:
+    if apart == 0:
+        return 0.0
+    return apart / unit if unit > 0 and math.isfinite(apart) else math.inf

@@ -1,0 +1,195 @@
+"""What follows from all heartbeats: pure functions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dtrain.distributed import Heartbeat, Process
+from dtrain.errors import Failure, HangError, RankMismatch
+
+#: Up to so many ranks, each looks at all others where it waits in vain; of more, so many do.
+ALL_LOOK, LOOKERS = 64, 16
+
+
+class Turn(NamedTuple):
+    """When a rank looks at the others.
+
+    Attributes:
+        after_s: how much longer it waits before it looks.
+        every_s: how long it waits before it looks again.
+    """
+
+    after_s: float
+    every_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A rank, as another one sees it.
+
+    Attributes:
+        heartbeat: its last post.
+        stale_s: for how long, by the watching rank's clock, it has posted nothing new.
+        process: what its host's kernel says of its process, where that can be asked.
+    """
+
+    heartbeat: Heartbeat
+    stale_s: float = 0.0
+    process: Process = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Which rank is to blame, and why.
+
+    Attributes:
+        heartbeat: its last post.
+        message: what is wrong with it, in words.
+        table: where every rank is, if it takes all of them to understand.
+        kind: what kind of error it is.
+    """
+
+    heartbeat: Heartbeat
+    message: str
+    table: str = ""
+    kind: type[Exception] = HangError
+
+    def failure(self) -> Failure:
+        """What the ranks leave in the store for one another."""
+        return Failure(
+            rank=self.heartbeat.rank,
+            host=self.heartbeat.host,
+            where=self.heartbeat.phase or "an unknown phase",
+            step=self.heartbeat.step,
+            kind=self.kind.__name__,
+            message=self.message + (f"\n{self.table}\n" if self.table else ""),
+            location=self.heartbeat.at or "line unknown",
+        )
+
+
+def stuck(mine: Heartbeat, stopped: Sequence[int] = ()) -> Verdict:
+    """The verdict of a rank on itself.
+
+    Args:
+        mine: its last post.
+        stopped: processes of its own that are stopped; it may be waiting for them.
+    """
+    workers = f"; its process {', '.join(map(str, stopped))} is stopped" if stopped else ""
+    return Verdict(
+        mine,
+        f"it works without any progress for {mine.quiet_s:.1f} s, where its limit is "
+        f"{mine.limit_s:.3g} s{workers}",
+    )
+
+
+def judge(seen: Sequence[Seen], *, silent_s: float | None = None) -> Verdict | None:
+    """Returns which rank the others wait for in vain; None while any may still come.
+
+    Args:
+        seen: all ranks, the judging one included, as that one sees them.
+        silent_s: how long a rank may post nothing; its own limit where None.
+    """
+    for process, words in (("gone", "its process is gone"), ("stopped", "its process is stopped")):
+        for one in seen:
+            if one.process == process:
+                return Verdict(one.heartbeat, f"{words}; that is where it was heard of last")
+    inside = [one for one in seen if one.heartbeat.inside]
+    silent = max(inside, key=lambda one: one.stale_s, default=None)
+    if silent is not None:
+        may = (
+            silent.heartbeat.limit_s
+            if silent_s is None
+            else min(silent_s, silent.heartbeat.limit_s)
+        )
+        if silent.stale_s > may:
+            return Verdict(
+                silent.heartbeat,
+                f"nothing was heard of it for {silent.stale_s:.1f} s: it is stopped, its host is "
+                "gone, or a call holds the interpreter; that is where it was heard of last",
+            )
+    in_vain = [
+        one
+        for one in inside
+        if one.heartbeat.waits and one.heartbeat.quiet_s > one.heartbeat.limit_s
+    ]
+    if len(seen) > 1 and len(in_vain) == len(seen):
+        return _diverged([one.heartbeat for one in in_vain])
+    return None
+
+
+def _diverged(heartbeats: Sequence[Heartbeat]) -> Verdict:
+    alike = Counter((heartbeat.step, heartbeat.phase, heartbeat.at) for heartbeat in heartbeats)
+    odd = min(
+        heartbeats,
+        key=lambda heartbeat: (
+            alike[heartbeat.step, heartbeat.phase, heartbeat.at],
+            heartbeat.step,
+            heartbeat.rank,
+        ),
+    )
+    return Verdict(
+        odd,
+        f"all ranks wait for one another, and none has moved for "
+        f"{min(heartbeat.quiet_s for heartbeat in heartbeats):.1f} s. They are in different calls (one of "
+        "ctx.comm or torch.distributed that not every rank makes?), or the network is down. "
+        "Where they are:",
+        table(heartbeats),
+        RankMismatch,
+    )
+
+
+def table(heartbeats: Sequence[Heartbeat]) -> str:
+    """Where every rank is; those that are in the same place in one line."""
+    groups: dict[str, list[Heartbeat]] = {}
+    for heartbeat in heartbeats:
+        groups.setdefault(heartbeat.where, []).append(heartbeat)
+    return "\n".join(f"  {_ranks(group)}: {where}" for where, group in groups.items())
+
+
+def _ranks(heartbeats: Sequence[Heartbeat], most: int = 8) -> str:
+    names = ", ".join(str(heartbeat.rank) for heartbeat in heartbeats[:most])
+    more = f" and {len(heartbeats) - most} more" if len(heartbeats) > most else ""
+    hosts = sorted({heartbeat.host for heartbeat in heartbeats})
+    on = ", ".join(hosts[:3]) + (" and others" if len(hosts) > 3 else "")
+    return f"{'ranks' if len(heartbeats) > 1 else 'rank'} {names}{more} on {on}"
+
+
+def behind(seen: Sequence[Seen]) -> Heartbeat | None:
+    """Returns the rank that the others wait for, if they do not wait for one another."""
+    working = [one.heartbeat for one in seen if not (one.heartbeat.inside and one.heartbeat.waits)]
+    return min(
+        working,
+        key=lambda heartbeat: (heartbeat.inside, heartbeat.step, -heartbeat.quiet_s),
+        default=None,
+    )
+
+
+def gives_way(mine: Heartbeat, seen: Sequence[Seen]) -> bool:
+    """Says whether ``mine``, which is too quiet, may be only because of a rank further behind.
+
+    On CUDA a rank that seems to work may wait in a kernel for another rank.
+    """
+    return any(
+        one.heartbeat.inside
+        and one.heartbeat.rank != mine.rank
+        and one.heartbeat.step < mine.step
+        and one.heartbeat.quiet_s + one.stale_s > mine.quiet_s / 2
+        for one in seen
+    )
+
+
+def looks(rank: int, size: int) -> Turn:
+    """Says when a rank that waits in vain looks at all others, so that one store bears it.
+
+    Up to 64 ranks all do, about once a second. Were it all of 16,384, each would ask for as many
+    posts: minutes of work for the store. So :data:`LOOKERS` ranks do, far from each other, and the
+    others read what those find out; should all of them be lost, the others join, one a second.
+    """
+    if size <= ALL_LOOK:
+        return Turn(0.0, size / 64)
+    if rank % -(-size // LOOKERS) == 0:
+        return Turn(0.0, size / 8192)
+    return Turn(float(rank), size / 64)
