@@ -24,10 +24,11 @@ from dtrain.distributed import (
     METRICS,
     SAVING,
     UPDATE,
+    World,
 )
 from dtrain.errors import DataError, RemoteError
 from dtrain.metrics import Means
-from dtrain.sinks import History
+from dtrain.sinks import History, Report
 from dtrain.step import (
     Agreed,
     Agreement,
@@ -71,6 +72,31 @@ class Plan:
         if self.epochs is not None and progress.epoch >= self.epochs:
             return ALL_EPOCHS
         return ""
+
+
+class Recorder:
+    """What a trial of a script changes in a run, and is told of it. This one changes nothing.
+
+    ``dtrain check`` and ``dtrain drill`` set a Trainer's :attr:`~dtrain.Trainer.recorder`.
+
+    Attributes:
+        saves: whether checkpoints are made.
+
+    Ranks: all, local.
+    """
+
+    saves = True
+
+    def plan(self, plan: Plan) -> Plan:
+        """Returns how long to train; callbacks see the totals of the plan that is given."""
+        return plan
+
+    def samples_of(self, world: World) -> World:
+        """Returns whose samples this rank trains on."""
+        return world
+
+    def report(self, report: Report) -> None:
+        """Takes what sinks will be handed, on rank 0, as soon as it is known."""
 
 
 @dataclass

@@ -47,7 +47,7 @@ from dtrain.distributed import (
     share_buffers,
 )
 from dtrain.errors import ConfigError, CrashLoop, DtrainError, RunTaken
-from dtrain.loop import Loop, Plan
+from dtrain.loop import Loop, Plan, Recorder
 from dtrain.metrics import Means
 from dtrain.sinks import Console, Dispatcher, History, Sink, describe_end, describe_start
 from dtrain.step import (
@@ -197,6 +197,8 @@ class Trainer:
         self.context._engine = _Engine(
             self.model, self.optimizer, loss_fn, self.precision, self._strategy
         )
+        #: What a trial of the script changes, and is told; see `dtrain check`.
+        self.recorder = Recorder()
         self._live = False  # a fit has begun in this process
 
     def _fill_slots(self, callbacks: Sequence[Callback], run_dir: str | Path | None) -> None:
@@ -370,10 +372,11 @@ class Trainer:
 
     def _feed(self, data: Data) -> Feed:
         seed = derive_seed(self._seed, _ORDER_STREAM)
+        world = self.recorder.samples_of(self.world)
         if data.is_stream:
             batches = 1 if self._accumulation is None else self._accumulation.batches_per_step()
-            return StreamFeed(data, self.world, batches, saves=self._run_dir is not None)
-        return MapFeed(data, self.world, self._split, seed)
+            return StreamFeed(data, world, batches, saves=self._run_dir is not None)
+        return MapFeed(data, world, self._split, seed)
 
     def _split(self, share: int) -> list[int]:
         return [share] if self._accumulation is None else self._accumulation.split(share)
@@ -436,7 +439,7 @@ class Trainer:
         progress.total_steps = min(totals, default=None)
         self.context.has_eval = bool(evals)
         return Loop(
-            plan=plan,
+            plan=self.recorder.plan(plan),
             feed=feed,
             context=self.context,
             hooks=self.hooks,
@@ -448,7 +451,7 @@ class Trainer:
             means=self._means,
             agreement=self._agreement,
             clock=self._clock,
-            history=History(self.context.progress, self._outbox, dispatcher),
+            history=self._new_history(dispatcher),
             outbox=self._outbox,
             world_size=self.world.size,
             evaluate=lambda: self._evaluate(evals),
@@ -476,7 +479,7 @@ class Trainer:
         if saved is not None:
             mine = self._run_state.restore_rest(saved, state, self._seed_rank)
             loop.load_state_dict(state["loop"], mine)
-            loop.history = History(context.progress, self._outbox, dispatcher)  # counts from here
+            loop.history = self._new_history(dispatcher)  # counts from here
         elif not self._live:
             self._seed_rank()
         if not self._live:
@@ -495,6 +498,10 @@ class Trainer:
             split=self._split,
         )
         loop.history.report("start", {}, words, config=self._config)
+
+    def _new_history(self, dispatcher: Dispatcher) -> History:
+        tell = self.recorder.report if self.world.is_main else None
+        return History(self.context.progress, self._outbox, dispatcher, tell)
 
     def _find_saved(self, plan: Plan, resume: ResumeMode) -> Saved | None:
         """Returns the checkpoint to go on from, if there is one and the user wants it."""
@@ -604,6 +611,8 @@ class Trainer:
 
     def _save(self, loop_state: dict[str, Any], data_state: dict[str, Any] | None) -> None:
         """Makes a checkpoint, then deletes what need not be kept."""
+        if not self.recorder.saves:
+            return
         if isinstance(self._saver.failure, RunTaken):  # on rank 0; the others are told
             raise self._saver.failure
         comm, context, run_dir = self.world.comm, self.context, self._run_dir

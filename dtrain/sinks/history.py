@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dtrain.context import Outbox, Progress, Shown
@@ -17,7 +17,14 @@ class History:
     Ranks: all, local; rank 0's reach the sinks.
     """
 
-    def __init__(self, progress: Progress, outbox: Outbox, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        outbox: Outbox,
+        dispatcher: Dispatcher,
+        tell: Callable[[Report], None] | None = None,
+    ) -> None:
+        self._tell = tell
         self.rows: list[dict[str, float]] = []
         self._progress = progress
         self._outbox = outbox
@@ -65,18 +72,19 @@ class History:
         sample: Shown | None = None,
     ) -> None:
         progress = self._progress
-        self._dispatcher.send(
-            Report(
-                kind=kind,
-                step=progress.step,
-                epoch=progress.epoch,
-                values=dict(values),  # callbacks may keep and change theirs
-                text=text,
-                seconds=time.perf_counter() - self._began,
-                samples=progress.samples - self._samples_before,
-                total_steps=progress.total_steps,
-                steps_per_epoch=progress.steps_per_epoch,
-                config=config or {},
-                sample=sample,
-            )
+        report = Report(
+            kind=kind,
+            step=progress.step,
+            epoch=progress.epoch,
+            values=dict(values),  # callbacks may keep and change theirs
+            text=text,
+            seconds=time.perf_counter() - self._began,
+            samples=progress.samples - self._samples_before,
+            total_steps=progress.total_steps,
+            steps_per_epoch=progress.steps_per_epoch,
+            config=config or {},
+            sample=sample,
         )
+        if self._tell is not None:
+            self._tell(report)
+        self._dispatcher.send(report)
