@@ -6,7 +6,9 @@ that is what keeps them together.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,88 +17,21 @@ from torch.optim import Optimizer
 
 from dtrain.callback import Callback, Hooks
 from dtrain.checkpoint import CheckpointSlot, Saver
-from dtrain.context import Context, Outbox, Progress, Step
+from dtrain.context import Context, Outbox, Step
 from dtrain.data import Feed, StepFeed
-from dtrain.distributed import (
-    ARRIVAL,
-    BETWEEN,
-    EVALUATION,
-    METRICS,
-    SAVING,
-    UPDATE,
-    World,
-)
+from dtrain.distributed import ARRIVAL, BETWEEN, EVALUATION, METRICS, SAVING, UPDATE, Phase
 from dtrain.errors import DataError, RemoteError
 from dtrain.metrics import Means
-from dtrain.sinks import History, Report
-from dtrain.step import (
-    Agreed,
-    Agreement,
-    Arriving,
-    Factor,
-    Lane,
-    MicroStep,
-    Precision,
-    StepResult,
-    Verdict,
-)
+from dtrain.plan import ALL_EPOCHS, MAX_STEPS, Plan
+from dtrain.sinks import History
+from dtrain.step import Agreed, Agreement, Gate, Lane, MicroStep, Precision, StepResult, Verdict
 from dtrain.strategies import Strategy
 from dtrain.watchdog import SECONDS_METRIC, StragglerClock
 
-ALL_EPOCHS = "all epochs done"
-MAX_STEPS = "max_steps reached"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How long to train, and what to do on the way.
-
-    Attributes:
-        epochs: epochs in all, or None for no such limit.
-        max_steps: global steps in all, or None.
-        eval_every: ``"epoch"``, or every so many steps; None never evaluates.
-        log_every: training figures are agreed and reported every so many steps.
-        eval_first: evaluate before the first step, too.
-    """
-
-    epochs: int | None
-    max_steps: int | None
-    eval_every: int | str | None
-    log_every: int
-    eval_first: bool = False
-
-    def fulfilled_by(self, progress: Progress) -> str:
-        """Returns why ``progress`` is all that was planned, or nothing where it is not."""
-        if self.max_steps is not None and progress.step >= self.max_steps:
-            return MAX_STEPS
-        if self.epochs is not None and progress.epoch >= self.epochs:
-            return ALL_EPOCHS
-        return ""
-
-
-class Recorder:
-    """What a trial of a script changes in a run, and is told of it. This one changes nothing.
-
-    ``dtrain check`` and ``dtrain drill`` set a Trainer's :attr:`~dtrain.Trainer.recorder`.
-
-    Attributes:
-        saves: whether checkpoints are made.
-
-    Ranks: all, local.
-    """
-
-    saves = True
-
-    def plan(self, plan: Plan) -> Plan:
-        """Returns how long to train; callbacks see the totals of the plan that is given."""
-        return plan
-
-    def samples_of(self, world: World) -> World:
-        """Returns whose samples this rank trains on."""
-        return world
-
-    def report(self, report: Report) -> None:
-        """Takes what sinks will be handed, on rank 0, as soon as it is known."""
+EPOCH_START = Phase("the start of an epoch", slow=True)
+EPOCH_END = Phase("the end of an epoch", slow=True)
+SETTLING = Phase("settling requests", slow=True)
+FIT_END = Phase("the end of fit", slow=True)
 
 
 @dataclass
@@ -123,7 +58,7 @@ class Loop:
     saver: Saver
     checkpoint: CheckpointSlot | None
     #: Steps are not waited for: what became of one is looked at in the next (CUDA).
-    delays: bool = False
+    runs_ahead: bool = False
     stop_reason: str = ""
     preempted: bool = False
     #: All ranks raise in the same step, of which nothing was applied.
@@ -136,7 +71,9 @@ class Loop:
     def __post_init__(self) -> None:
         self._loss_sum = self._loss_weight = 0.0  # since the last report; agreed
         self._saved_at = self._evaluated_at = -1
-        self._pending: tuple[Step, StepResult] | None = None
+        #: Steps taken of which nobody has looked yet what became of them, and whether all ranks
+        #: had waited for it before the update.
+        self._in_flight: deque[tuple[Step, StepResult, bool]] = deque()
         self._save_asked = False
         self._warned_nonfinite = False
         self._failed_save: Exception | None = None  # the last one that was told of
@@ -206,7 +143,7 @@ class Loop:
         if self.checkpoint is not None or self.preempted:
             self._save_last()
         self._log(final=True)
-        with self.context.comm.lockstep(self._at("the end of fit")):
+        with self._together(FIT_END):
             self.hooks.fire(Callback.on_fit_end, self.context)
 
     def _finished(self) -> bool:
@@ -219,7 +156,7 @@ class Loop:
     def _run_epoch(self) -> None:
         progress, context = self.context.progress, self.context
         if not self.epoch_evaluated:
-            with self.context.comm.lockstep(self._at("the start of an epoch")):
+            with self._together(EPOCH_START):
                 self.hooks.fire(Callback.on_epoch_start, context)
                 self.strategy.refresh()  # a callback may have frozen something
             for step_feed in self._steps_of_epoch():
@@ -248,7 +185,7 @@ class Loop:
             due = self.checkpoint is not None and self.checkpoint.due_after_epoch(progress)
             if due or self._save_asked:
                 self._save_once()
-        with self.context.comm.lockstep(self._at("the end of an epoch")):
+        with self._together(EPOCH_END):
             self.hooks.fire(Callback.on_epoch_end, context)
         self._settle()
         self.epoch_evaluated = self.epoch_is_cut = False
@@ -280,114 +217,86 @@ class Loop:
 
     # -- step -------------------------------------------------------------------------------
 
-    def _step(self, step_feed: StepFeed) -> bool:
-        """Takes one global step; returns False where it had to be left undone, for want of data."""
-        context, hooks, progress = self.context, self.hooks, self.context.progress
-        context.comm.mark_step(progress.step)
-        self.clock.begin_step()
-        activity = context.comm.activity
-        activity.begin_step(progress.step)
-        step = Step(number=progress.step, micros=step_feed.micros)
-        with context.comm.alone(self._at("a training step")):
-            hooks.fire(Callback.on_step_start, context, step)
-            self.strategy.clear(self.optimizer)
-            self.lane.open()
-            for micro in range(step_feed.micros):
-                step.micro = micro
-                self.strategy.run(step, step_feed, last=micro == step_feed.micros - 1)
-            self.clock.reduced()
-            activity.enter(ARRIVAL)
-            step.result = result = StepResult(self.strategy, progress)
-        if not self._conclude():
-            activity.end_lap(BETWEEN)
-            return False
-        # Fused SGD has no momentum that it could leave alone before its first update.
-        if self.delays and progress.updates:
-            with context.comm.alone(self._at("a training step")):
-                self.strategy.check_arrived()
-                self._update(step, result)
-                self._pending = step, result
+    def _step(self, feed: StepFeed) -> bool:
+        """Takes one global step; returns False where a step had to be left undone."""
+        context, progress = self.context, self.context.progress
+        with self._in_step():
+            step = Step(number=progress.step, micros=feed.micros)
+            result = self._accumulate(step, feed)
+            if not self._finish():  # what is in flight: by now it has arrived
+                return False
+            # Fused SGD has no momentum that it could leave alone before its first update.
+            waits = not (self.runs_ahead and progress.updates)
+            gate = result.gate(waits=waits)
+            if not gate.undone:
+                self._update(step, result, gate)
                 progress.step += 1
                 progress.step_in_epoch += 1
-                hooks.fire_step_end(context, step, late=False)
-            self.clock.end_step()
-            activity.end_lap(BETWEEN)
-            return True
-        verdict = result.verdict()  # agreed, and all below follows from it
-        self._take_notice(verdict)
-        if verdict.starved or verdict.leaving or not verdict.fed:
-            activity.end_lap(BETWEEN)
-            return False
-        with context.comm.alone(self._at("a training step")):
-            if verdict.weight > 0:
-                self._update(step, result, verdict)
-            progress.step += 1
-            progress.step_in_epoch += 1
-            self._count(step, result)
-            hooks.fire(Callback.on_step_end, context, step)
-        self.clock.end_step()
-        activity.end_lap(BETWEEN)
-        return True
+                if not waits:
+                    self.hooks.fire_step_end(context, step, late=False)
+            self._in_flight.append((step, result, waits))
+            return not waits or self._finish()
 
-    def _conclude(self) -> bool:
-        """Takes notice of a step that was not waited for: by now its result has arrived.
-
-        Returns:
-            False where that step had to be left undone.
-        """
-        if self._pending is None:
-            return True
-        step, result = self._pending
-        self._pending = None
+    def _accumulate(self, step: Step, feed: StepFeed) -> StepResult:
+        """Runs the micro-batches and reduces their gradients; nothing is read."""
+        self.hooks.fire(Callback.on_step_start, self.context, step)
+        self.strategy.clear(self.optimizer)
+        self.lane.open()
+        for micro in range(feed.micros):
+            step.micro = micro
+            self.strategy.run(step, feed, last=micro == feed.micros - 1)
+        self.clock.reduced()
         self.context.comm.activity.enter(ARRIVAL)
-        self.context.comm.mark_step(step.number)
-        progress, verdict = self.context.progress, result.verdict()
-        undone = bool(verdict.errors or verdict.leaving)
-        if undone:  # it changed nothing: whoever goes on takes it again
-            progress.step -= 1
-            progress.step_in_epoch -= 1
-        self._take_notice(verdict)
-        if undone:
-            return False
-        with self.context.comm.alone(self._at("a training step")):
-            self._count(step, result)
-            self.hooks.fire_step_end(self.context, step, late=True)
-        self.context.comm.mark_step(self.context.progress.step)
-        return True
+        step.result = result = StepResult(self.strategy, self.context.progress)
+        return result
 
-    def _take_notice(self, verdict: Verdict) -> None:
-        if verdict.errors:
-            self.failed_together = True
-            self._raise_failures()
-        if verdict.stop or verdict.save or verdict.preempt:
-            self._heed(self.agreement.carried())
-        self.epoch_is_cut = bool(verdict.ending)
-
-    def _update(self, step: Step, result: StepResult, verdict: Verdict | None = None) -> None:
-        """Updates the parameters; without a verdict, only if it turns out that they may be."""
+    def _update(self, step: Step, result: StepResult, gate: Gate) -> None:
+        """Updates the parameters by the gradient of the global mean, as far as it may be."""
         self.context.comm.activity.enter(UPDATE)
-        factor = result.heard.factor() if verdict is None else verdict.factor
-        self._normalise(self.precision.unscale(self.optimizer, factor))
+        factor = self.precision.unscale(self.optimizer, gate.factor)
+        if not (isinstance(factor, float) and factor == 1.0):
+            torch._foreach_mul_(self.strategy.gradients(self.optimizer), factor)
         self.hooks.fire(Callback.on_grads_ready, self.context, step)
         if step.vetoed:
             self.precision.skip()
             self.context.log("vetoed", 1 / self.world_size, "sum")
-        elif verdict is None:
-            blocked = self.precision.step_unless(self.optimizer, result.heard.veto())
-            result.settle(blocked=Arriving(blocked.reshape(1)))
         else:
-            result.settle(blocked=not self.precision.step(self.optimizer))
+            result.settle(self.precision.step(self.optimizer, gate.closed))
 
-    def _normalise(self, factor: Factor) -> None:
-        """Turns sums of weighted gradients into the gradient of the global mean."""
-        if isinstance(factor, float) and factor == 1.0:
-            return
-        torch._foreach_mul_(self.strategy.gradients(self.optimizer), factor)
+    def _finish(self) -> bool:
+        """Looks what became of the steps in flight; returns False where one was left undone.
 
-    def _count(self, step: Step, result: StepResult) -> None:
-        progress, verdict = self.context.progress, result.verdict()
+        The only reader of a verdict: it is agreed, and all below follows from it.
+        """
+        progress = self.context.progress
+        while self._in_flight:
+            step, result, waited = self._in_flight.popleft()
+            if not waited:
+                self.context.comm.activity.enter(ARRIVAL)
+                self.context.comm.mark_step(step.number)
+            verdict = result.verdict()
+            if verdict.undone and step.number < progress.step:
+                progress.step -= 1  # it changed nothing: whoever goes on takes it again
+                progress.step_in_epoch -= 1
+            if verdict.errors:
+                self.failed_together = True
+                self._raise_failures()
+            if verdict.stop or verdict.save or verdict.preempt:
+                self._heed(self.agreement.carried())
+            self.epoch_is_cut = bool(verdict.ending)
+            if verdict.undone:
+                return False
+            self._count(step, result, verdict)
+            if waited:
+                self.hooks.fire(Callback.on_step_end, self.context, step)
+            else:
+                self.hooks.fire_step_end(self.context, step, late=True)
+                self.context.comm.mark_step(progress.step)
+        return True
+
+    def _count(self, step: Step, result: StepResult, verdict: Verdict) -> None:
         result.arrive()
-        progress.samples += verdict.samples
+        self.context.progress.samples += verdict.samples
         self.lane.observe(verdict)
         # A step that was left out for its loss must not make the whole report's loss NaN.
         if verdict.weight > 0 and not (step.vetoed and verdict.nonfinite):
@@ -406,14 +315,13 @@ class Loop:
 
         Where no step was taken since, only the ``final`` call looks for what was logged.
         """
-        self._conclude()
+        self._finish()
         if not final:
             self._retry_failed_save()
         if not self._loss_weight and not final:
             return
         context = self.context
-        context.comm.activity.enter(METRICS)
-        with self.context.comm.lockstep(self._at("agreeing on training metrics")):
+        with self._together(METRICS):
             for name, logged in self.outbox.logged.items():
                 self.means.add_logged(name, logged.values, logged.reduce)
             self.outbox.logged.clear()
@@ -436,14 +344,12 @@ class Loop:
     def _evaluate(self) -> None:
         context = self.context
         self._evaluated_at = context.progress.step
-        context.comm.activity.enter(EVALUATION)
-        with self.context.comm.lockstep(self._at("evaluation")):
+        with self._together(EVALUATION):
             self.hooks.fire(Callback.on_eval_start, context)
             metrics = self.evaluate()
             self.hooks.fire(Callback.on_eval_end, context, metrics)
         context.metrics |= metrics
         self.history.report("eval", metrics)
-        context.comm.activity.enter(BETWEEN)
         self._settle()
 
     def _save_once(self) -> None:
@@ -456,12 +362,10 @@ class Loop:
         if self._saved_at == step:
             return
         self._log()  # sums since the last report are in no checkpoint, so none may be open
-        self.context.comm.activity.enter(SAVING)
-        with self.context.comm.lockstep(self._at("saving a checkpoint")):
+        with self._together(SAVING):
             self.hooks.fire(Callback.on_save, self.context)
             self.save(self.state_dict(), self.data_state())
         self._saved_at = step
-        self.context.comm.activity.enter(BETWEEN)
 
     def _save_last(self) -> None:
         """Saves, and returns once it is written. Here a failure is an error."""
@@ -491,8 +395,8 @@ class Loop:
 
     def _settle(self) -> None:
         """Agrees on what was requested since the last backward."""
-        self._conclude()
-        with self.context.comm.lockstep("settling requests"):
+        self._finish()
+        with self._together(SETTLING):
             self._heed(self.agreement.settle())
 
     def _heed(self, agreed: Agreed) -> None:
@@ -500,11 +404,28 @@ class Loop:
         self.preempted |= agreed.preempt
         self.stop_reason = self.stop_reason or agreed.stop_reason
 
-    # -- failures ---------------------------------------------------------------------------
+    # -- phases: where this rank is, and what becomes of an exception --------------------------
 
-    def _at(self, phase: str) -> Callable[[], str]:
-        """Where an error happened: in a hook, if one raised it, else in the phase."""
-        return lambda: self.hooks.failed_in or phase
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Others may be anywhere, so a failure is left where they look for it."""
+        comm, step = self.context.comm, self.context.progress.step
+        comm.mark_step(step)
+        self.clock.begin_step()
+        comm.activity.begin_step(step)
+        with comm.alone(lambda: self.hooks.failed_in or "a training step"):
+            yield
+        self.clock.end_step()
+        comm.activity.end_lap(BETWEEN)
+
+    @contextmanager
+    def _together(self, phase: Phase) -> Iterator[None]:
+        """Ranks meet in the verbs of Comm only, so a failure reaches all of them in the next."""
+        comm = self.context.comm
+        comm.activity.enter(phase)
+        with comm.lockstep(lambda: self.hooks.failed_in or phase.name):
+            yield
+        comm.activity.enter(BETWEEN)
 
     def _raise_failures(self) -> None:
         """The lane said that some rank failed; nothing was updated. Raises on every rank."""

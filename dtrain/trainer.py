@@ -26,29 +26,25 @@ from dtrain.checkpoint import (
     status,
 )
 from dtrain.checkpoint import format as files
-from dtrain.checks import (
-    check_config,
-    check_optimizer,
-    check_plan,
-    check_same_call,
-    check_same_model,
-    shapes_of,
-)
 from dtrain.cluster import JobEnd, Signals
 from dtrain.context import Context, Loss, Outbox, Progress, Request
 from dtrain.data import AccumulationSlot, Data, Feed, MapFeed, StreamFeed, as_data
 from dtrain.distributed import (
     SAVING,
+    check_same_call,
+    check_same_model,
     current,
     derive_seed,
     digest_of,
     init,
     seed_everything,
+    shapes_of,
     share_buffers,
 )
 from dtrain.errors import ConfigError, CrashLoop, DtrainError, RunTaken
-from dtrain.loop import Loop, Plan, Recorder
+from dtrain.loop import Loop
 from dtrain.metrics import Means
+from dtrain.plan import Plan, Recorder
 from dtrain.sinks import Console, Dispatcher, History, Sink, describe_end, describe_start
 from dtrain.step import (
     Agreement,
@@ -61,6 +57,7 @@ from dtrain.step import (
     UserLoss,
     adapt,
     as_loss,
+    check_optimizer,
     evaluate,
     takes_a_veto,
 )
@@ -150,7 +147,7 @@ class Trainer:
         self._sinks = tuple(sinks) if sinks is not None else (Console(),)
         # What fails on one rank only (its own data, its own code) reaches all of them.
         with world.comm.lockstep("Trainer(...)"):
-            self._config = check_config(config)
+            self._config = _json_values(config)
             self._watchdog = Watchdog(world, hang_after_s)
             self._fill_slots(callbacks, run_dir)
             self._strategy = choose(strategy, model)
@@ -301,7 +298,7 @@ class Trainer:
                     batch_size,
                     resume,
                     eval_set,
-                    lambda: check_plan(epochs, max_steps, eval_every, log_every, eval_first),
+                    lambda: Plan(epochs, max_steps, eval_every, log_every, eval_first),
                 )
         finally:
             if self._saver.run_lock is not None:
@@ -433,10 +430,7 @@ class Trainer:
         progress = self.context.progress
         progress.steps_per_epoch = feed.steps_per_epoch
         progress.total_epochs = plan.epochs
-        totals = [] if plan.max_steps is None else [plan.max_steps]
-        if plan.epochs is not None and feed.steps_per_epoch is not None:
-            totals.append(plan.epochs * feed.steps_per_epoch)
-        progress.total_steps = min(totals, default=None)
+        progress.total_steps = plan.total_steps(feed.steps_per_epoch)
         self.context.has_eval = bool(evals)
         return Loop(
             plan=self.recorder.plan(plan),
@@ -458,7 +452,7 @@ class Trainer:
             save=self._save,
             saver=self._saver,
             checkpoint=self._checkpoint,
-            delays=may_delay(self.world.device, self.optimizer, data),
+            runs_ahead=may_delay(self.world.device, self.optimizer, data),
         )
 
     def _begin(self, loop: Loop, data: Data, dispatcher: Dispatcher, resume: ResumeMode) -> None:
@@ -724,3 +718,15 @@ def _generator(*stream: int) -> torch.Generator:
     generator = torch.Generator()
     generator.manual_seed(derive_seed(*stream))
     return generator
+
+
+def _json_values(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the user's settings as a dict of JSON values."""
+    try:
+        # Through JSON and back: what is kept is what can be read again.
+        values: object = json.loads(json.dumps(config if config is not None else {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"Trainer(config=...) must hold JSON values only: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"Trainer(config=...) must be a dict, not {type(config).__name__}")
+    return values

@@ -22,7 +22,7 @@ from dtrain.distributed.digest import digest_of
 from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
 from dtrain.distributed.processes import Process, look_up, stopped_children, this_machine
 from dtrain.distributed.rendezvous import serve_store
-from dtrain.distributed.replicas import share_buffers
+from dtrain.distributed.replicas import check_same_call, check_same_model, shapes_of, share_buffers
 from dtrain.distributed.seeding import derive_seed, seed_everything
 from dtrain.distributed.transport import DataParallel, TransportOp, local_store
 from dtrain.distributed.world import World, current, inhabited, init, on_main
@@ -48,6 +48,8 @@ __all__ = [
     "Rule",
     "TransportOp",
     "World",
+    "check_same_call",
+    "check_same_model",
     "current",
     "derive_seed",
     "digest_of",
@@ -61,6 +63,7 @@ __all__ = [
     "random_streams",
     "seed_everything",
     "serve_store",
+    "shapes_of",
     "share_buffers",
     "stopped_children",
     "this_machine",

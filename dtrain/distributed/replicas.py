@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from dtrain.distributed.comm import Comm
+from dtrain.distributed.digest import digest_of
+from dtrain.errors import RankMismatch
 
 
 def share_buffers(model: nn.Module, comm: Comm) -> None:
@@ -21,3 +25,58 @@ def share_buffers(model: nn.Module, comm: Comm) -> None:
         flat = comm.broadcast(f"buffers of {dtype}", flat)
         for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
             buffer.detach().copy_(values.view_as(buffer))
+
+
+Shapes = list[tuple[str, list[int], str]]
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """Returns name, shape and dtype of each parameter and buffer."""
+    return [(name, list(t.shape), str(t.dtype)) for name, t in model.state_dict().items()]
+
+
+def check_same_model(model: nn.Module, comm: Comm) -> None:
+    """Raises where the ranks' models differ in names, shapes, dtypes or what is frozen.
+
+    Raises:
+        RankMismatch: with what differs, by rank.
+
+    Ranks: all, communicates.
+    """
+    shapes = shapes_of(model)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if len(set(comm.gather_objects("model", digest_of([*shapes, frozen])))) == 1:
+        return
+    mine = [f"{name} {shape} {dtype}" for name, shape, dtype in shapes]
+    mine += [f"{name} (frozen)" for name in frozen]
+    described = comm.gather_objects("models", mine)
+    rows = []
+    for rank, lines in enumerate(described):
+        extra = [line for line in lines if line not in described[0]]
+        lacking = [line for line in described[0] if line not in lines]
+        words = [f"has {', '.join(extra[:5])}"] * bool(extra)
+        words += [f"lacks {', '.join(lacking[:5])}"] * bool(lacking)
+        rows.append(f"  rank {rank}: {'; '.join(words) or 'as rank 0'}")
+    raise RankMismatch(
+        "the ranks have different models (compared with rank 0):\n" + "\n".join(rows)
+    )
+
+
+def check_same_call(arguments: Mapping[str, object], comm: Comm) -> None:
+    """Raises where the ranks called ``fit`` with different arguments or unequal data.
+
+    Raises:
+        RankMismatch: with every rank's.
+
+    Ranks: all, communicates.
+    """
+    everyones = comm.gather_objects("fit", {name: str(value) for name, value in arguments.items()})
+    differing = [n for n in arguments if len({one.get(n) for one in everyones}) > 1]
+    if differing:
+        table = "\n".join(
+            f"  rank {rank}: " + ", ".join(f"{name}: {one.get(name)}" for name in differing)
+            for rank, one in enumerate(everyones)
+        )
+        raise RankMismatch(
+            f"the ranks called fit with different arguments or data of different length:\n{table}"
+        )

@@ -5,15 +5,15 @@ from dtrain.step.evaluation import evaluate
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Heard, Lane, LaneSilent, Verdict
 from dtrain.step.micro_step import LossFn, MicroStep, UserLoss, adapt, as_loss
+from dtrain.step.optimizer import check_optimizer, takes_a_veto
 from dtrain.step.precision import (
     Autocast,
     Factor,
     Precision,
     PrecisionSlot,
     ScaledAutocast,
-    takes_a_veto,
 )
-from dtrain.step.result import StepResult
+from dtrain.step.result import Gate, StepResult
 from dtrain.step.votes import Agreed, Agreement
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Arriving",
     "Autocast",
     "Factor",
+    "Gate",
     "Gathers",
     "Heard",
     "Lane",
@@ -36,6 +37,7 @@ __all__ = [
     "Verdict",
     "adapt",
     "as_loss",
+    "check_optimizer",
     "evaluate",
     "takes_a_veto",
 ]

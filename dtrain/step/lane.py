@@ -76,6 +76,11 @@ class Verdict(NamedTuple):
     starved: int
     leaving: int
 
+    @property
+    def undone(self) -> bool:
+        """Whether nothing of the step counts: some rank failed, has to leave, or had no data."""
+        return bool(self.errors or self.starved or self.leaving or not self.fed)
+
 
 class LaneSilent(DtrainError):
     """The lane came back without a reduction: some parameter's gradient never arrived."""

@@ -41,23 +41,21 @@ class Precision:
         """
         return factor
 
-    def step(self, optimizer: Optimizer) -> bool:
-        """Steps the optimizer; returns False where gradients overflowed and it did not."""
-        optimizer.step()
-        return True
-
-    def step_unless(self, optimizer: Optimizer, veto: Tensor) -> Tensor:
-        """Steps a fused optimizer, without looking whether it may.
+    def step(self, optimizer: Optimizer, closed: bool | Tensor) -> bool | Tensor:
+        """Steps the optimizer, unless nothing must change.
 
         Args:
-            optimizer: one that honours ``found_inf``.
-            veto: 0-dim, on the device: 1 where nothing must change.
+            optimizer: where ``closed`` is a tensor, one that honours ``found_inf``.
+            closed: whether nothing must change; as a tensor, 0-dim on the device, 1 means so.
 
         Returns:
-            0-dim, on the device: more than 0 where nothing changed.
+            Whether nothing changed, in the same form; more than 0 means so.
         """
-        _step_unless(optimizer, veto)
-        return veto
+        if isinstance(closed, Tensor):
+            _step_unless(optimizer, closed)
+        elif not closed:
+            optimizer.step()
+        return closed
 
     def skip(self) -> None:
         """Ends a step whose update is not applied."""
@@ -112,26 +110,28 @@ class ScaledAutocast(Autocast):
         self._scaler.unscale_(optimizer)
         return 1.0
 
-    def step(self, optimizer: Optimizer) -> bool:
-        """Steps the optimizer unless gradients overflowed; adapts the scale."""
-        # Not left to a fused optimizer: SGD would keep a first momentum that it never wrote.
-        applied = not self._scaler.overflow.item()
-        if applied:
-            self._scaler.step(optimizer)
-        self._scaler.update()
-        return applied
-
-    def step_unless(self, optimizer: Optimizer, veto: Tensor) -> Tensor:
-        """Steps a fused optimizer unless gradients overflowed or ``veto`` is 1.
+    def step(self, optimizer: Optimizer, closed: bool | Tensor) -> bool | Tensor:
+        """Steps the optimizer unless ``closed`` or gradients overflowed.
 
         The scale is adapted for an overflow only; a step that must change nothing else does not
         change the scale either.
         """
-        # 1 where both are: a fused optimizer takes what it is handed off its count of steps.
-        blocked = torch.clamp(self._scaler.overflow + veto, max=1.0)
-        _step_unless(optimizer, blocked)
-        self._scaler.update_unless(veto)
-        return blocked
+        overflow = self._scaler.overflow
+        if isinstance(closed, Tensor):
+            # 1 where both are: a fused optimizer takes what it is handed off its count of steps.
+            blocked = torch.clamp(overflow + closed, max=1.0)
+            _step_unless(optimizer, blocked)
+            self._scaler.update_unless(closed)
+            return blocked
+        if closed:
+            self._scaler.update_unless(torch.ones_like(overflow))
+            return True
+        # Not left to a fused optimizer: SGD would keep a first momentum that it never wrote.
+        overflowed = bool(overflow.item())
+        if not overflowed:
+            self._scaler.step(optimizer)
+        self._scaler.update()
+        return overflowed
 
     def skip(self) -> None:
         """Ends a step whose update is not applied; an overflow still adapts the scale."""
@@ -169,6 +169,8 @@ class _Scaler(torch.amp.GradScaler):
         found = super()._unscale_grads_(
             optimizer, (inv_scale * self.factor).float(), found_inf, allow_fp16
         )
+        if not found:  # no parameter has a gradient, so none overflowed
+            found = {inv_scale.device: torch.zeros_like(inv_scale)}
         self.overflow = torch.stack([one.to(inv_scale.device) for one in found.values()]).sum()
         return found
 
@@ -189,11 +191,6 @@ def _step_unless(optimizer: Optimizer, blocked: Tensor) -> None:
         optimizer.step()
     finally:
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-
-
-def takes_a_veto(optimizer: Optimizer) -> bool:
-    """Says whether the optimizer can be told on the device to change nothing, as fused ones can."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 @runtime_checkable

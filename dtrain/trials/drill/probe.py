@@ -19,7 +19,8 @@ from dtrain.checkpoint import CheckpointSlot
 from dtrain.context import Context, Progress, Step
 from dtrain.data import Data, Feed, as_data
 from dtrain.distributed import current
-from dtrain.loop import Loop, Plan
+from dtrain.loop import Loop
+from dtrain.plan import Plan
 from dtrain.sinks import Dispatcher, Report
 from dtrain.trainer import FitResult, Trainer
 from dtrain.trials.drill.orders import Start

@@ -24,7 +24,8 @@ from dtrain.checkpoint import CheckpointSlot
 from dtrain.context import Context, Step
 from dtrain.data import AccumulationSlot, Data, Feed, as_data
 from dtrain.distributed import current, seed_everything
-from dtrain.loop import Loop, Plan
+from dtrain.loop import Loop
+from dtrain.plan import Plan
 from dtrain.sinks import Dispatcher
 from dtrain.step import PrecisionSlot, adapt
 from dtrain.trainer import FitResult, Trainer

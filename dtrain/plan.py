@@ -1,0 +1,96 @@
+"""How long to train, what to do on the way, and what a trial of a script changes in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dtrain.context import Progress
+from dtrain.distributed import World
+from dtrain.errors import ConfigError
+from dtrain.sinks import Report
+
+ALL_EPOCHS = "all epochs done"
+MAX_STEPS = "max_steps reached"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long to train, and what to do on the way; see :meth:`dtrain.Trainer.fit`.
+
+    Attributes:
+        epochs: epochs in all, or None for no such limit.
+        max_steps: global steps in all, or None.
+        eval_every: ``"epoch"``, or every so many steps; None never evaluates.
+        log_every: training figures are agreed and reported every so many steps.
+        eval_first: evaluate before the first step, too.
+
+    Raises:
+        ConfigError: one is out of range, or nothing says how long to train.
+    """
+
+    epochs: int | None
+    max_steps: int | None
+    eval_every: int | str | None
+    log_every: int
+    eval_first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.epochs is None and self.max_steps is None:
+            raise ConfigError(
+                "how long? pass epochs, max_steps, or both (the first reached counts)"
+            )
+        counts = {
+            "epochs": self.epochs,
+            "max_steps": self.max_steps,
+            "log_every": self.log_every,
+        }
+        for name, value in counts.items():
+            if not (value is None or _is_count(value)):
+                raise ConfigError(f"{name}={value!r}: must be a whole number of 1 or more")
+        every = self.eval_every
+        if not (every is None or every == "epoch" or _is_count(every)):
+            raise ConfigError(f"eval_every={every!r}: 'epoch', a number of steps, or None")
+
+    def fulfilled_by(self, progress: Progress) -> str:
+        """Returns why ``progress`` is all that was planned, or nothing where it is not."""
+        if self.max_steps is not None and progress.step >= self.max_steps:
+            return MAX_STEPS
+        if self.epochs is not None and progress.epoch >= self.epochs:
+            return ALL_EPOCHS
+        return ""
+
+    def total_steps(self, steps_per_epoch: int | None) -> int | None:
+        """Returns how many global steps are planned in all; None where nobody can know."""
+        totals = [] if self.max_steps is None else [self.max_steps]
+        if self.epochs is not None and steps_per_epoch is not None:
+            totals.append(self.epochs * steps_per_epoch)
+        return min(totals, default=None)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+class Recorder:
+    """What a trial of a script changes in a run, and is told of it. This one changes nothing.
+
+    ``dtrain check`` and ``dtrain drill`` set a Trainer's ``recorder``.
+
+    Attributes:
+        saves: whether checkpoints are made.
+
+    Ranks: all, local.
+    """
+
+    saves = True
+
+    def plan(self, plan: Plan) -> Plan:
+        """Returns how long to train; callbacks see the totals of the plan that is given."""
+        return plan
+
+    def samples_of(self, world: World) -> World:
+        """Returns whose samples this rank trains on."""
+        return world
+
+    def report(self, report: Report) -> None:
+        """Takes what sinks will be handed, on rank 0, as soon as it is known."""
