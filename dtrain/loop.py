@@ -286,16 +286,17 @@ class Loop:
             self.epoch_is_cut = bool(verdict.ending)
             if verdict.undone:
                 return False
-            self._count(step, result, verdict)
             if waited:
+                self._count(step, verdict)
                 self.hooks.fire(Callback.on_step_end, self.context, step)
             else:
+                result.arrive()
+                self._count(step, verdict)
                 self.hooks.fire_step_end(self.context, step, late=True)
                 self.context.comm.mark_step(progress.step)
         return True
 
-    def _count(self, step: Step, result: StepResult, verdict: Verdict) -> None:
-        result.arrive()
+    def _count(self, step: Step, verdict: Verdict) -> None:
         self.context.progress.samples += verdict.samples
         self.lane.observe(verdict)
         # A step that was left out for its loss must not make the whole report's loss NaN.

@@ -148,7 +148,9 @@ class Context:
         Ranks: all, local, unless the loss function communicates.
         """
         with self._outbox.closed():
-            return self._computing("loss_of").loss_of(self, batch)
+            if self._engine is None:
+                raise _too_early("loss_of")
+            return self._engine.loss_of(self, batch)
 
     def gradients(self) -> list[Tensor]:
         """In ``on_grads_ready``: tensors that hold all gradients, and otherwise zeros only.
@@ -161,7 +163,9 @@ class Context:
 
         Ranks: all, local; the gradients are equal on all ranks.
         """
-        return self._computing("gradients").gradients()
+        if self._engine is None:
+            raise _too_early("gradients")
+        return self._engine.gradients()
 
     def gradient_norm(self) -> Tensor:
         """In ``on_grads_ready``: the joint Euclidean norm of all gradients, 0-dim.
@@ -171,9 +175,10 @@ class Context:
 
         Ranks: all, local; equal on all ranks.
         """
-        return self._computing("gradient_norm").gradient_norm()
-
-    def _computing(self, what: str) -> Engine:
         if self._engine is None:
-            raise ConfigError(f"{what}() works during fit only")
-        return self._engine
+            raise _too_early("gradient_norm")
+        return self._engine.gradient_norm()
+
+
+def _too_early(what: str) -> ConfigError:
+    return ConfigError(f"{what}() works once the Trainer is made")

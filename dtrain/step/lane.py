@@ -58,6 +58,7 @@ class Verdict(NamedTuple):
         samples: samples in the global batch.
         stop, save, preempt, errors, fed, ending, starved, leaving: how many ranks said so.
         skipped, nonfinite: how many micro-batches, over all ranks.
+        undone: nothing of the step counts: some rank failed, has to leave, or none had data.
     """
 
     weight: float
@@ -75,11 +76,7 @@ class Verdict(NamedTuple):
     ending: int
     starved: int
     leaving: int
-
-    @property
-    def undone(self) -> bool:
-        """Whether nothing of the step counts: some rank failed, has to leave, or had no data."""
-        return bool(self.errors or self.starved or self.leaving or not self.fed)
+    undone: bool = False
 
 
 class LaneSilent(DtrainError):
@@ -303,13 +300,15 @@ class Heard:
             samples, samples_256, *counts = [round(mean * size) if mean else 0 for mean in said]
             if abs(share - 1) <= self._rounding:
                 share = 1.0
-            self._verdict = Verdict(
+            verdict = Verdict(
                 share * self._reference * size,
                 loss / share if share > 0 else math.nan,
                 1.0 / share if share > 0 else 0.0,
                 samples + 256 * samples_256,
                 *counts,
             )
+            undone = verdict.errors or verdict.starved or verdict.leaving or not verdict.fed
+            self._verdict = verdict._replace(undone=True) if undone else verdict
         return self._verdict
 
 

@@ -114,12 +114,10 @@ def train(name, delays):
     data = torch.utils.data.TensorDataset(x.to(dtype), y)
     result = run.fit(data, batch_size=24, epochs=4, log_every=3, eval_set=data)
     progress = run.context.progress
-    # In a step that all skip, the norm of zero is counted as well.
-    history = [{k: v for k, v in row.items() if k != "grad_norm"} for row in result.history]
     return {
         "digest": tiny.digest(run.model),
         "optimizer": repr(run.optimizer.state_dict()),
-        "history": repr(history),
+        "history": repr(result.history),
         "counts": (progress.step, progress.updates, progress.samples, progress.epoch),
         "scale": run.precision.values(),
         "rates": watch.rates,
@@ -137,9 +135,9 @@ def test_a_delayed_run_is_the_same_run(world_size):
         for name, (at_once, delayed) in found.items():
             rates = delayed.pop("rates"), at_once.pop("rates")
             assert delayed == at_once, name
-            # The hook may fire in a step that all skip, too, with gradients of zero.
-            assert rates[0] | rates[1] == rates[0], name
-            assert set(rates[0]) - set(rates[1]) <= {3, 5}, name
+            # Also in a step that all skip, with gradients of zero.
+            assert rates[0] == rates[1], name
+            assert len(rates[0]) == 16, name
             assert len(at_once["steps"]) == 16
         assert found["skips"][0]["counts"][1] == (14 if world_size == 1 else 15)
         assert found["guard"][0]["counts"][1] == 15
