@@ -10,23 +10,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch.optim import Optimizer
 
-from dtrain.callback import Callback, Hooks
-from dtrain.checkpoint import CheckpointSlot, Saver
-from dtrain.context import Context, Outbox, Step
+from dtrain.callback import Callback
+from dtrain.checkpoint import CheckpointSlot, RunFiles
+from dtrain.context import Context, Step
 from dtrain.data import Feed, StepFeed
 from dtrain.distributed import ARRIVAL, BETWEEN, EVALUATION, METRICS, SAVING, UPDATE, Phase
 from dtrain.errors import DataError, RemoteError
-from dtrain.metrics import Means
 from dtrain.plan import ALL_EPOCHS, MAX_STEPS, Plan
 from dtrain.sinks import History
-from dtrain.step import Agreed, Agreement, Gate, Lane, MicroStep, Precision, StepResult, Verdict
-from dtrain.strategies import Strategy
-from dtrain.watchdog import SECONDS_METRIC, StragglerClock
+from dtrain.step import Agreed, Engine, Gate, StepResult, Verdict
 
 EPOCH_START = Phase("the start of an epoch", slow=True)
 EPOCH_END = Phase("the end of an epoch", slow=True)
@@ -41,22 +37,14 @@ class Loop:
     plan: Plan
     feed: Feed
     context: Context
-    hooks: Hooks
-    strategy: Strategy
-    micro_step: MicroStep
-    lane: Lane
-    precision: Precision
-    optimizer: Optimizer
-    means: Means
-    agreement: Agreement
-    clock: StragglerClock
+    engine: Engine
     history: History
-    outbox: Outbox
     world_size: int
     evaluate: Callable[[], dict[str, float]]
-    save: Callable[[dict[str, Any], dict[str, Any] | None], None]
-    saver: Saver
+    files: RunFiles
     checkpoint: CheckpointSlot | None
+    #: False where a trial of the script wants no checkpoints.
+    saves: bool = True
     #: Steps are not waited for: what became of one is looked at in the next (CUDA).
     runs_ahead: bool = False
     stop_reason: str = ""
@@ -69,7 +57,7 @@ class Loop:
     epoch_is_cut: bool = False
 
     def __post_init__(self) -> None:
-        self._loss_sum = self._loss_weight = 0.0  # since the last report; agreed
+        self.hooks = self.engine.hooks
         self._saved_at = self._evaluated_at = -1
         #: Steps taken of which nobody has looked yet what became of them, and whether all ranks
         #: had waited for it before the update.
@@ -83,7 +71,7 @@ class Loop:
         return {
             "epoch_evaluated": self.epoch_evaluated,
             "epoch_is_cut": self.epoch_is_cut,
-            "weight": self.lane.expected if self.micro_step.weighed else 0.0,
+            "weight": self.engine.lane.expected if self.engine.micro_step.weighed else 0.0,
             "stop_reason": "" if self.preempted else self.stop_reason,
             "ranks": self.world_size,
         }
@@ -103,8 +91,8 @@ class Loop:
         self.epoch_evaluated = epoch_evaluated = state["epoch_evaluated"]
         self.epoch_is_cut = state["epoch_is_cut"]
         if state["weight"]:
-            self.lane.expect(state["weight"])
-            self.micro_step.weighed = True
+            self.engine.lane.expect(state["weight"])
+            self.engine.micro_step.weighed = True
         # A run that had fulfilled its plan is continued by a larger one.
         reason = state["stop_reason"]
         self.stop_reason = "" if reason in (ALL_EPOCHS, MAX_STEPS) else reason
@@ -122,9 +110,14 @@ class Loop:
             self.context.say(lost)
 
     @property
+    def outcome(self) -> tuple[Literal["preempted", "finished"], str]:
+        """How the run ended, and why."""
+        return "preempted" if self.preempted else "finished", self.stop_reason
+
+    @property
     def failed_here(self) -> bool:
         """Where all raise in the same step: whether it is because of this rank."""
-        return self.micro_step.trouble is not None
+        return self.engine.micro_step.trouble is not None
 
     # -- fit --------------------------------------------------------------------------------
 
@@ -158,7 +151,7 @@ class Loop:
         if not self.epoch_evaluated:
             with self._together(EPOCH_START):
                 self.hooks.fire(Callback.on_epoch_start, context)
-                self.strategy.refresh()  # a callback may have frozen something
+                self.engine.strategy.refresh()  # a callback may have frozen something
             for step_feed in self._steps_of_epoch():
                 done = self._step(step_feed)
                 if done:
@@ -240,28 +233,28 @@ class Loop:
     def _accumulate(self, step: Step, feed: StepFeed) -> StepResult:
         """Runs the micro-batches and reduces their gradients; nothing is read."""
         self.hooks.fire(Callback.on_step_start, self.context, step)
-        self.strategy.clear(self.optimizer)
-        self.lane.open()
+        self.engine.strategy.clear(self.engine.optimizer)
+        self.engine.lane.open()
         for micro in range(feed.micros):
             step.micro = micro
-            self.strategy.run(step, feed, last=micro == feed.micros - 1)
-        self.clock.reduced()
+            self.engine.strategy.run(step, feed, last=micro == feed.micros - 1)
+        self.engine.clock.reduced()
         self.context.comm.activity.enter(ARRIVAL)
-        step.result = result = StepResult(self.strategy, self.context.progress)
+        step.result = result = StepResult(self.engine.strategy, self.context.progress)
         return result
 
     def _update(self, step: Step, result: StepResult, gate: Gate) -> None:
         """Updates the parameters by the gradient of the global mean, as far as it may be."""
         self.context.comm.activity.enter(UPDATE)
-        factor = self.precision.unscale(self.optimizer, gate.factor)
+        factor = self.engine.precision.unscale(self.engine.optimizer, gate.factor)
         if not (isinstance(factor, float) and factor == 1.0):
-            torch._foreach_mul_(self.strategy.gradients(self.optimizer), factor)
+            torch._foreach_mul_(self.engine.strategy.gradients(self.engine.optimizer), factor)
         self.hooks.fire(Callback.on_grads_ready, self.context, step)
         if step.vetoed:
-            self.precision.skip()
+            self.engine.precision.skip()
             self.context.log("vetoed", 1 / self.world_size, "sum")
         else:
-            result.settle(self.precision.step(self.optimizer, gate.closed))
+            result.settle(self.engine.precision.step(self.engine.optimizer, gate.closed))
 
     def _finish(self) -> bool:
         """Looks what became of the steps in flight; returns False where one was left undone.
@@ -282,7 +275,7 @@ class Loop:
                 self.failed_together = True
                 self._raise_failures()
             if verdict.stop or verdict.save or verdict.preempt:
-                self._heed(self.agreement.carried())
+                self._heed(self.engine.agreement.carried())
             self.epoch_is_cut = bool(verdict.ending)
             if verdict.undone:
                 return False
@@ -298,11 +291,8 @@ class Loop:
 
     def _count(self, step: Step, verdict: Verdict) -> None:
         self.context.progress.samples += verdict.samples
-        self.lane.observe(verdict)
-        # A step that was left out for its loss must not make the whole report's loss NaN.
-        if verdict.weight > 0 and not (step.vetoed and verdict.nonfinite):
-            self._loss_sum += verdict.loss_mean * verdict.weight
-            self._loss_weight += verdict.weight
+        self.engine.lane.observe(verdict)
+        self.engine.figures.count(step, verdict)
         if verdict.nonfinite and not self._warned_nonfinite:
             self._warned_nonfinite = True
             self.context.say(f"warning: the loss is not finite at step {step.number}")
@@ -319,26 +309,18 @@ class Loop:
         self._finish()
         if not final:
             self._retry_failed_save()
-        if not self._loss_weight and not final:
+        if not (final or self.engine.figures.are_new):
             return
         context = self.context
         with self._together(METRICS):
-            for name, logged in self.outbox.logged.items():
-                self.means.add_logged(name, logged.values, logged.reduce)
-            self.outbox.logged.clear()
             self.history.check()
-            values = {}
-            if self._loss_weight:
-                values["train/loss"] = self._loss_sum / self._loss_weight
-            self.means.add(SECONDS_METRIC, self.clock.seconds, 1)
-            values |= self.means.agree(context.comm)
-            if straggler := self.clock.compare(values.pop(SECONDS_METRIC)):
-                context.say(f"warning: {straggler}")
+            values, straggler = self.engine.figures.agree(context.comm)
+        if straggler:
+            context.say(f"warning: {straggler}")
         if not values:
             return
-        values["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        values |= self.precision.values()
-        self._loss_sum = self._loss_weight = 0.0
+        values["lr"] = float(context.optimizer.param_groups[0]["lr"])
+        values |= self.engine.precision.values()
         context.metrics |= values
         self.history.report("train", values)
 
@@ -357,7 +339,7 @@ class Loop:
         step = self.context.progress.step
         self._save_asked = False
         self.context.comm.activity.enter(SAVING)
-        if self.saver.finish() is not None:
+        if self.files.saver.finish() is not None:
             self._tell_failed_save("now")
             self._saved_at = -1
         if self._saved_at == step:
@@ -365,29 +347,30 @@ class Loop:
         self._log()  # sums since the last report are in no checkpoint, so none may be open
         with self._together(SAVING):
             self.hooks.fire(Callback.on_save, self.context)
-            self.save(self.state_dict(), self.data_state())
+            if self.saves:
+                self.files.save(self.state_dict(), self.data_state())
         self._saved_at = step
 
     def _save_last(self) -> None:
         """Saves, and returns once it is written. Here a failure is an error."""
         self._save_once()
-        if self.saver.finish() is not None:
+        if self.files.saver.finish() is not None:
             self._save_once()  # again: what was wrong may be over, and nothing else can be lost
-        if (failure := self.saver.finish()) is not None:
+        if (failure := self.files.saver.finish()) is not None:
             mine = None if isinstance(failure, RemoteError) else failure
             self.context.comm.raise_failures("the last checkpoint", mine, "saving a checkpoint")
         self.context.comm.activity.enter(BETWEEN)
 
     def _retry_failed_save(self) -> None:
         """Asks for another where a checkpoint could not be written; not where that failed, too."""
-        if self.saver.failures > 1:
+        if self.files.saver.failures > 1:
             self._tell_failed_save("when the next one is due")
         elif self._tell_failed_save("soon"):
             self.context.request.save("the last checkpoint could not be written")
 
     def _tell_failed_save(self, again: str) -> bool:
         """Tells of a checkpoint that could not be written, once; returns whether it did."""
-        failure = self.saver.failure
+        failure = self.files.saver.failure
         if failure is None or failure is self._failed_save:
             return False
         self._failed_save = failure
@@ -398,7 +381,7 @@ class Loop:
         """Agrees on what was requested since the last backward."""
         self._finish()
         with self._together(SETTLING):
-            self._heed(self.agreement.settle())
+            self._heed(self.engine.agreement.settle())
 
     def _heed(self, agreed: Agreed) -> None:
         self._save_asked |= agreed.save
@@ -412,11 +395,11 @@ class Loop:
         """Others may be anywhere, so a failure is left where they look for it."""
         comm, step = self.context.comm, self.context.progress.step
         comm.mark_step(step)
-        self.clock.begin_step()
+        self.engine.clock.begin_step()
         comm.activity.begin_step(step)
         with comm.alone(lambda: self.hooks.failed_in or "a training step"):
             yield
-        self.clock.end_step()
+        self.engine.clock.end_step()
         comm.activity.end_lap(BETWEEN)
 
     @contextmanager
@@ -430,7 +413,7 @@ class Loop:
 
     def _raise_failures(self) -> None:
         """The lane said that some rank failed; nothing was updated. Raises on every rank."""
-        trouble = self.micro_step.trouble
+        trouble = self.engine.micro_step.trouble
         self.context.comm.raise_failures(
             "failures in a step",
             None if trouble is None else trouble.error,

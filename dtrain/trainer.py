@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.callback import Callback, Hooks, check_names, the_only
-from dtrain.checkpoint import (
-    CheckpointSlot,
-    Failures,
-    ResumeMode,
-    RunLock,
-    RunState,
-    Saved,
-    Saver,
-    Status,
-    status,
-)
-from dtrain.checkpoint import format as files
+from dtrain.checkpoint import CheckpointSlot, ResumeMode, RunFiles, RunState
 from dtrain.cluster import JobEnd, Signals
-from dtrain.context import Context, Loss, Outbox, Progress, Request
+from dtrain.context import Context, Outbox, Progress, Request
 from dtrain.data import AccumulationSlot, Data, Feed, MapFeed, StreamFeed, as_data
 from dtrain.distributed import (
-    SAVING,
     check_same_call,
     check_same_model,
     current,
@@ -39,33 +27,22 @@ from dtrain.distributed import (
     init,
     seed_everything,
     shapes_of,
-    share_buffers,
 )
-from dtrain.errors import ConfigError, CrashLoop, DtrainError, RunTaken
+from dtrain.errors import ConfigError
 from dtrain.loop import Loop
-from dtrain.metrics import Means
 from dtrain.plan import Plan, Recorder
 from dtrain.sinks import Console, Dispatcher, History, Sink, describe_end, describe_start
 from dtrain.step import (
-    Agreement,
-    Gathers,
-    Lane,
-    LossFn,
-    MicroStep,
+    Engine,
     Precision,
     PrecisionSlot,
     UserLoss,
     adapt,
-    as_loss,
     check_optimizer,
-    evaluate,
     takes_a_veto,
 )
 from dtrain.strategies import Strategy, choose
-from dtrain.watchdog import HANG_AFTER_S, SECONDS_METRIC, StragglerClock, Watchdog
-
-#: What a failed run gives the checkpoint under way.
-_LAST_CHANCE_S = 2.0
+from dtrain.watchdog import HANG_AFTER_S, Watchdog
 
 _RANK_STREAM, _SHARED_STREAM, _OWN_STREAM, _ORDER_STREAM = 0, 1, 2, 4
 
@@ -145,89 +122,26 @@ class Trainer:
         self.world = world = current() or init(seed=seed or 0)
         self._seed = world.seed if seed is None else seed
         self._sinks = tuple(sinks) if sinks is not None else (Console(),)
+        self._outbox = Outbox()
         # What fails on one rank only (its own data, its own code) reaches all of them.
         with world.comm.lockstep("Trainer(...)"):
-            self._config = _json_values(config)
+            settings = _json_values(config)
             self._watchdog = Watchdog(world, hang_after_s)
-            self._fill_slots(callbacks, run_dir)
-            self._strategy = choose(strategy, model)
-            self._strategy.check(accumulates=self._accumulation is not None)
-            self._take_model(model, optimizer)
-            eval_fn = adapt(eval_fn or loss_fn)
-            loss_fn = adapt(loss_fn)
-        self._eval_fn = eval_fn
-        self._loss_fn = loss_fn
-        self._means = Means("train", world.device, names=[SECONDS_METRIC])
-        self._eval_means: dict[str, Means] = {}
-        self._eval_gathers = Gathers(world.comm, rank=world.rank, size=world.size)
-        shares = 1 if self.precision.scales_loss else world.size
-        self._lane = Lane(self.model, rank=world.rank, size=world.size, shares=shares)
-        self._agreement = Agreement(self.context.request, world.comm, world.host)
-        self._clock = StragglerClock(world.comm, host=world.host, size=world.size)
-        self._micro_step = MicroStep(
-            self.model,
-            loss_fn,
-            self._lane,
-            precision=self.precision,
-            hooks=self.hooks,
-            context=self.context,
-            agreement=self._agreement,
-            gathers=Gathers(world.comm, rank=world.rank, size=world.size),
-            clock=self._clock,
-            means=self._means,
-            find_unused=self._strategy.find_unused,
-            may_idle=self._strategy.may_idle,
-        )
-        self._run_state = RunState(
-            self.model,
-            self.optimizer,
-            self.precision,
-            self.hooks.callbacks,
-            self.context,
-            world,
-            self._config,
-            self._checkpoint,
-        )
-        self._saver = Saver(world)
-        self._fingerprint: dict[str, Any] = {}
-        self._failures = Failures()  # of earlier starts; known on rank 0
-        self.context._engine = _Engine(
-            self.model, self.optimizer, loss_fn, self.precision, self._strategy
-        )
-        #: What a trial of the script changes, and is told; see `dtrain check`.
-        self.recorder = Recorder()
-        self._live = False  # a fit has begun in this process
-
-    def _fill_slots(self, callbacks: Sequence[Callback], run_dir: str | Path | None) -> None:
-        check_names(callbacks)
-        self.hooks = Hooks(callbacks, self.world.comm.activity)
-        precision = the_only(PrecisionSlot, callbacks)  # type: ignore[type-abstract]
-        self.precision = (
-            Precision() if precision is None else precision.make_precision(self.world.device.type)
-        )
-        self._accumulation = the_only(AccumulationSlot, callbacks)  # type: ignore[type-abstract]
-        self._checkpoint = the_only(CheckpointSlot, callbacks)  # type: ignore[type-abstract]
-        if self._checkpoint is not None and run_dir is None:
-            raise ConfigError("checkpoints need a place: pass Trainer(run_dir='runs/...')")
-        self._run_dir = None if run_dir is None else Path(run_dir)
-
-    def _take_model(
-        self, model: nn.Module, optimizer: Optimizer | Callable[[nn.Module], Optimizer]
-    ) -> None:
-        world = self.world
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ConfigError("no parameter of the model requires a gradient: nothing to train")
-        self.model = self._strategy.prepare_model(model.to(world.device), world)
-        self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizer(self.model)
-        self._outbox = Outbox()
-        self._outbox.notes += check_optimizer(self.optimizer, self.model)
-        check_same_model(self.model, world.comm)
-        changed = self._strategy.make_equal(self.model, world)
-        if world.comm.vote("models differ", changed):
-            self._outbox.notes.append(
-                "the ranks' models were not equal; all have rank 0's now. Call "
-                "dtrain.init(seed=...) before the model is made, and they are equal from the start."
+            check_names(callbacks)
+            self.hooks = Hooks(callbacks, world.comm.activity)
+            precision = the_only(PrecisionSlot, callbacks)  # type: ignore[type-abstract]
+            self.precision = (
+                Precision() if precision is None else precision.make_precision(world.device.type)
             )
+            self._accumulation = the_only(AccumulationSlot, callbacks)  # type: ignore[type-abstract]
+            self._checkpoint = the_only(CheckpointSlot, callbacks)  # type: ignore[type-abstract]
+            if self._checkpoint is not None and run_dir is None:
+                raise ConfigError("checkpoints need a place: pass Trainer(run_dir='runs/...')")
+            strategy = choose(strategy, model)
+            strategy.check(accumulates=self._accumulation is not None)
+            self._take_model(model, optimizer, strategy)
+            eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn)
+        folder = None if run_dir is None else Path(run_dir)
         self.context = Context(
             model=self.model,
             optimizer=self.optimizer,
@@ -237,10 +151,58 @@ class Trainer:
             rng=_generator(self._seed, _OWN_STREAM, world.rank),
             shared_rng=_generator(self._seed, _SHARED_STREAM),
             device=world.device,
-            run_dir=self._run_dir,
+            run_dir=folder,
             loss_scaled=self.precision.scales_loss,
             _outbox=self._outbox,
         )
+        self._engine = Engine(
+            self.model,
+            self.optimizer,
+            loss_fn=loss_fn,
+            eval_fn=eval_fn,
+            precision=self.precision,
+            strategy=strategy,
+            hooks=self.hooks,
+            context=self.context,
+            outbox=self._outbox,
+            world=world,
+        )
+        # Weakly: a model must not wait for the garbage collector to be freed.
+        self.context._engine = weakref.ref(self._engine)
+        self._run_state = RunState(
+            self.model,
+            self.optimizer,
+            self.precision,
+            self.hooks.callbacks,
+            self.context,
+            world,
+            settings,
+            self._checkpoint,
+        )
+        self._files = RunFiles(folder, world, self._run_state)
+        #: What a trial of the script changes, and is told; see `dtrain check`.
+        self.recorder = Recorder()
+        self._live = False  # a fit has begun in this process
+
+    def _take_model(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Callable[[nn.Module], Optimizer],
+        strategy: Strategy,
+    ) -> None:
+        world = self.world
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ConfigError("no parameter of the model requires a gradient: nothing to train")
+        self.model = strategy.prepare_model(model.to(world.device), world)
+        self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizer(self.model)
+        self._outbox.notes += check_optimizer(self.optimizer, self.model)
+        check_same_model(self.model, world.comm)
+        changed = strategy.make_equal(self.model, world)
+        if world.comm.vote("models differ", changed):
+            self._outbox.notes.append(
+                "the ranks' models were not equal; all have rank 0's now. Call "
+                "dtrain.init(seed=...) before the model is made, and they are equal from the start."
+            )
 
     # -- the two things a user calls ------------------------------------------------------------
 
@@ -301,8 +263,7 @@ class Trainer:
                     lambda: Plan(epochs, max_steps, eval_every, log_every, eval_first),
                 )
         finally:
-            if self._saver.run_lock is not None:
-                self._saver.run_lock.release()
+            self._files.release()
 
     def _fit(
         self,
@@ -313,26 +274,25 @@ class Trainer:
         make_plan: Callable[[], Plan],
     ) -> FitResult:
         loop: Loop | None = None
-        dispatcher = Dispatcher(self._sinks, self._run_dir, active=self.world.is_main)
+        comm = self.world.comm
+        dispatcher = Dispatcher(self._sinks, self.context.run_dir, active=self.world.is_main)
         preempt = self.context.request.preempt
         try:
             with Signals(preempt), JobEnd(preempt, active=self.world.is_main):
-                with self.world.comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
+                with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan = make_plan()
                     data = as_data(train, batch_size, shuffle=True)
                     evals = self._eval_feeds(eval_set, data.batch_size)
                     loop = self._assemble(plan, data, evals, dispatcher)
                     self._begin(loop, data, dispatcher, resume)
                 loop.run()
-                with self.world.comm.lockstep("the end of fit"):
-                    self._finish(loop, dispatcher)
+                with comm.lockstep("the end of fit"):
+                    state, reason = loop.outcome
+                    loop.history.report("end", {}, describe_end(state, self.context, reason))
+                    comm.on_main("close sinks", dispatcher.finish)
+                    self._files.finish(state, reason)
         except BaseException as error:
-            phase = self.world.comm.activity.phase.name
-            cause: BaseException | None = self._watchdog.explain(error)
-            if cause is None and error is not self.hooks.error:
-                cause = self.world.comm.explain(error)
-            if cause is None:
-                self.world.comm.record(error, self.hooks.failed_in or phase)
+            cause = self._explain(error)
             self._fail(loop, error, cause)
             dispatcher.close()
             self.world.tell_launcher(cause or error)
@@ -363,7 +323,7 @@ class Trainer:
         Ranks: all, communicates.
         """
         with self._watchdog, self.world.comm.lockstep("evaluate"):
-            return self._evaluate(self._eval_feeds(data, batch_size))
+            return self._engine.evaluate(self._eval_feeds(data, batch_size), self.context)
 
     # -- assembling -----------------------------------------------------------------------------
 
@@ -372,7 +332,7 @@ class Trainer:
         world = self.recorder.samples_of(self.world)
         if data.is_stream:
             batches = 1 if self._accumulation is None else self._accumulation.batches_per_step()
-            return StreamFeed(data, world, batches, saves=self._run_dir is not None)
+            return StreamFeed(data, world, batches, saves=self.context.run_dir is not None)
         return MapFeed(data, world, self._split, seed)
 
     def _split(self, share: int) -> list[int]:
@@ -395,245 +355,43 @@ class Trainer:
             )
         return feeds
 
-    def _evaluate(self, feeds: dict[str, Feed]) -> dict[str, float]:
-        share_buffers(self.model, self.world.comm)
-        metrics: dict[str, float] = {}
-        for label, feed in feeds.items():
-            metrics |= evaluate(
-                feed,
-                self._eval_fn,
-                self._eval_means.setdefault(label, Means(label, self.world.device)),
-                label=label,
-                gathers=self._eval_gathers,
-                context=self.context,
-                hooks=self.hooks,
-                precision=self.precision,
-            )
-        return metrics
-
     def _assemble(
         self, plan: Plan, data: Data, evals: dict[str, Feed], dispatcher: Dispatcher
     ) -> Loop:
+        context, engine = self.context, self._engine
         feed = self._feed(data)
         if not evals:
             plan = replace(plan, eval_every=None)
-        self._fingerprint = self._run_state.fingerprint = self._describe_fingerprint(data)
+        fingerprint = self._run_state.fingerprint = self._fingerprint(data)
         # A stream is each rank's own, and so is its length.
-        same = {
-            k: v for k, v in self._fingerprint.items() if not (data.is_stream and k == "samples")
-        }
+        same = {k: v for k, v in fingerprint.items() if not (data.is_stream and k == "samples")}
         sizes = {label: str(one) for label, one in evals.items()}
         check_same_call(same | {"plan": plan, "evaluation": sizes}, self.world.comm)
-        self._micro_step.restart(data.batch_size or 0)
-        self._means.drop()
-        self.hooks.failed_in = ""
-        progress = self.context.progress
+        engine.restart(data.batch_size or 0)
+        progress = context.progress
         progress.steps_per_epoch = feed.steps_per_epoch
         progress.total_epochs = plan.epochs
         progress.total_steps = plan.total_steps(feed.steps_per_epoch)
-        self.context.has_eval = bool(evals)
+        context.has_eval = bool(evals)
         return Loop(
             plan=self.recorder.plan(plan),
             feed=feed,
-            context=self.context,
-            hooks=self.hooks,
-            strategy=self._strategy,
-            micro_step=self._micro_step,
-            lane=self._lane,
-            precision=self.precision,
-            optimizer=self.optimizer,
-            means=self._means,
-            agreement=self._agreement,
-            clock=self._clock,
+            context=context,
+            engine=engine,
             history=self._new_history(dispatcher),
-            outbox=self._outbox,
             world_size=self.world.size,
-            evaluate=lambda: self._evaluate(evals),
-            save=self._save,
-            saver=self._saver,
+            evaluate=lambda: engine.evaluate(evals, context),
+            files=self._files,
             checkpoint=self._checkpoint,
+            saves=self.recorder.saves,
             runs_ahead=may_delay(self.world.device, self.optimizer, data),
         )
-
-    def _begin(self, loop: Loop, data: Data, dispatcher: Dispatcher, resume: ResumeMode) -> None:
-        """Everything before the first step: resume, hooks, wrapping, the start block."""
-        comm, context = self.world.comm, self.context
-        saved = None if self._live else self._find_saved(loop.plan, resume)
-        if self._live and self._run_dir is not None:
-            comm.on_main("run_lock", self._lock_again)
-        if self._live and loop.plan.fulfilled_by(context.progress):
-            raise ConfigError(
-                f"this trainer has done {context.progress.epoch} epochs and "
-                f"{context.progress.step} steps already: epochs and max_steps count from the "
-                "run's beginning, so ask for more"
-            )
-        state = {} if saved is None else self._run_state.restore_model(saved)
-        comm.on_main("open sinks", dispatcher.open)
-        self.hooks.fire(Callback.on_fit_start, context)
-        if saved is not None:
-            mine = self._run_state.restore_rest(saved, state, self._seed_rank)
-            loop.load_state_dict(state["loop"], mine)
-            loop.history = self._new_history(dispatcher)  # counts from here
-        elif not self._live:
-            self._seed_rank()
-        if not self._live:
-            comm.barrier("wrap the model")  # here whoever failed above is met, not in a reduction
-            self._strategy.wrap(self._micro_step, self.world)
-            if self._saves_beside:
-                self._saver.open()
-        self._live = True
-        comm.on_main("status", self._write_start)
-        words = describe_start(
-            context,
-            self.world,
-            precision=self.precision.name,
-            strategy=self._strategy.describe(),
-            batch_size=data.batch_size,
-            split=self._split,
-        )
-        loop.history.report("start", {}, words, config=self._config)
 
     def _new_history(self, dispatcher: Dispatcher) -> History:
         tell = self.recorder.report if self.world.is_main else None
         return History(self.context.progress, self._outbox, dispatcher, tell)
 
-    def _find_saved(self, plan: Plan, resume: ResumeMode) -> Saved | None:
-        """Returns the checkpoint to go on from, if there is one and the user wants it."""
-        run_dir = self._run_dir
-        status.check_mode(resume)
-        if run_dir is None:
-            if resume == "must":
-                raise ConfigError("resume='must' needs a run_dir to resume from")
-            return None
-
-        def look() -> status.Decision:
-            status.prepare(run_dir)
-            self._saver.run_lock = RunLock(run_dir)
-            self._saver.run_lock.take()
-            decision = status.decide(
-                run_dir, resume, self._fingerprint, epochs=plan.epochs, max_steps=plan.max_steps
-            )
-            before, restarted = decision.before, self.world.restarted
-            try:
-                self._failures = status.failures_before(before, restarted=restarted)
-            except CrashLoop as loop:
-                if before is not None:
-                    status.write(run_dir, replace(before, requeue=False))
-                sys.stderr.write(f"dtrain: {loop}\n")  # a SystemExit is not printed
-                raise
-            return decision
-
-        decision = self.world.comm.on_main("resume", look)
-        self._outbox.notes += decision.notes
-        return decision.saved
-
-    def _lock_again(self) -> None:
-        if self._saver.run_lock is not None:
-            self._saver.run_lock.take_again()
-
-    def _seed_rank(self) -> None:
-        """Gives this rank its own streams; a later start of the run draws fresh ones."""
-        seed_everything(self._seed, _RANK_STREAM, self.world.rank, self.context.progress.step)
-
-    def _finish(self, loop: Loop, dispatcher: Dispatcher) -> None:
-        state: status.State = "preempted" if loop.preempted else "finished"
-        loop.history.report("end", {}, describe_end(state, self.context, loop.stop_reason))
-        self.world.comm.on_main("close sinks", dispatcher.finish)
-        self.world.comm.on_main("status", lambda: self._write_status(state, loop.stop_reason))
-
-    def _fail(self, loop: Loop | None, error: BaseException, cause: BaseException | None) -> None:
-        """What a rank does on its own before ``fit`` raises: no other rank is waited for."""
-        for callback in self.hooks.callbacks:
-            try:
-                callback.on_error(self.context, error)
-            except Exception as another:  # noqa: BLE001 -- must not hide the first error
-                error.add_note(f"({callback.name}.on_error raised as well: {another!r})")
-        # A further fit must not take up what was asked or logged in this one.
-        self._agreement.drop()
-        self._outbox.logged.clear()
-        if loop is None or not self._live:
-            return
-        if loop.failed_together:
-            self._save_emergency(loop, error)
-        self._saver.leave(_LAST_CHANCE_S)
-        if not self.world.is_main or isinstance(error, RunTaken):
-            return
-        try:
-            told = cause or error
-            self._write_status("failed", f"{type(told).__name__}: {told}")
-        except DtrainError as another:
-            error.add_note(f"({another})")
-
-    def _save_emergency(self, loop: Loop, error: BaseException) -> None:
-        """Saves what was there before the failed step; all ranks come here from the same step.
-
-        Nothing of that step was applied. Only random streams have moved on.
-        """
-        if self._run_dir is None:
-            return
-        folder = self._run_dir / status.EMERGENCY
-        step = self.context.progress.step
-        comm = self.world.comm
-        comm.activity.enter(SAVING)
-
-        def tidy() -> None:
-            for older in files.listed(folder):
-                if older.step != step:
-                    files.remove(folder, older.step)
-
-        try:
-            with comm.lockstep("saving what was before the failed step"):
-                share_buffers(self.model, comm)
-                # Whose step failed may have a broken device; others write what is there of it.
-                healthy = comm.gather_objects("who failed", not loop.failed_here)
-                content = self._run_state.take(
-                    loop.state_dict(), loop.data_state(), device_is_well=not loop.failed_here
-                )
-                sharers = [rank for rank, well in enumerate(healthy) if well]
-                self._saver.save(folder, content, then=tidy, wait=True, sharers=sharers or None)
-            if self._saver.failure is not None:
-                raise self._saver.failure
-            if self.world.is_main:
-                error.add_note(
-                    f"(the state before step {step} is saved in {folder}: once the cause is "
-                    "mended, fit(resume='emergency') continues from it)"
-                )
-        except (DtrainError, RuntimeError, OSError) as another:
-            error.add_note(f"(the state before the failed step could not be saved: {another})")
-
-    # -- state ----------------------------------------------------------------------------------
-
-    def _save(self, loop_state: dict[str, Any], data_state: dict[str, Any] | None) -> None:
-        """Makes a checkpoint, then deletes what need not be kept."""
-        if not self.recorder.saves:
-            return
-        if isinstance(self._saver.failure, RunTaken):  # on rank 0; the others are told
-            raise self._saver.failure
-        comm, context, run_dir = self.world.comm, self.context, self._run_dir
-        if run_dir is None:
-            context.say("a checkpoint was asked for, but the Trainer has no run_dir: none is made")
-            comm.barrier("nothing to save")
-            return
-        folder = run_dir / "checkpoints"
-        at = replace(context.progress)  # as it is now
-
-        def tidy() -> None:
-            if self._checkpoint is not None:
-                # Later ones are of an earlier start, and damaged, or we had begun there.
-                saved = [(s.step, s.metrics) for s in files.listed(folder) if s.step <= at.step]
-                for step in self._checkpoint.prune(saved):
-                    files.remove(folder, step)
-            self._write_status("running", at=at)
-
-        share_buffers(self.model, comm)
-        content = self._run_state.take(loop_state, data_state)
-        self._saver.save(folder, content, then=tidy, wait=not self._saves_beside)
-
-    @property
-    def _saves_beside(self) -> bool:
-        return self._checkpoint is not None and self._checkpoint.background
-
-    def _describe_fingerprint(self, data: Data) -> dict[str, Any]:
+    def _fingerprint(self, data: Data) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
         return {
             "model": digest_of(shapes_of(self.model)),
@@ -645,57 +403,80 @@ class Trainer:
             "seed": self._seed,
         }
 
-    def _write_start(self) -> None:
-        self._write_status("running")
-        if self._run_dir is not None and self._config:
-            text = json.dumps(self._config, indent=1) + "\n"
-            (self._run_dir / "config.json").write_text(text)
-
-    def _write_status(
-        self, state: status.State, reason: str = "", *, at: Progress | None = None
-    ) -> None:
-        if self._run_dir is None:
-            return
-        if self._saver.run_lock is not None:
-            self._saver.run_lock.check()
-        progress = at or self.context.progress
-        failures = self._failures
-        if state == "failed":
-            failures = failures.then(progress.step)
-        status.write(
-            self._run_dir,
-            Status(
-                state,
-                reason,
-                progress.step,
-                progress.epoch,
-                fingerprint=self._fingerprint,
-                failed_at=failures.at,
-                failures=failures.count,
-                requeue=not failures.is_loop,
-            ),
+    def _begin(self, loop: Loop, data: Data, dispatcher: Dispatcher, resume: ResumeMode) -> None:
+        """Everything before the first step: resume, hooks, wrapping, the start block."""
+        comm, context, files, plan = self.world.comm, self.context, self._files, loop.plan
+        saved = None
+        if self._live:
+            files.take_again()
+            if plan.fulfilled_by(context.progress):
+                raise ConfigError(
+                    f"this trainer has done {context.progress.epoch} epochs and "
+                    f"{context.progress.step} steps already: epochs and max_steps count from the "
+                    "run's beginning, so ask for more"
+                )
+        else:
+            saved = files.find(resume, epochs=plan.epochs, max_steps=plan.max_steps)
+        state = {} if saved is None else self._run_state.restore_model(saved)
+        comm.on_main("open sinks", dispatcher.open)
+        self.hooks.fire(Callback.on_fit_start, context)
+        if saved is not None:
+            mine = self._run_state.restore_rest(saved, state, self._seed_rank)
+            loop.load_state_dict(state["loop"], mine)
+            loop.history = self._new_history(dispatcher)  # counts from here
+        elif not self._live:
+            self._seed_rank()
+        strategy = self._engine.strategy
+        if not self._live:
+            comm.barrier("wrap the model")  # here whoever failed above is met, not in a reduction
+            strategy.wrap(self._engine.micro_step, self.world)
+            files.open()
+        self._live = True
+        files.start()
+        words = describe_start(
+            context,
+            self.world,
+            precision=self.precision.name,
+            strategy=strategy.describe(),
+            batch_size=data.batch_size,
+            split=self._split,
         )
+        loop.history.report("start", {}, words, config=self._run_state.config)
 
+    def _seed_rank(self) -> None:
+        """Gives this rank its own streams; a later start of the run draws fresh ones."""
+        seed_everything(self._seed, _RANK_STREAM, self.world.rank, self.context.progress.step)
 
-@dataclass(frozen=True, slots=True)
-class _Engine:
-    """What computes for hooks."""
+    # -- failures -------------------------------------------------------------------------------
 
-    model: nn.Module
-    optimizer: Optimizer
-    loss_fn: LossFn
-    precision: Precision
-    strategy: Strategy
+    def _explain(self, error: BaseException) -> BaseException | None:
+        """Returns the other rank's failure that ``error`` comes from; else leaves it for others."""
+        comm = self.world.comm
+        phase = comm.activity.phase.name
+        cause: BaseException | None = self._watchdog.explain(error)
+        if cause is None and error is not self.hooks.error:
+            cause = comm.explain(error)
+        if cause is None:
+            comm.record(error, self.hooks.failed_in or phase)
+        return cause
 
-    def loss_of(self, ctx: Context, batch: Any) -> Loss:
-        with self.precision.autocast():
-            return as_loss(self.loss_fn(self.model, batch, ctx), 1)
-
-    def gradients(self) -> list[Tensor]:
-        return self.strategy.gradients(self.optimizer)
-
-    def gradient_norm(self) -> Tensor:
-        return self.strategy.gradient_norm(self.optimizer)
+    def _fail(self, loop: Loop | None, error: BaseException, cause: BaseException | None) -> None:
+        """What a rank does on its own before ``fit`` raises: no other rank is waited for."""
+        for callback in self.hooks.callbacks:
+            try:
+                callback.on_error(self.context, error)
+            except Exception as another:  # noqa: BLE001 -- must not hide the first error
+                error.add_note(f"({callback.name}.on_error raised as well: {another!r})")
+        # A further fit must not take up what was asked or logged in this one.
+        self._engine.agreement.drop()
+        self._outbox.logged.clear()
+        if loop is None or not self._live:
+            return
+        if loop.failed_together:
+            self._files.save_emergency(
+                loop.state_dict, loop.data_state, failed_here=loop.failed_here, error=error
+            )
+        self._files.fail(error, cause)
 
 
 def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:

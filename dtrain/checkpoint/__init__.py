@@ -1,6 +1,7 @@
 """What of a run is on disk: whole, intact, and written by one start only."""
 
 from dtrain.checkpoint.format import Saved
+from dtrain.checkpoint.run_files import RunFiles
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.run_state import RunState
 from dtrain.checkpoint.saver import Saver
@@ -12,6 +13,7 @@ __all__ = [
     "CheckpointSlot",
     "Failures",
     "ResumeMode",
+    "RunFiles",
     "RunLock",
     "RunState",
     "Saved",

@@ -55,16 +55,16 @@ class RunState:
         config: dict[str, Any],
         slot: CheckpointSlot | None,
     ) -> None:
-        self._slot = slot
-        self._model = model
+        self.slot = slot
+        self.model = model
         #: What must be the same for the run to be continued.
         self.fingerprint: dict[str, Any] = {}
         self._optimizer = optimizer
         self._precision = precision
         self._callbacks = callbacks
-        self._context = context
+        self.context = context
         self._world = world
-        self._config = config
+        self.config = config
 
     def take(
         self, loop: dict[str, Any], data: dict[str, Any] | None, *, device_is_well: bool = True
@@ -81,10 +81,10 @@ class RunState:
 
         Ranks: all, local.
         """
-        context, slot = self._context, self._slot
+        context, slot = self.context, self.slot
         return Content(
             step=context.progress.step,
-            model=self._model.state_dict() if slot is None else slot.select(self._model),
+            model=self.model.state_dict() if slot is None else slot.select(self.model),
             state=tree.split(
                 {
                     "optimizer": self._optimizer.state_dict(),
@@ -94,7 +94,7 @@ class RunState:
                     "loop": loop,
                     "shared_rng": context.shared_rng.get_state(),
                     "metrics": context.metrics,
-                    "config": self._config,
+                    "config": self.config,
                     "fingerprint": self.fingerprint,
                 }
             ),
@@ -119,17 +119,17 @@ class RunState:
         Ranks: all, local.
         """
         tensors = files.load_model(saved.path)
-        missing = [name for name in self._model.state_dict() if name not in tensors]
-        if missing and not (self._slot is not None and self._slot.trainable_only):
+        missing = [name for name in self.model.state_dict() if name not in tensors]
+        if missing and not (self.slot is not None and self.slot.trainable_only):
             raise CheckpointError(
                 f"{saved.path} lacks {len(missing)} of the model's tensors, such as {missing[0]}: "
                 "it was made with Checkpoint(trainable_only=True). Pass that again, and load the "
                 "base model before fit."
             )
-        self._model.load_state_dict(tensors, strict=not missing)
+        self.model.load_state_dict(tensors, strict=not missing)
         state = files.load_state(saved.path)
         for name in _PROGRESS:
-            setattr(self._context.progress, name, state["progress"][name])
+            setattr(self.context.progress, name, state["progress"][name])
         return state
 
     def restore_rest(
@@ -150,7 +150,7 @@ class RunState:
 
         Ranks: all, local.
         """
-        context = self._context
+        context = self.context
         self._optimizer.load_state_dict(state["optimizer"])
         _undo_casts(self._optimizer, state["optimizer"])
         self._precision.load_state_dict(state["precision"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,8 @@ class Context:
     loss_scaled: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     _outbox: Outbox = field(default_factory=Outbox, repr=False)
-    _engine: Engine | None = field(default=None, repr=False)
+    #: Weak: the engine holds this context.
+    _engine: Callable[[], Engine | None] = field(default=lambda: None, repr=False)
 
     def log(self, name: str, value: Number, reduce: Reduce = "mean") -> None:
         """Keeps a value; all values are reported as one number at the next sync point.
@@ -148,9 +150,9 @@ class Context:
         Ranks: all, local, unless the loss function communicates.
         """
         with self._outbox.closed():
-            if self._engine is None:
+            if (engine := self._engine()) is None:
                 raise _too_early("loss_of")
-            return self._engine.loss_of(self, batch)
+            return engine.loss_of(self, batch)
 
     def gradients(self) -> list[Tensor]:
         """In ``on_grads_ready``: tensors that hold all gradients, and otherwise zeros only.
@@ -163,9 +165,9 @@ class Context:
 
         Ranks: all, local; the gradients are equal on all ranks.
         """
-        if self._engine is None:
+        if (engine := self._engine()) is None:
             raise _too_early("gradients")
-        return self._engine.gradients()
+        return engine.gradients()
 
     def gradient_norm(self) -> Tensor:
         """In ``on_grads_ready``: the joint Euclidean norm of all gradients, 0-dim.
@@ -175,9 +177,9 @@ class Context:
 
         Ranks: all, local; equal on all ranks.
         """
-        if self._engine is None:
+        if (engine := self._engine()) is None:
             raise _too_early("gradient_norm")
-        return self._engine.gradient_norm()
+        return engine.gradient_norm()
 
 
 def _too_early(what: str) -> ConfigError:

@@ -1,19 +1,19 @@
 """One step of training: what a rank does with a micro-batch, and how ranks agree on it."""
 
 from dtrain.step.arriving import Arriving
-from dtrain.step.evaluation import evaluate
+from dtrain.step.engine import Engine
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Heard, Lane, LaneSilent, Verdict
 from dtrain.step.micro_step import LossFn, MicroStep, UserLoss, adapt, as_loss
 from dtrain.step.optimizer import check_optimizer, takes_a_veto
 from dtrain.step.precision import (
     Autocast,
-    Factor,
     Precision,
     PrecisionSlot,
     ScaledAutocast,
 )
 from dtrain.step.result import Gate, StepResult
+from dtrain.step.strategy import Strategy, joint_norm
 from dtrain.step.votes import Agreed, Agreement
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "Agreement",
     "Arriving",
     "Autocast",
-    "Factor",
+    "Engine",
     "Gate",
     "Gathers",
     "Heard",
@@ -33,11 +33,12 @@ __all__ = [
     "PrecisionSlot",
     "ScaledAutocast",
     "StepResult",
+    "Strategy",
     "UserLoss",
     "Verdict",
     "adapt",
     "as_loss",
     "check_optimizer",
-    "evaluate",
+    "joint_norm",
     "takes_a_veto",
 ]

@@ -48,6 +48,11 @@ class Slot(IntEnum):
     LEAVING = 14  # ranks that cannot finish the step because the job is being ended
 
 
+# Where these are among the counts.
+_ERROR, _FED = Slot.ERROR - Slot.STOP, Slot.FED - Slot.STOP
+_STARVED, _LEAVING = Slot.STARVED - Slot.STOP, Slot.LEAVING - Slot.STOP
+
+
 class Verdict(NamedTuple):
     """What all ranks said in a step. Equal on all of them.
 
@@ -65,6 +70,7 @@ class Verdict(NamedTuple):
     loss_mean: float
     factor: float
     samples: int
+    undone: bool
     # From here on in the order of the slots.
     stop: int
     save: int
@@ -76,7 +82,6 @@ class Verdict(NamedTuple):
     ending: int
     starved: int
     leaving: int
-    undone: bool = False
 
 
 class LaneSilent(DtrainError):
@@ -300,15 +305,14 @@ class Heard:
             samples, samples_256, *counts = [round(mean * size) if mean else 0 for mean in said]
             if abs(share - 1) <= self._rounding:
                 share = 1.0
-            verdict = Verdict(
+            self._verdict = Verdict(
                 share * self._reference * size,
                 loss / share if share > 0 else math.nan,
                 1.0 / share if share > 0 else 0.0,
                 samples + 256 * samples_256,
+                not counts[_FED] or counts[_ERROR] + counts[_STARVED] + counts[_LEAVING] > 0,
                 *counts,
             )
-            undone = verdict.errors or verdict.starved or verdict.leaving or not verdict.fed
-            self._verdict = verdict._replace(undone=True) if undone else verdict
         return self._verdict
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dtrain.errors import ConfigError
-from dtrain.strategies.base import Strategy
+from dtrain.step import Strategy
 from dtrain.strategies.ddp import DDP
 from dtrain.strategies.flat import Flat, unsuited
 

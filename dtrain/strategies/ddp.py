@@ -22,8 +22,7 @@ from dtrain.distributed import (
     World,
 )
 from dtrain.errors import ConfigError
-from dtrain.step import MicroStep
-from dtrain.strategies.base import joint_norm
+from dtrain.step import MicroStep, joint_norm
 from dtrain.strategies.replicated import Replicated
 
 # 2.13 renamed the argument; 2.11 has only the old name.

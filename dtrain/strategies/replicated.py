@@ -15,8 +15,7 @@ from dtrain.distributed import (
     digest_of,
 )
 from dtrain.errors import RankMismatch, UnusedParameters
-from dtrain.step import Heard, LaneSilent, MicroStep
-from dtrain.strategies.base import Strategy
+from dtrain.step import Heard, LaneSilent, MicroStep, Strategy
 
 
 class Replicated(Strategy):

@@ -174,7 +174,7 @@ def train(run_dir, harms=None, *, cures=None, **options):
 
         def do(ctx):
             if name == "cure":
-                trainer._saver.finish()  # not before the harm is done
+                trainer._files.saver.finish()  # not before the harm is done
             WAYS[what](ctx, argument)
 
         return Harm(name, hook, nth, do)

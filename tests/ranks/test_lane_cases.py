@@ -209,7 +209,7 @@ def resumed_in_half_precision(folder):
                 [MixedPrecision("fp16"), Checkpoint()], loss=loss_fn, run_dir=folder / name
             )
             run.fit(tiny.dataset(), batch_size=24, max_steps=stop)
-        found.append((tiny.digest(run.model), run._lane.expected))
+        found.append((tiny.digest(run.model), run._engine.lane.expected))
     return found
 
 

@@ -55,7 +55,7 @@ def held_up(run_dir):
     watches = Watches(run_dir, 7, gate.set)
     trainer = tiny.trainer([Checkpoint(every_steps=4), watches], run_dir=run_dir)
     trainer.fit(tiny.dataset(), batch_size=16, max_steps=STEPS)
-    return watches.there, trainer._saver.failures
+    return watches.there, trainer._files.saver.failures
 
 
 def in_turn(run_dir):
@@ -122,7 +122,7 @@ def slow_on_rank_0(run_dir):
     saves = [Checkpoint(every_steps=4)]
     trainer = tiny.trainer(saves, run_dir=run_dir, hang_after_s=1.0)
     trainer.fit(tiny.dataset(), batch_size=16, max_steps=4)
-    return trainer._saver.failures
+    return trainer._files.saver.failures
 
 
 def test_ranks_wait_for_one_that_writes_for_long(tmp_path):

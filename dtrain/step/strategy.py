@@ -12,7 +12,8 @@ from dtrain.context import Step
 from dtrain.data import StepFeed
 from dtrain.distributed import World
 from dtrain.errors import UnusedParameters
-from dtrain.step import Heard, MicroStep
+from dtrain.step.lane import Heard
+from dtrain.step.micro_step import MicroStep
 
 
 class Strategy(ABC):

@@ -1,0 +1,277 @@
+"""The files of a run: its folder, its checkpoints, and the word on where it stands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dtrain.checkpoint import format as files
+from dtrain.checkpoint import status
+from dtrain.checkpoint.format import Saved
+from dtrain.checkpoint.run_lock import RunLock
+from dtrain.checkpoint.run_state import RunState
+from dtrain.checkpoint.saver import Saver
+from dtrain.checkpoint.status import Failures, ResumeMode, Status
+from dtrain.context import Progress
+from dtrain.distributed import SAVING, World, share_buffers
+from dtrain.errors import ConfigError, CrashLoop, DtrainError, RunTaken
+
+#: How long a failed run waits for the checkpoint under way, in seconds.
+_LAST_CHANCE_S = 2.0
+
+LoopState = dict[str, Any]
+DataState = dict[str, Any] | None
+
+
+class RunFiles:
+    """All that a run leaves in ``run_dir``; without one, nothing is written.
+
+    In order: :meth:`find` (or :meth:`take_again`, where the run goes on in memory), :meth:`open`,
+    :meth:`start`, any number of :meth:`save`, then :meth:`finish` or :meth:`save_emergency` and
+    :meth:`fail`, and :meth:`release` in any case.
+
+    Args:
+        run_dir: the run's folder, or None.
+        world: which rank, and the way to the others.
+        run_state: what checkpoints hold; its ``fingerprint`` is set before :meth:`find`.
+    """
+
+    def __init__(self, run_dir: Path | None, world: World, run_state: RunState) -> None:
+        #: Writes checkpoints, and knows which could not be written.
+        self.saver = Saver(world)
+        self._run_dir = run_dir
+        self._world = world
+        self._run_state = run_state
+        self._slot = run_state.slot
+        self._progress = run_state.context.progress
+        self._failures = Failures()  # of earlier starts; known on rank 0
+
+    def find(self, mode: ResumeMode, *, epochs: int | None, max_steps: int | None) -> Saved | None:
+        """Takes the run's folder, and returns the checkpoint to go on from, if any.
+
+        What was decided is told to the user.
+
+        Args:
+            mode: whether to go on; see ``Trainer.fit``.
+            epochs: how many epochs the run is to have in all, if it counts them.
+            max_steps: how many steps, if it counts them.
+
+        Raises:
+            ConfigError: there is no such mode, or it needs a ``run_dir``, which cannot be written.
+            ResumeError: the run that is there cannot be continued as asked.
+            RunTaken: another start of the run is alive.
+            CrashLoop: too many starts in a row came no further.
+
+        Ranks: all, communicates.
+        """
+        run_dir, run_state = self._run_dir, self._run_state
+        status.check_mode(mode)
+        if run_dir is None:
+            if mode == "must":
+                raise ConfigError("resume='must' needs a run_dir to resume from")
+            return None
+
+        def look() -> status.Decision:
+            status.prepare(run_dir)
+            self.saver.run_lock = RunLock(run_dir)
+            self.saver.run_lock.take()
+            decision = status.decide(
+                run_dir, mode, run_state.fingerprint, epochs=epochs, max_steps=max_steps
+            )
+            before = decision.before
+            try:
+                self._failures = status.failures_before(before, restarted=self._world.restarted)
+            except CrashLoop as loop:
+                if before is not None:
+                    status.write(run_dir, replace(before, requeue=False))
+                sys.stderr.write(f"dtrain: {loop}\n")  # a SystemExit is not printed
+                raise
+            return decision
+
+        decision = self._world.comm.on_main("resume", look)
+        for note in decision.notes:
+            run_state.context.say(note)
+        return decision.saved
+
+    def take_again(self) -> None:
+        """Takes the run's folder for a further ``fit``, which goes on in memory.
+
+        Raises:
+            RunTaken: somebody else wrote there meanwhile, or does.
+
+        Ranks: all, communicates.
+        """
+        if self._run_dir is not None:
+            lock = self.saver.run_lock
+            self._world.comm.on_main("run lock", lambda: lock and lock.take_again())
+
+    def open(self) -> None:
+        """Makes it possible to write checkpoints beside the training, if that is wanted.
+
+        Ranks: all, communicates.
+        """
+        if self._saves_beside:
+            self.saver.open()
+
+    def start(self) -> None:
+        """Writes that the run is under way, and the user's settings.
+
+        Ranks: all, communicates.
+        """
+
+        def write() -> None:
+            self._write_status("running")
+            if self._run_dir is not None and self._run_state.config:
+                text = json.dumps(self._run_state.config, indent=1) + "\n"
+                (self._run_dir / "config.json").write_text(text)
+
+        self._world.comm.on_main("status", write)
+
+    def save(self, loop_state: LoopState, data_state: DataState) -> None:
+        """Makes a checkpoint, then deletes what need not be kept.
+
+        Raises:
+            RunTaken: on rank 0; another start of the run writes there now.
+            CheckpointError: something cannot be saved at all.
+
+        Ranks: all, communicates.
+        """
+        if isinstance(self.saver.failure, RunTaken):  # on rank 0; the others are told
+            raise self.saver.failure
+        comm, run_state = self._world.comm, self._run_state
+        if self._run_dir is None:
+            run_state.context.say(
+                "a checkpoint was asked for, but the Trainer has no run_dir: none is made"
+            )
+            comm.barrier("nothing to save")
+            return
+        folder = self._run_dir / "checkpoints"
+        at = replace(self._progress)  # as it is now
+
+        def tidy() -> None:
+            if self._slot is not None:
+                # Later ones are of an earlier start, and damaged, or we had begun there.
+                saved = [(s.step, s.metrics) for s in files.listed(folder) if s.step <= at.step]
+                for step in self._slot.prune(saved):
+                    files.remove(folder, step)
+            self._write_status("running", at=at)
+
+        share_buffers(run_state.model, comm)
+        content = run_state.take(loop_state, data_state)
+        self.saver.save(folder, content, then=tidy, wait=not self._saves_beside)
+
+    def save_emergency(
+        self,
+        loop_state: Callable[[], LoopState],
+        data_state: Callable[[], DataState],
+        *,
+        failed_here: bool,
+        error: BaseException,
+    ) -> None:
+        """Saves what was there before a failed step; all ranks come here from the same step.
+
+        Nothing of that step was applied. Only random streams have moved on.
+
+        Args:
+            loop_state: returns the loop's own state.
+            data_state: returns where this rank's stream of data is.
+            failed_here: the step failed because of this rank.
+            error: what ``fit`` is to raise; a note on it says what was saved, or why not.
+
+        Ranks: all, communicates.
+        """
+        if self._run_dir is None:
+            return
+        folder = self._run_dir / status.EMERGENCY
+        step = self._progress.step
+        comm = self._world.comm
+        comm.activity.enter(SAVING)
+
+        def tidy() -> None:
+            for older in files.listed(folder):
+                if older.step != step:
+                    files.remove(folder, older.step)
+
+        try:
+            with comm.lockstep("saving what was before the failed step"):
+                share_buffers(self._run_state.model, comm)
+                # Whose step failed may have a broken device; others write what is there of it.
+                healthy = comm.gather_objects("who failed", not failed_here)
+                content = self._run_state.take(
+                    loop_state(), data_state(), device_is_well=not failed_here
+                )
+                sharers = [rank for rank, well in enumerate(healthy) if well]
+                self.saver.save(folder, content, then=tidy, wait=True, sharers=sharers or None)
+            if self.saver.failure is not None:
+                raise self.saver.failure
+            if self._world.is_main:
+                error.add_note(
+                    f"(the state before step {step} is saved in {folder}: once the cause is "
+                    "mended, fit(resume='emergency') continues from it)"
+                )
+        except (DtrainError, RuntimeError, OSError) as another:
+            error.add_note(f"(the state before the failed step could not be saved: {another})")
+
+    def finish(self, state: status.State, reason: str) -> None:
+        """Writes how the run ended.
+
+        Ranks: all, communicates.
+        """
+        self._world.comm.on_main("status", lambda: self._write_status(state, reason))
+
+    def fail(self, error: BaseException, cause: BaseException | None) -> None:
+        """Ends the checkpoint under way, and writes that the run failed, and why.
+
+        Args:
+            error: what was raised; a note on it says if the status could not be written.
+            cause: what it was raised for, if that is another's failure.
+
+        Ranks: all, local; other ranks may be gone.
+        """
+        self.saver.leave(_LAST_CHANCE_S)
+        if not self._world.is_main or isinstance(error, RunTaken):
+            return
+        told = cause or error
+        try:
+            self._write_status("failed", f"{type(told).__name__}: {told}")
+        except DtrainError as another:
+            error.add_note(f"({another})")
+
+    def release(self) -> None:
+        """Lets another start of the run begin; a second call does nothing.
+
+        Ranks: all, local.
+        """
+        if self.saver.run_lock is not None:
+            self.saver.run_lock.release()
+
+    @property
+    def _saves_beside(self) -> bool:
+        return self._slot is not None and self._slot.background
+
+    def _write_status(
+        self, state: status.State, reason: str = "", *, at: Progress | None = None
+    ) -> None:
+        if self._run_dir is None:
+            return
+        if self.saver.run_lock is not None:
+            self.saver.run_lock.check()
+        at = at or self._progress
+        failures = self._failures.then(at.step) if state == "failed" else self._failures
+        status.write(
+            self._run_dir,
+            Status(
+                state,
+                reason,
+                at.step,
+                at.epoch,
+                fingerprint=self._run_state.fingerprint,
+                failed_at=failures.at,
+                failures=failures.count,
+                requeue=not failures.is_loop,
+            ),
+        )

@@ -1,0 +1,56 @@
+"""Training figures, from one report to the next."""
+
+from __future__ import annotations
+
+from dtrain.context import Outbox, Step
+from dtrain.distributed import Comm
+from dtrain.metrics import Means
+from dtrain.step.lane import Verdict
+from dtrain.watchdog import SECONDS_METRIC, StragglerClock
+
+
+class Figures:
+    """Adds up what steps say, and agrees on it.
+
+    Args:
+        means: of the loss function's metrics.
+        outbox: what callbacks have logged.
+        clock: how long this rank's own work takes.
+
+    Ranks: all.
+    """
+
+    def __init__(self, means: Means, outbox: Outbox, clock: StragglerClock) -> None:
+        self._means = means
+        self._outbox = outbox
+        self._clock = clock
+        self._loss_sum = self._weight = 0.0  # agreed
+
+    @property
+    def are_new(self) -> bool:
+        """Whether a step has counted since the last report; equal on all ranks."""
+        return bool(self._weight)
+
+    def count(self, step: Step, verdict: Verdict) -> None:
+        """Adds a step's loss.
+
+        Ranks: all, local.
+        """
+        # A step that was left out for its loss must not make the whole report's loss NaN.
+        if verdict.weight > 0 and not (step.vetoed and verdict.nonfinite):
+            self._loss_sum += verdict.loss_mean * verdict.weight
+            self._weight += verdict.weight
+
+    def agree(self, comm: Comm) -> tuple[dict[str, float], str]:
+        """Returns figures since the last report, and who holds up the others, if somebody does.
+
+        Ranks: all, communicates.
+        """
+        for name, logged in self._outbox.logged.items():
+            self._means.add_logged(name, logged.values, logged.reduce)
+        self._outbox.logged.clear()
+        values = {"train/loss": self._loss_sum / self._weight} if self._weight else {}
+        self._loss_sum = self._weight = 0.0
+        self._means.add(SECONDS_METRIC, self._clock.seconds, 1)
+        values |= self._means.agree(comm)
+        return values, self._clock.compare(values.pop(SECONDS_METRIC))
