@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from operator import is_
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,9 @@ class DDP(Replicated):
             return
         self._forget_gradients()
         if self._ddp is None:
-            world.at_close(self._release)
+            # Weakly: the world outlives the model.
+            release = WeakMethod(self._release)
+            world.at_close(lambda: (method := release()) and method())
         options: dict[str, Any] = {_SYNC_BUFFERS: False}
         self._ddp = world.gradients.data_parallel(
             micro_step,
