@@ -1,11 +1,28 @@
 """dtrain: a small training loop for PyTorch that behaves on a thousand ranks as on one."""
 
 from dtrain.callback import Callback
-from dtrain.checkpoint import export_model, load_model
-from dtrain.context import Context, Loss, Mean, Progress, Step
+from dtrain.checkpoint import ResumeMode, export_model, load_model
+from dtrain.context import Context, Loss, Mean, Number, Progress, Reduce, Request, Shown, Step
 from dtrain.data import Data
-from dtrain.distributed import World, init, on_main
-from dtrain.errors import DtrainError
+from dtrain.distributed import Comm, World, init, on_main
+from dtrain.errors import (
+    CheckError,
+    CheckpointError,
+    CommError,
+    ConfigError,
+    CrashLoop,
+    DataError,
+    DtrainError,
+    HangError,
+    LaunchError,
+    LossError,
+    RankMismatch,
+    RemoteError,
+    ResumeError,
+    RunTaken,
+    SinkError,
+    UnusedParameters,
+)
 from dtrain.sinks import Report, Sink
 from dtrain.trainer import FitResult, Trainer
 from dtrain.trials import Equivalence, check_equivalence
@@ -14,18 +31,39 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Callback",
+    "CheckError",
+    "CheckpointError",
+    "Comm",
+    "CommError",
+    "ConfigError",
     "Context",
+    "CrashLoop",
     "Data",
+    "DataError",
     "DtrainError",
     "Equivalence",
     "FitResult",
+    "HangError",
+    "LaunchError",
     "Loss",
+    "LossError",
     "Mean",
+    "Number",
     "Progress",
+    "RankMismatch",
+    "Reduce",
+    "RemoteError",
     "Report",
+    "Request",
+    "ResumeError",
+    "ResumeMode",
+    "RunTaken",
+    "Shown",
     "Sink",
+    "SinkError",
     "Step",
     "Trainer",
+    "UnusedParameters",
     "World",
     "check_equivalence",
     "export_model",

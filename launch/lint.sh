@@ -21,6 +21,7 @@ check "mypy --strict" "$python" -m mypy --strict
 check "imports" "$python" -c 'from importlinter.cli import lint_imports_command as run; run()' \
     --no-logo
 check "torch.distributed" "$python" tools/check_imports.py
+check "picture of the rooms" "$python" tools/draw_rooms.py --check
 
 if [[ ${#failed[@]} -gt 0 ]]; then
     printf '\nlint failed:%s\n' "$(printf ' [%s]' "${failed[@]}")" >&2
