@@ -20,6 +20,8 @@ class Strategy(ABC):
     """How gradients of different ranks meet. The loop knows only this.
 
     In a step the loop calls :meth:`run` for each micro-batch, then :meth:`heard`.
+
+    Ranks: all; local where a method does not say otherwise.
     """
 
     #: True where the reduction itself looks for parameters that no gradient reached.
@@ -28,22 +30,10 @@ class Strategy(ABC):
     may_idle = True
 
     def check(self, *, accumulates: bool) -> None:  # noqa: B027 -- most have nothing to refuse
-        """Refuses what cannot work with this strategy.
-
-        Args:
-            accumulates: whether a step may have more than one micro-batch.
-
-        Raises:
-            ConfigError: says what cannot work, and what to do.
-
-        Ranks: all, local.
-        """
+        """Raises ConfigError for what cannot work, such as steps of several micro-batches."""
 
     def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
-        """Returns the model, changed in place where the strategy needs it.
-
-        Ranks: all, local.
-        """
+        """Returns the model, changed in place where the strategy needs it."""
         return model
 
     def describe(self) -> str:
@@ -76,10 +66,7 @@ class Strategy(ABC):
         """
 
     def clear(self, optimizer: Optimizer) -> None:
-        """Forgets the gradients of the step before.
-
-        Ranks: all, local.
-        """
+        """Forgets the gradients of the step before."""
         optimizer.zero_grad(set_to_none=True)
 
     @abstractmethod
@@ -95,8 +82,6 @@ class Strategy(ABC):
 
         Raises:
             UnusedParameters: names parameters whose gradients never arrived.
-
-        Ranks: all, local.
         """
 
     @abstractmethod
@@ -105,33 +90,19 @@ class Strategy(ABC):
 
         What is done to them in place is done to the gradients; so a strategy that keeps them in
         few tensors returns those.
-
-        Ranks: all, local.
         """
 
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
-        """Returns the joint Euclidean norm of the gradients, 0-dim; nobody waits for it.
-
-        Ranks: all, local.
-        """
+        """Returns the joint Euclidean norm of the gradients, 0-dim; nobody waits for it."""
         return joint_norm(self.gradients(optimizer))
 
     @abstractmethod
     def check_arrived(self) -> None:
-        """Looks whether each parameter has a gradient, where nobody waits for what is heard.
-
-        Raises:
-            UnusedParameters: names those that have none.
-
-        Ranks: all, local.
-        """
+        """Raises UnusedParameters for those without a gradient, where nobody waits for the lane."""
 
     @abstractmethod
     def unused(self) -> UnusedParameters:
-        """Returns the error for a step that turns out to have met no other rank's.
-
-        Ranks: all, local.
-        """
+        """Returns the error for a step that turns out to have met no other rank's."""
 
 
 def joint_norm(grads: list[Tensor]) -> Tensor:

@@ -16,12 +16,7 @@ from torch.optim import Optimizer
 
 from dtrain.context import Step
 from dtrain.data import NO_DATA, StepFeed
-from dtrain.distributed import (
-    BACKWARD,
-    OWN_BACKWARD,
-    DataParallel,
-    World,
-)
+from dtrain.distributed import BACKWARD, OWN_BACKWARD, DataParallel, World
 from dtrain.errors import ConfigError
 from dtrain.step import MicroStep, joint_norm
 from dtrain.strategies.replicated import Replicated
@@ -79,8 +74,6 @@ class DDP(Replicated):
 
         Raises:
             ConfigError: both were asked for.
-
-        Ranks: all, local.
         """
         if self._static_graph and accumulates:
             raise ConfigError(
@@ -93,8 +86,6 @@ class DDP(Replicated):
 
         Raises:
             ConfigError: SyncBatchNorm on the CPU.
-
-        Ranks: all, local.
         """
         if world.size > 1 and world.device.type == "cpu":
             has_sync = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
@@ -111,10 +102,7 @@ class DDP(Replicated):
         return model
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
-        """Wraps the micro-step, where there is another rank.
-
-        Ranks: all, communicates.
-        """
+        """Wraps the micro-step, where there is another rank."""
         self._take(micro_step, world)
         if world.size == 1:
             return
@@ -164,10 +152,7 @@ class DDP(Replicated):
         self._gradients, self._places, self._joined = [], [], []
 
     def run(self, step: Step, feed: StepFeed, last: bool) -> None:
-        """Runs forward and backward; gradients are reduced in the last micro-batch.
-
-        Ranks: all; communicates where ``last``.
-        """
+        """Runs forward and backward; gradients are reduced in the last micro-batch."""
         assert self._micro_step is not None, "wrap() comes first"
         forward = self._micro_step if self._ddp is None else self._ddp
         if last:
@@ -183,10 +168,7 @@ class DDP(Replicated):
                 torch.autograd.backward(terms)
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
-        """Returns the stretches of buckets that gradients fill: a few tensors instead of many.
-
-        Ranks: all, local.
-        """
+        """Returns the stretches of buckets that gradients fill: a few tensors instead of many."""
         grads = super().gradients(optimizer)
         if self._ddp is None:
             return grads
@@ -203,19 +185,11 @@ class DDP(Replicated):
         """Returns the joint Euclidean norm of the gradients, 0-dim.
 
         Parameter by parameter: so it has the bits that it has in a hand-written loop.
-
-        Ranks: all, local.
         """
         return joint_norm(super().gradients(optimizer))
 
     def check_arrived(self) -> None:
-        """Looks whether each parameter has a gradient.
-
-        Raises:
-            UnusedParameters: names those that have none.
-
-        Ranks: all, local.
-        """
+        """Looks whether each parameter has a gradient."""
         if not self.find_unused:
             self._check_gradients()
 

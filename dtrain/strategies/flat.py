@@ -13,11 +13,7 @@ from torch.optim import Optimizer
 
 from dtrain.context import Step
 from dtrain.data import StepFeed
-from dtrain.distributed import (
-    BACKWARD,
-    OWN_BACKWARD,
-    World,
-)
+from dtrain.distributed import BACKWARD, OWN_BACKWARD, World
 from dtrain.errors import ConfigError
 from dtrain.step import MicroStep
 from dtrain.strategies.replicated import Replicated
@@ -50,18 +46,13 @@ class Flat(Replicated):
 
         Raises:
             ConfigError: sparse gradients, or ranks that wait for one another inside of the model.
-
-        Ranks: all, local.
         """
         if why := unsuited(model):
             raise ConfigError(f"strategy='flat' cannot train this model: {why}. Use 'ddp'.")
         return model
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
-        """Makes the flat tensors.
-
-        Ranks: all, local.
-        """
+        """Makes the flat tensors."""
         self._take(micro_step, world)
         if world.size > 1:
             world.gradients.check_own(micro_step)
@@ -92,10 +83,7 @@ class Flat(Replicated):
         return f"gradients: one reduction after backward ({megabytes:.3g} MB; strategy='flat')"
 
     def run(self, step: Step, feed: StepFeed, last: bool) -> None:
-        """Runs forward and backward; gradients are reduced after the last micro-batch.
-
-        Ranks: all; communicates where ``last``.
-        """
+        """Runs forward and backward; gradients are reduced after the last micro-batch."""
         micro_step = self._micro_step
         assert micro_step is not None, "wrap() comes first"
         if step.micro == 0:
@@ -173,16 +161,10 @@ class Flat(Replicated):
         return True  # they are looked through before they are reduced
 
     def check_arrived(self) -> None:
-        """Does nothing: gradients were looked through before they were reduced.
-
-        Ranks: all, local.
-        """
+        """Does nothing: gradients were looked through before they were reduced."""
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
-        """Returns the flat tensors, as long as the gradients are views into them.
-
-        Ranks: all, local.
-        """
+        """Returns the flat tensors, as long as the gradients are views into them."""
         if self._holds_all(optimizer) and all(flat.is_handed_out() for flat in self._flats):
             return [flat.gradients for flat in self._flats if flat.params]
         return super().gradients(optimizer)
@@ -270,10 +252,7 @@ class _Flat:
 
 
 def unsuited(model: nn.Module) -> str:
-    """Returns why a model cannot be trained with :class:`Flat`, or nothing.
-
-    Ranks: all, local.
-    """
+    """Returns why a model cannot be trained with :class:`Flat`, or nothing."""
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             return f"ranks wait for one another in {name or 'it'} (SyncBatchNorm)"

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.distributed import (
-    Activity,
-    World,
-    digest_of,
-)
+from dtrain.distributed import Activity, World, digest_of
 from dtrain.errors import RankMismatch, UnusedParameters
 from dtrain.step import Heard, LaneSilent, MicroStep, Strategy
 
@@ -32,10 +28,7 @@ class Replicated(Strategy):
         self._checked = False
 
     def make_equal(self, model: nn.Module, world: World) -> bool:
-        """Gives all ranks rank 0's parameters and buffers; returns whether any differed here.
-
-        Ranks: all, communicates.
-        """
+        """Gives all ranks rank 0's parameters and buffers; returns whether any differed here."""
         if world.size == 1:
             return False
         differed = False
@@ -82,10 +75,7 @@ class Replicated(Strategy):
         self.wrap(self._micro_step, self._world)
 
     def clear(self, optimizer: Optimizer) -> None:
-        """Forgets the gradients of the step before, those that the optimizer does not have, too.
-
-        Ranks: all, local.
-        """
+        """Forgets the gradients of the step before, those that the optimizer does not have, too."""
         assert self._micro_step is not None, "wrap() comes first"
         for p in self._micro_step.trainable:
             p.grad = None
@@ -96,13 +86,7 @@ class Replicated(Strategy):
             optimizer.zero_grad(set_to_none=True)  # it may do more
 
     def heard(self) -> Heard:
-        """Returns what all ranks said in the step.
-
-        Raises:
-            UnusedParameters: names parameters whose gradients never arrived.
-
-        Ranks: all, local.
-        """
+        """Returns what all ranks said in the step."""
         assert self._micro_step is not None, "wrap() comes first"
         try:
             heard = self._micro_step.lane.listen(self._reduced())
@@ -124,10 +108,7 @@ class Replicated(Strategy):
         """Says whether a step could not have come so far without a gradient of each parameter."""
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
-        """Returns the gradient of each of the optimizer's parameters that has one.
-
-        Ranks: all, local.
-        """
+        """Returns the gradient of each of the optimizer's parameters that has one."""
         groups = optimizer.param_groups
         return [g for group in groups for p in group["params"] if (g := p.grad) is not None]
 
@@ -137,10 +118,7 @@ class Replicated(Strategy):
             raise self.unused()
 
     def unused(self) -> UnusedParameters:
-        """Names the parameters whose gradients never arrived.
-
-        Ranks: all, local.
-        """
+        """Names the parameters whose gradients never arrived."""
         assert self._micro_step is not None
         named = self._micro_step.model.named_parameters()
         names = [name for name, p in named if p.requires_grad and p.grad is None]
