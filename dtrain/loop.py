@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,16 +17,11 @@ from dtrain.callback import Callback
 from dtrain.checkpoint import CheckpointSlot, RunFiles
 from dtrain.context import Context, Step
 from dtrain.data import Feed, StepFeed
-from dtrain.distributed import ARRIVAL, BETWEEN, EVALUATION, METRICS, SAVING, UPDATE, Phase
+from dtrain.distributed import ARRIVAL, EVALUATION, METRICS, SAVING, UPDATE
 from dtrain.errors import DataError, RemoteError
 from dtrain.plan import ALL_EPOCHS, MAX_STEPS, Plan
 from dtrain.sinks import History
-from dtrain.step import Agreed, Engine, Gate, StepResult, Verdict
-
-EPOCH_START = Phase("the start of an epoch", slow=True)
-EPOCH_END = Phase("the end of an epoch", slow=True)
-SETTLING = Phase("settling requests", slow=True)
-FIT_END = Phase("the end of fit", slow=True)
+from dtrain.step import EPOCH_END, EPOCH_START, FIT_END, SETTLING, Agreed, Engine, Gate, StepResult
 
 
 @dataclass
@@ -57,13 +51,12 @@ class Loop:
     epoch_is_cut: bool = False
 
     def __post_init__(self) -> None:
-        self.hooks = self.engine.hooks
+        self.hooks, self.phases = self.engine.hooks, self.engine.phases
         self._saved_at = self._evaluated_at = -1
         #: Steps taken of which nobody has looked yet what became of them, and whether all ranks
         #: had waited for it before the update.
         self._in_flight: deque[tuple[Step, StepResult, bool]] = deque()
         self._save_asked = False
-        self._warned_nonfinite = False
         self._failed_save: Exception | None = None  # the last one that was told of
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,24 +93,10 @@ class Loop:
         if epoch_evaluated:
             self._evaluated_at = progress.step
         at_end = epoch_evaluated or self.epoch_is_cut
-        lost = self.feed.load_state_dict(
-            data,
-            ranks=state["ranks"],
-            epoch=progress.epoch + at_end,
-            step=0 if at_end else progress.step_in_epoch,
-        )
+        epoch, step = progress.epoch + at_end, 0 if at_end else progress.step_in_epoch
+        lost = self.feed.load_state_dict(data, ranks=state["ranks"], epoch=epoch, step=step)
         if lost:
             self.context.say(lost)
-
-    @property
-    def outcome(self) -> tuple[Literal["preempted", "finished"], str]:
-        """How the run ended, and why."""
-        return "preempted" if self.preempted else "finished", self.stop_reason
-
-    @property
-    def failed_here(self) -> bool:
-        """Where all raise in the same step: whether it is because of this rank."""
-        return self.engine.micro_step.trouble is not None
 
     # -- fit --------------------------------------------------------------------------------
 
@@ -136,7 +115,7 @@ class Loop:
         if self.checkpoint is not None or self.preempted:
             self._save_last()
         self._log(final=True)
-        with self._together(FIT_END):
+        with self.phases.together(FIT_END):
             self.hooks.fire(Callback.on_fit_end, self.context)
 
     def _finished(self) -> bool:
@@ -149,7 +128,7 @@ class Loop:
     def _run_epoch(self) -> None:
         progress, context = self.context.progress, self.context
         if not self.epoch_evaluated:
-            with self._together(EPOCH_START):
+            with self.phases.together(EPOCH_START):
                 self.hooks.fire(Callback.on_epoch_start, context)
                 self.engine.strategy.refresh()  # a callback may have frozen something
             for step_feed in self._steps_of_epoch():
@@ -178,7 +157,7 @@ class Loop:
             due = self.checkpoint is not None and self.checkpoint.due_after_epoch(progress)
             if due or self._save_asked:
                 self._save_once()
-        with self._together(EPOCH_END):
+        with self.phases.together(EPOCH_END):
             self.hooks.fire(Callback.on_epoch_end, context)
         self._settle()
         self.epoch_evaluated = self.epoch_is_cut = False
@@ -213,7 +192,7 @@ class Loop:
     def _step(self, feed: StepFeed) -> bool:
         """Takes one global step; returns False where a step had to be left undone."""
         context, progress = self.context, self.context.progress
-        with self._in_step():
+        with self.phases.in_step(progress.step):
             step = Step(number=progress.step, micros=feed.micros)
             result = self._accumulate(step, feed)
             if not self._finish():  # what is in flight: by now it has arrived
@@ -273,31 +252,21 @@ class Loop:
                 progress.step_in_epoch -= 1
             if verdict.errors:
                 self.failed_together = True
-                self._raise_failures()
+                self.engine.raise_failures(self.context.comm)
             if verdict.stop or verdict.save or verdict.preempt:
                 self._heed(self.engine.agreement.carried())
             self.epoch_is_cut = bool(verdict.ending)
             if verdict.undone:
                 return False
             if waited:
-                self._count(step, verdict)
+                self.engine.count(step, verdict, self.context)
                 self.hooks.fire(Callback.on_step_end, self.context, step)
             else:
                 result.arrive()
-                self._count(step, verdict)
+                self.engine.count(step, verdict, self.context)
                 self.hooks.fire_step_end(self.context, step, late=True)
                 self.context.comm.mark_step(progress.step)
         return True
-
-    def _count(self, step: Step, verdict: Verdict) -> None:
-        self.context.progress.samples += verdict.samples
-        self.engine.lane.observe(verdict)
-        self.engine.figures.count(step, verdict)
-        if verdict.nonfinite and not self._warned_nonfinite:
-            self._warned_nonfinite = True
-            self.context.say(f"warning: the loss is not finite at step {step.number}")
-        if verdict.skipped:
-            self.context.log("skipped", verdict.skipped / self.world_size, "sum")
 
     # -- sync points: what is agreed between steps ----------------------------------------------
 
@@ -312,22 +281,18 @@ class Loop:
         if not (final or self.engine.figures.are_new):
             return
         context = self.context
-        with self._together(METRICS):
+        with self.phases.together(METRICS):
             self.history.check()
-            values, straggler = self.engine.figures.agree(context.comm)
-        if straggler:
-            context.say(f"warning: {straggler}")
-        if not values:
-            return
-        values["lr"] = float(context.optimizer.param_groups[0]["lr"])
-        values |= self.engine.precision.values()
-        context.metrics |= values
-        self.history.report("train", values)
+            values = self.engine.figures.agree(context)
+        if values:
+            values |= self.engine.precision.values()
+            context.metrics |= values
+            self.history.report("train", values)
 
     def _evaluate(self) -> None:
         context = self.context
         self._evaluated_at = context.progress.step
-        with self._together(EVALUATION):
+        with self.phases.together(EVALUATION):
             self.hooks.fire(Callback.on_eval_start, context)
             metrics = self.evaluate()
             self.hooks.fire(Callback.on_eval_end, context, metrics)
@@ -345,7 +310,7 @@ class Loop:
         if self._saved_at == step:
             return
         self._log()  # sums since the last report are in no checkpoint, so none may be open
-        with self._together(SAVING):
+        with self.phases.together(SAVING):
             self.hooks.fire(Callback.on_save, self.context)
             if self.saves:
                 self.files.save(self.state_dict(), self.data_state())
@@ -359,7 +324,6 @@ class Loop:
         if (failure := self.files.saver.finish()) is not None:
             mine = None if isinstance(failure, RemoteError) else failure
             self.context.comm.raise_failures("the last checkpoint", mine, "saving a checkpoint")
-        self.context.comm.activity.enter(BETWEEN)
 
     def _retry_failed_save(self) -> None:
         """Asks for another where a checkpoint could not be written; not where that failed, too."""
@@ -380,42 +344,10 @@ class Loop:
     def _settle(self) -> None:
         """Agrees on what was requested since the last backward."""
         self._finish()
-        with self._together(SETTLING):
+        with self.phases.together(SETTLING):
             self._heed(self.engine.agreement.settle())
 
     def _heed(self, agreed: Agreed) -> None:
         self._save_asked |= agreed.save
         self.preempted |= agreed.preempt
         self.stop_reason = self.stop_reason or agreed.stop_reason
-
-    # -- phases: where this rank is, and what becomes of an exception --------------------------
-
-    @contextmanager
-    def _in_step(self) -> Iterator[None]:
-        """Others may be anywhere, so a failure is left where they look for it."""
-        comm, step = self.context.comm, self.context.progress.step
-        comm.mark_step(step)
-        self.engine.clock.begin_step()
-        comm.activity.begin_step(step)
-        with comm.alone(lambda: self.hooks.failed_in or "a training step"):
-            yield
-        self.engine.clock.end_step()
-        comm.activity.end_lap(BETWEEN)
-
-    @contextmanager
-    def _together(self, phase: Phase) -> Iterator[None]:
-        """Ranks meet in the verbs of Comm only, so a failure reaches all of them in the next."""
-        comm = self.context.comm
-        comm.activity.enter(phase)
-        with comm.lockstep(lambda: self.hooks.failed_in or phase.name):
-            yield
-        comm.activity.enter(BETWEEN)
-
-    def _raise_failures(self) -> None:
-        """The lane said that some rank failed; nothing was updated. Raises on every rank."""
-        trouble = self.engine.micro_step.trouble
-        self.context.comm.raise_failures(
-            "failures in a step",
-            None if trouble is None else trouble.error,
-            "" if trouble is None else trouble.where,
-        )

@@ -287,10 +287,11 @@ class Trainer:
                     self._begin(loop, data, dispatcher, resume)
                 loop.run()
                 with comm.lockstep("the end of fit"):
-                    state, reason = loop.outcome
+                    reason = loop.stop_reason
+                    state = "preempted" if loop.preempted else "finished"
                     loop.history.report("end", {}, describe_end(state, self.context, reason))
                     comm.on_main("close sinks", dispatcher.finish)
-                    self._files.finish(state, reason)
+                    self._files.finish(reason, preempted=loop.preempted)
         except BaseException as error:
             cause = self._explain(error)
             self._fail(loop, error, cause)
@@ -474,7 +475,10 @@ class Trainer:
             return
         if loop.failed_together:
             self._files.save_emergency(
-                loop.state_dict, loop.data_state, failed_here=loop.failed_here, error=error
+                loop.state_dict,
+                loop.data_state,
+                failed_here=self._engine.micro_step.trouble is not None,
+                error=error,
             )
         self._files.fail(error, cause)
 

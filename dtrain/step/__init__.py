@@ -6,6 +6,7 @@ from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Heard, Lane, LaneSilent, Verdict
 from dtrain.step.micro_step import LossFn, MicroStep, UserLoss, adapt, as_loss
 from dtrain.step.optimizer import check_optimizer, takes_a_veto
+from dtrain.step.phases import EPOCH_END, EPOCH_START, FIT_END, SETTLING
 from dtrain.step.precision import (
     Autocast,
     Precision,
@@ -17,6 +18,10 @@ from dtrain.step.strategy import Strategy, joint_norm
 from dtrain.step.votes import Agreed, Agreement
 
 __all__ = [
+    "EPOCH_END",
+    "EPOCH_START",
+    "FIT_END",
+    "SETTLING",
     "Agreed",
     "Agreement",
     "Arriving",

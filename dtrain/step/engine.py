@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.callback import Hooks
-from dtrain.context import Context, Loss, Outbox
+from dtrain.context import Context, Loss, Outbox, Step
 from dtrain.data import Feed
-from dtrain.distributed import World, share_buffers
+from dtrain.distributed import Comm, World, share_buffers
 from dtrain.metrics import Means
 from dtrain.step.evaluation import evaluate
 from dtrain.step.figures import Figures
 from dtrain.step.gather_with_grad import Gathers
-from dtrain.step.lane import Lane
+from dtrain.step.lane import Lane, Verdict
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
+from dtrain.step.phases import Phases
 from dtrain.step.precision import Precision
 from dtrain.step.strategy import Strategy
 from dtrain.step.votes import Agreement
@@ -80,11 +81,14 @@ class Engine:
             find_unused=strategy.find_unused,
             may_idle=strategy.may_idle,
         )
+        self.phases = Phases(comm, hooks, self.clock)
         self._loss_fn = loss_fn
         self._eval_fn = eval_fn
         self._eval_gathers = Gathers(comm, rank=rank, size=size)
         self._eval_means: dict[str, Means] = {}
         self._device = world.device
+        self._size = size
+        self._warned_nonfinite = False
 
     def restart(self, weight: float) -> None:
         """Begins a fit.
@@ -97,6 +101,30 @@ class Engine:
         self.micro_step.restart(weight)
         self._means.drop()
         self.hooks.failed_in = ""
+        self._warned_nonfinite = False
+
+    def count(self, step: Step, verdict: Verdict, context: Context) -> None:
+        """Counts a step, of which all ranks know now what became.
+
+        Ranks: all, local.
+        """
+        context.progress.samples += verdict.samples
+        self.lane.observe(verdict)
+        self.figures.count(step, verdict)
+        if verdict.nonfinite and not self._warned_nonfinite:
+            self._warned_nonfinite = True
+            context.say(f"warning: the loss is not finite at step {step.number}")
+        if verdict.skipped:
+            context.log("skipped", verdict.skipped / self._size, "sum")
+
+    def raise_failures(self, comm: Comm) -> None:
+        """Raises on every rank: the lane said that some rank failed; nothing was updated.
+
+        Ranks: all, communicates.
+        """
+        trouble = self.micro_step.trouble
+        error, where = (None, "") if trouble is None else (trouble.error, trouble.where)
+        comm.raise_failures("failures in a step", error, where)
 
     def evaluate(self, feeds: dict[str, Feed], context: Context) -> dict[str, float]:
         """Returns the metrics of each evaluation set, under the name that goes with it.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dtrain.context import Outbox, Step
-from dtrain.distributed import Comm
+from dtrain.context import Context, Outbox, Step
 from dtrain.metrics import Means
 from dtrain.step.lane import Verdict
 from dtrain.watchdog import SECONDS_METRIC, StragglerClock
@@ -41,8 +40,8 @@ class Figures:
             self._loss_sum += verdict.loss_mean * verdict.weight
             self._weight += verdict.weight
 
-    def agree(self, comm: Comm) -> tuple[dict[str, float], str]:
-        """Returns figures since the last report, and who holds up the others, if somebody does.
+    def agree(self, context: Context) -> dict[str, float]:
+        """Returns figures since the last report; says who holds up the others, if somebody does.
 
         Ranks: all, communicates.
         """
@@ -52,5 +51,9 @@ class Figures:
         values = {"train/loss": self._loss_sum / self._weight} if self._weight else {}
         self._loss_sum = self._weight = 0.0
         self._means.add(SECONDS_METRIC, self._clock.seconds, 1)
-        values |= self._means.agree(comm)
-        return values, self._clock.compare(values.pop(SECONDS_METRIC))
+        values |= self._means.agree(context.comm)
+        if straggler := self._clock.compare(values.pop(SECONDS_METRIC)):
+            context.say(f"warning: {straggler}")
+        if values:
+            values["lr"] = float(context.optimizer.param_groups[0]["lr"])
+        return values
