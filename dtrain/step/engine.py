@@ -39,7 +39,7 @@ class Engine:
         outbox: what they have said.
         world: the ranks.
 
-    Ranks: all.
+    Ranks: all; local where a method does not say otherwise.
     """
 
     def __init__(
@@ -104,10 +104,7 @@ class Engine:
         self._warned_nonfinite = False
 
     def count(self, step: Step, verdict: Verdict, context: Context) -> None:
-        """Counts a step, of which all ranks know now what became.
-
-        Ranks: all, local.
-        """
+        """Counts a step, of which all ranks know now what became."""
         context.progress.samples += verdict.samples
         self.lane.observe(verdict)
         self.figures.count(step, verdict)

@@ -16,7 +16,7 @@ class Figures:
         outbox: what callbacks have logged.
         clock: how long this rank's own work takes.
 
-    Ranks: all.
+    Ranks: all; local where a method does not say otherwise.
     """
 
     def __init__(self, means: Means, outbox: Outbox, clock: StragglerClock) -> None:
@@ -31,10 +31,7 @@ class Figures:
         return bool(self._weight)
 
     def count(self, step: Step, verdict: Verdict) -> None:
-        """Adds a step's loss.
-
-        Ranks: all, local.
-        """
+        """Adds a step's loss."""
         # A step that was left out for its loss must not make the whole report's loss NaN.
         if verdict.weight > 0 and not (step.vetoed and verdict.nonfinite):
             self._loss_sum += verdict.loss_mean * verdict.weight

@@ -68,7 +68,7 @@ class Gathers:
         rank: this rank.
         size: the world size.
 
-    Ranks: all.
+    Ranks: all; local where a method does not say otherwise.
     """
 
     def __init__(self, comm: Comm, *, rank: int, size: int) -> None:
@@ -141,10 +141,7 @@ class Gathers:
         return done
 
     def take_ties(self) -> list[Tensor]:
-        """Returns zeros, one for each gather; their backward takes part in that of the others.
-
-        Ranks: all, local.
-        """
+        """Returns zeros, one for each gather; their backward takes part in that of the others."""
         ties, self._ties = self._ties, []
         return ties
 

@@ -35,7 +35,7 @@ class Agreement:
 
     Only counts travel in the lane. Reasons are gathered as text once somebody asked.
 
-    Ranks: all.
+    Ranks: all; local where a method does not say otherwise.
     """
 
     def __init__(self, request: Request, comm: Comm, host: str) -> None:
@@ -45,10 +45,7 @@ class Agreement:
         self._carried: Reasons = {}
 
     def say(self, lane: Lane) -> None:
-        """Puts what is pending into the lane, for the reduction that comes next.
-
-        Ranks: all, local.
-        """
+        """Puts what is pending into the lane, for the reduction that comes next."""
         pending = self._request.pending
         if pending["stop"] or pending["save"] or pending["preempt"]:
             for kind, reasons in self._take().items():
@@ -57,10 +54,7 @@ class Agreement:
                 lane.say(_SLOTS[kind], int(bool(reasons)))
 
     def drop(self) -> None:
-        """Forgets what was requested and not agreed, as after a failure.
-
-        Ranks: all, local.
-        """
+        """Forgets what was requested and not agreed, as after a failure."""
         self._take()
         self._request.skipped.clear()
         self._carried = {}
