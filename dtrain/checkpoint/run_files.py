@@ -106,8 +106,11 @@ class RunFiles:
         Ranks: all, communicates.
         """
         if self._run_dir is not None:
-            lock = self.saver.run_lock
-            self._world.comm.on_main("run lock", lambda: lock and lock.take_again())
+            self._world.comm.on_main("run lock", self._lock_again)
+
+    def _lock_again(self) -> None:
+        if self.saver.run_lock is not None:
+            self.saver.run_lock.take_again()
 
     def open(self) -> None:
         """Makes it possible to write checkpoints beside the training, if that is wanted.
@@ -216,11 +219,12 @@ class RunFiles:
         except (DtrainError, RuntimeError, OSError) as another:
             error.add_note(f"(the state before the failed step could not be saved: {another})")
 
-    def finish(self, state: status.State, reason: str) -> None:
+    def finish(self, reason: str, *, preempted: bool) -> None:
         """Writes how the run ended.
 
         Ranks: all, communicates.
         """
+        state: status.State = "preempted" if preempted else "finished"
         self._world.comm.on_main("status", lambda: self._write_status(state, reason))
 
     def fail(self, error: BaseException, cause: BaseException | None) -> None:
