@@ -103,7 +103,8 @@ def run_outcomes(
     with tempfile.TemporaryDirectory(prefix="dtrain-ranks-") as folder:
         ranks: list[tuple[ForkServerProcess, Connection]] = []
         for rank in range(world_size):
-            variables = _environment(rank, world_size, store.port) | (env or {})
+            variables = rank_environment(rank, world_size, store.port)
+            variables |= {"OMP_NUM_THREADS": "1"} | (env or {})
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
                 target=_run_rank,
@@ -129,6 +130,28 @@ def run_outcomes(
             outcomes.append(_outcome(rank, messages.get(rank), late, process.exitcode, output))
             process.close()
     return outcomes
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Returns the variables that torchrun would give a rank on this machine.
+
+    Args:
+        rank: which.
+        world_size: how many there are.
+        port: of the store where they meet.
+
+    Ranks: none; for whoever starts them.
+    """
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
 
 
 def _ask_where(late: list[ForkServerProcess]) -> None:
@@ -203,20 +226,6 @@ def _pickled(value: Any, error: BaseException | None, trace: str) -> bytes:
         stand_in = DtrainError(f"{type(told).__name__}: {told}")
         message = pickle.dumps((None, stand_in, trace or traceback.format_exc()))
     return message
-
-
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 def _log(folder: str, rank: int) -> Path:

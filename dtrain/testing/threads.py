@@ -1,7 +1,7 @@
 """Ranks for tests as threads of this process: milliseconds instead of a second.
 
 They run the same :class:`~dtrain.Comm`, Trainer and strategy as real ranks; only the transport
-beneath is another (:mod:`dtrain.transport`), and the ranks take turns (:mod:`dtrain.testing.turns`).
+beneath is another, and the ranks take turns (:mod:`dtrain.testing.turns`).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _DTRAIN = str(Path(__file__).resolve().parents[1])
 
 
 class Unreachable(RuntimeError):
-    """Another rank cannot come to a meeting, or not in time; see :class:`dtrain.transport.Transport`."""
+    """Another rank cannot come to a meeting, or not in time."""
 
 
 @dataclass(slots=True)

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from dtrain.cli import app
 from dtrain.errors import CheckError, ConfigError
-from dtrain.trials.drill.drill import Drill, drill
-from dtrain.trials.equivalence.launcher import Launcher
+from dtrain.trials.drill import Drill, drill
+from dtrain.trials.launcher import Launcher
 
 ROOT = Path(__file__).parents[2]
 

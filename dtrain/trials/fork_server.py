@@ -1,10 +1,9 @@
 """Starts ranks quickly: one process imports torch once, and each rank is a fork of it.
 
-    python -m dtrain.trials.equivalence.nursery
-
-It reads a line of JSON from stdin for each launch (``Order``) and answers with one on stdout
-once all its ranks have ended, or were killed for lack of time. When stdin closes, it kills what
-still runs, and leaves: so nothing outlives whoever started it, however that ends.
+It reads a line of JSON from stdin for each launch (:class:`Order`), and once all its ranks have
+ended, or were killed for lack of time, answers with one on stdout: their exit codes (negative for
+a signal), and whether time was over. When stdin closes, it kills what still runs, and leaves: so
+nothing outlives whoever started it, however that ends.
 """
 
 from __future__ import annotations
@@ -18,35 +17,72 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-# What every script needs, and takes long to import. The first optimizer imports _dynamo.
-import torch._dynamo
-
-import dtrain.callbacks
-from dtrain.trials.equivalence.orders import FAILED, Answer, Order
+from dtrain.trials.runner import FAILED, run_script
 
 #: How long ranks go on after one of them has failed: time to say which one, and why.
 GRACE_S = 2.0
 
 
-def serve(orders: TextIO, answers: TextIO) -> None:
-    """Runs launches until ``orders`` ends."""
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A launch.
+
+    Attributes:
+        trial: the module whose ``make_trial(setup, folder)`` each rank calls.
+        setup: for the trial, as JSON.
+        folder: for records; each rank's output goes to ``rank-0.txt`` and so on.
+        script: the file.
+        args: of the script.
+        environments: of each rank, to be added to the server's own.
+        timeout_s: how long it may take, in seconds.
+    """
+
+    trial: str
+    setup: str
+    folder: str
+    script: str
+    args: list[str]
+    environments: list[dict[str, str]]
+    timeout_s: float
+
+    def to_json(self) -> str:
+        """Returns it as one line."""
+        return json.dumps(asdict(self))
+
+
+def main() -> None:
+    """Serves launches; the process of :class:`~dtrain.trials.launcher.Launcher`."""
+    # What scripts need, and takes long to import. The first optimizer imports _dynamo.
+    importlib.import_module("torch._dynamo")
+    importlib.import_module("dtrain.callbacks")
+    # The answers' pipe is kept for itself: what anything prints here goes to stderr.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _serve(sys.stdin, answers)
+    os._exit(0)  # nothing is left to tidy up, and torch takes its time over it
+
+
+def _serve(orders: TextIO, answers: TextIO) -> None:
     for line in iter(orders.readline, ""):
         order = Order(**json.loads(line))
         pids = [_fork(order, rank) for rank in range(len(order.environments))]
         codes: dict[int, int] = {}
         try:
-            answer = _watch(pids, codes, order.timeout_s, orders.fileno())
+            wanted = _watch(pids, codes, order.timeout_s, orders.fileno())
         finally:
             for pid in pids:
                 _kill(pid, ended=pid in codes)
-        if answer is None:
+        if not wanted:
             return
-        answers.write(answer.to_json() + "\n")
+        late = len(codes) < len(pids) and not any(codes.values())
+        json.dump([[codes.get(pid, -signal.SIGKILL) for pid in pids], late], answers)
+        answers.write("\n")
         answers.flush()
 
 
@@ -61,8 +97,8 @@ def _fork(order: Order, rank: int) -> int:
         os.environ.update(order.environments[rank])
         # A rank that is stuck says where, before it is killed.
         faulthandler.dump_traceback_later(order.timeout_s * 0.9, file=2)
-        runner = importlib.import_module(order.runner)
-        code = runner.run_script(order.setup, Path(order.folder), order.script, order.args)
+        trial = importlib.import_module(order.trial).make_trial(order.setup, Path(order.folder))
+        code = run_script(trial, order.script, order.args)
     except BaseException:  # noqa: BLE001 -- a fork must end here, and never go on above
         traceback.print_exc()
     finally:
@@ -78,12 +114,10 @@ def _redirect(log: str) -> None:
         os.dup2(fd, target)
 
 
-def _watch(
-    pids: Sequence[int], codes: dict[int, int], timeout_s: float, orders: int
-) -> Answer | None:
-    """Waits for ranks to end, and takes their exit codes; None if nobody wants the answer."""
+def _watch(pids: Sequence[int], codes: dict[int, int], timeout_s: float, orders: int) -> bool:
+    """Waits for ranks to end, and takes their exit codes; False if nobody wants them any more."""
     deadline = time.monotonic() + timeout_s
-    handles: Mapping[int, int] = {os.pidfd_open(pid): pid for pid in pids}
+    handles = {os.pidfd_open(pid): pid for pid in pids}
     poll = select.poll()
     poll.register(orders, select.POLLIN | select.POLLHUP)
     for handle in handles:
@@ -92,7 +126,7 @@ def _watch(
         while len(codes) < len(pids) and (left := deadline - time.monotonic()) > 0:
             for fd, _ in poll.poll(left * 1000):
                 if fd == orders:
-                    return None  # nothing is ordered while a launch runs: it was closed
+                    return False  # nothing is ordered while a launch runs: it was closed
                 poll.unregister(fd)
                 pid = handles[fd]
                 codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -101,9 +135,7 @@ def _watch(
     finally:
         for handle in handles:
             os.close(handle)
-    failed = any(codes.values())
-    late = len(codes) < len(pids) and not failed
-    return Answer([codes.get(pid, -signal.SIGKILL) for pid in pids], late)
+    return True
 
 
 def _kill(pid: int, *, ended: bool) -> None:
@@ -114,13 +146,3 @@ def _kill(pid: int, *, ended: bool) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # it may not have had a group yet
         os.waitpid(pid, 0)
-
-
-if __name__ == "__main__":
-    assert torch._dynamo  # imported for those who are forked
-    assert dtrain.callbacks
-    # The answers' pipe is kept for itself: what anything prints here goes to stderr.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    serve(sys.stdin, answers)
-    os._exit(0)  # nothing is left to tidy up, and torch takes its time over it

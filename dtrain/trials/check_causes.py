@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from dtrain.trials.equivalence.compare import Tolerance
-from dtrain.trials.equivalence.record import Examined, Record, Results
-from dtrain.trials.equivalence.report import Cause
+from dtrain.trials.check_compare import Tolerance
+from dtrain.trials.check_record import Examined, Record, Results
+from dtrain.trials.check_report import Cause
 
 _SWITCHED = {
     "dropout": (
@@ -44,7 +44,7 @@ def switchable(suspects: Sequence[str], equal_without: bool | None) -> list[Caus
     """Causes that an experiment has switched off.
 
     Args:
-        suspects: names from :data:`~dtrain.trials.equivalence.setup.SWITCHES`, all switched off at once.
+        suspects: names from :data:`~dtrain.trials.check_trial.SWITCHES`, all switched off at once.
         equal_without: the numbers were equal then; None where it could not be tried.
     """
     them = "it" if len(suspects) == 1 else "all of " + ", ".join(suspects)
@@ -57,21 +57,28 @@ def switchable(suspects: Sequence[str], equal_without: bool | None) -> list[Caus
     return [Cause(name, f"{_SWITCHED[name][0]} {tried}", _SWITCHED[name][1]) for name in suspects]
 
 
-def ragged_mean(examined: Examined | None, tolerance: Tolerance) -> Cause | None:
+def drifting(strays: Sequence[int], title: str) -> Cause | None:
+    """Ranks began with the same parameters, and end with others."""
+    if not strays:
+        return None
+    which = ", ".join(str(rank) for rank in strays)
+    return Cause(
+        "ranks that drift apart",
+        f"On {title}, the parameters of rank {which} are no longer those of rank 0. All ranks get "
+        "the same gradients, so something changes gradients, parameters or the optimizer "
+        "otherwise on each rank.",
+        "look for the rank, or random numbers, in on_grads_ready, on_step_end and the optimizer; "
+        "ctx.shared_rng is equal on all ranks.",
+    )
+
+
+def ragged_mean(examined: Examined, tolerance: Tolerance) -> Cause | None:
     """The loss of a batch is not the mean of its parts' losses, weighted as it says."""
-    if examined is None or not examined.tried_parts or _draws(examined):
+    if examined.draws or examined.mean_gap is None or not examined.mean_gap > tolerance.loss:
         return None
-    apart = abs(examined.whole - examined.parts)
-    if not apart > tolerance.loss * abs(examined.whole):
-        return None
-    sizes = " and ".join(str(size) for size in examined.sizes)
-    weights = " and ".join(f"{weight:g}" for weight in examined.weights)
     return Cause(
         "ragged mean",
-        f"The loss of the {sum(examined.sizes)} samples of step {examined.step + 1} is "
-        f"{examined.whole:.6g}. Of the same samples in two parts ({sizes}), the mean weighted as "
-        f"the loss function says ({weights}) is {examined.parts:.6g}. So the loss is no "
-        f"mean over its weight. (In {examined.mode} mode, without dropout.)",
+        examined.mean_evidence,
         "return the weight that the mean is over: dtrain.Loss.from_sum(total, weight=count), with "
         "the count of tokens or pixels that were not masked; or dtrain.Loss(mean, weight=count). "
         "If instead samples see one another (in-batch negatives, statistics or the size of the "
@@ -79,91 +86,46 @@ def ragged_mean(examined: Examined | None, tolerance: Tolerance) -> Cause | None
     )
 
 
-def rank_dependent(twins: Results, examined: Examined | None) -> list[Cause]:
-    """What differs between ranks that were given the same samples and random streams."""
-    causes = []
+def rank_in_data(twins: Results) -> Cause | None:
+    """Ranks that were asked for the same samples have got others."""
     main = twins.main
     for rank, other in enumerate(twins.ranks[1:], start=1):
         step = _first_difference(main.samples, other.samples)
         if step is not None:
             count = len({*main.samples[step]} - {*other.samples[step]})
-            causes.append(
-                Cause(
-                    "data that depend on the rank",
-                    f"Asked for the same {len(main.samples[step])} samples, with the same random "
-                    f"streams, rank 0 and rank {rank} got different values for {count} of them (in "
-                    f"step {step + 1}).",
-                    "make the dataset the same on all ranks: no rank (nor time, nor process "
-                    "number) in its seeds, shuffling or files. dtrain gives each rank its own "
-                    "samples by itself.",
-                )
+            return Cause(
+                "data that depend on the rank",
+                f"Asked for the same {len(main.samples[step])} samples, with the same random "
+                f"streams, rank 0 and rank {rank} got different values for {count} of them (in "
+                f"step {step + 1}).",
+                "make the dataset the same on all ranks: no rank (nor time, nor process number) "
+                "in its seeds, shuffling or files. dtrain gives each rank its own samples by "
+                "itself.",
             )
-            break
+    return None
+
+
+def rank_in_loss(twins: Results, draws: str) -> Cause | None:
+    """Ranks with the same samples, parameters and random streams have another loss."""
+    main = twins.main
     for rank, other in enumerate(twins.ranks[1:], start=1):
         # Where ranks drift apart, only the first loss is of equal parameters.
-        valid = len(main.own_losses) if main.own_parameters == other.own_parameters else 1
+        valid = None if main.own_parameters == other.own_parameters else 1
         for what, mine, theirs in (
-            ("returned a mean of", main.own_losses[:valid], other.own_losses[:valid]),
-            ("returned a weight of", main.own_weights, other.own_weights),
+            ("a mean", main.own_losses[:valid], other.own_losses[:valid]),
+            ("a weight", main.own_weights, other.own_weights),
         ):
             found = _first_difference(mine, theirs)
             if found is not None:
-                drawn = _draws(examined) if examined is not None else ""
-                loss = Cause(
+                return Cause(
                     "a loss function that depends on the rank",
-                    "On the same samples, with the same parameters and random streams, it "
-                    f"{what} {mine[found]:.6g} on rank 0 and {theirs[found]:.6g} on rank {rank}."
-                    + (f" It draws random numbers: {drawn}." if drawn else ""),
+                    "On the same samples, with the same parameters and random streams, it returned "
+                    f"{what} of {mine[found]:.6g} on rank 0 and {theirs[found]:.6g} on rank {rank}."
+                    + (f" It draws random numbers: {draws}." if draws else ""),
                     "seed no generator by the rank, and do not ask for the rank in the loss "
                     "function. For noise that is the same on any number of ranks, seed a generator "
                     "by the sample's index.",
                 )
-                return [*causes, loss]
-    return causes
-
-
-def random_loss(examined: Examined | None) -> Cause | None:
-    """The loss function draws random numbers."""
-    drawn = "" if examined is None else _draws(examined)
-    if not drawn:
-        return None
-    return Cause(
-        "a loss function that draws random numbers",
-        f"It draws: {drawn}. What a sample gets depends on which samples are drawn for before it, "
-        "and so on ranks and micro-batches.",
-        "nothing, if the noise may be any. To make it the same on any number of ranks, draw it in "
-        "the dataset, from a generator seeded by the sample's index.",
-    )
-
-
-def wandering_data(examined: Examined | None) -> Cause | None:
-    """A sample is another each time it is fetched."""
-    if examined is None or not examined.data_wanders:
-        return None
-    return Cause(
-        "a dataset with random numbers of its own",
-        "Fetched twice, with the same random streams, a sample came out differently: the dataset "
-        "has a generator of its own (or none that is seeded).",
-        "draw from a generator seeded by the sample's index (and the epoch, if each is to differ).",
-    )
-
-
-def other_data(truth: Record, run: Results, title: str) -> Cause | None:
-    """The samples of a step are not those of the truth."""
-    if any(record.sample_shapes != truth.sample_shapes for record in run.ranks):
-        return None  # padded otherwise, perhaps: bytes say nothing
-    steps = min(len(record.samples) for record in run.ranks)
-    for step, expected in enumerate(truth.samples[:steps]):
-        got = [sample for record in run.ranks for sample in record.samples[step]]
-        if sorted(got) != sorted(expected):
-            strange = len({*got} - {*expected})
-            return Cause(
-                "other samples",
-                f"In step {step + 1}, {strange} of {len(got)} samples on {title} have other values "
-                "than on one rank.",
-                "make the dataset the same in every process: nothing in it may depend on the rank, "
-                "the number of ranks, or the time.",
-            )
     return None
 
 
@@ -177,7 +139,7 @@ def other_start(truth: Results, run: Results, title: str) -> Cause | None:
     return Cause(
         "other initial parameters",
         f"Before the first step, {len(other)} of {count} parameters on {title} are not those on "
-        f"one rank: {', '.join(other[:3])}{', ...' * (len(other) > 3)}.",
+        f"one rank: {_some(other, 3)}.",
         "call dtrain.init(seed=...) before the model is made, and seed nothing by the rank or the "
         "number of ranks.",
     )
@@ -199,15 +161,28 @@ def other_settings(truth: Record, run: Record, title: str) -> Cause | None:
     return None
 
 
-def drawing_callback(truth: Record) -> Cause | None:
-    """A callback changes batches at random."""
-    if not truth.callbacks_draw:
+def wandering_data(examined: Examined) -> Cause | None:
+    """A sample is another each time it is fetched."""
+    if not examined.data_wanders:
         return None
     return Cause(
-        "a callback that draws random numbers",
-        "A callback's on_batch draws from the rank's own random stream, so what it does to a "
-        "sample depends on ranks and micro-batches.",
-        "nothing, if its noise may be any. To check all the rest, leave that callback out.",
+        "a dataset with random numbers of its own",
+        "Fetched twice, with the same random streams, a sample came out differently: the dataset "
+        "has a generator of its own (or none that is seeded).",
+        "draw from a generator seeded by the sample's index (and the epoch, if each is to differ).",
+    )
+
+
+def random_loss(examined: Examined) -> Cause | None:
+    """The loss function draws random numbers."""
+    if not examined.draws:
+        return None
+    return Cause(
+        "a loss function that draws random numbers",
+        f"It draws: {examined.draws}. What a sample gets depends on which samples are drawn for "
+        "before it, and so on ranks and micro-batches.",
+        "nothing, if the noise may be any. To make it the same on any number of ranks, draw it in "
+        "the dataset, from a generator seeded by the sample's index.",
     )
 
 
@@ -218,23 +193,10 @@ def moving_buffers(truth: Record) -> Cause | None:
         return None
     return Cause(
         "state that the model keeps",
-        f"Training changes these buffers: {', '.join(names[:5])}{', ...' * (len(names) > 5)}. If "
-        "each forward changes them (as in spectral norm), the number of micro-batches does.",
+        f"Training changes these buffers: {_some(names, 5)}. If each forward changes them (as in "
+        "spectral norm), the number of micro-batches does.",
         "change such state once a step, in a callback's on_step_end, and alike on all ranks; or "
         "keep none.",
-    )
-
-
-def drifting(strays: Sequence[int], title: str) -> Cause:
-    """Ranks began with the same parameters, and end with others."""
-    which = ", ".join(str(rank) for rank in strays)
-    return Cause(
-        "ranks that drift apart",
-        f"On {title}, the parameters of rank {which} are no longer those of rank 0. All ranks get "
-        "the same gradients, so something changes gradients, parameters or the optimizer "
-        "otherwise on each rank.",
-        "look for the rank, or random numbers, in on_grads_ready, on_step_end and the optimizer; "
-        "ctx.shared_rng is equal on all ranks.",
     )
 
 
@@ -256,8 +218,9 @@ def unknown() -> Cause:
         "numbers in the loss function, data or a loss that depend on the rank, other initial "
         "parameters, other settings of the optimizer; and the run repeats itself.",
         "look at the first step that parts, and at the tensors above. Suspects: a callback that "
-        "changes gradients or parameters by what one rank sees, state that the model keeps between "
-        "micro-batches, and a loss function that scales by what it sees in its own batch only.",
+        "draws random numbers in on_batch, or changes gradients or parameters by what one rank "
+        "sees, state that the model keeps between micro-batches, and a loss function that scales "
+        "by what it sees in its own batch only.",
     )
 
 
@@ -266,16 +229,8 @@ def unequal_models(run: Results) -> list[int]:
     return [r for r, one in enumerate(run.ranks) if one.given_model != run.main.given_model]
 
 
-def _draws(examined: Examined) -> str:
-    words = list(examined.draws)
-    if examined.own_generator:
-        words.append("(with a generator of its own)")
-    words += [
-        f"from {name}'s global stream"
-        for name in examined.streams
-        if name in ("python", "numpy") or not examined.draws
-    ]
-    return " ".join(words)
+def _some(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
 def _first_difference(mine: Sequence[object], theirs: Sequence[object]) -> int | None:
