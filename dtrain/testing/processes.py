@@ -23,7 +23,7 @@ import torch
 
 from dtrain.distributed import serve_store
 from dtrain.errors import DtrainError
-from dtrain.testing.outcomes import Outcome, RanksFailed
+from dtrain.testing.outcomes import Outcome, values_of
 
 #: Has a rank write where its threads are; a number that hardly anybody uses.
 _SAY_WHERE = signal.SIGRTMAX - 1
@@ -62,10 +62,7 @@ def run_processes(
 
     Ranks: none; called in the test's process.
     """
-    outcomes = run_outcomes(fn, world_size, *args, timeout_s=timeout_s, env=env)
-    if any(outcome.error is not None for outcome in outcomes):
-        raise RanksFailed(outcomes)
-    return [outcome.value for outcome in outcomes]
+    return values_of(run_outcomes(fn, world_size, *args, timeout_s=timeout_s, env=env))
 
 
 def run_outcomes(
@@ -75,14 +72,9 @@ def run_outcomes(
     timeout_s: float = 60.0,
     env: dict[str, str] | None = None,
 ) -> list[Outcome]:
-    """Like :func:`run_processes`, for ranks that are expected to fail: raises nothing itself.
+    """Like :func:`run_processes`, and called like it, for ranks that are expected to fail.
 
-    Args:
-        fn: a function of a module (it is pickled by name).
-        world_size: how many ranks.
-        *args: the same for each rank; pickled.
-        timeout_s: ranks that take longer are killed, in seconds.
-        env: more environment variables.
+    It raises nothing itself.
 
     Returns:
         Every rank's outcome, by rank.
@@ -114,8 +106,7 @@ def run_outcomes(
             process.start()
             theirs.close()
             ranks.append((process, ours))
-        connections = [connection for _, connection in ranks]
-        messages = _collect(connections, deadline)
+        messages = _collect([connection for _, connection in ranks], deadline)
         _ask_where([process for rank, (process, _) in enumerate(ranks) if rank not in messages])
         outcomes = []
         for rank, (process, connection) in enumerate(ranks):
@@ -133,12 +124,7 @@ def run_outcomes(
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """Returns the variables that torchrun would give a rank on this machine.
-
-    Args:
-        rank: which.
-        world_size: how many there are.
-        port: of the store where they meet.
+    """Returns what torchrun would give a rank; ``port`` is that of the store where ranks meet.
 
     Ranks: none; for whoever starts them.
     """
