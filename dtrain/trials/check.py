@@ -274,9 +274,10 @@ class Check:
             self.notes += [f"could not be looked at: {failure}." for failure in examined.failures]
 
     def _note_several(self, truth: Results, run: Results) -> None:
-        unequal = find.unequal_models(run)
+        models = [rank.given_model for rank in run.ranks]
+        unequal = [str(rank) for rank, model in enumerate(models) if model != models[0]]
         if unequal and find.other_start(truth, run, "") is None:
-            which = ", ".join(str(rank) for rank in unequal)
+            which = ", ".join(unequal)
             self.notes.append(
                 f"the script makes another model on rank {which} than on rank 0: its seed depends "
                 "on the rank. The Trainer gives all ranks rank 0's, so the numbers do not suffer; "

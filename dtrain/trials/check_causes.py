@@ -131,15 +131,14 @@ def rank_in_loss(twins: Results, draws: str) -> Cause | None:
 
 def other_start(truth: Results, run: Results, title: str) -> Cause | None:
     """The models were not equal before the first step."""
-    with truth.tensors("initial") as mine, run.tensors("initial") as theirs:
-        other = [name for name in mine if not torch.equal(mine[name], theirs[name])]
-        count = len(mine)
+    mine, theirs = truth.tensors("initial"), run.tensors("initial")
+    other = [name for name in mine if not torch.equal(mine[name], theirs[name])]
     if not other:
         return None
     return Cause(
         "other initial parameters",
-        f"Before the first step, {len(other)} of {count} parameters on {title} are not those on "
-        f"one rank: {_some(other, 3)}.",
+        f"Before the first step, {len(other)} of {len(mine)} parameters on {title} are not those "
+        f"on one rank: {_some(other, 3)}.",
         "call dtrain.init(seed=...) before the model is made, and seed nothing by the rank or the "
         "number of ranks.",
     )
@@ -222,11 +221,6 @@ def unknown() -> Cause:
         "sees, state that the model keeps between micro-batches, and a loss function that scales "
         "by what it sees in its own batch only.",
     )
-
-
-def unequal_models(run: Results) -> list[int]:
-    """Returns the ranks whose script made another model than rank 0's."""
-    return [r for r, one in enumerate(run.ranks) if one.given_model != run.main.given_model]
 
 
 def _some(names: Sequence[str], most: int) -> str:

@@ -103,34 +103,27 @@ def compare(title: str, truth: Results, run: Results, tolerance: Tolerance) -> C
     weak: dict[str, Tensor] = {}  # numbers whose gradient was once near rounding
     moving: dict[str, Tensor] = {}  # numbers that had any gradient at all
     for step in range(min(truth.main.steps, run.main.steps)):
-        name_of_step = gradients_name(step)
-        with truth.tensors(name_of_step) as mine, run.tensors(name_of_step) as theirs:
-            for name, gap in gradient_gaps(mine, theirs, tolerance.floor).items():
-                gaps[name] = max(gaps.get(name, 0.0), gap)
-                if gap > tolerance.gradient:
-                    first.setdefault(name, step)
-            near_zero = tolerance.weak * max((_largest(mine[name]) for name in mine), default=0.0)
-            for name in mine.keys() & theirs.keys():
-                a, b = mine[name], theirs[name]
-                weak[name] = weak.get(name, False) | (a.abs() <= near_zero)
-                moving[name] = moving.get(name, False) | (a != 0) | (b != 0)
+        mine, theirs = (one.tensors(gradients_name(step)) for one in (truth, run))
+        for name, gap in gradient_gaps(mine, theirs, tolerance.floor).items():
+            gaps[name] = max(gaps.get(name, 0.0), gap)
+            if gap > tolerance.gradient:
+                first.setdefault(name, step)
+        near_zero = tolerance.weak * max(map(_largest, mine.values()), default=0.0)
+        for name in mine.keys() & theirs.keys():
+            a, b = mine[name], theirs[name]
+            weak[name] = weak.get(name, False) | (a.abs() <= near_zero)
+            moving[name] = moving.get(name, False) | (a != 0) | (b != 0)
     parted = [Parted(name, gaps[name], step) for name, step in first.items()]
     zero = []
-    with (
-        truth.tensors("initial") as start,
-        truth.tensors("final") as mine,
-        run.tensors("final") as theirs,
-    ):
-        for name in mine:
-            if name in first or name not in weak:
-                continue
-            driven = weak[name] & moving[name]
-            gap, drifted = parameter_gap(start[name], mine[name], theirs[name], driven, tolerance)
-            count = mine[name].numel()
-            if gap > tolerance.parameter:
-                parted.append(Parted(name, gap, None))
-            elif drifted:
-                zero.append(name if drifted == count else f"{name} ({drifted} of {count} numbers)")
+    start, mine, theirs = truth.tensors("initial"), truth.tensors("final"), run.tensors("final")
+    for name in [name for name in mine if name in weak and name not in first]:
+        driven = weak[name] & moving[name]
+        gap, drifted = parameter_gap(start[name], mine[name], theirs[name], driven, tolerance)
+        count = mine[name].numel()
+        if gap > tolerance.parameter:
+            parted.append(Parted(name, gap, None))
+        elif drifted:
+            zero.append(name if drifted == count else f"{name} ({drifted} of {count} numbers)")
     loss_gap = _loss_gap(truth.main.losses, run.main.losses)
     worst = max(gaps, key=lambda name: gaps[name], default="")
     own = [rank.own_parameters for rank in run.ranks]
@@ -149,15 +142,10 @@ def compare(title: str, truth: Results, run: Results, tolerance: Tolerance) -> C
 def gradient_gaps(
     mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], floor: float
 ) -> dict[str, float]:
-    """Returns how far each tensor's gradients are apart, relative to its largest.
+    """Returns how far each tensor's gradients are apart, relative to its largest in ``mine``.
 
-    Args:
-        mine: the truth.
-        theirs: the run's.
-        floor: no tensor's largest gradient counts as less than this part of the model's.
-
-    Returns:
-        By name; infinite where one of them is missing or not finite.
+    Infinite where one of them is missing or not finite. No tensor's largest gradient counts as
+    less than ``floor`` of the model's.
     """
     largest = {name: _largest(mine[name]) for name in mine}
     unit = floor * max(largest.values(), default=0.0)

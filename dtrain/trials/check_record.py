@@ -2,72 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from dtrain.trials.records import EventLog, events, open_tensors
+from dtrain.trials.records import EventLog, events, read_tensors
 
 
 @dataclass(slots=True)
 class Examined:
-    """What a look at the loss function and the data found, after the last step.
+    """What a look at the loss function and the data found, after the last step."""
 
-    Attributes:
-        mean_gap: how far the loss of a batch is from the weighted mean of the losses of two
-            parts of it, relative to it, where that is farthest; None where it is not known.
-        mean_evidence: the same in words, with the numbers.
-        failures: what could not be tried, and why.
-        draws: what in the loss function draws random numbers, dropout aside, in words.
-        data_draws: the same sample comes out otherwise from other random streams.
-        data_wanders: it comes out otherwise from the same streams, fetched again.
-    """
-
+    #: How far the loss of a batch is from the weighted mean of the losses of two parts of it,
+    #: relative to it, where that is farthest; None where it is not known. And in words.
     mean_gap: float | None = None
     mean_evidence: str = ""
-    failures: list[str] = field(default_factory=list)
-    draws: str = ""
-    data_draws: bool = False
-    data_wanders: bool = False
+    failures: list[str] = field(default_factory=list)  # what could not be tried, and why
+    draws: str = ""  # what in the loss function draws random numbers, dropout aside, in words
+    data_draws: bool = False  # the same sample comes out otherwise from other random streams
+    data_wanders: bool = False  # ... from the same streams, fetched again
 
 
 @dataclass(slots=True)
 class Record:
-    """What one rank saw.
-
-    Attributes:
-        steps: steps taken.
-        losses: of each step, over all ranks.
-        own_losses: of each of this rank's micro-batches, as the loss function returned it.
-        own_weights: what it said they weigh.
-        dtype: in which the loss came.
-        samples: for each step a digest of each sample this rank had.
-        settings: for each step the optimizer's numbers, by group.
-        own_parameters: a digest of this rank's parameters after the last step.
-        batch_size: the global batch, as the script asked for; None for a stream.
-        given_model: a digest of the model as the script made it, before ranks were made equal.
-        seen: ``"dropout"``, ``"batchnorm"``, ``"mixup"``, where they were in effect.
-        moving_buffers: buffers that training changes, BatchNorm's aside.
-        examined: if that was asked for.
-    """
+    """What one rank saw."""
 
     steps: int = 0
-    losses: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of each step, over all ranks
+    #: Of each of this rank's micro-batches, as the loss function returned them.
     own_losses: list[float] = field(default_factory=list)
     own_weights: list[float] = field(default_factory=list)
-    dtype: str = ""
+    dtype: str = ""  # in which the loss came
+    #: For each step, a digest of each sample this rank had; and the optimizer's numbers, by group.
     samples: list[list[str]] = field(default_factory=list)
     settings: list[list[dict[str, Any]]] = field(default_factory=list)
-    own_parameters: str = ""
-    batch_size: int | None = None
-    given_model: str = ""
-    seen: list[str] = field(default_factory=list)
-    moving_buffers: list[str] = field(default_factory=list)
-    examined: Examined | None = None
+    own_parameters: str = ""  # a digest of this rank's, after the last step
+    batch_size: int | None = None  # the global batch the script asked for; None for a stream
+    given_model: str = ""  # a digest of it as the script made it, before ranks were made equal
+    seen: list[str] = field(default_factory=list)  # of dropout, batchnorm, mixup: what was on
+    moving_buffers: list[str] = field(default_factory=list)  # that training changes
+    examined: Examined | None = None  # if that was asked for
 
     def write(self, folder: Path, rank: int) -> None:
         """Writes it to ``folder``."""
@@ -103,9 +79,9 @@ class Results:
         for path in self.folder.glob(f"{gradients_name('*')}.safetensors"):
             path.unlink()
 
-    def tensors(self, name: str) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """Opens rank 0's tensors of that name."""
-        return open_tensors(self.folder, name)
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Reads rank 0's tensors of that name."""
+        return read_tensors(self.folder, name)
 
 
 def gradients_name(step: int | Literal["*"]) -> str:

@@ -41,28 +41,18 @@ SWITCHES = {
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a script is to be run.
-
-    Attributes:
-        ranks: how many.
-        micro_batches: into how many each rank's share is split.
-        steps: global steps to take.
-        double: compute everything in float64.
-        without: names from :data:`SWITCHES`.
-        twins: every rank gets rank 0's samples and random streams, so that whatever still
-            differs between ranks depends on the rank.
-        examine: look at the loss function and the data after the last step.
-        batch_size: to be used in place of the script's own.
-    """
+    """How a script is to be run."""
 
     ranks: int
-    micro_batches: int
-    steps: int
-    double: bool = True
-    without: tuple[str, ...] = ()
+    micro_batches: int  # into how many each rank's share is split
+    steps: int  # global steps to take
+    double: bool = True  # compute everything in float64
+    without: tuple[str, ...] = ()  # names from SWITCHES
+    #: Every rank gets rank 0's samples and random streams, so that whatever still differs
+    #: between ranks depends on the rank.
     twins: bool = False
-    examine: bool = False
-    batch_size: int | None = None
+    examine: bool = False  # look at the loss function and the data after the last step
+    batch_size: int | None = None  # to be used in place of the script's own
 
     @property
     def title(self) -> str:

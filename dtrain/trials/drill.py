@@ -38,8 +38,7 @@ def drill(
     Args:
         script: a file that calls ``Trainer(...).fit(...)``.
         args: the script's own arguments.
-        ranks: on how many. They run on this machine: on its GPUs if there is one for each, else
-            on the CPU.
+        ranks: on how many; as in :func:`~dtrain.check_equivalence`.
         kills: how many kills in a step; half as many more fall on a save, and one rank is
             preempted.
         steps: global steps of each run, at most.
@@ -71,10 +70,6 @@ def drill(
     with Launcher(most_ranks=max(ranks, other_ranks or 1), command="drill") as launcher:
         one = Drill(launcher, script, args, ranks, steps, seed, timeout_s, progress)
         return one.run(kills=kills, other_ranks=other_ranks)
-
-
-class _NeverEnded(Exception):
-    """A run that was disturbed did not come to its end; the message says why."""
 
 
 @dataclass
@@ -197,16 +192,21 @@ class Drill:
         done = disturbance.words(self.ranks)
         words = f"{done}{then and f', then {then}'} at step {disturbance.step}"
         self._say(words)
-        starts: list[StartRecord] = []
+        start = self._new_start(disturbance)
+        starts, failure = self._to_its_end(start, ranks)
+        if not failure and not starts[0].disturbed:
+            raise CheckError(
+                f"{self.script} came to its end and never to the place for '{words}': it takes "
+                "other steps from run to run, or ends by itself at another one."
+            )
         differences: list[Difference] = []
-        failure = ""
-        try:
-            final = self._to_its_end(self._new_start(disturbance), ranks, words, starts)
-        except _NeverEnded as error:
-            failure = str(error)
-        else:
-            compared = compare_resized if resized else compare
-            differences = compared(reference, DrilledRun(tuple(starts), final))
+        if not failure:
+            try:
+                run = DrilledRun(starts, LastCheckpoint.read(Path(start.run_dir)))
+            except CheckError as error:
+                failure = f"  {error}"
+            else:
+                differences = (compare_resized if resized else compare)(reference, run)
         return TrialResult(
             (starts[0].disturbed or done) + (then and f"; then {then}"),
             disturbance.step,
@@ -215,36 +215,27 @@ class Drill:
             failure,
         )
 
-    def _to_its_end(
-        self, start: Start, ranks: int, words: str, starts: list[StartRecord]
-    ) -> LastCheckpoint:
-        """Starts a run until it ends, and keeps what each start left in ``starts``."""
-        size = self.ranks
-        while True:
+    def _to_its_end(self, start: Start, ranks: int) -> tuple[tuple[StartRecord, ...], str]:
+        """Returns what each start left, and why the run never came to its end, if it did not."""
+        starts: list[StartRecord] = []
+        size, failure = self.ranks, ""
+        while not failure:
             launch, record = self._launch(start, size)
             starts.append(record)
             if launch.late:
-                raise _NeverEnded(
+                failure = (
                     f"  it took longer than {self.timeout_s:g} seconds (--timeout). Where it was:\n"
                     f"{launch.stuck()}"
                 )
-            if record.finished and not launch.failed:
+            elif record.finished and not launch.failed:
                 break
-            if not (record.disturbed or record.preempted):
+            elif not (record.disturbed or record.preempted):
                 again = "when started again " if len(starts) > 1 else ""
-                raise _NeverEnded(_why(launch, f"{again}on {plural(size, 'rank')}"))
-            if len(starts) == _MOST_STARTS:
-                raise _NeverEnded(f"  it was started {_MOST_STARTS} times, and left each time")
+                failure = _why(launch, f"{again}on {plural(size, 'rank')}")
+            elif len(starts) == _MOST_STARTS:
+                failure = f"  it was started {_MOST_STARTS} times, and left each time"
             start, size = replace(start, disturbance=None), ranks
-        if not starts[0].disturbed:
-            raise CheckError(
-                f"{self.script} came to its end and never to the place for '{words}': it takes "
-                "other steps from run to run, or ends by itself at another one."
-            )
-        try:
-            return LastCheckpoint.read(Path(start.run_dir))
-        except CheckError as error:
-            raise _NeverEnded(f"  {error}") from error
+        return tuple(starts), failure
 
     # -- starts -------------------------------------------------------------------------------
 

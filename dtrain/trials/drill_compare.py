@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,19 +21,12 @@ _END = math.inf
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is not as it was undisturbed.
+    """One thing that is not as it was undisturbed."""
 
-    Attributes:
-        what: what it is of: ``samples``, ``metric``, ``model`` or ``state``.
-        name: which: a metric, a tensor, a path in the state.
-        step: the first step that shows it, from 1; infinite for what the run ended with.
-        words: what is there, and what was there undisturbed.
-    """
-
-    what: str
-    name: str
-    step: float
-    words: str
+    what: str  # samples, metric, model or state
+    name: str  # of a metric, a tensor, a path in the state
+    step: float  # the first step that shows it, from 1; infinite for what the run ended with
+    words: str  # what is there, and what was there undisturbed
 
 
 def compare(reference: DrilledRun, drilled: DrilledRun) -> list[Difference]:
@@ -90,7 +84,8 @@ def _samples(reference: DrilledRun, drilled: DrilledRun, *, together: bool) -> I
             mine, theirs = (
                 [one for rank in each for one in rank] for each in (expected.get(step, []), ranks)
             )
-            wrong = _first_wrong(mine, theirs)
+            pairs = enumerate(zip_longest(mine, theirs))
+            wrong = next((place for place, (a, b) in pairs if a != b), None)
             if wrong is None and not together:
                 sizes = [len(rank) for rank in expected.get(step, [])]
                 wrong = None if sizes == [len(rank) for rank in ranks] else 0
@@ -154,7 +149,8 @@ def _unequal(mine: Any, theirs: Any) -> str:
     if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
         there, here = (f"{one.dtype} {list(one.shape)}" for one in (mine, theirs))
         return f"is {here}; undisturbed it is {there}"
-    a, b = (_bits(one) for one in (mine, theirs))
+    # A row of bytes for each value.
+    a, b = (one.contiguous().reshape(-1, 1).view(torch.uint8) for one in (mine, theirs))
     if torch.equal(a, b):
         return ""
     count = int((a != b).any(1).sum())
@@ -162,22 +158,9 @@ def _unequal(mine: Any, theirs: Any) -> str:
     return f"differs in {count} of {mine.numel()} values, by up to {gap:.1e}"
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Returns a tensor's bits, ``[values, bytes of a value]``."""
-    flat = tensor.contiguous().reshape(-1)
-    return flat.view(torch.uint8).reshape(len(flat), -1)
-
-
 def _same(mine: Any, theirs: Any) -> bool:
     both_nan = mine != mine and theirs != theirs
     return bool(mine == theirs) or both_nan
-
-
-def _first_wrong(mine: list[str], theirs: list[str]) -> int | None:
-    for place, (a, b) in enumerate(zip(mine, theirs, strict=False)):
-        if a != b:
-            return place
-    return None if len(mine) == len(theirs) else min(len(mine), len(theirs))
 
 
 def _number(value: float | None) -> str:

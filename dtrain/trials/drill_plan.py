@@ -21,21 +21,16 @@ _MOMENTS = 2
 class Disturbance:
     """What goes wrong, once.
 
-    Attributes:
-        kind: ``kill all`` and ``kill one`` send SIGKILL in a step, ``kill writing`` sends it to a
-            rank that has written half a file of a checkpoint, ``kill renaming`` to rank 0 just
-            before or after the checkpoint gets its name, ``preempt`` sends SIGTERM to one rank.
-        step: how many steps are done by then: with ``on_grads_ready``, without that step's own.
-        rank: the one that suffers it.
-        hook: ``on_grads_ready`` or ``on_step_end``, where it is in a step.
-        place: at which of the rank's files, or at which moment, from 0.
+    ``kill all`` and ``kill one`` send SIGKILL in a step, ``kill writing`` sends it to a rank that
+    has written half a file of a checkpoint, ``kill renaming`` to rank 0 just before or after the
+    checkpoint gets its name, ``preempt`` sends SIGTERM to one rank.
     """
 
     kind: Kind
-    step: int
-    rank: int = 0
-    hook: str = "on_step_end"
-    place: int = 0
+    step: int  # how many steps are done by then: with on_grads_ready, without that step's own
+    rank: int = 0  # the one that suffers it
+    hook: str = "on_step_end"  # or on_grads_ready, where it is in a step
+    place: int = 0  # at which of the rank's files, or at which moment, from 0
 
     @property
     def in_save(self) -> bool:
@@ -53,19 +48,12 @@ class Disturbance:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start of a script.
+    """One start of a script."""
 
-    Attributes:
-        run_dir: in place of the script's own.
-        steps: global steps of the run, at most.
-        save_every: a checkpoint every so many steps, beside the script's own.
-        disturbance: what befalls this start; None leaves it alone.
-    """
-
-    run_dir: str
-    steps: int
-    save_every: int
-    disturbance: Disturbance | None = None
+    run_dir: str  # in place of the script's own
+    steps: int  # global steps of the run, at most
+    save_every: int  # a checkpoint every so many steps, beside the script's own
+    disturbance: Disturbance | None = None  # what befalls this start; None leaves it alone
 
     def to_json(self) -> str:
         """Returns it as text for another process."""

@@ -22,25 +22,17 @@ _KEPT = ("progress", "optimizer", "precision", "callbacks", "shared_rng")
 
 @dataclass(slots=True)
 class RankRecord:
-    """What one rank told in one start.
+    """What one rank told in one start."""
 
-    Attributes:
-        began_at: the step it went on from; None if it did not come that far.
-        samples: for each step done, a digest of each sample the rank had, in order.
-        reports: the figures of each report; rank 0's only.
-        disturbed: what befell it here, in words; empty if nothing did.
-        preempted: ``fit`` returned, and the run is to be continued.
-        ended: ``fit`` returned.
-        facts: what the script asked for: ``run_dir``, ``checkpoint``, ``stream`` and
-            ``never_resumes``, each true or false.
-    """
-
-    began_at: int | None = None
+    began_at: int | None = None  # the step it went on from; None if it did not come that far
+    #: For each step done, a digest of each sample the rank had, in order.
     samples: dict[int, list[str]] = field(default_factory=dict)
+    #: The figures of each report; rank 0's only.
     reports: dict[ReportKey, dict[str, float]] = field(default_factory=dict)
-    disturbed: str = ""
-    preempted: bool = False
-    ended: bool = False
+    disturbed: str = ""  # what befell it here, in words
+    preempted: bool = False  # fit returned, and the run is to be continued
+    ended: bool = False  # fit returned
+    #: What the script asked for: run_dir, checkpoint, stream, never_resumes.
     facts: dict[str, bool] = field(default_factory=dict)
 
     def take(self, line: Mapping[str, Any]) -> None:
@@ -104,17 +96,11 @@ class StartRecord:
 
 @dataclass(frozen=True, slots=True)
 class LastCheckpoint:
-    """What a run's newest checkpoint holds.
+    """What a run's newest checkpoint holds."""
 
-    Attributes:
-        step: after which it was made.
-        model: parameters and buffers.
-        state: the rest, flat: from a path such as ``optimizer/state/0/exp_avg`` to its value.
-    """
-
-    step: int
-    model: dict[str, Tensor]
-    state: dict[str, Any]
+    step: int  # after which it was made
+    model: dict[str, Tensor]  # parameters and buffers
+    state: dict[str, Any]  # the rest, flat: from optimizer/state/0/exp_avg, say, to its value
 
     @classmethod
     def read(cls, run_dir: Path) -> LastCheckpoint:
@@ -136,14 +122,9 @@ class LastCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class DrilledRun:
-    """One training, from its first start to its end.
+    """One training, from its first start to its end."""
 
-    Attributes:
-        starts: in order; all but the last ended early.
-        final: what it ended with.
-    """
-
-    starts: tuple[StartRecord, ...]
+    starts: tuple[StartRecord, ...]  # all but the last ended early
     final: LastCheckpoint
 
 

@@ -20,21 +20,13 @@ _ADVICE = (
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """What became of one run that was disturbed and started again.
+    """What became of one run that was disturbed and started again."""
 
-    Attributes:
-        done: what was done to it.
-        at: at which step.
-        went_on_from: the step that each further start went on from.
-        differences: from the undisturbed run; what comes first is first.
-        failure: why it never came to its end, if it did not.
-    """
-
-    done: str
-    at: int
-    went_on_from: tuple[int, ...]
-    differences: tuple[Difference, ...] = ()
-    failure: str = ""
+    done: str  # to it
+    at: int  # at which step
+    went_on_from: tuple[int, ...]  # the step of each further start
+    differences: tuple[Difference, ...] = ()  # from the undisturbed run, the first one first
+    failure: str = ""  # why it never came to its end, if it did not
 
     @property
     def passed(self) -> bool:
@@ -44,21 +36,12 @@ class TrialResult:
 
 @dataclass(frozen=True, slots=True)
 class Drilled:
-    """What a drill found; ``str()`` of it is the report.
-
-    Attributes:
-        script: which.
-        ranks: how many.
-        steps: how many global steps each run had.
-        seed: which disturbances were drawn.
-        trials: in order.
-        notes: what else is worth knowing.
-    """
+    """What a drill found; ``str()`` of it is the report."""
 
     script: str
     ranks: int
-    steps: int
-    seed: int
+    steps: int  # global steps of each run
+    seed: int  # of the disturbances
     trials: tuple[TrialResult, ...]
     notes: tuple[str, ...] = ()
 

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -31,29 +31,15 @@ GRACE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A launch.
+    """A launch."""
 
-    Attributes:
-        trial: the module whose ``make_trial(setup, folder)`` each rank calls.
-        setup: for the trial, as JSON.
-        folder: for records; each rank's output goes to ``rank-0.txt`` and so on.
-        script: the file.
-        args: of the script.
-        environments: of each rank, to be added to the server's own.
-        timeout_s: how long it may take, in seconds.
-    """
-
-    trial: str
-    setup: str
-    folder: str
+    trial: str  # the module whose make_trial(setup, folder) each rank calls
+    setup: str  # for the trial, as JSON
+    folder: str  # for records; each rank's output goes to rank-0.txt and so on
     script: str
-    args: list[str]
-    environments: list[dict[str, str]]
-    timeout_s: float
-
-    def to_json(self) -> str:
-        """Returns it as one line."""
-        return json.dumps(asdict(self))
+    args: list[str]  # of the script
+    environments: list[dict[str, str]]  # of each rank, to be added to the server's own
+    timeout_s: float  # how long it may take, in seconds
 
 
 def main() -> None:
@@ -93,7 +79,10 @@ def _fork(order: Order, rank: int) -> int:
     code = FAILED
     try:
         os.setsid()  # a group of its own, so that its data workers can be killed with it
-        _redirect(f"{order.folder}/rank-{rank}.txt")
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        out = os.open(f"{order.folder}/rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for fd, target in ((nothing, 0), (out, 1), (out, 2)):
+            os.dup2(fd, target)
         os.environ.update(order.environments[rank])
         # A rank that is stuck says where, before it is killed.
         faulthandler.dump_traceback_later(order.timeout_s * 0.9, file=2)
@@ -105,13 +94,6 @@ def _fork(order: Order, rank: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _redirect(log: str) -> None:
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for fd, target in ((nothing, 0), (out, 1), (out, 2)):
-        os.dup2(fd, target)
 
 
 def _watch(pids: Sequence[int], codes: dict[int, int], timeout_s: float, orders: int) -> bool:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,23 +31,14 @@ _SERVER = "from dtrain.trials.fork_server import main; main()"
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What became of a script that was run once.
+    """What became of a script that was run once."""
 
-    Attributes:
-        command: on whose behalf: ``dtrain check``.
-        script: which.
-        folder: where its ranks wrote their records and output.
-        codes: exit codes by rank; negative for a signal.
-        late: time was over, and what still ran was killed.
-        timeout_s: how long it could take, in seconds.
-    """
-
-    command: str
+    command: str  # on whose behalf: dtrain check
     script: str
-    folder: Path
-    codes: tuple[int, ...]
-    late: bool
-    timeout_s: float
+    folder: Path  # where its ranks wrote their records and output
+    codes: tuple[int, ...]  # exit codes by rank; negative for a signal
+    late: bool  # time was over, and what still ran was killed
+    timeout_s: float  # how long it could take, in seconds
 
     @property
     def failed(self) -> bool:
@@ -55,10 +46,7 @@ class Launch:
         return any(code not in (0, NEVER_FIT) for code in self.codes)
 
     def insist(self, where: str) -> None:
-        """Raises where it did not end as it should.
-
-        Args:
-            where: on how many ranks, for messages.
+        """Checks that it ended as it should; ``where`` says on how many ranks.
 
         Raises:
             CheckError: the script failed, took too long, or never called ``fit``.
@@ -142,13 +130,7 @@ class Launcher:
     ) -> Launch:
         """Runs a script once, on so many ranks, and waits until all of them have ended.
 
-        Args:
-            trial: the module whose ``make_trial(setup, folder)`` each rank calls.
-            setup: for the trial, as JSON.
-            ranks: how many.
-            script: the file.
-            args: of the script.
-            timeout_s: how long it may take, in seconds.
+        ``trial``, ``setup`` and the rest are as in :class:`~dtrain.trials.fork_server.Order`.
 
         Raises:
             CheckError: the process that starts the ranks has died.
@@ -171,7 +153,7 @@ class Launcher:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         try:
-            self._server.stdin.write(order.to_json() + "\n")
+            self._server.stdin.write(json.dumps(asdict(order)) + "\n")
             self._server.stdin.flush()
             line = self._server.stdout.readline()
         except BrokenPipeError:
@@ -195,10 +177,10 @@ class Launcher:
 
 
 def check_script(script: Path, timeout_s: float) -> None:
-    """Raises where there is no such script, or no time for it.
+    """Checks what every trial is given.
 
     Raises:
-        ConfigError: there is not.
+        ConfigError: there is no such script, or no time for it.
     """
     if not script.is_file():
         raise ConfigError(f"there is no script {str(script)!r} (seen from {Path.cwd()})")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -52,11 +50,9 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Non
     save_file(dense, folder / f"{name}.safetensors")
 
 
-@contextmanager
-def open_tensors(folder: Path, name: str) -> Iterator[Mapping[str, Tensor]]:
-    """Opens what :func:`write_tensors` wrote; a tensor is read when it is looked up."""
-    with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
-        yield _Lazy(file)
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Reads what :func:`write_tensors` wrote."""
+    return load_file(folder / f"{name}.safetensors")
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -72,19 +68,3 @@ def bytes_of(tensor: Tensor) -> bytes:
     """Returns a tensor's bits."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes()
-
-
-class _Lazy(Mapping[str, Tensor]):
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._names = sorted(file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

@@ -10,21 +10,13 @@ _WIDTH = 92
 
 @dataclass(frozen=True, slots=True)
 class TrialReport:
-    """A report; ``str()`` of it is all of it, as plain text.
+    """A report; ``str()`` of it is all of it, as plain text."""
 
-    Attributes:
-        headline: the verdict, in a sentence.
-        passed: whether it is a good one.
-        columns: the table's.
-        rows: the table's; and whether each is good.
-        paragraphs: what follows the table.
-    """
-
-    headline: str
+    headline: str  # the verdict, in a sentence
     passed: bool
     columns: tuple[str, ...]
-    rows: list[tuple[tuple[str, ...], bool]]
-    paragraphs: list[str]
+    rows: list[tuple[tuple[str, ...], bool]]  # and whether each is good
+    paragraphs: list[str]  # what follows the table
 
     def __str__(self) -> str:
         lines = [self.columns, *(row for row, _ in self.rows)]
