@@ -125,7 +125,6 @@ def _worlds(turns: Turns, size: int) -> list[World]:
     for rank in range(size):
         comm = ThreadTransport(turns, rank, size, "a verb of dtrain's comm")
         gradients = ThreadTransport(turns, rank, size, "the reduction of gradients")
-        several = Comm(rank=rank, size=size, host=host, transport=comm, store=store)
         worlds.append(
             World(
                 rank=rank,
@@ -136,7 +135,9 @@ def _worlds(turns: Turns, size: int) -> list[World]:
                 backend="threads" if size > 1 else "none",
                 launcher="threads",
                 seed=0,
-                comm=several if size > 1 else Comm(host=host),
+                comm=Comm(rank=rank, size=size, host=host, transport=comm, store=store)
+                if size > 1
+                else Comm(host=host),
                 gradients=gradients,
             )
         )
