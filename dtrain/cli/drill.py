@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dtrain.cli.show import show
-from dtrain.trials import drill as drill_script
+from dtrain.trials import drill_script
 
 
 def drill(

@@ -19,7 +19,7 @@ Progress = Callable[[str], None]
 _MOST_STARTS = 4  # of a trial: one is disturbed; a script may leave once more by itself
 
 
-def drill(
+def drill_script(
     script: str | Path,
     args: Sequence[str] = (),
     *,
@@ -74,7 +74,7 @@ def drill(
 
 @dataclass
 class Drill:
-    """One drill of a script; :func:`drill` says what of."""
+    """One drill of a script; :func:`drill_script` says what of."""
 
     launcher: Launcher
     script: str | Path
