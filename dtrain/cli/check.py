@@ -8,11 +8,8 @@ from typing import Annotated
 import typer
 
 from dtrain.cli.show import show
-from dtrain.errors import CheckError, ConfigError
+from dtrain.errors import ConfigError
 from dtrain.trials import check_equivalence
-from dtrain.trials.equivalence.report import COLUMNS, headline, paragraphs, rows
-
-NOT_EQUAL, NOT_CHECKED, INTERRUPTED = 1, 2, 130
 
 
 def check(
@@ -41,8 +38,9 @@ def check(
 
     Exit status: 0 if the numbers are equal, 1 if they part, 2 if the script could not be checked.
     """
-    try:
-        found = check_equivalence(
+    show(
+        "check",
+        lambda progress: check_equivalence(
             script,
             args or (),
             ranks=ranks,
@@ -50,17 +48,9 @@ def check(
             steps=steps,
             timeout_s=timeout,
             allow=allow or (),
-            progress=lambda words: typer.echo(f"  {words} ...", err=True),
-        )
-    except (CheckError, ConfigError) as error:
-        typer.echo(f"dtrain check: {error}", err=True)
-        raise typer.Exit(NOT_CHECKED) from error
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None  # not 1, which would mean that numbers part
-    flags = [run.equal for run in found.runs]
-    show(str(found), headline(found), found.passed, COLUMNS, rows(found), flags, paragraphs(found))
-    if not found.passed:
-        raise typer.Exit(NOT_EQUAL)
+            progress=progress,
+        ),
+    )
 
 
 def _numbers(text: str) -> list[int]:

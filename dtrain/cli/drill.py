@@ -8,11 +8,7 @@ from typing import Annotated
 import typer
 
 from dtrain.cli.show import show
-from dtrain.errors import CheckError, ConfigError
-from dtrain.trials import drill as drill_script
-from dtrain.trials.drill.report import COLUMNS, headline, paragraphs, rows
-
-DIFFERS, NOT_DRILLED, INTERRUPTED = 1, 2, 130
+from dtrain.trials import drill_script
 
 
 def drill(
@@ -39,8 +35,9 @@ def drill(
     Exit status: 0 if all trials ended alike, 1 if one did not, 2 if the script could not be
     drilled.
     """
-    try:
-        found = drill_script(
+    show(
+        "drill",
+        lambda progress: drill_script(
             script,
             args or (),
             ranks=ranks,
@@ -49,14 +46,6 @@ def drill(
             seed=seed,
             timeout_s=timeout,
             other_ranks=other_ranks,
-            progress=lambda words: typer.echo(f"  {words} ...", err=True),
-        )
-    except (CheckError, ConfigError) as error:
-        typer.echo(f"dtrain drill: {error}", err=True)
-        raise typer.Exit(NOT_DRILLED) from error
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None  # not 1, which would mean a difference
-    flags = [trial.passed for trial in found.trials]
-    show(str(found), headline(found), found.passed, COLUMNS, rows(found), flags, paragraphs(found))
-    if not found.passed:
-        raise typer.Exit(DIFFERS)
+            progress=progress,
+        ),
+    )

@@ -2,7 +2,7 @@
 
 from dtrain.testing.faults import Delay, Fault, Kill, Raise, Signal, Stop
 from dtrain.testing.outcomes import Outcome, RanksFailed
-from dtrain.testing.processes import run_outcomes, run_processes
+from dtrain.testing.processes import rank_environment, run_outcomes, run_processes
 from dtrain.testing.threads import run_ranks, try_ranks
 from dtrain.testing.tiny import TinyFit, tiny_fit
 from dtrain.testing.turns import aside
@@ -18,6 +18,7 @@ __all__ = [
     "Stop",
     "TinyFit",
     "aside",
+    "rank_environment",
     "run_outcomes",
     "run_processes",
     "run_ranks",

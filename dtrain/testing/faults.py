@@ -6,8 +6,8 @@ import difflib
 import os
 import signal
 import threading
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 from dtrain.callback import HOOK_NAMES, Callback
 from dtrain.context import Context, Step
@@ -47,19 +47,15 @@ class Raise:
 
     Attributes:
         error: the exception.
+
+    Ranks: the one that is to suffer it.
     """
 
     error: BaseException
     in_threads: ClassVar[bool] = True
 
     def happen(self) -> None:
-        """Raises it.
-
-        Raises:
-            BaseException: the one that was given.
-
-        Ranks: the one that is to suffer it.
-        """
+        """Raises it."""
         raise self.error
 
 
@@ -69,45 +65,30 @@ class Signal:
 
     Attributes:
         number: such as ``signal.SIGTERM``.
+
+    Ranks: the one that is to suffer it.
     """
 
     number: int
     in_threads: ClassVar[bool] = False
 
     def happen(self) -> None:
-        """Sends it.
-
-        Ranks: the one that is to suffer it.
-        """
+        """Sends it."""
         os.kill(os.getpid(), self.number)
 
 
 @dataclass(frozen=True)
-class Kill:
+class Kill(Signal):
     """Ends the rank's process at once, as the kernel does where memory is short."""
 
-    in_threads: ClassVar[bool] = False
-
-    def happen(self) -> None:
-        """Sends SIGKILL.
-
-        Ranks: the one that is to suffer it.
-        """
-        os.kill(os.getpid(), signal.SIGKILL)
+    number: int = field(default=signal.SIGKILL, init=False)
 
 
 @dataclass(frozen=True)
-class Stop:
+class Stop(Signal):
     """Stops the rank's process: it neither goes on nor ends, until somebody sends SIGCONT."""
 
-    in_threads: ClassVar[bool] = False
-
-    def happen(self) -> None:
-        """Sends SIGSTOP.
-
-        Ranks: the one that is to suffer it.
-        """
-        os.kill(os.getpid(), signal.SIGSTOP)
+    number: int = field(default=signal.SIGSTOP, init=False)
 
 
 @dataclass(frozen=True)
@@ -117,6 +98,8 @@ class Delay:
     Attributes:
         until: seconds, or an event to wait for.
         timeout_s: how long an event may take to happen.
+
+    Ranks: the one that is to suffer it.
     """
 
     until: float | Waitable
@@ -128,14 +111,27 @@ class Delay:
 
         Raises:
             TimeoutError: the event did not happen.
-
-        Ranks: the one that is to suffer it.
         """
         with aside():
             if isinstance(self.until, float | int):
                 threading.Event().wait(self.until)
             elif not self.until.wait(self.timeout_s):
                 raise TimeoutError(f"what Delay waits for did not happen in {self.timeout_s:g} s")
+
+
+# Any: no Callable has the names of a hook's arguments.
+def _in_step(hook: str) -> Any:
+    def happens(self: Fault, ctx: Context, step: Step) -> None:
+        self._at(hook, step.number, exact=True)
+
+    return happens
+
+
+def _between_steps(hook: str) -> Any:
+    def happens(self: Fault, ctx: Context) -> None:
+        self._at(hook, ctx.progress.step)
+
+    return happens
 
 
 class Fault(Callback):
@@ -191,33 +187,15 @@ class Fault(Callback):
             )
         self._at("on_fit_start", ctx.progress.step)
 
-    def on_epoch_start(self, ctx: Context) -> None:
-        """Happens here, where it was planted here."""
-        self._at("on_epoch_start", ctx.progress.step)
-
-    def on_step_start(self, ctx: Context, step: Step) -> None:
-        """Happens here, where it was planted here."""
-        self._at("on_step_start", step.number)
-
-    def on_batch(self, ctx: Context, step: Step) -> None:
-        """Happens here, where it was planted here."""
-        self._at("on_batch", step.number)
-
-    def on_loss(self, ctx: Context, step: Step) -> None:
-        """Happens here, where it was planted here."""
-        self._at("on_loss", step.number)
-
-    def on_grads_ready(self, ctx: Context, step: Step) -> None:
-        """Happens here, where it was planted here."""
-        self._at("on_grads_ready", step.number)
-
-    def on_step_end(self, ctx: Context, step: Step) -> None:
-        """Happens here, where it was planted here."""
-        self._at("on_step_end", step.number)
-
-    def on_eval_start(self, ctx: Context) -> None:
-        """Happens here, where it was planted here."""
-        self._at("on_eval_start", ctx.progress.step)
+    on_epoch_start = _between_steps("on_epoch_start")
+    on_step_start = _in_step("on_step_start")
+    on_batch = _in_step("on_batch")
+    on_loss = _in_step("on_loss")
+    on_grads_ready = _in_step("on_grads_ready")
+    on_step_end = _in_step("on_step_end")
+    on_eval_start = _between_steps("on_eval_start")
+    on_save = _between_steps("on_save")
+    on_epoch_end = _between_steps("on_epoch_end")
 
     def on_eval_batch(self, ctx: Context, step: Step) -> None:
         """Happens here, where it was planted here."""
@@ -226,14 +204,6 @@ class Fault(Callback):
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         """Happens here, where it was planted here."""
         self._at("on_eval_end", ctx.progress.step)
-
-    def on_save(self, ctx: Context) -> None:
-        """Happens here, where it was planted here."""
-        self._at("on_save", ctx.progress.step)
-
-    def on_epoch_end(self, ctx: Context) -> None:
-        """Happens here, where it was planted here."""
-        self._at("on_epoch_end", ctx.progress.step)
 
     def on_fit_end(self, ctx: Context) -> None:
         """Happens here, where it was planted here.
@@ -251,8 +221,7 @@ class Fault(Callback):
         """Happens here, where it was planted here."""
         self._at("on_error", ctx.progress.step)
 
-    def _at(self, hook: str, step: int) -> None:
-        exact = hook in _OF_A_STEP
+    def _at(self, hook: str, step: int, *, exact: bool = False) -> None:
         due = step == self._step if exact else step >= self._step
         if hook == self._hook and due and not self.happened and self._is_here():
             self.happened = True
@@ -261,6 +230,3 @@ class Fault(Callback):
     def _is_here(self) -> bool:
         world = current()
         return self._rank == (0 if world is None else world.rank)
-
-
-_OF_A_STEP = ("on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end")

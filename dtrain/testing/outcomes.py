@@ -41,12 +41,22 @@ class RanksFailed(DtrainError, AssertionError):
         self.outcomes = outcomes
         parts = []
         for outcome in outcomes:
-            if outcome.error is None:
-                parts.append(f"rank {outcome.rank}: fine")
-            else:
-                what = outcome.trace or f"{outcome.error}\n"
-                parts.append(f"rank {outcome.rank}: {what}{_tail(outcome.output)}")
+            what = "fine"
+            if outcome.error is not None:
+                what = (outcome.trace or f"{outcome.error}\n") + _tail(outcome.output)
+            parts.append(f"rank {outcome.rank}: {what}")
         super().__init__("\n".join(parts))
+
+
+def values_of(outcomes: list[Outcome]) -> list[Any]:
+    """Returns what each rank returned, by rank.
+
+    Raises:
+        RanksFailed: some rank did not return.
+    """
+    if any(outcome.error is not None for outcome in outcomes):
+        raise RanksFailed(outcomes)
+    return [outcome.value for outcome in outcomes]
 
 
 def _tail(output: str, lines: int = 30) -> str:

@@ -23,7 +23,7 @@ import torch
 
 from dtrain.distributed import serve_store
 from dtrain.errors import DtrainError
-from dtrain.testing.outcomes import Outcome, RanksFailed
+from dtrain.testing.outcomes import Outcome, values_of
 
 #: Has a rank write where its threads are; a number that hardly anybody uses.
 _SAY_WHERE = signal.SIGRTMAX - 1
@@ -62,10 +62,7 @@ def run_processes(
 
     Ranks: none; called in the test's process.
     """
-    outcomes = run_outcomes(fn, world_size, *args, timeout_s=timeout_s, env=env)
-    if any(outcome.error is not None for outcome in outcomes):
-        raise RanksFailed(outcomes)
-    return [outcome.value for outcome in outcomes]
+    return values_of(run_outcomes(fn, world_size, *args, timeout_s=timeout_s, env=env))
 
 
 def run_outcomes(
@@ -75,14 +72,9 @@ def run_outcomes(
     timeout_s: float = 60.0,
     env: dict[str, str] | None = None,
 ) -> list[Outcome]:
-    """Like :func:`run_processes`, for ranks that are expected to fail: raises nothing itself.
+    """Like :func:`run_processes`, and called like it, for ranks that are expected to fail.
 
-    Args:
-        fn: a function of a module (it is pickled by name).
-        world_size: how many ranks.
-        *args: the same for each rank; pickled.
-        timeout_s: ranks that take longer are killed, in seconds.
-        env: more environment variables.
+    It raises nothing itself.
 
     Returns:
         Every rank's outcome, by rank.
@@ -103,7 +95,8 @@ def run_outcomes(
     with tempfile.TemporaryDirectory(prefix="dtrain-ranks-") as folder:
         ranks: list[tuple[ForkServerProcess, Connection]] = []
         for rank in range(world_size):
-            variables = _environment(rank, world_size, store.port) | (env or {})
+            variables = rank_environment(rank, world_size, store.port)
+            variables |= {"OMP_NUM_THREADS": "1"} | (env or {})
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
                 target=_run_rank,
@@ -113,8 +106,7 @@ def run_outcomes(
             process.start()
             theirs.close()
             ranks.append((process, ours))
-        connections = [connection for _, connection in ranks]
-        messages = _collect(connections, deadline)
+        messages = _collect([connection for _, connection in ranks], deadline)
         _ask_where([process for rank, (process, _) in enumerate(ranks) if rank not in messages])
         outcomes = []
         for rank, (process, connection) in enumerate(ranks):
@@ -129,6 +121,23 @@ def run_outcomes(
             outcomes.append(_outcome(rank, messages.get(rank), late, process.exitcode, output))
             process.close()
     return outcomes
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Returns what torchrun would give a rank; ``port`` is that of the store where ranks meet.
+
+    Ranks: none; for whoever starts them.
+    """
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
 
 
 def _ask_where(late: list[ForkServerProcess]) -> None:
@@ -203,20 +212,6 @@ def _pickled(value: Any, error: BaseException | None, trace: str) -> bytes:
         stand_in = DtrainError(f"{type(told).__name__}: {told}")
         message = pickle.dumps((None, stand_in, trace or traceback.format_exc()))
     return message
-
-
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 def _log(folder: str, rank: int) -> Path:

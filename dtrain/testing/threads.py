@@ -1,7 +1,7 @@
 """Ranks for tests as threads of this process: milliseconds instead of a second.
 
 They run the same :class:`~dtrain.Comm`, Trainer and strategy as real ranks; only the transport
-beneath is another (:mod:`dtrain.transport`), and the ranks take turns (:mod:`dtrain.testing.turns`).
+beneath is another, and the ranks take turns (:mod:`dtrain.testing.turns`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dtrain.distributed import Comm, TransportOp, World, inhabited, local_store, random_streams
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.step import MicroStep
-from dtrain.testing.outcomes import Outcome, RanksFailed
+from dtrain.testing.outcomes import Outcome, values_of
 from dtrain.testing.turns import Turns
 
 DEFAULT_TIMEOUT_S = 20.0
@@ -64,10 +64,7 @@ def run_ranks(
 
     Ranks: none; called in the test's process.
     """
-    outcomes = try_ranks(fn, world_size, *args, timeout_s=timeout_s)
-    if any(outcome.error is not None for outcome in outcomes):
-        raise RanksFailed(outcomes)
-    return [outcome.value for outcome in outcomes]
+    return values_of(try_ranks(fn, world_size, *args, timeout_s=timeout_s))
 
 
 def try_ranks(
@@ -76,13 +73,7 @@ def try_ranks(
     *args: Any,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> list[Outcome]:
-    """Like :func:`run_ranks`, for ranks that are expected to fail: raises nothing itself.
-
-    Args:
-        fn: any function.
-        world_size: how many ranks.
-        *args: the same for each rank.
-        timeout_s: how long all of it may take, in seconds.
+    """Like :func:`run_ranks`, and called like it, for ranks that are expected to fail.
 
     Returns:
         Every rank's outcome, by rank.
@@ -122,22 +113,18 @@ def try_ranks(
         turns.end("the test is over")
         random_streams.restore(before)
         torch.set_num_threads(threads_of_torch)
-    return [outcomes.get(rank) or _stuck(rank, turns) for rank in range(world_size)]
-
-
-def _stuck(rank: int, turns: Turns) -> Outcome:
-    why = f"rank {rank} did not come back in time and was left behind{turns.where_is(rank)}"
-    return Outcome(rank, None, DtrainError(why), "")
+    for rank in {*range(world_size)} - {*outcomes}:
+        why = f"rank {rank} did not come back in time and was left behind{turns.where_is(rank)}"
+        outcomes[rank] = Outcome(rank, None, DtrainError(why), "")
+    return [outcomes[rank] for rank in range(world_size)]
 
 
 def _worlds(turns: Turns, size: int) -> list[World]:
     host, store = socket.gethostname(), local_store()
     worlds = []
     for rank in range(size):
-        comm, gradients = (
-            ThreadWire(turns, rank, size, what)
-            for what in ("a verb of dtrain's comm", "the reduction of gradients")
-        )
+        comm = ThreadTransport(turns, rank, size, "a verb of dtrain's comm")
+        gradients = ThreadTransport(turns, rank, size, "the reduction of gradients")
         worlds.append(
             World(
                 rank=rank,
@@ -157,14 +144,14 @@ def _worlds(turns: Turns, size: int) -> list[World]:
     return worlds
 
 
-class ThreadWire:
-    """One rank's end of a transport between threads; see :class:`dtrain.transport.Transport`.
+class ThreadTransport:
+    """One rank's end of a transport between threads; see ``dtrain.distributed``'s.
 
     Args:
         turns: whom this rank takes turns with.
         rank: this rank.
         size: the world size.
-        what: names the transport in errors; each has meetings of its own.
+        what: names it in errors; each transport has meetings of its own.
     """
 
     def __init__(self, turns: Turns, rank: int, size: int, what: str) -> None:
@@ -206,9 +193,6 @@ class ThreadWire:
 
         Of the options, only ``find_unused_parameters`` makes a difference.
 
-        Raises:
-            ConfigError: ranks share a model.
-
         Ranks: all, communicates.
         """
         assert isinstance(module, MicroStep)
@@ -217,7 +201,7 @@ class ThreadWire:
         return Averaged(module, self, self._size, find_unused=find_unused)
 
     def check_own(self, module: nn.Module) -> None:
-        """Raises where ranks share a model.
+        """Checks that ranks share no model.
 
         Raises:
             ConfigError: they do.
@@ -253,16 +237,10 @@ class Averaged:
 
     As with DistributedDataParallel, nothing is reduced where a gradient is missing (the lane then
     tells), unless ``find_unused``; and each rank's gradient is divided before they are summed.
-
-    Args:
-        micro_step: what it runs.
-        transport: to the other ranks.
-        size: the world size.
-        find_unused: gradients may be missing.
     """
 
     def __init__(
-        self, micro_step: MicroStep, transport: ThreadWire, size: int, *, find_unused: bool
+        self, micro_step: MicroStep, transport: ThreadTransport, size: int, *, find_unused: bool
     ) -> None:
         self._micro_step = micro_step
         self._transport = transport
@@ -289,11 +267,7 @@ class Averaged:
         return nullcontext()
 
     def register_comm_hook(self, state: Any, hook: Any) -> None:
-        """Refuses: there are no buckets.
-
-        Raises:
-            ConfigError: always.
-        """
+        """Refuses with a ConfigError: there are no buckets."""
         raise ConfigError("DDP(comm_hook=...) needs real ranks: test it with run_processes")
 
     def _reduce(self) -> None:
@@ -308,8 +282,8 @@ class Averaged:
             given = [part for part in parts if part is not None]
             if not given:
                 continue
-            total = given[0]
-            for part in given[1:]:
+            total, *others = given
+            for part in others:
                 total = total + part
             if parameter.grad is None or parameter.grad.is_sparse:
                 parameter.grad = total.clone()

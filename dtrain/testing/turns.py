@@ -25,7 +25,7 @@ _DTRAIN = str(Path(__file__).resolve().parents[1])
 
 
 class Unreachable(RuntimeError):
-    """Another rank cannot come to a meeting, or not in time; see :class:`dtrain.transport.Transport`."""
+    """Another rank cannot come to a meeting, or not in time."""
 
 
 @dataclass(slots=True)
@@ -34,7 +34,6 @@ class _Visit:
 
     what: str
     place: str
-    brought: dict[int, Any]
     error: str = ""
 
 
@@ -50,15 +49,8 @@ class _Rank:
     gone: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Seat:
-    """This thread's rank, and whom it takes turns with."""
-
-    turns: Turns
-    rank: int
-
-
-_seat: ContextVar[_Seat | None] = ContextVar("_seat", default=None)
+#: Whom this thread takes turns with, and its rank.
+_seat: ContextVar[tuple[Turns, int] | None] = ContextVar("_seat", default=None)
 
 
 class Turns:
@@ -94,7 +86,7 @@ class Turns:
         Raises:
             Unreachable: its turn did not come in time.
         """
-        token = _seat.set(_Seat(self, rank))
+        token = _seat.set((self, rank))
         how = "it has returned"
         try:
             with self._lock:
@@ -117,14 +109,17 @@ class Turns:
         Ranks: all, communicates.
         """
         with self._lock:
-            if self._over:
-                raise Unreachable(self._over)
-            if left := self._who_left():
-                raise Unreachable(left)
+            if why := self._over or self._who_left():
+                raise Unreachable(why)
             brought = self._meetings.setdefault(what, {})
             brought[rank] = value
             if len(brought) < self._size:
-                self._wait(rank, _Visit(what, _user_place(sys._getframe(1)), brought))
+                visit = _Visit(what, _user_place(sys._getframe(1)))
+                self._ranks[rank].visit = visit
+                self._give_up(rank)
+                self._take(rank)
+                if visit.error:
+                    raise Unreachable(visit.error)
             else:  # the last to come keeps its turn
                 del self._meetings[what]
                 for other in sorted(brought):
@@ -164,13 +159,6 @@ class Turns:
         return "" if frame is None else f" at {_user_place(frame)}"
 
     # -- with the lock held -----------------------------------------------------------------
-
-    def _wait(self, rank: int, visit: _Visit) -> None:
-        self._ranks[rank].visit = visit
-        self._give_up(rank)
-        self._take(rank)
-        if visit.error:
-            raise Unreachable(visit.error)
 
     def _give_up(self, rank: int) -> None:
         if not self._over:
@@ -251,7 +239,8 @@ def aside() -> Iterator[None]:
     if seat is None:
         yield
     else:
-        with seat.turns.aside(seat.rank):
+        turns, rank = seat
+        with turns.aside(rank):
             yield
 
 

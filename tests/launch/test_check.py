@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import dtrain
 from dtrain.cli import app
 from dtrain.errors import CheckError, ConfigError
-from dtrain.trials.equivalence.check import Check
-from dtrain.trials.equivalence.launcher import Launcher
+from dtrain.trials.check import Check
+from dtrain.trials.launcher import Launcher
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from dtrain.cli import app
 from dtrain.errors import CheckError, ConfigError
-from dtrain.trials.drill.drill import Drill, drill
-from dtrain.trials.equivalence.launcher import Launcher
+from dtrain.trials.drill import Drill, drill_script
+from dtrain.trials.launcher import Launcher
 
 ROOT = Path(__file__).parents[2]
 
@@ -293,7 +293,7 @@ def test_status_2_is_for_options_that_are_off(arguments, told):
 
 def test_an_argument_that_is_off_is_refused(folder):
     with pytest.raises(ConfigError, match="ranks=2, kills=1, other_ranks=0"):
-        drill(folder / "train.py", kills=1, other_ranks=0)
+        drill_script(folder / "train.py", kills=1, other_ranks=0)
 
 
 @pytest.mark.slow

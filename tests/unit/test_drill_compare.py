@@ -2,11 +2,10 @@
 
 import torch
 
-from dtrain.trials.drill.compare import compare, compare_resized, tolerance_of
-from dtrain.trials.drill.orders import Fault, Start
-from dtrain.trials.drill.plan import draw
-from dtrain.trials.drill.record import RankRecord, Recorder, StartRecord
-from dtrain.trials.drill.run import Final, Run
+from dtrain.trials.drill_compare import compare, compare_resized, tolerance_of
+from dtrain.trials.drill_plan import Disturbance, Start, draw
+from dtrain.trials.drill_record import DrilledRun, LastCheckpoint, RankRecord, StartRecord
+from dtrain.trials.records import EventLog
 
 
 def one_rank(steps, *, samples="abcd", loss=0.5):
@@ -20,7 +19,8 @@ def one_rank(steps, *, samples="abcd", loss=0.5):
 
 def a_run(*starts, weight=1.0, count=3, step=4):
     model = {"weight": torch.full((4,), weight), "seen": torch.tensor(count)}
-    return Run(tuple(StartRecord(one) for one in starts), Final(step, model, {"optimizer/lr": 0.1}))
+    final = LastCheckpoint(step, model, {"optimizer/lr": 0.1})
+    return DrilledRun(tuple(StartRecord(one) for one in starts), final)
 
 
 def undisturbed():
@@ -92,11 +92,11 @@ def test_law_1_has_a_tolerance_and_no_more():
 
 
 def test_a_rank_that_was_killed_keeps_what_it_told(tmp_path):
-    recorder = Recorder(tmp_path, 0)
-    recorder.tell("began", step=4)
-    recorder.tell("step", step=4, samples=["a"])
-    recorder.tell("report", kind="train", step=5, values={"loss": float("inf")})
-    recorder.tell("report", kind="train", step=5, values={"late": 1.0})
+    log = EventLog(tmp_path, 0)
+    log.tell("began", step=4)
+    log.tell("step", step=4, samples=["a"])
+    log.tell("report", kind="train", step=5, values={"loss": float("inf")})
+    log.tell("report", kind="train", step=5, values={"late": 1.0})
     record = StartRecord.read(tmp_path, 2)
     assert record.main.began_at == 4
     assert record.main.reports == {
@@ -107,26 +107,26 @@ def test_a_rank_that_was_killed_keeps_what_it_told(tmp_path):
     assert not record.finished
 
 
-def test_faults_follow_from_the_seed_and_lie_within_the_run():
+def test_disturbances_follow_from_the_seed_and_lie_within_the_run():
     drawn = draw(kills=9, ranks=3, steps=20, save_every=4, seed=5)
     assert drawn == draw(kills=9, ranks=3, steps=20, save_every=4, seed=5)
     assert drawn != draw(kills=9, ranks=3, steps=20, save_every=4, seed=6)
-    kinds = [fault.kind for fault in drawn]
+    kinds = [one.kind for one in drawn]
     in_steps = ["kill all", "kill one"] * 4 + ["kill all"]
     in_saves = ["kill writing", "kill renaming"] * 2 + ["kill writing"]
     assert kinds == [*in_steps, *in_saves, "preempt"]
-    assert {fault.rank for fault in drawn if fault.kind == "kill writing"} != {0}
-    for fault in drawn:
-        assert 1 <= fault.step < 20
-        assert 0 <= fault.rank < 3
-        if fault.kind in in_saves:
-            assert fault.step % 4 == 0
-            assert 0 <= fault.place < (5 if fault.rank == 0 else 2)
-        if fault.kind == "kill renaming":
-            assert (fault.rank, fault.place) in ((0, 0), (0, 1))
+    assert {one.rank for one in drawn if one.kind == "kill writing"} != {0}
+    for one in drawn:
+        assert 1 <= one.step < 20
+        assert 0 <= one.rank < 3
+        if one.kind in in_saves:
+            assert one.step % 4 == 0
+            assert 0 <= one.place < (5 if one.rank == 0 else 2)
+        if one.kind == "kill renaming":
+            assert (one.rank, one.place) in ((0, 0), (0, 1))
 
 
 def test_a_start_comes_back_from_json():
-    for fault in (None, Fault("kill writing", step=4, rank=1, place=1)):
-        start = Start("somewhere", 20, 4, fault)
+    for one in (None, Disturbance("kill writing", step=4, rank=1, place=1)):
+        start = Start("somewhere", 20, 4, one)
         assert Start.from_json(start.to_json()) == start

@@ -1,4 +1,4 @@
-"""What counts as parted, which samples came, and what the lens changes."""
+"""What counts as parted, which samples came, and what is overridden."""
 
 import math
 
@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dtrain.trials.equivalence import samples as of
-from dtrain.trials.equivalence.compare import DOUBLE, compare, gradient_gaps, parameter_gap
-from dtrain.trials.equivalence.lens import Lens
-from dtrain.trials.equivalence.record import Record, Results, gradients_name, write_tensors
-from dtrain.trials.equivalence.setup import Setup
+from dtrain.trials import samples as of
+from dtrain.trials.call_overrides import CallOverrides
+from dtrain.trials.check_compare import DOUBLE, compare, gradient_gaps, parameter_gap
+from dtrain.trials.check_record import Record, Results, gradients_name
+from dtrain.trials.check_trial import Setup
+from dtrain.trials.records import write_tensors
 
 START = {"weight": torch.zeros(3, dtype=torch.float64), "bias": torch.zeros(2, dtype=torch.float64)}
 
@@ -152,13 +153,13 @@ def test_samples_seeded_by_index_are_always_the_same():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_lens_keeps_float64():
+def test_the_overrides_keep_float64():
     x = torch.ones(2, dtype=torch.float64)
-    with Lens(double=True, without=frozenset()):
+    with CallOverrides(double=True, without=frozenset()):
         assert x.float().dtype == x.to(torch.bfloat16).dtype == torch.float64
         assert torch.zeros(2, dtype=torch.float32).dtype == torch.float64
         assert F.softmax(x, 0, dtype=torch.float32).dtype == torch.float64
-    with Lens(double=False, without=frozenset()):
+    with CallOverrides(double=False, without=frozenset()):
         assert x.float().dtype == torch.float32
 
 
@@ -183,39 +184,39 @@ GRU = nn.GRU(4, 4, 2, dropout=0.5)
 
 
 @pytest.mark.parametrize("name", DROPS)
-def test_the_lens_sees_dropout_and_takes_it_out(name):
+def test_the_overrides_see_dropout_and_take_it_out(name):
     x = torch.randn(6, 4)
     drop = DROPS[name]
-    seeing = Lens(double=False, without=frozenset())
+    seeing = CallOverrides(double=False, without=frozenset())
     with seeing:
         torch.manual_seed(1)
         seen = drop(x)
     torch.manual_seed(1)
     assert torch.equal(seen, drop(x))  # only looked at
     assert seeing.seen == {"dropout"}
-    with Lens(double=False, without=frozenset({"dropout"})) as lens:
+    with CallOverrides(double=False, without=frozenset({"dropout"})) as overrides:
         assert torch.equal(drop(x), drop(x))
-    assert lens.seen == {"dropout"}
+    assert overrides.seen == {"dropout"}
 
 
-def test_the_lens_sees_batchnorm_and_takes_it_out():
+def test_the_overrides_see_batchnorm_and_take_it_out():
     norm = nn.BatchNorm1d(3)
     plain = nn.BatchNorm1d(3, track_running_stats=False)
     x = 5 + torch.randn(8, 3)
-    with Lens(double=False, without=frozenset()) as lens:
+    with CallOverrides(double=False, without=frozenset()) as overrides:
         norm(x)
-    assert lens.seen == {"batchnorm"}
+    assert overrides.seen == {"batchnorm"}
     kept = norm.running_mean.clone()
-    with Lens(double=False, without=frozenset({"batchnorm"})):
+    with CallOverrides(double=False, without=frozenset({"batchnorm"})):
         for one in (norm, plain):
             assert torch.equal(one(x)[:4], one(x[:4]))
     assert torch.equal(norm.running_mean, kept)
     norm.eval()
-    with Lens(double=False, without=frozenset()) as lens:
+    with CallOverrides(double=False, without=frozenset()) as overrides:
         norm(x)
         F.dropout(x, 0.0)
         F.dropout(x, 0.5, training=False)
-    assert lens.seen == set()
+    assert overrides.seen == set()
 
 
 def test_a_setup_travels_as_text():

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dtrain.errors import CheckError, ConfigError
-from dtrain.trials.equivalence import causes as find
-from dtrain.trials.equivalence.compare import DOUBLE, SINGLE, Comparison, Tolerance, compare
-from dtrain.trials.equivalence.launcher import Launcher
-from dtrain.trials.equivalence.record import Results
-from dtrain.trials.equivalence.report import Cause, Equivalence
-from dtrain.trials.equivalence.setup import SWITCHES, Setup
+from dtrain.trials import check_causes as find
+from dtrain.trials.check_compare import DOUBLE, SINGLE, Comparison, Tolerance, compare
+from dtrain.trials.check_record import Examined, Results
+from dtrain.trials.check_report import Cause, Equivalence
+from dtrain.trials.check_trial import SWITCHES, Setup
+from dtrain.trials.launcher import Launcher, check_script, last_line
 
 Progress = Callable[[str], None]
 
@@ -65,22 +65,7 @@ def check_equivalence(
     Ranks: none; it starts them.
     """
     script = Path(script)
-    _check_arguments(script, ranks, micro_batches, steps, timeout_s, allow)
-    with Launcher(most_ranks=ranks) as launcher:
-        check = Check(launcher, script, args, ranks, steps, timeout_s, tuple(allow), progress)
-        return check.run(micro_batches)
-
-
-def _check_arguments(
-    script: Path,
-    ranks: int,
-    micro_batches: Sequence[int],
-    steps: int,
-    timeout_s: float,
-    allow: Sequence[str],
-) -> None:
-    if not script.is_file():
-        raise ConfigError(f"there is no script {str(script)!r} (seen from {Path.cwd()})")
+    check_script(script, timeout_s)
     if min(ranks, steps, *micro_batches) < 1:
         raise ConfigError(
             f"ranks={ranks}, steps={steps}, micro_batches={list(micro_batches)}: all must be 1 or "
@@ -91,11 +76,12 @@ def _check_arguments(
             "nothing to compare: with one rank and one micro-batch there is the truth only. Ask "
             "for ranks=2, or micro_batches=(1, 2)"
         )
-    if timeout_s <= 0:
-        raise ConfigError(f"timeout_s={timeout_s}: must be more than 0 seconds")
-    strange = [name for name in allow if name not in SWITCHES]
-    if strange:
-        raise ConfigError(f"allow={strange[0]!r}: choose from {', '.join(SWITCHES)}")
+    for name in allow:
+        if name not in SWITCHES:
+            raise ConfigError(f"allow={name!r}: choose from {', '.join(SWITCHES)}")
+    with Launcher(most_ranks=ranks) as launcher:
+        check = Check(launcher, script, args, ranks, steps, timeout_s, tuple(allow), progress)
+        return check.run(micro_batches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,25 +112,22 @@ class Check:
         Ranks: none; the launcher starts them.
         """
         setup, truth = self._truth()
-        if truth.main.batch_size is None:
+        batch_size = truth.main.batch_size
+        if batch_size is None:
             raise CheckError(
                 f"{self.script} trains on an iterable of ready batches, of which each rank has its "
                 "own: on other ranks or micro-batches a step sees other samples, and there is "
                 "nothing to compare. For this check, give fit a map-style dataset of some samples, "
                 "with batch_size."
             )
+        setup = replace(setup, examine=False)
         runs = []
         for ranks in sorted({1, self.ranks}):
-            for micros in sorted({1, *micro_batches}):
-                if (ranks, micros) != (1, 1):
-                    one = replace(
-                        setup,
-                        ranks=ranks,
-                        micro_batches=micros,
-                        examine=False,
-                        batch_size=truth.main.batch_size,
-                    )
-                    runs.append(self._against(truth, one, one.title))
+            for micros in sorted({1, *micro_batches} - ({1} if ranks == 1 else set())):
+                one = replace(setup, ranks=ranks, micro_batches=micros, batch_size=batch_size)
+                results = self._launch(one, one.title)
+                runs.append(_Run(one, results, self._compare(one.title, truth, results)))
+                results.forget_gradients()
         parted = [run for run in runs if not run.comparison.equal]
         causes = self._causes(setup, truth, parted) if parted else []
         self._take_notes(truth, runs)
@@ -174,64 +157,64 @@ class Check:
             # It may be float64 that it cannot do; if not, it fails again, in its own way.
             setup = replace(setup, double=False)
             truth = self._launch(setup, f"{setup.title} (the truth), in float32")
-            self.notes.append(
-                f"in float64 the script fails ({_last_line(error)}), so it was compared in "
-                "float32, where faults of less than a thousandth cannot be told from rounding."
+            self._compare_in_single(
+                f"in float64 the script fails ({last_line(error)}), so it was compared in float32, "
+                "where"
             )
-            self.tolerance = SINGLE
         if setup.double and truth.main.dtype != "float64":
-            self.notes.append(
+            self._compare_in_single(
                 f"the loss comes in {truth.main.dtype}, though its batch and the model are "
-                "float64, so faults of less than a thousandth cannot be told from rounding."
+                "float64, so"
             )
-            self.tolerance = SINGLE
         return setup, truth
+
+    def _compare_in_single(self, why: str) -> None:
+        self.notes.append(f"{why} faults of less than a thousandth cannot be told from rounding.")
+        self.tolerance = SINGLE
 
     def _launch(self, setup: Setup, title: str) -> Results:
         if self.progress is not None:
             self.progress(title)
-        return self.launcher.run(setup, self.script, self.args, self.timeout_s)
+        trial, text = "dtrain.trials.check_trial", setup.to_json()
+        launch = self.launcher.launch(
+            trial, text, setup.ranks, self.script, self.args, self.timeout_s
+        )
+        several = setup.ranks > 1 or setup.micro_batches > 1
+        launch.insist(f"on {setup.title}" if several else "on one rank")
+        return Results.read(launch.folder, setup.ranks)
 
-    def _against(self, truth: Results, setup: Setup, title: str) -> _Run:
-        results = self._launch(setup, title)
-        comparison = compare(setup.title, truth, results, self.tolerance)
-        results.forget_gradients()
-        return _Run(setup, results, comparison)
+    def _compare(self, title: str, truth: Results, results: Results) -> Comparison:
+        return compare(title, truth, results, self.tolerance)
 
     # -- causes -------------------------------------------------------------------------------
 
     def _causes(self, setup: Setup, truth: Results, parted: list[_Run]) -> list[Cause]:
         worst = parted[-1]  # most ranks, most micro-batches: whatever splits does so here
-        title = worst.comparison.title
-        strays = worst.comparison.strays
-        examined = truth.main.examined
+        title, results = worst.comparison.title, worst.results
+        examined = truth.main.examined or Examined()
         suspects = [name for name in truth.main.seen if name not in self.allow]
-        if examined is not None and examined.data_draws and "augmentation" not in self.allow:
+        if examined.data_draws and "augmentation" not in self.allow:
             suspects.append("augmentation")
         equal = self._equal_without(suspects, setup, worst.setup) if suspects else None
         causes = find.switchable(suspects, equal)
         if equal:
             return causes
-        others = [
-            find.drifting(strays, title) if strays else None,
+        start = find.other_start(truth, results, title)
+        found = _those_of(
+            find.drifting(worst.comparison.strays, title),
             find.ragged_mean(examined, self.tolerance),
-            *self._rank_dependent(truth, parted),
-            None if "mixup" in suspects else find.drawing_callback(truth.main),
-            find.other_start(truth, worst.results, title),
-            find.other_settings(truth.main, worst.results.main, title),
-        ]
-        found = [cause for cause in others if cause is not None]
-        # What only may be a cause, or follows from one that was found: the first of them.
-        augmented = "augmentation" in suspects
-        weaker = [
-            find.wandering_data(examined),
-            find.random_loss(examined),
-            None if augmented else find.other_data(truth.main, worst.results, title),
-            find.moving_buffers(truth.main),
-        ]
+            *self._rank_dependent(parted, examined),
+            start,
+            find.other_settings(truth.main, results.main, title),
+        )
         if not found:
-            found += [cause for cause in weaker if cause is not None][:1]
-        if not found or find.other_start(truth, worst.results, title) is not None:
+            # What only may be a cause, or follows from one that was found: the first of them.
+            found = _those_of(
+                find.wandering_data(examined),
+                find.random_loss(examined),
+                find.moving_buffers(truth.main),
+            )[:1]
+        if not found or start is not None:
             found += self._again(setup, truth)
         if not found and not (suspects and equal is None):
             found.append(find.unknown())
@@ -241,29 +224,27 @@ class Check:
         """An experiment: are the numbers equal once the suspects are switched off?"""
         without = (*self.allow, *suspects)
         words = "without " + ", ".join(suspects)
-        truth = self._experiment(
-            replace(setup, without=without, examine=False), f"{words}, {setup.title}"
-        )
+        truth = self._experiment(replace(setup, without=without), f"{words}, {setup.title}")
         run = truth and self._experiment(replace(worst, without=without), f"{words}, {worst.title}")
-        if truth is None or run is None:
-            return None
-        return compare(words, truth, run, self.tolerance).equal
+        return None if truth is None or run is None else self._compare(words, truth, run).equal
 
-    def _rank_dependent(self, truth: Results, parted: list[_Run]) -> list[Cause]:
+    def _rank_dependent(self, parted: list[_Run], examined: Examined) -> list[Cause | None]:
         """An experiment: every rank gets the same samples and random streams."""
         several = [run.setup for run in parted if run.setup.ranks > 1]
         if not several:
             return []
-        twins = replace(several[0], micro_batches=1, twins=True)
-        results = self._experiment(twins, f"the same samples on {self.ranks} ranks")
-        return find.rank_dependent(results, truth.main.examined) if results else []
+        setup = replace(several[0], micro_batches=1, twins=True)
+        twins = self._experiment(setup, f"the same samples on {self.ranks} ranks")
+        if twins is None:
+            return []
+        return [find.rank_in_data(twins), find.rank_in_loss(twins, examined.draws)]
 
     def _again(self, setup: Setup, truth: Results) -> list[Cause]:
         """An experiment: does the truth repeat itself?"""
-        results = self._experiment(replace(setup, examine=False), "one rank once more")
+        results = self._experiment(setup, "one rank once more")
         if results is None:
             return []
-        again = compare(setup.title, truth, results, self.tolerance)
+        again = self._compare(setup.title, truth, results)
         if again.equal:
             return []
         where = f"loss by {again.loss_gap:.1e}, {again.worst} by {again.worst_gap:.1e}"
@@ -274,16 +255,16 @@ class Check:
         try:
             return self._launch(setup, f"experiment: {words}")
         except CheckError as error:
-            self.notes.append(f"an experiment ({words}) failed: {_last_line(error)}.")
+            self.notes.append(f"an experiment ({words}) failed: {last_line(error)}.")
             return None
 
     # -- notes --------------------------------------------------------------------------------
 
     def _take_notes(self, truth: Results, runs: list[_Run]) -> None:
         self.notes += [f"{SWITCHES[name]} in all runs (--allow {name})." for name in self.allow]
-        several = [run for run in runs if run.setup.ranks > 1]
+        several = [run.results for run in runs if run.setup.ranks > 1]
         if several:
-            self._note_several(truth, several[0].results)
+            self._note_several(truth, several[0])
         if truth.main.steps < self.steps:
             self.notes.append(f"the training was over after {truth.main.steps} steps.")
         if not all(map(math.isfinite, truth.main.losses)):
@@ -293,9 +274,10 @@ class Check:
             self.notes += [f"could not be looked at: {failure}." for failure in examined.failures]
 
     def _note_several(self, truth: Results, run: Results) -> None:
-        unequal = find.unequal_models(run)
+        models = [rank.given_model for rank in run.ranks]
+        unequal = [str(rank) for rank, model in enumerate(models) if model != models[0]]
         if unequal and find.other_start(truth, run, "") is None:
-            which = ", ".join(str(rank) for rank in unequal)
+            which = ", ".join(unequal)
             self.notes.append(
                 f"the script makes another model on rank {which} than on rank 0: its seed depends "
                 "on the rank. The Trainer gives all ranks rank 0's, so the numbers do not suffer; "
@@ -310,6 +292,5 @@ class Check:
             )
 
 
-def _last_line(error: CheckError) -> str:
-    """The last line of a script's output, which names the error."""
-    return str(error).splitlines()[-1].strip(" |.")
+def _those_of(*causes: Cause | None) -> list[Cause]:
+    return [cause for cause in causes if cause is not None]

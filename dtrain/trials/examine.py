@@ -5,6 +5,7 @@ Nothing here can disturb what was compared: it comes after the last step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,12 +13,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtrain.context import Loss
 from dtrain.data import Data, fetch
 from dtrain.distributed import random_streams, seed_everything
 from dtrain.step import as_loss
-from dtrain.trials.equivalence import samples as of
-from dtrain.trials.equivalence.record import Examined
+from dtrain.trials import samples as of
+from dtrain.trials.check_record import Examined
 
 LossOf = Callable[[Any], Any]
 
@@ -49,10 +49,11 @@ def examine(
         modes = [(module, module.training) for module in model.modules()]
         try:
             # As it trains, too: some losses are another there.
-            if not keeps_state:
-                _try_batches(loss_of, batches, "train", found)
-            model.eval()
-            _try_batches(loss_of, batches, "eval", found)
+            for mode in ("eval",) if keeps_state else ("train", "eval"):
+                if mode == "eval":
+                    model.eval()
+                for step, (batch, samples) in enumerate(batches):
+                    _try_parts(loss_of, batch, samples, step + 1, mode, found)
         except Exception as error:  # noqa: BLE001 -- a user's function, called as never before
             found.failures.append(f"the loss of parts of a batch ({type(error).__name__}: {error})")
         finally:
@@ -61,42 +62,40 @@ def examine(
     return found
 
 
-def _try_batches(
-    loss_of: LossOf, batches: Sequence[tuple[Any, int]], mode: str, found: Examined
+def _try_parts(
+    loss_of: LossOf, batch: Any, samples: int, step: int, mode: str, found: Examined
 ) -> None:
-    for step, (batch, samples) in enumerate(batches):
-        if _try_parts(loss_of, batch, samples, found):
-            found.step, found.mode = step, mode
-
-
-def _try_parts(loss_of: LossOf, batch: Any, samples: int, found: Examined) -> bool:
-    """Is the loss of a batch the weighted mean of its parts'? Says if it is farther than before."""
-    farther = False
+    """Is the loss of a batch the weighted mean of its parts'? Keeps what is farthest from it."""
     whole, _ = _loss(loss_of, batch, samples)
     # Halves may happen to weigh alike, so uneven parts are tried as well.
     for cut in sorted({samples // 2, 1} & set(range(1, samples))):
-        pieces = [
+        a, b = (
             _loss(loss_of, of.part(batch, samples, start, stop), stop - start)
             for start, stop in ((0, cut), (cut, samples))
-        ]
-        weights = [weight for _, weight in pieces]
-        if not sum(weights):
+        )
+        weight = a[1] + b[1]
+        if not weight:
             continue
         # What weighs nothing counts for nothing, even if its mean is NaN.
-        mean = sum(m * w for m, w in pieces if w) / sum(weights)
-        if not found.tried_parts or abs(mean - whole) > abs(found.parts - found.whole):
-            found.whole, found.parts = whole, mean
-            found.sizes, found.weights = [cut, samples - cut], weights
-            found.tried_parts = farther = True
-    return farther
+        mean = sum(mean * weight for mean, weight in (a, b) if weight) / weight
+        apart = abs(mean - whole)
+        gap = 0.0 if not apart else apart / abs(whole) if whole else math.inf
+        if found.mean_gap is None or gap > found.mean_gap:
+            found.mean_gap = gap
+            found.mean_evidence = (
+                f"The loss of the {samples} samples of step {step} is {whole:.6g}. Of the same "
+                f"samples in two parts ({cut} and {samples - cut}), the mean weighted as the loss "
+                f"function says ({a[1]:g} and {b[1]:g}) is {mean:.6g}. So the loss is no mean "
+                f"over its weight. (In {mode} mode, without dropout.)"
+            )
 
 
 def _loss(loss_of: LossOf, batch: Any, samples: int) -> tuple[float, float]:
+    """Returns the mean, and what it weighs."""
     seed_everything(0)
     # A copy: some loss functions write into their batch.
-    loss: Loss = as_loss(loss_of(of.copy(batch)), samples)
-    weight = samples if loss.weight is None else loss.weight
-    return float(loss.mean), float(weight)
+    loss = as_loss(loss_of(of.copy(batch)), samples)
+    return float(loss.mean), float(samples if loss.weight is None else loss.weight)
 
 
 def _look_at_draws(loss_of: LossOf, batch: Any, found: Examined) -> None:
@@ -109,9 +108,15 @@ def _look_at_draws(loss_of: LossOf, batch: Any, found: Examined) -> None:
     except Exception as error:  # noqa: BLE001 -- some code cannot be watched; then it is not
         found.failures.append(f"what the loss draws ({type(error).__name__}: {error})")
     after = _streams()
-    found.streams = [name for name in before if before[name] != after[name]]
-    found.draws = sorted(draws.names)
-    found.own_generator = draws.own_generator
+    words = sorted(draws.names)
+    if draws.own_generator:
+        words.append("(with a generator of its own)")
+    words += [
+        f"from {name}'s global stream"
+        for name in before
+        if before[name] != after[name] and (name in ("python", "numpy") or not draws.names)
+    ]
+    found.draws = " ".join(words)
 
 
 def _streams() -> dict[str, object]:
@@ -131,21 +136,17 @@ class _Draws(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and not _is_attention(func):
-            self.names.add(f"torch.{func.overloadpacket.__name__}")
+        name = func.overloadpacket.__name__
+        # Attention is marked as drawing, for its dropout, which is switched off here.
+        if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in name:
+            self.names.add(f"torch.{name}")
             self.own_generator |= kwargs.get("generator") is not None
         return func(*args, **kwargs)
 
 
-def _is_attention(func: Any) -> bool:
-    # Marked as drawing, for its dropout, which is switched off here.
-    return "attention" in str(func.overloadpacket.__name__)
-
-
 def _look_at_data(data: Data, found: Examined) -> None:
     """Is a sample the same whenever it is fetched?"""
-    length = len(data.dataset)
-    rows = list(range(min(4, length)))
+    rows = list(range(min(4, len(data.dataset))))
 
     def fetched(seed: int) -> list[str]:
         seed_everything(seed)

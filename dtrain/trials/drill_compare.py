@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtrain.trials.drill.run import Run
+from dtrain.trials.drill_record import DrilledRun
 
 #: Law 1: the relative distance of norms that rounding may bring between world sizes.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -20,22 +21,15 @@ _END = math.inf
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is not as it was undisturbed.
+    """One thing that is not as it was undisturbed."""
 
-    Attributes:
-        what: what it is of: ``samples``, ``metric``, ``model`` or ``state``.
-        name: which: a metric, a tensor, a path in the state.
-        step: the first step that shows it, from 1; infinite for what the run ended with.
-        words: what is there, and what was there undisturbed.
-    """
-
-    what: str
-    name: str
-    step: float
-    words: str
+    what: str  # samples, metric, model or state
+    name: str  # of a metric, a tensor, a path in the state
+    step: float  # the first step that shows it, from 1; infinite for what the run ended with
+    words: str  # what is there, and what was there undisturbed
 
 
-def compare(reference: Run, drilled: Run) -> list[Difference]:
+def compare(reference: DrilledRun, drilled: DrilledRun) -> list[Difference]:
     """Compares to the bit, on the same number of ranks; what comes first in time is first.
 
     Steps that were taken twice must have been the same both times.
@@ -43,22 +37,24 @@ def compare(reference: Run, drilled: Run) -> list[Difference]:
     found = [
         *_samples(reference, drilled, together=False),
         *_metrics(reference, drilled),
-        *_final(reference, drilled),
+        *_steps(reference, drilled),
+        *_last("model", reference.final.model, drilled.final.model),
+        *_last("state", reference.final.state, drilled.final.state),
     ]
     return sorted(found, key=lambda one: one.step)  # stable: causes before effects
 
 
-def compare_resized(reference: Run, drilled: Run) -> list[Difference]:
+def compare_resized(reference: DrilledRun, drilled: DrilledRun) -> list[Difference]:
     """Compares where the run went on with another number of ranks.
 
     The samples of each global batch must be the same, in the same order; parameters and buffers
     within law 1's tolerance, as the relative distance of their norms.
     """
     found = list(_samples(reference, drilled, together=True))
-    if reference.final.step != drilled.final.step:
-        return [*found, _steps(reference, drilled)]
+    if steps := list(_steps(reference, drilled)):
+        return found + steps
     mine, theirs = reference.final.model, drilled.final.model
-    apart = {name: _distance(mine[name], theirs[name]) for name in mine}
+    apart = {name: float((mine[name].double() - theirs[name].double()).norm()) for name in mine}
     size = math.sqrt(sum(float(t.double().square().sum()) for t in mine.values()))
     gap = math.sqrt(sum(value**2 for value in apart.values())) / (size or 1.0)
     tolerance = tolerance_of(mine)
@@ -78,15 +74,18 @@ def tolerance_of(model: Mapping[str, Tensor]) -> float:
     return max((TOLERANCES.get(dtype, _COARSE) for dtype in floating), default=0.0)
 
 
-def _samples(reference: Run, drilled: Run, *, together: bool) -> Iterator[Difference]:
+def _samples(reference: DrilledRun, drilled: DrilledRun, *, together: bool) -> Iterator[Difference]:
     expected = reference.starts[0].batches()
     seen: set[int] = set()
     for number, start in enumerate(drilled.starts):
         for step, ranks in start.batches().items():
             seen.add(step)
             # Ranks' shares lie one after the other, so this is the global batch in its order.
-            mine, theirs = (_joined(each) for each in (expected.get(step, []), ranks))
-            wrong = _first_wrong(mine, theirs)
+            mine, theirs = (
+                [one for rank in each for one in rank] for each in (expected.get(step, []), ranks)
+            )
+            pairs = enumerate(zip_longest(mine, theirs))
+            wrong = next((place for place, (a, b) in pairs if a != b), None)
             if wrong is None and not together:
                 sizes = [len(rank) for rank in expected.get(step, [])]
                 wrong = None if sizes == [len(rank) for rank in ranks] else 0
@@ -102,19 +101,23 @@ def _samples(reference: Run, drilled: Run, *, together: bool) -> Iterator[Differ
         yield Difference("samples", "samples", step + 1, f"step {step + 1} was never done")
 
 
-def _metrics(reference: Run, drilled: Run) -> Iterator[Difference]:
+def _metrics(reference: DrilledRun, drilled: DrilledRun) -> Iterator[Difference]:
     expected = reference.starts[0].main.reports
     seen = set()
     for number, start in enumerate(drilled.starts):
         for key, values in start.main.reports.items():
             kind, step, _ = key
             seen.add(key)
-            at = f"of the {kind} report at step {step}"
             for name in sorted({*values, *expected.get(key, {})}):
                 mine, theirs = expected.get(key, {}).get(name), values.get(name)
                 if not _same(mine, theirs):
-                    is_now = f"{name} {at} is {_number(theirs)}{_again(number)}"
-                    words = f"{is_now}; undisturbed it is {_number(mine)}{_off(mine, theirs)}"
+                    off = ""
+                    if mine is not None and theirs is not None:
+                        off = f" (off by {abs(theirs - mine):.1e})"
+                    words = (
+                        f"{name} of the {kind} report at step {step} is "
+                        f"{_number(theirs)}{_again(number)}; undisturbed it is {_number(mine)}{off}"
+                    )
                     yield Difference("metric", name, step, words)
     for kind, step, place in sorted({*expected} - seen):
         for name in expected[kind, step, place]:
@@ -122,26 +125,21 @@ def _metrics(reference: Run, drilled: Run) -> Iterator[Difference]:
             yield Difference("metric", name, step, words)
 
 
-def _final(reference: Run, drilled: Run) -> Iterator[Difference]:
-    if reference.final.step != drilled.final.step:
-        yield _steps(reference, drilled)
-    for what in ("model", "state"):
-        mine: dict[str, Any] = getattr(reference.final, what)
-        theirs: dict[str, Any] = getattr(drilled.final, what)
-        for name in [*mine, *(name for name in theirs if name not in mine)]:
-            if name not in mine or name not in theirs:
-                which = "is not there" if name in mine else "is there; undisturbed it is not"
-                yield Difference(what, name, _END, f"{name} {which}")
-            elif words := _unequal(mine[name], theirs[name]):
-                yield Difference(what, name, _END, f"{name} {words}")
+def _steps(reference: DrilledRun, drilled: DrilledRun) -> Iterator[Difference]:
+    mine, theirs = reference.final.step, drilled.final.step
+    if mine != theirs:
+        words = f"the last checkpoint is of step {theirs}; undisturbed it is of step {mine}"
+        yield Difference("model", "step", _END, words)
 
 
-def _steps(reference: Run, drilled: Run) -> Difference:
-    words = (
-        f"the last checkpoint is of step {drilled.final.step}; undisturbed it is of step "
-        f"{reference.final.step}"
-    )
-    return Difference("model", "step", _END, words)
+def _last(what: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Difference]:
+    for name in dict.fromkeys([*mine, *theirs]):
+        if name not in theirs:
+            yield Difference(what, name, _END, f"{name} is not there")
+        elif name not in mine:
+            yield Difference(what, name, _END, f"{name} is there; undisturbed it is not")
+        elif words := _unequal(mine[name], theirs[name]):
+            yield Difference(what, name, _END, f"{name} {words}")
 
 
 def _unequal(mine: Any, theirs: Any) -> str:
@@ -151,7 +149,8 @@ def _unequal(mine: Any, theirs: Any) -> str:
     if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
         there, here = (f"{one.dtype} {list(one.shape)}" for one in (mine, theirs))
         return f"is {here}; undisturbed it is {there}"
-    a, b = (_bytes(one) for one in (mine, theirs))
+    # A row of bytes for each value.
+    a, b = (one.contiguous().reshape(-1, 1).view(torch.uint8) for one in (mine, theirs))
     if torch.equal(a, b):
         return ""
     count = int((a != b).any(1).sum())
@@ -159,40 +158,13 @@ def _unequal(mine: Any, theirs: Any) -> str:
     return f"differs in {count} of {mine.numel()} values, by up to {gap:.1e}"
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """Returns a tensor's bits, ``[values, bytes of a value]``."""
-    flat = tensor.contiguous().reshape(-1)
-    return flat.view(torch.uint8).reshape(len(flat), -1)
-
-
-def _distance(mine: Tensor, theirs: Tensor) -> float:
-    return float((mine.double() - theirs.double()).norm())
-
-
 def _same(mine: Any, theirs: Any) -> bool:
     both_nan = mine != mine and theirs != theirs
     return bool(mine == theirs) or both_nan
 
 
-def _joined(ranks: list[list[str]]) -> list[str]:
-    return [sample for rank in ranks for sample in rank]
-
-
-def _first_wrong(mine: list[str], theirs: list[str]) -> int | None:
-    for place, (a, b) in enumerate(zip(mine, theirs, strict=False)):
-        if a != b:
-            return place
-    return None if len(mine) == len(theirs) else min(len(mine), len(theirs))
-
-
 def _number(value: float | None) -> str:
     return "not there" if value is None else f"{value:.9g}"
-
-
-def _off(mine: float | None, theirs: float | None) -> str:
-    if mine is None or theirs is None:
-        return ""
-    return f" (off by {abs(theirs - mine):.1e})"
 
 
 def _again(start: int) -> str:

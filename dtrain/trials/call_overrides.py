@@ -1,9 +1,4 @@
-"""What a training computes with: float64 throughout, and without dropout if told so.
-
-A lens lies around a training and sees each of torch's functions as it is called, from
-modules and from the user's own code alike. So it finds ``F.dropout`` as well as ``nn.Dropout``,
-and a ``logits.float()`` does not bring float32's rounding back.
-"""
+"""What a training computes with: float64 throughout, and without dropout if told so."""
 
 from __future__ import annotations
 
@@ -31,8 +26,12 @@ _BARE = (torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.native
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
-class Lens(TorchFunctionMode):
-    """Sees what a training calls; changes dtypes, dropout and BatchNorm if told to.
+class CallOverrides(TorchFunctionMode):
+    """Lies around a training, and changes dtypes, dropout and BatchNorm in what it calls.
+
+    It sees each of torch's functions as it is called, from modules and from the user's own code
+    alike. So it finds ``F.dropout`` as well as ``nn.Dropout``, and a ``logits.float()`` does not
+    bring float32's rounding back.
 
     Args:
         double: lower floating dtypes become float64.
@@ -62,49 +61,37 @@ class Lens(TorchFunctionMode):
         if func in _DROPOUTS:
             args, kwargs = (), self._less_dropout(func, args, kwargs)
         elif func is F.scaled_dot_product_attention:
-            args, kwargs = self._less_attention_dropout(args, kwargs)
+            if kwargs.get("dropout_p", 0.0) > 0:
+                kwargs = kwargs | {"dropout_p": self._note("dropout", kwargs["dropout_p"], 0.0)}
+            elif len(args) > 4 and args[4] > 0:
+                args = self._less_at(4, args)
         elif func in _BARE:
-            args, kwargs = self._less_bare_dropout(args, kwargs)
+            given = dict(zip(("input", "p", "train"), args, strict=False)) | kwargs
+            args, kwargs = (given["input"], given["p"], given["train"]), {}
+            if given["p"] > 0 and given["train"]:
+                args = self._less_at(1, args)
         elif func in _RECURRENT:
-            args = self._less_recurrent_dropout(args)
+            # (input, hx, weights, has_biases, layers, dropout, training, ...), and with packed
+            # sequences one more in front.
+            at = 5 if isinstance(args[3], bool) else 6
+            if args[at] > 0 and args[at + 1]:
+                args = self._less_at(at, args)
         elif func is F.batch_norm:
             args, kwargs = (), self._less_batch_norm(args, kwargs)
         return func(*args, **kwargs)
 
+    def _less_at(self, at: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*args[:at], self._note("dropout", args[at], 0.0), *args[at + 1 :])
+
     def _less_dropout(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
-        bound = inspect.signature(func).bind(*args, **kwargs)
-        bound.apply_defaults()
-        values = bound.arguments
+        values = _by_name(func, args, kwargs)
         p = _DROPOUTS[func]
         if values[p] > 0 and values["training"]:
             values[p] = self._note("dropout", values[p], 0.0)
         return values
 
-    def _less_attention_dropout(self, args: tuple[Any, ...], kwargs: Any) -> Any:
-        if kwargs.get("dropout_p", 0.0) > 0:
-            kwargs = {**kwargs, "dropout_p": self._note("dropout", kwargs["dropout_p"], 0.0)}
-        elif len(args) > 4 and args[4] > 0:
-            args = (*args[:4], self._note("dropout", args[4], 0.0), *args[5:])
-        return args, kwargs
-
-    def _less_bare_dropout(self, args: tuple[Any, ...], kwargs: Any) -> Any:
-        given = dict(zip(("input", "p", "train"), args, strict=False)) | kwargs
-        if given["p"] > 0 and given["train"]:
-            given["p"] = self._note("dropout", given["p"], 0.0)
-        return (given["input"], given["p"], given["train"]), {}
-
-    def _less_recurrent_dropout(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # (input, hx, weights, has_biases, layers, dropout, training, ...), and with packed
-        # sequences one more in front.
-        at = 5 if isinstance(args[3], bool) else 6
-        if args[at] > 0 and args[at + 1]:
-            return (*args[:at], self._note("dropout", args[at], 0.0), *args[at + 1 :])
-        return args
-
     def _less_batch_norm(self, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
-        bound = inspect.signature(F.batch_norm).bind(*args, **kwargs)
-        bound.apply_defaults()
-        values = bound.arguments
+        values = _by_name(F.batch_norm, args, kwargs)
         if values["training"]:
             values["training"] = self._note("batchnorm", True, False)
             x = values["input"]
@@ -116,6 +103,12 @@ class Lens(TorchFunctionMode):
     def _note(self, what: str, as_it_is: Any, switched_off: Any) -> Any:
         self.seen.add(what)
         return switched_off if what in self._without else as_it_is
+
+
+def _by_name(func: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
+    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _wide(value: Any) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dtrain.trials.equivalence.record import Results, gradients_name
+from dtrain.trials.check_record import Results, gradients_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,37 +103,30 @@ def compare(title: str, truth: Results, run: Results, tolerance: Tolerance) -> C
     weak: dict[str, Tensor] = {}  # numbers whose gradient was once near rounding
     moving: dict[str, Tensor] = {}  # numbers that had any gradient at all
     for step in range(min(truth.main.steps, run.main.steps)):
-        with (
-            truth.tensors(gradients_name(step)) as mine,
-            run.tensors(gradients_name(step)) as theirs,
-        ):
-            for name, gap in gradient_gaps(mine, theirs, tolerance.floor).items():
-                gaps[name] = max(gaps.get(name, 0.0), gap)
-                if gap > tolerance.gradient:
-                    first.setdefault(name, step)
-            _keep_weak(weak, moving, mine, theirs, tolerance.weak)
+        mine, theirs = (one.tensors(gradients_name(step)) for one in (truth, run))
+        for name, gap in gradient_gaps(mine, theirs, tolerance.floor).items():
+            gaps[name] = max(gaps.get(name, 0.0), gap)
+            if gap > tolerance.gradient:
+                first.setdefault(name, step)
+        near_zero = tolerance.weak * max(map(_largest, mine.values()), default=0.0)
+        for name in mine.keys() & theirs.keys():
+            a, b = mine[name], theirs[name]
+            weak[name] = weak.get(name, False) | (a.abs() <= near_zero)
+            moving[name] = moving.get(name, False) | (a != 0) | (b != 0)
     parted = [Parted(name, gaps[name], step) for name, step in first.items()]
     zero = []
-    with (
-        truth.tensors("initial") as start,
-        truth.tensors("final") as mine,
-        run.tensors("final") as theirs,
-    ):
-        for name in mine:
-            if name in first or name not in weak:
-                continue
-            gap, drifted = parameter_gap(
-                start[name], mine[name], theirs[name], weak[name] & moving[name], tolerance
-            )
-            if gap > tolerance.parameter:
-                parted.append(Parted(name, gap, None))
-            elif drifted:
-                whole = drifted == mine[name].numel()
-                zero.append(
-                    name if whole else f"{name} ({drifted} of {mine[name].numel()} numbers)"
-                )
+    start, mine, theirs = truth.tensors("initial"), truth.tensors("final"), run.tensors("final")
+    for name in [name for name in mine if name in weak and name not in first]:
+        driven = weak[name] & moving[name]
+        gap, drifted = parameter_gap(start[name], mine[name], theirs[name], driven, tolerance)
+        count = mine[name].numel()
+        if gap > tolerance.parameter:
+            parted.append(Parted(name, gap, None))
+        elif drifted:
+            zero.append(name if drifted == count else f"{name} ({drifted} of {count} numbers)")
     loss_gap = _loss_gap(truth.main.losses, run.main.losses)
     worst = max(gaps, key=lambda name: gaps[name], default="")
+    own = [rank.own_parameters for rank in run.ranks]
     return Comparison(
         title=title,
         loss_gap=loss_gap,
@@ -142,34 +135,22 @@ def compare(title: str, truth: Results, run: Results, tolerance: Tolerance) -> C
         parted=tuple(sorted(parted, key=lambda p: p.gap, reverse=True)),
         zero_gradients=tuple(zero),
         loss_parts=loss_gap > tolerance.loss,
-        strays=tuple(
-            rank
-            for rank, one in enumerate(run.ranks)
-            if one.own_parameters != run.main.own_parameters
-        ),
+        strays=tuple(rank for rank, digest in enumerate(own) if digest != own[0]),
     )
 
 
 def gradient_gaps(
     mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], floor: float
 ) -> dict[str, float]:
-    """Returns how far each tensor's gradients are apart, relative to its largest.
+    """Returns how far each tensor's gradients are apart, relative to its largest in ``mine``.
 
-    Args:
-        mine: the truth.
-        theirs: the run's.
-        floor: no tensor's largest gradient counts as less than this part of the model's.
-
-    Returns:
-        By name; infinite where one of them is missing or not finite.
+    Infinite where one of them is missing or not finite. No tensor's largest gradient counts as
+    less than ``floor`` of the model's.
     """
     largest = {name: _largest(mine[name]) for name in mine}
     unit = floor * max(largest.values(), default=0.0)
-    gaps = {}
-    for name in {*mine, *theirs}:
-        if name not in mine or name not in theirs:
-            gaps[name] = math.inf
-            continue
+    gaps = dict.fromkeys({*mine, *theirs}, math.inf)
+    for name in mine.keys() & theirs.keys():
         gaps[name] = _ratio(_largest(theirs[name] - mine[name]), max(largest[name], unit))
     return gaps
 
@@ -194,21 +175,6 @@ def parameter_gap(
     apart = (theirs - mine).abs()
     drifted = int((weak & (apart > tolerance.parameter * moved)).sum())
     return _ratio(_largest(apart[~weak]), moved), drifted
-
-
-def _keep_weak(
-    weak: dict[str, Tensor],
-    moving: dict[str, Tensor],
-    mine: Mapping[str, Tensor],
-    theirs: Mapping[str, Tensor],
-    threshold: float,
-) -> None:
-    unit = threshold * max((_largest(mine[name]) for name in mine), default=0.0)
-    for name in mine.keys() & theirs.keys():
-        now_weak = mine[name].abs() <= unit
-        now_moving = (mine[name] != 0) | (theirs[name] != 0)
-        weak[name] = weak[name] | now_weak if name in weak else now_weak
-        moving[name] = moving[name] | now_moving if name in moving else now_moving
 
 
 def _loss_gap(mine: list[float], theirs: list[float]) -> float:

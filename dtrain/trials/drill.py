@@ -1,4 +1,4 @@
-"""The drill: two runs that are left alone, then trials, each struck and started again."""
+"""The drill: two runs that are left alone, then trials, each disturbed and started again."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dtrain.errors import CheckError, ConfigError
-from dtrain.trials.drill.compare import Difference, compare, compare_resized, tolerance_of
-from dtrain.trials.drill.orders import Fault, Start
-from dtrain.trials.drill.plan import draw
-from dtrain.trials.drill.record import StartRecord
-from dtrain.trials.drill.report import Drilled, Trial
-from dtrain.trials.drill.run import Final, Run
-from dtrain.trials.equivalence.launcher import Launch, Launcher
+from dtrain.trials.drill_compare import Difference, compare, compare_resized, tolerance_of
+from dtrain.trials.drill_plan import Disturbance, Start, draw
+from dtrain.trials.drill_record import DrilledRun, LastCheckpoint, StartRecord
+from dtrain.trials.drill_report import Drilled, TrialResult
+from dtrain.trials.launcher import Launch, Launcher, check_script
+from dtrain.trials.report import plural
 
 Progress = Callable[[str], None]
 
-_RUNNER = "dtrain.trials.drill.probe"
-_MOST_STARTS = 4  # of a trial: one is struck; a script may leave once more by itself
+_MOST_STARTS = 4  # of a trial: one is disturbed; a script may leave once more by itself
 
 
-def drill(
+def drill_script(
     script: str | Path,
     args: Sequence[str] = (),
     *,
@@ -40,8 +38,7 @@ def drill(
     Args:
         script: a file that calls ``Trainer(...).fit(...)``.
         args: the script's own arguments.
-        ranks: on how many. They run on this machine: on its GPUs if there is one for each, else
-            on the CPU.
+        ranks: on how many; as in :func:`~dtrain.check_equivalence`.
         kills: how many kills in a step; half as many more fall on a save, and one rank is
             preempted.
         steps: global steps of each run, at most.
@@ -59,38 +56,25 @@ def drill(
 
     Ranks: none; it starts them.
     """
-    _check_arguments(Path(script), ranks, kills, steps, timeout_s, other_ranks)
-    with Launcher(most_ranks=max(ranks, other_ranks or 1), command="drill") as launcher:
-        return Drill(launcher, Path(script), args, ranks, steps, seed, timeout_s, progress).run(
-            kills=kills, other_ranks=other_ranks
-        )
-
-
-def _check_arguments(
-    script: Path, ranks: int, kills: int, steps: int, timeout_s: float, other_ranks: int | None
-) -> None:
-    if not script.is_file():
-        raise ConfigError(f"there is no script {str(script)!r} (seen from {Path.cwd()})")
+    script = Path(script)
+    check_script(script, timeout_s)
     if min(ranks, kills) < 1 or (other_ranks is not None and other_ranks < 1):
         other = "" if other_ranks is None else f", other_ranks={other_ranks}"
         raise ConfigError(f"ranks={ranks}, kills={kills}{other}: all must be 1 or more")
     if steps < 3:
         raise ConfigError(f"steps={steps}: must be 3 or more, to save, be killed and go on")
-    if timeout_s <= 0:
-        raise ConfigError(f"timeout_s={timeout_s}: must be more than 0 seconds")
     if other_ranks == ranks:
         raise ConfigError(
             f"other_ranks={other_ranks} is the number of ranks of all other trials: ask for another"
         )
-
-
-class _NeverEnded(Exception):
-    """A run that was struck did not come to its end; the message says why."""
+    with Launcher(most_ranks=max(ranks, other_ranks or 1), command="drill") as launcher:
+        one = Drill(launcher, script, args, ranks, steps, seed, timeout_s, progress)
+        return one.run(kills=kills, other_ranks=other_ranks)
 
 
 @dataclass
 class Drill:
-    """One drill of a script; :func:`drill` says what of."""
+    """One drill of a script; :func:`drill_script` says what of."""
 
     launcher: Launcher
     script: str | Path
@@ -112,43 +96,45 @@ class Drill:
 
         Ranks: none; the launcher starts them.
         """
-        save_every = max(1, self.steps // 5)
-        reference = self._undisturbed("undisturbed", save_every, first=True)
+        reference = self._undisturbed("undisturbed", first=True)
         if other_ranks is not None and reference.starts[0].main.facts["stream"]:
             raise CheckError(
                 f"{self.script} trains on an iterable of ready batches, of which each rank has its "
                 "own: with other ranks its steps are others, and there is nothing to compare. "
                 "Leave out --other-ranks, or give fit a map-style dataset with batch_size."
             )
-        self._repeats(reference, self._undisturbed("undisturbed, once more", save_every))
+        self._check_repeats(reference, self._undisturbed("undisturbed, once more"))
         steps = len(reference.starts[0].batches())
-        faults = draw(
-            kills=kills, ranks=self.ranks, steps=steps, save_every=save_every, seed=self.seed
+        drawn = draw(
+            kills=kills, ranks=self.ranks, steps=steps, save_every=self._save_every, seed=self.seed
         )
-        trials = [self._trial(reference, fault, save_every, self.ranks) for fault in faults]
+        trials = [self._trial(reference, one, self.ranks) for one in drawn]
         if other_ranks is not None:
-            fault = replace(faults[0], kind="kill all", rank=0)
-            trials.append(self._trial(reference, fault, save_every, other_ranks))
-            tolerance = tolerance_of(reference.final.model)
+            disturbance = replace(drawn[0], kind="kill all", rank=0)
+            trials.append(self._trial(reference, disturbance, other_ranks))
             self.notes.append(
-                f"where it went on with {_ranks(other_ranks)}, global batches were compared "
-                "sample by sample, and parameters and buffers within law 1's tolerance: "
-                f"{tolerance:g} of their norm."
+                f"where it went on with {plural(other_ranks, 'rank')}, global batches were "
+                "compared sample by sample, and parameters and buffers within law 1's tolerance: "
+                f"{tolerance_of(reference.final.model):g} of their norm."
             )
         return Drilled(
             str(self.script), self.ranks, steps, self.seed, tuple(trials), tuple(self.notes)
         )
 
+    @property
+    def _save_every(self) -> int:
+        return max(1, self.steps // 5)
+
     # -- runs that are left alone -------------------------------------------------------------
 
-    def _undisturbed(self, words: str, save_every: int, *, first: bool = False) -> Run:
+    def _undisturbed(self, words: str, *, first: bool = False) -> DrilledRun:
         self._say(words)
-        start = Start(self._new_run_dir(), self.steps, save_every)
-        launch, record = self._start(start, self.ranks)
+        start = self._new_start(None)
+        launch, record = self._launch(start, self.ranks)
         where = "undisturbed" if first else "undisturbed, when it was started a second time"
-        self.launcher.insist(launch, f"on {self.ranks} ranks, {where}" if self.ranks > 1 else where)
+        launch.insist(f"on {self.ranks} ranks, {where}" if self.ranks > 1 else where)
         if first:
-            self._check_facts(record)
+            self._check_facts(record.main.facts)
         if not record.finished:
             raise CheckError(
                 f"{self.script} was left alone and was preempted all the same: a signal, a time "
@@ -160,10 +146,9 @@ class Drill:
                 f"{self.script} trains for {done} steps only, which leaves no room to save, be "
                 "killed and go on: let it take 3 or more."
             )
-        return Run((record,), Final.read(Path(start.run_dir)))
+        return DrilledRun((record,), LastCheckpoint.read(Path(start.run_dir)))
 
-    def _check_facts(self, record: StartRecord) -> None:
-        facts = record.main.facts
+    def _check_facts(self, facts: dict[str, bool]) -> None:
         if not facts["run_dir"]:
             raise CheckError(
                 f"{self.script} gives its Trainer no run_dir, so nothing of a run is left once it "
@@ -181,7 +166,7 @@ class Drill:
                 "the whole run. Leave resume away, and it goes on."
             )
 
-    def _repeats(self, reference: Run, again: Run) -> None:
+    def _check_repeats(self, reference: DrilledRun, again: DrilledRun) -> None:
         """Finds what no two runs have in common; a training that does not repeat is refused."""
         found = compare(reference, again)
         for one in found:
@@ -200,94 +185,79 @@ class Drill:
 
     # -- trials -------------------------------------------------------------------------------
 
-    def _trial(self, reference: Run, fault: Fault, save_every: int, ranks: int) -> Trial:
-        """Strikes a run, and starts it again until it ends; ``ranks`` of them after the first."""
+    def _trial(self, reference: DrilledRun, disturbance: Disturbance, ranks: int) -> TrialResult:
+        """Disturbs a run, and starts it again until it ends, on so many ranks."""
         resized = ranks != self.ranks
-        words = _words(fault, self.ranks) + (f", then {_ranks(ranks)}" if resized else "")
-        start = Start(self._new_run_dir(), self.steps, save_every, fault)
-        starts: list[StartRecord] = []
-        failure = ""
+        then = plural(ranks, "rank") if resized else ""
+        done = disturbance.words(self.ranks)
+        words = f"{done}{then and f', then {then}'} at step {disturbance.step}"
+        self._say(words)
+        start = self._new_start(disturbance)
+        starts, failure = self._to_its_end(start, ranks)
+        if not failure and not starts[0].disturbed:
+            raise CheckError(
+                f"{self.script} came to its end and never to the place for '{words}': it takes "
+                "other steps from run to run, or ends by itself at another one."
+            )
         differences: list[Difference] = []
-        try:
-            final = self._to_its_end(start, ranks, f"{words} at step {fault.step}", starts)
-        except _NeverEnded as error:
-            failure = str(error)
-        else:
-            compared = compare_resized if resized else compare
-            differences = compared(reference, Run(tuple(starts), final))
-        done = (starts[0].struck or words) + (f"; then {_ranks(ranks)}" if resized else "")
-        return Trial(
-            done,
-            fault.step,
+        if not failure:
+            try:
+                run = DrilledRun(starts, LastCheckpoint.read(Path(start.run_dir)))
+            except CheckError as error:
+                failure = f"  {error}"
+            else:
+                differences = (compare_resized if resized else compare)(reference, run)
+        return TrialResult(
+            (starts[0].disturbed or done) + (then and f"; then {then}"),
+            disturbance.step,
             tuple(one.main.began_at for one in starts[1:] if one.main.began_at is not None),
             tuple(one for one in differences if (one.what, one.name) not in self.restless),
             failure,
         )
 
-    def _to_its_end(self, start: Start, ranks: int, words: str, starts: list[StartRecord]) -> Final:
-        size = self.ranks
-        self._say(words)
-        while True:
-            launch, record = self._start(start, size)
+    def _to_its_end(self, start: Start, ranks: int) -> tuple[tuple[StartRecord, ...], str]:
+        """Returns what each start left, and why the run never came to its end, if it did not."""
+        starts: list[StartRecord] = []
+        size, failure = self.ranks, ""
+        while not failure:
+            launch, record = self._launch(start, size)
             starts.append(record)
             if launch.late:
-                raise _NeverEnded(
+                failure = (
                     f"  it took longer than {self.timeout_s:g} seconds (--timeout). Where it was:\n"
                     f"{launch.stuck()}"
                 )
-            if record.finished and not launch.failed:
+            elif record.finished and not launch.failed:
                 break
-            if not (record.struck or record.preempted):
-                raise _NeverEnded(self._failed(launch, size, again=len(starts) > 1))
-            if len(starts) == _MOST_STARTS:
-                raise _NeverEnded(f"  it was started {_MOST_STARTS} times, and left each time")
-            start, size = replace(start, fault=None), ranks
-        if not starts[0].struck:
-            raise CheckError(
-                f"{self.script} came to its end and never to the place for '{words}': it takes "
-                "other steps from run to run, or ends by itself at another one."
-            )
-        try:
-            return Final.read(Path(start.run_dir))
-        except CheckError as error:
-            raise _NeverEnded(f"  {error}") from error
-
-    def _failed(self, launch: Launch, ranks: int, *, again: bool) -> str:
-        where = f"on {_ranks(ranks)}"
-        try:
-            self.launcher.insist(launch, f"when started again {where}" if again else where)
-        except CheckError as error:
-            return "\n".join(f"  {line}" for line in str(error).splitlines())
-        return "  it ended before the training did"
+            elif not (record.disturbed or record.preempted):
+                again = "when started again " if len(starts) > 1 else ""
+                failure = _why(launch, f"{again}on {plural(size, 'rank')}")
+            elif len(starts) == _MOST_STARTS:
+                failure = f"  it was started {_MOST_STARTS} times, and left each time"
+            start, size = replace(start, disturbance=None), ranks
+        return tuple(starts), failure
 
     # -- starts -------------------------------------------------------------------------------
 
-    def _start(self, start: Start, ranks: int) -> tuple[Launch, StartRecord]:
-        launch = self.launcher.launch(
-            _RUNNER, start.to_json(), ranks, self.script, self.args, self.timeout_s
-        )
+    def _launch(self, start: Start, ranks: int) -> tuple[Launch, StartRecord]:
+        trial, text = "dtrain.trials.drill_trial", start.to_json()
+        launch = self.launcher.launch(trial, text, ranks, self.script, self.args, self.timeout_s)
         return launch, StartRecord.read(launch.folder, ranks)
 
-    def _new_run_dir(self) -> str:
+    def _new_start(self, disturbance: Disturbance | None) -> Start:
         number = len(list(self.launcher.folder.glob("trained-*")))
         folder = self.launcher.folder / f"trained-{number}"
         folder.mkdir()
-        return str(folder / "run")
+        return Start(str(folder / "run"), self.steps, self._save_every, disturbance)
 
     def _say(self, words: str) -> None:
         if self.progress is not None:
             self.progress(words)
 
 
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' * (count > 1)}"
-
-
-def _words(fault: Fault, ranks: int) -> str:
-    if fault.kind == "kill all":
-        return "kill -9 of all ranks" if ranks > 1 else "kill -9"
-    if fault.kind == "kill one":
-        return f"kill -9 of rank {fault.rank}"
-    if fault.kind in ("kill writing", "kill renaming"):
-        return "kill -9 within a save"
-    return f"SIGTERM to rank {fault.rank}"
+def _why(launch: Launch, where: str) -> str:
+    try:
+        launch.insist(where)
+    except CheckError as error:
+        return "\n".join(f"  {line}" for line in str(error).splitlines())
+    return "  it ended before the training did"

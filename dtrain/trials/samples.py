@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from accelerate.utils.operations import recursively_apply
-from torch import Tensor
 
+from dtrain.data import tensors_of
 from dtrain.distributed import derive_seed, random_streams, seed_everything
+from dtrain.trials.records import bytes_of
 
 
 def digests(batch: Any, samples: int) -> list[str]:
@@ -19,27 +18,21 @@ def digests(batch: Any, samples: int) -> list[str]:
     Tensors that are not as long as there are samples belong to no sample, and are left out.
     """
     hashes = [hashlib.sha256() for _ in range(samples)]
-    for tensor in _leaves(batch):
+    for tensor in tensors_of(batch):
         if tensor.dim() and len(tensor) == samples:
-            rows = tensor.detach().cpu().contiguous()
-            for one, row in zip(hashes, rows, strict=True):
-                one.update(row.reshape(-1).view(torch.uint8).numpy().tobytes())
+            for one, row in zip(hashes, tensor.detach().cpu(), strict=True):
+                one.update(bytes_of(row))
     return [one.hexdigest()[:16] for one in hashes]
-
-
-def shapes(batch: Any) -> str:
-    """Returns the shapes of a sample's tensors, as text."""
-    return " ".join(str(list(t.shape[1:])) for t in _leaves(batch))
 
 
 def widen(batch: Any) -> Any:
     """Returns the batch with its floating tensors in float64."""
-    return _mapped(batch, lambda t: t.double() if t.is_floating_point() else t)
+    return recursively_apply(lambda t: t.double() if t.is_floating_point() else t, batch)
 
 
 def copy(batch: Any) -> Any:
     """Returns the batch with copies of its tensors."""
-    return _mapped(batch, lambda t: t.detach().clone())
+    return recursively_apply(lambda t: t.detach().clone(), batch)
 
 
 def part(batch: Any, samples: int, start: int, stop: int) -> Any:
@@ -48,10 +41,10 @@ def part(batch: Any, samples: int, start: int, stop: int) -> Any:
     Raises:
         ValueError: the batch holds something that does not divide by samples.
     """
-    tensors = list(_leaves(batch))
-    if not tensors or any(not t.dim() or len(t) != samples for t in tensors):
+    lengths = [len(tensor) if tensor.dim() else None for tensor in tensors_of(batch)]
+    if {*lengths} != {samples}:
         raise ValueError("its tensors are not all as long as it has samples")
-    return _mapped(batch, lambda t: t[start:stop])
+    return recursively_apply(lambda t: t[start:stop], batch)
 
 
 class SeededByIndex:
@@ -73,24 +66,6 @@ class SeededByIndex:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Any:
-        before = random_streams.capture()
-        seed_everything(derive_seed(self._seed, int(index)))
-        try:
+        with random_streams.kept():
+            seed_everything(derive_seed(self._seed, int(index)))
             return self._dataset[index]
-        finally:
-            random_streams.restore(before)
-
-
-def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    return recursively_apply(change, batch)
-
-
-def _leaves(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _leaves(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from _leaves(value)

@@ -1,0 +1,214 @@
+"""Runs scripts once or many times, on so many ranks, each time in fresh processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from dtrain.distributed import serve_store
+from dtrain.errors import CheckError, ConfigError
+from dtrain.testing import rank_environment
+from dtrain.trials.fork_server import Order
+from dtrain.trials.runner import NEVER_FIT
+
+# What launchers leave in the environment: ranks made here must not take it for theirs.
+_TRACES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "RDZV_", "TORCHELASTIC_"),
+    *("SLURM_", "OMPI_", "PMI_", "ACCELERATE_", "DTRAIN_STATUS_FILE"),
+)
+_TAIL = 25  # lines of a failed script's output that are shown
+_LEAVE_S = 10.0
+_SERVER = "from dtrain.trials.fork_server import main; main()"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What became of a script that was run once."""
+
+    command: str  # on whose behalf: dtrain check
+    script: str
+    folder: Path  # where its ranks wrote their records and output
+    codes: tuple[int, ...]  # exit codes by rank; negative for a signal
+    late: bool  # time was over, and what still ran was killed
+    timeout_s: float  # how long it could take, in seconds
+
+    @property
+    def failed(self) -> bool:
+        """Some rank raised, left with a status of its own, or was killed."""
+        return any(code not in (0, NEVER_FIT) for code in self.codes)
+
+    def insist(self, where: str) -> None:
+        """Checks that it ended as it should; ``where`` says on how many ranks.
+
+        Raises:
+            CheckError: the script failed, took too long, or never called ``fit``.
+        """
+        codes = dict(enumerate(self.codes))
+        if self.late:
+            raise CheckError(
+                f"{self.script} took longer than {self.timeout_s:g} seconds {where}: allow more "
+                "(--timeout), fewer steps (--steps), or give the script a smaller model or less "
+                f"data by its own arguments. Where it was:\n{self.stuck()}"
+            )
+        if self.failed:
+            # The first to fail may be any; a rank that was killed waited for another.
+            failed = {r: code for r, code in codes.items() if code not in (0, NEVER_FIT)}
+            rank = min(failed, key=lambda r: (failed[r] < 0, r))
+            # Such as 9, where memory was out.
+            killed = f", killed by signal {-failed[rank]}" if failed[rank] < 0 else ""
+            raise CheckError(
+                f"{self.script} failed {where}{self._which(rank)}{killed}:\n{self._output(rank)}",
+                fails_itself=True,
+            )
+        for rank, code in codes.items():
+            if code == NEVER_FIT:
+                raise CheckError(
+                    f"{self.script} ended {where}{self._which(rank)} and never called "
+                    "Trainer.fit, so there is nothing to compare. Does it need arguments? They go "
+                    f"after its name: `{self.command} {self.script} --size tiny`\n"
+                    f"{self._output(rank)}"
+                )
+
+    def stuck(self) -> str:
+        """Returns the last lines of all ranks that had to be killed."""
+        ranks = [rank for rank, code in enumerate(self.codes) if code < 0]
+        return "\n".join(f"  rank {rank}:\n{self._output(rank)}" for rank in ranks)
+
+    def _which(self, rank: int) -> str:
+        return f" (rank {rank})" if len(self.codes) > 1 else ""
+
+    def _output(self, rank: int) -> str:
+        return _tail(self.folder / f"rank-{rank}.txt")
+
+
+class Launcher:
+    """Starts ranks of scripts, and stops all that it started when it is left.
+
+    Args:
+        most_ranks: the largest number of ranks that will be asked for.
+        command: on whose behalf, for messages and the name of the temporary folder.
+
+    Attributes:
+        folder: a temporary folder, deleted when the launcher is left.
+
+    Ranks: none; it starts them.
+    """
+
+    def __init__(self, *, most_ranks: int, command: str = "check") -> None:
+        self._command = command
+        self._runs = 0
+        self._temporary = tempfile.TemporaryDirectory(prefix=f"dtrain-{command}-")
+        self.folder = Path(self._temporary.name)
+        self._log = self.folder / "fork-server.txt"
+        with self._log.open("w") as log:
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", _SERVER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=_environment(most_ranks),
+                start_new_session=True,  # Ctrl-C is for us; the server sees its stdin close
+            )
+
+    def launch(
+        self,
+        trial: str,
+        setup: str,
+        ranks: int,
+        script: str | Path,
+        args: Sequence[str],
+        timeout_s: float,
+    ) -> Launch:
+        """Runs a script once, on so many ranks, and waits until all of them have ended.
+
+        ``trial``, ``setup`` and the rest are as in :class:`~dtrain.trials.fork_server.Order`.
+
+        Raises:
+            CheckError: the process that starts the ranks has died.
+        """
+        self._runs += 1
+        folder = self.folder / f"run-{self._runs}"
+        folder.mkdir()
+        environments: list[dict[str, str]] = [{}]
+        if ranks > 1:
+            # Here, not in the fork server: it has threads, which no fork may have.
+            store = serve_store(timeout_s)
+            environments = [rank_environment(rank, ranks, store.port) for rank in range(ranks)]
+        arguments = [str(arg) for arg in args]
+        order = Order(trial, setup, str(folder), str(script), arguments, environments, timeout_s)
+        codes, late = self._ask(order)
+        command = f"dtrain {self._command}"
+        return Launch(command, str(script), folder, tuple(codes), late, timeout_s)
+
+    def _ask(self, order: Order) -> tuple[list[int], bool]:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        try:
+            self._server.stdin.write(json.dumps(asdict(order)) + "\n")
+            self._server.stdin.flush()
+            line = self._server.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise CheckError(f"the process that starts the ranks has died:\n{_tail(self._log)}")
+        codes, late = json.loads(line)
+        return codes, late
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Ends all processes, and deletes what they wrote."""
+        try:
+            self._server.communicate(timeout=_LEAVE_S)  # closes its stdin
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.communicate()
+        self._temporary.cleanup()
+
+
+def check_script(script: Path, timeout_s: float) -> None:
+    """Checks what every trial is given.
+
+    Raises:
+        ConfigError: there is no such script, or no time for it.
+    """
+    if not script.is_file():
+        raise ConfigError(f"there is no script {str(script)!r} (seen from {Path.cwd()})")
+    if timeout_s <= 0:
+        raise ConfigError(f"timeout_s={timeout_s}: must be more than 0 seconds")
+
+
+def last_line(error: CheckError) -> str:
+    """Returns the last line of a script's output, which names the error."""
+    return str(error).splitlines()[-1].strip(" |.")
+
+
+def _environment(most_ranks: int) -> dict[str, str]:
+    """What all ranks have in common; OpenMP reads its threads when torch is imported."""
+    threads = max(1, len(os.sched_getaffinity(0)) // most_ranks)
+    variables = {
+        "OMP_NUM_THREADS": str(threads),  # equal in all runs: so are sums, then
+        "WANDB_MODE": "disabled",  # a check is no experiment to keep
+        # Asking whether there is a GPU must not make CUDA unusable in forks.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }
+    variables |= {name: v for name, v in os.environ.items() if not name.startswith(_TRACES)}
+    if torch.cuda.device_count() < most_ranks:
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # a rank needs a GPU of its own; so the CPU, for all
+    return variables
+
+
+def _tail(log: Path) -> str:
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = text.rstrip().splitlines()[-_TAIL:]
+    return "\n".join(f"  | {line}" for line in lines) or "  | (it wrote nothing)"

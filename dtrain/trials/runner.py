@@ -1,0 +1,108 @@
+"""Runs a user's script in this process, with a Trainer that follows a trial.
+
+The script is not changed. What it gets as ``dtrain.Trainer`` asks a :class:`Trial` what to leave
+out and what to record, and ends the script with its first ``fit``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import dtrain
+import dtrain.trainer
+from dtrain.data import Data, as_data
+from dtrain.distributed import World, current
+from dtrain.plan import Recorder
+from dtrain.trainer import FitResult, Trainer
+
+#: Exit codes of a rank.
+RECORDED, FAILED, NEVER_FIT = 0, 1, 3
+
+
+class ScriptEnds(BaseException):
+    """Ends the script: what was to be recorded is. No ``except Exception`` takes it."""
+
+
+class Trial(Recorder):
+    """What becomes of a script's training, on one rank. This one lets it be.
+
+    Attributes:
+        done: all that was wanted is recorded; it no longer matters how the script ends.
+
+    Ranks: all, local.
+    """
+
+    done = False
+
+    def trainer_arguments(self, given: dict[str, Any], world: World) -> dict[str, Any]:
+        """Returns what the Trainer is made of, from what the script gives it."""
+        return given
+
+    def fit_arguments(self, data: Data, given: dict[str, Any]) -> dict[str, Any]:
+        """Returns what ``fit`` is called with beside ``data``, which may be changed here."""
+        return given
+
+    def around_fit(self) -> AbstractContextManager[Any]:
+        """Returns what ``fit`` runs in."""
+        return nullcontext()
+
+    def finish(self, trainer: Trainer, result: FitResult) -> None:
+        """Takes what ``fit`` returned. Then the script ends."""
+
+
+def run_script(trial: Trial, script: str, args: Sequence[str]) -> int:
+    """Runs the script as ``python script args`` would; returns an exit code.
+
+    Ranks: all; communicates where the script does.
+    """
+    sys.argv = [script, *args]
+    if not sys.flags.safe_path:
+        sys.path[0] = os.path.dirname(os.path.abspath(script))
+    # Before the script imports either of them.
+    vars(dtrain)["Trainer"] = vars(dtrain.trainer)["Trainer"] = _following(trial)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except ScriptEnds:
+        pass
+    except SystemExit as left:
+        if not trial.done and left.code not in (None, 0):
+            print(f"the script left with {left.code!r}", file=sys.stderr)  # noqa: T201
+            return FAILED
+    except BaseException:  # noqa: BLE001 -- shown to the user, and the exit code tells
+        if not trial.done:
+            traceback.print_exc()
+            return FAILED
+    if not trial.done:
+        return NEVER_FIT
+    world = current()
+    if world is not None:
+        world.close()
+    return RECORDED
+
+
+def _following(trial: Trial) -> type[Trainer]:
+    class TrialTrainer(Trainer):
+        """A Trainer that does as the trial wants, and ends the script."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            given = inspect.signature(Trainer).bind(*args, **kwargs).arguments
+            world = current() or dtrain.init(seed=given.get("seed") or 0)
+            super().__init__(**trial.trainer_arguments(given, world))
+            self.recorder = trial
+
+        def fit(self, train: Any, *, batch_size: int | None = None, **given: Any) -> FitResult:
+            data = as_data(train, batch_size, shuffle=True)
+            arguments = trial.fit_arguments(data, given)
+            with trial.around_fit():
+                result = super().fit(data, **arguments)
+            trial.finish(self, result)
+            raise ScriptEnds
+
+    return TrialTrainer
