@@ -134,7 +134,7 @@ class Watch(dtrain.Callback):
             self.unchanged.append(step.number)
         if step.vetoed:
             self.vetoed.append((step.number, step.vetoed))
-        said = [note for note in ctx.notes if note.startswith("warning: step")]
+        said = [note for note in ctx._outbox.notes if note.startswith("warning: step")]
         self.said += [note for note in said if note not in self.said]
         self.losses.append(step.loss_mean)
         streams = torch.get_rng_state(), ctx.rng.get_state(), ctx.shared_rng.get_state()

@@ -207,7 +207,7 @@ def thaw(eval_mode, run_dir=None, leave_at=-1, until_epoch=2):
     freeze = Freeze("encoder", until_epoch=until_epoch, eval_mode=eval_mode)
     callbacks = [freeze, film, Leave(leave_at)]
     trainer = tiny.trainer(callbacks, net=net, optimizer=OPTIMIZERS["adamw"], run_dir=run_dir)
-    notes = list(trainer.context.notes)
+    notes = list(trainer.context._outbox.notes)
     result = trainer.fit(tiny.dataset(), batch_size=24, epochs=4)
     return SimpleNamespace(
         frames=[SimpleNamespace(state=first), *film.frames],
