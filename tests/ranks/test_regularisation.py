@@ -94,6 +94,9 @@ def by_hand(kind, optimizer, generator):
             history.append([0.0, 0.0, 0.0])
         rows = slice(batch * BATCH_SIZE, (batch + 1) * BATCH_SIZE)
         if kind == "noise" and step == SKIPPED:
+            # Hooks fire as in any step, so the stream of noise moves on; nothing is applied.
+            for p in net.parameters():
+                torch.randn(p.shape, generator=noise, dtype=torch.float64)
             continue
         if kind == "freeze":
             for name, p in net.named_parameters():
