@@ -105,9 +105,13 @@ class RunFiles:
 
         Ranks: all, communicates.
         """
+
+        def take() -> None:
+            if self.saver.run_lock is not None:
+                self.saver.run_lock.take_again()
+
         if self._run_dir is not None:
-            lock = self.saver.run_lock
-            self._world.comm.on_main("run lock", lambda: lock and lock.take_again())
+            self._world.comm.on_main("run lock", take)
 
     def open(self) -> None:
         """Makes it possible to write checkpoints beside the training, if that is wanted.
