@@ -29,8 +29,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import writer as writing
-from dtrain.data.feed import _Slices
 from dtrain.data.order import Shuffled
+from dtrain.data.slices import Slices
 from dtrain.distributed import store_process
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
@@ -70,7 +70,7 @@ def order(ranks: int) -> dict[str, float]:
     """A rank's samples, beginning in the middle of an epoch of a billion."""
     samples, batch, steps = 10**9, 32 * ranks, 256
     shuffled = Shuffled(samples, seed=0)
-    slices = _Slices(shuffled, samples, batch, ranks - 1, ranks, lambda share: [share])
+    slices = Slices(shuffled, samples, batch, ranks - 1, ranks, lambda share: [share])
     middle = samples // batch // 2
 
     def begin() -> None:

@@ -7,6 +7,7 @@ from dtrain.checkpoint.run_state import RunState
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.slot import CheckpointSlot
 from dtrain.checkpoint.status import Failures, ResumeMode, Status
+from dtrain.checkpoint.tree import copy_state
 from dtrain.checkpoint.weights import export_model, load_model
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Saved",
     "Saver",
     "Status",
+    "copy_state",
     "export_model",
     "load_model",
 ]

@@ -105,12 +105,13 @@ class RunFiles:
 
         Ranks: all, communicates.
         """
-        if self._run_dir is not None:
-            self._world.comm.on_main("run lock", self._lock_again)
 
-    def _lock_again(self) -> None:
-        if self.saver.run_lock is not None:
-            self.saver.run_lock.take_again()
+        def take() -> None:
+            if self.saver.run_lock is not None:
+                self.saver.run_lock.take_again()
+
+        if self._run_dir is not None:
+            self._world.comm.on_main("run lock", take)
 
     def open(self) -> None:
         """Makes it possible to write checkpoints beside the training, if that is wanted.

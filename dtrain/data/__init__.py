@@ -1,6 +1,9 @@
 """What to train on, in which order, and who gets which part."""
 
-from dtrain.data.feed import NO_DATA, EndOfStream, Feed, MapFeed, StepFeed, fetch
+from dtrain.data.feed import NO_DATA, EndOfStream, Feed, MicroBatches, StepFeed
+from dtrain.data.fetching import fetch
+from dtrain.data.map_feed import MapFeed
+from dtrain.data.opening import open_feed
 from dtrain.data.order import Bucketed, Order, Sequential, Shuffled, Weighted
 from dtrain.data.shares import AccumulationSlot, split_share
 from dtrain.data.shipping import tensors_of
@@ -15,6 +18,7 @@ __all__ = [
     "EndOfStream",
     "Feed",
     "MapFeed",
+    "MicroBatches",
     "Order",
     "Sequential",
     "Shuffled",
@@ -23,6 +27,7 @@ __all__ = [
     "Weighted",
     "as_data",
     "fetch",
+    "open_feed",
     "split_share",
     "tensors_of",
 ]

@@ -88,6 +88,32 @@ class Data:
         else:
             self._check_map_style(batch_size)
 
+    @classmethod
+    def of(cls, given: Any, batch_size: int | None, *, shuffle: bool) -> Data:
+        """Returns what was given to ``fit``: as it is, if it is Data; else as Data.
+
+        Args:
+            given: Data, a dataset or an iterable.
+            batch_size: given beside it, or None.
+            shuffle: for what is not Data yet.
+
+        Raises:
+            ConfigError: ``batch_size`` is given twice, or missing, or to a stream.
+            DataError: it cannot be trained on.
+        """
+        if not isinstance(given, Data):
+            return cls(given, batch_size, shuffle=shuffle)
+        if batch_size is not None and given.is_stream:
+            raise ConfigError(
+                f"batch_size={batch_size} is given, but an iterable comes as ready batches: leave "
+                "it out"
+            )
+        if batch_size is not None and batch_size != given.batch_size:
+            raise ConfigError(
+                f"batch_size is given twice: {batch_size} here and {given.batch_size} in Data"
+            )
+        return given
+
     @property
     def is_stream(self) -> bool:
         """True for an iterable of ready batches."""
@@ -153,23 +179,8 @@ class Data:
 
 
 def as_data(data: Any, batch_size: int | None, *, shuffle: bool) -> Data:
-    """Returns ``data`` as :class:`Data`, with ``batch_size`` if it is not Data already.
-
-    Raises:
-        ConfigError: ``batch_size`` is given twice, or missing.
-    """
-    if not isinstance(data, Data):
-        return Data(data, batch_size, shuffle=shuffle)
-    if batch_size is not None and data.is_stream:
-        raise ConfigError(
-            f"batch_size={batch_size} is given, but an iterable comes as ready batches: leave it "
-            "out"
-        )
-    if batch_size is not None and batch_size != data.batch_size:
-        raise ConfigError(
-            f"batch_size is given twice: {batch_size} here and {data.batch_size} in Data"
-        )
-    return data
+    """The old name of :meth:`Data.of`."""
+    return Data.of(data, batch_size, shuffle=shuffle)
 
 
 def _refuse_loader(dataset: Any, batch_size: int | None) -> None:

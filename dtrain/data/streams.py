@@ -10,15 +10,14 @@ looks ahead), or where a step is undone that had batches already (a step that fa
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
-from dtrain.checkpoint import tree
-from dtrain.data.feed import EndOfStream, MicroBatch, StepFeed
+from dtrain.data.feed import EndOfStream, Feed, MicroBatch, MicroBatches
 from dtrain.data.shipping import ship
 from dtrain.data.source import Data
 from dtrain.distributed import World, random_streams
@@ -26,6 +25,9 @@ from dtrain.errors import CheckpointError, DataError, ResumeError
 
 #: After so many batches a stream is asked for its state; so many at most are skipped.
 MARK_EVERY = 16
+
+#: Copies a state for a checkpoint; raises CheckpointError where no checkpoint could hold it.
+CopyState = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @runtime_checkable
@@ -44,20 +46,26 @@ class Stateful(Protocol):
         ...
 
 
-class StreamFeed:
+class StreamFeed(Feed):
     """Feeds an iterable of ready batches, each rank its own stream.
 
     Args:
         data: made without a batch size.
         world: which device, and how many ranks.
         batches_per_step: how many consecutive batches of a rank make a step.
-        saves: checkpoints may be made; if not, the stream is never asked for its state.
+        copy_state: copies the stream's state; None where no checkpoint is made, and the stream is
+            never asked for it.
 
     Ranks: all, local.
     """
 
     def __init__(
-        self, data: Data, world: World, batches_per_step: int, *, saves: bool = False
+        self,
+        data: Data,
+        world: World,
+        batches_per_step: int,
+        *,
+        copy_state: CopyState | None = None,
     ) -> None:
         self._stream: Iterable[Any] = data.dataset
         self._stateful = data.dataset if isinstance(data.dataset, Stateful) else None
@@ -65,9 +73,9 @@ class StreamFeed:
         self._ranks = world.size
         self._batches_per_step = batches_per_step
         self._when_uneven = data.when_uneven
-        self._saves = saves
+        self._copy_state = copy_state
         # A length is this rank's alone; the plan must be equal on all of them.
-        self.steps_per_epoch: int | None = None
+        self.steps_per_epoch = None
         self._epoch = -1
         self._pass: _Pass | None = None
         self._loaded: dict[str, Any] | None = None  # until the first epoch begins
@@ -75,7 +83,7 @@ class StreamFeed:
     def __str__(self) -> str:
         return f"a stream of each rank's own (when_uneven={self._when_uneven!r})"
 
-    def epoch(self, epoch: int, first_step: int) -> Iterator[StepFeed]:
+    def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
         """Yields steps without end; whoever calls stops once every rank's stream has ended."""
         looks_ahead = self._when_uneven == "stop"
         loaded = self._loaded
@@ -101,9 +109,12 @@ class StreamFeed:
             step += 1
 
     def _begin(self, before: dict[str, Any] | None) -> _Pass:
-        begun = random_streams.capture_host() if self._saves and self._stateful is None else None
-        stateful = self._stateful if self._saves else None
-        return _Pass(iter(self._stream), stateful, before, begun)
+        tell = begun = None
+        if self._copy_state is not None and self._stateful is not None:
+            tell = partial(_tell_state, self._stateful, self._copy_state)
+        elif self._copy_state is not None:
+            begun = random_streams.capture_host()
+        return _Pass(iter(self._stream), tell, before, begun)
 
     def _go_on(self, place: dict[str, Any]) -> _Pass:
         """Returns the pass over the stream that the saved run was in the middle of."""
@@ -123,11 +134,7 @@ class StreamFeed:
         return current
 
     def state_dict(self, epoch: int, step: int) -> dict[str, Any] | None:
-        """Returns where this rank's stream is after ``step`` steps of ``epoch``.
-
-        Raises:
-            CheckpointError: the stream's state holds what a checkpoint cannot.
-        """
+        """Returns where this rank's stream is after ``step`` steps of ``epoch``."""
         if self._pass is None:
             return self._loaded  # nothing was fetched since; None if nothing ever was
         # An epoch that is over was left where it ended.
@@ -136,14 +143,7 @@ class StreamFeed:
     def load_state_dict(
         self, state: dict[str, Any] | None, *, ranks: int, epoch: int, step: int
     ) -> str:
-        """Has the next epoch go on where the saved run was.
-
-        Returns:
-            What is not restored, in words; or nothing.
-
-        Raises:
-            ResumeError: there were more ranks or fewer, each in the middle of a stream of its own.
-        """
+        """Has the next epoch go on where the saved run was."""
         if ranks != self._ranks:
             if step or self._stateful is not None:
                 raise ResumeError(
@@ -168,16 +168,18 @@ class StreamFeed:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """A stream's state once it had given so many batches; a copy, because streams go on."""
-
-    given: int
-    plain: Any
-    tensors: dict[str, Tensor]
-
-    def state(self) -> Any:
-        return tree.join(self.plain, self.tensors)["state_dict"]
+def _tell_state(stream: Stateful, copy_state: CopyState) -> Any:
+    """Returns a copy of a stream's state, because streams go on."""
+    name = type(stream).__name__
+    try:
+        return copy_state({"state_dict": stream.state_dict()})["state_dict"]
+    except Exception as error:
+        raise CheckpointError(
+            f"the stream ({name}) cannot be saved: {error}\nMake it of such values, or leave "
+            "state_dict out: a resumed run then skips through from the stream's beginning."
+            if isinstance(error, CheckpointError)
+            else f"the stream's state_dict() failed ({name}): {error!r}"
+        ) from error
 
 
 class _Pass:
@@ -185,7 +187,7 @@ class _Pass:
 
     Args:
         batches: gives the batches.
-        stateful: the stream, if it is to be asked for its state.
+        tell_state: returns a copy of the stream's state, if it is to be asked for it.
         before: where the pass before this one ended, if it is known.
         begun: the streams of random numbers when this pass began.
     """
@@ -193,12 +195,12 @@ class _Pass:
     def __init__(
         self,
         batches: Iterator[Any],
-        stateful: Stateful | None,
+        tell_state: Callable[[], Any] | None,
         before: dict[str, Any] | None,
         begun: dict[str, Any] | None,
     ) -> None:
         self._batches = batches
-        self._stateful = stateful
+        self._tell_state = tell_state
         self._before = before
         self.begun = begun
         self._held: list[Any] = []
@@ -207,7 +209,8 @@ class _Pass:
         self.given = 0
         # Of the newest steps: a step may be undone when the next one's first batch is held.
         self._starts: deque[tuple[int, int]] = deque(maxlen=2)
-        self._marks: deque[_Mark] = deque(maxlen=2)
+        # The stream's state once it had given so many batches.
+        self._marks: deque[tuple[int, Any]] = deque(maxlen=2)
 
     def begin(self, step: int) -> None:
         """Takes notice that what is fetched from here on is for ``step``."""
@@ -226,17 +229,15 @@ class _Pass:
         return self._held.pop() if self._held else self._fetch()
 
     def skip(self) -> None:
-        try:
+        with suppress(StopIteration):
             self._fetch()
-        except StopIteration:
-            return
 
     def _fetch(self) -> Any:
         if self._ended:
             raise StopIteration
         # In the middle of a step only if there is none: the two must reach back to its start.
         at_start = bool(self._starts) and self._starts[-1][1] == self.given
-        if not self._marks or (at_start and self.given - self._marks[-1].given >= MARK_EVERY):
+        if not self._marks or (at_start and self.given - self._marks[-1][0] >= MARK_EVERY):
             self._mark()
         try:
             batch = next(self._batches)
@@ -248,45 +249,34 @@ class _Pass:
 
     def _mark(self) -> None:
         # What a stream tells before the first batch, or after its end, may be of another pass.
-        if self._stateful is None or not self.given or self._ended:
+        if self._tell_state is None or not self.given or self._ended:
             return
-        if self._marks and self._marks[-1].given == self.given:
-            return
-        name = type(self._stateful).__name__
-        try:
-            plain, tensors = tree.split({"state_dict": self._stateful.state_dict()})
-        except Exception as error:
-            raise CheckpointError(
-                f"the stream ({name}) cannot be saved: {error}\nMake it of such values, or leave "
-                "state_dict out: a resumed run then skips through from the stream's beginning."
-                if isinstance(error, CheckpointError)
-                else f"the stream's state_dict() failed ({name}): {error!r}"
-            ) from error
-        kept = {name: tensor.clone() for name, tensor in tensors.items()}
-        self._marks.append(_Mark(self.given, plain, kept))
+        if not self._marks or self._marks[-1][0] != self.given:
+            self._marks.append((self.given, self._tell_state()))
 
     def place(self, step: int | None) -> dict[str, Any]:
         """Returns from where to go on with ``step``, or with what follows if that is None."""
         given = dict(self._starts).get(-1 if step is None else step, self.given - len(self._held))
         if given == self.given:
             self._mark()
-        mark = next((mark for mark in reversed(self._marks) if mark.given <= given), None)
+        marks = (mark for mark in reversed(self._marks) if mark[0] <= given)
+        marked, stream = next(marks, (0, None))
         return {
             "batches": given,
             "begun": self.begun,
-            "stream": None if mark is None else mark.state(),
-            "skip": given if mark is None else given - mark.given,
-            "before": self._before if mark is None else None,
+            "stream": stream,
+            "skip": given - marked,
+            "before": None if marked else self._before,
         }
 
     def end(self) -> dict[str, Any] | None:
         """Returns from where to go on after this pass, if it can be told."""
-        if self._stateful is None:
+        if self._tell_state is None:
             return None
         return self.place(None) if self._marks else self._before
 
 
-class _StreamStep:
+class _StreamStep(MicroBatches):
     def __init__(
         self, current: _Pass, number: int, micros: int, device: torch.device, looks_ahead: bool
     ) -> None:

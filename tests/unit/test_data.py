@@ -28,18 +28,19 @@ from torch.utils.data import (
 from dtrain.data import (
     Data,
     EndOfStream,
-    MapFeed,
+    Feed,
     Sequential,
     Shuffled,
-    StreamFeed,
     Weighted,
-    as_data,
+    fetch,
     shipping,
+    split_share,
 )
 from dtrain.data.columns import fetch_whole
-from dtrain.data.feed import Feed, Split, fetch
-from dtrain.data.shares import split_share
+from dtrain.data.map_feed import MapFeed
 from dtrain.data.shipping import pinned, ship
+from dtrain.data.slices import Split
+from dtrain.data.streams import StreamFeed
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.world import World
 from dtrain.errors import ConfigError, DataError
@@ -136,8 +137,8 @@ class SizedBatches(Batches):
         (lambda: Data(numbers(6), 2, order=Sequential(0)), DataError, ["Sequential", "is empty"]),
         (lambda: Data(numbers(6), 7, drop_last=True), DataError, ["6 samples", "a batch 7"]),
         (lambda: Data(numbers(6), 3, drop_last=True, order=Sequential(2)), DataError, ["2 samp"]),
-        (lambda: as_data(Data([1]), 4, shuffle=True), ConfigError, ["batch_size", "stream|ready"]),
-        (lambda: as_data(Data(numbers(6), 2), 4, shuffle=True), ConfigError, ["4 here and 2 in"]),
+        (lambda: Data.of(Data([1]), 4, shuffle=True), ConfigError, ["batch_size", "stream|ready"]),
+        (lambda: Data.of(Data(numbers(6), 2), 4, shuffle=True), ConfigError, ["4 here and 2 in"]),
         (lambda: Data(DataLoader(Batches(), 2), 2), ConfigError, ["leave it out"]),
     ],
 )
@@ -158,9 +159,9 @@ def test_what_works() -> None:
     assert not Data(Samples(), 2).is_stream
     assert not Data([1, 2, 3], 2).is_stream  # a list has __len__ and __getitem__
     data = Data(numbers(6), 2)
-    assert as_data(data, None, shuffle=False) is data
-    assert as_data(data, 2, shuffle=False) is data
-    assert not as_data(numbers(6), 4, shuffle=False).shuffle
+    assert Data.of(data, None, shuffle=False) is data
+    assert Data.of(data, 2, shuffle=False) is data
+    assert not Data.of(numbers(6), 4, shuffle=False).shuffle
 
 
 def first(samples: list[Any]) -> Any:
