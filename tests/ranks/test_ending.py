@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import TensorDataset
 
 import dtrain
-from dtrain.watchdog import thread
+from dtrain.watchdog import store, thread
 
-thread._STORE_S = 0.2
+store.CALL_S = thread.CALL_S = 0.2
 thread._AT_EXIT_S = 2.0
 world = dtrain.init()
 connect = world.connect
