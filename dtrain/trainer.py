@@ -34,7 +34,7 @@ from dtrain.checks import (
     check_same_model,
     shapes_of,
 )
-from dtrain.cluster import JobEnd, Signals
+from dtrain.cluster import Deadline, Signals
 from dtrain.context import Context, Loss, Outbox, Progress, Request
 from dtrain.data import AccumulationSlot, Data, Feed, MapFeed, StreamFeed, as_data
 from dtrain.distributed import (
@@ -319,7 +319,7 @@ class Trainer:
         dispatcher = Dispatcher(self._sinks, self._run_dir, active=self.world.is_main)
         preempt = self.context.request.preempt
         try:
-            with Signals(preempt), JobEnd(preempt, active=self.world.is_main):
+            with Signals(preempt), Deadline(preempt, active=self.world.is_main):
                 with self.world.comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan = make_plan()
                     data = as_data(train, batch_size, shuffle=True)

@@ -31,10 +31,7 @@ _HEADER_BYTES = 256  # equal for all calls: ranks that meet in different ones re
 _TOLD = 9  # of these, the digest, and whether this rank failed
 _CARRIED_BYTES = _HEADER_BYTES - 16  # and what is carried, aligned for any dtype
 
-_SUMMED_BY_GLOO = {
-    torch.float16,
-    torch.float32,
-    torch.float64,
+_SUMMED_BY_GLOO = {torch.float16, torch.float32, torch.float64} | {
     torch.int8,
     torch.uint8,
     torch.int32,
@@ -80,11 +77,9 @@ class Exchange:
         if told[0, -1] or not (told == told[0]).all():
             if told[:, -1].any():
                 raise remote_error(self.gather_objects(label, None))
-            rows = self.gather_objects(
-                label,
-                f"step {self._failures.step}  {verb}({label!r})  {detail or '-'}  at {site}",
-            )
-            table = "\n".join(f"  rank {rank}: {row}" for rank, row in enumerate(rows))
+            row = f"step {self._failures.step}  {verb}({label!r})  {detail or '-'}  at {site}"
+            rows = enumerate(self.gather_objects(label, row))
+            table = "\n".join(f"  rank {rank}: {row}" for rank, row in rows)
             raise RankMismatch(
                 "ranks met in different calls; each verb must be called by all ranks in the "
                 f"same order:\n{table}"
@@ -96,17 +91,11 @@ class Exchange:
 
     def tell(self, failure: Failure) -> None:
         """Makes every other rank raise ``failure`` in the verb that it is in or enters next."""
-        self._headers("fail", failure.where, "", failed=True)
+        self._headers("fail", failure.where, "", None, failed=True)
         self.gather_objects(failure.where, failure)
 
     def _headers(
-        self,
-        verb: str,
-        label: str,
-        detail: str,
-        carried: Tensor | None = None,
-        *,
-        failed: bool = False,
+        self, verb: str, label: str, detail: str, carried: Tensor | None, *, failed: bool = False
     ) -> Tensor:
         """Returns each rank's header, stacked: shape ``[world size, 256]``, bytes."""
         text = f"{verb}\0{label}\0{detail}\0{self._failures.step}"
@@ -138,16 +127,15 @@ class Exchange:
             for part, length in zip(parts, lengths, strict=True)
         ]
 
-    def send_object(self, label: str, content: bytes) -> None:
-        """Gives every rank rank 0's pickled object; called there."""
+    def send(self, label: str, content: bytes) -> None:
+        """Gives every rank rank 0's bytes; called there."""
         self.broadcast(label, torch.tensor(len(content)))
         self.broadcast(label, torch.frombuffer(bytearray(content), dtype=torch.uint8))
 
-    def receive_object(self, label: str) -> Any:
-        """Returns what rank 0 sends with :meth:`send_object`; called on the others."""
+    def receive(self, label: str) -> bytes:
+        """Returns what rank 0 sends; called on the others."""
         length = int(self.broadcast(label, torch.tensor(0)))
-        received = self.broadcast(label, torch.empty(length, dtype=torch.uint8))
-        return pickle.loads(received.numpy().tobytes())  # noqa: S301 -- from our own rank 0
+        return self.broadcast(label, torch.empty(length, dtype=torch.uint8)).numpy().tobytes()
 
     # -- tensors ----------------------------------------------------------------------------
 

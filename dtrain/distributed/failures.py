@@ -35,11 +35,7 @@ class Failures:
         self.host = host
         self.step = 0
         self.told: BaseException | None = None
-        self._store = store
-
-    def close(self) -> None:
-        """Lets go of the store."""
-        self._store = None
+        self.store = store
 
     def describe(self, error: BaseException, where: str) -> Failure:
         """Says in words that can be sent what went wrong on this rank."""
@@ -56,26 +52,26 @@ class Failures:
 
     def record(self, error: BaseException, where: str) -> None:
         """Leaves this rank's failure in the store, unless all know of it."""
-        if self._store is None or self.is_told(error):
+        if self.store is None or self.is_told(error):
             return
         text = json.dumps(asdict(self.describe(error, where)))
         try:
             # compare_set: the first writer wins, so the root cause is kept.
-            self._store.compare_set("failure", "", text)
+            self.store.compare_set("failure", "", text)
         except RuntimeError as unreachable:
             error.add_note(f"(could not be recorded for the other ranks: {unreachable})")
 
     def forget(self) -> None:
         """Removes the record: all ranks know, and a later failure must not be taken for it."""
-        if self._store is not None:
-            self._store.delete_key("failure")
+        if self.store is not None:
+            self.store.delete_key("failure")
 
     def explain(self, error: BaseException) -> DtrainError | None:
         """Returns another rank's recorded failure, if that is why ``error`` happened."""
-        if self._store is None or isinstance(error, DtrainError):
+        if self.store is None or isinstance(error, DtrainError):
             return None
         try:
-            text = self._store.get("failure") if self._store.check(["failure"]) else b""
+            text = self.store.get("failure") if self.store.check(["failure"]) else b""
         except RuntimeError:
             return None  # the store went away with its host: nothing better than `error` is known
         failure = Failure(**json.loads(text)) if text else None

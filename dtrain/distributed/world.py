@@ -245,7 +245,7 @@ def _open(seed: int, timeout_s: float) -> World:
     # It finds the group, and keeps which rank and device are this process's: true of each life.
     device = PartialState(cpu=not group.has_gpu()).device
     rank, transport, store = dist.get_rank(), group.open_gloo(timeout), own_store(timeout, life)
-    hello = Heartbeat(rank=rank, host=host, pid=os.getpid(), machine=this_machine(), number=0)
+    hello = Heartbeat(rank, host, os.getpid(), this_machine(), number=0)
     store.set(heartbeat_key(rank), hello.to_json())
     if store_process is not None:
         keys = [heartbeat_key(one) for one in range(size)]

@@ -3,9 +3,4 @@
 from dtrain.watchdog.straggler import SECONDS_METRIC, StragglerClock
 from dtrain.watchdog.watchdog import HANG_AFTER_S, Watchdog
 
-__all__ = [
-    "HANG_AFTER_S",
-    "SECONDS_METRIC",
-    "StragglerClock",
-    "Watchdog",
-]
+__all__ = ["HANG_AFTER_S", "SECONDS_METRIC", "StragglerClock", "Watchdog"]

@@ -68,36 +68,13 @@ class Bounded:
             self._late.join()
 
 
-class Timer:
-    """Ends the process, with all stacks, should the thread that arms it not run again.
-
-    It runs in C and needs no interpreter, so a call that holds the interpreter does not hold it up.
-
-    Attributes:
-        limit_s: how long the thread may be away at least; infinite for any time.
-    """
-
-    def __init__(self) -> None:
-        self.limit_s = math.inf
-        self._thread = 0
-
-    def begin(self) -> None:
-        """From now on, the thread that calls this arms it."""
-        self._thread = threading.get_ident()
-
-    def arm(self) -> None:
-        """Begins anew; does nothing where another thread calls it."""
-        if threading.get_ident() != self._thread:
-            return
-        if math.isinf(self.limit_s):
-            faulthandler.cancel_dump_traceback_later()
-        else:
-            within_s = max(self.limit_s, CALL_S) + 2 * TICK_S
-            faulthandler.dump_traceback_later(within_s, exit=True, file=2)
-
-    def cancel(self) -> None:
-        """Ends nothing any more."""
+def arm_timer(limit_s: float) -> None:
+    """Sets a timer in C, which needs no interpreter, should the calling thread not run again."""
+    if math.isinf(limit_s):
         faulthandler.cancel_dump_traceback_later()
+    else:
+        within_s = max(limit_s, CALL_S) + 2 * TICK_S
+        faulthandler.dump_traceback_later(within_s, exit=True, file=2)
 
 
 def write_out(call: Callable[[], object]) -> None:

@@ -6,6 +6,8 @@ Ranks: all, local.
 from __future__ import annotations
 
 import json
+import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -14,7 +16,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed import Heartbeat, World, heartbeat_key, look_up, this_machine
 from dtrain.errors import Failure
-from dtrain.watchdog.bounded import CALL_S, TICK_S, Bounded, Timer
+from dtrain.watchdog.bounded import CALL_S, TICK_S, Bounded, arm_timer
 from dtrain.watchdog.judgement import LOOKERS, Seen
 
 T = TypeVar("T")
@@ -29,24 +31,29 @@ class WatchdogStore:
     Args:
         world: this rank's.
         connect: opens a connection.
-        timer: is armed before each call.
 
     Attributes:
         store: the connection, once it is open.
+        limit_s: how long the watchdog's thread may not run, besides what a call takes.
         lost: why the store did not answer the last call; nothing if it did.
     """
 
-    def __init__(self, world: World, connect: Callable[[], Store], timer: Timer) -> None:
+    def __init__(self, world: World, connect: Callable[[], Store]) -> None:
         self.store: Store | None = None
         self.lost = ""
+        self.limit_s = math.inf
         self._idle = world.idle_connections
         self._connect = connect
-        self._timer = timer
+        self._watcher = 0
         self._calls = Bounded()
         self._old = ""  # a failure of an earlier fit
 
     def open(self) -> None:
-        """Connects, or takes a connection that an earlier watchdog has left."""
+        """Connects, or takes a connection that an earlier watchdog has left.
+
+        The thread that calls this is the one that must not be stuck.
+        """
+        self._watcher = threading.get_ident()
 
         def connect() -> None:
             store = self._idle.pop() if self._idle else self._connect()
@@ -104,7 +111,8 @@ class WatchdogStore:
 
     def _ask(self, what: str, call: Callable[[], T]) -> T | None:
         """Calls the store; None where it does not answer, which is remembered."""
-        self._timer.arm()
+        if threading.get_ident() == self._watcher:
+            arm_timer(self.limit_s)
         try:
             answer = self._calls.call(call, TICK_S if self.lost else CALL_S)
         except (RuntimeError, TimeoutError) as lost:

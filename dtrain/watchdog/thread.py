@@ -16,14 +16,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed import Heartbeat, World, end_with, stopped_children, this_machine
 from dtrain.errors import Failure, HangError
 from dtrain.watchdog import lost
-from dtrain.watchdog.bounded import CALL_S, TICK_S, Timer, flush, print_report, write_out
+from dtrain.watchdog.bounded import CALL_S, TICK_S, arm_timer, flush, print_report, write_out
 from dtrain.watchdog.judgement import Blame, Seen, behind, gives_way, judge, looks, stuck
 from dtrain.watchdog.lost import GRACE_S
 from dtrain.watchdog.stacks import Stack, main_stack
@@ -59,9 +59,8 @@ class Watch(threading.Thread):
         self._world = world
         self._activity = world.comm.activity
         self._hang_after_s = hang_after_s
-        self._machine = this_machine()
-        self._timer = Timer()
-        self._told = WatchdogStore(world, connect, self._timer)
+        self._outside = Heartbeat(world.rank, world.host, os.getpid(), this_machine(), number=0)
+        self._told = WatchdogStore(world, connect)
         self._ended = threading.Event()
         self._clock = 0.0  # seconds that this process really ran: a stop does not count
         self._ticked = time.monotonic()
@@ -78,7 +77,6 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Ticks until it is stopped. An error of its own is told once, and ends nothing else."""
         try:
-            self._timer.begin()
             self._told.open()
             self._ticked = time.monotonic()
             # At once: a rank that is lost before it has posted would pass for one outside of fit.
@@ -89,14 +87,14 @@ class Watch(threading.Thread):
                 self._tick(min(began - self._ticked, 3 * TICK_S) + self._tick_took_s)
                 self._ticked = time.monotonic()
                 self._tick_took_s = min(self._ticked - began, 2 * CALL_S)
-            self._told.close(Heartbeat(**self._identity(), number=next(_numbers)))
+            self._told.close(replace(self._outside, number=next(_numbers)))
         except Exception:  # noqa: BLE001 -- told, and the training goes on without a watchdog
             print_report(
                 f"dtrain: the watchdog of {self._who} failed and is off now, the training goes "
                 f"on:\n{traceback.format_exc()}"
             )
         finally:
-            self._timer.cancel()
+            arm_timer(math.inf)
             self._told.join()
 
     def stop(self) -> None:
@@ -119,8 +117,8 @@ class Watch(threading.Thread):
         if self._activity.signs != self._signs:
             stack = Stack(())  # it has gone on while it was read
         mine = self._heartbeat(stack)
-        self._timer.limit_s = mine.limit_s
-        self._timer.arm()
+        self._told.limit_s = mine.limit_s
+        arm_timer(mine.limit_s)
         self._told.post(mine)
         if self._quiet_s >= self._hang_after_s / 2 and not math.isinf(mine.limit_s):
             self._consult(mine, stack)
@@ -133,8 +131,8 @@ class Watch(threading.Thread):
             limit_s = max(limit_s, LONG_S)
         if stack.debugged:
             limit_s = math.inf
-        return Heartbeat(
-            **self._identity(),
+        return replace(
+            self._outside,
             number=next(_numbers),
             step=activity.step,
             phase=phase.name,
@@ -144,15 +142,6 @@ class Watch(threading.Thread):
             limit_s=limit_s,
             inside=True,
         )
-
-    def _identity(self) -> dict[str, Any]:
-        world = self._world
-        return {
-            "rank": world.rank,
-            "host": world.host,
-            "pid": os.getpid(),
-            "machine": self._machine,
-        }
 
     # -- something may be wrong -------------------------------------------------------------------
 
