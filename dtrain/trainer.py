@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dtrain.callback import Callback, Hooks, check_names, the_only
 from dtrain.checkpoint import CheckpointSlot, ResumeMode, RunFiles, RunState
-from dtrain.cluster import JobEnd, Signals
+from dtrain.cluster import Deadline, Signals
 from dtrain.context import Context, Outbox, Progress, Request
 from dtrain.data import AccumulationSlot, Data, Feed, MapFeed, StreamFeed, as_data
 from dtrain.distributed import (
@@ -278,7 +278,7 @@ class Trainer:
         dispatcher = Dispatcher(self._sinks, self.context.run_dir, active=self.world.is_main)
         preempt = self.context.request.preempt
         try:
-            with Signals(preempt), JobEnd(preempt, active=self.world.is_main):
+            with Signals(preempt), Deadline(preempt, active=self.world.is_main):
                 with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan = make_plan()
                     data = as_data(train, batch_size, shuffle=True)

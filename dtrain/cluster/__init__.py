@@ -1,12 +1,7 @@
 """What schedulers want of a run, and a run of them: batch scripts, signals, deadlines."""
 
 from dtrain.cluster.batch import Kind, render
-from dtrain.cluster.deadline import JobEnd
+from dtrain.cluster.deadline import Deadline
 from dtrain.cluster.signals import Signals
 
-__all__ = [
-    "JobEnd",
-    "Kind",
-    "Signals",
-    "render",
-]
+__all__ = ["Deadline", "Kind", "Signals", "render"]

@@ -73,32 +73,26 @@ set -- "$@" "${more[@]}"
 _TORCHRUN_SETTINGS = """
 ranks=${RANKS:-${SLURM_GPUS_ON_NODE:-1}} # of this node; as many on each
 threads=$((SLURM_CPUS_ON_NODE / ranks))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+
+# Else, in torch 2.13, a restart within the job (RESTARTS=1 sbatch ...) cannot connect.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 """
 
 _SRUN_SETTINGS = """
 threads=$((SLURM_CPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))
-"""
-
-_SETTINGS = """\
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-"""
 
-_SHARED_STORE = """
-# Else, in torch 2.13, a restart within the job (RESTARTS=1 sbatch ...) cannot connect.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# The ranks meet at this node, the first of the job; $(hostname -i) where names do not resolve.
+# The port follows from the job's number: jobs on one host do not meet.
+MASTER_ADDR=$(hostname) MASTER_PORT=$((10000 + SLURM_JOB_ID % 10000))
+export MASTER_ADDR MASTER_PORT
 """
 
 _MEET = """
 # The nodes meet at this one, the first of the job; $(hostname -i) where names do not resolve.
 # The port follows from the job's number: jobs on one host do not meet.
 endpoint=$(hostname):$((10000 + SLURM_JOB_ID % 10000))
-"""
-
-_MASTER = """
-# The ranks meet at this node, the first of the job; $(hostname -i) where names do not resolve.
-# The port follows from the job's number: jobs on one host do not meet.
-MASTER_ADDR=$(hostname) MASTER_PORT=$((10000 + SLURM_JOB_ID % 10000))
-export MASTER_ADDR MASTER_PORT
 """
 
 _STATUS = """
@@ -111,9 +105,7 @@ tasks() { # prints the processes on this node that srun started
     scontrol listpids "$SLURM_JOB_ID" "$SLURMD_NODENAME" |
         awk '$3 ~ /^[0-9]+$/ && $4 ~ /^[0-9]+$/ { print $1 }'
 }
-"""
 
-_LEAVE_HEAD = """
 leave() { # passes on to this node's ranks that the job is to leave: all save and end together
     # Before training begins, and after its end, the signal would kill them.
     until stands status running; do
@@ -206,26 +198,24 @@ def render(
     """
     if kind not in get_args(Kind):
         raise ConfigError(f"kind={kind!r}: choose one of {', '.join(get_args(Kind))}")
-    wanted = {"job-name": _COMMON["job-name"], **_OPTIONS[kind], **_COMMON}
+    wanted: dict[str, str | None] = {
+        "job-name": _COMMON["job-name"],
+        **_OPTIONS[kind],
+        **_COMMON,
+    }
     if kind == "array":
         wanted["output"] = "%x-%A_%a.log"
-    wanted |= {name: value for name, value in (options or {}).items() if value is not None}
-    for name, value in (options or {}).items():
-        if value is None:
-            wanted.pop(name, None)
+    wanted |= options or {}
     torchrun = kind != "srun_per_gpu"
     parts = [
         "#!/usr/bin/env bash\n",
         _ABOUT[kind] if not command else "# Made by `dtrain submit`.\n",
-        *(_directive(name, value) for name, value in wanted.items()),
+        *(_directive(name, value) for name, value in wanted.items() if value is not None),
         _given(command, python, ranks),
         _SWEEP if kind == "array" else "",
         _TORCHRUN_SETTINGS if torchrun else _SRUN_SETTINGS,
-        _SETTINGS,
-        _SHARED_STORE if torchrun else _MASTER,
         _MEET if kind == "many_nodes" else "",
         _STATUS,
-        _LEAVE_HEAD,
         _LEAVE_TORCHRUN if torchrun else _LEAVE_SRUN,
         _TRAPS,
         _START[kind],

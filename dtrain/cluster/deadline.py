@@ -1,4 +1,7 @@
-"""When a SLURM job's time is over; and a request to save and leave a little before."""
+"""When a SLURM job's time is over; and a request to save and leave a little before.
+
+Ranks: all, local.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from types import TracebackType
 
 from dtrain.errors import ConfigError
 
 #: A job is left so many seconds before its end, unless that is more than a tenth of its time.
 MARGIN_S = 120.0
 SHARE = 0.1
-
-#: A margin of one's own, in seconds.
-MARGIN_VARIABLE = "DTRAIN_LEAVE_BEFORE_END_S"
-
+MARGIN_VARIABLE = "DTRAIN_LEAVE_BEFORE_END_S"  # a margin of one's own, in seconds
 _PATIENCE_S = 20.0  # scontrol itself gives a controller that is away longer
 
 
-class JobEnd:
+class Deadline:
     """Calls ``ask`` a margin before the end of the SLURM job that this process is part of.
 
     Not every site sends a signal before it ends a job. A thread asks SLURM when that will be and
@@ -31,7 +30,7 @@ class JobEnd:
 
     Example::
 
-        with JobEnd(request.preempt, active=world.is_main):
+        with Deadline(request.preempt, active=world.is_main):
             loop.run()
 
     Args:
@@ -41,8 +40,6 @@ class JobEnd:
 
     Raises:
         ConfigError: ``DTRAIN_LEAVE_BEFORE_END_S`` is no number of seconds.
-
-    Ranks: all, local.
     """
 
     def __init__(
@@ -54,19 +51,14 @@ class JobEnd:
         self._thread: threading.Thread | None = None
         self._margin_s = margin_of(env)
         if active and env.get("SLURM_JOB_ID"):
-            self._thread = threading.Thread(target=self._run, name="job end", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="deadline", daemon=True)
 
-    def __enter__(self) -> JobEnd:
+    def __enter__(self) -> Deadline:
         if self._thread is not None:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._over.set()  # not joined: it may be asking SLURM, which takes its time
 
     def _run(self) -> None:
@@ -89,8 +81,6 @@ def margin_of(env: Mapping[str, str]) -> float | None:
 
     Raises:
         ConfigError: it is no number of seconds.
-
-    Ranks: all, local.
     """
     text = env.get(MARGIN_VARIABLE)
     if not text:
@@ -107,11 +97,11 @@ def margin_of(env: Mapping[str, str]) -> float | None:
 def job_end(env: Mapping[str, str], *, fresh: bool = False) -> float | None:
     """Returns when the job ends, in seconds since 1970, or None where nobody says.
 
+    It may take some seconds.
+
     Args:
         env: the environment of a process in a job.
         fresh: do not take the environment's word, which is as old as the job.
-
-    Ranks: all, local. It may take some seconds.
     """
     told = env.get("SLURM_JOB_END_TIME", "")  # since SLURM 23.02
     if told.isdigit() and not fresh:
@@ -134,10 +124,7 @@ def job_end(env: Mapping[str, str], *, fresh: bool = False) -> float | None:
 
 
 def end_shown(job: str) -> float | None:
-    """Returns the ``EndTime`` in what ``scontrol show job -o`` says, in seconds since 1970.
-
-    Ranks: all, local.
-    """
+    """Returns the ``EndTime`` in what ``scontrol show job -o`` says, in seconds since 1970."""
     words = (word.partition("=") for word in job.split())
     end = next((value for name, _, value in words if name == "EndTime"), "")
     try:

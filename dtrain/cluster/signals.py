@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 #: What schedulers send before they take a machine away, and Ctrl-C.
@@ -15,8 +15,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 # They ask for nothing else, and would by default kill the process.
 _SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)
-
-_INTERRUPTED = 128 + signal.SIGINT
 
 
 class Signals:
@@ -59,12 +57,7 @@ class Signals:
                 signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():
             late = number in _SCHEDULERS and before is signal.SIG_DFL
             signal.signal(number, _too_late if late else before)
@@ -78,7 +71,7 @@ class Signals:
             if self._interrupts > 1:
                 sys.stdout.flush()
                 sys.stderr.flush()
-                os._exit(_INTERRUPTED)
+                os._exit(128 + signal.SIGINT)
         if number not in self._seen:
             self._seen.add(number)
             self._ask(signal.Signals(number).name)

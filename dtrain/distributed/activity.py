@@ -1,7 +1,9 @@
-"""Where the main thread is, for whoever watches it from another thread.
+"""Where the main thread is, for the watchdog, which reads it from another thread.
 
 The main thread writes plain attributes as it goes: no lock, no clock, well under a microsecond.
-:mod:`dtrain.watchdog` reads them once a second.
+It is read twice a second.
+
+Ranks: all, local.
 """
 
 from __future__ import annotations
@@ -87,8 +89,6 @@ class Activity:
         batches: how long batches of this evaluation take.
         laps: of which of the two it is in the middle; None in between.
         watched: whether a watchdog looks at all this.
-
-    Ranks: all, local.
     """
 
     __slots__ = ("batches", "laps", "phase", "signs", "step", "steps", "watched")

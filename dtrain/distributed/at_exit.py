@@ -1,4 +1,7 @@
-"""A process does not end while a thread is in the middle of torch's code."""
+"""How a process ends: in order, or with an error.
+
+Ranks: all, local.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,6 @@ def end_with(what: str, *threads: threading.Thread, timeout_s: float) -> None:
         what: names what the threads do, for the message.
         threads: in the order in which they are waited for.
         timeout_s: how long each may take, in seconds.
-
-    Ranks: all, local.
     """
 
     def wait() -> None:
@@ -34,3 +35,9 @@ def end_with(what: str, *threads: threading.Thread, timeout_s: float) -> None:
             os._exit(1)
 
     atexit.register(wait)
+
+
+def is_failing() -> bool:
+    """Says whether the interpreter ends with an uncaught error."""
+    last_error = getattr(sys, "last_exc", None)  # since Python 3.12
+    return last_error is not None or getattr(sys, "last_value", None) is not None

@@ -1,4 +1,7 @@
-"""What launched this process, and which rank it is."""
+"""What launched this process, and which rank it is.
+
+Ranks: all, local.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,6 @@ def find_launcher(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     Raises:
         LaunchError: some of torchrun's variables are set and others are not, or a number is
             no number.
-
-    Ranks: all, local.
     """
     given = [name for name in _RENDEZVOUS if env.get(name)]
     # MASTER_ADDR and MASTER_PORT alone are often left over in cluster profiles.
@@ -48,12 +49,13 @@ def find_launcher(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
                 f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks, but the environment has no "
                 f"{', '.join(missing)}. Start with srun, or unset SLURM_STEP_NUM_TASKS."
             )
+        tasks_here = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
         return "slurm", {
             "RANK": env["SLURM_PROCID"],
             "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": env["SLURM_LOCALID"],
-            "LOCAL_WORLD_SIZE": str(_tasks_per_node(env)),
+            "LOCAL_WORLD_SIZE": tasks_here[0] if tasks_here else "1",
             "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(nodes),
             # Two jobs on a node must not meet: the port follows from the job's number.
             "MASTER_PORT": env.get("MASTER_PORT")
@@ -63,10 +65,7 @@ def find_launcher(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
 
 
 def first_host(nodelist: str) -> str:
-    """Returns the first host of a SLURM node list: ``gpu[03-05,9],x1`` gives ``gpu03``.
-
-    Ranks: all, local.
-    """
+    """Returns the first host of a SLURM node list: ``gpu[03-05,9],x1`` gives ``gpu03``."""
     # The first entry ends at the first comma outside of brackets; of each bracket, the first
     # number of the first range counts.
     entry = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodelist)
@@ -77,11 +76,6 @@ def first_host(nodelist: str) -> str:
             "the host of task 0"
         )
     return host
-
-
-def _tasks_per_node(env: Mapping[str, str]) -> int:
-    first = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    return int(first[0]) if first else 1
 
 
 def _number(env: Mapping[str, str], name: str) -> int:

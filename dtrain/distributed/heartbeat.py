@@ -1,9 +1,4 @@
-"""What ranks post of themselves, and what follows from all of it: a pure function.
-
-A rank that works is judged by itself. A rank that waits judges the others, and only where
-waiting is in vain: for one whose process is stopped or gone, for one that posts nothing any
-more, or because all wait for one another.
-"""
+"""What a rank posts of itself in the rendezvous store, for the others to read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the kernel says of the processes of this machine."""
+"""What the kernel says of the processes of this machine.
+
+Ranks: all, local.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The random streams of this process, as state that a checkpoint can hold."""
+"""The random streams of this process, as state that a checkpoint can hold.
+
+Ranks: all, local.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,7 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """Returns the state of Python's, NumPy's and torch's global generators.
-
-    Ranks: all, local.
-    """
+    """Returns the state of Python's, NumPy's and torch's global generators."""
     state = capture_host()
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -23,10 +23,7 @@ def capture() -> dict[str, Any]:
 
 
 def capture_host() -> dict[str, Any]:
-    """Returns the state of the generators that draw on the CPU, and touches no GPU.
-
-    Ranks: all, local.
-    """
+    """Returns the state of the generators that draw on the CPU, and touches no GPU."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     words = np.asarray(keys).tolist()
     return {
@@ -37,10 +34,7 @@ def capture_host() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Restores what :func:`capture` returned.
-
-    Ranks: all, local.
-    """
+    """Restores what :func:`capture` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -50,10 +44,7 @@ def restore(state: dict[str, Any]) -> None:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Keeps the global generators as they were, whatever is drawn inside.
-
-    Ranks: all, local.
-    """
+    """Keeps the global generators as they were, whatever is drawn inside."""
     before = capture()
     try:
         yield

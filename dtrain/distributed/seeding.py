@@ -1,4 +1,7 @@
-"""Seeds of all random streams."""
+"""Seeds of all random streams.
+
+Ranks: all, local.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,15 @@ import torch
 
 
 def seed_everything(seed: int, *stream: int) -> None:
-    """Seeds Python's, NumPy's and torch's generators from ``seed`` and a stream's numbers.
-
-    Ranks: all, local.
-    """
-    word = derive_seed(seed, *stream) if stream else seed
-    random.seed(word)
-    np.random.seed(word % 2**32)
-    torch.manual_seed(word)
+    """Seeds Python's, NumPy's and torch's generators from ``seed`` and a stream's numbers."""
+    derived = derive_seed(seed, *stream) if stream else seed
+    random.seed(derived)
+    np.random.seed(derived % 2**32)
+    torch.manual_seed(derived)
 
 
 def derive_seed(seed: int, *stream: int) -> int:
-    """Returns a 63-bit seed for the stream that ``stream`` numbers; streams are independent.
-
-    Ranks: all, local.
-    """
+    """Returns a 63-bit seed for the stream that ``stream`` numbers; streams are independent."""
     # The length goes in as well: SeedSequence takes [1] and [1, 0] for the same.
     words = np.random.SeedSequence([seed, len(stream), *stream]).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(1))

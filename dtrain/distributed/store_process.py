@@ -1,6 +1,6 @@
 """A rendezvous store in a process of its own: it does not stop or die with rank 0.
 
-Started by :func:`dtrain.distributed.serve_apart`, by path, so that no more than torch is imported:
+Started by :mod:`dtrain.distributed.rendezvous`, by path, so that no more than torch is imported:
 
     python store_process.py PORT TIMEOUT_S
 
@@ -89,7 +89,7 @@ def _wait_for(parent: int) -> list[str]:
 def _linger(told: list[str]) -> None:
     """Waits until no rank is left that could ask, or for long enough."""
     until = time.monotonic() + LINGER_S
-    here = [int(word) for word in told if word.isdigit()]
+    here = [int(pid) for pid in told if pid.isdigit()]
     never = threading.Event()
     while time.monotonic() < until and (ELSEWHERE in told or any(map(_lives, here))):
         never.wait(_LOOK_S)

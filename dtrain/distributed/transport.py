@@ -1,4 +1,4 @@
-"""The transport: how tensors get from rank to rank, beneath :mod:`dtrain.distributed` and the strategies.
+"""The transport: how tensors get from rank to rank, beneath ``Comm`` and the strategies.
 
 In a run it is a process group of torch's. Ranks that are threads of one process
 (:mod:`dtrain.testing`) bring another one, so that everything above is the same code.
@@ -11,7 +11,6 @@ from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 TransportOp = Literal["sum", "max", "min"]
@@ -24,15 +23,12 @@ class DataParallel(Protocol):
 
     def __call__(self, *args: Any) -> Any:
         """Runs the module's forward."""
-        ...
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Within it, backward adds up this rank's gradients only."""
-        ...
 
     def register_comm_hook(self, state: Any, hook: Any) -> None:
         """Has ``hook`` reduce each bucket of gradients instead."""
-        ...
 
 
 class Transport(Protocol):
@@ -40,35 +36,21 @@ class Transport(Protocol):
 
     A call that cannot be completed (another rank has left, or does not come in time) raises
     RuntimeError.
+
+    Ranks: all; each method communicates, but for ``check_own``.
     """
 
     def all_gather(self, parts: list[Tensor], mine: Tensor) -> None:
-        """Fills ``parts`` with every rank's ``mine``; shape and dtype are equal on all ranks.
-
-        Ranks: all, communicates.
-        """
-        ...
+        """Fills ``parts`` with every rank's ``mine``; shape and dtype are equal on all ranks."""
 
     def all_reduce(self, buffer: Tensor, op: TransportOp = "sum") -> None:
-        """Reduces ``buffer`` over all ranks, in place.
-
-        Ranks: all, communicates.
-        """
-        ...
+        """Reduces ``buffer`` over all ranks, in place."""
 
     def broadcast(self, buffer: Tensor) -> None:
-        """Gives every rank rank 0's ``buffer``, in place.
-
-        Ranks: all, communicates.
-        """
-        ...
+        """Gives every rank rank 0's ``buffer``, in place."""
 
     def check_own(self, module: nn.Module) -> None:
-        """Raises where ranks that are threads of one process share ``module``.
-
-        Ranks: all.
-        """
-        ...
+        """Raises where ranks that are threads of one process share ``module``."""
 
     def data_parallel(self, module: nn.Module, **options: Any) -> DataParallel:
         """Returns ``module``, wrapped so that backward reduces its parameters' gradients.
@@ -76,14 +58,11 @@ class Transport(Protocol):
         Args:
             module: whose parameters are equal on all ranks.
             options: of DistributedDataParallel.
-
-        Ranks: all, communicates.
         """
-        ...
 
 
 class GroupTransport:
-    """A process group of torch's.
+    """A process group of torch's, as :class:`Transport`.
 
     Args:
         group: the default group if None, which need not be open yet.
@@ -93,43 +72,20 @@ class GroupTransport:
         self._group = group
 
     def all_gather(self, parts: list[Tensor], mine: Tensor) -> None:
-        """Fills ``parts`` with every rank's ``mine``.
-
-        Ranks: all, communicates.
-        """
+        """Ranks: all, communicates."""
         dist.all_gather(parts, mine, group=self._group)
 
     def all_reduce(self, buffer: Tensor, op: TransportOp = "sum") -> None:
-        """Reduces ``buffer`` over all ranks, in place.
-
-        Ranks: all, communicates.
-        """
+        """Ranks: all, communicates."""
         dist.all_reduce(buffer, op=_REDUCE[op], group=self._group)
 
     def broadcast(self, buffer: Tensor) -> None:
-        """Gives every rank rank 0's ``buffer``, in place.
-
-        Ranks: all, communicates.
-        """
+        """Ranks: all, communicates."""
         dist.broadcast(buffer, group_src=0, group=self._group)
 
     def check_own(self, module: nn.Module) -> None:
-        """Does nothing: each process has its own.
-
-        Ranks: all, local.
-        """
+        """Does nothing: each process has its own."""
 
     def data_parallel(self, module: nn.Module, **options: Any) -> DistributedDataParallel:
-        """Wraps ``module`` with DistributedDataParallel.
-
-        Ranks: all, communicates.
-        """
+        """Ranks: all, communicates."""
         return DistributedDataParallel(module, process_group=self._group, **options)
-
-
-def local_store() -> Store:
-    """Returns a rendezvous store that lives in this process only, for ranks that are threads.
-
-    Ranks: none; called where the ranks are started.
-    """
-    return HashStore()

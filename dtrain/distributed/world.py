@@ -12,32 +12,24 @@ import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import Store  # type: ignore[attr-defined]
 
+from dtrain.distributed import group
+from dtrain.distributed.at_exit import is_failing
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.environment import find_launcher
-from dtrain.distributed.gloo_threads import yielding_threads
 from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
 from dtrain.distributed.processes import this_machine
-from dtrain.distributed.rendezvous import (
-    _allow_files,
-    _await_store,
-    _is_failing,
-    _own_store,
-    _serve_apart,
-    _tell_store,
-)
+from dtrain.distributed.rendezvous import own_store, serve_apart
 from dtrain.distributed.seeding import seed_everything
 from dtrain.distributed.transport import GroupTransport, Transport
 from dtrain.errors import ConfigError
@@ -51,6 +43,8 @@ _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 @dataclass(eq=False)
 class World:
     """This process's place among the ranks, and the means to reach the others.
+
+    Ranks: all, local.
 
     Attributes:
         rank: 0 to ``size - 1``.
@@ -102,16 +96,11 @@ class World:
         """Has ``release`` called before the process group is closed.
 
         For whoever holds something that holds the process group.
-
-        Ranks: all, local.
         """
         self._closers.append(release)
 
     def tell_launcher(self, error: BaseException) -> None:
-        """Leaves ``error``, which is being handled, where torchrun looks for a root cause.
-
-        Ranks: all, local.
-        """
+        """Leaves ``error``, which is being handled, where torchrun looks for a root cause."""
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             # Late: it takes a while to import, and only a failure needs it.
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -119,10 +108,7 @@ class World:
             get_error_handler().record_exception(error)
 
     def close(self) -> None:
-        """Closes the process group, if :func:`init` opened it. A second call does nothing.
-
-        Ranks: all, local.
-        """
+        """Closes the process group, if :func:`init` opened it. A second call does nothing."""
         global _current  # noqa: PLW0603 -- see `_current`
         if _current is self:
             _current = None
@@ -137,23 +123,17 @@ class World:
             self.idle_connections.clear()
             self.comm.close()
             dist.destroy_process_group()
-            _forget_partial_state()
 
     def _close_at_exit(self) -> None:
         # After an uncaught error, closing may wait for ranks that are stuck: just leave.
-        if not _is_failing():
+        if not is_failing():
             self.close()
 
     def __enter__(self) -> World:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
             self.close()
 
 
@@ -241,85 +221,57 @@ def _open(seed: int, timeout_s: float) -> World:
     host = socket.gethostname()
     size = int(variables.get("WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     if launcher == "solo" or size == 1:
-        device = torch.device("cuda" if _has_gpu() else "cpu")
+        device = torch.device("cuda" if group.has_gpu() else "cpu")
         world = World(0, 0, 1, host, device, "none", launcher, seed, Comm(host=host))
         world.open_comm = lambda: Comm(host=host)
         return world
     os.environ.update(variables)
-    # One thread each unless told otherwise: ranks that share a host share its cores.
-    if not os.environ.get("OMP_NUM_THREADS"):
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        threads = max(1, (os.cpu_count() or 1) // local_size)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
-    _allow_files(size)
-    serving = _serve_apart(timeout_s)
+    group.share_cores()
+    group.allow_files(size)
+    store_process = serve_apart(timeout_s)
     # Late: most of a single process's start would go into this import.
     from accelerate.state import PartialState
 
-    if serving is not None:
-        _await_store(serving)
+    if store_process is not None:
+        store_process.wait()
     # Imported later, as DistributedDataParallel does, its functions' default arguments would keep
     # the process group until the interpreter ends, and the process may abort then.
     from torch.distributed.nn import functional as _functional  # noqa: F401
 
+    timeout, life = timedelta(seconds=timeout_s), next(_lives)
     opened = not dist.is_initialized()
-    life = next(_lives)
-    timeout = timedelta(seconds=timeout_s)
-    options: dict[str, Any] = {"timeout": timeout}
-    if life:
-        # A store that lives on still has the addresses of the group that was closed.
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
-        options |= {"store": PrefixStore(f"life-{life}", store), "rank": rank, "world_size": size}
-    with nullcontext() if _has_gpu() else yielding_threads():  # NCCL's stay as they are
-        state = PartialState(cpu=not _has_gpu(), **options)
-    with yielding_threads():
-        control = dist.new_group(backend="gloo", timeout=timeout)
-    rank = dist.get_rank()
-    transport, store = GroupTransport(control), _own_store(timeout, life)
-    comm = Comm(rank=rank, size=size, host=host, transport=transport, store=store)
-    hello = Heartbeat(rank=rank, host=host, pid=os.getpid(), machine=this_machine(), number=0)
+    if opened:
+        group.open_default(timeout, life)
+    # It finds the group, and keeps which rank and device are this process's: true of each life.
+    device = PartialState(cpu=not group.has_gpu()).device
+    rank, transport, store = dist.get_rank(), group.open_gloo(timeout), own_store(timeout, life)
+    hello = Heartbeat(rank, host, os.getpid(), this_machine(), number=0)
     store.set(heartbeat_key(rank), hello.to_json())
-    if serving is not None:
+    if store_process is not None:
         keys = [heartbeat_key(one) for one in range(size)]
-        _tell_store(serving, [Heartbeat.from_json(one) for one in store.multi_get(keys)])
+        store_process.tell([Heartbeat.from_json(one) for one in store.multi_get(keys)])
     world = World(
         rank=rank,
-        local_rank=state.local_process_index,
+        local_rank=int(os.environ["LOCAL_RANK"]),
         size=size,
         host=host,
         # A CPU has no number; PartialState gives it one.
-        device=torch.device("cpu" if state.device.type == "cpu" else state.device),
+        device=torch.device("cpu") if device.type == "cpu" else device,
         backend=dist.get_backend(),
         launcher=launcher,
         seed=seed,
-        comm=comm,
-        connect=lambda: _own_store(timeout, life),
+        comm=Comm(rank=rank, size=size, host=host, transport=transport, store=store),
+        connect=lambda: own_store(timeout, life),
         _opened=opened,
     )
 
     # One for all Trainers: each further group would make the next one slower to open.
     @cache
     def open_comm() -> Comm:
-        with yielding_threads():
-            group = dist.new_group(backend="gloo", timeout=timeout)
-        apart = Comm(rank=rank, size=size, host=host, transport=GroupTransport(group))
+        apart = Comm(rank=rank, size=size, host=host, transport=group.open_gloo(timeout))
         world.at_close(apart.close)
         return apart
 
     world.open_comm = open_comm
     atexit.register(world._close_at_exit)
     return world
-
-
-def _has_gpu() -> bool:
-    """There is one, and ``accelerate launch --cpu`` did not say to leave it alone."""
-    told_not_to = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return torch.cuda.is_available() and not told_not_to
-
-
-def _forget_partial_state() -> None:
-    """Lets a later :func:`init` in this process find a new world (the state is a singleton)."""
-    from accelerate.state import PartialState
-
-    PartialState._reset_state()

@@ -42,7 +42,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Blame:
     """Which rank is to blame, and why.
 
     Attributes:
@@ -70,22 +70,22 @@ class Verdict:
         )
 
 
-def stuck(mine: Heartbeat, stopped: Sequence[int] = ()) -> Verdict:
-    """The verdict of a rank on itself.
+def stuck(mine: Heartbeat, stopped: Sequence[int] = ()) -> Blame:
+    """What a rank says of itself that works for too long.
 
     Args:
         mine: its last post.
         stopped: processes of its own that are stopped; it may be waiting for them.
     """
     workers = f"; its process {', '.join(map(str, stopped))} is stopped" if stopped else ""
-    return Verdict(
+    return Blame(
         mine,
         f"it works without any progress for {mine.quiet_s:.1f} s, where its limit is "
         f"{mine.limit_s:.3g} s{workers}",
     )
 
 
-def judge(seen: Sequence[Seen], *, silent_s: float | None = None) -> Verdict | None:
+def judge(seen: Sequence[Seen], *, silent_s: float | None = None) -> Blame | None:
     """Returns which rank the others wait for in vain; None while any may still come.
 
     Args:
@@ -95,17 +95,13 @@ def judge(seen: Sequence[Seen], *, silent_s: float | None = None) -> Verdict | N
     for process, words in (("gone", "its process is gone"), ("stopped", "its process is stopped")):
         for one in seen:
             if one.process == process:
-                return Verdict(one.heartbeat, f"{words}; that is where it was heard of last")
+                return Blame(one.heartbeat, f"{words}; that is where it was heard of last")
     inside = [one for one in seen if one.heartbeat.inside]
     silent = max(inside, key=lambda one: one.stale_s, default=None)
     if silent is not None:
-        may = (
-            silent.heartbeat.limit_s
-            if silent_s is None
-            else min(silent_s, silent.heartbeat.limit_s)
-        )
-        if silent.stale_s > may:
-            return Verdict(
+        may = silent.heartbeat.limit_s
+        if silent.stale_s > (may if silent_s is None else min(silent_s, may)):
+            return Blame(
                 silent.heartbeat,
                 f"nothing was heard of it for {silent.stale_s:.1f} s: it is stopped, its host is "
                 "gone, or a call holds the interpreter; that is where it was heard of last",
@@ -120,7 +116,7 @@ def judge(seen: Sequence[Seen], *, silent_s: float | None = None) -> Verdict | N
     return None
 
 
-def _diverged(heartbeats: Sequence[Heartbeat]) -> Verdict:
+def _diverged(heartbeats: Sequence[Heartbeat]) -> Blame:
     alike = Counter((heartbeat.step, heartbeat.phase, heartbeat.at) for heartbeat in heartbeats)
     odd = min(
         heartbeats,
@@ -130,12 +126,12 @@ def _diverged(heartbeats: Sequence[Heartbeat]) -> Verdict:
             heartbeat.rank,
         ),
     )
-    return Verdict(
+    quiet_s = min(heartbeat.quiet_s for heartbeat in heartbeats)
+    return Blame(
         odd,
-        f"all ranks wait for one another, and none has moved for "
-        f"{min(heartbeat.quiet_s for heartbeat in heartbeats):.1f} s. They are in different calls (one of "
-        "ctx.comm or torch.distributed that not every rank makes?), or the network is down. "
-        "Where they are:",
+        f"all ranks wait for one another, and none has moved for {quiet_s:.1f} s. They are in "
+        "different calls (one of ctx.comm or torch.distributed that not every rank makes?), or the "
+        "network is down. Where they are:",
         table(heartbeats),
         RankMismatch,
     )

@@ -10,12 +10,10 @@ from dtrain.distributed import Comm
 
 #: A rank is named if its own work takes so many times that of the median rank,
 SLOWER = 1.5
-#: and if what it takes longer is at least this share of a step: else nobody would gain.
-WORTH_IT = 0.1
+WORTH_IT = 0.1  # and if what it takes longer is at least this share of a step: else nobody gains
 #: Compared are means over at least so many steps; the first of all is left out, as it warms up.
 STEPS = 20
-#: And over at least so many seconds, so that the comparison costs next to nothing.
-SECONDS = 1.0
+SECONDS = 1.0  # and over at least so many seconds, so that the comparison costs next to nothing
 #: What tells how many seconds it is, among the training metrics, until they are agreed.
 SECONDS_METRIC = "dtrain: seconds of steps"
 
@@ -88,7 +86,7 @@ class StragglerClock:
         mine /= self._steps
         self._own_s = self._data_s = self._step_s = 0.0
         self._steps = 0
-        own, data, step = self._comm.all_gather("pace", mine).unbind(1)
+        own, data, step = self._comm.all_gather("stragglers", mine).unbind(1)
         rank = int(own.argmax())
         slowest, median = float(own[rank]), float(own.median())
         if slowest <= SLOWER * median or slowest - median < WORTH_IT * float(step.mean()):

@@ -132,8 +132,8 @@ def sizes(comm, rank, size, lines):
         assert [len(one) for one in objects] == [*range(size - 1), longest]
     if size == 1:
         return {}
-    transport, found = comm._transport, {}
-    comm._transport = counting = Counting(transport)
+    transport, found = comm._exchange.transport, {}
+    comm._exchange.transport = counting = Counting(transport)
     verbs = {
         "barrier": lambda: comm.barrier("b"),
         "vote": lambda: comm.vote("v", True),
@@ -146,7 +146,7 @@ def sizes(comm, rank, size, lines):
         counting.calls = 0
         verb()
         found[name] = counting.calls
-    comm._transport = transport
+    comm._exchange.transport = transport
     return found
 
 

@@ -16,10 +16,10 @@ import torch
 from torch.utils.data import TensorDataset
 
 import dtrain
-from dtrain import watchdog
+from dtrain.watchdog import store, thread
 
-watchdog._STORE_S = 0.2
-watchdog._AT_EXIT_S = 2.0
+store.CALL_S = thread.CALL_S = 0.2
+thread._AT_EXIT_S = 2.0
 world = dtrain.init()
 connect = world.connect
 

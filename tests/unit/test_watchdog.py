@@ -1,12 +1,13 @@
-"""Who is judged how: fake heartbeats in, a verdict out. And the activity that they are made of."""
+"""Who is judged how: fake heartbeats in, a rank to blame out. And the activity behind them."""
 
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
@@ -25,10 +26,12 @@ from dtrain.distributed.comm import Comm
 from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
 from dtrain.distributed.processes import look_up, this_machine
 from dtrain.distributed.world import World
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, Failure
+from dtrain.watchdog.bounded import Bounded
 from dtrain.watchdog.judgement import LOOKERS, Seen, behind, gives_way, judge, looks, stuck, table
 from dtrain.watchdog.stacks import Line, Stack, main_stack
-from dtrain.watchdog.thread import _KEYS_AT_ONCE, HANG_EXIT_CODE, _Bounded, _Watch
+from dtrain.watchdog.store import KEYS_AT_ONCE
+from dtrain.watchdog.thread import HANG_EXIT_CODE, Watch
 
 SIZES = [2, 3, 64]
 
@@ -47,8 +50,8 @@ def working(rank, **more):
 
 def world(size, odd, make, **more):
     """All wait but one; as another rank sees them, whose posts are half a second old."""
-    beats = [make(odd, **more) if rank == odd else waiting(rank) for rank in range(size)]
-    return [Seen(heartbeat, 0.5) for heartbeat in beats]
+    posts = [make(odd, **more) if rank == odd else waiting(rank) for rank in range(size)]
+    return [Seen(heartbeat, 0.5) for heartbeat in posts]
 
 
 def changed(seen, rank, **more):
@@ -74,10 +77,10 @@ def test_a_rank_that_works_within_its_limit_is_waited_for(size):
 def test_a_process_that_does_not_run_is_named_at_once(size, process, words):
     for odd in (0, size - 1):
         for make in (working, waiting):
-            verdict = judge(changed(world(size, odd, make), odd, process=process))
-            assert verdict.heartbeat.rank == odd
-            assert words in verdict.message
-            failure = str(verdict.failure())
+            blame = judge(changed(world(size, odd, make), odd, process=process))
+            assert blame.heartbeat.rank == odd
+            assert words in blame.message
+            failure = str(blame.failure())
             assert failure.startswith(f"rank {odd} on node{odd // 8} failed in ")
             assert "at step 8: HangError: its process is " in failure
 
@@ -87,9 +90,9 @@ def test_a_rank_that_posts_nothing_is_named_after_its_own_limit(size):
     odd = size // 2
     seen = world(size, odd, working)
     assert judge(changed(seen, odd, stale_s=4.9)) is None
-    verdict = judge(changed(seen, odd, stale_s=5.1))
-    assert verdict.heartbeat.rank == odd
-    assert "nothing was heard of it for 5.1 s" in verdict.message
+    blame = judge(changed(seen, odd, stale_s=5.1))
+    assert blame.heartbeat.rank == odd
+    assert "nothing was heard of it for 5.1 s" in blame.message
     # Reading a large file may hold the interpreter, in a slow phase.
     slow = world(size, odd, working, limit_s=300.0)
     assert judge(changed(slow, odd, stale_s=60.0)) is None
@@ -107,10 +110,10 @@ def test_a_rank_that_posts_nothing_is_named_after_its_own_limit(size):
 def test_ranks_that_wait_for_one_another_are_all_shown(size):
     odd = size - 1
     seen = world(size, odd, waiting, step=7, phase="on_step_end", at="mine.py:3")
-    verdict = judge(seen)
-    assert verdict.heartbeat.rank == odd
-    assert "all ranks wait for one another, and none has moved for 6.0 s" in verdict.message
-    lines = verdict.table.splitlines()
+    blame = judge(seen)
+    assert blame.heartbeat.rank == odd
+    assert "all ranks wait for one another, and none has moved for 6.0 s" in blame.message
+    lines = blame.table.splitlines()
     assert len(lines) == 2
     assert lines[1] == f"  rank {odd} on node{odd // 8}: step 7 in on_step_end (mine.py:3)"
     if size == 64:
@@ -118,7 +121,7 @@ def test_ranks_that_wait_for_one_another_are_all_shown(size):
             "  ranks 0, 1, 2, 3, 4, 5, 6, 7 and 55 more on node0, node1, node2 and others: "
             "step 8 in backward (train.py:9)"
         )
-    assert verdict.table in str(verdict.failure())
+    assert blame.table in str(blame.failure())
     # One that has not waited for that long may just have come.
     assert judge(world(size, odd, waiting, quiet_s=4.0)) is None
     assert judge(world(size, odd, waiting, limit_s=300.0)) is None
@@ -142,8 +145,8 @@ def test_a_rank_further_behind_is_looked_at_first():
 
 
 def test_a_rank_on_itself():
-    verdict = stuck(working(3, quiet_s=5.5, at="train.py:4"))
-    assert str(verdict.failure()) == (
+    blame = stuck(working(3, quiet_s=5.5, at="train.py:4"))
+    assert str(blame.failure()) == (
         "rank 3 on node0 failed in data at step 8: HangError: it works without any progress for "
         "5.5 s, where its limit is 5 s (train.py:4)"
     )
@@ -247,10 +250,10 @@ def test_batches_of_an_evaluation_have_a_limit_of_their_own():
 
 def test_every_sign_of_progress_counts():
     activity = Activity()
-    beats = activity.signs
+    signs = activity.signs
     assert activity.enter(DATA) is not DATA
     assert activity.enter(DATA) is DATA
-    assert activity.signs == beats + 2
+    assert activity.signs == signs + 2
 
 
 def test_what_another_rank_broke_is_told_from_what_broke_here():
@@ -302,7 +305,7 @@ def test_a_raw_collective_is_seen():
 
 
 def test_a_call_that_does_not_come_back_is_given_up():
-    calls, gate = _Bounded(), threading.Event()
+    calls, gate = Bounded(), threading.Event()
     assert calls.call(lambda: 3, 5) == 3
     with pytest.raises(KeyError):
         calls.call(lambda: {}["x"], 5)
@@ -336,10 +339,10 @@ def test_in_a_small_world_all_look():
 class CountingStore(HashStore):
     """Counts what is read at once."""
 
-    def __init__(self, beats):
+    def __init__(self, posts):
         super().__init__()
         self.read = []
-        for heartbeat in beats:
+        for heartbeat in posts:
             self.set(heartbeat_key(heartbeat.rank), heartbeat.to_json())
 
     def multi_get(self, keys):
@@ -349,8 +352,8 @@ class CountingStore(HashStore):
 
 def watch_of(rank, size, store):
     made = World(rank, 0, size, "host", None, "none", "solo", 0, Comm(rank=rank, size=size))
-    watch = _Watch(made, 5.0, lambda: store)
-    watch._store = store
+    watch = Watch(made, 5.0, lambda: store)
+    watch._told.store = store
     return watch
 
 
@@ -360,19 +363,21 @@ def test_a_rank_that_waits_leaves_looking_to_others_in_a_large_world():
     looker, other = watch_of(0, size, store), watch_of(1, size, store)
     assert len(looker._look(waiting(0, quiet_s=3.0))) == size
     # A few hundred at a time: the store's work for one call grows with the square of its keys.
-    assert store.read == [_KEYS_AT_ONCE, _KEYS_AT_ONCE, size - 2 * _KEYS_AT_ONCE]
+    assert store.read == [KEYS_AT_ONCE, KEYS_AT_ONCE, size - 2 * KEYS_AT_ONCE]
     assert other._look(waiting(1, quiet_s=3.0)) == []
     assert len(store.read) == 3
     assert len(other._look(waiting(1, quiet_s=4.0))) == size  # nobody has found anything
     assert len(watch_of(2, size, store)._look(working(2, quiet_s=6.0))) == size  # it is the one
 
 
+LEFT = json.dumps(asdict(Failure(5, "h", "x", 1, "k", "m", "l")))  # by rank 5, in the store
+
+
 def test_who_comes_late_waits_for_what_the_first_find():
     size = 600
     store = CountingStore([waiting(rank) for rank in range(size)])
     store.add("looking", LOOKERS)
-    lost = '{"rank": 5, "host": "h", "where": "x", "step": 1, "kind": "k", "message": "m", '
-    store.set("failure", lost + '"location": "l"}')
+    store.set("failure", LEFT)
     assert watch_of(7, size, store).find_lost().rank == 5
     assert store.read == []
     assert int(store.add("looking", 0)) == LOOKERS + 1
@@ -380,11 +385,11 @@ def test_who_comes_late_waits_for_what_the_first_find():
 
 def test_thousands_of_ranks_do_not_ask_in_each_tick_whether_one_has_failed():
     store = HashStore()
-    store.set("failure", "why")
+    store.set("failure", LEFT)
     for size, asks in ((2, [0.5, 1.0, 1.5]), (4096, [0.5, 1.0, 1.5]), (16384, [0.5, 2.5])):
         watch = watch_of(1, size, store)
         heard = []
         for tick in range(1, 6 if size == 16384 else 4):
             watch._clock = tick * 0.5
-            heard += [watch._clock] * (watch._ask_for_failure() == "why")
+            heard += [watch._clock] * (watch._ask_for_failure() is not None)
         assert heard == asks

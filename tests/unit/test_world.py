@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import dtrain
 from dtrain.distributed.environment import find_launcher, first_host
-from dtrain.distributed.rendezvous import _allow_files
+from dtrain.distributed.group import allow_files
 from dtrain.distributed.seeding import derive_seed, seed_everything
 from dtrain.distributed.world import current
 from dtrain.errors import ConfigError, LaunchError
@@ -254,6 +254,35 @@ def test_a_new_world_knows_nothing_of_an_old_failure() -> None:
     assert run_processes(new_life_after_a_failure, 2, timeout_s=30) == ["None", "None"]
 
 
+def lives_beside_accelerate(who_is_first: str) -> list[Any]:
+    """Two worlds, with what a script may make of accelerate's before or in them."""
+    from accelerate import Accelerator
+    from accelerate.state import PartialState
+
+    told: list[Any] = []
+    if who_is_first == "PartialState":
+        PartialState()  # on CPUs, it opens a group, and takes this process for the only one
+    if who_is_first == "Accelerator":
+        Accelerator(cpu=True)
+    for _ in range(2):
+        with dtrain.init() as world:
+            if who_is_first != "PartialState":
+                theirs = Accelerator(cpu=True)
+                told.append(theirs.gather(torch.tensor([theirs.process_index])).tolist())
+            told.append(world.comm.all_gather("ranks", torch.tensor(world.rank)).tolist())
+            told.append((world.local_rank == world.rank, str(world.device)))
+        told.append(dist.is_initialized())
+    return told
+
+
+@pytest.mark.parametrize("who_is_first", ["dtrain", "PartialState", "Accelerator"])
+def test_accelerate_may_come_before_or_after(who_is_first: str) -> None:
+    both = run_processes(lives_beside_accelerate, 2, who_is_first, timeout_s=60)
+    ranks = 1 if who_is_first == "PartialState" else 2  # how often they are told in a life
+    kept = who_is_first != "dtrain"  # dtrain closes only what it has opened
+    assert both == [2 * [*ranks * [[0, 1]], (True, "cpu"), kept]] * 2
+
+
 def world_of_one_by_torchrun() -> tuple[int, str, str]:
     with dtrain.init() as world:
         return world.size, world.backend, world.launcher
@@ -270,5 +299,5 @@ def test_a_process_may_open_as_many_files_as_its_world_takes(
     monkeypatch.setattr(resource, "setrlimit", lambda what, limits: raised.append(limits))
     for soft, hard in ((1024, 4096), (1024, 10**6), (10**6, 10**6), (1024, -1), (-1, -1)):
         monkeypatch.setattr(resource, "getrlimit", lambda what, got=(soft, hard): got)
-        _allow_files(16384)
+        allow_files(16384)
     assert raised == [(4096, 4096), (66560, 10**6), (66560, -1)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.cluster.deadline import JobEnd, end_shown, job_end, margin_of
+from dtrain.cluster.deadline import Deadline, end_shown, job_end, margin_of
 from dtrain.errors import ConfigError
 
 JOB = {"SLURM_JOB_ID": "7"}
@@ -77,7 +77,7 @@ def test_it_asks_before_the_end_and_only_once(
         told.append(why)
         asked.set()
 
-    with JobEnd(ask, active=True, env=env(scontrol, DTRAIN_LEAVE_BEFORE_END_S="3700")):
+    with Deadline(ask, active=True, env=env(scontrol, DTRAIN_LEAVE_BEFORE_END_S="3700")):
         assert asked.wait(20)
     (why,) = told
     assert 3500 < float(why.removeprefix("the job ends in ").removesuffix(" seconds")) <= 3600
@@ -88,7 +88,7 @@ def test_it_asks_before_the_end_and_only_once(
 def test_elsewhere_nothing_is_started(active: bool, job: Mapping[str, str]) -> None:
     before = threading.active_count()
     told: list[str] = []
-    with JobEnd(told.append, active=active, env={**job, "SLURM_JOB_END_TIME": "1"}):
+    with Deadline(told.append, active=active, env={**job, "SLURM_JOB_END_TIME": "1"}):
         assert threading.active_count() == before
     assert told == []
 

@@ -9,7 +9,7 @@ import torch
 
 import dtrain
 from dtrain.testing import run_processes
-from dtrain.watchdog import straggler as pace
+from dtrain.watchdog import straggler
 
 
 class Clock:
@@ -53,9 +53,9 @@ def steps(one, clock, count, *, data=1.0, forward=2.0, backward=4.0, update=8.0)
 
 def test_own_work_is_what_does_not_wait_for_others(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(pace, "perf_counter", clock)
+    monkeypatch.setattr(straggler, "perf_counter", clock)
     others = Others([[11.0, 1.0, 15.0], [11.0, 1.0, 15.0], [12.0, 1.0, 15.0]])
-    one = pace.StragglerClock(others, host="a", size=4)
+    one = straggler.StragglerClock(others, host="a", size=4)
     steps(one, clock, 1, forward=1000.0)  # the first warms up
     steps(one, clock, 19)
     assert one.compare(300.0) == ""
@@ -76,7 +76,7 @@ def test_own_work_is_what_does_not_wait_for_others(monkeypatch):
     assert one.compare(300.0) == ""  # it was told
     # Half as much again, but too little of a step to be worth a word.
     others.rows = [[1.0, 0.0, 100.0]] * 3
-    quick = pace.StragglerClock(others, host="a", size=4)
+    quick = straggler.StragglerClock(others, host="a", size=4)
     steps(quick, clock, 21, data=0.0, forward=1.6, backward=98.4, update=0.0)
     assert quick.compare(300.0) == ""
 

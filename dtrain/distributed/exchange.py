@@ -1,0 +1,218 @@
+"""Exchanges between ranks in which none waits in vain: a header first, then what it announces.
+
+The header tells what call a rank is in (verb, label, call site, shape, step), as a digest, and
+whether it failed. Ranks that meet in different calls all get :class:`RankMismatch`, with a table of
+who was where; where a rank failed, all others get :class:`RemoteError` in the same call. A plain
+process group would instead hang or, with equal shapes, silently mix the numbers of two different
+calls. What is small travels in the header itself, so that most calls are one exchange.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtrain.distributed.activity import Activity, Phase
+from dtrain.distributed.failures import Failures
+from dtrain.distributed.transport import Transport, TransportOp
+from dtrain.errors import CommError, Failure, RankMismatch, RemoteError
+
+T = TypeVar("T")
+
+_HEADER_BYTES = 256  # equal for all calls: ranks that meet in different ones read them all the same
+_TOLD = 9  # of these, the digest, and whether this rank failed
+_CARRIED_BYTES = _HEADER_BYTES - 16  # and what is carried, aligned for any dtype
+
+_SUMMED_BY_GLOO = {torch.float16, torch.float32, torch.float64} | {
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+}
+
+
+class Exchange:
+    """What all ranks do together over a transport.
+
+    A call that breaks raises the reason that another rank left for it, or :class:`CommError`.
+
+    Args:
+        size: how many ranks there are.
+        transport: to the others.
+        failures: this rank's, and what the others left of theirs.
+        activity: is told that this rank waits, and in which verb.
+
+    Ranks: all, communicates.
+    """
+
+    def __init__(
+        self, size: int, transport: Transport, failures: Failures, activity: Activity
+    ) -> None:
+        self.transport = transport
+        self._size = size
+        self._failures = failures
+        self._activity = activity
+        self._kept: tuple[Tensor, ...] = ()
+
+    # -- the header -------------------------------------------------------------------------
+
+    def meet(
+        self, verb: str, label: str, detail: str, site: str, mine: Tensor | None
+    ) -> Tensor | None:
+        """Returns once all ranks have come to this call, with every rank's ``mine``, stacked.
+
+        None where there is none, or it is too large to travel in the header.
+        """
+        carried = mine if mine is not None and mine.nbytes <= _CARRIED_BYTES else None
+        headers = self._headers(verb, label, f"{site} {detail}", carried)
+        told = headers.numpy()[:, :_TOLD]
+        if told[0, -1] or not (told == told[0]).all():
+            if told[:, -1].any():
+                raise remote_error(self.gather_objects(label, None))
+            row = f"step {self._failures.step}  {verb}({label!r})  {detail or '-'}  at {site}"
+            rows = enumerate(self.gather_objects(label, row))
+            table = "\n".join(f"  rank {rank}: {row}" for rank, row in rows)
+            raise RankMismatch(
+                "ranks met in different calls; each verb must be called by all ranks in the "
+                f"same order:\n{table}"
+            )
+        if carried is None:
+            return None
+        content = headers[:, _HEADER_BYTES - _CARRIED_BYTES :][:, : carried.nbytes]
+        return content.view(carried.dtype).view(self._size, *carried.shape)
+
+    def tell(self, failure: Failure) -> None:
+        """Makes every other rank raise ``failure`` in the verb that it is in or enters next."""
+        self._headers("fail", failure.where, "", None, failed=True)
+        self.gather_objects(failure.where, failure)
+
+    def _headers(
+        self, verb: str, label: str, detail: str, carried: Tensor | None, *, failed: bool = False
+    ) -> Tensor:
+        """Returns each rank's header, stacked: shape ``[world size, 256]``, bytes."""
+        text = f"{verb}\0{label}\0{detail}\0{self._failures.step}"
+        digest = hashlib.blake2b(text.encode(), digest_size=_TOLD - 1).digest()
+        header = (digest + bytes([failed])).ljust(_HEADER_BYTES - _CARRIED_BYTES, b"\0")
+        if carried is not None:
+            header += carried.reshape(-1).view(torch.uint8).numpy().tobytes()
+        padded = bytearray(header.ljust(_HEADER_BYTES, b"\0"))
+        return self.gather(label, torch.frombuffer(padded, dtype=torch.uint8))
+
+    # -- objects, where all ranks know that all send one -----------------------------------------
+
+    def gather_objects(self, label: str, value: T) -> list[T]:
+        """Returns every rank's ``value``, by rank."""
+        content = pickle.dumps(value)
+        return self.unpickle(label, content, self.gather(label, beginning(content)))
+
+    def unpickle(self, label: str, mine: bytes, beginnings: Tensor) -> list[Any]:
+        """Returns what every rank pickled; gathers the whole where the beginnings are not it."""
+        lengths = beginnings.numpy()[:, :8].copy().view(np.int64)[:, 0]
+        if lengths.max() <= _CARRIED_BYTES - 8:
+            parts = beginnings[:, 8:]
+        else:
+            padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+            padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+            parts = self.gather(label, padded)
+        return [
+            pickle.loads(part[:length].numpy().tobytes())  # noqa: S301 -- from our own ranks
+            for part, length in zip(parts, lengths, strict=True)
+        ]
+
+    def send(self, label: str, content: bytes) -> None:
+        """Gives every rank rank 0's bytes; called there."""
+        self.broadcast(label, torch.tensor(len(content)))
+        self.broadcast(label, torch.frombuffer(bytearray(content), dtype=torch.uint8))
+
+    def receive(self, label: str) -> bytes:
+        """Returns what rank 0 sends; called on the others."""
+        length = int(self.broadcast(label, torch.tensor(0)))
+        return self.broadcast(label, torch.empty(length, dtype=torch.uint8)).numpy().tobytes()
+
+    # -- tensors ----------------------------------------------------------------------------
+
+    def gather(self, label: str, mine: Tensor) -> Tensor:
+        """Returns every rank's ``mine``, stacked."""
+        everyones = mine.new_empty(self._size, *mine.shape)
+        parts = list(everyones.unbind())
+        with self._under_way(label, mine, *parts):
+            self.transport.all_gather(parts, mine)
+        return everyones
+
+    def gather_any(self, label: str, mine: Tensor) -> Tensor:
+        """Gathers as bytes, so that every dtype can travel; stacks what comes."""
+        everyones = self.gather(label, mine.reshape(-1).view(torch.uint8))
+        return everyones.view(-1).view(mine.dtype).view(self._size, *mine.shape)
+
+    def all_reduce(self, label: str, mine: Tensor, op: TransportOp) -> Tensor:
+        """Returns all ranks' ``mine``, reduced."""
+        if mine.dtype not in _SUMMED_BY_GLOO:
+            return reduce_here(self.gather_any(label, mine), op)
+        buffer = mine.clone()
+        with self._under_way(label, buffer):
+            self.transport.all_reduce(buffer, op)
+        return buffer
+
+    def broadcast(self, label: str, buffer: Tensor) -> Tensor:
+        """Gives every rank rank 0's ``buffer``, in place."""
+        with self._under_way(label, buffer):
+            self.transport.broadcast(buffer)
+        return buffer
+
+    @contextmanager
+    def _under_way(self, label: str, *tensors: Tensor) -> Iterator[None]:
+        """Turns a broken collective into the reason that another rank left for it."""
+        # Held until the next call: gloo's own thread lets go of them a little after the call has
+        # returned. Were it the last to do so, it would need the interpreter's lock, and if the
+        # interpreter is ending just then, the process aborts.
+        self._kept = tensors
+        before = self._activity.phase
+        self._activity.enter(Phase(f"comm {label!r}", waits=True, slow=before.slow))
+        try:
+            yield
+        except RuntimeError as broken:
+            failures = self._failures
+            reason = failures.explain(broken)
+            if reason is not None:
+                raise reason from broken
+            raise CommError(
+                f"rank {failures.rank} on {failures.host} lost the other ranks in {label!r} at "
+                f"step {failures.step}, and none of them said why (killed, or out of time): "
+                f"{broken}"
+            ) from broken
+        finally:
+            self._activity.enter(before)
+
+
+def beginning(content: bytes) -> Tensor:
+    """Returns the length, and as much of the content as travels with a header."""
+    room = _CARRIED_BYTES - 8
+    told = len(content).to_bytes(8, sys.byteorder) + content[:room].ljust(room, b"\0")
+    return torch.frombuffer(bytearray(told), dtype=torch.uint8)
+
+
+def reduce_here(parts: Tensor, op: TransportOp) -> Tensor:
+    """Reduces ``[world size, ...]`` by itself: what came with the header, or gloo cannot add."""
+    if op == "max":
+        return parts.amax(0)
+    if op == "min":
+        return parts.amin(0)
+    # Rank by rank, as numbers are added alike on every kind of host; all ranks must get the same.
+    wide = parts.float() if parts.dtype in (torch.float16, torch.bfloat16) else parts
+    total = wide[0].clone()
+    for part in wide[1:]:
+        total += part
+    return total.to(parts.dtype)
+
+
+def remote_error(failures: list[Failure | None]) -> RemoteError:
+    """Returns an error that names all ranks that failed."""
+    return RemoteError("; ".join(str(failure) for failure in failures if failure is not None))

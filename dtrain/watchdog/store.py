@@ -1,0 +1,164 @@
+"""What the watchdogs of all ranks tell one another, in the rendezvous store.
+
+Ranks: all, local.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from dtrain.distributed import Heartbeat, World, heartbeat_key, look_up, this_machine
+from dtrain.errors import Failure
+from dtrain.watchdog.bounded import CALL_S, TICK_S, Bounded, arm_timer
+from dtrain.watchdog.judgement import LOOKERS, Seen
+
+T = TypeVar("T")
+
+# Of that many keys the store takes 0.7 us each, of 10,000 in one call 10 us each.
+KEYS_AT_ONCE = 256
+
+
+class WatchdogStore:
+    """A connection of the watchdog's own, each call of which has a deadline.
+
+    Args:
+        world: this rank's.
+        connect: opens a connection.
+
+    Attributes:
+        store: the connection, once it is open.
+        limit_s: how long the watchdog's thread may not run, besides what a call takes.
+        lost: why the store did not answer the last call; nothing if it did.
+    """
+
+    def __init__(self, world: World, connect: Callable[[], Store]) -> None:
+        self.store: Store | None = None
+        self.lost = ""
+        self.limit_s = math.inf
+        self._idle = world.idle_connections
+        self._connect = connect
+        self._watcher = 0
+        self._calls = Bounded()
+        self._old = ""  # a failure of an earlier fit
+
+    def open(self) -> None:
+        """Connects, or takes a connection that an earlier watchdog has left.
+
+        The thread that calls this is the one that must not be stuck.
+        """
+        self._watcher = threading.get_ident()
+
+        def connect() -> None:
+            store = self._idle.pop() if self._idle else self._connect()
+            self._old = _failure_in(store)
+            self.store = store  # also where nobody waits for it any more
+
+        self._ask("connect", connect)
+
+    def post(self, mine: Heartbeat) -> None:
+        """Leaves a heartbeat for the others."""
+        if self.store is None:
+            self.open()
+        store = self.store
+        if store is not None:
+            self._ask("post", lambda: store.set(heartbeat_key(mine.rank), mine.to_json()))
+
+    def close(self, last: Heartbeat) -> None:
+        """Leaves the ``last`` heartbeat, and the connection to a later watchdog."""
+        store = self.store
+        if store is not None and not self.lost:
+            self.post(last)
+            if not self.lost:
+                # To connect may take seconds, where names of addresses are looked up.
+                self._idle.append(store)
+
+    def join(self) -> None:
+        """Waits for a call that is still under way."""
+        self._calls.join()
+
+    def look(self, others: Others, now: float) -> list[Seen]:
+        """Returns all ranks as ``others`` see them; none where the store does not answer."""
+        return self._ask("look", lambda: others.look(now)) or []
+
+    def new_failure(self) -> Failure | None:
+        """Returns what a rank has left in this fit."""
+        store = self.store
+        text = None if store is None else self._ask("read", lambda: _failure_in(store))
+        return Failure(**json.loads(text)) if text and text != self._old else None
+
+    def record(self, failure: Failure) -> Failure:
+        """Leaves the failure for the other ranks; returns theirs, where one came first."""
+        store = self.store
+        if store is None:
+            return failure
+        text = json.dumps(asdict(failure))
+        # The first one counts. (An expected value that is not there any more is returned.)
+        kept = self._ask("record", lambda: store.compare_set("failure", self._old, text).decode())
+        return Failure(**json.loads(kept)) if kept and kept != self._old else failure
+
+    def is_among_the_first(self) -> bool:
+        """Says whether few ranks have asked this before."""
+        store = self.store
+        came = None if store is None else self._ask("looking", lambda: store.add("looking", 1))
+        return came is not None and came <= LOOKERS
+
+    def _ask(self, what: str, call: Callable[[], T]) -> T | None:
+        """Calls the store; None where it does not answer, which is remembered."""
+        if threading.get_ident() == self._watcher:
+            arm_timer(self.limit_s)
+        try:
+            answer = self._calls.call(call, TICK_S if self.lost else CALL_S)
+        except (RuntimeError, TimeoutError) as lost:
+            self.lost = self.lost or f"{what}: {lost}"
+            return None
+        self.lost = ""
+        return answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Post:
+    """The last post of another rank, and since when it is there, by this rank's clock."""
+
+    heartbeat: Heartbeat
+    since: float
+
+
+class Others:
+    """The other ranks, read while something seems wrong."""
+
+    def __init__(self, store: Store, size: int, machine: str | None = None) -> None:
+        self._store = store
+        self._size = size
+        self._machine = this_machine() if machine is None else machine
+        self._posts: dict[int, _Post] = {}
+
+    def look(self, now: float) -> list[Seen]:
+        """Reads all ranks' posts.
+
+        Args:
+            now: a clock that stands still while this process does.
+        """
+        for rank, text in enumerate(self._read()):
+            heartbeat, known = Heartbeat.from_json(text), self._posts.get(rank)
+            if known is None or known.heartbeat.number != heartbeat.number:
+                self._posts[rank] = _Post(heartbeat, now)
+        return [
+            Seen(post.heartbeat, now - post.since, look_up(post.heartbeat, self._machine))
+            for post in self._posts.values()
+        ]
+
+    def _read(self) -> Iterator[bytes]:
+        for first in range(0, self._size, KEYS_AT_ONCE):
+            some = range(first, min(first + KEYS_AT_ONCE, self._size))
+            yield from self._store.multi_get([heartbeat_key(rank) for rank in some])
+
+
+def _failure_in(store: Store) -> str:
+    return store.get("failure").decode() if store.check(["failure"]) else ""
