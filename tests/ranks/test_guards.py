@@ -134,7 +134,7 @@ class Watch(dtrain.Callback):
             self.unchanged.append(step.number)
         if step.vetoed:
             self.vetoed.append((step.number, step.vetoed))
-        said = [note for note in ctx.notes if note.startswith("warning: step")]
+        said = [note for note in ctx._outbox.notes if note.startswith("warning: step")]
         self.said += [note for note in said if note not in self.said]
         self.losses.append(step.loss_mean)
         streams = torch.get_rng_state(), ctx.rng.get_state(), ctx.shared_rng.get_state()
@@ -565,11 +565,11 @@ def test_a_few_batches_are_learned_by_heart(world_size):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: NonFiniteGuard("warn"), "one of"),
+        (lambda: NonFiniteGuard("warn"), "choose '),
         (lambda: NonFiniteGuard(patience=0), "1 or more"),
         (lambda: LossSpikeGuard(0), "more than 0"),
         (lambda: LossSpikeGuard(window=1), "2 or more"),
-        (lambda: LossSpikeGuard(action="ignore"), "one of"),
+        (lambda: LossSpikeGuard(action="ignore"), "choose '),
         (lambda: LossSpikeGuard(patience=0), "1 or more"),
         (lambda: TimeLimit(10, margin_s=10), "less than the limit"),
         (lambda: TimeLimit(0), "more than 0"),

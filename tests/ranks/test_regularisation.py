@@ -18,7 +18,8 @@ from dtrain.callbacks.freeze import Freeze
 from dtrain.callbacks.gradient_noise import GradientNoise
 from dtrain.callbacks.l1_l2_penalty import L1L2Penalty
 from dtrain.callbacks.label_smoothing import LabelSmoothing
-from dtrain.callbacks.mixup import Mixup, hard_labels
+from dtrain.callbacks.mixup import Mixup
+from dtrain.callbacks.targets import hard_labels
 from dtrain.errors import ConfigError, DataError, RemoteError
 from dtrain.testing import run_processes
 
@@ -207,7 +208,7 @@ def thaw(eval_mode, run_dir=None, leave_at=-1, until_epoch=2):
     freeze = Freeze("encoder", until_epoch=until_epoch, eval_mode=eval_mode)
     callbacks = [freeze, film, Leave(leave_at)]
     trainer = tiny.trainer(callbacks, net=net, optimizer=OPTIMIZERS["adamw"], run_dir=run_dir)
-    notes = list(trainer.context.notes)
+    notes = list(trainer.context._outbox.notes)
     result = trainer.fit(tiny.dataset(), batch_size=24, epochs=4)
     return SimpleNamespace(
         frames=[SimpleNamespace(state=first), *film.frames],
