@@ -94,7 +94,6 @@ class Throughput(Callback):
         self._devices = 1
         self._since = 0.0
         self._samples_before = 0
-        self._grads_ready = False
         self._step = dict.fromkeys(PHASES, 0.0)  # seconds in this step
         self._sums = dict.fromkeys(PHASES, 0.0)  # and in those since the last report
         self._samples = 0
@@ -110,7 +109,6 @@ class Throughput(Callback):
             self._samples = 0
         self._step = dict.fromkeys(PHASES, 0.0)
         self._samples_before = ctx.progress.samples
-        self._grads_ready = False
         self._since = perf_counter()
 
     def on_batch(self, ctx: Context, step: Step) -> None:
@@ -139,11 +137,10 @@ class Throughput(Callback):
         """Backward is over, and gradients are agreed."""
         self._counting.close()  # a micro-batch that was skipped has no on_loss
         self._end("backward")
-        self._grads_ready = True
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
         """Logs the figures."""
-        self._end("optimizer" if self._grads_ready else "backward")
+        self._end("optimizer")
         self._counting.close()
         if self._counted_in == step.number:
             return

@@ -95,6 +95,8 @@ def by_hand(kind, optimizer, generator):
             history.append([0.0, 0.0, 0.0])
         rows = slice(batch * BATCH_SIZE, (batch + 1) * BATCH_SIZE)
         if kind == "noise" and step == SKIPPED:
+            for p in net.parameters():  # drawn in a step that all skip, too
+                torch.randn(p.shape, generator=noise, dtype=torch.float64)
             continue
         if kind == "freeze":
             for name, p in net.named_parameters():
