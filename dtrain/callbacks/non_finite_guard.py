@@ -83,7 +83,7 @@ class NonFiniteGuard(Callback):
     def on_step_start(self, ctx: Context, step: Step) -> None:
         """Keeps the buffers."""
         self._kept.clear()
-        self._buffers = self._copy_buffers()
+        self._buffers = [buffer.detach().clone() for buffer in self._buffers_of_model()]
 
     def on_batch(self, ctx: Context, step: Step) -> None:
         """Keeps the random streams that the loss function will draw from."""
@@ -101,6 +101,7 @@ class NonFiniteGuard(Callback):
         """Looks at the loss and the gradient, and decides."""
         if not step.nonfinite and (ctx.loss_scaled or _finite_gradients(ctx)):
             self.bad_in_a_row = 0
+            self._kept.clear()
             return
         self.bad_in_a_row += 1
         if self._action == "ignore" and self.bad_in_a_row > 1:
@@ -116,10 +117,6 @@ class NonFiniteGuard(Callback):
             ctx.request.stop(why)
         else:
             ctx.say(f"{why}. Its update is left out.")
-
-    def on_step_end(self, ctx: Context, step: Step) -> None:
-        """Lets the micro-batches go."""
-        self._kept.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns how many steps in a row were not finite."""
@@ -137,9 +134,6 @@ class NonFiniteGuard(Callback):
             for buffer in module._buffers.values()
             if buffer is not None
         ]
-
-    def _copy_buffers(self) -> list[Tensor]:
-        return [buffer.detach().clone() for buffer in self._buffers_of_model()]
 
     @torch.no_grad()
     def _put_back(self, buffers: list[Tensor]) -> None:
@@ -162,7 +156,7 @@ class NonFiniteGuard(Callback):
                 return [("", "the gradient is not finite; not replayed, for SyncBatchNorm")]
             return [(one.place, f"the loss is {_kind(one.mean)}") for one in kept]
         streams, others = _streams(ctx), random_streams.capture()
-        buffers, found = self._copy_buffers(), []
+        buffers, found = [b.detach().clone() for b in self._buffers_of_model()], []
         try:
             for one in kept:
                 self._put_back(self._buffers)
