@@ -14,12 +14,13 @@ from dtrain.callbacks.log_samples import LogSamples
 from dtrain.callbacks.loss_spike_guard import LossSpikeGuard
 from dtrain.callbacks.lr_schedule import LRSchedule
 from dtrain.callbacks.mixed_precision import MixedPrecision
-from dtrain.callbacks.mixup import Mixup, hard_labels
+from dtrain.callbacks.mixup import Mixup
 from dtrain.callbacks.non_finite_guard import NonFiniteGuard
 from dtrain.callbacks.overfit_batches import OverfitBatches
 from dtrain.callbacks.param_schedule import ParamSchedule
 from dtrain.callbacks.profile import Profile
 from dtrain.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
+from dtrain.callbacks.targets import hard_labels
 from dtrain.callbacks.throughput import Throughput
 from dtrain.callbacks.time_limit import TimeLimit
 

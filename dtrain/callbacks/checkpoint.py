@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import check_choice, check_counts, some_of
 from dtrain.context import Context, Progress
 from dtrain.distributed import share_buffers
-from dtrain.errors import CheckpointError, ConfigError
-
-_NAMED = 5
+from dtrain.errors import CheckpointError
 
 
 class Checkpoint(Callback):
@@ -63,15 +62,8 @@ class Checkpoint(Callback):
     ) -> None:
         if every_steps is None and every_epochs is None:
             every_epochs = 1
-        for name, value in (
-            ("every_steps", every_steps),
-            ("every_epochs", every_epochs),
-            ("keep", keep),
-        ):
-            if value is not None and (isinstance(value, bool) or value < 1):
-                raise ConfigError(f"Checkpoint({name}={value!r}): must be 1 or more")
-        if mode not in ("min", "max"):
-            raise ConfigError(f"Checkpoint(mode={mode!r}): choose 'min' or 'max'")
+        check_counts("Checkpoint", every_steps=every_steps, every_epochs=every_epochs, keep=keep)
+        check_choice("Checkpoint", "mode", mode, ("min", "max"))
         self.background = background
         self.trainable_only = trainable_only
         self._modules = dict(modules or {})
@@ -86,42 +78,33 @@ class Checkpoint(Callback):
     def on_fit_start(self, ctx: Context) -> None:
         """Takes note of what can be trained, and of what all else is like."""
         self._note_trainable(ctx.model)
-        if self.trainable_only:
-            self._frozen_sums = {name: _sum_of_bits(p) for name, p in self._left_out(ctx.model)}
+        self._frozen_sums = self._sums_of_left_out(ctx.model)
 
     def on_epoch_start(self, ctx: Context) -> None:
         """Takes note of what was unfrozen."""
         self._note_trainable(ctx.model)
 
-    def on_epoch_end(self, ctx: Context) -> None:
-        """Takes note of what was unfrozen later than that."""
-        self._note_trainable(ctx.model)
+    on_epoch_end = on_epoch_start  # or unfrozen later than that
 
     def on_save(self, ctx: Context) -> None:
         """Takes note of what was changed by other means than steps, such as a teacher's weights."""
         for module in self._modules.values():
             share_buffers(module, ctx.comm)  # as those of the model itself
         self._note_trainable(ctx.model)
-        if self.trainable_only:
-            sums = self._frozen_sums
-            now = {name: _sum_of_bits(p) for name, p in self._left_out(ctx.model)}
-            self._trained |= {name for name, bits in now.items() if sums.get(name) != bits}
+        now, sums = self._sums_of_left_out(ctx.model), self._frozen_sums
+        self._trained |= {name for name, bits in now.items() if sums.get(name) != bits}
 
     def select(self, model: nn.Module) -> dict[str, Tensor]:
         """Fills the checkpoint slot: all, or what can have been trained, and all buffers."""
-        state = model.state_dict()
-        if not self.trainable_only:
-            return state
-        left_out = dict(self._left_out(model))
-        return {name: tensor for name, tensor in state.items() if name not in left_out}
+        left_out = self._left_out(model)
+        return {name: t for name, t in model.state_dict().items() if name not in left_out}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the other modules' state, and what there is to know of weights left out."""
-        frozen = {n: bits for n, bits in self._frozen_sums.items() if n not in self._trained}
         return {
             "modules": {name: module.state_dict() for name, module in self._modules.items()},
             "trained": sorted(self._trained) if self.trainable_only else [],
-            "frozen": frozen,
+            "frozen": {n: bits for n, bits in self._frozen_sums.items() if n not in self._trained},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -142,11 +125,10 @@ class Checkpoint(Callback):
         sums = self._frozen_sums
         changed = [name for name, bits in state["frozen"].items() if sums.get(name) != bits]
         if changed:
-            more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
             raise CheckpointError(
                 "the checkpoint was made with trainable_only=True, and weights that it left out "
-                f"are not what they were then: {', '.join(changed[:_NAMED])}{more}. Load the same "
-                "base model before fit, and freeze the same weights, as at the first start."
+                f"are not what they were then: {some_of(changed, 5)}. Load the same base model "
+                "before fit, and freeze the same weights, as at the first start."
             )
 
     def due_after_step(self, progress: Progress) -> bool:
@@ -164,26 +146,22 @@ class Checkpoint(Callback):
             return []
         kept = {step for step, _ in saved[-self._keep :]}
         if self._best is not None:
-            scored = [
-                (self._sign * metrics[self._best], step)
-                for step, metrics in saved
-                if self._best in metrics
-            ]
+            best = self._best
+            scored = [(self._sign * values[best], step) for step, values in saved if best in values]
             if scored:
                 kept.add(min(scored)[1])
         return [step for step, _ in saved if step not in kept]
 
-    def _left_out(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in _named(model) if name not in self._trained]
-
     def _note_trainable(self, model: nn.Module) -> None:
-        if self.trainable_only:
-            self._trained |= {name for name, p in _named(model) if p.requires_grad}
+        self._trained |= {name for name, p in self._left_out(model).items() if p.requires_grad}
 
+    def _left_out(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Returns what was not trained so far, by name; a tied one under each of its names."""
+        named = model.named_parameters(remove_duplicate=False) if self.trainable_only else ()
+        return {name: p for name, p in named if name not in self._trained}
 
-def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Returns every parameter with its name; a tied one under each of its names."""
-    return list(model.named_parameters(remove_duplicate=False))
+    def _sums_of_left_out(self, model: nn.Module) -> dict[str, int]:
+        return {name: _sum_of_bits(p) for name, p in self._left_out(model).items()}
 
 
 def _sum_of_bits(tensor: Tensor) -> int:

@@ -9,11 +9,10 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import check_choice, find_metric
 from dtrain.context import Context
 from dtrain.distributed import Rule
 from dtrain.errors import ConfigError
-
-Mode = Literal["min", "max"]
 
 
 class EarlyStopping(Callback):
@@ -47,16 +46,14 @@ class EarlyStopping(Callback):
         self,
         monitor: str | Callable[[Context], float],
         *,
-        mode: Mode = "min",
+        mode: Literal["min", "max"] = "min",
         patience: int = 3,
         min_delta: float = 0.0,
         restore_best: bool = False,
         vote: Rule = "any",
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ConfigError(f"EarlyStopping(mode={mode!r}): choose 'min' or 'max'")
-        if vote not in get_args(Rule):
-            raise ConfigError(f"EarlyStopping(vote={vote!r}): choose 'any', 'majority' or 'all'")
+        check_choice("EarlyStopping", "mode", mode, ("min", "max"))
+        check_choice("EarlyStopping", "vote", vote, get_args(Rule))
         if patience < 0 or min_delta < 0:
             raise ConfigError(
                 f"EarlyStopping(patience={patience}, min_delta={min_delta}): must be 0 or more"
@@ -66,7 +63,9 @@ class EarlyStopping(Callback):
                 "EarlyStopping(restore_best=True) needs a metric by name: with a function, ranks "
                 "may differ about which weights were best"
             )
-        self._monitor = monitor
+        self._metric = monitor if isinstance(monitor, str) else None
+        self._judge = None if isinstance(monitor, str) else monitor
+        self._after_evaluation = isinstance(monitor, str) and monitor.startswith("eval/")
         self._sign = 1.0 if mode == "min" else -1.0
         self._patience = patience
         self._min_delta = min_delta
@@ -77,43 +76,30 @@ class EarlyStopping(Callback):
         self._weights: dict[str, Tensor] = {}
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Refuses a monitor that can never be there."""
-        if isinstance(self._monitor, str) and not self._monitor.startswith(("train/", "eval/")):
+        """Refuses a metric that can never be there."""
+        if self._metric is not None and not self._metric.startswith(("train/", "eval/")):
             raise ConfigError(
-                f"EarlyStopping({self._monitor!r}): a metric's name begins with 'train/' or 'eval/'"
+                f"EarlyStopping({self._metric!r}): a metric's name begins with 'train/' or 'eval/'"
             )
         if self._after_evaluation and not ctx.has_eval:
-            raise ConfigError(f"EarlyStopping({self._monitor!r}) needs fit(eval_set=...)")
+            raise ConfigError(f"EarlyStopping({self._metric!r}) needs fit(eval_set=...)")
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         """Checks an ``eval/...`` metric."""
-        if self._after_evaluation:
-            self._check(ctx, self._value(metrics))
+        if self._metric is not None and self._after_evaluation:
+            self._check(ctx, find_metric("EarlyStopping", self._metric, metrics))
 
     def on_epoch_end(self, ctx: Context) -> None:
         """Checks a ``train/...`` metric, or asks the function."""
-        if callable(self._monitor):
-            self._check(ctx, float(self._monitor(ctx)))
-        elif not self._after_evaluation:
-            self._check(ctx, self._value(ctx.metrics))
+        if self._judge is not None:
+            self._check(ctx, float(self._judge(ctx)))
+        elif self._metric is not None and not self._after_evaluation:
+            self._check(ctx, find_metric("EarlyStopping", self._metric, ctx.metrics))
 
     def on_fit_end(self, ctx: Context) -> None:
         """Gives the model its best weights, if asked to."""
         if self._weights:
             ctx.model.load_state_dict(self._weights)
-
-    @property
-    def _after_evaluation(self) -> bool:
-        return isinstance(self._monitor, str) and self._monitor.startswith("eval/")
-
-    def _value(self, metrics: dict[str, float]) -> float:
-        assert isinstance(self._monitor, str)
-        if self._monitor not in metrics:
-            raise ConfigError(
-                f"EarlyStopping: no metric {self._monitor!r}; there are "
-                f"{', '.join(sorted(metrics)) or 'none'}"
-            )
-        return metrics[self._monitor]
 
     def _check(self, ctx: Context, value: float) -> None:
         if self._sign * value < self.best - self._min_delta:
@@ -125,10 +111,10 @@ class EarlyStopping(Callback):
         else:
             self.bad_checks += 1  # NaN is no improvement
         enough = self.bad_checks > 0 and self.bad_checks >= self._patience
-        if callable(self._monitor):
+        if self._judge is not None:
             enough = ctx.comm.vote("early stopping", enough, self._vote)
         if enough:
-            what = self._monitor if isinstance(self._monitor, str) else "the monitor"
+            what = self._metric or "the monitor"
             ctx.request.stop(f"early stopping: {what} has not improved {self.bad_checks} times")
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dtrain.callback import Callback
+from dtrain.callbacks.averaged_weights import AveragedWeights
+from dtrain.callbacks.complaints import check_counts
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
 
 
-class EMA(Callback):
+class EMA(AveragedWeights):
     """Keeps an exponential moving average of the parameters, and evaluates it.
 
     After an applied update, ``average = d * average + (1 - d) * parameter`` (Polyak and Juditsky,
@@ -57,43 +56,29 @@ class EMA(Callback):
         every: int = 1,
         use_at_end: bool = False,
     ) -> None:
+        super().__init__()
         if not 0 <= decay < 1:
             raise ConfigError(f"EMA(decay={decay}): must be from 0 to less than 1, such as 0.999")
-        if isinstance(every, bool) or every < 1:
-            raise ConfigError(f"EMA(every={every!r}): must be 1 or more")
+        check_counts("EMA", every=every)
         self._decay = decay
         self._warmup = warmup
         self._every = every
         self._use_at_end = use_at_end
         self.updates = 0
-        self.averages: dict[str, Tensor] = {}
-        self._params: list[Tensor] = []  # in the order of `averages`
-        self._own: list[Tensor] = []  # the model's weights, while the averages are in it
-
-    def on_fit_start(self, ctx: Context) -> None:
-        """Takes the averages out again, if an earlier ``fit`` left them in the model."""
-        self._take_out()
 
     def on_epoch_start(self, ctx: Context) -> None:
-        """Begins an average of every parameter that requires a gradient and has none yet."""
-        for name, p in ctx.model.named_parameters():
-            if p.requires_grad and name not in self.averages:
-                wide = torch.promote_types(p.dtype, torch.float32)
-                self.averages[name] = p.detach().to(wide, copy=True)
-        self._find_params(ctx)
+        """Begins an average of what can be trained from now on."""
+        self._begin(ctx.model)
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
         """Averages, if the optimizer has stepped."""
-        if not step.applied or ctx.progress.updates % self._every:
-            return
-        averages = list(self.averages.values())
-        current = [p.detach().to(a.dtype) for p, a in zip(self._params, averages, strict=True)]
-        get_ema_multi_avg_fn(self.decay_at(self.updates))(averages, current, self.updates)
-        self.updates += 1
+        if step.applied and ctx.progress.updates % self._every == 0:
+            self._average(get_ema_multi_avg_fn(self.decay_at(self.updates)), self.updates)
+            self.updates += 1
 
     def on_eval_start(self, ctx: Context) -> None:
         """Puts the averages into the model."""
-        self._put_in(ctx)
+        self._put_in(ctx.model)
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         """Gives the model its own weights back, bit for bit."""
@@ -106,27 +91,11 @@ class EMA(Callback):
     def on_fit_end(self, ctx: Context) -> None:
         """Leaves the averages in the model, if asked to."""
         if self._use_at_end:
-            self._put_in(ctx)
+            self._put_in(ctx.model)
 
     def decay_at(self, updates: int) -> float:
         """Returns ``d`` after so many updates of the average."""
         return min(self._decay, (1 + updates) / (10 + updates)) if self._warmup else self._decay
-
-    def _find_params(self, ctx: Context) -> None:
-        named = dict(ctx.model.named_parameters())
-        self._params = [named[name] for name in self.averages]
-        for name, p in zip(self.averages, self._params, strict=True):
-            self.averages[name] = self.averages[name].to(p.device)
-
-    def _put_in(self, ctx: Context) -> None:
-        self._find_params(ctx)
-        self._own = [p.detach().clone() for p in self._params]
-        _copy(self._params, list(self.averages.values()))
-
-    def _take_out(self) -> None:
-        if self._own:
-            _copy(self._params, self._own)
-            self._own = []
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the averages, and how often they were updated."""
@@ -135,9 +104,3 @@ class EMA(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
         self.averages, self.updates = dict(state["averages"]), state["updates"]
-
-
-@torch.no_grad()
-def _copy(params: list[Tensor], values: list[Tensor]) -> None:
-    if params:
-        torch._foreach_copy_(params, values)

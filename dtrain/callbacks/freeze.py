@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import some_of
 from dtrain.context import Context
 from dtrain.errors import ConfigError
 
@@ -62,15 +63,14 @@ class Freeze(Callback):
 
     def on_fit_start(self, ctx: Context) -> None:
         """Refuses names that match nothing."""
-        names = [name for name, _ in _named(ctx.model)]
+        names = [name for name, _ in ctx.model.named_parameters(remove_duplicate=False)]
         for pattern in self._until:
             if not any(_matches(name, pattern) for name in names):
                 close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
                 meant = f" Did you mean {close[0]!r}?" if close else ""
-                more = f" and {len(names) - 20} more" if len(names) > 20 else ""
                 raise ConfigError(
                     f"Freeze({pattern!r}) matches no parameter.{meant} There are "
-                    f"{', '.join(names[:20])}{more}"
+                    f"{some_of(names, 20)}"
                 )
 
     def on_epoch_start(self, ctx: Context) -> None:
@@ -78,7 +78,7 @@ class Freeze(Callback):
         self._thaw()
         now = [pattern for pattern, until in self._until.items() if ctx.progress.epoch < until]
         held: dict[nn.Parameter, bool] = {}
-        for name, p in _named(ctx.model):
+        for name, p in ctx.model.named_parameters(remove_duplicate=False):
             held[p] = held.get(p, False) or any(_matches(name, pattern) for pattern in now)
         # Only what requires a gradient now is kept in mind, and thawed again.
         self._frozen = [p for p, frozen in held.items() if frozen and p.requires_grad]
@@ -99,7 +99,7 @@ class Freeze(Callback):
         self._thaw()
 
     def on_error(self, ctx: Context, error: BaseException) -> None:
-        """Thaws, so that the model is as it was given."""
+        """Thaws, too."""
         self._thaw()
 
     def _thaw(self) -> None:
@@ -108,11 +108,6 @@ class Freeze(Callback):
         for module in self._resting:
             module.training = True
         self._frozen, self._resting = [], []
-
-
-def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Returns every parameter with its name; a tied one under each of its names."""
-    return list(model.named_parameters(remove_duplicate=False))
 
 
 def _matches(name: str, pattern: str) -> bool:

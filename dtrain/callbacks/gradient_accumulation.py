@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import check_counts
 from dtrain.data import split_share
 from dtrain.errors import ConfigError
 
@@ -30,9 +31,7 @@ class GradientAccumulation(Callback):
     def __init__(self, steps: int | None = None, *, micro_batch_size: int | None = None) -> None:
         if (steps is None) == (micro_batch_size is None):
             raise ConfigError("GradientAccumulation: give steps or micro_batch_size, one of them")
-        for name, value in (("steps", steps), ("micro_batch_size", micro_batch_size)):
-            if value is not None and (isinstance(value, bool) or value < 1):
-                raise ConfigError(f"GradientAccumulation({name}={value!r}): must be 1 or more")
+        check_counts("GradientAccumulation", steps=steps, micro_batch_size=micro_batch_size)
         self._steps = steps
         self._micro_batch_size = micro_batch_size
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import check_choice, check_counts
 from dtrain.context import Context, Step
-from dtrain.errors import ConfigError
 
 
 class GradientStats(Callback):
@@ -38,10 +38,8 @@ class GradientStats(Callback):
     def __init__(
         self, every: int = 50, *, per: Literal["parameter", "module"] = "parameter"
     ) -> None:
-        if isinstance(every, bool) or every < 1:
-            raise ConfigError(f"GradientStats(every={every!r}): must be 1 or more")
-        if per not in ("parameter", "module"):
-            raise ConfigError(f"GradientStats(per={per!r}): choose 'parameter' or 'module'")
+        check_counts("GradientStats", every=every)
+        check_choice("GradientStats", "per", per, ("parameter", "module"))
         self._every = every
         self._per_module = per == "module"
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import some_of
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
 
@@ -64,7 +65,7 @@ class L1L2Penalty(Callback):
         if not self._params:
             raise ConfigError(
                 f"L1L2Penalty(params=...) chose none of the model's {len(named)} parameters: "
-                f"{', '.join(name for name, _ in named[:20])}{', ...' * (len(named) > 20)}"
+                f"{some_of([name for name, _ in named], 20)}"
             )
 
     def on_loss(self, ctx: Context, step: Step) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from dtrain.callback import Callback
+from dtrain.callbacks.targets import soft_targets
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError, DataError
 
@@ -52,14 +49,5 @@ class LabelSmoothing(Callback):
         if not isinstance(step.batch, list | tuple) or len(step.batch) != 2:
             raise DataError("LabelSmoothing: a batch must be a pair (x, y)")
         x, y = step.batch
-        soft = isinstance(y, Tensor) and y.is_floating_point()
-        if not isinstance(y, Tensor) or y.shape[1:] != ((self._num_classes,) if soft else ()):
-            found = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise DataError(
-                f"LabelSmoothing: targets must be class indices [B], or soft targets "
-                f"[B, {self._num_classes}], not {found}"
-            )
-        if not soft:
-            floats = x.dtype if isinstance(x, Tensor) and x.is_floating_point() else torch.float32
-            y = F.one_hot(y, self._num_classes).to(torch.promote_types(floats, torch.float32))
+        y = soft_targets("LabelSmoothing", x, y, self._num_classes)
         step.batch = (x, (1 - self._eps) * y + self._eps / self._num_classes)

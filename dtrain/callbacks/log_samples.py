@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.context import Context, Step
-from dtrain.distributed import current
+from dtrain.distributed import current, init
 from dtrain.errors import ConfigError
 
 
@@ -58,8 +58,7 @@ class LogSamples(Callback):
 
     def on_eval_start(self, ctx: Context) -> None:
         """Finds out whether it is time, and whether this is rank 0."""
-        world = current()
-        is_main = world is None or world.is_main
+        is_main = (current() or init()).is_main
         self._due = is_main and self._evaluations % self._every == 0
         self._evaluations += 1
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from statistics import median
 from typing import Any, Literal, get_args
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import check_choice, check_counts, check_positive
 from dtrain.context import Context, Step
-from dtrain.errors import ConfigError
 
 Action = Literal["skip", "stop", "warn"]
 
@@ -54,14 +55,10 @@ class LossSpikeGuard(Callback):
         action: Action = "skip",
         patience: int | None = 10,
     ) -> None:
-        if not factor > 0:
-            raise ConfigError(f"LossSpikeGuard(factor={factor}): must be more than 0")
-        if isinstance(window, bool) or window < 2:
-            raise ConfigError(f"LossSpikeGuard(window={window!r}): must be 2 or more")
-        if action not in get_args(Action):
-            raise ConfigError(f"LossSpikeGuard(action={action!r}): one of {get_args(Action)}")
-        if patience is not None and patience < 1:
-            raise ConfigError(f"LossSpikeGuard(patience={patience}): must be 1 or more, or None")
+        check_positive("LossSpikeGuard", factor=factor)
+        check_counts("LossSpikeGuard", least=2, window=window)
+        check_choice("LossSpikeGuard", "action", action, get_args(Action))
+        check_counts("LossSpikeGuard", patience=patience)
         self._factor = factor
         self._action: Action = action
         self._patience = patience
@@ -96,9 +93,9 @@ class LossSpikeGuard(Callback):
         assert self.losses.maxlen is not None
         if len(self.losses) < self.losses.maxlen:
             return sys.float_info.max
-        median = _median([*self.losses])
-        spread = 1.4826 * _median([abs(loss - median) for loss in self.losses])
-        return median + self._factor * max(spread, _LEAST_SPREAD * abs(median))
+        middle = median(self.losses)
+        spread = 1.4826 * median(abs(loss - middle) for loss in self.losses)
+        return middle + self._factor * max(spread, _LEAST_SPREAD * abs(middle))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the window, and how many spikes came in a row."""
@@ -109,8 +106,3 @@ class LossSpikeGuard(Callback):
         self.losses.clear()
         self.losses.extend(state["losses"])
         self.spikes_in_a_row = state["spikes_in_a_row"]
-
-
-def _median(values: list[float]) -> float:
-    values, middle = sorted(values), len(values) // 2
-    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import check_choice, find_metric
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
 
@@ -39,6 +40,8 @@ class LRSchedule(Callback):
     Ranks: all, local.
     """
 
+    late_step_end = True  # only the next update needs the new rate
+
     def __init__(
         self,
         scheduler: LRScheduler | Factory,
@@ -46,8 +49,7 @@ class LRSchedule(Callback):
         every: Literal["step", "epoch"] = "step",
         monitor: str | None = None,
     ) -> None:
-        if every not in ("step", "epoch"):
-            raise ConfigError(f"LRSchedule(every={every!r}): choose 'step' or 'epoch'")
+        check_choice("LRSchedule", "every", every, ("step", "epoch"))
         if not isinstance(scheduler, LRScheduler) and not callable(scheduler):
             raise ConfigError(
                 f"LRSchedule: {scheduler!r} is neither a scheduler nor a function (optimizer, "
@@ -60,30 +62,25 @@ class LRSchedule(Callback):
         self._restored = False
         self._total: int | None = None
 
-    late_step_end = True  # only the next update needs the new rate
-
     def on_fit_start(self, ctx: Context) -> None:
         """Makes the scheduler, now that the optimizer and the number of steps are known."""
         if self._scheduler is not None and self._scheduler.optimizer is ctx.optimizer:
             return  # a second fit goes on
-        if isinstance(self._given, LRScheduler):
-            scheduler: LRScheduler = self._given
-        else:
-            total = ctx.progress.total_steps if self._every == "step" else ctx.progress.total_epochs
-            if total is None:
+        scheduler = self._given
+        if not isinstance(scheduler, LRScheduler):
+            by_step, progress = self._every == "step", ctx.progress
+            self._total = progress.total_steps if by_step else progress.total_epochs
+            if self._total is None:
                 raise ConfigError(
                     f"LRSchedule(every={self._every!r}) needs to know how many "
                     f"{self._every}s there will be: pass max_steps to fit (for every='epoch', "
                     "epochs), or a scheduler instead of a function"
                 )
-            scheduler = self._given(ctx.optimizer, total)
-            self._total = total
+            scheduler = scheduler(ctx.optimizer, self._total)
         if not isinstance(scheduler, LRScheduler):
             raise ConfigError(f"LRSchedule: the function returned {scheduler!r}, no scheduler")
         if scheduler.optimizer is not ctx.optimizer:
-            raise ConfigError(
-                "LRSchedule: the scheduler is of another optimizer than the Trainer's"
-            )
+            raise ConfigError("LRSchedule: the scheduler must be of the Trainer's own optimizer")
         if isinstance(scheduler, ReduceLROnPlateau) != (self._monitor is not None):
             raise ConfigError(
                 "LRSchedule: ReduceLROnPlateau needs monitor='eval/loss' or another metric, and no "
@@ -100,14 +97,9 @@ class LRSchedule(Callback):
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         """Steps ReduceLROnPlateau with the agreed metric."""
-        if self._monitor is None:
-            return
-        if self._monitor not in metrics:
-            raise ConfigError(
-                f"LRSchedule: no metric {self._monitor!r}; there are {', '.join(sorted(metrics))}"
-            )
-        assert isinstance(self._scheduler, ReduceLROnPlateau)
-        self._scheduler.step(metrics[self._monitor])
+        if self._monitor is not None:
+            assert isinstance(self._scheduler, ReduceLROnPlateau)
+            self._scheduler.step(find_metric("LRSchedule", self._monitor, metrics))
 
     def on_epoch_end(self, ctx: Context) -> None:
         """Steps a scheduler that counts epochs."""
@@ -137,12 +129,11 @@ class LRSchedule(Callback):
         Raises:
             ConfigError: a one-cycle schedule was planned for fewer steps than there will be.
         """
-        planned, total = state.get("total"), self._total
-        extended = planned is not None and total is not None and planned < total
-        if extended and isinstance(self._scheduler, OneCycleLR):
+        planned, total = state.get("total") or 0, self._total or 0
+        if 0 < planned < total and isinstance(self._scheduler, OneCycleLR):
             raise ConfigError(
                 f"LRSchedule: the one-cycle schedule was planned for {planned} {self._every}s and "
-                f"cannot go on for {self._total}: its cycle is over. Begin anew "
+                f"cannot go on for {total}: its cycle is over. Begin anew "
                 "(resume='never'), or continue with the epochs it was planned for"
             )
         if "scheduler" in state and self._scheduler is not None:

@@ -7,32 +7,11 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dtrain.callback import Callback
+from dtrain.callbacks.targets import soft_targets
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError, DataError
-
-
-def hard_labels(y: Tensor) -> Tensor:
-    """Returns class indices, whether ``y`` holds these already or soft targets.
-
-    For metrics in a loss function that is used with :class:`Mixup` or ``LabelSmoothing`` in
-    training, and without them in evaluation.
-
-    Example::
-
-        accuracy = (logits.argmax(1) == hard_labels(y)).float().mean()
-
-    Args:
-        y: indices, any shape ``[B, ...]``; or a float for each class, ``[B, C, ...]``.
-
-    Returns:
-        Indices, ``[B, ...]``. Of a mixture, the class with the larger part.
-
-    Ranks: all, local.
-    """
-    return y.argmax(1) if y.is_floating_point() else y
 
 
 class Mixup(Callback):
@@ -78,25 +57,17 @@ class Mixup(Callback):
         seed = int(torch.randint(2**63 - 1, (), generator=ctx.rng))
         share = float(np.random.default_rng(seed).beta(self._alpha, self._alpha))
         partners = torch.randperm(len(x), generator=ctx.rng).to(x.device, non_blocking=True)
-        if not y.is_floating_point():
-            # No fewer bits than float32: a share of 0.999 must not become 1.
-            y = F.one_hot(y, self._num_classes).to(torch.promote_types(x.dtype, torch.float32))
         step.batch = tuple(share * part + (1 - share) * part[partners] for part in (x, y))
 
     def _check(self, batch: object) -> tuple[Tensor, Tensor]:
         match batch:
             case [Tensor() as x, Tensor() as y] if x.is_floating_point():
-                wanted = (len(x), self._num_classes) if y.is_floating_point() else (len(x),)
-                if y.shape == wanted:
-                    return x, y
-                raise DataError(
-                    "Mixup: targets must be class indices [B], or soft targets "
-                    f"[B, {self._num_classes}], not {y.dtype} {list(y.shape)}"
-                )
+                if y.ndim and len(y) != len(x):
+                    raise DataError(f"Mixup: {len(x)} inputs, and {len(y)} targets")
+                return x, soft_targets("Mixup", x, y, self._num_classes)
             case [*parts]:
-                found = ", ".join(
-                    str(getattr(part, "dtype", type(part).__name__)) for part in parts
-                )
+                kinds = [str(getattr(part, "dtype", type(part).__name__)) for part in parts]
+                found = ", ".join(kinds)
             case _:
                 found = type(batch).__name__
         raise DataError(f"Mixup: a batch must be a pair (x, y), x of floats; this is ({found})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import check_choice, check_counts, some_of
 from dtrain.context import Context, Number, Step
 from dtrain.data import tensors_of
 from dtrain.distributed import random_streams
-from dtrain.errors import ConfigError
 
 Action = Literal["stop", "skip", "ignore"]
 
@@ -25,7 +25,7 @@ _MOST = 4  # findings that a message tells
 class _Kept:
     """A micro-batch of the step under way, with what it takes to run it again."""
 
-    micro: int
+    place: str
     batch: Any
     streams: list[Tensor]
     mean: Tensor
@@ -66,10 +66,8 @@ class NonFiniteGuard(Callback):
     """
 
     def __init__(self, action: Action = "stop", *, patience: int | None = 10) -> None:
-        if action not in get_args(Action):
-            raise ConfigError(f"NonFiniteGuard(action={action!r}): one of {get_args(Action)}")
-        if patience is not None and patience < 1:
-            raise ConfigError(f"NonFiniteGuard(patience={patience}): must be 1 or more, or None")
+        check_choice("NonFiniteGuard", "action", action, get_args(Action))
+        check_counts("NonFiniteGuard", patience=patience)
         self._action: Action = action
         self._patience = patience
         self.bad_in_a_row = 0
@@ -85,7 +83,7 @@ class NonFiniteGuard(Callback):
     def on_step_start(self, ctx: Context, step: Step) -> None:
         """Keeps the buffers."""
         self._kept.clear()
-        self._buffers = self._copy_buffers()
+        self._buffers = [buffer.detach().clone() for buffer in self._buffers_of_model()]
 
     def on_batch(self, ctx: Context, step: Step) -> None:
         """Keeps the random streams that the loss function will draw from."""
@@ -96,12 +94,14 @@ class NonFiniteGuard(Callback):
         loss = step.loss
         if loss is not None and not ctx.request.skipped:
             mean = loss.mean.detach()  # neither the graph nor the outputs
-            self._kept.append(_Kept(step.micro, step.batch, self._streams, mean, loss.weight))
+            place = f"micro-batch {step.micro}"
+            self._kept.append(_Kept(place, step.batch, self._streams, mean, loss.weight))
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         """Looks at the loss and the gradient, and decides."""
         if not step.nonfinite and (ctx.loss_scaled or _finite_gradients(ctx)):
             self.bad_in_a_row = 0
+            self._kept.clear()
             return
         self.bad_in_a_row += 1
         if self._action == "ignore" and self.bad_in_a_row > 1:
@@ -118,10 +118,6 @@ class NonFiniteGuard(Callback):
         else:
             ctx.say(f"{why}. Its update is left out.")
 
-    def on_step_end(self, ctx: Context, step: Step) -> None:
-        """Lets the micro-batches go."""
-        self._kept.clear()
-
     def state_dict(self) -> dict[str, Any]:
         """Returns how many steps in a row were not finite."""
         return {"bad_in_a_row": self.bad_in_a_row}
@@ -130,15 +126,14 @@ class NonFiniteGuard(Callback):
         """Restores what :meth:`state_dict` returned."""
         self.bad_in_a_row = state["bad_in_a_row"]
 
-    def _buffers_of_model(self) -> Iterator[Tensor]:
+    def _buffers_of_model(self) -> list[Tensor]:
         # By way of the modules: a model may put another tensor in the place of a buffer.
-        for module in self._with_buffers:
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    yield buffer
-
-    def _copy_buffers(self) -> list[Tensor]:
-        return [buffer.detach().clone() for buffer in self._buffers_of_model()]
+        return [
+            buffer
+            for module in self._with_buffers
+            for buffer in module._buffers.values()
+            if buffer is not None
+        ]
 
     @torch.no_grad()
     def _put_back(self, buffers: list[Tensor]) -> None:
@@ -152,23 +147,23 @@ class NonFiniteGuard(Callback):
         """
         bad = [repr(name) for name, p in ctx.model.named_parameters() if _kind(p)]
         if bad:
-            return [("", f"NaN or infinite before the step: parameter {_some(bad)}")]
+            return [("", f"NaN or infinite before the step: parameter {some_of(bad, 3)}")]
         kept = [one for one in self._kept if one.weight is None or float(one.weight) != 0]
         if step.nonfinite:
             kept = [one for one in kept if _kind(one.mean)]
         if any(isinstance(module, nn.SyncBatchNorm) for module in ctx.model.modules()):
             if not step.nonfinite:
                 return [("", "the gradient is not finite; not replayed, for SyncBatchNorm")]
-            return [(_place(one), f"the loss is {_kind(one.mean)}") for one in kept]
+            return [(one.place, f"the loss is {_kind(one.mean)}") for one in kept]
         streams, others = _streams(ctx), random_streams.capture()
-        buffers = self._copy_buffers()
+        buffers, found = [b.detach().clone() for b in self._buffers_of_model()], []
         try:
-            found = []
             for one in kept:
                 self._put_back(self._buffers)
                 _restore(ctx, one.streams)
-                found.append((_place(one), _replay(ctx, one)))
-            return [(place, what) for place, what in found if what]
+                if what := _replay(ctx, one):
+                    found.append((one.place, what))
+            return found
         finally:
             random_streams.restore(others)
             _restore(ctx, streams)
@@ -203,7 +198,7 @@ def _replay(ctx: Context, one: _Kept) -> str:
             bad = [repr(name) for name, grad in pairs if grad is not None and _kind(grad)]
             if not bad:
                 return ""
-            words.append(f"the loss is finite, its gradient is not: {_some(bad[::-1])}")
+            words.append(f"the loss is finite, its gradient is not: {some_of(bad[::-1], 3)}")
     except Exception as error:  # noqa: BLE001 -- the replay is a help; the run must not end by it
         return "; ".join([*words, f"replaying it raised {error!r}"])
     finally:
@@ -221,7 +216,7 @@ def _replay(ctx: Context, one: _Kept) -> str:
 
 def _words(by_rank: list[list[tuple[str, str]]], nonfinite: int) -> str:
     told = [(f"rank {rank}", *one) for rank, found in enumerate(by_rank) for one in found]
-    if len(by_rank) > 1 and by_rank[0] and all(found == by_rank[0] for found in by_rank):
+    if len(by_rank) > 1 and all(found == by_rank[0] for found in by_rank):
         told = [("every rank", *one) for one in by_rank[0]]
     if told:
         some = [f"{who}{', ' if place else ''}{place}: {what}" for who, place, what in told]
@@ -236,15 +231,6 @@ def _words(by_rank: list[list[tuple[str, str]]], nonfinite: int) -> str:
         "the gradient is not finite, though each micro-batch's is when it is replayed: their sum "
         "overflowed, or a callback changed it"
     )
-
-
-def _place(one: _Kept) -> str:
-    return f"micro-batch {one.micro}"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _finite_gradients(ctx: Context) -> bool:
@@ -270,8 +256,9 @@ def _streams(ctx: Context) -> list[Tensor]:
 
 
 def _restore(ctx: Context, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    ctx.rng.set_state(states[1])
-    ctx.shared_rng.set_state(states[2])
-    if ctx.device.type == "cuda":
-        torch.cuda.set_rng_state(states[3], ctx.device)
+    cpu, own, shared, *device = states
+    torch.set_rng_state(cpu)
+    ctx.rng.set_state(own)
+    ctx.shared_rng.set_state(shared)
+    for state in device:
+        torch.cuda.set_rng_state(state, ctx.device)

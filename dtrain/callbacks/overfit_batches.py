@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import check_counts
 from dtrain.context import Context, Step
-from dtrain.errors import ConfigError
 
 
 class OverfitBatches(Callback):
@@ -34,8 +34,7 @@ class OverfitBatches(Callback):
     """
 
     def __init__(self, n: int = 1) -> None:
-        if isinstance(n, bool) or n < 1:
-            raise ConfigError(f"OverfitBatches({n!r}): must be 1 or more")
+        check_counts("OverfitBatches", n=n)
         self._n = n
         self._first = -1  # the step in which keeping began
         self._kept: dict[tuple[int, int], tuple[Any, int]] = {}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import some_of
 from dtrain.context import Context, Progress, Step
 from dtrain.errors import ConfigError
 
@@ -103,14 +104,13 @@ class ParamSchedule(Callback):
             raise
 
     def _find_groups(self, groups: list[Group]) -> list[int]:
-        if self._group is None:
+        chosen = self._group
+        if chosen is None:
             places = list(range(len(groups)))
-        elif callable(self._group):
-            places = [i for i, group in enumerate(groups) if self._group(group)]
-        elif isinstance(self._group, str):
-            places = [i for i, group in enumerate(groups) if group.get("name") == self._group]
+        elif callable(chosen):
+            places = [place for place, group in enumerate(groups) if chosen(group)]
         else:
-            places = [i for i in range(len(groups)) if i == self._group]
+            places = [i for i, group in enumerate(groups) if chosen in (i, group.get("name"))]
         if not places:
             known = ", ".join(f"{i} {group.get('name', '')!r}" for i, group in enumerate(groups))
             raise ConfigError(f"{self.name}: no such parameter group; there are {known}")
@@ -149,8 +149,7 @@ def _renewed(old: Any, value: Any) -> Any:
     return old
 
 
-def _hint(wanted: str, known: list[str], limit: int = 20) -> str:
+def _hint(wanted: str, known: list[str]) -> str:
     close = difflib.get_close_matches(wanted, known, n=1)
-    more = f" and {len(known) - limit} more" if len(known) > limit else ""
     meant = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{meant} there are {', '.join(known[:limit]) or 'none'}{more}"
+    return f"{meant} there are {some_of(known, 20)}"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dtrain.callback import Callback
 from dtrain.context import Context, Step
-from dtrain.distributed import current
+from dtrain.distributed import current, init
 from dtrain.errors import ConfigError
 
 
@@ -63,13 +65,15 @@ class Profile(Callback):
             raise ConfigError(f"Profile(ranks={ranks!r}): must be at least one rank, from 0 up")
         self._steps = steps
         self._ranks = sorted(set(ranks))
-        self._shapes = shapes
-        self._memory = memory
-        self._stacks = stacks
+        self._what: dict[str, Any] = {
+            "record_shapes": shapes,
+            "profile_memory": memory,
+            "with_stack": stacks,
+        }
         self._rank = 0
-        self._path = Path()
-        self._profiler: torch.profiler.profile | None = None
-        self._event: torch.profiler.record_function | None = None
+        self._recording = ExitStack()  # its end writes the trace
+        self._event = ExitStack()
+        self._began = False
 
     def on_fit_start(self, ctx: Context) -> None:
         """Says where traces will be.
@@ -79,18 +83,19 @@ class Profile(Callback):
         """
         if ctx.run_dir is None:
             raise ConfigError("Profile writes traces: pass Trainer(run_dir='runs/...')")
-        world = current()
-        self._rank = 0 if world is None else world.rank
-        size = 1 if world is None else world.size
-        ranks = [rank for rank in self._ranks if rank < size]
-        if world is not None and world.launcher == "threads" and len(ranks) > 1:
+        world = current() or init()
+        self._rank, self._began = world.rank, False
+        ranks = [rank for rank in self._ranks if rank < world.size]
+        if world.launcher == "threads" and len(ranks) > 1:
             # A process has one profiler, which dies of two threads that use it.
             raise ConfigError(
                 f"Profile(ranks={ranks}): ranks are threads of one process here, of which torch "
                 "can profile one; use dtrain.testing.run_processes"
             )
         if not ranks:
-            ctx.say(f"Profile: there is no rank {self._ranks[0]} among {size}; nothing is profiled")
+            ctx.say(
+                f"Profile: there is no rank {self._ranks[0]} among {world.size}; nothing is profiled"
+            )
         elif ctx.progress.step < self._steps.stop:
             ctx.say(
                 f"profiling steps {self._steps.start} to {self._steps.stop - 1} on rank"
@@ -102,54 +107,37 @@ class Profile(Callback):
         """Starts recording, where it is time."""
         if step.number not in self._steps or self._rank not in self._ranks:
             return
-        if self._profiler is None:
+        if not self._began:
             assert ctx.run_dir is not None
+            self._began = True
             name = f"rank-{self._rank:05d}-step-{step.number:08d}.json"
-            self._path = ctx.run_dir / "profile" / name
-            self._profiler = self._start(ctx.device)
-        self._event = torch.profiler.record_function(f"step {step.number}")
-        self._event.__enter__()
+            self._recording.enter_context(self._record(ctx.device, ctx.run_dir / "profile" / name))
+        self._event.enter_context(torch.profiler.record_function(f"step {step.number}"))
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
         """Ends a step's event; after the last one, writes the trace."""
-        self._end_event()
+        self._event.close()
         if step.number + 1 == self._steps.stop:
             with ctx.long_operation("writing a trace"):
-                self._finish()
+                self._recording.close()
 
     def on_fit_end(self, ctx: Context) -> None:
         """Writes the trace of a run that ended early."""
-        self._finish()
+        self._recording.close()
 
     def on_error(self, ctx: Context, error: BaseException) -> None:
         """Writes what was recorded until the error."""
-        self._end_event()
-        self._finish()
+        self._event.close()
+        self._recording.close()
 
-    def _start(self, device: torch.device) -> torch.profiler.profile:
+    @contextmanager
+    def _record(self, device: torch.device, path: Path) -> Iterator[None]:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        profiler = torch.profiler.profile(
-            activities=activities,
-            record_shapes=self._shapes,
-            profile_memory=self._memory,
-            with_stack=self._stacks,
-        )
-        profiler.start()
-        return profiler
-
-    def _end_event(self) -> None:
-        event, self._event = self._event, None
-        if event is not None:
-            event.__exit__(None, None, None)
-
-    def _finish(self) -> None:
-        profiler, self._profiler = self._profiler, None
-        if profiler is None:
-            return
-        profiler.stop()  # waits for the device, once
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._path.with_suffix(".writing")
+        with torch.profiler.profile(activities=activities, **self._what) as profiler:
+            yield  # its end waits for the device, once
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".writing")
         profiler.export_chrome_trace(str(aside))
-        os.replace(aside, self._path)
+        os.replace(aside, path)

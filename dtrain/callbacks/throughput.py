@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import check_positive
 from dtrain.context import Context, Step
-from dtrain.distributed import current
+from dtrain.distributed import current, init
 from dtrain.errors import ConfigError
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -72,13 +74,12 @@ class Throughput(Callback):
         count_flops: bool = False,
         peak_flops: float | None = None,
     ) -> None:
-        for name, value in (
-            ("tokens_per_sample", tokens_per_sample),
-            ("flops_per_sample", flops_per_sample),
-            ("peak_flops", peak_flops),
-        ):
-            if value is not None and not value > 0:
-                raise ConfigError(f"Throughput({name}={value!r}): must be more than 0")
+        check_positive(
+            "Throughput",
+            tokens_per_sample=tokens_per_sample,
+            flops_per_sample=flops_per_sample,
+            peak_flops=peak_flops,
+        )
         if count_flops and flops_per_sample is not None:
             raise ConfigError("Throughput: give flops_per_sample or count_flops, not both")
         if peak_flops is not None and not count_flops and flops_per_sample is None:
@@ -87,20 +88,19 @@ class Throughput(Callback):
         self._flops_per_sample = flops_per_sample
         self._peak_flops = peak_flops
         self._to_count = count_flops
-        self._counter: Any = None
+        self._counter: _FlopCounter
+        self._counting = ExitStack()
         self._counted_in = -1
         self._devices = 1
         self._since = 0.0
         self._samples_before = 0
-        self._grads_ready = False
         self._step = dict.fromkeys(PHASES, 0.0)  # seconds in this step
         self._sums = dict.fromkeys(PHASES, 0.0)  # and in those since the last report
         self._samples = 0
 
     def on_fit_start(self, ctx: Context) -> None:
         """Asks how many devices there are."""
-        world = current()
-        self._devices = 1 if world is None else world.size
+        self._devices = (current() or init()).size
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
         """Starts the clock."""
@@ -109,24 +109,24 @@ class Throughput(Callback):
             self._samples = 0
         self._step = dict.fromkeys(PHASES, 0.0)
         self._samples_before = ctx.progress.samples
-        self._grads_ready = False
         self._since = perf_counter()
 
     def on_batch(self, ctx: Context, step: Step) -> None:
         """A batch has come."""
-        self._stop_counter()
+        self._counting.close()
         self._end("data")
         if self._to_count:
             self._counted_in = step.number
             self._counter = _FlopCounter()  # type: ignore[no-untyped-call]
-            self._counter.__enter__()
+            self._counting.enter_context(self._counter)
 
     def on_loss(self, ctx: Context, step: Step) -> None:
         """Forward is over."""
-        flops = self._stop_counter()
+        self._counting.close()
         self._end("forward")
-        if flops is not None:
+        if self._to_count:
             self._to_count = False
+            flops = self._counter.flops
             self._flops_per_sample = 3 * flops / step.samples if flops else None
             if not flops:
                 ctx.say("Throughput: no FLOPs could be counted; give flops_per_sample instead")
@@ -135,14 +135,13 @@ class Throughput(Callback):
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         """Backward is over, and gradients are agreed."""
-        self._stop_counter()  # a micro-batch that was skipped has no on_loss
+        self._counting.close()  # a micro-batch that was skipped has no on_loss
         self._end("backward")
-        self._grads_ready = True
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
         """Logs the figures."""
-        self._end("optimizer" if self._grads_ready else "backward")
-        self._stop_counter()
+        self._end("optimizer")
+        self._counting.close()
         if self._counted_in == step.number:
             return
         if not self._samples:
@@ -167,7 +166,7 @@ class Throughput(Callback):
 
     def on_error(self, ctx: Context, error: BaseException) -> None:
         """Leaves no counter behind."""
-        self._stop_counter()
+        self._counting.close()
 
     def _end(self, phase: str) -> None:
         now = perf_counter()
@@ -178,14 +177,6 @@ class Throughput(Callback):
         # Backward begins here; the engine calls back when it is done, as it does for DDP.
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(lambda: self._end("backward"))
-
-    def _stop_counter(self) -> int | None:
-        """Returns what was counted, where a counter was at work."""
-        counter, self._counter = self._counter, None
-        if counter is None:
-            return None
-        counter.__exit__(None, None, None)
-        return int(counter.flops)
 
 
 class _FlopCounter(TorchDispatchMode):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 from dtrain.callback import Callback
+from dtrain.callbacks.complaints import check_choice
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
 
@@ -50,8 +51,7 @@ class TimeLimit(Callback):
         then: Then = "stop",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if then not in get_args(Then):
-            raise ConfigError(f"TimeLimit(then={then!r}): choose 'stop' or 'preempt'")
+        check_choice("TimeLimit", "then", then, get_args(Then))
         self._limit = limit
         self._seconds = parse_duration(limit) - margin_s
         if margin_s < 0 or not self._seconds > 0:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TextIO
 
 from rich.console import Console as Terminal
 from rich.file_proxy import FileProxy
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dtrain.sinks.report import Report
-from dtrain.sinks.sink import Sink
+from dtrain.sinks.sink import OnError, Sink
 
 _BAR_WIDTH = (8, 40)
 _REDRAW_S = 0.05  # drawing takes about 1 ms, and the training would wait for it (the GIL)
@@ -40,9 +40,7 @@ class Console(Sink):
     Ranks: rank 0 only.
     """
 
-    def __init__(
-        self, stream: TextIO | None = None, *, on_error: Literal["warn", "raise"] = "warn"
-    ) -> None:
+    def __init__(self, stream: TextIO | None = None, *, on_error: OnError = "warn") -> None:
         self.on_error = on_error
         self._stream = stream
         self._out: TextIO = sys.stdout

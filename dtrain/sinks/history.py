@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dtrain.context import Outbox, Progress, Shown
+from dtrain.context import Outbox, Progress
 from dtrain.sinks.dispatcher import Dispatcher
 from dtrain.sinks.report import Report, ReportKind
 
@@ -51,39 +51,29 @@ class History:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Sends figures or a text to the sinks, after what callbacks had to say."""
-        progress = self._progress
         for note in self._outbox.notes:
-            self._send("message", {}, note)
+            self._send("message", text=note)
         self._outbox.notes.clear()
         for shown in self._outbox.shown:
-            self._send("sample", {}, shown.text, sample=shown)
+            self._send("sample", text=shown.text, sample=shown)
         self._outbox.shown.clear()
         if kind in ("train", "eval"):
+            progress = self._progress
             self.rows.append({"step": progress.step, "epoch": progress.epoch, **values})
-        self._send(kind, values, text, config=config)
+        # A copy of the values, because callbacks may keep and change theirs.
+        self._send(kind, values=dict(values), text=text, config=config or {})
 
-    def _send(
-        self,
-        kind: ReportKind,
-        values: Mapping[str, float],
-        text: str,
-        *,
-        config: Mapping[str, Any] | None = None,
-        sample: Shown | None = None,
-    ) -> None:
+    def _send(self, kind: ReportKind, **what: Any) -> None:
         progress = self._progress
         report = Report(
-            kind=kind,
-            step=progress.step,
-            epoch=progress.epoch,
-            values=dict(values),  # callbacks may keep and change theirs
-            text=text,
+            kind,
+            progress.step,
+            progress.epoch,
             seconds=time.perf_counter() - self._began,
             samples=progress.samples - self._samples_before,
             total_steps=progress.total_steps,
             steps_per_epoch=progress.steps_per_epoch,
-            config=config or {},
-            sample=sample,
+            **what,
         )
         if self._tell is not None:
             self._tell(report)

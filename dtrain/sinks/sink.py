@@ -7,6 +7,8 @@ from typing import Literal
 
 from dtrain.sinks.report import Report
 
+OnError = Literal["warn", "raise"]
+
 
 class Sink:
     """Takes a run's figures somewhere. Runs on rank 0 only, in a thread of its own.
@@ -20,7 +22,7 @@ class Sink:
     Ranks: rank 0 only.
     """
 
-    on_error: Literal["warn", "raise"] = "warn"
+    on_error: OnError = "warn"
 
     def open(self, run_dir: Path | None) -> None:
         """The run begins; ``run_dir`` is its folder, or None where it keeps no files."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dtrain.errors import ConfigError
+from dtrain.context import Shown
+from dtrain.sinks.needs import check_package, place_in
 from dtrain.sinks.report import Report
-from dtrain.sinks.sink import Sink
+from dtrain.sinks.sink import OnError, Sink
 
 
 class TensorBoard(Sink):
@@ -36,15 +36,8 @@ class TensorBoard(Sink):
     Ranks: rank 0 only.
     """
 
-    def __init__(
-        self, folder: str = "tensorboard", *, on_error: Literal["warn", "raise"] = "warn"
-    ) -> None:
-        # Looked for here, on all ranks, and imported on rank 0, in open: it takes a second.
-        # A mere folder of that name in the current one has no origin.
-        if getattr(importlib.util.find_spec("tensorboard"), "origin", None) is None:
-            raise ConfigError(
-                "TensorBoard needs the package tensorboard: pip install dtrain[tensorboard]"
-            )
+    def __init__(self, folder: str = "tensorboard", *, on_error: OnError = "warn") -> None:
+        check_package("tensorboard", sink="TensorBoard")
         self.folder = folder
         self.on_error = on_error
         self._path: Path | None = None
@@ -60,12 +53,7 @@ class TensorBoard(Sink):
         """
         import torch.utils.tensorboard  # noqa: F401 -- in the main thread, where it may raise
 
-        if run_dir is None:
-            raise ConfigError(
-                f"TensorBoard writes {self.folder}/ into the run's folder, and this run has none: "
-                'name one with Trainer(run_dir="runs/first"), or remove the sink'
-            )
-        self._path = run_dir / self.folder
+        self._path = place_in(run_dir, f"{self.folder}/", sink="TensorBoard")
         self._path.mkdir(parents=True, exist_ok=True)
 
     def write(self, report: Report) -> None:
@@ -74,13 +62,13 @@ class TensorBoard(Sink):
             raise RuntimeError("TensorBoard.write() was called before open()")
         if self._writer is None:  # what is said while the run starts comes before `start`
             self._writer = _begin(self._path, report.step)
-        if report.kind == "start":
+        if report.kind == "start" and report.config:
             self._write_config(report)
         elif report.kind in ("train", "eval"):
             for name, value in report.values.items():
                 self._writer.add_scalar(name, value, report.step)
         elif report.sample is not None:
-            self._show(report)
+            self._show(report.sample, report.step)
         elif report.kind == "end" and self._session_end is not None:
             self._writer.file_writer.add_summary(self._session_end)
         self._writer.flush()
@@ -94,8 +82,6 @@ class TensorBoard(Sink):
     def _write_config(self, report: Report) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        if not report.config:
-            return
         # As SummaryWriter.add_hparams does, but without its second folder.
         experiment, begin, self._session_end = hparams(
             _flat(report.config), {"train/loss": 0.0, "eval/loss": 0.0}
@@ -105,14 +91,12 @@ class TensorBoard(Sink):
         text = json.dumps(dict(report.config), indent=1)
         self._writer.add_text("config", f"```json\n{text}\n```", report.step)
 
-    def _show(self, report: Report) -> None:
-        sample = report.sample
-        assert sample is not None
+    def _show(self, sample: Shown, step: int) -> None:
         if sample.image is not None:
             form = "HW" if sample.image.ndim == 2 else "HWC"
-            self._writer.add_image(sample.name, sample.image, report.step, dataformats=form)
+            self._writer.add_image(sample.name, sample.image, step, dataformats=form)
         if sample.text:
-            self._writer.add_text(sample.name, sample.text, report.step)
+            self._writer.add_text(sample.name, sample.text, step)
 
 
 def _begin(folder: Path, step: int) -> Any:
@@ -129,8 +113,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float
     for name, value in config.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, bool | int | float | str):
-            flat[prefix + name] = value
         else:
-            flat[prefix + name] = json.dumps(value)
+            plain = isinstance(value, bool | int | float | str)
+            flat[prefix + name] = value if plain else json.dumps(value)
     return flat

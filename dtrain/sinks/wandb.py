@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import secrets
 from pathlib import Path
 from typing import Any, Literal
 
-from dtrain.errors import ConfigError
+from dtrain.sinks.needs import check_package
 from dtrain.sinks.report import Report
-from dtrain.sinks.sink import Sink
+from dtrain.sinks.sink import OnError, Sink
 
 
 class WandB(Sink):
@@ -46,13 +45,10 @@ class WandB(Sink):
         name: str | None = None,
         mode: Literal["online", "offline", "disabled"] | None = None,
         *,
-        on_error: Literal["warn", "raise"] = "warn",
+        on_error: OnError = "warn",
         **init: Any,
     ) -> None:
-        # Looked for here, on all ranks, and imported on rank 0, in open: it takes a second.
-        # A mere folder of that name, as wandb makes in the current one, has no origin.
-        if getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
-            raise ConfigError("WandB needs the package wandb: pip install dtrain[wandb]")
+        check_package("wandb", sink="WandB")
         self.on_error = on_error
         self._init = {"project": project, "name": name, "mode": mode, "resume": "allow", **init}
         self._wandb: Any = None
@@ -89,12 +85,12 @@ class WandB(Sink):
         elif report.kind in ("train", "eval"):
             self._run.log({**report.values, "step": report.step})
         elif report.sample is not None:
-            sample = report.sample
+            name, sample = report.sample.name, report.sample
             if sample.image is not None:
-                self._run.log({sample.name: self._wandb.Image(sample.image), "step": report.step})
+                self._run.log({name: self._wandb.Image(sample.image), "step": report.step})
             if sample.text:
-                shown = self._wandb.Html(f"<pre>{html.escape(sample.text)}</pre>")
-                self._run.log({sample.name: shown, "step": report.step})
+                page = self._wandb.Html(f"<pre>{html.escape(sample.text)}</pre>")
+                self._run.log({name: page, "step": report.step})
         elif report.kind == "end":
             self._ended = True
 

@@ -1,0 +1,46 @@
+"""Complaints about what a callback was given, in the same words everywhere.
+
+Ranks: all, local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from dtrain.errors import ConfigError
+
+
+def check_counts(owner: str, least: int = 1, **values: float | None) -> None:
+    """Raises ConfigError where a value is below ``least``; None is a limit that is not set."""
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or value < least):
+            raise ConfigError(f"{owner}({name}={value!r}): must be {least} or more")
+
+
+def check_positive(owner: str, **values: float | None) -> None:
+    """Raises ConfigError where a value is not above 0; None is one that is not known."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{owner}({name}={value!r}): must be more than 0")
+
+
+def check_choice(owner: str, name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises ConfigError where ``value`` is none of ``choices``."""
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ConfigError(f"{owner}({name}={value!r}): choose {', '.join(others)} or {last}")
+
+
+def find_metric(owner: str, name: str, metrics: Mapping[str, float]) -> float:
+    """Returns the metric of that name; raises ConfigError where there is none."""
+    if name not in metrics:
+        known = ", ".join(sorted(metrics)) or "none"
+        raise ConfigError(f"{owner}: no metric {name!r}; there are {known}")
+    return metrics[name]
+
+
+def some_of(names: Iterable[str], most: int) -> str:
+    """Returns the first ``most`` names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more

@@ -1,0 +1,99 @@
+"""A file of rows in the run's folder, in which a continued run goes on."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, TextIO
+
+from dtrain.sinks.needs import place_in
+from dtrain.sinks.report import Report
+from dtrain.sinks.sink import OnError, Sink
+
+
+class RowFile(Sink, ABC):
+    """Appends a row for each ``train`` and ``eval`` report; what CSV and JSONLines share.
+
+    A row is on its way to the disk before the next report is taken.
+
+    Ranks: rank 0 only.
+    """
+
+    def __init__(self, filename: str, on_error: OnError) -> None:
+        self.filename = filename
+        self.on_error = on_error
+        self._path = Path()
+        self._file: TextIO | None = None
+
+    def open(self, run_dir: Path | None) -> None:
+        """Opens the file for appending, and makes it where there is none.
+
+        Raises:
+            ConfigError: the run has no folder, or the file is something else's.
+            OSError: the file cannot be written.
+        """
+        self._path = place_in(run_dir, self.filename, sink=type(self).__name__)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._append()
+        data = self._path.read_bytes()
+        last = data[data.rfind(b"\n") + 1 :]
+        if last and self._is_whole(last):
+            self._file.write("\n")
+            self._file.flush()
+        else:
+            os.truncate(self._path, len(data) - len(last))
+
+    def write(self, report: Report) -> None:
+        """Adds a row for ``train`` and ``eval`` reports; ``start`` drops what comes again."""
+        if self._file is None:
+            raise RuntimeError(f"{type(self).__name__}.write() was called before open()")
+        if report.kind == "start":
+            self._rewrite(self._upto(report.step))
+        elif report.kind in ("train", "eval"):
+            fixed = {
+                "step": report.step,
+                "epoch": report.epoch,
+                "kind": report.kind,
+                "seconds": round(report.seconds, 6),
+                "samples": report.samples,
+            }
+            row = self._row(fixed, {name: float(value) for name, value in report.values.items()})
+            self._file.write(row)
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @abstractmethod
+    def _row(self, fixed: dict[str, Any], values: dict[str, float]) -> str:
+        """Returns a row: what each has first, and not to be overwritten, and a report's values."""
+
+    @abstractmethod
+    def _upto(self, step: float) -> bytes:
+        """Returns what the file holds, less rows about steps after ``step``.
+
+        Rows that say no step are somebody else's, and stay.
+        """
+
+    @abstractmethod
+    def _is_whole(self, row: bytes) -> bool:
+        """Says whether a row that lacks its line feed lacks nothing else."""
+
+    def _append(self) -> TextIO:
+        return self._path.open("a", encoding="utf-8", newline="")
+
+    def _rewrite(self, data: bytes) -> None:
+        """Makes ``data`` all that the file holds; at every instant the file is whole."""
+        self.close()
+        if data != self._path.read_bytes():
+            aside = self._path.with_name(self._path.name + ".tmp")
+            with aside.open("wb") as new:
+                new.write(data)
+                new.flush()
+                os.fsync(new.fileno())
+            aside.replace(self._path)
+        self._file = self._append()
