@@ -16,7 +16,7 @@ import torch
 from dtrain.callback import Callback
 from dtrain.checkpoint import CheckpointSlot, RunFiles
 from dtrain.context import Context, Step
-from dtrain.data import Feed, StepFeed
+from dtrain.data import Feed, MicroBatches
 from dtrain.distributed import ARRIVAL, EVALUATION, METRICS, SAVING, UPDATE
 from dtrain.errors import DataError, RemoteError
 from dtrain.plan import ALL_EPOCHS, MAX_STEPS, Plan
@@ -164,7 +164,7 @@ class Loop:
         progress.epoch += 1
         progress.step_in_epoch = 0
 
-    def _steps_of_epoch(self) -> Iterator[StepFeed]:
+    def _steps_of_epoch(self) -> Iterator[MicroBatches]:
         progress = self.context.progress
         if self.epoch_is_cut:
             return iter(())  # resumed from a checkpoint of its last step
@@ -189,7 +189,7 @@ class Loop:
 
     # -- step -------------------------------------------------------------------------------
 
-    def _step(self, feed: StepFeed) -> bool:
+    def _step(self, feed: MicroBatches) -> bool:
         """Takes one global step; returns False where a step had to be left undone."""
         context, progress = self.context, self.context.progress
         with self.phases.in_step(progress.step):
@@ -209,7 +209,7 @@ class Loop:
             self._in_flight.append((step, result, waits))
             return not waits or self._finish()
 
-    def _accumulate(self, step: Step, feed: StepFeed) -> StepResult:
+    def _accumulate(self, step: Step, feed: MicroBatches) -> StepResult:
         """Runs the micro-batches and reduces their gradients; nothing is read."""
         self.hooks.fire(Callback.on_step_start, self.context, step)
         self.engine.strategy.clear(self.engine.optimizer)

@@ -14,10 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.callback import Callback, Hooks, check_names, the_only
-from dtrain.checkpoint import CheckpointSlot, ResumeMode, RunFiles, RunState
+from dtrain.checkpoint import CheckpointSlot, ResumeMode, RunFiles, RunState, copy_state
 from dtrain.cluster import Deadline, Signals
 from dtrain.context import Context, Outbox, Progress, Request
-from dtrain.data import AccumulationSlot, Data, Feed, MapFeed, StreamFeed, as_data
+from dtrain.data import AccumulationSlot, Data, Feed, open_feed
 from dtrain.distributed import (
     check_same_call,
     check_same_model,
@@ -281,7 +281,7 @@ class Trainer:
             with Signals(preempt), Deadline(preempt, active=self.world.is_main):
                 with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan = make_plan()
-                    data = as_data(train, batch_size, shuffle=True)
+                    data = Data.of(train, batch_size, shuffle=True)
                     evals = self._eval_feeds(eval_set, data.batch_size)
                     loop = self._assemble(plan, data, evals, dispatcher)
                     self._begin(loop, data, dispatcher, resume)
@@ -329,12 +329,15 @@ class Trainer:
     # -- assembling -----------------------------------------------------------------------------
 
     def _feed(self, data: Data) -> Feed:
-        seed = derive_seed(self._seed, _ORDER_STREAM)
-        world = self.recorder.samples_of(self.world)
-        if data.is_stream:
-            batches = 1 if self._accumulation is None else self._accumulation.batches_per_step()
-            return StreamFeed(data, world, batches, saves=self.context.run_dir is not None)
-        return MapFeed(data, world, self._split, seed)
+        slot = self._accumulation
+        return open_feed(
+            data,
+            self.recorder.samples_of(self.world),
+            self._split,
+            seed=derive_seed(self._seed, _ORDER_STREAM),
+            batches_per_step=1 if slot is None else slot.batches_per_step(),
+            copy_state=None if self.context.run_dir is None else copy_state,
+        )
 
     def _split(self, share: int) -> list[int]:
         return [share] if self._accumulation is None else self._accumulation.split(share)
@@ -348,12 +351,9 @@ class Trainer:
         for name, one in sets.items():
             # An iterable of ready batches has no use for a batch size; a dataset needs one.
             ready = isinstance(one, Data) or not hasattr(one, "__getitem__")
-            data = as_data(one, None if ready else batch_size, shuffle=False)
-            feeds[f"eval/{name}" if name else "eval"] = (
-                StreamFeed(data, self.world, 1)
-                if data.is_stream
-                else MapFeed(data, self.world, self._split, 0)
-            )
+            data = Data.of(one, None if ready else batch_size, shuffle=False)
+            label = f"eval/{name}" if name else "eval"
+            feeds[label] = open_feed(data, self.world, self._split)
         return feeds
 
     def _assemble(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dtrain.callback import Callback, Hooks
 from dtrain.context import Context, Loss, Step
-from dtrain.data import NO_DATA, EndOfStream, StepFeed
+from dtrain.data import EndOfStream, MicroBatches
 from dtrain.distributed import (
     DATA,
     FIRST_DATA,
@@ -139,7 +139,7 @@ class MicroStep(nn.Module):
         ]
         return places
 
-    def forward(self, step: Step, feed: StepFeed, last: bool) -> tuple[Tensor, ...]:
+    def forward(self, step: Step, feed: MicroBatches | None, last: bool) -> tuple[Tensor, ...]:
         """Runs a micro-batch; returns what to call backward on.
 
         In the last one that is the lane's voice and then the terms of the loss; before, only
@@ -147,13 +147,14 @@ class MicroStep(nn.Module):
 
         Args:
             step: handed to the hooks.
-            feed: gives the micro-batch.
+            feed: gives the micro-batch; None only fixes DDP's buckets.
             last: the last micro-batch of the step, in which gradients are reduced.
         """
         step.loss = None
         voice = self.lane.attach() if last else None
-        loss = self._try(step, feed)
-        if feed is not NO_DATA:
+        loss = None
+        if feed is not None:
+            loss = self._try(step, feed)
             if loss is None and not self._may_idle:
                 self._refuse_to_idle()
             self._meet(loss, step)
@@ -165,7 +166,7 @@ class MicroStep(nn.Module):
         self.gathers = bool(ties)
         terms += ties
         if last:
-            if feed is not NO_DATA:  # nobody listens to a step that only fixes the buckets
+            if feed is not None:  # nobody listens to a step that only fixes the buckets
                 self._agreement.say(self.lane)
                 self._look_ahead(feed)
             # With find_unused, gradients of zero would make AdamW decay an unused parameter.
@@ -205,7 +206,7 @@ class MicroStep(nn.Module):
             self.lane.expect(share * step.micros * len(weights))
             self.weighed = True
 
-    def _try(self, step: Step, feed: StepFeed) -> Loss | None:
+    def _try(self, step: Step, feed: MicroBatches) -> Loss | None:
         """Runs the loss function; returns None where this rank has nothing to say."""
         if self.trouble is not None:
             return None
@@ -257,7 +258,7 @@ class MicroStep(nn.Module):
             request.skippable = False
             comm.serve_gathers(None)
 
-    def _look_ahead(self, feed: StepFeed) -> None:
+    def _look_ahead(self, feed: MicroBatches) -> None:
         if self.trouble is not None:
             return
         try:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.context import Step
-from dtrain.data import StepFeed
+from dtrain.data import MicroBatches
 from dtrain.distributed import World
 from dtrain.errors import UnusedParameters
 from dtrain.step.lane import Heard
@@ -70,7 +70,7 @@ class Strategy(ABC):
         optimizer.zero_grad(set_to_none=True)
 
     @abstractmethod
-    def run(self, step: Step, feed: StepFeed, last: bool) -> None:
+    def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
         """Runs forward and backward; gradients are reduced in the last micro-batch.
 
         Ranks: all; communicates where ``last``.

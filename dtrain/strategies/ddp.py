@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dtrain.context import Step
-from dtrain.data import NO_DATA, StepFeed
+from dtrain.data import MicroBatches
 from dtrain.distributed import BACKWARD, OWN_BACKWARD, DataParallel, World
 from dtrain.errors import ConfigError
 from dtrain.step import MicroStep, joint_norm
@@ -140,7 +140,7 @@ class DDP(Replicated):
         assert self._micro_step is not None
         assert self._ddp is not None
         self._micro_step.lane.open()
-        self._micro_step.lane.backward(*self._ddp(Step(number=0), NO_DATA, True))
+        self._micro_step.lane.backward(*self._ddp(Step(number=0), None, True))
         for parameter in self._micro_step.parameters():
             parameter.grad = None
 
@@ -151,7 +151,7 @@ class DDP(Replicated):
     def _forget_gradients(self) -> None:
         self._gradients, self._places, self._joined = [], [], []
 
-    def run(self, step: Step, feed: StepFeed, last: bool) -> None:
+    def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
         """Runs forward and backward; gradients are reduced in the last micro-batch."""
         assert self._micro_step is not None, "wrap() comes first"
         forward = self._micro_step if self._ddp is None else self._ddp

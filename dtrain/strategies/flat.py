@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.context import Step
-from dtrain.data import StepFeed
+from dtrain.data import MicroBatches
 from dtrain.distributed import BACKWARD, OWN_BACKWARD, World
 from dtrain.errors import ConfigError
 from dtrain.step import MicroStep
@@ -82,7 +82,7 @@ class Flat(Replicated):
         megabytes = sum(flat.gradients.nbytes for flat in self._flats) / 1e6
         return f"gradients: one reduction after backward ({megabytes:.3g} MB; strategy='flat')"
 
-    def run(self, step: Step, feed: StepFeed, last: bool) -> None:
+    def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
         """Runs forward and backward; gradients are reduced after the last micro-batch."""
         micro_step = self._micro_step
         assert micro_step is not None, "wrap() comes first"

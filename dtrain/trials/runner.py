@@ -17,7 +17,7 @@ from typing import Any
 
 import dtrain
 import dtrain.trainer
-from dtrain.data import Data, as_data
+from dtrain.data import Data
 from dtrain.distributed import World, current
 from dtrain.plan import Recorder
 from dtrain.trainer import FitResult, Trainer
@@ -98,7 +98,7 @@ def _following(trial: Trial) -> type[Trainer]:
             self.recorder = trial
 
         def fit(self, train: Any, *, batch_size: int | None = None, **given: Any) -> FitResult:
-            data = as_data(train, batch_size, shuffle=True)
+            data = Data.of(train, batch_size, shuffle=True)
             arguments = trial.fit_arguments(data, given)
             with trial.around_fit():
                 result = super().fit(data, **arguments)
