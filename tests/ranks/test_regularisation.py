@@ -18,7 +18,8 @@ from dtrain.callbacks.freeze import Freeze
 from dtrain.callbacks.gradient_noise import GradientNoise
 from dtrain.callbacks.l1_l2_penalty import L1L2Penalty
 from dtrain.callbacks.label_smoothing import LabelSmoothing
-from dtrain.callbacks.mixup import Mixup, hard_labels
+from dtrain.callbacks.mixup import Mixup
+from dtrain.callbacks.targets import hard_labels
 from dtrain.errors import ConfigError, DataError, RemoteError
 from dtrain.testing import run_processes
 
@@ -94,8 +95,7 @@ def by_hand(kind, optimizer, generator):
             history.append([0.0, 0.0, 0.0])
         rows = slice(batch * BATCH_SIZE, (batch + 1) * BATCH_SIZE)
         if kind == "noise" and step == SKIPPED:
-            # Hooks fire as in any step, so the stream of noise moves on; nothing is applied.
-            for p in net.parameters():
+            for p in net.parameters():  # drawn in a step that all skip, too
                 torch.randn(p.shape, generator=noise, dtype=torch.float64)
             continue
         if kind == "freeze":
