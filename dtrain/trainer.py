@@ -335,7 +335,7 @@ class Trainer:
             self.recorder.samples_of(self.world),
             self._split,
             seed=derive_seed(self._seed, _ORDER_STREAM),
-            batches_per_step=1 if slot is None else slot.batches_per_step(),
+            batches_per_step=slot.batches_per_step() if slot and data.is_stream else 1,
             copy_state=None if self.context.run_dir is None else copy_state,
         )
 

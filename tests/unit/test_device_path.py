@@ -15,7 +15,7 @@ from dtrain.callbacks.clip_gradients import _clip
 from dtrain.metrics.means import Means
 from dtrain.step.lane import Heard, Lane, Slot
 from dtrain.step.precision import ScaledAutocast
-from dtrain.strategies.base import joint_norm
+from dtrain.step.strategy import joint_norm
 
 META = torch.device("meta")
 
