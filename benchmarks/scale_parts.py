@@ -37,8 +37,8 @@ from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
 from dtrain.step.lane import Lane, Slot
 from dtrain.strategies import DDP
 from dtrain.watchdog.judgement import LOOKERS, Seen, judge
+from dtrain.watchdog.store import Others
 from dtrain.watchdog.straggler import SECONDS, STEPS, StragglerClock
-from dtrain.watchdog.thread import _Others
 
 PARAMETERS = 291  # tensors of a model of 7 billion parameters, as Llama 2 has them
 
@@ -302,7 +302,7 @@ def beats(ranks: int) -> dict[str, float]:
     post()
     flag_cpu = _load(lambda: [store.check(["failure"]) for _ in range(200)])[1] / 200
     post_cpu = _load(post)[1] - CLIENTS * flag_cpu
-    others = _Others(store, ranks, "another machine")
+    others = Others(store, ranks, "another machine")
     look_s, look_cpu = _load(lambda: others.look(0.0))
     seen = [Seen(_beat(rank), 0.0) for rank in range(ranks)]
     return {

@@ -10,13 +10,7 @@ from turns import Turns
 from workloads import Workload, loss_of
 
 import dtrain
-from dtrain.callbacks import (
-    Checkpoint,
-    ClipGradients,
-    EarlyStopping,
-    LRSchedule,
-    NonFiniteGuard,
-)
+from dtrain.callbacks import Checkpoint, ClipGradients, EarlyStopping, LRSchedule, NonFiniteGuard
 from dtrain.sinks import JSONLines
 
 

@@ -23,8 +23,9 @@ from dtrain.errors import (
     SinkError,
     UnusedParameters,
 )
+from dtrain.plan import FitResult
 from dtrain.sinks import Report, Sink
-from dtrain.trainer import FitResult, Trainer
+from dtrain.trainer import Trainer
 from dtrain.trials import Equivalence, check_equivalence
 
 __version__ = "0.1.0"

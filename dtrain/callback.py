@@ -11,10 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dtrain.context import Context, Step
-from dtrain.distributed import (
-    Activity,
-    Phase,
-)
+from dtrain.distributed import Activity, Phase
 from dtrain.errors import ConfigError
 
 P = ParamSpec("P")

@@ -7,7 +7,7 @@ that is what keeps them together.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,11 @@ class Loop:
             with self.phases.together(EPOCH_START):
                 self.hooks.fire(Callback.on_epoch_start, context)
                 self.engine.strategy.refresh()  # a callback may have frozen something
-            for step_feed in self._steps_of_epoch():
+            # Resumed from a checkpoint of an epoch's last step, there is none left to take.
+            left = (
+                () if self.epoch_is_cut else self.feed.epoch(progress.epoch, progress.step_in_epoch)
+            )
+            for step_feed in left:
                 done = self._step(step_feed)
                 if done:
                     self._after_step()
@@ -164,12 +168,6 @@ class Loop:
         progress.epoch += 1
         progress.step_in_epoch = 0
 
-    def _steps_of_epoch(self) -> Iterator[MicroBatches]:
-        progress = self.context.progress
-        if self.epoch_is_cut:
-            return iter(())  # resumed from a checkpoint of its last step
-        return self.feed.epoch(progress.epoch, progress.step_in_epoch)
-
     def _after_step(self) -> None:
         progress = self.context.progress
         at_end = progress.step_in_epoch == self.feed.steps_per_epoch
@@ -182,8 +180,7 @@ class Loop:
             self._evaluate()
         if at_end:
             return  # saved after the epoch's evaluation
-        due = self.checkpoint is not None and self.checkpoint.due_after_step(progress)
-        if due or self._save_asked:
+        if (self.checkpoint and self.checkpoint.due_after_step(progress)) or self._save_asked:
             self._settle()
             self._save_once()
 

@@ -1,4 +1,4 @@
-"""How long to train, what to do on the way, and what a trial of a script changes in it."""
+"""What a fit is told and what it tells: its plan, its recorder, its result."""
 
 from __future__ import annotations
 
@@ -94,3 +94,24 @@ class Recorder:
 
     def report(self, report: Report) -> None:
         """Takes what sinks will be handed, on rank 0, as soon as it is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """What ``fit`` returns. Equal on all ranks.
+
+    Attributes:
+        steps: global steps taken since the run began, over restarts.
+        epochs: epochs finished.
+        stop_reason: why it ended, in plain words.
+        metrics: the newest agreed metrics, such as ``train/loss`` and ``eval/accuracy``.
+        history: one dict a report of this call, with ``step`` and ``epoch``.
+        preempted: the run was told to leave and is to be continued by another start.
+    """
+
+    steps: int
+    epochs: int
+    stop_reason: str
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    preempted: bool = False

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +19,23 @@ from dtrain.context import Context, Outbox, Progress, Request
 from dtrain.data import AccumulationSlot, Data, Feed, open_feed
 from dtrain.distributed import (
     check_same_call,
-    check_same_model,
     current,
     derive_seed,
     digest_of,
     init,
     seed_everything,
+    seeded_generator,
     shapes_of,
 )
 from dtrain.errors import ConfigError
 from dtrain.loop import Loop
-from dtrain.plan import Plan, Recorder
+from dtrain.plan import FitResult, Plan, Recorder
 from dtrain.sinks import Console, Dispatcher, History, Sink, describe_end, describe_start
-from dtrain.step import (
-    Engine,
-    Precision,
-    PrecisionSlot,
-    UserLoss,
-    adapt,
-    check_optimizer,
-    takes_a_veto,
-)
+from dtrain.step import Engine, Precision, PrecisionSlot, UserLoss, adapt, take_model, takes_a_veto
 from dtrain.strategies import Strategy, choose
 from dtrain.watchdog import HANG_AFTER_S, Watchdog
 
 _RANK_STREAM, _SHARED_STREAM, _OWN_STREAM, _ORDER_STREAM = 0, 1, 2, 4
-
-
-@dataclass(frozen=True, slots=True)
-class FitResult:
-    """What ``fit`` returns. Equal on all ranks.
-
-    Attributes:
-        steps: global steps taken since the run began, over restarts.
-        epochs: epochs finished.
-        stop_reason: why it ended, in plain words.
-        metrics: the newest agreed metrics, such as ``train/loss`` and ``eval/accuracy``.
-        history: one dict a report of this call, with ``step`` and ``epoch``.
-        preempted: the run was told to leave and is to be continued by another start.
-    """
-
-    steps: int
-    epochs: int
-    stop_reason: str
-    metrics: dict[str, float]
-    history: list[dict[str, float]]
-    preempted: bool = False
 
 
 class Trainer:
@@ -125,7 +95,6 @@ class Trainer:
         self._outbox = Outbox()
         # What fails on one rank only (its own data, its own code) reaches all of them.
         with world.comm.lockstep("Trainer(...)"):
-            settings = _json_values(config)
             self._watchdog = Watchdog(world, hang_after_s)
             check_names(callbacks)
             self.hooks = Hooks(callbacks, world.comm.activity)
@@ -139,22 +108,26 @@ class Trainer:
                 raise ConfigError("checkpoints need a place: pass Trainer(run_dir='runs/...')")
             strategy = choose(strategy, model)
             strategy.check(accumulates=self._accumulation is not None)
-            self._take_model(model, optimizer, strategy)
+            self.model, self.optimizer, self._outbox.notes = take_model(
+                model, optimizer, strategy, world
+            )
             eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn)
-        folder = None if run_dir is None else Path(run_dir)
-        self.context = Context(
-            model=self.model,
-            optimizer=self.optimizer,
-            progress=Progress(),
-            comm=world.comm,
-            request=Request(),
-            rng=_generator(self._seed, _OWN_STREAM, world.rank),
-            shared_rng=_generator(self._seed, _SHARED_STREAM),
-            device=world.device,
-            run_dir=folder,
-            loss_scaled=self.precision.scales_loss,
-            _outbox=self._outbox,
-        )
+            self.context = Context(
+                model=self.model,
+                optimizer=self.optimizer,
+                progress=Progress(),
+                comm=world.comm,
+                request=Request(),
+                rng=seeded_generator(self._seed, _OWN_STREAM, world.rank),
+                shared_rng=seeded_generator(self._seed, _SHARED_STREAM),
+                device=world.device,
+                run_dir=None if run_dir is None else Path(run_dir),
+                loss_scaled=self.precision.scales_loss,
+                _outbox=self._outbox,
+            )
+            self._run_state = RunState(
+                self.context, self.precision, self.hooks.callbacks, world, config, self._checkpoint
+            )
         self._engine = Engine(
             self.model,
             self.optimizer,
@@ -169,40 +142,10 @@ class Trainer:
         )
         # Weakly: a model must not wait for the garbage collector to be freed.
         self.context._engine = weakref.ref(self._engine)
-        self._run_state = RunState(
-            self.model,
-            self.optimizer,
-            self.precision,
-            self.hooks.callbacks,
-            self.context,
-            world,
-            settings,
-            self._checkpoint,
-        )
-        self._files = RunFiles(folder, world, self._run_state)
+        self._files = RunFiles(self.context.run_dir, world, self._run_state)
         #: What a trial of the script changes, and is told; see `dtrain check`.
         self.recorder = Recorder()
         self._live = False  # a fit has begun in this process
-
-    def _take_model(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Callable[[nn.Module], Optimizer],
-        strategy: Strategy,
-    ) -> None:
-        world = self.world
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ConfigError("no parameter of the model requires a gradient: nothing to train")
-        self.model = strategy.prepare_model(model.to(world.device), world)
-        self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizer(self.model)
-        self._outbox.notes += check_optimizer(self.optimizer, self.model)
-        check_same_model(self.model, world.comm)
-        changed = strategy.make_equal(self.model, world)
-        if world.comm.vote("models differ", changed):
-            self._outbox.notes.append(
-                "the ranks' models were not equal; all have rank 0's now. Call "
-                "dtrain.init(seed=...) before the model is made, and they are equal from the start."
-            )
 
     # -- the two things a user calls ------------------------------------------------------------
 
@@ -497,21 +440,3 @@ def _length(dataset: Any) -> int | None:
         return len(dataset)
     except TypeError:  # a DataLoader has __len__ and may have no length
         return None
-
-
-def _generator(*stream: int) -> torch.Generator:
-    generator = torch.Generator()
-    generator.manual_seed(derive_seed(*stream))
-    return generator
-
-
-def _json_values(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the user's settings as a dict of JSON values."""
-    try:
-        # Through JSON and back: what is kept is what can be read again.
-        values: object = json.loads(json.dumps(config if config is not None else {}))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"Trainer(config=...) must hold JSON values only: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"Trainer(config=...) must be a dict, not {type(config).__name__}")
-    return values

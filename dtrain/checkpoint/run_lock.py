@@ -24,9 +24,7 @@ import uuid
 from pathlib import Path
 
 from dtrain.checkpoint import disk
-from dtrain.distributed import (
-    this_machine,
-)
+from dtrain.distributed import this_machine
 from dtrain.errors import CheckpointError, RunTaken
 
 #: How long a start waits for the end of the one before; a loader's workers outlive a killed rank.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dtrain.callback import Callback
@@ -17,7 +18,7 @@ from dtrain.checkpoint.slot import CheckpointSlot
 from dtrain.checkpoint.writer import Content
 from dtrain.context import Context
 from dtrain.distributed import World, random_streams
-from dtrain.errors import CheckpointError
+from dtrain.errors import CheckpointError, ConfigError
 
 _PROGRESS = ("step", "updates", "epoch", "step_in_epoch", "samples")
 
@@ -46,25 +47,23 @@ class RunState:
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: Optimizer,
+        context: Context,
         precision: Stateful,
         callbacks: tuple[Callback, ...],
-        context: Context,
         world: World,
-        config: dict[str, Any],
+        config: Mapping[str, Any] | None,
         slot: CheckpointSlot | None,
     ) -> None:
+        self.context = context
+        self.model = context.model
+        self.config = json_values(config)
         self.slot = slot
-        self.model = model
         #: What must be the same for the run to be continued.
         self.fingerprint: dict[str, Any] = {}
-        self._optimizer = optimizer
+        self._optimizer = context.optimizer
         self._precision = precision
         self._callbacks = callbacks
-        self.context = context
         self._world = world
-        self.config = config
 
     def take(
         self, loop: dict[str, Any], data: dict[str, Any] | None, *, device_is_well: bool = True
@@ -185,3 +184,15 @@ def _undo_casts(optimizer: Optimizer, saved: dict[str, Any]) -> None:
                 state[name] = value.to(state[name].device)
             if value.shape == p.shape and state[name].stride() != p.stride():
                 state[name] = torch.empty_like(p, dtype=value.dtype).copy_(state[name])
+
+
+def json_values(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the user's settings as a dict of JSON values."""
+    try:
+        # Through JSON and back: what is kept is what can be read again.
+        values: object = json.loads(json.dumps(config if config is not None else {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"Trainer(config=...) must hold JSON values only: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"Trainer(config=...) must be a dict, not {type(config).__name__}")
+    return values

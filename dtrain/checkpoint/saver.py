@@ -11,13 +11,7 @@ import torch
 from dtrain.checkpoint import writer as writing
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.writer import Content, Stage, Staged
-from dtrain.distributed import (
-    SAVING,
-    Comm,
-    World,
-    digest_of,
-    end_with,
-)
+from dtrain.distributed import SAVING, Comm, World, digest_of, end_with
 from dtrain.errors import CommError, RankMismatch
 
 _LOOK_EVERY_S = 1.0

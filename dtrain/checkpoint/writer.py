@@ -22,10 +22,7 @@ from dtrain.checkpoint import disk
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.tree import Split
-from dtrain.distributed import (
-    Activity,
-    Comm,
-)
+from dtrain.distributed import Activity, Comm
 from dtrain.errors import CheckpointError
 
 #: What is smaller is not divided: a small model is one plain ``model.safetensors``.

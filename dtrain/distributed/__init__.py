@@ -23,7 +23,7 @@ from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
 from dtrain.distributed.processes import Process, look_up, stopped_children, this_machine
 from dtrain.distributed.rendezvous import local_store, serve_store
 from dtrain.distributed.replicas import check_same_call, check_same_model, shapes_of, share_buffers
-from dtrain.distributed.seeding import derive_seed, seed_everything
+from dtrain.distributed.seeding import derive_seed, seed_everything, seeded_generator
 from dtrain.distributed.transport import DataParallel, TransportOp
 from dtrain.distributed.world import World, current, inhabited, init, on_main
 
@@ -62,6 +62,7 @@ __all__ = [
     "on_main",
     "random_streams",
     "seed_everything",
+    "seeded_generator",
     "serve_store",
     "shapes_of",
     "share_buffers",

@@ -23,14 +23,7 @@ from dtrain.distributed.activity import Activity, Phase
 from dtrain.distributed.exchange import Exchange, beginning, reduce_here, remote_error
 from dtrain.distributed.failures import Failures, may_be_broken
 from dtrain.distributed.transport import Transport
-from dtrain.errors import (
-    CommError,
-    ConfigError,
-    DtrainError,
-    Failure,
-    RankMismatch,
-    RemoteError,
-)
+from dtrain.errors import CommError, ConfigError, DtrainError, Failure, RankMismatch, RemoteError
 
 T = TypeVar("T")
 Op = Literal["sum", "mean", "max", "min"]

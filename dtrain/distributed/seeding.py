@@ -24,3 +24,13 @@ def derive_seed(seed: int, *stream: int) -> int:
     # The length goes in as well: SeedSequence takes [1] and [1, 0] for the same.
     words = np.random.SeedSequence([seed, len(stream), *stream]).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(1))
+
+
+def seeded_generator(seed: int, *stream: int) -> torch.Generator:
+    """Returns a generator of torch's for the stream that ``stream`` numbers.
+
+    Ranks: all, local.
+    """
+    generator = torch.Generator()
+    generator.manual_seed(derive_seed(seed, *stream))
+    return generator

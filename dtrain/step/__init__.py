@@ -5,14 +5,9 @@ from dtrain.step.engine import Engine
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Heard, Lane, LaneSilent, Verdict
 from dtrain.step.micro_step import LossFn, MicroStep, UserLoss, adapt, as_loss
-from dtrain.step.optimizer import check_optimizer, takes_a_veto
+from dtrain.step.optimizer import take_model, takes_a_veto
 from dtrain.step.phases import EPOCH_END, EPOCH_START, FIT_END, SETTLING
-from dtrain.step.precision import (
-    Autocast,
-    Precision,
-    PrecisionSlot,
-    ScaledAutocast,
-)
+from dtrain.step.precision import Autocast, Precision, PrecisionSlot, ScaledAutocast
 from dtrain.step.result import Gate, StepResult
 from dtrain.step.strategy import Strategy, joint_norm
 from dtrain.step.votes import Agreed, Agreement
@@ -43,7 +38,7 @@ __all__ = [
     "Verdict",
     "adapt",
     "as_loss",
-    "check_optimizer",
     "joint_norm",
+    "take_model",
     "takes_a_veto",
 ]

@@ -11,10 +11,7 @@ from torch import nn
 from dtrain.callback import Callback, Hooks
 from dtrain.context import Context, Step
 from dtrain.data import EndOfStream, Feed
-from dtrain.distributed import (
-    EVAL_LOSS_FN,
-    EVALUATION,
-)
+from dtrain.distributed import EVAL_LOSS_FN, EVALUATION
 from dtrain.metrics import Means
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.micro_step import LossFn, as_loss

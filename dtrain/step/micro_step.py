@@ -20,10 +20,7 @@ from torch import Tensor, nn
 from dtrain.callback import Callback, Hooks
 from dtrain.context import Context, Loss, Step
 from dtrain.data import EndOfStream, MicroBatches
-from dtrain.distributed import (
-    DATA,
-    FIRST_DATA,
-)
+from dtrain.distributed import DATA, FIRST_DATA
 from dtrain.errors import ConfigError, LossError
 from dtrain.metrics import Means, as_metrics
 from dtrain.step.gather_with_grad import Gathers

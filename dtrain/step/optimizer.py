@@ -1,14 +1,18 @@
-"""What the user's optimizer must be, and what it can be told."""
+"""The user's model and optimizer: made ready, looked at, and made equal on all ranks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.distributed import World, check_same_model
 from dtrain.errors import ConfigError
+from dtrain.step.strategy import Strategy
 
 
-def check_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
+def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """Returns what to tell the user of the optimizer.
 
     Raises:
@@ -34,6 +38,34 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
         return []
     shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
     return [f"note: the optimizer does not have {shown}, which require a gradient"]
+
+
+def take_model(
+    model: nn.Module,
+    optimizer: Optimizer | Callable[[nn.Module], Optimizer],
+    strategy: Strategy,
+    world: World,
+) -> tuple[nn.Module, Optimizer, list[str]]:
+    """Returns the model as it is trained, its optimizer, and what to tell the user of them.
+
+    Raises:
+        ConfigError: nothing can be trained, or the optimizer is of other parameters.
+        RankMismatch: the ranks have different models.
+
+    Ranks: all, communicates.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("no parameter of the model requires a gradient: nothing to train")
+    model = strategy.prepare_model(model.to(world.device), world)
+    made = optimizer if isinstance(optimizer, Optimizer) else optimizer(model)
+    notes = _check_optimizer(made, model)
+    check_same_model(model, world.comm)
+    if world.comm.vote("models differ", strategy.make_equal(model, world)):
+        notes.append(
+            "the ranks' models were not equal; all have rank 0's now. Call "
+            "dtrain.init(seed=...) before the model is made, and they are equal from the start."
+        )
+    return model, made, notes
 
 
 def takes_a_veto(optimizer: Optimizer) -> bool:

@@ -17,8 +17,9 @@ from dtrain.callback import Callback
 from dtrain.context import Context, Loss, Step
 from dtrain.data import Data
 from dtrain.distributed import init
+from dtrain.plan import FitResult
 from dtrain.sinks import Sink
-from dtrain.trainer import FitResult, Trainer
+from dtrain.trainer import Trainer
 
 CLASSES = 2
 

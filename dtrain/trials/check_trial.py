@@ -18,9 +18,9 @@ from dtrain.checkpoint import CheckpointSlot
 from dtrain.context import Context, Step
 from dtrain.data import AccumulationSlot, Data
 from dtrain.distributed import World, seed_everything
-from dtrain.plan import Plan
+from dtrain.plan import FitResult, Plan
 from dtrain.step import PrecisionSlot, adapt
-from dtrain.trainer import FitResult, Trainer
+from dtrain.trainer import Trainer
 from dtrain.trials import samples as of
 from dtrain.trials.call_overrides import CallOverrides
 from dtrain.trials.check_record import Record, gradients_name

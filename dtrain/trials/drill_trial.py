@@ -12,9 +12,9 @@ from dtrain.checkpoint import CheckpointSlot
 from dtrain.context import Context, Progress, Step
 from dtrain.data import Data
 from dtrain.distributed import World
-from dtrain.plan import Plan
+from dtrain.plan import FitResult, Plan
 from dtrain.sinks import Report
-from dtrain.trainer import FitResult, Trainer
+from dtrain.trainer import Trainer
 from dtrain.trials import samples as of
 from dtrain.trials.drill_plan import Start
 from dtrain.trials.inject import Injector

@@ -19,8 +19,8 @@ import dtrain
 import dtrain.trainer
 from dtrain.data import Data
 from dtrain.distributed import World, current
-from dtrain.plan import Recorder
-from dtrain.trainer import FitResult, Trainer
+from dtrain.plan import FitResult, Recorder
+from dtrain.trainer import Trainer
 
 #: Exit codes of a rank.
 RECORDED, FAILED, NEVER_FIT = 0, 1, 3

@@ -12,11 +12,7 @@ import torch
 import torchmetrics
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics.classification import (
-    BinaryAUROC,
-    MulticlassAccuracy,
-    MulticlassConfusionMatrix,
-)
+from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassConfusionMatrix
 
 import dtrain
 from dtrain.callbacks import GradientAccumulation

@@ -34,15 +34,7 @@ from dtrain.callbacks import (
     Throughput,
     TimeLimit,
 )
-from dtrain.testing import (
-    Fault,
-    Raise,
-    run_outcomes,
-    run_processes,
-    run_ranks,
-    tiny_fit,
-    try_ranks,
-)
+from dtrain.testing import Fault, Raise, run_outcomes, run_processes, run_ranks, tiny_fit, try_ranks
 
 TIMEOUT_S = 60
 

@@ -10,13 +10,7 @@ import torch
 
 import dtrain
 from dtrain.distributed.comm import Comm
-from dtrain.errors import (
-    CheckpointError,
-    CommError,
-    ConfigError,
-    RankMismatch,
-    RemoteError,
-)
+from dtrain.errors import CheckpointError, CommError, ConfigError, RankMismatch, RemoteError
 from dtrain.testing import run_outcomes, run_processes
 
 TIMEOUT_S = 30

@@ -8,13 +8,7 @@ import torch
 from torch.optim.lr_scheduler import ExponentialLR
 
 import dtrain
-from dtrain.callbacks import (
-    EMA,
-    Checkpoint,
-    ClipGradients,
-    GradientAccumulation,
-    LRSchedule,
-)
+from dtrain.callbacks import EMA, Checkpoint, ClipGradients, GradientAccumulation, LRSchedule
 from dtrain.checkpoint import format as files
 from dtrain.errors import ResumeError
 from dtrain.testing import run_processes

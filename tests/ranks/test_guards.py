@@ -14,12 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dtrain
-from dtrain.callbacks import (
-    Checkpoint,
-    ClipGradients,
-    GradientAccumulation,
-    MixedPrecision,
-)
+from dtrain.callbacks import Checkpoint, ClipGradients, GradientAccumulation, MixedPrecision
 from dtrain.callbacks.loss_spike_guard import LossSpikeGuard
 from dtrain.callbacks.non_finite_guard import NonFiniteGuard
 from dtrain.callbacks.overfit_batches import OverfitBatches

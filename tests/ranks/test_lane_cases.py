@@ -14,12 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import dtrain
-from dtrain.callbacks import (
-    Checkpoint,
-    ClipGradients,
-    GradientAccumulation,
-    MixedPrecision,
-)
+from dtrain.callbacks import Checkpoint, ClipGradients, GradientAccumulation, MixedPrecision
 from dtrain.errors import ConfigError, DataError, UnusedParameters
 from dtrain.strategies import DDP
 from dtrain.testing import run_outcomes, run_processes

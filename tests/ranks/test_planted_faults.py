@@ -10,16 +10,7 @@ import pytest
 
 import dtrain
 from dtrain.errors import RemoteError
-from dtrain.testing import (
-    Delay,
-    Fault,
-    Kill,
-    Signal,
-    Stop,
-    run_outcomes,
-    run_processes,
-    tiny_fit,
-)
+from dtrain.testing import Delay, Fault, Kill, Signal, Stop, run_outcomes, run_processes, tiny_fit
 
 TIMEOUT_S = 60
 

@@ -3,13 +3,13 @@
 from typing import Any
 
 import pytest
-from dtrain.data.shares import AccumulationSlot
-from dtrain.step.precision import PrecisionSlot
 
 from dtrain.callback import HOOK_NAMES, Callback, Hooks, check_names, the_only
 from dtrain.callbacks import Checkpoint, GradientAccumulation, MixedPrecision
 from dtrain.checkpoint.slot import CheckpointSlot
+from dtrain.data.shares import AccumulationSlot
 from dtrain.errors import ConfigError
+from dtrain.step.precision import PrecisionSlot
 
 CTX: Any = object()  # hooks only hand it on
 STEP: Any = object()

@@ -10,17 +10,7 @@ from dtrain.callback import HOOK_NAMES
 from dtrain.callbacks import Checkpoint
 from dtrain.distributed.world import current
 from dtrain.errors import ConfigError, RemoteError
-from dtrain.testing import (
-    Delay,
-    Fault,
-    Kill,
-    Raise,
-    Signal,
-    Stop,
-    run_ranks,
-    tiny_fit,
-    try_ranks,
-)
+from dtrain.testing import Delay, Fault, Kill, Raise, Signal, Stop, run_ranks, tiny_fit, try_ranks
 
 
 class Watch(dtrain.Callback):
