@@ -3,21 +3,11 @@
 ::
 
     DtrainError
-    ├── ConfigError       what was asked for cannot work; raised before a step is taken
-    ├── LaunchError       the environment does not say who this rank is
-    ├── DataError         a dataset or stream cannot be trained on
-    ├── LossError         loss_fn returned something that cannot be trained on
-    ├── RankMismatch      ranks met in different calls
-    ├── RemoteError       another rank failed, and this one stopped with it
-    ├── CommError         ranks can no longer reach one another
-    ├── HangError         a rank no longer moves; the name of that in reports, see docs/hangs.md
-    ├── UnusedParameters  the model has parameters that no gradient reached
-    ├── SinkError         a sink failed that was to stop the run if it does
-    ├── CheckError        a script could not be checked or drilled
-    ├── CrashLoop         a run failed at the same step, start after start
-    └── CheckpointError   a checkpoint cannot be written or read
-        ├── ResumeError   the run in run_dir cannot be continued as asked
-        └── RunTaken      another start of the run writes to run_dir
+    ├── ConfigError, LaunchError, DataError, LossError, UnusedParameters, SinkError
+    ├── RankMismatch, RemoteError, CommError, HangError
+    ├── CheckError, CrashLoop
+    └── CheckpointError
+        └── ResumeError, RunTaken
 """
 
 from __future__ import annotations
@@ -34,7 +24,7 @@ class DtrainError(Exception):
 
 
 class ConfigError(DtrainError, ValueError):
-    """What was asked for cannot work; nothing was trained."""
+    """What was asked for cannot work; raised before a step is taken."""
 
 
 class LaunchError(DtrainError):
@@ -62,7 +52,7 @@ class CommError(DtrainError):
 
 
 class HangError(DtrainError):
-    """A rank no longer moves. The watchdog reports it under this name, and ends the process."""
+    """A rank no longer moves. The watchdog reports it so, and ends the process: docs/hangs.md."""
 
 
 class UnusedParameters(DtrainError):
@@ -70,7 +60,7 @@ class UnusedParameters(DtrainError):
 
 
 class SinkError(DtrainError):
-    """A sink failed whose ``on_error`` is ``"raise"``."""
+    """A sink failed that was to stop the run if it does: its ``on_error`` is ``"raise"``."""
 
 
 class CheckError(DtrainError):

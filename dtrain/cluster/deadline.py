@@ -28,11 +28,6 @@ class Deadline:
     then waits for it, so no step pays for it. It asks again before it speaks: the end may have
     been moved. Outside of a job, or where the end cannot be known, nothing is done.
 
-    Example::
-
-        with Deadline(request.preempt, active=world.is_main):
-            loop.run()
-
     Args:
         ask: called with the reason, from the thread; must do no more than take note of it.
         active: False does nothing: one rank's request suffices.
@@ -97,11 +92,8 @@ def margin_of(env: Mapping[str, str]) -> float | None:
 def job_end(env: Mapping[str, str], *, fresh: bool = False) -> float | None:
     """Returns when the job ends, in seconds since 1970, or None where nobody says.
 
-    It may take some seconds.
-
-    Args:
-        env: the environment of a process in a job.
-        fresh: do not take the environment's word, which is as old as the job.
+    It may take some seconds. Where it must be ``fresh``, the environment's word does not count,
+    which is as old as the job.
     """
     told = env.get("SLURM_JOB_END_TIME", "")  # since SLURM 23.02
     if told.isdigit() and not fresh:

@@ -27,11 +27,6 @@ class Signals:
     process at once, with exit code 130. A signal for which the script has a handler of its own,
     or which it ignores, is left alone.
 
-    Example::
-
-        with Signals(request.signalled):
-            loop.run()
-
     Args:
         ask: called with the signal's name; must do no more than take note of it.
 

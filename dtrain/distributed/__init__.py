@@ -21,9 +21,9 @@ from dtrain.distributed.comm import Comm, Rule
 from dtrain.distributed.digest import digest_of
 from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
 from dtrain.distributed.processes import Process, look_up, stopped_children, this_machine
+from dtrain.distributed.random_streams import derive_seed, seed_everything, seeded_generator
 from dtrain.distributed.rendezvous import local_store, serve_store
 from dtrain.distributed.replicas import check_same_call, check_same_model, shapes_of, share_buffers
-from dtrain.distributed.seeding import derive_seed, seed_everything, seeded_generator
 from dtrain.distributed.transport import DataParallel, TransportOp
 from dtrain.distributed.world import World, current, inhabited, init, on_main
 

@@ -19,19 +19,12 @@ _FORGET = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Somewhere the main thread can be.
+    """Somewhere the main thread can be."""
 
-    Attributes:
-        name: in words, for messages; a hook's name where it is one.
-        waits: whether it waits there for other ranks, or works.
-        slow: whether it may take long there at any time: start, evaluation, saves.
-        reads: whether it waits for data there: a file system may stall, and nobody is to blame.
-    """
-
-    name: str
-    waits: bool = False
-    slow: bool = False
-    reads: bool = False
+    name: str  # in words, for messages; a hook's name where it is one
+    waits: bool = False  # for other ranks; else it works there
+    slow: bool = False  # it may take long there at any time: start, evaluation, saves
+    reads: bool = False  # it waits for data: a file system may stall, and nobody is to blame
 
 
 START = Phase("the start of fit", slow=True)
@@ -79,31 +72,21 @@ class Laps:
 
 
 class Activity:
-    """What the main thread says of itself.
-
-    Attributes:
-        phase: where it is.
-        signs: grows with every sign of progress.
-        step: the global step it is in, or was in last.
-        steps: how long steps of this fit take.
-        batches: how long batches of this evaluation take.
-        laps: of which of the two it is in the middle; None in between.
-        watched: whether a watchdog looks at all this.
-    """
+    """What the main thread says of itself."""
 
     __slots__ = ("batches", "laps", "phase", "signs", "step", "steps", "watched")
 
     def __init__(self) -> None:
-        self.phase = START
-        self.signs = 0
-        self.step = 0
-        self.watched = False
+        self.phase = START  # where it is
+        self.signs = 0  # grows with every sign of progress
+        self.step = 0  # the global step it is in, or was in last
+        self.watched = False  # whether a watchdog looks at all this
         self.restart()
 
     def restart(self) -> None:
         """A fit begins: its first step may take long."""
         self.steps = Laps()
-        self.laps: Laps | None = None
+        self.laps: Laps | None = None  # of steps or batches, in the middle of one
         self.restart_batches()
         self.enter(START)
 
@@ -159,9 +142,8 @@ class Activity:
     def limit_s(self, hang_after_s: float, long_s: float) -> float:
         """Returns how long the main thread may be where it is without a sign of progress.
 
-        Args:
-            hang_after_s: at least, in the middle of a step or batch.
-            long_s: at least, elsewhere, and in the first of them.
+        At least ``hang_after_s`` in the middle of a step or batch; ``long_s`` elsewhere, and in
+        the first of them.
         """
         laps = self.laps
         if self.phase.slow or laps is None or not laps.count:

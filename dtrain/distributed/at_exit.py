@@ -12,17 +12,12 @@ import threading
 
 
 def end_with(what: str, *threads: threading.Thread, timeout_s: float) -> None:
-    """Has the interpreter wait for ``threads`` before it ends.
+    """Has the interpreter wait for ``threads``, which do ``what``, in turn before it ends.
 
     While it ends, it takes itself away from threads that ask for its lock. One that does so as it
     comes back from torch's code (a collective, a call of the rendezvous store) aborts the process:
     "terminate called without an active exception". A thread that is stuck there is not waited for
     longer than ``timeout_s``; the process then ends at once, with code 1.
-
-    Args:
-        what: names what the threads do, for the message.
-        threads: in the order in which they are waited for.
-        timeout_s: how long each may take, in seconds.
     """
 
     def wait() -> None:

@@ -42,13 +42,8 @@ _SUMMED_BY_GLOO = {torch.float16, torch.float32, torch.float64} | {
 class Exchange:
     """What all ranks do together over a transport.
 
-    A call that breaks raises the reason that another rank left for it, or :class:`CommError`.
-
-    Args:
-        size: how many ranks there are.
-        transport: to the others.
-        failures: this rank's, and what the others left of theirs.
-        activity: is told that this rank waits, and in which verb.
+    A call that breaks raises the reason that another rank left for it, or :class:`CommError`. The
+    activity is told that this rank waits, and in which verb.
 
     Ranks: all, communicates.
     """

@@ -19,23 +19,14 @@ class Failures:
     """This rank's failures, and those that the others have recorded.
 
     Ranks: all, local.
-
-    Args:
-        rank: of this process.
-        host: its host's name.
-        store: where failures are recorded; nowhere where None.
-
-    Attributes:
-        step: the global step that this rank is at.
-        told: the last error that all ranks know of.
     """
 
     def __init__(self, rank: int, host: str, store: Store | None) -> None:
         self.rank = rank
         self.host = host
-        self.step = 0
-        self.told: BaseException | None = None
-        self.store = store
+        self.step = 0  # the global step that this rank is at
+        self.told: BaseException | None = None  # the last error that all ranks know of
+        self.store = store  # where failures are recorded; nowhere where None
 
     def describe(self, error: BaseException, where: str) -> Failure:
         """Says in words that can be sent what went wrong on this rank."""

@@ -52,10 +52,7 @@ def has_gpu() -> bool:
 def open_default(timeout: timedelta, life: int) -> None:
     """Opens torch's default group from the variables of a launcher.
 
-    Args:
-        timeout: of its collectives.
-        life: of how many groups, one after another, this is; its store may live on and still have
-            the addresses of those that were closed.
+    A store that lives on still has the addresses of groups that were closed: ``life`` counts them.
     """
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     with nullcontext() if has_gpu() else yielding_threads():  # NCCL's stay as they are

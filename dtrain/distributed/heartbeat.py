@@ -8,35 +8,20 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What one rank posts of itself.
-
-    Attributes:
-        rank: which.
-        host: its host's name.
-        pid: of its process.
-        machine: equal where process numbers mean the same; nothing where that is not known.
-        number: grows from post to post.
-        step: the global step it is in.
-        phase: where its main thread is: a hook, or a phase of the loop.
-        at: ``file:line`` of that, once it has stayed there for a moment.
-        waits: whether it waits for other ranks there.
-        quiet_s: for how long it has made no progress.
-        limit_s: how long that may be where it is.
-        inside: in ``fit`` or ``evaluate``; elsewhere nobody posts.
-    """
+    """What one rank posts of itself."""
 
     rank: int
     host: str
     pid: int
-    machine: str
-    number: int
-    step: int = 0
-    phase: str = ""
-    at: str = ""
-    waits: bool = False
-    quiet_s: float = 0.0
-    limit_s: float = 0.0
-    inside: bool = False
+    machine: str  # equal where process numbers mean the same; nothing where that is not known
+    number: int  # grows from post to post
+    step: int = 0  # the global step it is in
+    phase: str = ""  # where its main thread is: a hook, or a phase of the loop
+    at: str = ""  # ``file:line`` of that, once it has stayed there for a moment
+    waits: bool = False  # for other ranks
+    quiet_s: float = 0.0  # for how long it has made no progress
+    limit_s: float = 0.0  # how long that may be where it is
+    inside: bool = False  # in ``fit`` or ``evaluate``; elsewhere nobody posts
 
     def to_json(self) -> str:
         """Returns what :meth:`from_json` reads."""

@@ -98,10 +98,8 @@ def _linger(told: list[str]) -> None:
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return False  # another's process, which got the number of one that is gone
+    except (ProcessLookupError, PermissionError):
+        return False  # gone; its number may be that of another's process by now
     return True
 
 

@@ -29,8 +29,8 @@ from dtrain.distributed.comm import Comm
 from dtrain.distributed.environment import find_launcher
 from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
 from dtrain.distributed.processes import this_machine
+from dtrain.distributed.random_streams import seed_everything
 from dtrain.distributed.rendezvous import own_store, serve_apart
-from dtrain.distributed.seeding import seed_everything
 from dtrain.distributed.transport import GroupTransport, Transport
 from dtrain.errors import ConfigError
 

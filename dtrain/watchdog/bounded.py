@@ -8,7 +8,6 @@ from __future__ import annotations
 import faulthandler
 import math
 import os
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -86,13 +85,3 @@ def write_out(call: Callable[[], object]) -> None:
 def print_report(report: str) -> None:
     """Writes to stderr, past Python's buffer, whose lock the main thread may hold."""
     write_out(lambda: os.write(2, f"{report}\n".encode()))
-
-
-def flush() -> None:
-    """Writes out what Python has buffered, unless the main thread holds that."""
-
-    def both() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-    write_out(both)

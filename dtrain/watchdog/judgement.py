@@ -15,46 +15,28 @@ ALL_LOOK, LOOKERS = 64, 16
 
 
 class Turn(NamedTuple):
-    """When a rank looks at the others.
+    """When a rank looks at the others."""
 
-    Attributes:
-        after_s: how much longer it waits before it looks.
-        every_s: how long it waits before it looks again.
-    """
-
-    after_s: float
-    every_s: float
+    after_s: float  # how much longer it waits before it looks
+    every_s: float  # how long it waits before it looks again
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A rank, as another one sees it.
+    """A rank, as another one sees it."""
 
-    Attributes:
-        heartbeat: its last post.
-        stale_s: for how long, by the watching rank's clock, it has posted nothing new.
-        process: what its host's kernel says of its process, where that can be asked.
-    """
-
-    heartbeat: Heartbeat
-    stale_s: float = 0.0
-    process: Process = "unknown"
+    heartbeat: Heartbeat  # its last post
+    stale_s: float = 0.0  # for how long it has posted nothing new, by the watching rank's clock
+    process: Process = "unknown"  # what its host's kernel says of it, where that can be asked
 
 
 @dataclass(frozen=True, slots=True)
 class Blame:
-    """Which rank is to blame, and why.
+    """Which rank is to blame, and why."""
 
-    Attributes:
-        heartbeat: its last post.
-        message: what is wrong with it, in words.
-        table: where every rank is, if it takes all of them to understand.
-        kind: what kind of error it is.
-    """
-
-    heartbeat: Heartbeat
-    message: str
-    table: str = ""
+    heartbeat: Heartbeat  # its last post
+    message: str  # what is wrong with it, in words
+    table: str = ""  # where every rank is, if it takes all of them to understand
     kind: type[Exception] = HangError
 
     def failure(self) -> Failure:
@@ -71,12 +53,7 @@ class Blame:
 
 
 def stuck(mine: Heartbeat, stopped: Sequence[int] = ()) -> Blame:
-    """What a rank says of itself that works for too long.
-
-    Args:
-        mine: its last post.
-        stopped: processes of its own that are stopped; it may be waiting for them.
-    """
+    """What a rank says of itself that works too long; for processes ``stopped``, it may wait."""
     workers = f"; its process {', '.join(map(str, stopped))} is stopped" if stopped else ""
     return Blame(
         mine,
@@ -86,11 +63,11 @@ def stuck(mine: Heartbeat, stopped: Sequence[int] = ()) -> Blame:
 
 
 def judge(seen: Sequence[Seen], *, silent_s: float | None = None) -> Blame | None:
-    """Returns which rank the others wait for in vain; None while any may still come.
+    """Returns which of all ranks the others wait for in vain; None while any may still come.
 
-    Args:
-        seen: all ranks, the judging one included, as that one sees them.
-        silent_s: how long a rank may post nothing; its own limit where None.
+    A rank that works is judged by itself; one that waits judges the others, and blames one whose
+    process is stopped or gone, one that posts nothing for longer than ``silent_s`` (or its own
+    limit), or, where all wait for one another, the one that is elsewhere.
     """
     for process, words in (("gone", "its process is gone"), ("stopped", "its process is stopped")):
         for one in seen:
@@ -106,26 +83,17 @@ def judge(seen: Sequence[Seen], *, silent_s: float | None = None) -> Blame | Non
                 f"nothing was heard of it for {silent.stale_s:.1f} s: it is stopped, its host is "
                 "gone, or a call holds the interpreter; that is where it was heard of last",
             )
-    in_vain = [
-        one
-        for one in inside
-        if one.heartbeat.waits and one.heartbeat.quiet_s > one.heartbeat.limit_s
-    ]
-    if len(seen) > 1 and len(in_vain) == len(seen):
-        return _diverged([one.heartbeat for one in in_vain])
+    posts = [one.heartbeat for one in seen]
+    if len(posts) > 1 and all(
+        one.inside and one.waits and one.quiet_s > one.limit_s for one in posts
+    ):
+        return _diverged(posts)
     return None
 
 
 def _diverged(heartbeats: Sequence[Heartbeat]) -> Blame:
-    alike = Counter((heartbeat.step, heartbeat.phase, heartbeat.at) for heartbeat in heartbeats)
-    odd = min(
-        heartbeats,
-        key=lambda heartbeat: (
-            alike[heartbeat.step, heartbeat.phase, heartbeat.at],
-            heartbeat.step,
-            heartbeat.rank,
-        ),
-    )
+    alike = Counter(heartbeat.where for heartbeat in heartbeats)
+    odd = min(heartbeats, key=lambda one: (alike[one.where], one.step, one.rank))
     quiet_s = min(heartbeat.quiet_s for heartbeat in heartbeats)
     return Blame(
         odd,
@@ -155,12 +123,9 @@ def _ranks(heartbeats: Sequence[Heartbeat], most: int = 8) -> str:
 
 def behind(seen: Sequence[Seen]) -> Heartbeat | None:
     """Returns the rank that the others wait for, if they do not wait for one another."""
-    working = [one.heartbeat for one in seen if not (one.heartbeat.inside and one.heartbeat.waits)]
-    return min(
-        working,
-        key=lambda heartbeat: (heartbeat.inside, heartbeat.step, -heartbeat.quiet_s),
-        default=None,
-    )
+    posts = [one.heartbeat for one in seen]
+    working = [one for one in posts if not (one.inside and one.waits)]
+    return min(working, key=lambda one: (one.inside, one.step, -one.quiet_s), default=None)
 
 
 def gives_way(mine: Heartbeat, seen: Sequence[Seen]) -> bool:

@@ -21,12 +21,7 @@ def find_lost(told: WatchdogStore, world: World, ended: threading.Event) -> Fail
 
     It waits until all other ranks have posted anew, so that none of them is to blame, or until one
     has not for too long. In a large world only the first who come look; the others wait for what
-    those find, and look only if that is nothing.
-
-    Args:
-        told: what the watchdogs tell one another.
-        world: this rank's.
-        ended: set where nobody waits for the answer any more.
+    those find, and look only if that is nothing. Nobody waits for the answer once it has ``ended``.
 
     Ranks: all, local.
     """

@@ -39,15 +39,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The main thread's stack at one moment.
+    """The main thread's stack at one moment."""
 
-    Attributes:
-        lines: the innermost first.
-        compiles: torch's compiler is at work, in whichever thread.
-    """
-
-    lines: tuple[Line, ...]
-    compiles: bool = False
+    lines: tuple[Line, ...]  # the innermost first
+    compiles: bool = False  # torch's compiler is at work, in whichever thread
 
     @property
     def at(self) -> str:
@@ -76,10 +71,7 @@ class Stack:
 
 
 def main_stack(*, moves: bool = False) -> Stack:
-    """Returns the main thread's stack.
-
-    Args:
-        moves: it makes progress, so that nobody need know whether anything is compiled.
+    """Returns the main thread's stack; where it ``moves``, not whether anything is compiled.
 
     Ranks: all, local; from another thread than the main one.
     """

@@ -26,22 +26,12 @@ KEYS_AT_ONCE = 256
 
 
 class WatchdogStore:
-    """A connection of the watchdog's own, each call of which has a deadline.
-
-    Args:
-        world: this rank's.
-        connect: opens a connection.
-
-    Attributes:
-        store: the connection, once it is open.
-        limit_s: how long the watchdog's thread may not run, besides what a call takes.
-        lost: why the store did not answer the last call; nothing if it did.
-    """
+    """A connection of the watchdog's own, each call of which has a deadline."""
 
     def __init__(self, world: World, connect: Callable[[], Store]) -> None:
-        self.store: Store | None = None
-        self.lost = ""
-        self.limit_s = math.inf
+        self.store: Store | None = None  # once it is open
+        self.lost = ""  # why the store did not answer the last call, if it did not
+        self.limit_s = math.inf  # how long the watchdog's thread may be stuck, besides a call
         self._idle = world.idle_connections
         self._connect = connect
         self._watcher = 0
@@ -140,11 +130,7 @@ class Others:
         self._posts: dict[int, _Post] = {}
 
     def look(self, now: float) -> list[Seen]:
-        """Reads all ranks' posts.
-
-        Args:
-            now: a clock that stands still while this process does.
-        """
+        """Reads all ranks' posts; the clock of ``now`` stands still while this process does."""
         for rank, text in enumerate(self._read()):
             heartbeat, known = Heartbeat.from_json(text), self._posts.get(rank)
             if known is None or known.heartbeat.number != heartbeat.number:

@@ -12,6 +12,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import sys
 import threading
 import time
 import traceback
@@ -21,17 +22,17 @@ from dataclasses import replace
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed import Heartbeat, World, end_with, stopped_children, this_machine
-from dtrain.errors import Failure, HangError
+from dtrain.errors import ConfigError, DtrainError, Failure, HangError, RemoteError
 from dtrain.watchdog import lost
-from dtrain.watchdog.bounded import CALL_S, TICK_S, arm_timer, flush, print_report, write_out
+from dtrain.watchdog.bounded import CALL_S, TICK_S, arm_timer, print_report, write_out
 from dtrain.watchdog.judgement import Blame, Seen, behind, gives_way, judge, looks, stuck
 from dtrain.watchdog.lost import GRACE_S
 from dtrain.watchdog.stacks import Stack, main_stack
 from dtrain.watchdog.store import Others, WatchdogStore
 
+HANG_AFTER_S = 5.0  # the default: a step may take this long, or ten times the slowest recent one
 #: What a process ends with that the watchdog ends.
 HANG_EXIT_CODE = 70
-
 # How long something may take outside of a step, in a fit's first, while torch compiles, and for
 # data, unless a worker is stopped.
 LONG_S = 300.0
@@ -43,13 +44,61 @@ _PATIENCE_S = 30.0  # after which a wait in a slow phase is worth a line
 _numbers = itertools.count(1)
 
 
-class Watch(threading.Thread):
-    """Watches this rank's main thread.
+class Watchdog:
+    """Watches this rank's main thread while it is entered, and the other ranks where it waits.
 
     Args:
-        world: the ranks.
-        hang_after_s: see :class:`dtrain.Trainer`.
-        connect: opens a connection to the rendezvous store.
+        world: the ranks. In a world of one there is nothing to watch.
+        hang_after_s: see :class:`dtrain.Trainer`; None watches nothing.
+
+    Raises:
+        ConfigError: ``hang_after_s`` is less than a second.
+
+    Ranks: all, local; it talks to the rendezvous store, and never to a rank.
+    """
+
+    def __init__(self, world: World, hang_after_s: float | None = HANG_AFTER_S) -> None:
+        if hang_after_s is not None and not hang_after_s >= 1:
+            raise ConfigError(
+                f"hang_after_s={hang_after_s}: must be at least 1 second, or None for no watchdog"
+            )
+        self._world = world
+        self._activity = world.comm.activity
+        self._hang_after_s = hang_after_s
+        self._watch: Watch | None = None
+        self._depth = 0
+
+    def __enter__(self) -> Watchdog:
+        self._depth += 1
+        if self._activity.watched:
+            return self  # an evaluation inside of fit
+        self._activity.restart()
+        if self._hang_after_s is not None and self._world.connect is not None:
+            self._watch = Watch(self._world, self._hang_after_s, self._world.connect)
+            self._activity.watched = True
+            self._watch.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if self._watch is not None and not self._depth:
+            self._activity.watched = False
+            self._watch.stop()
+            self._watch = None
+
+    def explain(self, error: BaseException) -> DtrainError | None:
+        """Returns which rank's end is why this rank lost the others, if that is what happened.
+
+        Waits a few seconds where it takes that to see which rank posts nothing any more.
+        """
+        if self._watch is None or not self._world.comm.may_be_broken(error):
+            return None
+        failure = self._watch.find_lost()
+        return None if failure is None else RemoteError(str(failure))
+
+
+class Watch(threading.Thread):
+    """The thread.
 
     Ranks: all, local.
     """
@@ -255,7 +304,7 @@ class Watch(threading.Thread):
 
     def _leave(self) -> None:
         # What the main thread holds (a lock of stdout's) must not keep the process.
-        flush()
+        write_out(lambda: (sys.stdout.flush(), sys.stderr.flush()))
         # Loaders' workers leave with their parent, unless they are stopped: nothing may be left.
         for child in multiprocessing.active_children():
             child.kill()

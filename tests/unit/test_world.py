@@ -14,7 +14,7 @@ import torch.distributed as dist
 import dtrain
 from dtrain.distributed.environment import find_launcher, first_host
 from dtrain.distributed.group import allow_files
-from dtrain.distributed.seeding import derive_seed, seed_everything
+from dtrain.distributed.random_streams import derive_seed, seed_everything
 from dtrain.distributed.world import current
 from dtrain.errors import ConfigError, LaunchError
 from dtrain.testing import run_processes
