@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -22,18 +23,13 @@ from dtrain.errors import CheckpointError
 _PROGRESS = ("step", "updates", "epoch", "step_in_epoch", "samples")
 
 
-class Stateful(Protocol):
-    """What has a state that a resumed run needs."""
+class _HasState(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns it: JSON values and tensors."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores it."""
-        ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@dataclass
 class RunState:
     """Collects and restores what a run is in the middle of.
 
@@ -41,30 +37,20 @@ class RunState:
     callbacks look at them; all else after it, because a scheduler that is made there changes
     the optimizer.
 
-    Ranks: all.
+    Ranks: all, local.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        precision: Stateful,
-        callbacks: tuple[Callback, ...],
-        context: Context,
-        world: World,
-        config: dict[str, Any],
-        slot: CheckpointSlot | None,
-    ) -> None:
-        self.slot = slot
-        self.model = model
-        #: What must be the same for the run to be continued.
-        self.fingerprint: dict[str, Any] = {}
-        self._optimizer = optimizer
-        self._precision = precision
-        self._callbacks = callbacks
-        self.context = context
-        self._world = world
-        self.config = config
+    model: nn.Module
+    optimizer: Optimizer
+    precision: _HasState
+    callbacks: tuple[Callback, ...]
+    context: Context
+    world: World
+    #: The user's settings.
+    config: dict[str, Any]
+    slot: CheckpointSlot | None
+    #: What must be the same for the run to be continued.
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
     def take(
         self, loop: dict[str, Any], data: dict[str, Any] | None, *, device_is_well: bool = True
@@ -78,18 +64,17 @@ class RunState:
 
         Raises:
             CheckpointError: something in it cannot be saved; it is named.
-
-        Ranks: all, local.
         """
         context, slot = self.context, self.slot
+        capture = random_streams.capture if device_is_well else random_streams.capture_host
         return Content(
             step=context.progress.step,
             model=self.model.state_dict() if slot is None else slot.select(self.model),
             state=tree.split(
                 {
-                    "optimizer": self._optimizer.state_dict(),
-                    "precision": self._precision.state_dict(),
-                    "callbacks": {c.name: c.state_dict() for c in self._callbacks},
+                    "optimizer": self.optimizer.state_dict(),
+                    "precision": self.precision.state_dict(),
+                    "callbacks": {c.name: c.state_dict() for c in self.callbacks},
                     "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
                     "loop": loop,
                     "shared_rng": context.shared_rng.get_state(),
@@ -100,9 +85,7 @@ class RunState:
             ),
             rank_state=tree.split(
                 {
-                    "rng": random_streams.capture()
-                    if device_is_well
-                    else random_streams.capture_host(),
+                    "rng": capture(),
                     "own_rng": context.rng.get_state(),
                     "data": data,
                 }
@@ -115,8 +98,6 @@ class RunState:
 
         Raises:
             CheckpointError: a file cannot be read, or lacks what the model has.
-
-        Ranks: all, local.
         """
         tensors = files.load_model(saved.path)
         missing = [name for name in self.model.state_dict() if name not in tensors]
@@ -147,18 +128,16 @@ class RunState:
 
         Raises:
             CheckpointError: a file cannot be read.
-
-        Ranks: all, local.
         """
         context = self.context
-        self._optimizer.load_state_dict(state["optimizer"])
-        _undo_casts(self._optimizer, state["optimizer"])
-        self._precision.load_state_dict(state["precision"])
-        for callback in self._callbacks:
+        self.optimizer.load_state_dict(state["optimizer"])
+        _undo_casts(self.optimizer, state["optimizer"])
+        self.precision.load_state_dict(state["precision"])
+        for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"][callback.name])
         context.shared_rng.set_state(state["shared_rng"])
         context.metrics.update(state["metrics"])
-        mine = files.load_rank_state(saved.path, self._world.rank)
+        mine = files.load_rank_state(saved.path, self.world.rank)
         if mine is None:
             new_rank()
             return None
