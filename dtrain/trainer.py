@@ -13,7 +13,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.callback import Callback, Hooks, check_names, the_only
-from dtrain.checkpoint import CheckpointSlot, ResumeMode, RunFiles, RunState, copy_state
+from dtrain.checkpoint import (
+    CheckpointSlot,
+    ResumeMode,
+    RunFiles,
+    RunState,
+    copy_state,
+    json_values,
+)
 from dtrain.cluster import Deadline, Signals
 from dtrain.context import Context, Outbox, Progress, Request
 from dtrain.data import AccumulationSlot, Data, Feed, open_feed
@@ -126,7 +133,12 @@ class Trainer:
                 _outbox=self._outbox,
             )
             self._run_state = RunState(
-                self.context, self.precision, self.hooks.callbacks, world, config, self._checkpoint
+                self.context,
+                self.precision,
+                self.hooks.callbacks,
+                world,
+                json_values(config),
+                self._checkpoint,
             )
         self._engine = Engine(
             self.model,

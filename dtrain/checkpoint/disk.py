@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from contextlib import ContextDecorator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,11 @@ def write_bytes(file: Path, content: bytes) -> None:
     """Writes a file, down to the disk."""
     file.write_bytes(content)
     _sync_file(file)
+
+
+def _sync_file(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -63,20 +69,10 @@ def can_hold(dtype: torch.dtype) -> bool:
     return True
 
 
-class plain_words(ContextDecorator):
+@contextmanager
+def plain_words(path: Path) -> Iterator[None]:
     """Turns what the disk says into a CheckpointError that names the checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(f"{self._path} could not be written: {error}") from error
-
-
-def _sync_file(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be written: {error}") from error

@@ -14,7 +14,9 @@ What is large comes in parts, as Hugging Face's libraries name and index them::
 
         model-00001-of-00004.safetensors ... model.safetensors.index.json
 
-Who writes which of them is said in :mod:`dtrain.checkpoint.writing`.
+Who writes which of them is said in :mod:`dtrain.checkpoint.writer`.
+
+Ranks: all read, rank 0 alone commits, tidies and removes; all local.
 """
 
 from __future__ import annotations
@@ -98,10 +100,8 @@ def commit(
         final: where it is to be.
         step: the global step.
         metrics: the newest agreed metrics.
-        facts: from each file's name to :func:`facts_of` it.
+        facts: :func:`facts_of` each file, by name.
         check: raises where this start may not write any more; called at the last moment.
-
-    Ranks: rank 0 only.
     """
     manifest = {"format": FORMAT, "step": step, "metrics": metrics, "files": dict(facts)}
     manifest["sha256"] = _digest_of(manifest)
@@ -131,7 +131,7 @@ def tidy(folder: Path) -> None:
 def find(folder: Path) -> tuple[Saved | None, list[str]]:
     """Returns the newest intact checkpoint, and what is wrong with newer ones.
 
-    Ranks: all, local; reads every byte of the files it looks at.
+    It reads every byte of the files it looks at.
     """
     damage: list[str] = []
     for path in reversed(_by_step(folder)):
@@ -164,37 +164,34 @@ def load_model(path: Path) -> dict[str, Tensor]:
     """Returns parameters and buffers, on the CPU.
 
     Raises:
-        CheckpointError: a file cannot be read.
+        CheckpointError: a file cannot be read; so for all that load.
     """
     return _load_parts(path, MODEL)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Returns what was saved as ``state``.
-
-    Raises:
-        CheckpointError: a file cannot be read.
-    """
+    """Returns what was saved as ``state``."""
     return _join(path / f"{STATE}.json", _load_parts(path, STATE))
 
 
 def load_rank_state(path: Path, rank: int) -> dict[str, Any] | None:
-    """Returns what this rank saved, or None where the run had fewer ranks.
-
-    Raises:
-        CheckpointError: a file cannot be read.
-    """
+    """Returns what this rank saved, or None where the run had fewer ranks."""
     file = path / f"{rank_name(rank)}.json"
     if not file.exists():
         return None
     return _join(file, load_tensors(path / _whole(rank_name(rank))))
 
 
-def remove(folder: Path, step: int) -> None:
-    """Deletes the checkpoint of ``step``; renamed first, so that half of one is never found.
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file, on the CPU."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
-    Ranks: rank 0 only.
-    """
+
+def remove(folder: Path, step: int) -> None:
+    """Deletes the checkpoint of ``step``; renamed first, so that half of one is never found."""
     path = folder / f"step-{step:08d}"
     aside = folder / f".removing-{path.name}"
     if aside.exists():  # killed while it removed, and the step was saved again
@@ -227,8 +224,6 @@ def check(path: Path) -> Saved:
 
     Raises:
         CheckpointError: names the first file that is not as it was written.
-
-    Ranks: all, local; reads every byte.
     """
     manifest = _read_manifest(path)
     for name, facts in manifest["files"].items():
@@ -293,15 +288,3 @@ def _join(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, LookupError, RecursionError, CheckpointError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     return state
-
-
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file, on the CPU.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error

@@ -11,11 +11,13 @@ from typing import Any
 
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import status
+from dtrain.checkpoint.crash_loop import Failures, failures_before
 from dtrain.checkpoint.format import Saved
+from dtrain.checkpoint.resume import EMERGENCY, Decision, ResumeMode, check_mode, decide
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.run_state import RunState
 from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.status import Failures, ResumeMode, Status
+from dtrain.checkpoint.status import State, Status
 from dtrain.context import Progress
 from dtrain.distributed import SAVING, World, share_buffers
 from dtrain.errors import ConfigError, CrashLoop, DtrainError, RunTaken
@@ -69,22 +71,22 @@ class RunFiles:
         Ranks: all, communicates.
         """
         run_dir, run_state = self._run_dir, self._run_state
-        status.check_mode(mode)
+        check_mode(mode)
         if run_dir is None:
             if mode == "must":
                 raise ConfigError("resume='must' needs a run_dir to resume from")
             return None
 
-        def look() -> status.Decision:
-            status.prepare(run_dir)
+        def look() -> Decision:
+            prepare(run_dir)
             self.saver.run_lock = RunLock(run_dir)
             self.saver.run_lock.take()
-            decision = status.decide(
+            decision = decide(
                 run_dir, mode, run_state.fingerprint, epochs=epochs, max_steps=max_steps
             )
             before = decision.before
             try:
-                self._failures = status.failures_before(before, restarted=self._world.restarted)
+                self._failures = failures_before(before, restarted=self._world.restarted)
             except CrashLoop as loop:
                 if before is not None:
                     status.write(run_dir, replace(before, requeue=False))
@@ -164,7 +166,7 @@ class RunFiles:
                     files.remove(folder, step)
             self._write_status("running", at=at)
 
-        share_buffers(run_state.model, comm)
+        share_buffers(run_state.context.model, comm)
         content = run_state.take(loop_state, data_state)
         self.saver.save(folder, content, then=tidy, wait=not self._saves_beside)
 
@@ -190,7 +192,7 @@ class RunFiles:
         """
         if self._run_dir is None:
             return
-        folder = self._run_dir / status.EMERGENCY
+        folder = self._run_dir / EMERGENCY
         step = self._progress.step
         comm = self._world.comm
         comm.activity.enter(SAVING)
@@ -202,7 +204,7 @@ class RunFiles:
 
         try:
             with comm.lockstep("saving what was before the failed step"):
-                share_buffers(self._run_state.model, comm)
+                share_buffers(self._run_state.context.model, comm)
                 # Whose step failed may have a broken device; others write what is there of it.
                 healthy = comm.gather_objects("who failed", not failed_here)
                 content = self._run_state.take(
@@ -225,7 +227,7 @@ class RunFiles:
 
         Ranks: all, communicates.
         """
-        state: status.State = "preempted" if preempted else "finished"
+        state: State = "preempted" if preempted else "finished"
         self._world.comm.on_main("status", lambda: self._write_status(state, reason))
 
     def fail(self, error: BaseException, cause: BaseException | None) -> None:
@@ -258,25 +260,38 @@ class RunFiles:
     def _saves_beside(self) -> bool:
         return self._slot is not None and self._slot.background
 
-    def _write_status(
-        self, state: status.State, reason: str = "", *, at: Progress | None = None
-    ) -> None:
+    def _write_status(self, state: State, reason: str = "", *, at: Progress | None = None) -> None:
         if self._run_dir is None:
             return
         if self.saver.run_lock is not None:
             self.saver.run_lock.check()
         at = at or self._progress
         failures = self._failures.then(at.step) if state == "failed" else self._failures
-        status.write(
-            self._run_dir,
-            Status(
-                state,
-                reason,
-                at.step,
-                at.epoch,
-                fingerprint=self._run_state.fingerprint,
-                failed_at=failures.at,
-                failures=failures.count,
-                requeue=not failures.is_loop,
-            ),
+        now = Status(
+            state,
+            reason,
+            at.step,
+            at.epoch,
+            fingerprint=self._run_state.fingerprint,
+            failed_at=failures.at,
+            failures=failures.count,
+            requeue=not failures.is_loop,
         )
+        status.write(self._run_dir, now)
+
+
+def prepare(run_dir: Path) -> None:
+    """Makes ``run_dir`` and proves that it can be written.
+
+    Raises:
+        ConfigError: it cannot.
+
+    Ranks: rank 0 only.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".can-write"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written: {error}") from error

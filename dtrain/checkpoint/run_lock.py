@@ -22,6 +22,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 from dtrain.checkpoint import disk
 from dtrain.distributed import this_machine
@@ -29,7 +30,7 @@ from dtrain.errors import CheckpointError, RunTaken
 
 #: How long a start waits for the end of the one before; a loader's workers outlive a killed rank.
 WAIT_S = 10.0
-#: The run_lock's own files in ``run_dir``.
+#: The lock's own files in ``run_dir``.
 TOKEN, LOCK = ".writer", ".writer.lock"
 _LOOK_EVERY_S = 0.1
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
@@ -59,9 +60,13 @@ class RunLock:
         """
         with disk.plain_words(self._run_dir / TOKEN):
             self._lock = _lock(self._run_dir)
-            facts = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid()}
-            facts["machine"] = this_machine()
-            facts["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
+            facts = {
+                "token": self.token,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "machine": this_machine(),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            }
             aside = self._run_dir / f"{TOKEN}-{self.token}"
             disk.write_bytes(aside, json.dumps(facts).encode())
             os.replace(aside, self._run_dir / TOKEN)
@@ -117,6 +122,7 @@ def _lock(run_dir: Path) -> int | None:
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return handle
             except BlockingIOError:
                 who = _who(run_dir)
             except OSError as error:
@@ -124,8 +130,6 @@ def _lock(run_dir: Path) -> int | None:
                     raise
                 os.close(handle)
                 return None
-            else:
-                return handle
             if time.monotonic() >= deadline:
                 if _may_live_here(run_dir):
                     raise RunTaken(
@@ -152,18 +156,24 @@ def _say(words: str) -> None:
     sys.stderr.flush()
 
 
-def _may_live_here(run_dir: Path) -> bool:
+def _writer(run_dir: Path, *names: str) -> dict[str, Any]:
+    """Returns what the newest start left of itself; empty where it lacks one of ``names``."""
     try:
         facts = json.loads((run_dir / TOKEN).read_bytes())
-        here = this_machine()
-        return facts["machine"] == here and (not here or Path(f"/proc/{facts['pid']}").exists())
+        return {name: facts[name] for name in names}
     except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def _may_live_here(run_dir: Path) -> bool:
+    facts, here = _writer(run_dir, "machine", "pid"), this_machine()
+    if not facts:
         return True
+    return bool(facts["machine"] == here) and (not here or Path(f"/proc/{facts['pid']}").exists())
 
 
 def _who(run_dir: Path) -> str:
-    try:
-        facts = json.loads((run_dir / TOKEN).read_bytes())
-        return f"pid {facts['pid']} on {facts['host']}, since {facts['since']}"
-    except (OSError, ValueError, LookupError, TypeError):
+    facts = _writer(run_dir, "pid", "host", "since")
+    if not facts:
         return "it has not said which"
+    return f"pid {facts['pid']} on {facts['host']}, since {facts['since']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -23,18 +24,13 @@ from dtrain.errors import CheckpointError, ConfigError
 _PROGRESS = ("step", "updates", "epoch", "step_in_epoch", "samples")
 
 
-class Stateful(Protocol):
-    """What has a state that a resumed run needs."""
+class _HasState(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns it: JSON values and tensors."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores it."""
-        ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@dataclass
 class RunState:
     """Collects and restores what a run is in the middle of.
 
@@ -42,28 +38,18 @@ class RunState:
     callbacks look at them; all else after it, because a scheduler that is made there changes
     the optimizer.
 
-    Ranks: all.
+    Ranks: all, local.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        precision: Stateful,
-        callbacks: tuple[Callback, ...],
-        world: World,
-        config: Mapping[str, Any] | None,
-        slot: CheckpointSlot | None,
-    ) -> None:
-        self.context = context
-        self.model = context.model
-        self.config = json_values(config)
-        self.slot = slot
-        #: What must be the same for the run to be continued.
-        self.fingerprint: dict[str, Any] = {}
-        self._optimizer = context.optimizer
-        self._precision = precision
-        self._callbacks = callbacks
-        self._world = world
+    context: Context
+    precision: _HasState
+    callbacks: tuple[Callback, ...]
+    world: World
+    #: The user's settings.
+    config: dict[str, Any]
+    slot: CheckpointSlot | None
+    #: What must be the same for the run to be continued.
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
     def take(
         self, loop: dict[str, Any], data: dict[str, Any] | None, *, device_is_well: bool = True
@@ -77,18 +63,19 @@ class RunState:
 
         Raises:
             CheckpointError: something in it cannot be saved; it is named.
-
-        Ranks: all, local.
         """
         context, slot = self.context, self.slot
+        capture = random_streams.capture if device_is_well else random_streams.capture_host
         return Content(
             step=context.progress.step,
-            model=self.model.state_dict() if slot is None else slot.select(self.model),
+            model=self.context.model.state_dict()
+            if slot is None
+            else slot.select(self.context.model),
             state=tree.split(
                 {
-                    "optimizer": self._optimizer.state_dict(),
-                    "precision": self._precision.state_dict(),
-                    "callbacks": {c.name: c.state_dict() for c in self._callbacks},
+                    "optimizer": self.context.optimizer.state_dict(),
+                    "precision": self.precision.state_dict(),
+                    "callbacks": {c.name: c.state_dict() for c in self.callbacks},
                     "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
                     "loop": loop,
                     "shared_rng": context.shared_rng.get_state(),
@@ -99,9 +86,7 @@ class RunState:
             ),
             rank_state=tree.split(
                 {
-                    "rng": random_streams.capture()
-                    if device_is_well
-                    else random_streams.capture_host(),
+                    "rng": capture(),
                     "own_rng": context.rng.get_state(),
                     "data": data,
                 }
@@ -114,18 +99,16 @@ class RunState:
 
         Raises:
             CheckpointError: a file cannot be read, or lacks what the model has.
-
-        Ranks: all, local.
         """
         tensors = files.load_model(saved.path)
-        missing = [name for name in self.model.state_dict() if name not in tensors]
+        missing = [name for name in self.context.model.state_dict() if name not in tensors]
         if missing and not (self.slot is not None and self.slot.trainable_only):
             raise CheckpointError(
                 f"{saved.path} lacks {len(missing)} of the model's tensors, such as {missing[0]}: "
                 "it was made with Checkpoint(trainable_only=True). Pass that again, and load the "
                 "base model before fit."
             )
-        self.model.load_state_dict(tensors, strict=not missing)
+        self.context.model.load_state_dict(tensors, strict=not missing)
         state = files.load_state(saved.path)
         for name in _PROGRESS:
             setattr(self.context.progress, name, state["progress"][name])
@@ -146,18 +129,16 @@ class RunState:
 
         Raises:
             CheckpointError: a file cannot be read.
-
-        Ranks: all, local.
         """
         context = self.context
-        self._optimizer.load_state_dict(state["optimizer"])
-        _undo_casts(self._optimizer, state["optimizer"])
-        self._precision.load_state_dict(state["precision"])
-        for callback in self._callbacks:
+        self.context.optimizer.load_state_dict(state["optimizer"])
+        _undo_casts(self.context.optimizer, state["optimizer"])
+        self.precision.load_state_dict(state["precision"])
+        for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"][callback.name])
         context.shared_rng.set_state(state["shared_rng"])
         context.metrics.update(state["metrics"])
-        mine = files.load_rank_state(saved.path, self._world.rank)
+        mine = files.load_rank_state(saved.path, self.world.rank)
         if mine is None:
             new_rank()
             return None

@@ -94,7 +94,7 @@ class Saver:
         self._apart.in_use.acquire()  # of another Trainer, too
         self._thread = threading.Thread(
             target=self._write_beside,
-            args=(folder, staged, self._apart, lambda: self._unless_left(then)),
+            args=(folder, staged, self._apart, then),
             name="dtrain: checkpoint",
             daemon=True,  # an error elsewhere must not wait for a disk
         )
@@ -143,16 +143,16 @@ class Saver:
             self._signs = self._apart.activity.signs
             self._world.comm.activity.enter(self._apart.activity.phase)
 
-    def _unless_left(self, then: Callable[[], None]) -> None:
-        with self._leaving:
-            if not self._left:
-                then()
-
     def _write_beside(
         self, folder: Path, staged: Staged, comm: Comm, then: Callable[[], None]
     ) -> None:
+        def unless_left() -> None:
+            with self._leaving:
+                if not self._left:
+                    then()
+
         try:
-            self._write(folder, staged, comm, then)
+            self._write(folder, staged, comm, unless_left)
         finally:
             comm.in_use.release()
 

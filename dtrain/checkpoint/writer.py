@@ -71,13 +71,10 @@ class Staged:
 
 
 class Stage:
-    """Copies this rank's share of a checkpoint off the device.
+    """Copies a rank's share of a checkpoint off the device.
 
     It keeps the memory of the copies for the next time: to get new memory from the system takes
     longer than to copy. With CUDA it is pinned, and the copy runs beside the host.
-
-    Args:
-        rank: this rank.
 
     Ranks: all, local.
     """
@@ -91,7 +88,7 @@ class Stage:
 
         Args:
             content: what to copy.
-            sharers: among which ranks to divide what is equal on all of them.
+            sharers: the ranks among which to divide what is equal on all of them.
 
         Raises:
             CheckpointError: something in it cannot be saved; it is named.
@@ -100,23 +97,20 @@ class Stage:
         shared = {files.MODEL: content.model, files.STATE: content.state.tensors}
         for stem, held in shared.items():
             _check(stem, held)
-        parts = [
-            (stem, number, names)
-            for stem, held in shared.items()
-            for number, names in enumerate(divide(held, len(sharers)))
-        ]
-        count = {stem: sum(one == stem for one, _, _ in parts) for stem in shared}
+        divided = {stem: divide(held, len(sharers)) for stem, held in shared.items()}
+        parts = [(stem, *part) for stem, names in divided.items() for part in enumerate(names)]
         own = content.rank_state.tensors
         mine = list(own.values())  # what is copied here
         for turn, (stem, number, names) in enumerate(parts):
             if sharers[turn % len(sharers)] == self._rank:
-                file = files.part_name(stem, number, count[stem])
+                file = files.part_name(stem, number, len(divided[stem]))
                 staged.tensors[file] = {n: self._copy(stem, n, shared[stem][n]) for n in names}
                 mine += [shared[stem][name] for name in names]
         if self._rank == sharers[0]:
             staged.plain[f"{files.STATE}.json"] = content.state.plain
-            if count[files.MODEL] > 1:
-                staged.plain[f"{files.MODEL}.safetensors.index.json"] = _index(parts, shared)
+            if len(divided[files.MODEL]) > 1:
+                index = _index(content.model, divided[files.MODEL])
+                staged.plain[f"{files.MODEL}.safetensors.index.json"] = index
         stem = files.rank_name(self._rank)
         _check(stem, own)
         staged.plain[f"{stem}.json"] = content.rank_state.plain
@@ -240,26 +234,22 @@ def _write_share(aside: Path, staged: Staged, activity: Activity) -> dict[str, A
 
 def _check(stem: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
+        trouble = ""
         if not disk.can_hold(tensor.dtype):
-            raise CheckpointError(
-                f"{name} ({stem}) cannot be saved: no file can hold tensors of {tensor.dtype}"
-            )
-        if tensor.layout != torch.strided:
-            raise CheckpointError(
-                f"{name} ({stem}) cannot be saved: it is {tensor.layout}; keep it dense"
-            )
+            trouble = f"no file can hold tensors of {tensor.dtype}"
+        elif tensor.layout != torch.strided:
+            trouble = f"it is {tensor.layout}; keep it dense"
+        if trouble:
+            raise CheckpointError(f"{name} ({stem}) cannot be saved: {trouble}")
 
 
-def _index(
-    parts: Sequence[tuple[str, int, list[str]]], shared: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, Any]:
+def _index(model: Mapping[str, Tensor], parts: list[list[str]]) -> dict[str, Any]:
     """Says which part has which tensor of the model, as Hugging Face's libraries expect it."""
-    of_model = [(number, names) for stem, number, names in parts if stem == files.MODEL]
     return {
-        "metadata": {"total_size": sum(t.nbytes for t in shared[files.MODEL].values())},
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in model.values())},
         "weight_map": {
-            name: files.part_name(files.MODEL, number, len(of_model))
-            for number, names in of_model
+            name: files.part_name(files.MODEL, number, len(parts))
+            for number, names in enumerate(parts)
             for name in names
         },
     }

@@ -78,17 +78,3 @@ class Feed(Protocol):
             ResumeError: this many ranks cannot go on from there.
         """
         return ""
-
-
-class _NoData:
-    micros = 1
-
-    def next(self) -> MicroBatch | None:
-        return None
-
-    def is_last(self) -> bool:
-        return False
-
-
-StepFeed = MicroBatches
-NO_DATA: MicroBatches = _NoData()

@@ -178,11 +178,6 @@ class Data:
             )
 
 
-def as_data(data: Any, batch_size: int | None, *, shuffle: bool) -> Data:
-    """The old name of :meth:`Data.of`."""
-    return Data.of(data, batch_size, shuffle=shuffle)
-
-
 def _refuse_loader(dataset: Any, batch_size: int | None) -> None:
     """A loader over a map-style dataset would give every rank all of the data."""
     if not isinstance(dataset, DataLoader):

@@ -26,7 +26,7 @@ from torch.utils.data import TensorDataset
 
 import dtrain
 from dtrain.callbacks import Checkpoint
-from dtrain.checkpoint import run_lock, files
+from dtrain.checkpoint import format as files, run_lock
 
 out, name, holds_at, locks, background = sys.argv[1:]
 out = Path(out)

@@ -9,9 +9,9 @@ import socket
 import pytest
 from saved import save
 
-from dtrain.checkpoint import disk, status
+from dtrain.checkpoint import disk, run_lock
 from dtrain.checkpoint import format as files
-from dtrain.checkpoint import run_lock as run_lock
+from dtrain.checkpoint.resume import decide
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.errors import CheckpointError, RunTaken
 
@@ -109,10 +109,10 @@ def test_a_token_that_cannot_be_read_is_no_other_start(tmp_path):
     assert not isinstance(caught.value, RunTaken)
 
 
-def test_beginning_anew_leaves_the_claim_where_it_is(tmp_path):
+def test_beginning_anew_leaves_the_lock_where_it_is(tmp_path):
     mine = taken(tmp_path)
     (tmp_path / "status.json").write_text("{}")
-    status.decide(tmp_path, "never", {}, epochs=1, max_steps=None)
+    decide(tmp_path, "never", {}, epochs=1, max_steps=None)
     mine.check()
     assert sorted(os.listdir(tmp_path)) == [".writer", ".writer.lock", "before-1"]
 
