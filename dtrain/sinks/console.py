@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console as Terminal
+from rich.console import RenderableType
 from rich.file_proxy import FileProxy
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -46,10 +47,10 @@ class Console(Sink):
         self._out: TextIO = sys.stdout
         self._terminal: Terminal | None = None
         self._live: Live | None = None
+        self._drawn = -math.inf  # when the bar was, in the report's seconds
         self._first: Report | None = None
-        self._mark = (0, 0.0)
+        self._mark = (0, 0.0)  # samples and seconds from which on speed is measured
         self._speed = ""
-        self._drawn = -math.inf
 
     def open(self, run_dir: Path | None) -> None:
         """Finds out whether it writes to a terminal."""
@@ -76,8 +77,8 @@ class Console(Sink):
         elif report.kind == "eval":
             self._print("  ".join([*_place(report), *_figures(report.values)]), style="bold")
             self._mark = (report.samples, report.seconds)
-        elif report.kind == "sample":
-            if report.sample is not None and report.text:
+        elif report.sample is not None:
+            if report.text:
                 self._print(f"--- {report.sample.name}:\n{report.text}\n---")
         else:
             if report.kind == "end":
@@ -115,16 +116,15 @@ class Console(Sink):
         if self._terminal is None:
             return
         text = Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+        cells: list[RenderableType] = [text]
         row = Table.grid(padding=(0, 2))
         room = self._terminal.width - text.cell_len - 4  # 2 between bar and text, 2 for the cursor
         narrowest, widest = _BAR_WIDTH
         if report.total_steps and room >= narrowest:
             row.add_column(width=min(room, widest), no_wrap=True)
-            row.add_column(no_wrap=True)
-            row.add_row(ProgressBar(total=report.total_steps, completed=report.step), text)
-        else:
-            row.add_column(no_wrap=True)
-            row.add_row(text)
+            cells.insert(0, ProgressBar(total=report.total_steps, completed=report.step))
+        row.add_column(no_wrap=True)
+        row.add_row(*cells)
         if self._live is None:
             self._live = Live(
                 console=self._terminal,
@@ -174,14 +174,13 @@ def _rate(value: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    s = math.ceil(seconds)
-    if s < 60:
-        return f"{s} s"
-    if s < 3600:
-        return f"{s // 60} min {s % 60:02} s"
-    if s < 86400:
-        return f"{s // 3600} h {s % 3600 // 60:02} min"
-    return f"{s // 86400} d {s % 86400 // 3600} h"
+    minutes, s = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {s:02} s" if minutes else f"{s} s"
 
 
 def _forget_bar() -> None:

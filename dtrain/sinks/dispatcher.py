@@ -49,7 +49,8 @@ class Dispatcher:
         self._sinks = tuple(sinks)
         for sink in self._sinks:
             if not isinstance(sink, Sink):
-                raise ConfigError(f"sinks: {sink!r} is no dtrain.Sink{_hint(sink)}")
+                hint = f"; did you mean `{sink.__name__}()`?" if isinstance(sink, type) else ""
+                raise ConfigError(f"sinks: {sink!r} is no dtrain.Sink{hint}")
             if sink.on_error not in ("warn", "raise"):
                 raise ConfigError(
                     f"{type(sink).__name__}(on_error={sink.on_error!r}): choose 'warn' or 'raise'"
@@ -78,8 +79,6 @@ class Dispatcher:
 
         Raises:
             SinkError: names the sink and its error.
-
-        Ranks: rank 0 only; elsewhere it never raises.
         """
         for worker in self._workers:
             if worker.error is not None and worker.must_work:
@@ -94,8 +93,6 @@ class Dispatcher:
         Raises:
             Exception: whatever a sink raises, such as a :class:`ConfigError`. Sinks that were
                 opened before it are closed again.
-
-        Ranks: rank 0 only.
         """
         if not self._active or self._is_open:
             return
@@ -118,12 +115,8 @@ class Dispatcher:
         """Hands ``report`` to every sink, without waiting for any of them.
 
         Where ``capacity`` reports wait already, the oldest ``train`` report is left out.
-
-        Ranks: rank 0 only.
         """
-        if not self._is_open:
-            return
-        for worker in self._workers:
+        for worker in self._workers if self._is_open else ():
             if worker.put(report):
                 self._notify(
                     f"dtrain: the sink {worker.name} is slower than the training: "
@@ -140,8 +133,6 @@ class Dispatcher:
 
         Args:
             timeout_s: for all sinks together, in seconds.
-
-        Ranks: rank 0 only.
         """
         self._is_open = False
         deadline = time.monotonic() + timeout_s
@@ -159,15 +150,12 @@ class Dispatcher:
 
         Raises:
             SinkError: names the sink and its error.
-
-        Ranks: rank 0 only.
         """
         self.close()
         self.check()
 
     def _notify(self, text: str) -> None:
-        # stderr can block as well (a paused terminal, a full pipe), and this is the thread
-        # that trains.
+        # stderr can block as well (a paused terminal, a full pipe), and this thread trains.
         thread = threading.Thread(target=_say, args=(text,), name="dtrain-notice", daemon=True)
         thread.start()
         self._notices.append(thread)
@@ -196,20 +184,14 @@ class _Worker:
         with self._changed:
             if self.error is not None:
                 return False
-            full = len(self._waiting) >= self._capacity
-            if full:
-                self.dropped += 1
-                for index, old in enumerate(self._waiting):
-                    if old.kind == "train":
-                        del self._waiting[index]
-                        break
-                else:
-                    if report.kind == "train":
-                        return self.dropped == 1
-                    self._waiting.popleft()
             self._waiting.append(report)
             self._changed.notify()
-            return full and self.dropped == 1
+            if len(self._waiting) <= self._capacity:
+                return False
+            trains = (i for i, waiting in enumerate(self._waiting) if waiting.kind == "train")
+            del self._waiting[next(trains, 0)]
+            self.dropped += 1
+            return self.dropped == 1
 
     def finish(self) -> None:
         """Lets the thread end once nothing waits any more."""
@@ -232,8 +214,7 @@ class _Worker:
                 f"{len(self._waiting)}."
             )
             self._waiting.clear()
-            if self.error is None:
-                self.error = TimeoutError(text)
+            self.error = TimeoutError(text) if self.error is None else self.error
             return text
 
     def _run(self) -> None:
@@ -259,24 +240,19 @@ class _Worker:
             action()
         except BaseException as error:  # noqa: BLE001 -- the thread's outermost frame; told in _run
             with self._changed:
-                if self.error is None:
-                    self.error = error
+                self.error = error if self.error is None else self.error
                 self._waiting.clear()
             return error
         return None
 
     def _write_all(self) -> None:
-        while (report := self._next()) is not None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._finishing)
+                if not self._waiting:
+                    return
+                report = self._waiting.popleft()
             self._sink.write(report)
-
-    def _next(self) -> Report | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._finishing)
-            return self._waiting.popleft() if self._waiting else None
-
-
-def _hint(sink: object) -> str:
-    return f"; did you mean `{sink.__name__}()`?" if isinstance(sink, type) else ""
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,7 @@
-"""What a run says at its start and its end, in plain words."""
+"""What a run says at its start and its end, in plain words.
+
+Ranks: all, local.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,6 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from dtrain.context import Context
 from dtrain.distributed import World
-
-#: What torch has fused kernels for, which are quicker on the CPU, too.
-_FUSABLE = (Adam, AdamW)
 
 
 def describe_start(
@@ -31,14 +31,11 @@ def describe_start(
         strategy: how gradients meet, in words.
         batch_size: the global batch; None for a stream.
         split: from a rank's share to its micro-batches.
-
-    Ranks: all, local.
     """
-    model = context.model
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    name, parameters = type(context.model).__name__, context.model.parameters()
+    count = sum(p.numel() for p in parameters if p.requires_grad)
     ranks = f"{world.size} rank{'s' * (world.size > 1)}"
     where = f"{world.device.type}, {world.backend}" if world.size > 1 else world.device.type
-    name = type(model).__name__
     lines = [f"{name}: {count:,} trainable parameters, {precision}, {ranks} ({where})"]
     if batch_size is not None:
         share = -(-batch_size // world.size)
@@ -49,10 +46,9 @@ def describe_start(
             f"{max(sizes)} samples"
         )
         if batch_size < world.size:
-            idle = world.size - batch_size
             lines.append(
-                f"warning: the batch is smaller than the number of ranks; {idle} of them have "
-                "nothing to do in a step"
+                "warning: the batch is smaller than the number of ranks; "
+                f"{world.size - batch_size} of them have nothing to do in a step"
             )
         elif share < 4 and world.size > 1:
             lines.append(
@@ -61,32 +57,26 @@ def describe_start(
             )
     if world.size > 1 and strategy:
         lines.append(strategy)
-    if advice := _advice(context.optimizer):
-        lines.append(advice)
-    progress = context.progress
-    if progress.total_steps is not None:
-        lines.append(f"{progress.total_steps:,} steps in all")
+    if _fusable(context.optimizer):  # a user's optimizer is never altered
+        lines.append(
+            f"advice: {type(context.optimizer).__name__}(..., fused=True) computes the same in one "
+            "pass; of a small model's step that saves about a fifth"
+        )
+    if context.progress.total_steps is not None:
+        lines.append(f"{context.progress.total_steps:,} steps in all")
     return "\n".join(lines)
 
 
-def _advice(optimizer: Optimizer) -> str:
-    """What would be quicker; a user's optimizer is never altered."""
-    kind = type(optimizer)
+def _fusable(optimizer: Optimizer) -> bool:
+    """Says whether torch has a fused kernel, quicker on the CPU, too, and was not told of it."""
+    if type(optimizer) not in (Adam, AdamW) or optimizer.defaults.get("fused") is not None:
+        return False
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    fusable = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in held)
-    if kind not in _FUSABLE or optimizer.defaults.get("fused") is not None or not fusable:
-        return ""
-    return (
-        f"advice: {kind.__name__}(..., fused=True) computes the same in one pass; of a small "
-        "model's step that saves about a fifth"
-    )
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in held)
 
 
 def describe_end(state: str, context: Context, stop_reason: str) -> str:
-    """Returns the end block: why it ended, the evaluation's figures, where the files are.
-
-    Ranks: all, local.
-    """
+    """Returns the end block: why it ended, the evaluation's figures, where the files are."""
     progress, metrics = context.progress, context.metrics
     lines = [
         f"{state} after {progress.step:,} steps, {progress.epoch} "
