@@ -132,12 +132,13 @@ class Trainer:
                 loss_scaled=self.precision.scales_loss,
                 _outbox=self._outbox,
             )
+            settings = json_values(config)
             self._run_state = RunState(
                 self.context,
                 self.precision,
                 self.hooks.callbacks,
                 world,
-                json_values(config),
+                settings,
                 self._checkpoint,
             )
         self._engine = Engine(
