@@ -94,6 +94,7 @@ def test_the_lane_travels_with_backward() -> None:
         loss_mean=15.0,
         factor=2.0,
         samples=7,
+        undone=True,  # no rank had data
         stop=0,
         save=1,
         preempt=0,
@@ -138,8 +139,24 @@ def test_each_slot_has_its_place_in_the_verdict(slot: Slot, field: str) -> None:
     one.open()
     one.say(slot, 3)
     verdict = reduce([one])
-    counts = {name: getattr(verdict, name) for name in Verdict._fields if name != "loss_mean"}
+    counts = {
+        name: getattr(verdict, name)
+        for name in Verdict._fields
+        if name not in ("loss_mean", "undone")
+    }
     assert counts == dict.fromkeys(counts, 0) | {field: 3}
+
+
+@pytest.mark.parametrize("slot", [Slot.ERROR, Slot.STARVED, Slot.LEAVING, Slot.ENDING, Slot.STOP])
+def test_a_step_is_undone_where_a_rank_failed_or_has_to_leave(slot: Slot) -> None:
+    one = lane()
+    one.open()
+    one.say(Slot.FED)
+    assert not reduce([one]).undone
+    one.open()
+    one.say(Slot.FED)
+    one.say(slot)
+    assert reduce([one]).undone is (slot not in (Slot.ENDING, Slot.STOP))
 
 
 # ----------------------------------------------------------------------------- many ranks

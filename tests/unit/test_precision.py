@@ -22,7 +22,7 @@ def test_full_precision_does_nothing() -> None:
     precision.unscale(optimizer, 1.0)
     assert weight.grad is not None
     assert weight.grad.item() == 3
-    assert precision.step(optimizer)
+    assert precision.step(optimizer, closed=False) is False
     assert weight.item() == -2
     with precision.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
@@ -61,7 +61,7 @@ def one_step(
     optimizer.zero_grad()
     precision.scale(slope * weight.sum()).backward()
     precision.unscale(optimizer, 1.0)
-    return precision.step(optimizer)
+    return not precision.step(optimizer, closed=False)
 
 
 def test_gradients_are_scaled_and_unscaled() -> None:
@@ -71,7 +71,7 @@ def test_gradients_are_scaled_and_unscaled() -> None:
     assert weight.grad.item() == 24
     precision.unscale(optimizer, 1.0)
     assert weight.grad.item() == 3
-    assert precision.step(optimizer)
+    assert precision.step(optimizer, closed=False) is False
     assert weight.item() == -2
 
 
@@ -106,10 +106,29 @@ def test_a_step_that_is_vetoed_and_overflows_is_not_taken_off_twice() -> None:
         optimizer.zero_grad()
         precision.scale(slope * weight.sum()).backward()
         precision.unscale(optimizer, 1.0)
-        blocked = precision.step_unless(optimizer, torch.tensor(veto))
+        blocked = precision.step(optimizer, closed=torch.tensor(veto))
         assert blocked.item() == veto
         assert optimizer.state[weight]["step"].item() == 1
     assert precision.values() == {"loss_scale": 8.0}  # a veto leaves it, whatever overflowed
+
+
+def test_a_closed_step_changes_neither_weight_nor_scale() -> None:
+    precision, (weight, optimizer) = scaled(), parameter()
+    for slope in (1.0, float("inf")):
+        optimizer.zero_grad()
+        precision.scale(slope * weight.sum()).backward()
+        precision.unscale(optimizer, 1.0)
+        assert precision.step(optimizer, closed=True) is True
+    assert precision.values() == {"loss_scale": 8.0}
+    assert weight.item() == 1
+
+
+def test_a_step_in_which_no_parameter_got_a_gradient() -> None:
+    precision, (weight, optimizer) = scaled(), parameter()
+    precision.unscale(optimizer, 1.0)
+    assert precision.step(optimizer, closed=True) is True
+    assert precision.values() == {"loss_scale": 8.0}
+    assert weight.item() == 1
 
 
 def test_a_skipped_step_still_adapts_the_scale() -> None:
