@@ -306,15 +306,15 @@ def beats(ranks: int) -> dict[str, float]:
     look_s, look_cpu = _load(lambda: others.look(0.0))
     seen = [Seen(_beat(rank), 0.0) for rank in range(ranks)]
     return {
-        "beats: a post (bytes)": float(len(texts[-1])),
-        "beats: store's time for a post (us)": 1e6 * post_cpu / ranks,
-        "beats: store busy with all ranks' posts (%)": 100 * 2 * post_cpu,
-        "beats: a look at all, at the rank (ms)": 1e3 * look_s,
-        "beats: a look at all, store's time (ms)": 1e3 * look_cpu,
-        "beats: judging them (ms)": 1e3 * seconds_of(lambda: judge(seen)),
-        "beats: store's time for a look for a failure (us)": 1e6 * flag_cpu,
-        "beats: if all ranks looked at once, store's time (s)": ranks * look_cpu,
-        "beats: the sixteen that do, store's time (s)": LOOKERS * look_cpu,
+        "heartbeats: a post (bytes)": float(len(texts[-1])),
+        "heartbeats: store's time for a post (us)": 1e6 * post_cpu / ranks,
+        "heartbeats: store busy with all ranks' posts (%)": 100 * 2 * post_cpu,
+        "heartbeats: a look at all, at the rank (ms)": 1e3 * look_s,
+        "heartbeats: a look at all, store's time (ms)": 1e3 * look_cpu,
+        "heartbeats: judging them (ms)": 1e3 * seconds_of(lambda: judge(seen)),
+        "heartbeats: store's time for a look for a failure (us)": 1e6 * flag_cpu,
+        "heartbeats: if all ranks looked at once, store's time (s)": ranks * look_cpu,
+        "heartbeats: the sixteen that do, store's time (s)": LOOKERS * look_cpu,
     }
 
 
