@@ -26,6 +26,8 @@ class Means:
         label: names the reduction for the other ranks.
         device: where metrics are computed.
         names: of metrics that all ranks have, so that they need not be agreed on.
+
+    Ranks: all, local; but for :meth:`agree`.
     """
 
     def __init__(self, label: str, device: torch.device, names: Sequence[str] = ()) -> None:
@@ -45,8 +47,6 @@ class Means:
 
         Raises:
             LossError: the value is no number.
-
-        Ranks: all, local.
         """
         if isinstance(value, Mean):
             total, units = value.total, value.weight
@@ -66,7 +66,7 @@ class Means:
                 pair[0] += float(total.detach() if isinstance(total, Tensor) else total)
                 pair[1] += units
             return
-        both = torch.stack([self._as_double(x) for x in (total, units)])
+        both = torch.stack([self._as_double(total), self._as_double(units)])
         both = torch.where(both[1] == 0, torch.zeros_like(both), both)
         seen = self._device_sums.get(name)
         self._device_sums[name] = both if seen is None else seen + both
@@ -76,8 +76,6 @@ class Means:
 
         Raises:
             LossError: a value is no number.
-
-        Ranks: all, local.
         """
         self._reduce[name] = reduce
         for value in values:
@@ -106,10 +104,7 @@ class Means:
             self._objects.add(f"{name}/{key}" if key else name, part)
 
     def drop(self) -> None:
-        """Forgets what was added and not agreed, as after a failure.
-
-        Ranks: all, local.
-        """
+        """Forgets what was added and not agreed, as after a failure."""
         self._sums, self._device_sums = {}, {}
         self._objects.drop()
 
@@ -122,14 +117,13 @@ class Means:
         for maxima, and one for states of torchmetrics objects that are no sums, where there
         are any.
         """
-        sums = {name: (pair[0], pair[1]) for name, pair in self._sums.items()}
-        for name, device_pair in self._device_sums.items():
+        sums = self._sums
+        for name, pair in self._device_sums.items():
             total, weight = sums.get(name, (0.0, 0.0))
-            more, more_weight = device_pair.tolist()
-            sums[name] = total + more, weight + more_weight
+            more, more_weight = pair.tolist()
+            sums[name] = [total + more, weight + more_weight]
         self._sums, self._device_sums = {}, {}
-        maxima = {n: pair for n, pair in sums.items() if self._reduce.get(n) == "max"}
-        sums = {n: pair for n, pair in sums.items() if n not in maxima}
+        maxima = {name: sums.pop(name)[0] for name in [*sums] if self._reduce.get(name) == "max"}
         # Names are agreed once; after that a sync point is one packed reduction, which also
         # says whether some rank has a name that the others have not seen.
         new = {name: pair for name, pair in sums.items() if name not in self._names}
@@ -160,7 +154,10 @@ class Means:
             if weight
         }
         if any_maxima:
-            values |= _largest(comm.gather_objects(f"{self._label}: maxima", maxima))
+            largest: dict[str, float] = {}
+            for found in comm.gather_objects(f"{self._label}: maxima", maxima):
+                largest |= {n: max(value, largest.get(n, value)) for n, value in found.items()}
+            values |= largest
         return values | self._objects.agree(
             packed[len(figures) :],
             news,
@@ -169,14 +166,6 @@ class Means:
             label=self._label,
             comm=comm,
         )
-
-
-def _largest(by_rank: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
-    largest: dict[str, float] = {}
-    for maxima in by_rank:
-        for name, pair in maxima.items():
-            largest[name] = max(pair[0], largest.get(name, pair[0]))
-    return largest
 
 
 def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, Any]:

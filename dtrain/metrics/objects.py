@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,7 +17,7 @@ State = Any  # a tensor, or a list of tensors (or, in detection, of tuples)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StateKey:
     """A state that is summed over ranks: where it lies in a metric, and what it looks like."""
 
     path: str
@@ -25,7 +26,7 @@ class Place:
     dtype: torch.dtype
 
 
-Sums = dict[Place, Tensor]  # in float64
+Sums = dict[StateKey, Tensor]  # in float64
 Others = dict[str, dict[str, State]]  # states that are not summed, by path and by name
 
 
@@ -42,11 +43,9 @@ class MetricObject(Protocol):
 
     def compute(self) -> Any:
         """Returns the metric's value."""
-        ...
 
     def reset(self) -> None:
         """Forgets all updates."""
-        ...
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The metric itself and, in a wrapper or a sum of metrics, those inside it."""
@@ -63,60 +62,51 @@ class Objects:
 
     An agreement is: :meth:`collect`, :meth:`pack` and :meth:`news` for the others, then
     :meth:`agree`.
+
+    Ranks: all, local; but for :meth:`agree`.
     """
 
     def __init__(self) -> None:
         self._seen: dict[str, MetricObject] = {}
         self._sums: dict[str, Sums] = {}
         self._others: dict[str, Others] = {}
-        self._layouts: dict[str, tuple[Place, ...]] = {}  # agreed
+        self._layouts: dict[str, tuple[StateKey, ...]] = {}  # agreed
 
     def add(self, name: str, metric: MetricObject) -> None:
-        """Takes notice of a metric that was updated.
-
-        Ranks: all, local.
-        """
+        """Takes notice of a metric that was updated."""
         self._seen[name] = metric
 
     def drop(self) -> None:
-        """Forgets what was not agreed.
-
-        Ranks: all, local.
-        """
+        """Forgets what was not agreed."""
         for metric in self._seen.values():
             metric.reset()
         self._seen = {}
 
     def collect(self) -> bool:
-        """Looks at this rank's states; returns whether there are any that are not summed.
-
-        Ranks: all, local.
-        """
-        updated = {name: metric for name, metric in self._seen.items() if _was_updated(metric)}
-        self._sums = {name: _sums(metric) for name, metric in updated.items()}
-        self._others = {name: _others(metric) for name, metric in updated.items()}
+        """Looks at this rank's states; returns whether there are any that are not summed."""
+        self._sums, self._others = {}, {}
+        for name, metric in self._seen.items():
+            if any(part.update_called for part in _parts(metric).values()):
+                self._sums[name], self._others[name] = _states(metric)
         return any(any(states.values()) for states in self._others.values())
 
     def pack(self) -> Tensor:
-        """Returns, for each metric that ranks agreed on, a 1 and its sums; or zeros.
-
-        Ranks: all, local.
-        """
-        parts = []
+        """Returns, for each metric that ranks agreed on, a 1 and its sums; or zeros."""
+        parts = [torch.zeros(0, dtype=torch.float64)]
         for name, layout in self._layouts.items():
             fits = self._fits(name)
             parts.append(torch.tensor([float(fits)], dtype=torch.float64))
-            for place in layout:
-                blank = torch.zeros(place.shape, dtype=torch.float64)
-                parts.append((self._sums[name][place] if fits else blank).reshape(-1))
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+            for key in layout:
+                blank = torch.zeros(key.shape, dtype=torch.float64)
+                parts.append((self._sums[name][key] if fits else blank).reshape(-1))
+        return torch.cat(parts)
 
     def news(self) -> dict[str, Sums]:
-        """Returns the sums for which there is no place in what is packed yet.
-
-        Ranks: all, local.
-        """
+        """Returns the sums for which there is no room in what is packed yet."""
         return {name: sums for name, sums in self._sums.items() if not self._fits(name)}
+
+    def _fits(self, name: str) -> bool:
+        return name in self._sums and tuple(self._sums[name]) == self._layouts.get(name)
 
     def agree(
         self,
@@ -148,7 +138,7 @@ class Objects:
         """
         counts, totals = self._unpack(packed)
         for name, sums in (item for theirs in news for item in theirs.items()):
-            _add(name, totals.setdefault(name, dict.fromkeys(sums, _ZERO)), sums)
+            totals[name] = _added(name, totals[name], sums) if name in totals else sums
             counts[name] = counts.get(name, 0) + 1
             self._layouts[name] = tuple(sums)
         others = comm.gather_objects(f"{label}: metric states", self._others) if exchange else []
@@ -165,36 +155,28 @@ class Objects:
             agreed |= {name: value for name, value in found.items() if name not in agreed}
         return agreed
 
-    def _fits(self, name: str) -> bool:
-        return name in self._sums and tuple(self._sums[name]) == self._layouts.get(name)
-
     def _unpack(self, packed: Tensor) -> tuple[dict[str, int], dict[str, Sums]]:
         """Returns how many ranks updated each metric, and its sums, where any did."""
         counts: dict[str, int] = {}
         totals: dict[str, Sums] = {}
+        sizes = [n for keys in self._layouts.values() for n in (1, *(prod(k.shape) for k in keys))]
+        parts = iter(packed.split(sizes))
         for name, layout in self._layouts.items():
-            count, packed = int(packed[0]), packed[1:]
-            sums: Sums = {}
-            for place in layout:
-                size = torch.Size(place.shape).numel()
-                sums[place], packed = packed[:size].view(place.shape), packed[size:]
+            count = int(next(parts))
+            sums = {key: next(parts).view(key.shape) for key in layout}
             if count:
                 counts[name], totals[name] = count, sums
         return counts, totals
 
 
-_ZERO = torch.zeros((), dtype=torch.float64)
-
-
-def _add(name: str, totals: Sums, sums: Sums) -> None:
-    if tuple(totals) != tuple(sums):
-        shapes = [[list(place.shape) for place in each] for each in (totals, sums)]
+def _added(name: str, sums: Sums, more: Sums) -> Sums:
+    if tuple(sums) != tuple(more):
+        shapes = [[list(key.shape) for key in each] for each in (sums, more)]
         raise LossError(
             f"the states of the metric {name!r} have the shapes {shapes[0]} on one rank and "
             f"{shapes[1]} on another: update it alike on all ranks"
         )
-    for place, state in sums.items():
-        totals[place] = totals[place] + state
+    return {key: total + more[key] for key, total in sums.items()}
 
 
 def _parts(metric: MetricObject) -> dict[str, MetricObject]:
@@ -202,36 +184,23 @@ def _parts(metric: MetricObject) -> dict[str, MetricObject]:
     return {path: part for path, part in metric.named_modules() if isinstance(part, MetricObject)}
 
 
-def _was_updated(metric: MetricObject) -> bool:
-    return any(part.update_called for part in _parts(metric).values())
-
-
-def _is_summed(state: State, reduction: Callable[[Any], Any] | None) -> bool:
+def _states(metric: MetricObject) -> tuple[Sums, Others]:
+    """Returns copies of the states that are summed, and of all others."""
     # Imported late: who brings no torchmetrics object need not have it.
     from torchmetrics.utilities import dim_zero_sum
 
-    return reduction is dim_zero_sum and isinstance(state, Tensor) and not state.is_complex()
-
-
-def _sums(metric: MetricObject) -> Sums:
-    return {
-        Place(path, name, tuple(state.shape), state.dtype): state.detach().cpu().double()
-        for path, part in _parts(metric).items()
-        for name, state in part.metric_state.items()
-        if _is_summed(state, part._reductions[name])
-    }
-
-
-def _others(metric: MetricObject) -> Others:
-    cpu = torch.device("cpu")
-    return {
-        path: {
-            name: _moved(state, cpu)
-            for name, state in part.metric_state.items()
-            if not _is_summed(state, part._reductions[name])
-        }
-        for path, part in _parts(metric).items()
-    }
+    sums: Sums = {}
+    others: Others = {}
+    for path, part in _parts(metric).items():
+        others[path] = {}
+        for name, state in part.metric_state.items():
+            is_summed = part._reductions[name] is dim_zero_sum and isinstance(state, Tensor)
+            if is_summed and not state.is_complex():
+                key = StateKey(path, name, tuple(state.shape), state.dtype)
+                sums[key] = state.detach().cpu().double()
+            else:
+                others[path][name] = _moved(state, torch.device("cpu"))
+    return sums, others
 
 
 def _moved(state: State, device: torch.device) -> State:
@@ -244,16 +213,14 @@ def _compute(metric: MetricObject, sums: Sums, others: list[Others]) -> Any:
     """Computes with all ranks' states; to be followed by a reset."""
     parts = _parts(metric)
     before = {path: part.distributed_available_fn for path, part in parts.items()}
-    summed = {(place.path, place.name): (place, state) for place, state in sums.items()}
+    summed = {(key.path, key.name): total.to(key.dtype) for key, total in sums.items()}
     try:
         for path, part in parts.items():
             part.distributed_available_fn = lambda: False  # merged here, not by a collective
             part._computed = None  # it may have been looked at: that value is of this rank only
             for name in part.metric_state:
-                if (path, name) in summed:
-                    place, total = summed[path, name]
-                    merged = total.to(place.dtype)
-                else:
+                merged = summed.get((path, name))
+                if merged is None:
                     merged = _merge([each[path][name] for each in others], part._reductions[name])
                 setattr(part, name, _moved(merged, part.device))
         return metric.compute()
