@@ -58,7 +58,7 @@ def seconds_of(call: Callable[[], object], least_s: float = 0.05) -> float:
 def everything(ranks: int) -> dict[str, float]:
     """Returns the figures of all parts at a world size."""
     found: dict[str, float] = {}
-    for part in (order, lane, comm, agreements, checkpoint, beats):
+    for part in (order, lane, comm, agreements, checkpoint, heartbeats):
         found |= part(ranks)
     return found
 
@@ -272,7 +272,7 @@ _clients: list[Store] = []
 
 
 def use_store(port: int, pid: int) -> None:
-    """Says which store :func:`beats` is to load, and connects to it."""
+    """Says which store :func:`heartbeats` is to load, and connects to it."""
     _served.update(port=port, pid=pid)
     _clients.extend(_connect(port) for _ in range(CLIENTS))
 
@@ -288,7 +288,7 @@ def _connect(port: int) -> Store:
     return PrefixStore("dtrain/0/0", client)
 
 
-def beats(ranks: int) -> dict[str, float]:
+def heartbeats(ranks: int) -> dict[str, float]:
     """Posts at the rendezvous store, and the reading of all of them where something is wrong."""
     store = _clients[-1]
     texts = [_beat(rank).to_json() for rank in range(ranks)]
@@ -306,15 +306,15 @@ def beats(ranks: int) -> dict[str, float]:
     look_s, look_cpu = _load(lambda: others.look(0.0))
     seen = [Seen(_beat(rank), 0.0) for rank in range(ranks)]
     return {
-        "beats: a post (bytes)": float(len(texts[-1])),
-        "beats: store's time for a post (us)": 1e6 * post_cpu / ranks,
-        "beats: store busy with all ranks' posts (%)": 100 * 2 * post_cpu,
-        "beats: a look at all, at the rank (ms)": 1e3 * look_s,
-        "beats: a look at all, store's time (ms)": 1e3 * look_cpu,
-        "beats: judging them (ms)": 1e3 * seconds_of(lambda: judge(seen)),
-        "beats: store's time for a look for a failure (us)": 1e6 * flag_cpu,
-        "beats: if all ranks looked at once, store's time (s)": ranks * look_cpu,
-        "beats: the sixteen that do, store's time (s)": LOOKERS * look_cpu,
+        "heartbeats: a post (bytes)": float(len(texts[-1])),
+        "heartbeats: store's time for a post (us)": 1e6 * post_cpu / ranks,
+        "heartbeats: store busy with all ranks' posts (%)": 100 * 2 * post_cpu,
+        "heartbeats: a look at all, at the rank (ms)": 1e3 * look_s,
+        "heartbeats: a look at all, store's time (ms)": 1e3 * look_cpu,
+        "heartbeats: judging them (ms)": 1e3 * seconds_of(lambda: judge(seen)),
+        "heartbeats: store's time for a look for a failure (us)": 1e6 * flag_cpu,
+        "heartbeats: if all ranks looked at once, store's time (s)": ranks * look_cpu,
+        "heartbeats: the sixteen that do, store's time (s)": LOOKERS * look_cpu,
     }
 
 
