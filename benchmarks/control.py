@@ -110,7 +110,7 @@ def uncontrolled() -> Iterator[None]:
 
     with ExitStack() as stack:
         for owner, names in {
-            Activity: ["go", "begin_step", "end_lap", "has_data"],
+            Activity: ["enter", "begin_step", "end_lap", "has_data"],
             StragglerClock: ["begin_step", "waited_for_data", "forwarded", "reduced", "end_step"],
             Comm: ["mark_step"],
         }.items():

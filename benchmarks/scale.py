@@ -54,10 +54,10 @@ GROWS = {
     "checkpoint: plan": "O(1)",
     "checkpoint: shared parts": "O(1)",
     "checkpoint: ": "O(W)",
-    "beats: a post": "O(1)",
-    "beats: store's time": "O(1)",
-    "beats: if all": "O(W^2)",
-    "beats: ": "O(W)",
+    "heartbeats: a post": "O(1)",
+    "heartbeats: store's time": "O(1)",
+    "heartbeats: if all": "O(W^2)",
+    "heartbeats: ": "O(W)",
 }
 
 

@@ -58,7 +58,7 @@ def seconds_of(call: Callable[[], object], least_s: float = 0.05) -> float:
 def everything(ranks: int) -> dict[str, float]:
     """Returns the figures of all parts at a world size."""
     found: dict[str, float] = {}
-    for part in (order, lane, comm, agreements, checkpoint, beats):
+    for part in (order, lane, comm, agreements, checkpoint, heartbeats):
         found |= part(ranks)
     return found
 
@@ -272,7 +272,7 @@ _clients: list[Store] = []
 
 
 def use_store(port: int, pid: int) -> None:
-    """Says which store :func:`beats` is to load, and connects to it."""
+    """Says which store :func:`heartbeats` is to load, and connects to it."""
     _served.update(port=port, pid=pid)
     _clients.extend(_connect(port) for _ in range(CLIENTS))
 
@@ -288,7 +288,7 @@ def _connect(port: int) -> Store:
     return PrefixStore("dtrain/0/0", client)
 
 
-def beats(ranks: int) -> dict[str, float]:
+def heartbeats(ranks: int) -> dict[str, float]:
     """Posts at the rendezvous store, and the reading of all of them where something is wrong."""
     store = _clients[-1]
     texts = [_beat(rank).to_json() for rank in range(ranks)]

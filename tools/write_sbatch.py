@@ -1,4 +1,4 @@
-"""Writes slurm/*.sbatch anew from dtrain/batch.py, where their text is kept.
+"""Writes slurm/*.sbatch anew from dtrain/cluster/batch.py, where their text is kept.
 
 python tools/write_sbatch.py
 """
