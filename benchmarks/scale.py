@@ -49,15 +49,15 @@ GROWS = {
     "lane: samples": "rounding",
     "lane: equal": "rounding",
     "comm: ": "O(W)",
-    "pace: ": "O(W)",
+    "stragglers: ": "O(W)",
     "epoch start: ": "O(W)",
     "checkpoint: plan": "O(1)",
     "checkpoint: shared parts": "O(1)",
     "checkpoint: ": "O(W)",
-    "beats: a post": "O(1)",
-    "beats: store's time": "O(1)",
-    "beats: if all": "O(W^2)",
-    "beats: ": "O(W)",
+    "heartbeats: a post": "O(1)",
+    "heartbeats: store's time": "O(1)",
+    "heartbeats: if all": "O(W^2)",
+    "heartbeats: ": "O(W)",
 }
 
 

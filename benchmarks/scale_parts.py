@@ -58,7 +58,7 @@ def seconds_of(call: Callable[[], object], least_s: float = 0.05) -> float:
 def everything(ranks: int) -> dict[str, float]:
     """Returns the figures of all parts at a world size."""
     found: dict[str, float] = {}
-    for part in (order, lane, comm, agreements, checkpoint, beats):
+    for part in (order, lane, comm, agreements, checkpoint, heartbeats):
         found |= part(ranks)
     return found
 
@@ -117,7 +117,7 @@ def lane(ranks: int) -> dict[str, float]:
 
 
 class Alike:
-    """A transport on which all other ranks say what this one says, and nothing takes time to travel."""
+    """A transport on which all others say what this rank says, and nothing takes time."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -159,11 +159,11 @@ def comm(ranks: int) -> dict[str, float]:
 def agreements(ranks: int) -> dict[str, float]:
     """What is agreed at a report and at the start of an epoch."""
     transport = Alike()
-    pace = StragglerClock(Comm(rank=0, size=ranks, transport=transport), host="host", size=ranks)
+    clock = StragglerClock(Comm(rank=0, size=ranks, transport=transport), host="host", size=ranks)
 
     def compare() -> None:
-        pace._steps = STEPS
-        pace.compare(SECONDS)
+        clock._steps = STEPS
+        clock.compare(SECONDS)
 
     step = _strategy(Comm(rank=0, size=ranks, transport=transport), ranks)
     step.refresh()
@@ -171,7 +171,7 @@ def agreements(ranks: int) -> dict[str, float]:
     step.refresh()
     received = transport.received
     return {
-        "pace: who holds up the others (us)": 1e6 * seconds_of(compare),
+        "stragglers: who holds up the others (us)": 1e6 * seconds_of(compare),
         "epoch start: what is frozen (ms)": 1e3 * seconds_of(step.refresh),
         "epoch start: what is frozen (MB received)": received / 1e6,
     }
@@ -272,7 +272,7 @@ _clients: list[Store] = []
 
 
 def use_store(port: int, pid: int) -> None:
-    """Says which store :func:`beats` is to load, and connects to it."""
+    """Says which store :func:`heartbeats` is to load, and connects to it."""
     _served.update(port=port, pid=pid)
     _clients.extend(_connect(port) for _ in range(CLIENTS))
 
@@ -288,10 +288,10 @@ def _connect(port: int) -> Store:
     return PrefixStore("dtrain/0/0", client)
 
 
-def beats(ranks: int) -> dict[str, float]:
+def heartbeats(ranks: int) -> dict[str, float]:
     """Posts at the rendezvous store, and the reading of all of them where something is wrong."""
     store = _clients[-1]
-    texts = [_beat(rank).to_json() for rank in range(ranks)]
+    texts = [_heartbeat(rank).to_json() for rank in range(ranks)]
 
     def post() -> None:
         for rank, text in enumerate(texts):
@@ -304,21 +304,21 @@ def beats(ranks: int) -> dict[str, float]:
     post_cpu = _load(post)[1] - CLIENTS * flag_cpu
     others = Others(store, ranks, "another machine")
     look_s, look_cpu = _load(lambda: others.look(0.0))
-    seen = [Seen(_beat(rank), 0.0) for rank in range(ranks)]
+    seen = [Seen(_heartbeat(rank), 0.0) for rank in range(ranks)]
     return {
-        "beats: a post (bytes)": float(len(texts[-1])),
-        "beats: store's time for a post (us)": 1e6 * post_cpu / ranks,
-        "beats: store busy with all ranks' posts (%)": 100 * 2 * post_cpu,
-        "beats: a look at all, at the rank (ms)": 1e3 * look_s,
-        "beats: a look at all, store's time (ms)": 1e3 * look_cpu,
-        "beats: judging them (ms)": 1e3 * seconds_of(lambda: judge(seen)),
-        "beats: store's time for a look for a failure (us)": 1e6 * flag_cpu,
-        "beats: if all ranks looked at once, store's time (s)": ranks * look_cpu,
-        "beats: the sixteen that do, store's time (s)": LOOKERS * look_cpu,
+        "heartbeats: a post (bytes)": float(len(texts[-1])),
+        "heartbeats: store's time for a post (us)": 1e6 * post_cpu / ranks,
+        "heartbeats: store busy with all ranks' posts (%)": 100 * 2 * post_cpu,
+        "heartbeats: a look at all, at the rank (ms)": 1e3 * look_s,
+        "heartbeats: a look at all, store's time (ms)": 1e3 * look_cpu,
+        "heartbeats: judging them (ms)": 1e3 * seconds_of(lambda: judge(seen)),
+        "heartbeats: store's time for a look for a failure (us)": 1e6 * flag_cpu,
+        "heartbeats: if all ranks looked at once, store's time (s)": ranks * look_cpu,
+        "heartbeats: the sixteen that do, store's time (s)": LOOKERS * look_cpu,
     }
 
 
-def _beat(rank: int) -> Heartbeat:
+def _heartbeat(rank: int) -> Heartbeat:
     return Heartbeat(
         rank=rank,
         host=f"gpu-node-{rank // 8:04d}",
