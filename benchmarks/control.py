@@ -5,10 +5,10 @@
 
 Two trainings live in the same processes and take turns, in fits of a few hundred steps: one as it
 is, the other with hang_after_s=None and with what the control plane does in a step taken out (the
-activity that the watchdog reads, the stop-watches that name stragglers, the place that an error would
-be told with). Votes travel in the lane, which benchmarks/lane.py measures. A figure is the median,
-over rounds, of the ratio of median steps within a round, with the interval that this median lies
-in with 95 % confidence; "again" is the training without, once more.
+activity that the watchdog reads, the stop-watches that name stragglers, the place that an error
+would be told with). Votes travel in the lane, which benchmarks/lane.py measures. A figure is the
+median, over rounds, of the ratio of median steps within a round, with the interval that this median
+lies in with 95 % confidence; "again" is the training without, once more.
 """
 
 from __future__ import annotations

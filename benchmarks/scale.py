@@ -49,7 +49,7 @@ GROWS = {
     "lane: samples": "rounding",
     "lane: equal": "rounding",
     "comm: ": "O(W)",
-    "pace: ": "O(W)",
+    "stragglers: ": "O(W)",
     "epoch start: ": "O(W)",
     "checkpoint: plan": "O(1)",
     "checkpoint: shared parts": "O(1)",

@@ -117,7 +117,7 @@ def lane(ranks: int) -> dict[str, float]:
 
 
 class Alike:
-    """A transport on which all other ranks say what this one says, and nothing takes time to travel."""
+    """A transport on which all others say what this rank says, and nothing takes time."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -159,11 +159,11 @@ def comm(ranks: int) -> dict[str, float]:
 def agreements(ranks: int) -> dict[str, float]:
     """What is agreed at a report and at the start of an epoch."""
     transport = Alike()
-    pace = StragglerClock(Comm(rank=0, size=ranks, transport=transport), host="host", size=ranks)
+    clock = StragglerClock(Comm(rank=0, size=ranks, transport=transport), host="host", size=ranks)
 
     def compare() -> None:
-        pace._steps = STEPS
-        pace.compare(SECONDS)
+        clock._steps = STEPS
+        clock.compare(SECONDS)
 
     step = _strategy(Comm(rank=0, size=ranks, transport=transport), ranks)
     step.refresh()
@@ -171,7 +171,7 @@ def agreements(ranks: int) -> dict[str, float]:
     step.refresh()
     received = transport.received
     return {
-        "pace: who holds up the others (us)": 1e6 * seconds_of(compare),
+        "stragglers: who holds up the others (us)": 1e6 * seconds_of(compare),
         "epoch start: what is frozen (ms)": 1e3 * seconds_of(step.refresh),
         "epoch start: what is frozen (MB received)": received / 1e6,
     }
@@ -291,7 +291,7 @@ def _connect(port: int) -> Store:
 def heartbeats(ranks: int) -> dict[str, float]:
     """Posts at the rendezvous store, and the reading of all of them where something is wrong."""
     store = _clients[-1]
-    texts = [_beat(rank).to_json() for rank in range(ranks)]
+    texts = [_heartbeat(rank).to_json() for rank in range(ranks)]
 
     def post() -> None:
         for rank, text in enumerate(texts):
@@ -304,7 +304,7 @@ def heartbeats(ranks: int) -> dict[str, float]:
     post_cpu = _load(post)[1] - CLIENTS * flag_cpu
     others = Others(store, ranks, "another machine")
     look_s, look_cpu = _load(lambda: others.look(0.0))
-    seen = [Seen(_beat(rank), 0.0) for rank in range(ranks)]
+    seen = [Seen(_heartbeat(rank), 0.0) for rank in range(ranks)]
     return {
         "heartbeats: a post (bytes)": float(len(texts[-1])),
         "heartbeats: store's time for a post (us)": 1e6 * post_cpu / ranks,
@@ -318,7 +318,7 @@ def heartbeats(ranks: int) -> dict[str, float]:
     }
 
 
-def _beat(rank: int) -> Heartbeat:
+def _heartbeat(rank: int) -> Heartbeat:
     return Heartbeat(
         rank=rank,
         host=f"gpu-node-{rank // 8:04d}",

@@ -1,4 +1,4 @@
-"""dtrain.comm on real ranks: what verbs return, and what every rank learns when one goes wrong."""
+"""Comm on real ranks: what verbs return, and what every rank learns when one goes wrong."""
 
 import os
 import signal
