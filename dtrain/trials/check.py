@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dtrain.errors import CheckError, ConfigError
-from dtrain.trials import check_causes as find
+from dtrain.trials import check_causes
 from dtrain.trials.check_compare import DOUBLE, SINGLE, Comparison, Tolerance, compare
-from dtrain.trials.check_record import Examined, Results
+from dtrain.trials.check_record import Results
 from dtrain.trials.check_report import Cause, Equivalence
 from dtrain.trials.check_trial import SWITCHES, Setup
 from dtrain.trials.launcher import Launcher, check_script, last_line
@@ -33,9 +33,8 @@ def check_equivalence(
 
     The script runs as it is, in processes of its own, up to the end of its first ``fit``. There
     it takes ``steps`` steps in float64, without checkpoints, sinks, evaluation and mixed
-    precision, with its global batch split over ranks and micro-batches in every combination.
-    Where numbers part from those of one rank with one micro-batch, experiments look for the
-    cause.
+    precision, on every combination of ranks and micro-batches. Where numbers part from those of
+    one rank with one micro-batch, experiments look for the cause.
 
     Example::
 
@@ -45,14 +44,13 @@ def check_equivalence(
     Args:
         script: a file that calls ``Trainer(...).fit(...)``.
         args: the script's own arguments.
-        ranks: compare one rank with so many. They run on this machine: on its GPUs if there is
-            one for each, else on the CPU.
+        ranks: compare one rank with so many: on this machine's GPUs if there is one for each,
+            else on its CPU.
         micro_batches: compare so many micro-batches a rank.
         steps: global steps of each run.
         timeout_s: how long a run may take, in seconds.
-        allow: what may make numbers depend on ranks, and is taken out of all runs, so that the
-            rest can be compared: ``"dropout"``, ``"batchnorm"``, ``"augmentation"``,
-            ``"mixup"``.
+        allow: what is taken out of all runs, so that the rest can be compared: ``"dropout"``,
+            ``"batchnorm"``, ``"augmentation"``, ``"mixup"``.
         progress: is told what runs next.
 
     Returns:
@@ -93,7 +91,10 @@ class _Run:
 
 @dataclass
 class Check:
-    """One check, from the truth to the causes; :func:`check_equivalence` says what of."""
+    """One check, from the truth to the causes; :func:`check_equivalence` says what of.
+
+    Ranks: none; the launcher starts them.
+    """
 
     launcher: Launcher
     script: str | Path
@@ -107,10 +108,7 @@ class Check:
     tolerance: Tolerance = DOUBLE
 
     def run(self, micro_batches: Sequence[int]) -> Equivalence:
-        """Runs it.
-
-        Ranks: none; the launcher starts them.
-        """
+        """Runs it."""
         setup, truth = self._truth()
         batch_size = truth.main.batch_size
         if batch_size is None:
@@ -126,7 +124,8 @@ class Check:
             for micros in sorted({1, *micro_batches} - ({1} if ranks == 1 else set())):
                 one = replace(setup, ranks=ranks, micro_batches=micros, batch_size=batch_size)
                 results = self._launch(one, one.title)
-                runs.append(_Run(one, results, self._compare(one.title, truth, results)))
+                comparison = compare(one.title, truth, results, self.tolerance)
+                runs.append(_Run(one, results, comparison))
                 results.forget_gradients()
         parted = [run for run in runs if not run.comparison.equal]
         causes = self._causes(setup, truth, parted) if parted else []
@@ -144,33 +143,33 @@ class Check:
             notes=tuple(self.notes),
         )
 
-    # -- runs ---------------------------------------------------------------------------------
-
     def _truth(self) -> tuple[Setup, Results]:
-        """One rank and one micro-batch; in float64 if the script can do it."""
+        """Runs on one rank with one micro-batch; in float64 if the script can do it."""
         setup = Setup(1, 1, self.steps, without=self.allow, examine=True)
+        title, why = f"{setup.title} (the truth)", ""
         try:
-            truth = self._launch(setup, f"{setup.title} (the truth)")
+            truth = self._launch(setup, title)
         except CheckError as error:
             if not error.fails_itself:
                 raise
             # It may be float64 that it cannot do; if not, it fails again, in its own way.
             setup = replace(setup, double=False)
-            truth = self._launch(setup, f"{setup.title} (the truth), in float32")
-            self._compare_in_single(
+            truth = self._launch(setup, f"{title}, in float32")
+            why = (
                 f"in float64 the script fails ({last_line(error)}), so it was compared in float32, "
                 "where"
             )
         if setup.double and truth.main.dtype != "float64":
-            self._compare_in_single(
+            why = (
                 f"the loss comes in {truth.main.dtype}, though its batch and the model are "
                 "float64, so"
             )
+        if why:
+            self.tolerance = SINGLE
+            self.notes.append(
+                f"{why} faults of less than a thousandth cannot be told from rounding."
+            )
         return setup, truth
-
-    def _compare_in_single(self, why: str) -> None:
-        self.notes.append(f"{why} faults of less than a thousandth cannot be told from rounding.")
-        self.tolerance = SINGLE
 
     def _launch(self, setup: Setup, title: str) -> Results:
         if self.progress is not None:
@@ -183,73 +182,6 @@ class Check:
         launch.insist(f"on {setup.title}" if several else "on one rank")
         return Results.read(launch.folder, setup.ranks)
 
-    def _compare(self, title: str, truth: Results, results: Results) -> Comparison:
-        return compare(title, truth, results, self.tolerance)
-
-    # -- causes -------------------------------------------------------------------------------
-
-    def _causes(self, setup: Setup, truth: Results, parted: list[_Run]) -> list[Cause]:
-        worst = parted[-1]  # most ranks, most micro-batches: whatever splits does so here
-        title, results = worst.comparison.title, worst.results
-        examined = truth.main.examined or Examined()
-        suspects = [name for name in truth.main.seen if name not in self.allow]
-        if examined.data_draws and "augmentation" not in self.allow:
-            suspects.append("augmentation")
-        equal = self._equal_without(suspects, setup, worst.setup) if suspects else None
-        causes = find.switchable(suspects, equal)
-        if equal:
-            return causes
-        start = find.other_start(truth, results, title)
-        found = _those_of(
-            find.drifting(worst.comparison.strays, title),
-            find.ragged_mean(examined, self.tolerance),
-            *self._rank_dependent(parted, examined),
-            start,
-            find.other_settings(truth.main, results.main, title),
-        )
-        if not found:
-            # What only may be a cause, or follows from one that was found: the first of them.
-            found = _those_of(
-                find.wandering_data(examined),
-                find.random_loss(examined),
-                find.moving_buffers(truth.main),
-            )[:1]
-        if not found or start is not None:
-            found += self._again(setup, truth)
-        if not found and not (suspects and equal is None):
-            found.append(find.unknown())
-        return [*found, *causes]
-
-    def _equal_without(self, suspects: Sequence[str], setup: Setup, worst: Setup) -> bool | None:
-        """An experiment: are the numbers equal once the suspects are switched off?"""
-        without = (*self.allow, *suspects)
-        words = "without " + ", ".join(suspects)
-        truth = self._experiment(replace(setup, without=without), f"{words}, {setup.title}")
-        run = truth and self._experiment(replace(worst, without=without), f"{words}, {worst.title}")
-        return None if truth is None or run is None else self._compare(words, truth, run).equal
-
-    def _rank_dependent(self, parted: list[_Run], examined: Examined) -> list[Cause | None]:
-        """An experiment: every rank gets the same samples and random streams."""
-        several = [run.setup for run in parted if run.setup.ranks > 1]
-        if not several:
-            return []
-        setup = replace(several[0], micro_batches=1, twins=True)
-        twins = self._experiment(setup, f"the same samples on {self.ranks} ranks")
-        if twins is None:
-            return []
-        return [find.rank_in_data(twins), find.rank_in_loss(twins, examined.draws)]
-
-    def _again(self, setup: Setup, truth: Results) -> list[Cause]:
-        """An experiment: does the truth repeat itself?"""
-        results = self._experiment(setup, "one rank once more")
-        if results is None:
-            return []
-        again = self._compare(setup.title, truth, results)
-        if again.equal:
-            return []
-        where = f"loss by {again.loss_gap:.1e}, {again.worst} by {again.worst_gap:.1e}"
-        return [find.not_repeatable(where)]
-
     def _experiment(self, setup: Setup, words: str) -> Results | None:
         """Runs one; that it fails must not hide what is known already."""
         try:
@@ -258,13 +190,62 @@ class Check:
             self.notes.append(f"an experiment ({words}) failed: {last_line(error)}.")
             return None
 
-    # -- notes --------------------------------------------------------------------------------
+    def _causes(self, setup: Setup, truth: Results, parted: list[_Run]) -> list[Cause]:
+        worst = parted[-1]  # most ranks, most micro-batches: whatever splits does so here
+        examined = truth.main.examined
+        suspects = [name for name in truth.main.seen if name not in self.allow]
+        if examined and examined.data_draws and "augmentation" not in self.allow:
+            suspects.append("augmentation")
+        equal = self._equal_without(suspects, setup, worst.setup) if suspects else None
+        switchable = check_causes.switchable(suspects, equal)
+        if equal:
+            return switchable
+        twins = None
+        if several := [run.setup for run in parted if run.setup.ranks > 1]:
+            same = replace(several[0], micro_batches=1, twins=True)
+            twins = self._experiment(same, f"the same samples on {self.ranks} ranks")
+        found = (
+            list(check_causes.sure(truth, worst.results, twins, worst.comparison, self.tolerance))
+            or list(check_causes.possible(truth.main))[:1]
+        )
+        if not found or check_causes.other_start(truth, worst.results):
+            results = self._experiment(setup, "one rank once more")
+            if results is not None:
+                again = compare(setup.title, truth, results, self.tolerance)
+                found += [] if again.equal else [check_causes.not_repeatable(again)]
+        if not found and not (suspects and equal is None):
+            found.append(check_causes.UNKNOWN)
+        return [*found, *switchable]
+
+    def _equal_without(self, suspects: Sequence[str], setup: Setup, worst: Setup) -> bool | None:
+        """Tells whether numbers are equal once the suspects are switched off; None if untold."""
+        without = (*self.allow, *suspects)
+        words = "without " + ", ".join(suspects)
+        truth = self._experiment(replace(setup, without=without), f"{words}, {setup.title}")
+        run = truth and self._experiment(replace(worst, without=without), f"{words}, {worst.title}")
+        if truth is None or run is None:
+            return None
+        return compare(words, truth, run, self.tolerance).equal
 
     def _take_notes(self, truth: Results, runs: list[_Run]) -> None:
         self.notes += [f"{SWITCHES[name]} in all runs (--allow {name})." for name in self.allow]
-        several = [run.results for run in runs if run.setup.ranks > 1]
-        if several:
-            self._note_several(truth, several[0])
+        several = next((run.results for run in runs if run.setup.ranks > 1), None)
+        if several is not None:
+            models = [rank.given_model for rank in several.ranks]
+            unequal = [str(rank) for rank, model in enumerate(models) if model != models[0]]
+            if unequal and not check_causes.other_start(truth, several):
+                self.notes.append(
+                    f"the script makes another model on rank {', '.join(unequal)} than on rank 0: "
+                    "its seed depends on the rank. The Trainer gives all ranks rank 0's, so the "
+                    "numbers do not suffer; but call dtrain.init(seed=...) before the model is "
+                    "made, and seed nothing by the rank."
+                )
+            mine, theirs = truth.main.batch_size, several.main.batch_size
+            if mine != theirs:
+                self.notes.append(
+                    f"the script asks for batch_size {mine} on one rank and {theirs} on "
+                    f"{self.ranks}. batch_size is the global batch; here all runs had {mine}."
+                )
         if truth.main.steps < self.steps:
             self.notes.append(f"the training was over after {truth.main.steps} steps.")
         if not all(map(math.isfinite, truth.main.losses)):
@@ -272,25 +253,3 @@ class Check:
         examined = truth.main.examined
         if examined is not None and any(not run.comparison.equal for run in runs):
             self.notes += [f"could not be looked at: {failure}." for failure in examined.failures]
-
-    def _note_several(self, truth: Results, run: Results) -> None:
-        models = [rank.given_model for rank in run.ranks]
-        unequal = [str(rank) for rank, model in enumerate(models) if model != models[0]]
-        if unequal and find.other_start(truth, run, "") is None:
-            which = ", ".join(unequal)
-            self.notes.append(
-                f"the script makes another model on rank {which} than on rank 0: its seed depends "
-                "on the rank. The Trainer gives all ranks rank 0's, so the numbers do not suffer; "
-                "but call dtrain.init(seed=...) before the model is made, and seed nothing by the "
-                "rank."
-            )
-        mine, theirs = truth.main.batch_size, run.main.batch_size
-        if mine != theirs:
-            self.notes.append(
-                f"the script asks for batch_size {mine} on one rank and {theirs} on {self.ranks}. "
-                f"batch_size is the global batch; here all runs had {mine}."
-            )
-
-
-def _those_of(*causes: Cause | None) -> list[Cause]:
-    return [cause for cause in causes if cause is not None]

@@ -1,13 +1,13 @@
-"""From what runs recorded to why their numbers part. Each function looks for one cause."""
+"""From what runs recorded to why their numbers part."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from dtrain.trials.check_compare import Tolerance
+from dtrain.trials.check_compare import Comparison, Tolerance
 from dtrain.trials.check_record import Examined, Record, Results
 from dtrain.trials.check_report import Cause
 
@@ -41,7 +41,7 @@ _SWITCHED = {
 
 
 def switchable(suspects: Sequence[str], equal_without: bool | None) -> list[Cause]:
-    """Causes that an experiment has switched off.
+    """Returns causes that an experiment has switched off.
 
     Args:
         suspects: names from :data:`~dtrain.trials.check_trial.SWITCHES`, all switched off at once.
@@ -57,43 +57,125 @@ def switchable(suspects: Sequence[str], equal_without: bool | None) -> list[Caus
     return [Cause(name, f"{_SWITCHED[name][0]} {tried}", _SWITCHED[name][1]) for name in suspects]
 
 
-def drifting(strays: Sequence[int], title: str) -> Cause | None:
-    """Ranks began with the same parameters, and end with others."""
-    if not strays:
-        return None
-    which = ", ".join(str(rank) for rank in strays)
+def sure(
+    truth: Results, run: Results, twins: Results | None, found: Comparison, tolerance: Tolerance
+) -> Iterator[Cause]:
+    """Yields what makes numbers part wherever it is seen.
+
+    Args:
+        truth: one rank with one micro-batch, examined.
+        run: one that parts from it.
+        twins: ranks that were all given the same samples and random streams.
+        found: in what ``run`` parts.
+        tolerance: of the comparison.
+    """
+    examined = truth.main.examined or Examined()
+    if found.strays:
+        which = ", ".join(str(rank) for rank in found.strays)
+        yield Cause(
+            "ranks that drift apart",
+            f"On {found.title}, the parameters of rank {which} are no longer those of rank 0. All "
+            "ranks get the same gradients, so something changes gradients, parameters or the "
+            "optimizer otherwise on each rank.",
+            "look for the rank, or random numbers, in on_grads_ready, on_step_end and the "
+            "optimizer; ctx.shared_rng is equal on all ranks.",
+        )
+    if not examined.draws and (examined.mean_gap or 0.0) > tolerance.loss:
+        yield Cause(
+            "ragged mean",
+            examined.mean_evidence,
+            "return the weight that the mean is over: dtrain.Loss.from_sum(total, weight=count), "
+            "with the count of tokens or pixels that were not masked; or dtrain.Loss(mean, "
+            "weight=count). If instead samples see one another (in-batch negatives, statistics or "
+            "the size of the batch), the numbers cannot be the same on other ranks.",
+        )
+    if twins is not None:
+        yield from _rank_in_data(twins)
+        yield from _rank_in_loss(twins, examined.draws)
+    if other := other_start(truth, run):
+        count = len(truth.tensors("initial"))
+        yield Cause(
+            "other initial parameters",
+            f"Before the first step, {len(other)} of {count} parameters on {found.title} are not "
+            f"those on one rank: {_some(other, 3)}.",
+            "call dtrain.init(seed=...) before the model is made, and seed nothing by the rank or "
+            "the number of ranks.",
+        )
+    if settings := _other_settings(truth.main, run.main):
+        step, values = settings
+        yield Cause(
+            "other settings of the optimizer",
+            f"In step {step + 1}, on one rank and on {found.title}: {values}.",
+            "do not scale by the number of ranks: batch_size is the global batch, so the learning "
+            "rate and the schedule are the same on any number of them.",
+        )
+
+
+def possible(truth: Record) -> Iterator[Cause]:
+    """Yields what only may be a cause, or follows from a sure one; the likeliest first."""
+    examined = truth.examined or Examined()
+    if examined.data_wanders:
+        yield Cause(
+            "a dataset with random numbers of its own",
+            "Fetched twice, with the same random streams, a sample came out differently: the "
+            "dataset has a generator of its own (or none that is seeded).",
+            "draw from a generator seeded by the sample's index (and the epoch, if each is to "
+            "differ).",
+        )
+    if examined.draws:
+        yield Cause(
+            "a loss function that draws random numbers",
+            f"It draws: {examined.draws}. What a sample gets depends on which samples are drawn "
+            "for before it, and so on ranks and micro-batches.",
+            "nothing, if the noise may be any. To make it the same on any number of ranks, draw it "
+            "in the dataset, from a generator seeded by the sample's index.",
+        )
+    if truth.moving_buffers:
+        yield Cause(
+            "state that the model keeps",
+            f"Training changes these buffers: {_some(truth.moving_buffers, 5)}. If each forward "
+            "changes them (as in spectral norm), the number of micro-batches does.",
+            "change such state once a step, in a callback's on_step_end, and alike on all ranks; "
+            "or keep none.",
+        )
+
+
+def not_repeatable(again: Comparison) -> Cause:
+    """Returns the cause where the truth is not the truth a second time."""
     return Cause(
-        "ranks that drift apart",
-        f"On {title}, the parameters of rank {which} are no longer those of rank 0. All ranks get "
-        "the same gradients, so something changes gradients, parameters or the optimizer "
-        "otherwise on each rank.",
-        "look for the rank, or random numbers, in on_grads_ready, on_step_end and the optimizer; "
-        "ctx.shared_rng is equal on all ranks.",
+        "a training that does not repeat",
+        f"The same run once more, on one rank, gave other numbers (loss by {again.loss_gap:.1e}, "
+        f"{again.worst} by {again.worst_gap:.1e}). Something in it is not seeded, or takes the "
+        "time, or runs in another order each time.",
+        "call dtrain.init(seed=...) first, and seed every generator of your own.",
     )
 
 
-def ragged_mean(examined: Examined, tolerance: Tolerance) -> Cause | None:
-    """The loss of a batch is not the mean of its parts' losses, weighted as it says."""
-    if examined.draws or examined.mean_gap is None or not examined.mean_gap > tolerance.loss:
-        return None
-    return Cause(
-        "ragged mean",
-        examined.mean_evidence,
-        "return the weight that the mean is over: dtrain.Loss.from_sum(total, weight=count), with "
-        "the count of tokens or pixels that were not masked; or dtrain.Loss(mean, weight=count). "
-        "If instead samples see one another (in-batch negatives, statistics or the size of the "
-        "batch), the numbers cannot be the same on other ranks.",
-    )
+UNKNOWN = Cause(
+    "not found",
+    "It is none of: dropout, BatchNorm, Mixup, random augmentation, a ragged mean, random "
+    "numbers in the loss function, data or a loss that depend on the rank, other initial "
+    "parameters, other settings of the optimizer; and the run repeats itself.",
+    "look at the first step that parts, and at the tensors above. Suspects: a callback that "
+    "draws random numbers in on_batch, or changes gradients or parameters by what one rank "
+    "sees, state that the model keeps between micro-batches, and a loss function that scales "
+    "by what it sees in its own batch only.",
+)
 
 
-def rank_in_data(twins: Results) -> Cause | None:
-    """Ranks that were asked for the same samples have got others."""
+def other_start(truth: Results, run: Results) -> list[str]:
+    """Returns the parameters that were not equal before the first step."""
+    mine, theirs = truth.tensors("initial"), run.tensors("initial")
+    return [name for name in mine if not torch.equal(mine[name], theirs[name])]
+
+
+def _rank_in_data(twins: Results) -> Iterator[Cause]:
     main = twins.main
     for rank, other in enumerate(twins.ranks[1:], start=1):
         step = _first_difference(main.samples, other.samples)
         if step is not None:
             count = len({*main.samples[step]} - {*other.samples[step]})
-            return Cause(
+            yield Cause(
                 "data that depend on the rank",
                 f"Asked for the same {len(main.samples[step])} samples, with the same random "
                 f"streams, rank 0 and rank {rank} got different values for {count} of them (in "
@@ -102,11 +184,10 @@ def rank_in_data(twins: Results) -> Cause | None:
                 "in its seeds, shuffling or files. dtrain gives each rank its own samples by "
                 "itself.",
             )
-    return None
+            return
 
 
-def rank_in_loss(twins: Results, draws: str) -> Cause | None:
-    """Ranks with the same samples, parameters and random streams have another loss."""
+def _rank_in_loss(twins: Results, draws: str) -> Iterator[Cause]:
     main = twins.main
     for rank, other in enumerate(twins.ranks[1:], start=1):
         # Where ranks drift apart, only the first loss is of equal parameters.
@@ -115,112 +196,28 @@ def rank_in_loss(twins: Results, draws: str) -> Cause | None:
             ("a mean", main.own_losses[:valid], other.own_losses[:valid]),
             ("a weight", main.own_weights, other.own_weights),
         ):
-            found = _first_difference(mine, theirs)
-            if found is not None:
-                return Cause(
+            place = _first_difference(mine, theirs)
+            if place is not None:
+                yield Cause(
                     "a loss function that depends on the rank",
                     "On the same samples, with the same parameters and random streams, it returned "
-                    f"{what} of {mine[found]:.6g} on rank 0 and {theirs[found]:.6g} on rank {rank}."
+                    f"{what} of {mine[place]:.6g} on rank 0 and {theirs[place]:.6g} on rank {rank}."
                     + (f" It draws random numbers: {draws}." if draws else ""),
                     "seed no generator by the rank, and do not ask for the rank in the loss "
                     "function. For noise that is the same on any number of ranks, seed a generator "
                     "by the sample's index.",
                 )
-    return None
+                return
 
 
-def other_start(truth: Results, run: Results, title: str) -> Cause | None:
-    """The models were not equal before the first step."""
-    mine, theirs = truth.tensors("initial"), run.tensors("initial")
-    other = [name for name in mine if not torch.equal(mine[name], theirs[name])]
-    if not other:
-        return None
-    return Cause(
-        "other initial parameters",
-        f"Before the first step, {len(other)} of {len(mine)} parameters on {title} are not those "
-        f"on one rank: {_some(other, 3)}.",
-        "call dtrain.init(seed=...) before the model is made, and seed nothing by the rank or the "
-        "number of ranks.",
-    )
-
-
-def other_settings(truth: Record, run: Record, title: str) -> Cause | None:
-    """The optimizer has other numbers, such as a learning rate scaled by the ranks."""
+def _other_settings(truth: Record, run: Record) -> tuple[int, str] | None:
+    """Returns the first step in which the optimizer has other numbers, and which."""
     for step, (mine, theirs) in enumerate(zip(truth.settings, run.settings, strict=False)):
         for a, b in zip(mine, theirs, strict=False):
             names = [name for name in a if name in b and a[name] != b[name]]
             if names:
-                values = ", ".join(f"{name} is {a[name]} and {b[name]}" for name in names)
-                return Cause(
-                    "other settings of the optimizer",
-                    f"In step {step + 1}, on one rank and on {title}: {values}.",
-                    "do not scale by the number of ranks: batch_size is the global batch, so the "
-                    "learning rate and the schedule are the same on any number of them.",
-                )
+                return step, ", ".join(f"{name} is {a[name]} and {b[name]}" for name in names)
     return None
-
-
-def wandering_data(examined: Examined) -> Cause | None:
-    """A sample is another each time it is fetched."""
-    if not examined.data_wanders:
-        return None
-    return Cause(
-        "a dataset with random numbers of its own",
-        "Fetched twice, with the same random streams, a sample came out differently: the dataset "
-        "has a generator of its own (or none that is seeded).",
-        "draw from a generator seeded by the sample's index (and the epoch, if each is to differ).",
-    )
-
-
-def random_loss(examined: Examined) -> Cause | None:
-    """The loss function draws random numbers."""
-    if not examined.draws:
-        return None
-    return Cause(
-        "a loss function that draws random numbers",
-        f"It draws: {examined.draws}. What a sample gets depends on which samples are drawn for "
-        "before it, and so on ranks and micro-batches.",
-        "nothing, if the noise may be any. To make it the same on any number of ranks, draw it in "
-        "the dataset, from a generator seeded by the sample's index.",
-    )
-
-
-def moving_buffers(truth: Record) -> Cause | None:
-    """The model keeps something between forwards."""
-    names = truth.moving_buffers
-    if not names:
-        return None
-    return Cause(
-        "state that the model keeps",
-        f"Training changes these buffers: {_some(names, 5)}. If each forward changes them (as in "
-        "spectral norm), the number of micro-batches does.",
-        "change such state once a step, in a callback's on_step_end, and alike on all ranks; or "
-        "keep none.",
-    )
-
-
-def not_repeatable(where: str) -> Cause:
-    """The truth is not the truth a second time."""
-    return Cause(
-        "a training that does not repeat",
-        f"The same run once more, on one rank, gave other numbers ({where}). Something in it is "
-        "not seeded, or takes the time, or runs in another order each time.",
-        "call dtrain.init(seed=...) first, and seed every generator of your own.",
-    )
-
-
-def unknown() -> Cause:
-    """None of those known."""
-    return Cause(
-        "not found",
-        "It is none of: dropout, BatchNorm, Mixup, random augmentation, a ragged mean, random "
-        "numbers in the loss function, data or a loss that depend on the rank, other initial "
-        "parameters, other settings of the optimizer; and the run repeats itself.",
-        "look at the first step that parts, and at the tensors above. Suspects: a callback that "
-        "draws random numbers in on_batch, or changes gradients or parameters by what one rank "
-        "sees, state that the model keeps between micro-batches, and a loss function that scales "
-        "by what it sees in its own batch only.",
-    )
 
 
 def _some(names: Sequence[str], most: int) -> str:

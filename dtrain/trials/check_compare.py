@@ -18,24 +18,16 @@ from dtrain.trials.check_record import Results, gradients_name
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How far rounding alone may lead.
+    """How far rounding alone may lead."""
 
-    Attributes:
-        loss: of the largest loss.
-        gradient: of a tensor's largest gradient.
-        floor: a tensor whose largest gradient is less than this part of the model's is judged
-            by this part: rounding comes from the sums that gradients are made of, which do not
-            shrink with the tensor's own.
-        parameter: of the farthest that the tensor's numbers moved.
-        weak: a number whose gradient was once less than this part of the model's largest may
-            be driven by rounding; its parameter decides nothing. (One without any gradient is
-            driven by nothing; its parameter does decide.)
-    """
-
-    loss: float
-    gradient: float
+    loss: float  # of the largest loss
+    gradient: float  # of a tensor's largest gradient
+    #: Of the model's largest gradient: no tensor's counts as less, because rounding comes from
+    #: the sums that gradients are made of, which do not shrink with the tensor's own.
     floor: float
-    parameter: float
+    parameter: float  # of the farthest that the tensor's numbers moved
+    #: Of the model's largest gradient: a number whose gradient was once less may be driven by
+    #: rounding, and its parameter decides nothing. (Without any gradient, it does decide.)
     weak: float
 
 
@@ -48,42 +40,25 @@ SINGLE = Tolerance(loss=1e-4, gradient=1e-3, floor=1e-2, parameter=3e-2, weak=1e
 
 @dataclass(frozen=True, slots=True)
 class Parted:
-    """A tensor whose numbers part.
+    """A tensor whose numbers part."""
 
-    Attributes:
-        name: of the parameter.
-        gap: how far, relative to its largest gradient (or to how far it moved).
-        step: the first step in which its gradients part; None where only the parameters do.
-    """
-
-    name: str
-    gap: float
-    step: int | None
+    name: str  # of the parameter
+    gap: float  # relative to its largest gradient (or to how far it moved)
+    step: int | None  # the first in which gradients part; None where only the parameters do
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One run against the truth.
+    """One run against the truth."""
 
-    Attributes:
-        title: which run.
-        loss_gap: the largest difference of a step's loss, relative to the largest loss.
-        worst: the tensor with the largest gap, parted or not.
-        worst_gap: that gap.
-        parted: the tensors that part, the farthest first.
-        zero_gradients: tensors that differ only where their gradient is zero but for rounding.
-        loss_parts: the losses part.
-        strays: ranks whose parameters were not rank 0's after the last step, bit for bit.
-    """
-
-    title: str
-    loss_gap: float
-    worst: str
+    title: str  # which run
+    loss_gap: float  # the largest difference of a step's loss, relative to the largest loss
+    worst: str  # the tensor with the largest gap, parted or not
     worst_gap: float
-    parted: tuple[Parted, ...]
-    zero_gradients: tuple[str, ...]
+    parted: tuple[Parted, ...]  # the tensors that part, the farthest first
+    zero_gradients: tuple[str, ...]  # that differ only where their gradient is only rounding
     loss_parts: bool
-    strays: tuple[int, ...] = ()
+    strays: tuple[int, ...] = ()  # ranks whose parameters did not end as rank 0's, to the bit
 
     @property
     def equal(self) -> bool:
@@ -160,16 +135,9 @@ def parameter_gap(
 ) -> tuple[float, int]:
     """Returns how far a parameter is apart, and how many of its weak numbers drifted.
 
-    Args:
-        start: before the first step.
-        mine: after the last, in truth.
-        theirs: the run's.
-        weak: which numbers may have been driven by rounding alone.
-        tolerance: when one has drifted.
-
-    Returns:
-        The largest difference of numbers that are not weak, relative to how far the tensor's
-        numbers moved; and the count of weak ones that differ by more than the tolerance.
+    That is the largest difference of numbers that are not weak, relative to how far the tensor's
+    numbers moved from ``start`` to ``mine``; and the count of weak ones (which rounding alone may
+    have driven) that differ by more than the tolerance.
     """
     moved = _largest(mine - start)
     apart = (theirs - mine).abs()

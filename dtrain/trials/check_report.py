@@ -13,41 +13,25 @@ _SHOWN = 5  # tensors of a run, by name
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why numbers part.
+    """Why numbers part."""
 
-    Attributes:
-        name: short, such as ``"ragged mean"``.
-        evidence: what was seen, with values.
-        remedy: what to do.
-    """
-
-    name: str
-    evidence: str
-    remedy: str
+    name: str  # short, such as "ragged mean"
+    evidence: str  # what was seen, with values
+    remedy: str  # what to do
 
 
 @dataclass(frozen=True, slots=True)
 class Equivalence:
-    """What :func:`dtrain.check_equivalence` found; ``str()`` of it is the report.
-
-    Attributes:
-        script: which.
-        steps: how many global steps were compared.
-        dtype: what it was computed in.
-        runs: each run against one rank with one micro-batch.
-        causes: why numbers part, where they do.
-        zero_gradients: parameters that differ only because their gradient is zero but for
-            rounding.
-        notes: what else is worth knowing.
-    """
+    """What :func:`dtrain.check_equivalence` found; ``str()`` of it is the report."""
 
     script: str
-    steps: int
-    dtype: str
-    runs: tuple[Comparison, ...]
-    causes: tuple[Cause, ...] = ()
+    steps: int  # how many global steps were compared
+    dtype: str  # what it was computed in
+    runs: tuple[Comparison, ...]  # each against one rank with one micro-batch
+    causes: tuple[Cause, ...] = ()  # why numbers part, where they do
+    #: Parameters that differ only because their gradient is zero but for rounding.
     zero_gradients: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what else is worth knowing
 
     @property
     def passed(self) -> bool:
@@ -64,19 +48,16 @@ class Equivalence:
             parted = f"{sum(not run.equal for run in self.runs)} of {len(self.runs)} runs part"
             headline = f"NOT EQUAL: {headline}: {parted} from 1 rank x 1 micro-batch."
         rows = [(_row(run), run.equal) for run in self.runs]
-        return TrialReport(headline, self.passed, _COLUMNS, rows, self._paragraphs())
-
-    def _paragraphs(self) -> list[str]:
         parts = []
         worst = max(self.runs, key=lambda run: len(run.parted), default=None)
         if worst is not None and worst.parted:
-            what = "Gradients that part" if worst.first_step is not None else "Parameters that part"
+            what = "Parameters" if worst.first_step is None else "Gradients"
             lines = [
                 f"  {p.name}: {_gap(p.gap)}"
                 + (" (only the parameter)" if p.step is None else f", from step {p.step + 1} on")
                 for p in worst.parted
             ]
-            title = f"{what} on {worst.title}, relative to their size:"
+            title = f"{what} that part on {worst.title}, relative to their size:"
             parts.append("\n".join([title, *and_more(lines, _SHOWN)]))
         for cause in self.causes:
             remedy = fill(f"What to do: {cause.remedy}", "  ")
@@ -86,18 +67,20 @@ class Equivalence:
                 "Zero gradient, so not compared (an optimizer like Adam turns rounding into "
                 f"steps):\n{fill(', '.join(self.zero_gradients), '  ')}"
             )
-        return parts + [fill(f"Note: {note}") for note in self.notes]
+        parts += [fill(f"Note: {note}") for note in self.notes]
+        return TrialReport(headline, self.passed, _COLUMNS, rows, parts)
 
     def __str__(self) -> str:
         return str(self.report)
 
 
 def _row(run: Comparison) -> tuple[str, ...]:
-    verdict = "parts" if run.first_step is None else f"parts at step {run.first_step + 1}"
-    if run.strays:
-        verdict = "ranks drift apart"
     if run.equal:
         verdict = "equal"
+    elif run.strays:
+        verdict = "ranks drift apart"
+    else:
+        verdict = "parts" if run.first_step is None else f"parts at step {run.first_step + 1}"
     worst = run.worst if run.worst_gap else "(none)"
     return run.title, _gap(run.loss_gap), worst, _gap(run.worst_gap), verdict
 
