@@ -1,4 +1,4 @@
-"""What it costs that gloo's threads push one another off a core; see dtrain/distributed/gloo_threads.py.
+"""What it costs that gloo's threads push one another off a core (distributed/gloo_threads.py).
 
     RANKS=2 launch/torchrun.sh benchmarks/gloo_threads.py
 

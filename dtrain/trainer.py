@@ -102,6 +102,7 @@ class Trainer:
         self._outbox = Outbox()
         # What fails on one rank only (its own data, its own code) reaches all of them.
         with world.comm.lockstep("Trainer(...)"):
+            settings = json_values(config)
             self._watchdog = Watchdog(world, hang_after_s)
             check_names(callbacks)
             self.hooks = Hooks(callbacks, world.comm.activity)
@@ -132,15 +133,9 @@ class Trainer:
                 loss_scaled=self.precision.scales_loss,
                 _outbox=self._outbox,
             )
-            settings = json_values(config)
-            self._run_state = RunState(
-                self.context,
-                self.precision,
-                self.hooks.callbacks,
-                world,
-                settings,
-                self._checkpoint,
-            )
+        self._run_state = RunState(
+            self.context, self.precision, self.hooks.callbacks, world, settings, self._checkpoint
+        )
         self._engine = Engine(
             self.model,
             self.optimizer,
