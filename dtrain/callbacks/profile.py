@@ -94,7 +94,8 @@ class Profile(Callback):
             )
         if not ranks:
             ctx.say(
-                f"Profile: there is no rank {self._ranks[0]} among {world.size}; nothing is profiled"
+                f"Profile: there is no rank {self._ranks[0]} among {world.size}; "
+                "nothing is profiled"
             )
         elif ctx.progress.step < self._steps.stop:
             ctx.say(

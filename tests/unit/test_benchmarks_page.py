@@ -1,4 +1,4 @@
-"""Each file of benchmarks/ stands in its table, with a page that quotes it or a file that uses it."""
+"""Each file of benchmarks/ stands in its table, with who quotes it or uses it."""
 
 import re
 from pathlib import Path

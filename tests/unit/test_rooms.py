@@ -1,4 +1,4 @@
-"""The house: small modules, few of them outside of rooms, and a path through a step that is short."""
+"""The house: short modules, few of them outside of rooms, and a short path through a step."""
 
 import ast
 import subprocess
