@@ -1,4 +1,4 @@
-"""Callbacks, sinks, and the order in which hooks fire.
+"""Callbacks, and the order in which their hooks fire.
 
 Subclass :class:`Callback` and override the hooks you need; the others cost nothing. The hook
 is the order; within a hook, the order of the list counts. There are no priorities.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = "torch.distributed"
-#: Verbs and groups; the store, which the watchdog reads; and how gradients meet.
+#: Verbs and groups; the store, which the watchdog reads; and strategies, which may bring their own.
 ALLOWED = ("distributed", "watchdog", "strategies")
 
 
