@@ -30,7 +30,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import writer as writing
 from dtrain.data.order import Shuffled
-from dtrain.data.slices import Slices
+from dtrain.data.shares import Shares
 from dtrain.distributed import store_process
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
@@ -70,15 +70,15 @@ def order(ranks: int) -> dict[str, float]:
     """A rank's samples, beginning in the middle of an epoch of a billion."""
     samples, batch, steps = 10**9, 32 * ranks, 256
     shuffled = Shuffled(samples, seed=0)
-    slices = Slices(shuffled, samples, batch, ranks - 1, ranks, lambda share: [share])
+    shares = Shares(shuffled, samples, batch, ranks - 1, ranks, lambda share: [share])
     middle = samples // batch // 2
 
     def begin() -> None:
-        *_, rows = next(slices.rows(0, middle))
+        *_, rows = next(shares.rows(0, middle))
         assert len(rows) == 32
 
     def go_on() -> None:
-        assert sum(1 for _ in islice(slices.rows(0, middle), steps)) == steps
+        assert sum(1 for _ in islice(shares.rows(0, middle), steps)) == steps
 
     return {
         "order: to begin in the middle of an epoch (us)": 1e6 * seconds_of(begin),

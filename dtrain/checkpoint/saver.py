@@ -83,7 +83,9 @@ class Saver:
         comm = self._world.comm
         # What is divided among ranks must be the same on all. Callbacks see to theirs, and where
         # one keeps something of its own on some ranks, rank 0's is what counts.
-        mine = int(digest_of(writing.layout(content)), 16) >> 1
+        every = (*content.model.items(), *content.state.tensors.items())
+        layout = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in every]
+        mine = int(digest_of(layout), 16) >> 1
         everyones = comm.all_gather("checkpoint: what it holds", torch.tensor(mine)).tolist()
         sharers = sharers or range(self._world.size)
         staged = self._stage.take(content, sharers if len(set(everyones)) == 1 else sharers[:1])

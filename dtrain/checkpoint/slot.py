@@ -20,19 +20,15 @@ class CheckpointSlot(Protocol):
 
     def select(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns what to save of the model's state, by name; equal on all ranks."""
-        ...
 
     def due_after_step(self, progress: Progress) -> bool:
         """Says whether this step is to be saved; equal on all ranks, must not communicate."""
-        ...
 
     def due_after_epoch(self, progress: Progress) -> bool:
         """The same, asked after an epoch and its evaluation."""
-        ...
 
     def prune(self, saved: list[tuple[int, dict[str, float]]]) -> list[int]:
         """Returns the steps to delete, given each saved step (oldest first) and its metrics.
 
         Ranks: rank 0 only; perhaps in a thread beside the training.
         """
-        ...

@@ -85,10 +85,9 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             name = f"{name}~{len(tensors)}"
         tensors[name] = value.detach()
         return {_TENSOR: name}
-    if isinstance(value, tuple):
-        return {_TUPLE: [_encode(v, _under(path, i), tensors) for i, v in enumerate(value)]}
-    if isinstance(value, list):
-        return [_encode(v, _under(path, i), tensors) for i, v in enumerate(value)]
+    if isinstance(value, tuple | list):
+        items = [_encode(v, _under(path, i), tensors) for i, v in enumerate(value)]
+        return {_TUPLE: items} if isinstance(value, tuple) else items
     if isinstance(value, dict):
         if all(isinstance(k, str) and not k.startswith("__") for k in value):
             return {k: _encode(v, _under(path, k), tensors) for k, v in value.items()}

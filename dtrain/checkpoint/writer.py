@@ -148,15 +148,6 @@ def divide(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
     return [[name for name in tensors if where[name] == number] for number in range(parts)]
 
 
-def layout(content: Content) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Returns names, dtypes and shapes of all that is divided among ranks.
-
-    Ranks: all, local.
-    """
-    every = (*content.model.items(), *content.state.tensors.items())
-    return [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in every]
-
-
 def write(
     folder: Path,
     staged: Staged,

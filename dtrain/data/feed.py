@@ -28,7 +28,6 @@ class MicroBatches(Protocol):
         Raises:
             EndOfStream: this rank has no more batches in this epoch.
         """
-        ...
 
     def is_last(self) -> bool:
         """Says whether the epoch must end with this step, for want of data on this rank."""
@@ -38,22 +37,17 @@ class MicroBatches(Protocol):
 class Feed(Protocol):
     """All steps of a run, on one rank. Its ``str()`` says what must be equal on all ranks.
 
-    Attributes:
-        steps_per_epoch: how many steps an epoch has, or None where nobody can know.
-
     Ranks: all, local.
     """
 
+    #: How many steps an epoch has, or None where nobody can know.
     steps_per_epoch: int | None
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
         """Yields the steps of ``epoch`` from ``first_step`` on; a stream's without end."""
-        ...
 
     def state_dict(self, epoch: int, step: int) -> dict[str, Any] | None:
-        """Returns what a checkpoint must hold of this rank's data, ``step`` steps into ``epoch``.
-
-        That is what the place in the plan does not tell; None where that is nothing.
+        """Returns what the plan does not tell of this rank's place, ``step`` steps into ``epoch``.
 
         Raises:
             CheckpointError: it holds what a checkpoint cannot.

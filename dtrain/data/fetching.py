@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dtrain.data.columns import fetch_whole
 from dtrain.data.order import Indices
-from dtrain.data.slices import Slices
+from dtrain.data.shares import Shares
 from dtrain.data.source import Data
 from dtrain.distributed import derive_seed, random_streams, seed_everything
 
@@ -28,11 +28,13 @@ def fetch(dataset: Any, rows: Sequence[int] | Indices, collate: Collate) -> Any:
     if collate is None and (batch := fetch_whole(dataset, rows)) is not None:
         return batch
     rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
+    return (collate or default_collate)(_samples(dataset, rows))
+
+
+def _samples(dataset: Any, rows: Sequence[int]) -> Any:
     if hasattr(dataset, "__getitems__"):
-        samples = dataset.__getitems__(rows)
-    else:
-        samples = [dataset[row] for row in rows]
-    return (collate or default_collate)(samples)
+        return dataset.__getitems__(rows)
+    return [dataset[row] for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +50,21 @@ class Tasks(Sampler[Task]):
     """All micro-batches of an epoch, from a step on: a loader's sampler.
 
     Args:
-        slices: what this rank has to fetch.
+        shares: what this rank has to fetch.
         seed: what is drawn for a micro-batch depends on it, and on its place.
         sample_seed: the same for each sample, if each is to have a seed of its own.
-
-    Attributes:
-        begin: the epoch and step to begin at.
     """
 
-    def __init__(self, slices: Slices, seed: int, sample_seed: int | None) -> None:
-        self._slices = slices
+    def __init__(self, shares: Shares, seed: int, sample_seed: int | None) -> None:
+        self._shares = shares
         self._seed = seed
         self._sample_seed = sample_seed
+        #: The epoch and step to begin at.
         self.begin = (0, 0)
 
     def __iter__(self) -> Iterator[Task]:
         epoch, first_step = self.begin
-        for step, micro, first, rows in self._slices.rows(epoch, first_step):
+        for step, micro, first, rows in self._shares.rows(epoch, first_step):
             seeds = None
             if self._sample_seed is not None:
                 positions = range(first, first + len(rows))
@@ -89,10 +89,7 @@ class Fetcher(Dataset[Any]):
         samples: list[Any] = []
         for row, seed in zip(task.rows, task.sample_seeds, strict=True):
             seed_everything(seed)
-            if hasattr(self._dataset, "__getitems__"):
-                samples += self._dataset.__getitems__([row])
-            else:
-                samples.append(self._dataset[row])
+            samples += _samples(self._dataset, [row])
         return (self._collate or default_collate)(samples)
 
     def fetch_here(self, task: Task) -> Any:
@@ -102,13 +99,7 @@ class Fetcher(Dataset[Any]):
 
 
 def open_loader(data: Data, tasks: Tasks, *, pin: bool) -> DataLoader[Any]:
-    """Returns a loader whose workers do ``tasks``, and stay for the next epoch.
-
-    Args:
-        data: what to fetch from, with how many workers.
-        tasks: what to fetch.
-        pin: whether batches are put into pinned memory.
-    """
+    """Returns a loader whose workers do ``tasks``, and stay for the next epoch."""
     return DataLoader(
         Fetcher(data),
         sampler=tasks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.utils.data import DataLoader
 from dtrain.data.feed import Feed, MicroBatch, MicroBatches
 from dtrain.data.fetching import Fetcher, Tasks, fetch, open_loader
 from dtrain.data.order import Sequential, Shuffled
+from dtrain.data.shares import Shares, Split
 from dtrain.data.shipping import ship
-from dtrain.data.slices import Slices, Split
 from dtrain.data.source import Data
 from dtrain.distributed import World, derive_seed
 
@@ -41,10 +42,10 @@ class MapFeed(Feed):
             length = len(data.dataset)
             order = Shuffled(length, seed) if data.shuffle else Sequential(length)
         self.samples = len(order) - len(order) % data.batch_size if data.drop_last else len(order)
-        self._slices = Slices(order, self.samples, data.batch_size, world.rank, world.size, split)
-        self.steps_per_epoch = self._slices.steps
+        self._shares = Shares(order, self.samples, data.batch_size, world.rank, world.size, split)
+        self.steps_per_epoch = self._shares.steps
         self._tasks = Tasks(
-            self._slices,
+            self._shares,
             derive_seed(seed, _WORKER_STREAM, world.rank),
             # Not of this rank: which one has a sample must not matter.
             derive_seed(seed, _SAMPLE_STREAM) if data.seed_samples else None,
@@ -52,22 +53,22 @@ class MapFeed(Feed):
         self._loader: DataLoader[Any] | None = None
 
     def __str__(self) -> str:
-        return f"{self.samples} samples in batches of {self._slices.batch_size}"
+        return f"{self.samples} samples in batches of {self._shares.batch_size}"
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
         """Yields the steps of ``epoch`` from ``first_step`` on."""
         batches = self._batches(epoch, first_step)
-        whole = self._slices.sizes(0)  # of all steps but perhaps the last
-        for step in range(first_step, self._slices.steps):
-            last = step == self._slices.steps - 1
-            sizes, micros = self._slices.sizes(step) if last else whole
-            yield _MapStep(batches, sizes, micros, self._device)
+        whole = self._shares.sizes(0)  # of all steps but perhaps the last
+        for step in range(first_step, self._shares.steps):
+            last = step == self._shares.steps - 1
+            sizes, micros = self._shares.sizes(step) if last else whole
+            yield _MapStep(micros, batches, iter(sizes), self._device)
 
     def _batches(self, epoch: int, first_step: int) -> Iterator[Any]:
         data = self._data
         if data.num_workers == 0 and not data.seed_samples:
-            slices = self._slices.rows(epoch, first_step)
-            return (fetch(data.dataset, rows, data.collate_fn) for _, _, _, rows in slices)
+            micros = self._shares.rows(epoch, first_step)
+            return (fetch(data.dataset, rows, data.collate_fn) for _, _, _, rows in micros)
         self._tasks.begin = (epoch, first_step)
         if data.num_workers == 0:
             return map(Fetcher(data).fetch_here, self._tasks)
@@ -76,17 +77,13 @@ class MapFeed(Feed):
         return iter(self._loader)
 
 
+@dataclass(slots=True)
 class _MapStep(MicroBatches):
-    def __init__(
-        self, batches: Iterator[Any], sizes: list[int], micros: int, device: torch.device
-    ) -> None:
-        self.micros = micros
-        self._batches = batches
-        self._sizes = iter(sizes)
-        self._device = device
+    micros: int
+    batches: Iterator[Any]
+    sizes: Iterator[int]
+    device: torch.device
 
     def next(self) -> MicroBatch | None:
-        size = next(self._sizes, None)
-        if size is None:
-            return None
-        return ship(next(self._batches), self._device), size
+        size = next(self.sizes, None)
+        return None if size is None else (ship(next(self.batches), self.device), size)

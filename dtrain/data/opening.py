@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dtrain.data.feed import Feed
 from dtrain.data.map_feed import MapFeed
-from dtrain.data.slices import Split
+from dtrain.data.shares import Split
 from dtrain.data.source import Data
 from dtrain.data.streams import CopyState, StreamFeed
 from dtrain.distributed import World
@@ -19,15 +19,7 @@ def open_feed(
     batches_per_step: int = 1,
     copy_state: CopyState | None = None,
 ) -> Feed:
-    """Returns all steps of this rank.
-
-    Args:
-        data: a dataset or a stream.
-        world: which rank, and on which device.
-        split: from a rank's share of a global batch to the sizes of its micro-batches.
-        seed: which orders of a dataset.
-        batches_per_step: how many ready batches of a stream make a step.
-        copy_state: copies a stream's state for a checkpoint; None where none is made.
+    """Returns this rank's steps of a dataset (``split``, ``seed``) or a stream (the rest).
 
     Ranks: all, local.
     """

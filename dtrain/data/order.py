@@ -27,11 +27,9 @@ class Order(Protocol):
 
     def __len__(self) -> int:
         """Returns how many positions an epoch has."""
-        ...
 
     def indices(self, epoch: int, start: int, stop: int) -> Indices:
         """Returns the samples at positions ``start`` to ``stop - 1`` of ``epoch``."""
-        ...
 
 
 class Pointwise(ABC):
@@ -55,11 +53,7 @@ class Pointwise(ABC):
 
 
 class Sequential(Pointwise):
-    """The data set's own order, in every epoch.
-
-    Args:
-        length: how many samples there are.
-    """
+    """The data set's own order, in every epoch, of ``length`` samples."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -95,7 +89,7 @@ class Shuffled(Pointwise):
         return self._length
 
     def at(self, epoch: int, positions: Indices) -> Indices:
-        """Returns the samples at ``positions`` of ``epoch``, in their order."""
+        """Permutes the positions."""
         sequence = np.random.SeedSequence([self._seed, epoch])
         keys = sequence.generate_state(_ROUNDS, np.uint64).astype(np.uint64)
         values = self._permute(positions.astype(np.uint64), keys)
@@ -187,9 +181,9 @@ class Bucketed:
     ) -> None:
         self._lengths = np.asarray(lengths)
         if self._lengths.ndim != 1:
+            shape = list(self._lengths.shape)
             raise ConfigError(
-                f"Bucketed(lengths=...): one number for each sample; got shape "
-                f"{list(self._lengths.shape)}"
+                f"Bucketed(lengths=...): one number for each sample; got shape {shape}"
             )
         if batch_size < 1 or window < 1:
             raise ConfigError(

@@ -1,14 +1,46 @@
-"""Who gets which part of a global batch."""
+"""Who gets which part of a global batch.
+
+Ranks: all, local.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from dtrain.data.order import Indices, Order, Pointwise
+
+Split = Callable[[int], list[int]]  # from a rank's share to the sizes of its micro-batches
+
+#: How many positions of an order are looked up together: few at first, so that an epoch begins at
+#: once; then more and more, as each look-up costs about the same. But of so many steps at most.
+_AT_FIRST, _AT_MOST = 1024, 16384
+_STEPS_AT_MOST = 1024
+
+
+@runtime_checkable
+class AccumulationSlot(Protocol):
+    """Fills the accumulation slot: how a rank's share becomes micro-batches."""
+
+    def split(self, share: int) -> list[int]:
+        """Returns the micro-batches' sizes; they sum to ``share``."""
+
+    def batches_per_step(self) -> int:
+        """Returns how many ready-made batches of a stream make a step."""
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
     """Returns ``parts`` sizes that sum to ``total``, differing by at most 1, larger first."""
     small, larger = divmod(total, parts)
     return [small + (i < larger) for i in range(parts)]
+
+
+def split_share(share: int, *, steps: int) -> list[int]:
+    """Returns up to ``steps`` micro-batch sizes that sum to ``share``; none is empty."""
+    return [size for size in split_evenly(share, steps) if size]
 
 
 def share_of(start: int, stop: int, *, rank: int, size: int) -> tuple[int, int]:
@@ -23,19 +55,71 @@ def share_of(start: int, stop: int, *, rank: int, size: int) -> tuple[int, int]:
     return first, first + small + (rank < larger)
 
 
-def split_share(share: int, *, steps: int) -> list[int]:
-    """Returns up to ``steps`` micro-batch sizes that sum to ``share``; none is empty."""
-    return [size for size in split_evenly(share, steps) if size]
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """A rank's part of each step: step ``b`` is positions ``b * B`` to ``(b + 1) * B - 1``.
 
+    Attributes:
+        order: of the samples.
+        samples: how many positions of an epoch are used.
+        batch_size: the global batch, ``B``.
+        rank: this rank.
+        size: how many ranks there are.
+        split: from this rank's share to the sizes of its micro-batches.
+    """
 
-@runtime_checkable
-class AccumulationSlot(Protocol):
-    """Fills the accumulation slot: how a rank's share becomes micro-batches."""
+    order: Order
+    samples: int
+    batch_size: int
+    rank: int
+    size: int
+    split: Split
 
-    def split(self, share: int) -> list[int]:
-        """Returns the micro-batches' sizes; they sum to ``share``."""
-        ...
+    @property
+    def steps(self) -> int:
+        """How many steps an epoch has."""
+        return -(-self.samples // self.batch_size)
 
-    def batches_per_step(self) -> int:
-        """Returns how many ready-made batches of a stream make a step."""
-        ...
+    def share(self, step: int) -> tuple[int, int]:
+        """Returns the first and the end of this rank's positions."""
+        start = step * self.batch_size
+        stop = min(start + self.batch_size, self.samples)
+        return share_of(start, stop, rank=self.rank, size=self.size)
+
+    def sizes(self, step: int) -> tuple[list[int], int]:
+        """Returns this rank's micro-batches' sizes, and how many the largest share has."""
+        first, end = self.share(step)
+        whole = min(self.batch_size, self.samples - step * self.batch_size)
+        return self._split(end - first), len(self.split(-(-whole // self.size)))
+
+    def rows(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, int, Indices]]:
+        """Yields step, number, first position and samples of each micro-batch."""
+        for step, first, rows in self._rows_of_steps(epoch, first_step):
+            done = 0
+            for micro, size in enumerate(self._split(len(rows))):
+                yield step, micro, first + done, rows[done : done + size]
+                done += size
+
+    def _split(self, share: int) -> list[int]:
+        return self.split(share) if share else []
+
+    def _rows_of_steps(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, Indices]]:
+        order = self.order
+        if not isinstance(order, Pointwise) or order.overrides_indices():
+            # A user's own: asked only for what comes next.
+            for step in range(first_step, self.steps):
+                first, end = self.share(step)
+                yield step, first, np.asarray(order.indices(epoch, first, end), dtype=np.int64)
+            return
+        begin, positions_at_once = first_step, _AT_FIRST
+        while begin < self.steps:
+            count = max(1, positions_at_once * self.size // self.batch_size)
+            steps = range(begin, min(begin + min(count, _STEPS_AT_MOST), self.steps))
+            shares = [self.share(step) for step in steps]
+            positions = np.concatenate([np.arange(*share, dtype=np.int64) for share in shares])
+            rows, done = order.at(epoch, positions), 0
+            for step, (first, end) in zip(steps, shares, strict=True):
+                yield step, first, rows[done : done + end - first]
+                done += end - first
+            begin = steps.stop
+            positions_at_once = min(2 * positions_at_once, _AT_MOST)

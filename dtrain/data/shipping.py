@@ -1,4 +1,7 @@
-"""From the host's memory to the device, without waiting for it."""
+"""From the host's memory to the device, without waiting for it.
+
+Ranks: all, local.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,6 @@ def ship(batch: Any, device: torch.device) -> Any:
     """Returns a batch on the device; on CUDA the copy is on its way while the host goes on.
 
     There it has a stream of its own, beside what the device still computes for the step before.
-
-    Ranks: all, local.
     """
     if device.type != "cuda":
         return send_to_device(batch, device, non_blocking=True)
@@ -51,10 +52,7 @@ def _is_of_host(batch: Any) -> bool:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors of a batch: those in lists, tuples and mappings, too.
-
-    Ranks: all, local.
-    """
+    """Yields the tensors of a batch: those in lists, tuples and mappings, too."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -70,8 +68,6 @@ def pinned(batch: Any) -> Any:
 
     From other memory, CUDA copies only after what the device was given before: the host would wait
     for that. Looks into lists, tuples and dicts; all else is left as it is, and is then waited for.
-
-    Ranks: all, local.
     """
     kind = type(batch)
     if isinstance(batch, Tensor):

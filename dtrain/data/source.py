@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
@@ -14,6 +15,7 @@ from dtrain.errors import ConfigError, DataError
 WhenUneven = Literal["idle", "stop"]
 
 
+@dataclass(eq=False, repr=False)
 class Data:
     """What to train on: a map-style dataset, or an iterable of ready batches.
 
@@ -54,48 +56,32 @@ class Data:
         DataError: the dataset is empty, or of a kind that cannot be trained on.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        batch_size: int | None = None,
-        *,
-        shuffle: bool = True,
-        drop_last: bool = False,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        num_workers: int = 0,
-        prefetch: int = 2,
-        order: Order | None = None,
-        seed_samples: bool = False,
-        timeout_s: float = 300.0,
-        when_uneven: WhenUneven = "idle",
-    ) -> None:
-        _refuse_loader(dataset, batch_size)
-        self.dataset = dataset if batch_size is None else as_dataset(dataset)
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.collate_fn = collate_fn
-        self.num_workers = num_workers
-        self.prefetch = prefetch
-        self.order = order
-        self.seed_samples = seed_samples
-        self.timeout_s = timeout_s
-        self.when_uneven = when_uneven
-        if when_uneven not in get_args(WhenUneven):
-            raise ConfigError(f"when_uneven={when_uneven!r}: one of {get_args(WhenUneven)}")
-        if batch_size is None:
+    dataset: Any
+    batch_size: int | None = None
+    _: KW_ONLY
+    shuffle: bool = True
+    drop_last: bool = False
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    num_workers: int = 0
+    prefetch: int = 2
+    order: Order | None = None
+    seed_samples: bool = False
+    timeout_s: float = 300.0
+    when_uneven: WhenUneven = "idle"
+
+    def __post_init__(self) -> None:
+        _refuse_loader(self.dataset, self.batch_size)
+        if self.when_uneven not in get_args(WhenUneven):
+            raise ConfigError(f"when_uneven={self.when_uneven!r}: one of {get_args(WhenUneven)}")
+        if self.batch_size is None:
             self._check_stream()
         else:
-            self._check_map_style(batch_size)
+            self.dataset = as_dataset(self.dataset)
+            self._check_map_style(self.batch_size)
 
     @classmethod
     def of(cls, given: Any, batch_size: int | None, *, shuffle: bool) -> Data:
-        """Returns what was given to ``fit``: as it is, if it is Data; else as Data.
-
-        Args:
-            given: Data, a dataset or an iterable.
-            batch_size: given beside it, or None.
-            shuffle: for what is not Data yet.
+        """Returns what was given to ``fit``: as it is, if it is Data; else made of the arguments.
 
         Raises:
             ConfigError: ``batch_size`` is given twice, or missing, or to a stream.
@@ -120,19 +106,18 @@ class Data:
         return self.batch_size is None
 
     def _check_stream(self) -> None:
-        indexed = hasattr(self.dataset, "__getitem__") and not isinstance(self.dataset, Iterable)
-        map_style = isinstance(self.dataset, Dataset) and not isinstance(
-            self.dataset, IterableDataset
-        )
+        dataset, name = self.dataset, type(self.dataset).__name__
+        indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, Iterable)
+        map_style = isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset)
         if indexed or map_style:
             raise ConfigError(
-                f"{type(self.dataset).__name__} has samples, not ready batches: pass batch_size "
-                "(the global batch, over all ranks)"
+                f"{name} has samples, not ready batches: pass batch_size (the global batch, over "
+                "all ranks)"
             )
-        if not isinstance(self.dataset, Iterable):
+        if not isinstance(dataset, Iterable):
             raise DataError(
-                f"cannot train on {type(self.dataset).__name__}: neither a dataset "
-                "(__len__ and __getitem__) nor an iterable of batches"
+                f"cannot train on {name}: neither a dataset (__len__ and __getitem__) nor an "
+                "iterable of batches"
             )
         needs_samples = self.drop_last or self.collate_fn or self.num_workers or self.seed_samples
         if self.order is not None or needs_samples:
@@ -160,18 +145,18 @@ class Data:
             )
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s={self.timeout_s}: must be more than 0 seconds")
-        indexed = hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__")
-        if not indexed or isinstance(self.dataset, IterableDataset):
+        dataset, order, name = self.dataset, self.order, type(self.dataset).__name__
+        indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if not indexed or isinstance(dataset, IterableDataset):
             raise ConfigError(
-                f"batch_size={batch_size} needs a dataset with __len__ and __getitem__; "
-                f"{type(self.dataset).__name__} is an iterable, which comes as ready batches: "
-                "leave batch_size out"
+                f"batch_size={batch_size} needs a dataset with __len__ and __getitem__; {name} is "
+                "an iterable, which comes as ready batches: leave batch_size out"
             )
-        if len(self.dataset) == 0:
-            raise DataError(f"the dataset ({type(self.dataset).__name__}) is empty")
-        if self.order is not None and len(self.order) == 0:
-            raise DataError(f"the order ({type(self.order).__name__}) is empty")
-        length = len(self.order) if self.order is not None else len(self.dataset)
+        if len(dataset) == 0:
+            raise DataError(f"the dataset ({name}) is empty")
+        if order is not None and len(order) == 0:
+            raise DataError(f"the order ({type(order).__name__}) is empty")
+        length = len(dataset if order is None else order)
         if self.drop_last and length < batch_size:
             raise DataError(
                 f"drop_last leaves nothing: the dataset has {length} samples, a batch {batch_size}"

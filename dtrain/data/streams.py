@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -39,11 +41,9 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns dicts, lists, tuples, tensors, numbers and text."""
-        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what :meth:`state_dict` returned."""
-        ...
 
 
 class StreamFeed(Feed):
@@ -103,10 +103,8 @@ class StreamFeed(Feed):
             for _ in range(first_step * self._batches_per_step):
                 current.skip()
         self._loaded, self._epoch, self._pass = None, epoch, current
-        step = first_step
-        while True:
-            yield _StreamStep(current, step, self._batches_per_step, self._device, looks_ahead)
-            step += 1
+        for step in count(first_step):
+            yield _StreamStep(self._batches_per_step, step, current, self._device, looks_ahead)
 
     def _begin(self, before: dict[str, Any] | None) -> _Pass:
         tell = begun = None
@@ -276,20 +274,18 @@ class _Pass:
         return self.place(None) if self._marks else self._before
 
 
+@dataclass(slots=True)
 class _StreamStep(MicroBatches):
-    def __init__(
-        self, current: _Pass, number: int, micros: int, device: torch.device, looks_ahead: bool
-    ) -> None:
-        self.micros = micros
-        self._pass = current
-        self._number = number
-        self._device = device
-        self._looks_ahead = looks_ahead
+    micros: int
+    number: int
+    current: _Pass
+    device: torch.device
+    looks_ahead: bool
 
     def next(self) -> MicroBatch | None:
-        self._pass.begin(self._number)
+        self.current.begin(self.number)
         try:
-            batch = self._pass.next()
+            batch = self.current.next()
         except StopIteration:
             raise EndOfStream from None
         samples = _count_samples(batch)
@@ -298,13 +294,13 @@ class _StreamStep(MicroBatches):
                 f"a stream yielded {type(batch).__name__} without a tensor in it, so its number of "
                 "samples is unknown; yield tensors, or lists or dicts of tensors"
             )
-        return ship(batch, self._device), samples
+        return ship(batch, self.device), samples
 
     def is_last(self) -> bool:
-        if not self._looks_ahead:
+        if not self.looks_ahead:
             return False
-        self._pass.begin(self._number + 1)
-        return self._pass.has_ended()
+        self.current.begin(self.number + 1)
+        return self.current.has_ended()
 
 
 def _count_samples(batch: Any) -> int | None:

@@ -38,8 +38,8 @@ from dtrain.data import (
 )
 from dtrain.data.columns import fetch_whole
 from dtrain.data.map_feed import MapFeed
+from dtrain.data.shares import Split
 from dtrain.data.shipping import pinned, ship
-from dtrain.data.slices import Split
 from dtrain.data.streams import StreamFeed
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.world import World
