@@ -67,7 +67,7 @@ def fit(device, monkeypatch, run_dir, callbacks, *, strategy="flat", **options):
     def step(loop, feed):
         if loop.context.progress.step < STEPS_PER_EPOCH:
             return take_step(loop, feed)
-        assert loop.delays
+        assert loop.runs_ahead
         with no_sync(device, counted):
             done = take_step(loop, feed)
         watched.append(done)
