@@ -1,16 +1,14 @@
 """One step of training: what a rank does with a micro-batch, and how ranks agree on it."""
 
-from dtrain.step.arriving import Arriving
 from dtrain.step.engine import Engine
-from dtrain.step.gather_with_grad import Gathers
-from dtrain.step.lane import Heard, Lane, LaneSilent, Verdict
-from dtrain.step.micro_step import LossFn, MicroStep, UserLoss, adapt, as_loss
+from dtrain.step.lane import Heard, LaneSilent
+from dtrain.step.micro_step import MicroStep, UserLoss, adapt, as_loss
 from dtrain.step.optimizer import take_model, takes_a_veto
 from dtrain.step.phases import EPOCH_END, EPOCH_START, FIT_END, SETTLING
 from dtrain.step.precision import Autocast, Precision, PrecisionSlot, ScaledAutocast
 from dtrain.step.result import Gate, StepResult
 from dtrain.step.strategy import Strategy, joint_norm
-from dtrain.step.votes import Agreed, Agreement
+from dtrain.step.votes import Agreed
 
 __all__ = [
     "EPOCH_END",
@@ -18,16 +16,11 @@ __all__ = [
     "FIT_END",
     "SETTLING",
     "Agreed",
-    "Agreement",
-    "Arriving",
     "Autocast",
     "Engine",
     "Gate",
-    "Gathers",
     "Heard",
-    "Lane",
     "LaneSilent",
-    "LossFn",
     "MicroStep",
     "Precision",
     "PrecisionSlot",
@@ -35,7 +28,6 @@ __all__ = [
     "StepResult",
     "Strategy",
     "UserLoss",
-    "Verdict",
     "adapt",
     "as_loss",
     "joint_norm",

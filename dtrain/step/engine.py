@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from dtrain.callback import Hooks
 from dtrain.context import Context, Loss, Outbox, Step
 from dtrain.data import Feed
-from dtrain.distributed import Comm, World, share_buffers
+from dtrain.distributed import Comm, World
 from dtrain.metrics import Means
-from dtrain.step.evaluation import evaluate
+from dtrain.step.evaluation import Evaluation
 from dtrain.step.figures import Figures
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Verdict
@@ -65,6 +65,7 @@ class Engine:
         self.lane = Lane(model, rank=rank, size=size, shares=1 if precision.scales_loss else size)
         self.agreement = Agreement(context.request, comm, world.host)
         self.clock = StragglerClock(comm, host=world.host, size=size)
+        self.phases = Phases(comm, hooks, self.clock)
         self._means = Means("train", world.device, names=[SECONDS_METRIC])
         self.figures = Figures(self._means, outbox, self.clock)
         self.micro_step = MicroStep(
@@ -81,12 +82,9 @@ class Engine:
             find_unused=strategy.find_unused,
             may_idle=strategy.may_idle,
         )
-        self.phases = Phases(comm, hooks, self.clock)
+        gathers = Gathers(comm, rank=rank, size=size)
+        self._evaluation = Evaluation(eval_fn, gathers, hooks, precision, world.device)
         self._loss_fn = loss_fn
-        self._eval_fn = eval_fn
-        self._eval_gathers = Gathers(comm, rank=rank, size=size)
-        self._eval_means: dict[str, Means] = {}
-        self._device = world.device
         self._size = size
         self._warned_nonfinite = False
 
@@ -119,8 +117,7 @@ class Engine:
 
         Ranks: all, communicates.
         """
-        trouble = self.micro_step.trouble
-        error, where = (None, "") if trouble is None else (trouble.error, trouble.where)
+        error, where = self.micro_step.trouble or (None, "")
         comm.raise_failures("failures in a step", error, where)
 
     def evaluate(self, feeds: dict[str, Feed], context: Context) -> dict[str, float]:
@@ -128,20 +125,7 @@ class Engine:
 
         Ranks: all, communicates.
         """
-        share_buffers(self.model, context.comm)
-        metrics: dict[str, float] = {}
-        for label, feed in feeds.items():
-            metrics |= evaluate(
-                feed,
-                self._eval_fn,
-                self._eval_means.setdefault(label, Means(label, self._device)),
-                label=label,
-                gathers=self._eval_gathers,
-                context=context,
-                hooks=self.hooks,
-                precision=self.precision,
-            )
-        return metrics
+        return self._evaluation.run(feeds, context)
 
     # What computes for hooks; see :class:`dtrain.Context`.
 

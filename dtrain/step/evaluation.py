@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,59 +12,63 @@ from torch import nn
 from dtrain.callback import Callback, Hooks
 from dtrain.context import Context, Step
 from dtrain.data import EndOfStream, Feed
-from dtrain.distributed import EVAL_LOSS_FN, EVALUATION
+from dtrain.distributed import EVAL_LOSS_FN, EVALUATION, share_buffers
 from dtrain.metrics import Means
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.micro_step import LossFn, as_loss
 from dtrain.step.precision import Precision
 
 
-def evaluate(
-    feed: Feed,
-    loss_fn: LossFn,
-    means: Means,
-    *,
-    label: str,
-    gathers: Gathers,
-    context: Context,
-    hooks: Hooks,
-    precision: Precision,
-) -> dict[str, float]:
-    """Returns ``label/loss`` and every metric that ``loss_fn`` gives, over all of the data.
+@dataclass
+class Evaluation:
+    """Computes the loss and every metric of a loss function, over all of the data."""
 
-    Args:
-        feed: one pass over the data; nothing in it is padded, dropped or repeated.
-        loss_fn: gets the bare model, in eval mode, without gradients.
-        means: kept from one evaluation to the next, because ranks agree on names only once.
-        label: what the metrics' names begin with, such as ``"eval"``.
-        gathers: serves the loss function's gathers.
-        context: for the hooks, and the model.
-        hooks: fire ``on_eval_batch``.
-        precision: the same as in training.
+    loss_fn: LossFn  # gets the bare model, in eval mode, without gradients
+    gathers: Gathers  # of the loss function
+    hooks: Hooks  # of which `on_eval_batch` fires here
+    precision: Precision  # the same as in training
+    device: torch.device
+    _means: dict[str, Means] = field(default_factory=dict)  # kept: ranks agree on names only once
 
-    Ranks: all, communicates once, at the end.
-    """
-    means.drop()  # of an evaluation that failed
-    comm, activity = context.comm, context.comm.activity
-    activity.restart_batches()
-    with torch.no_grad(), eval_mode(context.model):
-        for number, step_feed in enumerate(feed.epoch(0, 0)):
-            step = Step(number=number, micros=step_feed.micros)
+    def run(self, feeds: dict[str, Feed], context: Context) -> dict[str, float]:
+        """Returns the metrics of each of the sets, each named after its set, as in ``eval/loss``.
+
+        Args:
+            feeds: a pass over each set; nothing in it is padded, dropped or repeated.
+            context: for the hooks, and the model.
+
+        Ranks: all, communicates: buffers first, sums once at the end of each set.
+        """
+        share_buffers(context.model, context.comm)
+        metrics: dict[str, float] = {}
+        for label, feed in feeds.items():
+            means = self._means.setdefault(label, Means(label, self.device))
+            means.drop()  # of an evaluation that failed
+            with torch.no_grad(), eval_mode(context.model):
+                self._add(feed, label, means, context)
+            metrics |= means.agree(context.comm)
+        return metrics
+
+    def _add(self, feed: Feed, label: str, means: Means, context: Context) -> None:
+        comm, activity = context.comm, context.comm.activity
+        activity.restart_batches()
+        for number, micro_batches in enumerate(feed.epoch(0, 0)):
+            step = Step(number=number, micros=micro_batches.micros)
             ended = False
-            for micro in range(step_feed.micros):
+            for micro in range(step.micros):
                 step.micro, step.loss = micro, None
                 activity.begin_batch()
                 try:
-                    fetched = None if ended else step_feed.next()
+                    fetched = None if ended else micro_batches.next()
                 except EndOfStream:
                     fetched, ended = None, True
                 if fetched is not None:
                     step.batch, step.samples = fetched
                     activity.enter(EVAL_LOSS_FN)
-                    comm.serve_gathers(gathers)
+                    comm.serve_gathers(self.gathers)
                     try:
-                        with precision.autocast():
-                            returned = loss_fn(context.model, step.batch, context)
+                        with self.precision.autocast():
+                            returned = self.loss_fn(context.model, step.batch, context)
                     finally:
                         comm.serve_gathers(None)
                     step.loss = loss = as_loss(returned, step.samples)
@@ -71,13 +76,12 @@ def evaluate(
                     means.add(f"{label}/loss", loss.mean, loss.weight)
                     for name, value in loss.metrics.items():
                         means.add(f"{label}/{name}", value, loss.weight)
-                    hooks.fire(Callback.on_eval_batch, context, step)
-                done = gathers.finish(completed=step.loss is not None, ended=ended)
+                    self.hooks.fire(Callback.on_eval_batch, context, step)
+                done = self.gathers.finish(completed=step.loss is not None, ended=ended)
                 activity.end_lap(EVALUATION)
             # Where loss functions gather, a rank whose stream has ended waits for the others.
             if ended and all(one.ended for one in done):
                 break
-    return means.agree(comm)
 
 
 @contextmanager

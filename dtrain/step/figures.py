@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from dtrain.context import Context, Outbox, Step
 from dtrain.metrics import Means
 from dtrain.step.lane import Verdict
 from dtrain.watchdog import SECONDS_METRIC, StragglerClock
 
 
+@dataclass
 class Figures:
     """Adds up what steps say, and agrees on it.
-
-    Args:
-        means: of the loss function's metrics.
-        outbox: what callbacks have logged.
-        clock: how long this rank's own work takes.
 
     Ranks: all; local where a method does not say otherwise.
     """
 
-    def __init__(self, means: Means, outbox: Outbox, clock: StragglerClock) -> None:
-        self._means = means
-        self._outbox = outbox
-        self._clock = clock
-        self._loss_sum = self._weight = 0.0  # agreed
+    means: Means  # of the loss function's metrics
+    outbox: Outbox  # what callbacks have logged
+    clock: StragglerClock
+    _loss_sum: float = 0.0  # agreed, as is its weight
+    _weight: float = 0.0
 
     @property
     def are_new(self) -> bool:
@@ -42,14 +40,14 @@ class Figures:
 
         Ranks: all, communicates.
         """
-        for name, logged in self._outbox.logged.items():
-            self._means.add_logged(name, logged.values, logged.reduce)
-        self._outbox.logged.clear()
+        for name, logged in self.outbox.logged.items():
+            self.means.add_logged(name, logged.values, logged.reduce)
+        self.outbox.logged.clear()
         values = {"train/loss": self._loss_sum / self._weight} if self._weight else {}
         self._loss_sum = self._weight = 0.0
-        self._means.add(SECONDS_METRIC, self._clock.seconds, 1)
-        values |= self._means.agree(context.comm)
-        if straggler := self._clock.compare(values.pop(SECONDS_METRIC)):
+        self.means.add(SECONDS_METRIC, self.clock.seconds, 1)
+        values |= self.means.agree(context.comm)
+        if straggler := self.clock.compare(values.pop(SECONDS_METRIC)):
             context.say(f"warning: {straggler}")
         if values:
             values["lr"] = float(context.optimizer.param_groups[0]["lr"])

@@ -21,43 +21,28 @@ from dtrain.errors import ConfigError, LossError, RankMismatch
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A rank gathers.
+    """A rank gathers."""
 
-    Attributes:
-        label: of the call.
-        rows: what it contributes, shape ``[rows, ...]``, on the CPU.
-        enabled: whether it records gradients at all.
-        wants_grad: whether its rows need one.
-    """
-
-    label: str
-    rows: Tensor
-    enabled: bool
-    wants_grad: bool
+    label: str  # of the call
+    rows: Tensor  # what it contributes, shape [rows, ...], on the CPU
+    enabled: bool  # whether it records gradients at all
+    wants_grad: bool  # whether its rows need one
 
     def __str__(self) -> str:
         dtype = str(self.rows.dtype).removeprefix("torch.")
         shape = ", ".join(map(str, ["rows", *self.rows.shape[1:]]))
-        return f"gather_with_grad({self.label!r}) of {dtype}[{shape}]" + (
-            "" if self.enabled else " under no_grad"
-        )
+        mode = "" if self.enabled else " under no_grad"
+        return f"gather_with_grad({self.label!r}) of {dtype}[{shape}]{mode}"
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A rank has come to the end of its micro-step.
+    """A rank has come to the end of its micro-step."""
 
-    Attributes:
-        weight: of its micro-batch; 0 where it had none, or left it out.
-        gathered: how often its loss function gathered.
-        completed: whether its loss function returned what need be known of it.
-        ended: it has no more batches.
-    """
-
-    weight: float = 0.0
-    gathered: int = 0
-    completed: bool = False
-    ended: bool = False
+    weight: float  # of its micro-batch; 0 where it had none, or left it out
+    gathered: int  # how often its loss function gathered
+    completed: bool  # whether its loss function returned what need be known of it
+    ended: bool  # it has no more batches
 
 
 class Gathers:
@@ -77,15 +62,12 @@ class Gathers:
         self._size = size
         self._calls = 0
         self._ties: list[Tensor] = []
-        #: Whether loss functions gather; None until all ranks know.
-        self.used: bool | None = None if size > 1 else False
+        self.restart()
 
     def restart(self) -> None:
-        """Forgets whether loss functions gather.
-
-        Ranks: all, local; must be called on all ranks.
-        """
-        self.used = None if self._size > 1 else False
+        """Forgets whether loss functions gather; must be called on all ranks."""
+        #: Whether they do; None until all ranks know.
+        self.used: bool | None = None if self._size > 1 else False
 
     def gather(self, label: str, rows: Tensor) -> Tensor:
         """Returns all ranks' rows; see :meth:`dtrain.Comm.gather_with_grad`.
@@ -159,30 +141,23 @@ class Gathers:
             self._join(everyones, nothing)
 
     def _join(self, everyones: list[Rows | Done], mine: Tensor) -> Tensor:
-        parts = [one.rows if isinstance(one, Rows) else None for one in everyones]
-        counts = [0 if part is None else len(part) for part in parts]
-        whole = torch.cat([part for part in parts if part is not None]).to(mine.device)
         gathering = [one for one in everyones if isinstance(one, Rows)]
+        whole = torch.cat([one.rows for one in gathering]).to(mine.device)
         if not any(one.wants_grad for one in gathering):
             return whole
-        start = sum(counts[: self._rank])
+        start = sum(len(one.rows) for one in everyones[: self._rank] if isinstance(one, Rows))
         # Rows may need no gradient on this rank; it takes part in the others' backward anyway.
         anchor = torch.zeros((), device=mine.device, requires_grad=True)
-        own = slice(start, start + counts[self._rank])
         gathered: Tensor
         gathered, tie = _Join.apply(  # type: ignore[no-untyped-call]
-            mine, anchor, whole, self._comm, gathering[0].label, own
+            mine, anchor, whole, self._comm, gathering[0].label, slice(start, start + len(mine))
         )
         self._ties.append(tie)
         return gathered
 
 
 def _check(everyones: list[Rows | Done]) -> Rows:
-    """Returns what is gathered.
-
-    Raises:
-        RankMismatch: ranks gather different things.
-    """
+    """Returns what is gathered, by the first who does; raises RankMismatch where others differ."""
     first = next(one for one in everyones if isinstance(one, Rows))
     if any(isinstance(one, Rows) and str(one) != str(first) for one in everyones):
         table = "\n".join(

@@ -42,7 +42,7 @@ def idle(params: Sequence[nn.Parameter], sparse: Collection[Tensor] = ()) -> Ten
         params: all that the reduction waits for.
         sparse: those of them whose gradients are sparse, as an embedding's may be.
     """
-    known = {id(parameter) for parameter in sparse}
+    known = set(map(id, sparse))
     places = frozenset(place for place, p in enumerate(params) if id(p) in known)
     zero: Tensor = _Idle.apply(places, *params)  # type: ignore[no-untyped-call]
     return zero

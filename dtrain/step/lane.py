@@ -1,17 +1,16 @@
 """The lane: what ranks tell one another inside the gradient reduction that happens anyway.
 
-:class:`Lane` owns one extra parameter of a few zeros. In each step's last backward, its gradient
-is what this rank has to say: how much weight its samples had, its weighted loss, its votes. DDP
-sums that over ranks in the bucket it sends anyway, so that after backward every rank knows the
-global weight (which normalises the gradients), the global loss and everyone's votes, without a
-collective.
-
-The parameter is no part of the user's model, optimizer or checkpoints.
+:class:`Lane` owns one extra parameter of a few zeros, which is no part of the user's model,
+optimizer or checkpoints. In each step's last backward, its gradient is what this rank has to say:
+how much weight its samples had, its weighted loss, its votes. DDP sums that over ranks in the
+bucket it sends anyway; so all know the global weight (which normalises the gradients), the global
+loss and everyone's votes, without a collective.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -22,8 +21,6 @@ from torch import Tensor, nn
 from dtrain.context import on_device
 from dtrain.errors import DtrainError
 from dtrain.step.arriving import Arriving
-
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class Slot(IntEnum):
@@ -61,9 +58,9 @@ class Verdict(NamedTuple):
         loss_mean: mean loss over those units; NaN where there are none.
         factor: what the reduced gradients must be multiplied by to be those of ``loss_mean``.
         samples: samples in the global batch.
+        undone: nothing of the step counts: some rank failed, has to leave, or none had data.
         stop, save, preempt, errors, fed, ending, starved, leaving: how many ranks said so.
         skipped, nonfinite: how many micro-batches, over all ranks.
-        undone: nothing of the step counts: some rank failed, has to leave, or none had data.
     """
 
     weight: float
@@ -119,7 +116,7 @@ class Lane:
         self.expect(self._shares)
         self._message = torch.zeros(len(Slot), dtype=dtype)
         self._said: np.ndarray[Any, Any] = self._message.numpy()  # a view: no torch op to write
-        self._is_narrow = not double
+        self._largest = torch.finfo(dtype).max
         self._weight = self._loss = 0.0
         self._canary = size if rank == 0 else 1
         self._voice: Tensor | None = None
@@ -190,10 +187,9 @@ class Lane:
     def attach(self) -> Tensor:
         """Returns what carries the lane; it goes into backward together with the loss.
 
-        Recorded before the first forward of a fit: autograd runs what was recorded first
-        last, so that the lane is the last gradient to arrive, and its coming back proves that
-        every bucket before it was reduced. A view keeps nothing for its backward, and serves all
-        steps.
+        Recorded before the first forward of a fit: autograd runs what was recorded first last, so
+        the lane's gradient arrives last, and proves that every bucket before it was reduced. A
+        view keeps nothing for its backward, and serves all steps.
         """
         if self._voice is None:
             self._voice = self.param.view_as(self.param)
@@ -213,8 +209,11 @@ class Lane:
     def message(self) -> Tensor:
         """Returns what this rank says, in the order of :class:`Slot`."""
         if self._on_device is None:
+            loss = self._loss
+            if abs(loss) > self._largest:  # infinite in float32; NumPy would warn of it
+                loss = math.copysign(math.inf, loss)
             self._said[Slot.WEIGHT] = self._weight
-            self._said[Slot.LOSS] = _narrow(self._loss) if self._is_narrow else self._loss
+            self._said[Slot.LOSS] = loss
             return self._message.clone()
         message = self._message.to(self.param.device, non_blocking=True)
         message[Slot.WEIGHT] += self._on_device[0]
@@ -240,10 +239,11 @@ class Lane:
         return Heard(mean, values, self.reference, self._size, self._rounding)
 
 
+@dataclass(eq=False, slots=True)
 class Heard:
     """What all ranks said in a step: parts of it at once on the device, all a little later.
 
-    Args:
+    Attributes:
         mean: over ranks, of what each said.
         values: the same on the host, or on its way there.
         reference: the reference weight in that step.
@@ -253,28 +253,17 @@ class Heard:
     Ranks: all, local.
     """
 
-    __slots__ = ("_mean", "_reference", "_rounding", "_size", "_values", "_verdict", "_whole")
-
-    def __init__(
-        self,
-        mean: Tensor,
-        values: list[float] | Arriving,
-        reference: float,
-        size: int,
-        rounding: float,
-    ) -> None:
-        self._mean = mean
-        self._values = values
-        self._reference = reference
-        self._size = size
-        self._rounding = rounding
-        self._whole = 2 * size - 1
-        self._verdict: Verdict | None = None
+    mean: Tensor
+    values: list[float] | Arriving
+    reference: float
+    size: int
+    rounding: float
+    _verdict: Verdict | None = None
 
     def factor(self) -> Tensor:
         """What gradients must be multiplied by, 0-dim on the device; see :class:`Verdict`."""
-        share = self._mean[Slot.WEIGHT]
-        is_one = (share - 1).abs() <= self._rounding
+        share = self.mean[Slot.WEIGHT]
+        is_one = (share - 1).abs() <= self.rounding
         return torch.where(is_one, 1.0, torch.where(share > 0, 1 / share, 0.0))
 
     def veto(self) -> Tensor:
@@ -282,8 +271,8 @@ class Heard:
 
         0-dim float32 on the device, as fused optimizers take it for ``found_inf``.
         """
-        said = self._mean
-        unreduced = (said[Slot.CANARY] * self._size - self._whole).abs() > self._size / 4
+        said, size = self.mean, self.size
+        unreduced = (said[Slot.CANARY] * size - (2 * size - 1)).abs() > size / 4
         stays = (said[Slot.ERROR] + said[Slot.LEAVING] > 0) | ~(said[Slot.WEIGHT] > 0)
         return (stays | unreduced).float()
 
@@ -294,19 +283,18 @@ class Heard:
             LaneSilent: no reduction happened.
         """
         if self._verdict is None:
-            values = self._values.get() if isinstance(self._values, Arriving) else self._values
-            canary, share, loss, *said = values
-            size = self._size
+            values, size = self.values, self.size
+            canary, share, loss, *said = values.get() if isinstance(values, Arriving) else values
             # An unreduced lane says 1, W or W * W. Not compared as a whole number: a sum over
             # thousands of ranks is inexact.
-            if not abs(canary * size - self._whole) <= size / 4:
+            if not abs(canary * size - (2 * size - 1)) <= size / 4:
                 raise LaneSilent("the lane's gradient was not reduced")
             # Rounded: DDP multiplies by 1 / world size, which is inexact at 3.
             samples, samples_256, *counts = [round(mean * size) if mean else 0 for mean in said]
-            if abs(share - 1) <= self._rounding:
+            if abs(share - 1) <= self.rounding:
                 share = 1.0
             self._verdict = Verdict(
-                share * self._reference * size,
+                share * self.reference * size,
                 loss / share if share > 0 else math.nan,
                 1.0 / share if share > 0 else 0.0,
                 samples + 256 * samples_256,
@@ -314,8 +302,3 @@ class Heard:
                 *counts,
             )
         return self._verdict
-
-
-def _narrow(value: float) -> float:
-    """As float32 holds it; NumPy would warn of an overflow."""
-    return math.copysign(math.inf, value) if abs(value) > _FLOAT32_MAX else value

@@ -2,18 +2,17 @@
 
 DDP wraps :class:`MicroStep`, not the user's model. Whatever this rank does for a micro-batch
 (fetch, ``on_batch``, the loss function, ``on_loss``) happens inside its forward, so the loss
-function may use the model in any way it likes, and an exception or a skip is turned into an
-*idle* term: zero weight, taking part in the reduction like any other. The other ranks never
-wait for a rank that had nothing to say.
+function may use the model in any way it likes, and an exception or a skip becomes an *idle* term:
+zero weight, taking part in the reduction like any other. Nobody waits for a rank that had nothing
+to say.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -34,8 +33,7 @@ UserLoss = Callable[..., Loss | Tensor]
 LossFn = Callable[[nn.Module, Any, Context], Loss | Tensor]
 
 
-@dataclass(slots=True)
-class Trouble:
+class Trouble(NamedTuple):
     """An exception of this rank's, kept until the step in which all ranks learn of it."""
 
     error: Exception
@@ -50,13 +48,13 @@ class MicroStep(nn.Module):
         loss_fn: already brought to three arguments by :func:`adapt`.
         lane: what this rank says to the others.
         precision: the precision slot.
-        hooks: the callbacks, for ``on_batch`` and ``on_loss``.
+        hooks: of which ``on_batch`` and ``on_loss`` fire here.
         context: what hooks get.
         agreement: requests that the reduction is to carry.
-        gathers: serves the loss function's gathers.
+        gathers: of the loss function.
         clock: told how long this rank waits for data.
-        means: collects the loss function's metrics.
-        find_unused: True where the reduction looks for unused parameters itself.
+        means: of the loss function's metrics.
+        find_unused: the reduction looks for unused parameters itself.
         may_idle: False where ranks wait for one another inside of the model.
 
     Ranks: all, local; DDP's reduction follows in backward.
@@ -94,12 +92,12 @@ class MicroStep(nn.Module):
         self._precision = precision
         self._hooks = hooks
         self._context = context
-        self._means = means
-        self._find_unused = find_unused
-        self._may_idle = may_idle
         self._agreement = agreement
         self._gathers = gathers
         self._clock = clock
+        self._means = means
+        self._find_unused = find_unused
+        self._may_idle = may_idle
         #: Whether the reference weight is that of real batches, not a guess.
         self.weighed = False
         #: The model's parameters that require a gradient.
@@ -107,13 +105,7 @@ class MicroStep(nn.Module):
         self._sparse: list[Tensor] = []
 
     def restart(self, weight: float) -> None:
-        """Begins a fit.
-
-        Args:
-            weight: what a step is expected to weigh, over all ranks; 0 where nobody knows.
-
-        Ranks: all, local; must be called on all ranks.
-        """
+        """Begins a fit; see :meth:`Engine.restart`."""
         self.trouble = None  # of an earlier fit, if that failed
         self.lane.restart(weight)
         self.weighed = not self._precision.scales_loss
@@ -137,28 +129,23 @@ class MicroStep(nn.Module):
         return places
 
     def forward(self, step: Step, feed: MicroBatches | None, last: bool) -> tuple[Tensor, ...]:
-        """Runs a micro-batch; returns what to call backward on.
+        """Runs a micro-batch; returns what to call backward on: terms of the loss, if any.
 
-        In the last one that is the lane's voice and then the terms of the loss; before, only
-        the terms, if there are any.
-
-        Args:
-            step: handed to the hooks.
-            feed: gives the micro-batch; None only fixes DDP's buckets.
-            last: the last micro-batch of the step, in which gradients are reduced.
+        In the ``last`` of the step, in which gradients are reduced, the lane's voice comes first.
+        A ``feed`` of None only fixes DDP's buckets.
         """
-        step.loss = None
-        voice = self.lane.attach() if last else None
-        loss = None
+        step.loss = loss = None
+        terms = [self.lane.attach()] if last else []
         if feed is not None:
             loss = self._try(step, feed)
             if loss is None and not self._may_idle:
                 self._refuse_to_idle()
             self._meet(loss, step)
         self.has_loss = loss is not None
-        terms = [] if voice is None else [voice]
         if loss is not None:
-            terms.append(self._weigh(loss, step.samples))
+            assert loss.weight is not None
+            term = self.lane.add(loss.mean, loss.weight, step.samples)
+            terms.append(self._precision.scale(term))
         ties = self._gathers.take_ties()
         self.gathers = bool(ties)
         terms += ties
@@ -207,11 +194,11 @@ class MicroStep(nn.Module):
         """Runs the loss function; returns None where this rank has nothing to say."""
         if self.trouble is not None:
             return None
-        request, comm = self._context.request, self._context.comm
-        activity = comm.activity
-        first = not (self._context.progress.step_in_epoch or step.micro)
+        context, hooks = self._context, self._hooks
+        request, comm = context.request, context.comm
+        first = not (context.progress.step_in_epoch or step.micro)
         where = "data"
-        activity.enter(FIRST_DATA if first else DATA)
+        comm.activity.enter(FIRST_DATA if first else DATA)
         try:
             since = perf_counter()
             fetched = feed.next()
@@ -223,23 +210,26 @@ class MicroStep(nn.Module):
                 self.lane.say(Slot.FED)
             request.skippable = True
             where = "on_batch"
-            activity.has_data(first=first)
+            comm.activity.has_data(first=first)
             comm.serve_gathers(self._gathers)
-            self._hooks.fire(Callback.on_batch, self._context, step)
+            hooks.fire(Callback.on_batch, context, step)
             if not request.skipped:
                 where = "loss_fn"
-                step.loss = self._loss(step)
+                with self._precision.autocast():
+                    returned = self._loss_fn(self.model, step.batch, context)
+                step.loss = as_loss(returned, step.samples, trains=True)
                 where = "on_loss"
-                self._hooks.fire(Callback.on_loss, self._context, step)
+                hooks.fire(Callback.on_loss, context, step)
             if request.skipped:
                 self.lane.say(Slot.SKIPPED)
                 request.skipped.clear()
                 return None
-            if step.loss is not None:
-                if self._hooks.has(Callback.on_loss):  # what it left may be anything
-                    step.loss = _with_gradient(step.loss, step.samples)
-                where = "loss_fn"
-            return self._checked(step.loss, step.samples)
+            if step.loss is None:
+                raise LossError("on_loss left no loss in step.loss; use request.skip(why) to skip")
+            if hooks.has(Callback.on_loss):  # what it left may be anything
+                step.loss = as_loss(step.loss, step.samples, trains=True)
+            where = "loss_fn"
+            return self._counted(step.loss)
         except EndOfStream:
             if step.micro == 0 and feed.is_last():
                 self.lane.say(Slot.STARVED)
@@ -248,8 +238,8 @@ class MicroStep(nn.Module):
             if where == "data" and request.pending["preempt"]:
                 # A TERM to every process of the job has ended this rank's loader workers, too.
                 self.lane.say(Slot.LEAVING)
-                return None
-            self.fail(error, where)
+            else:
+                self.fail(error, where)
             return None
         finally:
             request.skippable = False
@@ -264,24 +254,16 @@ class MicroStep(nn.Module):
         except Exception as error:  # noqa: BLE001 -- as above: the stream is the user's
             self.fail(error, "data")
 
-    def _loss(self, step: Step) -> Loss:
-        with self._precision.autocast():
-            returned = self._loss_fn(self.model, step.batch, self._context)
-        return _with_gradient(returned, step.samples)
-
-    def _checked(self, loss: Loss | None, samples: int) -> Loss | None:
-        """Returns the loss with a weight and its metrics counted; None where it weighs nothing."""
-        if loss is None:
-            raise LossError("on_loss left no loss in step.loss; use request.skip(why) to skip")
+    def _counted(self, loss: Loss) -> Loss | None:
+        """Checks the weight and counts the metrics; returns None where the loss weighs nothing."""
         weight = loss.weight
-        if weight is None:
-            weight = samples
+        assert weight is not None
         if isinstance(weight, Tensor) and weight.device.type == "cpu":
             if weight.numel() != 1:
                 raise LossError(
                     f"the loss has a weight of shape {list(weight.shape)}, not one number"
                 )
-            weight = float(weight)  # no sync: it is here already
+            loss.weight = weight = float(weight)  # no sync: it is here already
         if not isinstance(weight, Tensor):
             if not 0 <= weight < float("inf"):
                 raise LossError(f"the loss has weight {weight}; it must be 0 or more, and finite")
@@ -289,29 +271,14 @@ class MicroStep(nn.Module):
                 return None  # not `0 * mean`: the mean may be NaN
         for name, value in loss.metrics.items():
             self._means.add(f"train/{name}", value, weight)
-        loss.weight = weight
         return loss
 
-    def _weigh(self, loss: Loss, samples: int) -> Tensor:
-        assert loss.weight is not None
-        return self._precision.scale(self.lane.add(loss.mean, loss.weight, samples))
 
-
-def _with_gradient(returned: object, samples: int) -> Loss:
-    loss = as_loss(returned, samples)
-    if not loss.mean.requires_grad:
-        raise LossError(
-            "the loss has no gradient: it was detached, made under no_grad, or does not "
-            "depend on any parameter that requires one"
-        )
-    return loss
-
-
-def as_loss(returned: object, samples: int) -> Loss:
+def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
     """Returns what a loss function returned as a checked :class:`Loss` with a weight.
 
     Raises:
-        LossError: it is neither a Loss nor a scalar tensor.
+        LossError: it is neither a Loss nor a scalar tensor, or has no gradient though it trains.
     """
     loss = Loss(returned) if isinstance(returned, Tensor) else returned
     if not isinstance(loss, Loss):
@@ -332,6 +299,11 @@ def as_loss(returned: object, samples: int) -> Loss:
     as_metrics(loss.metrics)
     if "loss" in loss.metrics:
         raise LossError("a metric is named 'loss', which is the loss itself; name it otherwise")
+    if trains and not loss.mean.requires_grad:
+        raise LossError(
+            "the loss has no gradient: it was detached, made under no_grad, or does not "
+            "depend on any parameter that requires one"
+        )
     return loss
 
 

@@ -30,26 +30,17 @@ class Precision:
         return loss
 
     def unscale(self, optimizer: Optimizer, factor: Factor) -> Factor:
-        """Divides gradients by the loss scale; called once a step, after the reduction.
+        """Divides the optimizer's gradients by the loss scale; once a step, after the reduction.
 
-        Args:
-            optimizer: of the gradients.
-            factor: what they must be multiplied by besides.
-
-        Returns:
-            The factor that is left to be applied: 1 where unscaling took it in.
+        Returns the factor that is left to be applied: 1 where unscaling took it in.
         """
         return factor
 
     def step(self, optimizer: Optimizer, closed: bool | Tensor) -> bool | Tensor:
-        """Steps the optimizer, unless nothing must change.
+        """Steps the optimizer, unless nothing must change; returns whether nothing did.
 
-        Args:
-            optimizer: where ``closed`` is a tensor, one that honours ``found_inf``.
-            closed: whether nothing must change; as a tensor, 0-dim on the device, 1 means so.
-
-        Returns:
-            Whether nothing changed, in the same form; more than 0 means so.
+        Both are bools, or 0-dim tensors on the device where more than 0 means so. ``closed`` is
+        then 0 or 1, and the optimizer one that honours ``found_inf``.
         """
         if isinstance(closed, Tensor):
             _step_unless(optimizer, closed)
@@ -199,4 +190,3 @@ class PrecisionSlot(Protocol):
 
     def make_precision(self, device_type: str) -> Precision:
         """Returns what computes in the wanted precision on ``"cpu"`` or ``"cuda"``."""
-        ...

@@ -88,8 +88,7 @@ class Strategy(ABC):
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """Returns tensors that hold all gradients of the optimizer, and otherwise zeros only.
 
-        What is done to them in place is done to the gradients; so a strategy that keeps them in
-        few tensors returns those.
+        What is done to them in place is done to the gradients. They may be fewer than those.
         """
 
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
@@ -111,8 +110,6 @@ def joint_norm(grads: list[Tensor]) -> Tensor:
     entries = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
     if len({(one.device, one.dtype) for one in entries}) != 1:
         return torch.nn.utils.get_total_norm(entries)
-    if len(entries) == 1:
-        norm: Tensor = torch.linalg.vector_norm(entries[0])
-        return norm
-    joint: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(entries)))
-    return joint
+    one = entries[0] if len(entries) == 1 else torch.stack(torch._foreach_norm(entries))
+    norm: Tensor = torch.linalg.vector_norm(one)
+    return norm

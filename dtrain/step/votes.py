@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,19 +17,14 @@ _SLOTS = {"stop": Slot.STOP, "save": Slot.SAVE, "preempt": Slot.PREEMPT}
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """What all ranks do. Equal on all of them.
+    """What all ranks do. Equal on all of them."""
 
-    Attributes:
-        save: make a checkpoint.
-        preempt: save and leave; the run is to be continued.
-        stop_reason: why to stop, or nothing.
-    """
-
-    save: bool = False
-    preempt: bool = False
-    stop_reason: str = ""
+    save: bool = False  # make a checkpoint
+    preempt: bool = False  # save and leave; the run is to be continued
+    stop_reason: str = ""  # why to stop, or nothing
 
 
+@dataclass
 class Agreement:
     """Carries requests to all ranks: in the lane during a step, in a verb between steps.
 
@@ -38,15 +33,14 @@ class Agreement:
     Ranks: all; local where a method does not say otherwise.
     """
 
-    def __init__(self, request: Request, comm: Comm, host: str) -> None:
-        self._request = request
-        self._comm = comm
-        self._host = host
-        self._carried: Reasons = {}
+    request: Request
+    comm: Comm
+    host: str
+    _carried: Reasons = field(default_factory=dict)
 
     def say(self, lane: Lane) -> None:
         """Puts what is pending into the lane, for the reduction that comes next."""
-        pending = self._request.pending
+        pending = self.request.pending
         if pending["stop"] or pending["save"] or pending["preempt"]:
             for kind, reasons in self._take().items():
                 # Those of a step that was not waited for may still be there.
@@ -56,7 +50,7 @@ class Agreement:
     def drop(self) -> None:
         """Forgets what was requested and not agreed, as after a failure."""
         self._take()
-        self._request.skipped.clear()
+        self.request.skipped.clear()
         self._carried = {}
 
     def carried(self) -> Agreed:
@@ -72,19 +66,18 @@ class Agreement:
 
         Ranks: all, communicates.
         """
-        pending = self._request.pending
-        asked = torch.tensor(sum(map(len, pending.values())))
-        if not int(self._comm.all_reduce("requests", asked)):
+        asked = torch.tensor(sum(map(len, self.request.pending.values())))
+        if not int(self.comm.all_reduce("requests", asked)):
             return Agreed()
         return self._gather(self._take())
 
     def _take(self) -> Reasons:
         # One by one: a signal may add another at any moment, and none may be lost.
-        pending = self._request.pending.items()
+        pending = self.request.pending.items()
         return {kind: [reasons.pop(0) for _ in range(len(reasons))] for kind, reasons in pending}
 
     def _gather(self, mine: Reasons) -> Agreed:
-        by_rank = self._comm.gather_objects("reasons", (self._host, mine))
+        by_rank = self.comm.gather_objects("reasons", (self.host, mine))
         preempt, stop = _words(by_rank, "preempt"), _words(by_rank, "stop")
         return Agreed(
             save=any(reasons.get("save") for _, reasons in by_rank),

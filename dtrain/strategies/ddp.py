@@ -58,7 +58,6 @@ class DDP(Replicated):
         sync_batchnorm: bool = False,
         comm_hook: tuple[Any, Callable[..., Any]] | None = None,
     ) -> None:
-        super().__init__()
         self.find_unused = find_unused_parameters
         self._static_graph = static_graph
         self._bucket_cap_mb = bucket_cap_mb
@@ -137,7 +136,6 @@ class DDP(Replicated):
         order in which more than two ranks are added up. A run that is resumed would then
         differ in the last bits from one that never stopped.
         """
-        assert self._micro_step is not None
         assert self._ddp is not None
         self._micro_step.lane.open()
         self._micro_step.lane.backward(*self._ddp(Step(number=0), None, True))
@@ -153,7 +151,6 @@ class DDP(Replicated):
 
     def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
         """Runs forward and backward; gradients are reduced in the last micro-batch."""
-        assert self._micro_step is not None, "wrap() comes first"
         forward = self._micro_step if self._ddp is None else self._ddp
         if last:
             voice, *terms = forward(step, feed, last)
@@ -197,8 +194,6 @@ class DDP(Replicated):
         """The lane in a reduction of its own, where a hook may have altered it in a bucket."""
         if self._ddp is None or self._comm_hook is None:
             return None
-        assert self._micro_step is not None
-        assert self._world is not None
         mean = self._micro_step.lane.message() / self._world.size
         self._world.gradients.all_reduce(mean)
         return mean

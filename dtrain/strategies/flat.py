@@ -32,7 +32,6 @@ class Flat(Replicated):
     find_unused = True
 
     def __init__(self, *, find_unused_parameters: bool = False) -> None:
-        super().__init__()
         self._may_be_unused = find_unused_parameters
         self._flats: list[_Flat] = []
         self._tail = torch.empty(0)  # of one of them: the lane's
@@ -85,7 +84,6 @@ class Flat(Replicated):
     def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
         """Runs forward and backward; gradients are reduced after the last micro-batch."""
         micro_step = self._micro_step
-        assert micro_step is not None, "wrap() comes first"
         if step.micro == 0:
             self._spoke = False
         terms = micro_step(step, feed, last)
@@ -113,13 +111,12 @@ class Flat(Replicated):
         Not with a loss scale, which must overflow in the same steps as in one process.
         """
         if loss.dtype not in self._seeds:
-            start = 1.0 if self._divides_after else 1 / self._world_size
+            start = 1.0 if self._divides_after else 1 / self._world.size
             self._seeds[loss.dtype] = torch.full_like(loss.detach(), start)
         return self._seeds[loss.dtype]
 
     def _reduce(self, micro_step: MicroStep) -> None:
         world = self._world
-        assert world is not None
         grads = [[p.grad for p in flat.params] for flat in self._flats]
         if self._spoke and micro_step.trouble is None and (error := self._look(grads)):
             micro_step.fail(error, "backward")
@@ -148,11 +145,6 @@ class Flat(Replicated):
                         "Trainer(strategy='ddp')"
                     )
         return None
-
-    @property
-    def _world_size(self) -> int:
-        assert self._world is not None
-        return self._world.size
 
     def _reduced(self) -> Tensor | None:
         return self._tail

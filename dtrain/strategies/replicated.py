@@ -20,12 +20,12 @@ class Replicated(Strategy):
     Ranks: all, communicates.
     """
 
-    def __init__(self) -> None:
-        self._micro_step: MicroStep | None = None
-        self._world: World | None = None
-        self._activity = Activity()
-        self._trainable: list[int] = []
-        self._checked = False
+    # Since `wrap`.
+    _micro_step: MicroStep
+    _world: World
+    _activity: Activity
+    _trainable: list[int]
+    _checked = False
 
     def make_equal(self, model: nn.Module, world: World) -> bool:
         """Gives all ranks rank 0's parameters and buffers; returns whether any differed here."""
@@ -48,16 +48,7 @@ class Replicated(Strategy):
         self._trainable = micro_step.take_trainable()
 
     def refresh(self) -> None:
-        """Wraps anew where parameters were frozen or unfrozen: what is reduced is of the others.
-
-        Raises:
-            ConfigError: every parameter is frozen.
-            RankMismatch: ranks froze different ones.
-
-        Ranks: all, communicates.
-        """
-        assert self._micro_step is not None, "wrap() comes first"
-        assert self._world is not None
+        """Wraps anew where parameters were frozen or unfrozen: what is reduced is of the others."""
         trainable = self._micro_step.take_trainable()
         comm = self._world.comm
         # A digest: every rank gets what all say, and this is said in every epoch.
@@ -76,7 +67,6 @@ class Replicated(Strategy):
 
     def clear(self, optimizer: Optimizer) -> None:
         """Forgets the gradients of the step before, those that the optimizer does not have, too."""
-        assert self._micro_step is not None, "wrap() comes first"
         for p in self._micro_step.trainable:
             p.grad = None
         for group in optimizer.param_groups:  # some may have been unfrozen since
@@ -87,7 +77,6 @@ class Replicated(Strategy):
 
     def heard(self) -> Heard:
         """Returns what all ranks said in the step."""
-        assert self._micro_step is not None, "wrap() comes first"
         try:
             heard = self._micro_step.lane.listen(self._reduced())
             # Alone, nothing waits for a missing gradient. It is refused all the same, so that a
@@ -113,13 +102,11 @@ class Replicated(Strategy):
         return [g for group in groups for p in group["params"] if (g := p.grad) is not None]
 
     def _check_gradients(self) -> None:
-        assert self._micro_step is not None, "wrap() comes first"
         if any(p.requires_grad and p.grad is None for p in self._micro_step.model.parameters()):
             raise self.unused()
 
     def unused(self) -> UnusedParameters:
         """Names the parameters whose gradients never arrived."""
-        assert self._micro_step is not None
         named = self._micro_step.model.named_parameters()
         names = [name for name, p in named if p.requires_grad and p.grad is None]
         return UnusedParameters(
