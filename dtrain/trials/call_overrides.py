@@ -29,9 +29,8 @@ _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 class CallOverrides(TorchFunctionMode):
     """Lies around a training, and changes dtypes, dropout and BatchNorm in what it calls.
 
-    It sees each of torch's functions as it is called, from modules and from the user's own code
-    alike. So it finds ``F.dropout`` as well as ``nn.Dropout``, and a ``logits.float()`` does not
-    bring float32's rounding back.
+    It sees each of torch's functions as it is called, from modules and the user's own code alike:
+    ``F.dropout`` as well as ``nn.Dropout``, and ``logits.float()``, which would round.
 
     Args:
         double: lower floating dtypes become float64.

@@ -35,7 +35,7 @@ def examine(
     Args:
         model: the trained one; left in the modes it was in.
         loss_of: the loss function, from a batch, with dropout and BatchNorm switched off.
-        batches: the global batch of each step, as the loss function got it, and its samples.
+        batches: of each step, as the loss function got it, and its samples.
         data: what was trained on, if it has samples to fetch.
         keeps_state: in training, a forward changes what the next one gives.
 
