@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dtrain.cli.show import show
+from dtrain.cli.show import Script, ScriptArgs, show
 from dtrain.errors import ConfigError
 from dtrain.trials import check_equivalence
 
 
 def check(
-    script: Annotated[Path, typer.Argument(help="A script that calls Trainer(...).fit(...).")],
-    args: Annotated[
-        list[str] | None, typer.Argument(help="The script's own arguments, as they are.")
-    ] = None,
+    script: Script,
+    args: ScriptArgs = None,
     ranks: Annotated[int, typer.Option(help="Compare one rank with so many.")] = 2,
     micro_batches: Annotated[
         str, typer.Option(help="Compare so many micro-batches a rank; commas between.")

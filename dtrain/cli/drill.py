@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dtrain.cli.show import show
+from dtrain.cli.show import Script, ScriptArgs, show
 from dtrain.trials import drill_script
 
 
 def drill(
-    script: Annotated[Path, typer.Argument(help="A script that calls Trainer(...).fit(...).")],
-    args: Annotated[
-        list[str] | None, typer.Argument(help="The script's own arguments, as they are.")
-    ] = None,
+    script: Script,
+    args: ScriptArgs = None,
     ranks: Annotated[int, typer.Option(help="Run it on so many ranks.")] = 2,
     kills: Annotated[
         int, typer.Option(help="Kills in a step; half as many more fall on a save.")

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from dtrain.errors import CheckError, ConfigError
-from dtrain.trials import TrialReport
+from dtrain.trials import Drilled, Equivalence, TrialReport
 
 NOT_PASSED, NOT_TRIED, INTERRUPTED = 1, 2, 130
 
 
-class Found(Protocol):
-    """What a trial returns."""
+#: What a trial of a script takes.
+Script = Annotated[Path, typer.Argument(help="A script that calls Trainer(...).fit(...).")]
+ScriptArgs = Annotated[
+    list[str] | None, typer.Argument(help="The script's own arguments, as they are.")
+]
+Progress = Callable[[str], None]
 
-    @property
-    def report(self) -> TrialReport:
-        """In words."""
-        ...
 
-
-def show(command: str, trial: Callable[[Callable[[str], None]], Found]) -> None:
-    """Runs a trial and prints what it found; the exit status says whether that is good.
-
-    Args:
-        command: on whose behalf.
-        trial: takes what is to be told what runs next.
-
-    Raises:
-        typer.Exit: it did not pass, could not be tried, or was interrupted.
+def show(command: str, trial: Callable[[Progress], Equivalence | Drilled]) -> None:
+    """Runs a command's trial and prints what it found; the exit status says whether that is good.
 
     Ranks: none.
     """

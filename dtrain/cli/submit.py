@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dtrain.cli.show import Script, ScriptArgs
 from dtrain.cluster import Kind, render
 from dtrain.errors import ConfigError
 
@@ -18,10 +19,8 @@ NOT_SUBMITTED = 2
 
 
 def submit(
-    script: Annotated[Path, typer.Argument(help="A script that calls Trainer(...).fit(...).")],
-    args: Annotated[
-        list[str] | None, typer.Argument(help="The script's own arguments, as they are.")
-    ] = None,
+    script: Script,
+    args: ScriptArgs = None,
     nodes: Annotated[int, typer.Option(min=1, help="So many nodes.")] = 1,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of each node, and so ranks.")] = 0,
     ranks: Annotated[

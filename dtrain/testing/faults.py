@@ -25,16 +25,13 @@ class Waitable(Protocol):
 
 
 class What(Protocol):
-    """What is to go wrong.
+    """What is to go wrong."""
 
-    Attributes:
-        in_threads: whether it can befall one rank where ranks are threads of one process.
-    """
-
-    in_threads: ClassVar[bool]
+    #: Whether it can befall one rank where ranks are threads of one process.
+    in_threads: ClassVar[bool] = True
 
     def happen(self) -> None:
-        """Goes wrong, in the rank that calls it.
+        """Goes wrong.
 
         Ranks: the one that is to suffer it.
         """
@@ -42,17 +39,10 @@ class What(Protocol):
 
 
 @dataclass(frozen=True)
-class Raise:
-    """Raises an exception.
-
-    Attributes:
-        error: the exception.
-
-    Ranks: the one that is to suffer it.
-    """
+class Raise(What):
+    """Raises an exception."""
 
     error: BaseException
-    in_threads: ClassVar[bool] = True
 
     def happen(self) -> None:
         """Raises it."""
@@ -60,16 +50,10 @@ class Raise:
 
 
 @dataclass(frozen=True)
-class Signal:
-    """Sends a signal to the rank's process.
+class Signal(What):
+    """Sends a signal to the rank's process."""
 
-    Attributes:
-        number: such as ``signal.SIGTERM``.
-
-    Ranks: the one that is to suffer it.
-    """
-
-    number: int
+    number: int  # such as signal.SIGTERM
     in_threads: ClassVar[bool] = False
 
     def happen(self) -> None:
@@ -92,26 +76,14 @@ class Stop(Signal):
 
 
 @dataclass(frozen=True)
-class Delay:
-    """Keeps the rank waiting; other ranks go on as far as they can.
+class Delay(What):
+    """Keeps the rank waiting; other ranks go on as far as they can."""
 
-    Attributes:
-        until: seconds, or an event to wait for.
-        timeout_s: how long an event may take to happen.
-
-    Ranks: the one that is to suffer it.
-    """
-
-    until: float | Waitable
-    timeout_s: float = 10.0
-    in_threads: ClassVar[bool] = True
+    until: float | Waitable  # seconds, or an event to wait for
+    timeout_s: float = 10.0  # how long an event may take to happen
 
     def happen(self) -> None:
-        """Waits.
-
-        Raises:
-            TimeoutError: the event did not happen.
-        """
+        """Waits; raises TimeoutError where the event did not happen."""
         with aside():
             if isinstance(self.until, float | int):
                 threading.Event().wait(self.until)
@@ -128,7 +100,7 @@ def _in_step(hook: str) -> Any:
 
 
 def _between_steps(hook: str) -> Any:
-    def happens(self: Fault, ctx: Context) -> None:
+    def happens(self: Fault, ctx: Context, *_: Any) -> None:
         self._at(hook, ctx.progress.step)
 
     return happens
@@ -165,17 +137,10 @@ class Fault(Callback):
             raise ConfigError(f"Fault(rank={rank}, step={step}): must be 0 or more")
         self.name = f"Fault at {hook} of step {step} on rank {rank}"
         self.happened = False
-        self._what = what
-        self._rank = rank
-        self._step = step
-        self._hook = hook
+        self._what, self._rank, self._step, self._hook = what, rank, step, hook
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Checks that it can happen.
-
-        Raises:
-            ConfigError: there is no such rank, or it would hit all ranks.
-        """
+        """Checks that it can happen: raises ConfigError if not."""
         world = current()
         size, threads = (1, False) if world is None else (world.size, world.launcher == "threads")
         if self._rank >= size:
@@ -194,32 +159,19 @@ class Fault(Callback):
     on_grads_ready = _in_step("on_grads_ready")
     on_step_end = _in_step("on_step_end")
     on_eval_start = _between_steps("on_eval_start")
+    on_eval_batch = _between_steps("on_eval_batch")
+    on_eval_end = _between_steps("on_eval_end")
     on_save = _between_steps("on_save")
     on_epoch_end = _between_steps("on_epoch_end")
-
-    def on_eval_batch(self, ctx: Context, step: Step) -> None:
-        """Happens here, where it was planted here."""
-        self._at("on_eval_batch", ctx.progress.step)
-
-    def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        """Happens here, where it was planted here."""
-        self._at("on_eval_end", ctx.progress.step)
+    on_error = _between_steps("on_error")
 
     def on_fit_end(self, ctx: Context) -> None:
-        """Happens here, where it was planted here.
-
-        Raises:
-            ConfigError: it has not happened, and will not any more.
-        """
+        """Raises ConfigError if it has not happened: it will not any more."""
         self._at("on_fit_end", ctx.progress.step)
         if self._is_here() and not self.happened:
             raise ConfigError(
                 f"{self.name} never happened: the run ended well after {ctx.progress.step} steps"
             )
-
-    def on_error(self, ctx: Context, error: BaseException) -> None:
-        """Happens here, where it was planted here."""
-        self._at("on_error", ctx.progress.step)
 
     def _at(self, hook: str, step: int, *, exact: bool = False) -> None:
         due = step == self._step if exact else step >= self._step

@@ -72,12 +72,7 @@ def run_outcomes(
     timeout_s: float = 60.0,
     env: dict[str, str] | None = None,
 ) -> list[Outcome]:
-    """Like :func:`run_processes`, and called like it, for ranks that are expected to fail.
-
-    It raises nothing itself.
-
-    Returns:
-        Every rank's outcome, by rank.
+    """Like :func:`run_processes`, but raises nothing: returns every rank's outcome, by rank.
 
     Ranks: none; called in the test's process.
     """
@@ -110,15 +105,27 @@ def run_outcomes(
         _ask_where([process for rank, (process, _) in enumerate(ranks) if rank not in messages])
         outcomes = []
         for rank, (process, connection) in enumerate(ranks):
-            process.join(max(1.0, deadline - time.monotonic()) if rank in messages else 0.0)
-            late = rank not in messages or process.is_alive()
+            message = messages.get(rank)
+            process.join(0.0 if message is None else max(1.0, deadline - time.monotonic()))
+            late = message is None or process.is_alive()
             if late:
                 process.kill()
                 process.join()
             connection.close()
             log = _log(folder, rank)  # not there, where a rank did not even begin in time
             output = log.read_text(errors="replace") if log.exists() else ""
-            outcomes.append(_outcome(rank, messages.get(rank), late, process.exitcode, output))
+            if message:
+                told = pickle.loads(message)  # noqa: S301 -- from our own child
+            else:
+                code = process.exitcode
+                why = (
+                    "did not come back in time and was killed"
+                    if late
+                    else f"ended with code {code}"
+                )
+                told = None, DtrainError(f"rank {rank} {why}"), ""
+            value, error, trace = told
+            outcomes.append(Outcome(rank, value, error, trace, output, process.exitcode))
             process.close()
     return outcomes
 
@@ -164,16 +171,6 @@ def _collect(connections: list[Connection], deadline: float) -> dict[int, bytes]
     return messages
 
 
-def _outcome(
-    rank: int, message: bytes | None, late: bool, exitcode: int | None, output: str
-) -> Outcome:
-    if message:
-        value, error, trace = pickle.loads(message)  # noqa: S301 -- from our own child
-        return Outcome(rank, value, error, trace, output, exitcode)
-    why = "did not come back in time and was killed" if late else f"ended with code {exitcode}"
-    return Outcome(rank, None, DtrainError(f"rank {rank} {why}"), "", output, exitcode)
-
-
 def _run_rank(payload: bytes, variables: dict[str, str], parent: Connection, log: str) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
@@ -182,21 +179,18 @@ def _run_rank(payload: bytes, variables: dict[str, str], parent: Connection, log
     faulthandler.register(_SAY_WHERE, file=2)
     os.environ.update(variables)
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
-    value: Any = None
-    error: BaseException | None = None
-    trace = ""
+    told: tuple[Any, BaseException | None, str]
     try:
         fn, args, filters = pickle.loads(payload)  # noqa: S301 -- from our own parent
         warnings.filters[:] = filters  # type: ignore[index]
-        value = fn(*args)
-    except BaseException as caught:  # noqa: BLE001 -- told to the parent
-        error = caught
-        trace = "".join(traceback.format_exception(caught))
+        told = fn(*args), None, ""
+    except BaseException as error:  # noqa: BLE001 -- told to the parent
+        told = None, error, traceback.format_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    parent.send_bytes(_pickled(value, error, trace))
+    parent.send_bytes(_pickled(*told))
     parent.close()
-    if error is not None:
+    if told[1] is not None:
         # A loader's workers, children of a server of their own, would not notice.
         for child in multiprocessing.active_children():
             child.kill()
@@ -207,11 +201,11 @@ def _pickled(value: Any, error: BaseException | None, trace: str) -> bytes:
     try:
         message = pickle.dumps((value, error, trace))
         pickle.loads(message)  # noqa: S301 -- our own: some exceptions pickle, and do not unpickle
+        return message
     except Exception as unpicklable:  # noqa: BLE001 -- anything may be raised by __reduce__
         told = error or unpicklable
         stand_in = DtrainError(f"{type(told).__name__}: {told}")
-        message = pickle.dumps((None, stand_in, trace or traceback.format_exc()))
-    return message
+        return pickle.dumps((None, stand_in, trace or traceback.format_exc()))
 
 
 def _log(folder: str, rank: int) -> Path:

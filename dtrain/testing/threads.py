@@ -10,7 +10,7 @@ import socket
 import threading
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,12 +37,9 @@ def run_ranks(
     In ``fn``, ``dtrain.init()`` gives the rank's world, and a Trainer trains as it does on real
     ranks, on the CPU. One rank runs at a time, until it waits for the others in a verb or in the
     reduction of gradients; so a test runs the same way each time. Python's, NumPy's and torch's
-    global random streams begin on each rank as they are here, are each rank's own, and are put
-    back at the end. Torch computes on one thread a rank, as it does in :func:`run_processes`.
-
-    What else a process has one of, ranks share: the environment, module globals, torch's default
-    dtype, and whatever ``fn`` finds outside of itself. So make model, optimizer and callbacks
-    inside of ``fn``.
+    global random streams are each rank's own, and begin as they are here. All else is shared: the
+    environment, module globals, torch's default dtype, and whatever ``fn`` finds outside of
+    itself. So make model, optimizer and callbacks inside of ``fn``.
 
     Example::
 
@@ -73,13 +70,10 @@ def try_ranks(
     *args: Any,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> list[Outcome]:
-    """Like :func:`run_ranks`, and called like it, for ranks that are expected to fail.
-
-    Returns:
-        Every rank's outcome, by rank.
+    """Like :func:`run_ranks`, but returns every rank's outcome, by rank, whatever became of it.
 
     Raises:
-        ConfigError: there must be a rank, and a second or so.
+        ConfigError: there is no rank, or no time.
 
     Ranks: none; called in the test's process.
     """
@@ -88,7 +82,7 @@ def try_ranks(
     before, threads_of_torch = random_streams.capture_host(), torch.get_num_threads()
     turns = Turns(world_size, timeout_s)
     outcomes: dict[int, Outcome] = {}
-    worlds = _worlds(turns, world_size)
+    worlds = list(_worlds(turns, world_size))
 
     def run(rank: int) -> None:
         try:
@@ -119,46 +113,33 @@ def try_ranks(
     return [outcomes[rank] for rank in range(world_size)]
 
 
-def _worlds(turns: Turns, size: int) -> list[World]:
+def _worlds(turns: Turns, size: int) -> Iterator[World]:
     host, store = socket.gethostname(), local_store()
-    worlds = []
     for rank in range(size):
-        comm = ThreadTransport(turns, rank, size, "a verb of dtrain's comm")
-        gradients = ThreadTransport(turns, rank, size, "the reduction of gradients")
-        worlds.append(
-            World(
-                rank=rank,
-                local_rank=rank,
-                size=size,
-                host=host,
-                device=torch.device("cpu"),
-                backend="threads" if size > 1 else "none",
-                launcher="threads",
-                seed=0,
-                comm=Comm(rank=rank, size=size, host=host, transport=comm, store=store)
-                if size > 1
-                else Comm(host=host),
-                gradients=gradients,
-            )
+        verbs = ThreadTransport(turns, rank, size, "a verb of dtrain's comm")
+        comm = Comm(rank=rank, size=size, host=host, transport=verbs, store=store)
+        yield World(
+            rank=rank,
+            local_rank=rank,
+            size=size,
+            host=host,
+            device=torch.device("cpu"),
+            backend="threads" if size > 1 else "none",
+            launcher="threads",
+            seed=0,
+            comm=comm if size > 1 else Comm(host=host),
+            gradients=ThreadTransport(turns, rank, size, "the reduction of gradients"),
         )
-    return worlds
 
 
 class ThreadTransport:
     """One rank's end of a transport between threads; see ``dtrain.distributed``'s.
 
-    Args:
-        turns: whom this rank takes turns with.
-        rank: this rank.
-        size: the world size.
-        what: names it in errors; each transport has meetings of its own.
+    Each transport has meetings of its own; errors name them by ``what``.
     """
 
     def __init__(self, turns: Turns, rank: int, size: int, what: str) -> None:
-        self._turns = turns
-        self._rank = rank
-        self._size = size
-        self._what = what
+        self._turns, self._rank, self._size, self._what = turns, rank, size, what
 
     def all_gather(self, parts: list[Tensor], mine: Tensor) -> None:
         """Fills ``parts`` with every rank's ``mine``.
@@ -201,10 +182,7 @@ class ThreadTransport:
         return Averaged(module, self, self._size, find_unused=find_unused)
 
     def check_own(self, module: nn.Module) -> None:
-        """Checks that ranks share no model.
-
-        Raises:
-            ConfigError: they do.
+        """Raises ConfigError if ranks share one model.
 
         Ranks: all, communicates.
         """
@@ -242,10 +220,8 @@ class Averaged:
     def __init__(
         self, micro_step: MicroStep, transport: ThreadTransport, size: int, *, find_unused: bool
     ) -> None:
-        self._micro_step = micro_step
-        self._transport = transport
-        self._size = size
-        self._find_unused = find_unused
+        self._micro_step, self._transport = micro_step, transport
+        self._size, self._find_unused = size, find_unused
         # The lane's gradient arrives last, and only in the last backward of a step. The hook must
         # end with this object: another one takes its place where parameters are frozen.
         itself = weakref.ref(self)

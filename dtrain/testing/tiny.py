@@ -26,19 +26,12 @@ CLASSES = 2
 
 @dataclass(frozen=True, slots=True)
 class TinyFit:
-    """What became of a tiny training, on one rank.
+    """What became of a tiny training, on one rank."""
 
-    Attributes:
-        result: what ``fit`` returned.
-        losses: of each step, over the global batch.
-        applied: of each step, whether the parameters were updated.
-        weights: the model's parameters and buffers at the end, by name.
-    """
-
-    result: FitResult
-    losses: list[float]
-    applied: list[bool]
-    weights: dict[str, Tensor]
+    result: FitResult  # what fit returned
+    losses: list[float]  # of each step, over the global batch
+    applied: list[bool]  # of each step, whether the parameters were updated
+    weights: dict[str, Tensor]  # the model's parameters and buffers at the end, by name
 
 
 def tiny_fit(
@@ -86,33 +79,23 @@ def tiny_fit(
         seed: of everything random.
         **fit: more arguments of ``Trainer.fit``.
 
-    Returns:
-        What became of it.
-
     Ranks: all, communicates.
     """
     init(seed=seed)
     if steps is None and epochs is None:
         epochs = 2
     record = _Record()
-    net = _model() if model is None else model()
     trainer = Trainer(
-        net,
-        (lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2)) if optimizer is None else optimizer,
-        _loss_fn if loss_fn is None else loss_fn,
+        (model or _model)(),
+        optimizer or (lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2)),
+        loss_fn or _loss_fn,
         callbacks=[*callbacks, record],
         sinks=sinks,
         run_dir=run_dir,
     )
     train = _dataset(samples) if data is None else data
-    result = trainer.fit(
-        train,
-        batch_size=batch_size,
-        max_steps=steps,
-        epochs=epochs,
-        eval_set=train if evaluate else None,
-        **fit,
-    )
+    fit |= {"batch_size": batch_size, "max_steps": steps, "epochs": epochs}
+    result = trainer.fit(train, eval_set=train if evaluate else None, **fit)
     weights = {name: t.detach().clone() for name, t in trainer.model.state_dict().items()}
     return TinyFit(result, record.losses, record.applied, weights)
 

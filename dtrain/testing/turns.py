@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +58,6 @@ class Turns:
 
     All begin with the caller's random streams.
 
-    Args:
-        size: how many ranks.
-        timeout_s: how long all of it may take, in seconds.
-
     Ranks: one object serves all.
     """
 
@@ -81,11 +77,7 @@ class Turns:
 
     @contextmanager
     def seated(self, rank: int) -> Iterator[None]:
-        """Makes this thread ``rank``: waits for its first turn, and gives up the last.
-
-        Raises:
-            Unreachable: its turn did not come in time.
-        """
+        """Makes this thread ``rank``: waits for its first turn, and gives up the last."""
         token = _seat.set((self, rank))
         how = "it has returned"
         try:
@@ -223,10 +215,9 @@ class Turns:
 def aside() -> Iterator[None]:
     """Lets the other ranks go on while this one waits for something that is not dtrain's.
 
-    In :func:`~dtrain.testing.run_ranks` one rank runs at a time, until it waits in a verb or in
-    the reduction of gradients. A rank that waits for something else (a lock, an event that another
-    rank sets) must let the others run. Nothing may be computed in the block. Elsewhere it does
-    nothing.
+    In :func:`~dtrain.testing.run_ranks` one rank runs at a time, so a rank that waits for a lock,
+    or an event that another rank sets, must let the others run. Nothing may be computed in the
+    block. Elsewhere it does nothing.
 
     Example::
 
@@ -235,22 +226,17 @@ def aside() -> Iterator[None]:
 
     Ranks: all, local.
     """
-    seat = _seat.get()
-    if seat is None:
+    turns, rank = _seat.get() or (None, 0)
+    with nullcontext() if turns is None else turns.aside(rank):
         yield
-    else:
-        turns, rank = seat
-        with turns.aside(rank):
-            yield
 
 
 def _user_place(frame: FrameType) -> str:
     """Returns ``file:line`` of the innermost frame outside of dtrain, torch and Python itself."""
-    inner = frame
     walk: FrameType | None = frame
     while walk is not None:
         name = walk.f_code.co_filename
         if not (name.startswith((_DTRAIN, "<")) or "/torch/" in name or "/lib/python3" in name):
             return f"{Path(name).name}:{walk.f_lineno}"
         walk = walk.f_back
-    return f"{Path(inner.f_code.co_filename).name}:{inner.f_lineno}"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

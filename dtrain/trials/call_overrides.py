@@ -29,9 +29,8 @@ _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 class CallOverrides(TorchFunctionMode):
     """Lies around a training, and changes dtypes, dropout and BatchNorm in what it calls.
 
-    It sees each of torch's functions as it is called, from modules and from the user's own code
-    alike. So it finds ``F.dropout`` as well as ``nn.Dropout``, and a ``logits.float()`` does not
-    bring float32's rounding back.
+    It sees each of torch's functions as it is called, from modules and the user's own code alike:
+    ``F.dropout`` as well as ``nn.Dropout``, and ``logits.float()``, which would round.
 
     Args:
         double: lower floating dtypes become float64.
@@ -59,7 +58,10 @@ class CallOverrides(TorchFunctionMode):
             args = tuple(_wide(value) for value in args)
             kwargs = {name: _wide(value) for name, value in kwargs.items()}
         if func in _DROPOUTS:
-            args, kwargs = (), self._less_dropout(func, args, kwargs)
+            p = _DROPOUTS[func]
+            args, kwargs = (), _by_name(func, args, kwargs)
+            if kwargs[p] > 0 and kwargs["training"]:
+                kwargs[p] = self._note("dropout", kwargs[p], 0.0)
         elif func is F.scaled_dot_product_attention:
             if kwargs.get("dropout_p", 0.0) > 0:
                 kwargs = kwargs | {"dropout_p": self._note("dropout", kwargs["dropout_p"], 0.0)}
@@ -77,28 +79,17 @@ class CallOverrides(TorchFunctionMode):
             if args[at] > 0 and args[at + 1]:
                 args = self._less_at(at, args)
         elif func is F.batch_norm:
-            args, kwargs = (), self._less_batch_norm(args, kwargs)
+            args, kwargs = (), _by_name(func, args, kwargs)
+            if kwargs["training"]:
+                kwargs["training"] = self._note("batchnorm", True, False)
+                if not kwargs["training"] and kwargs["running_mean"] is None:
+                    channels = kwargs["input"].shape[1]
+                    kwargs["running_mean"] = kwargs["input"].new_zeros(channels)
+                    kwargs["running_var"] = kwargs["input"].new_ones(channels)
         return func(*args, **kwargs)
 
     def _less_at(self, at: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*args[:at], self._note("dropout", args[at], 0.0), *args[at + 1 :])
-
-    def _less_dropout(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
-        values = _by_name(func, args, kwargs)
-        p = _DROPOUTS[func]
-        if values[p] > 0 and values["training"]:
-            values[p] = self._note("dropout", values[p], 0.0)
-        return values
-
-    def _less_batch_norm(self, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
-        values = _by_name(F.batch_norm, args, kwargs)
-        if values["training"]:
-            values["training"] = self._note("batchnorm", True, False)
-            x = values["input"]
-            if not values["training"] and values["running_mean"] is None:
-                values["running_mean"] = x.new_zeros(x.shape[1])
-                values["running_var"] = x.new_ones(x.shape[1])
-        return values
 
     def _note(self, what: str, as_it_is: Any, switched_off: Any) -> Any:
         self.seen.add(what)

@@ -46,8 +46,8 @@ class Record:
     examined: Examined | None = None  # if that was asked for
 
     def write(self, folder: Path, rank: int) -> None:
-        """Writes it to ``folder``."""
-        EventLog(folder, rank).tell("record", **asdict(self))
+        """Writes it, for :meth:`Results.read`."""
+        EventLog(folder, rank).tell("record", record=asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +62,10 @@ class Results:
         """Reads what ``ranks`` ranks wrote."""
         records = []
         for rank in range(ranks):
-            values = events(folder, rank)[-1]
-            del values["event"]
-            examined = values.pop("examined")
-            record = Record(**values, examined=None if examined is None else Examined(**examined))
-            records.append(record)
+            values: dict[str, Any] = events(folder, rank)[-1]["record"]
+            if values["examined"] is not None:
+                values["examined"] = Examined(**values["examined"])
+            records.append(Record(**values))
         return cls(folder, records)
 
     @property

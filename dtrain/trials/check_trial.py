@@ -72,10 +72,7 @@ class Setup:
 
 
 def make_trial(setup: str, folder: Path) -> CheckTrial:
-    """Returns the trial of one rank; ``setup`` is a :class:`Setup` in JSON.
-
-    Ranks: all, local.
-    """
+    """Returns the trial of one rank; ``setup`` is a :class:`Setup` in JSON."""
     trial = CheckTrial(Setup.from_json(setup), folder)
     if trial.setup.double:
         torch.set_default_dtype(torch.float64)
@@ -83,11 +80,7 @@ def make_trial(setup: str, folder: Path) -> CheckTrial:
 
 
 class CheckTrial(Trial):
-    """Takes a few steps by the user's own plan, and keeps one rank's record of them.
-
-    Args:
-        setup: how to run.
-        folder: where to write.
+    """Takes a few steps by the user's own plan, and keeps one rank's record in ``folder``.
 
     Ranks: all, local.
     """
@@ -110,9 +103,13 @@ class CheckTrial(Trial):
         self._loss_fn = adapt(given["loss_fn"])
         seed = given.get("seed")
         self._seed = world.seed if seed is None else seed
-        first = _First(self, world.rank)
+        callbacks = [
+            _First(self, world.rank),
+            *self._kept(given.get("callbacks", ())),
+            _Last(self),
+        ]
         return given | {
-            "callbacks": [first, *self._kept(given.get("callbacks", ())), _Last(self)],
+            "callbacks": callbacks,
             "sinks": [],
             "hang_after_s": None,  # a check has a time limit, and says where ranks were
             # Callbacks may want a place for their files; it is not the user's.
@@ -151,11 +148,7 @@ class CheckTrial(Trial):
         return replace(world, rank=0) if self.setup.twins else world
 
     def around_fit(self) -> CallOverrides:
-        """Around all of ``fit``, not the loss function only.
-
-        Backward may run parts of the forward again (activation checkpointing), which must see
-        the same.
-        """
+        """Around all of it: backward may run the forward again (activation checkpointing)."""
         return self.overrides
 
     def finish(self, trainer: Trainer, result: FitResult) -> None:
@@ -170,9 +163,13 @@ class CheckTrial(Trial):
                 with still:
                     return self._loss_fn(model, batch, trainer.context)
 
-            fetchable = None if self._data.is_stream else self._data
-            moving = bool(record.moving_buffers)
-            record.examined = examine(model, loss_of, self.batches, fetchable, keeps_state=moving)
+            record.examined = examine(
+                model,
+                loss_of,
+                self.batches,
+                None if self._data.is_stream else self._data,
+                keeps_state=bool(record.moving_buffers),
+            )
         record.steps = result.steps
         record.seen = sorted({*record.seen, *self.overrides.seen})
         parameters = dict(model.named_parameters())
@@ -189,10 +186,7 @@ class _First(Callback):
     name = "check: first"
 
     def __init__(self, trial: CheckTrial, rank: int) -> None:
-        self._trial = trial
-        self._record = trial.record
-        self._writes = rank == 0
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._trial, self._record, self._writes = trial, trial.record, rank == 0
 
     def on_fit_start(self, ctx: Context) -> None:
         self._buffers = {name: b.detach().clone() for name, b in _own_buffers(ctx.model)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,8 +41,7 @@ def drill_script(
         script: a file that calls ``Trainer(...).fit(...)``.
         args: the script's own arguments.
         ranks: on how many; as in :func:`~dtrain.check_equivalence`.
-        kills: how many kills in a step; half as many more fall on a save, and one rank is
-            preempted.
+        kills: in a step; half as many more fall on a save, and one rank is preempted.
         steps: global steps of each run, at most.
         seed: of the steps, ranks and moments of all that is done.
         timeout_s: how long one start may take, in seconds.
@@ -74,7 +75,10 @@ def drill_script(
 
 @dataclass
 class Drill:
-    """One drill of a script; :func:`drill_script` says what of."""
+    """One drill of a script; :func:`drill_script` says what of.
+
+    Ranks: none; the launcher starts them.
+    """
 
     launcher: Launcher
     script: str | Path
@@ -93,8 +97,6 @@ class Drill:
 
         Raises:
             CheckError: the script cannot be drilled.
-
-        Ranks: none; the launcher starts them.
         """
         reference = self._undisturbed("undisturbed", first=True)
         if other_ranks is not None and reference.starts[0].main.facts["stream"]:
@@ -124,8 +126,6 @@ class Drill:
     @property
     def _save_every(self) -> int:
         return max(1, self.steps // 5)
-
-    # -- runs that are left alone -------------------------------------------------------------
 
     def _undisturbed(self, words: str, *, first: bool = False) -> DrilledRun:
         self._say(words)
@@ -183,8 +183,6 @@ class Drill:
             names = ", ".join(sorted(name for _, name in self.restless))
             self.notes.append(f"not compared, because it differs in any two runs: {names}.")
 
-    # -- trials -------------------------------------------------------------------------------
-
     def _trial(self, reference: DrilledRun, disturbance: Disturbance, ranks: int) -> TrialResult:
         """Disturbs a run, and starts it again until it ends, on so many ranks."""
         resized = ranks != self.ranks
@@ -218,26 +216,22 @@ class Drill:
     def _to_its_end(self, start: Start, ranks: int) -> tuple[tuple[StartRecord, ...], str]:
         """Returns what each start left, and why the run never came to its end, if it did not."""
         starts: list[StartRecord] = []
-        size, failure = self.ranks, ""
-        while not failure:
+        size = self.ranks
+        for number in range(_MOST_STARTS):
             launch, record = self._launch(start, size)
             starts.append(record)
             if launch.late:
-                failure = (
+                return tuple(starts), (
                     f"  it took longer than {self.timeout_s:g} seconds (--timeout). Where it was:\n"
                     f"{launch.stuck()}"
                 )
-            elif record.finished and not launch.failed:
-                break
-            elif not (record.disturbed or record.preempted):
-                again = "when started again " if len(starts) > 1 else ""
-                failure = _why(launch, f"{again}on {plural(size, 'rank')}")
-            elif len(starts) == _MOST_STARTS:
-                failure = f"  it was started {_MOST_STARTS} times, and left each time"
+            if record.finished and not launch.failed:
+                return tuple(starts), ""
+            if not (record.disturbed or record.preempted):
+                again = "when started again " if number else ""
+                return tuple(starts), _why(launch, f"{again}on {plural(size, 'rank')}")
             start, size = replace(start, disturbance=None), ranks
-        return tuple(starts), failure
-
-    # -- starts -------------------------------------------------------------------------------
+        return tuple(starts), f"  it was started {_MOST_STARTS} times, and left each time"
 
     def _launch(self, start: Start, ranks: int) -> tuple[Launch, StartRecord]:
         trial, text = "dtrain.trials.drill_trial", start.to_json()
@@ -245,9 +239,7 @@ class Drill:
         return launch, StartRecord.read(launch.folder, ranks)
 
     def _new_start(self, disturbance: Disturbance | None) -> Start:
-        number = len(list(self.launcher.folder.glob("trained-*")))
-        folder = self.launcher.folder / f"trained-{number}"
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(prefix="trained-", dir=self.launcher.folder))
         return Start(str(folder / "run"), self.steps, self._save_every, disturbance)
 
     def _say(self, words: str) -> None:
@@ -259,5 +251,5 @@ def _why(launch: Launch, where: str) -> str:
     try:
         launch.insist(where)
     except CheckError as error:
-        return "\n".join(f"  {line}" for line in str(error).splitlines())
+        return textwrap.indent(str(error), "  ")
     return "  it ended before the training did"

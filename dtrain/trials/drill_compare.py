@@ -80,15 +80,13 @@ def _samples(reference: DrilledRun, drilled: DrilledRun, *, together: bool) -> I
     for number, start in enumerate(drilled.starts):
         for step, ranks in start.batches().items():
             seen.add(step)
+            shares = expected.get(step, [])
             # Ranks' shares lie one after the other, so this is the global batch in its order.
-            mine, theirs = (
-                [one for rank in each for one in rank] for each in (expected.get(step, []), ranks)
-            )
+            mine, theirs = ([one for rank in each for one in rank] for each in (shares, ranks))
             pairs = enumerate(zip_longest(mine, theirs))
             wrong = next((place for place, (a, b) in pairs if a != b), None)
-            if wrong is None and not together:
-                sizes = [len(rank) for rank in expected.get(step, [])]
-                wrong = None if sizes == [len(rank) for rank in ranks] else 0
+            if wrong is None and not together and [*map(len, shares)] != [*map(len, ranks)]:
+                wrong = 0
             if wrong is not None:
                 strange = len({*theirs} - {*mine})
                 words = (
@@ -106,19 +104,18 @@ def _metrics(reference: DrilledRun, drilled: DrilledRun) -> Iterator[Difference]
     seen = set()
     for number, start in enumerate(drilled.starts):
         for key, values in start.main.reports.items():
-            kind, step, _ = key
             seen.add(key)
-            for name in sorted({*values, *expected.get(key, {})}):
-                mine, theirs = expected.get(key, {}).get(name), values.get(name)
+            wanted = expected.get(key, {})
+            for name in sorted({*values, *wanted}):
+                mine, theirs = wanted.get(name), values.get(name)
                 if not _same(mine, theirs):
-                    off = ""
-                    if mine is not None and theirs is not None:
-                        off = f" (off by {abs(theirs - mine):.1e})"
                     words = (
-                        f"{name} of the {kind} report at step {step} is "
-                        f"{_number(theirs)}{_again(number)}; undisturbed it is {_number(mine)}{off}"
+                        f"{name} of the {key[0]} report at step {key[1]} is "
+                        f"{_number(theirs)}{_again(number)}; undisturbed it is {_number(mine)}"
                     )
-                    yield Difference("metric", name, step, words)
+                    if mine is not None and theirs is not None:
+                        words += f" (off by {abs(theirs - mine):.1e})"
+                    yield Difference("metric", name, key[1], words)
     for kind, step, place in sorted({*expected} - seen):
         for name in expected[kind, step, place]:
             words = f"{name} of the {kind} report at step {step} was never reported"

@@ -68,15 +68,10 @@ class Start:
 
 
 def draw(*, kills: int, ranks: int, steps: int, save_every: int, seed: int) -> list[Disturbance]:
-    """Returns the disturbances of a drill, one a trial.
+    """Returns the disturbances of a drill, one a trial; the seed says which.
 
-    Args:
-        kills: how many kills in a step: of all ranks and of one, in turn. Half as many more fall
-            on the making of a checkpoint, and one rank is preempted.
-        ranks: how many there are.
-        steps: of the undisturbed run.
-        save_every: checkpoints are made after every so many steps at least.
-        seed: which steps, ranks and places.
+    So many kills fall in a step of the run's ``steps``, on all ranks and on one in turn; half as
+    many more on the making of a checkpoint, every ``save_every`` steps; and one rank is preempted.
     """
     drawing = random.Random(seed)
     drawn = [

@@ -35,22 +35,22 @@ class RankRecord:
     #: What the script asked for: run_dir, checkpoint, stream, never_resumes.
     facts: dict[str, bool] = field(default_factory=dict)
 
-    def take(self, line: Mapping[str, Any]) -> None:
-        """Takes one event."""
-        event = line["event"]
-        if event == "facts":
-            self.facts |= line["facts"]
-        elif event == "began":
-            self.began_at = line["step"]
-        elif event == "step":
-            self.samples[line["step"]] = line["samples"]
-        elif event == "report":
-            before = [k for k in self.reports if k[:2] == (line["kind"], line["step"])]
-            self.reports[line["kind"], line["step"], len(before)] = line["values"]
-        elif event == "disturbed":
-            self.disturbed = line["what"]
-        elif event == "ended":
-            self.ended, self.preempted = True, line["preempted"]
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Takes one event that it told."""
+        match event:
+            case {"event": "facts", "facts": facts}:
+                self.facts |= facts
+            case {"event": "began", "step": step}:
+                self.began_at = step
+            case {"event": "step", "step": step, "samples": samples}:
+                self.samples[step] = samples
+            case {"event": "report", "kind": kind, "step": step, "values": values}:
+                before = [key for key in self.reports if key[:2] == (kind, step)]
+                self.reports[kind, step, len(before)] = values
+            case {"event": "disturbed", "what": what}:
+                self.disturbed = what
+            case {"event": "ended", "preempted": preempted}:
+                self.ended, self.preempted = True, preempted
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class StartRecord:
         """Reads the records of so many ranks."""
         records = tuple(RankRecord() for _ in range(ranks))
         for rank, record in enumerate(records):
-            for line in events(folder, rank):
-                record.take(line)
+            for event in events(folder, rank):
+                record.take(event)
         return cls(records)
 
     @property
@@ -104,11 +104,7 @@ class LastCheckpoint:
 
     @classmethod
     def read(cls, run_dir: Path) -> LastCheckpoint:
-        """Reads the newest intact checkpoint of a run.
-
-        Raises:
-            CheckError: there is none.
-        """
+        """Reads the newest intact checkpoint of a run; raises CheckError if there is none."""
         saved, damage = files.find(run_dir / "checkpoints")
         if saved is None:
             raise CheckError(

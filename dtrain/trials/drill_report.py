@@ -61,28 +61,20 @@ class Drilled:
             failed = f"{sum(not trial.passed for trial in self.trials)} of {len(self.trials)}"
             headline = f"DOES NOT SURVIVE: {headline}: {failed} trials ended otherwise."
         rows = [(_row(trial), trial.passed) for trial in self.trials]
-        return TrialReport(headline, self.passed, _COLUMNS, rows, self._paragraphs())
-
-    def _paragraphs(self) -> list[str]:
-        parts = []
-        told: set[tuple[str, str]] = set()  # else the table says all that is new
+        parts: dict[tuple[str, str], str] = {}  # what is told once; the table says where else
         for trial in self.trials:
-            if trial.passed:
-                continue
             where = f"{trial.done}, at step {trial.at}"
             if trial.failure:
                 lines = trial.failure.splitlines()
                 key = lines[0], lines[-1]
-                words = f"Never came to its end ({where}):\n{trial.failure}"
-            else:
+                parts.setdefault(key, f"Never came to its end ({where}):\n{trial.failure}")
+            elif trial.differences:
                 key = trial.differences[0].what, trial.differences[0].name
-                words = _differing(where, trial.differences)
-            if key not in told:
-                parts.append(words)
-            told.add(key)
-        if any(trial.differences for trial in self.trials):
-            parts.append(fill(_ADVICE))
-        return parts + [fill(f"Note: {note}") for note in self.notes]
+                parts.setdefault(key, _differing(where, trial.differences))
+        advice = [fill(_ADVICE)] if any(trial.differences for trial in self.trials) else []
+        notes = [fill(f"Note: {note}") for note in self.notes]
+        paragraphs = [*parts.values(), *advice, *notes]
+        return TrialReport(headline, self.passed, _COLUMNS, rows, paragraphs)
 
     def __str__(self) -> str:
         return str(self.report)

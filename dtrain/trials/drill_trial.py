@@ -23,26 +23,18 @@ from dtrain.trials.runner import ScriptEnds, Trial
 
 
 def make_trial(setup: str, folder: Path) -> DrillTrial:
-    """Returns the trial of one rank; ``setup`` is a :class:`Start` in JSON.
-
-    Ranks: all, local.
-    """
+    """Returns the trial of one rank; ``setup`` is a :class:`Start` in JSON."""
     return DrillTrial(Start.from_json(setup), folder)
 
 
 class DrillTrial(Trial):
     """Takes a few steps by the user's own plan, and tells what each of them consumed and gave.
 
-    Args:
-        start: how to run.
-        folder: where to write.
-
     Ranks: all, local.
     """
 
     def __init__(self, start: Start, folder: Path) -> None:
-        self._start = start
-        self._folder = folder
+        self._start, self._folder = start, folder
 
     def trainer_arguments(self, given: dict[str, Any], world: World) -> dict[str, Any]:
         """Adds checkpoints, and what records and disturbs."""
@@ -59,11 +51,8 @@ class DrillTrial(Trial):
         for one in saving:
             _save_more(one, self._start.save_every)
         injector = Injector(self._start.disturbance, log, self._folder, world)
-        return given | {
-            "callbacks": [_Watcher(log), *callbacks, injector],
-            "sinks": [],
-            "run_dir": self._start.run_dir,
-        }
+        callbacks = [_Watcher(log), *callbacks, injector]
+        return given | {"callbacks": callbacks, "sinks": [], "run_dir": self._start.run_dir}
 
     def fit_arguments(self, data: Data, given: dict[str, Any]) -> dict[str, Any]:
         """Goes on from the newest checkpoint, unless the script never does."""
@@ -96,13 +85,12 @@ class _Watcher(Callback):
 
     def __init__(self, log: EventLog) -> None:
         self._log = log
-        self._samples: list[str] = []
 
     def on_fit_start(self, ctx: Context) -> None:
         self._log.tell("began", step=ctx.progress.step)
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
-        self._samples = []  # without those of a step that was broken off
+        self._samples: list[str] = []  # without those of a step that was broken off
 
     def on_batch(self, ctx: Context, step: Step) -> None:
         self._samples += of.digests(step.batch, step.samples)

@@ -35,7 +35,7 @@ def examine(
     Args:
         model: the trained one; left in the modes it was in.
         loss_of: the loss function, from a batch, with dropout and BatchNorm switched off.
-        batches: the global batch of each step, as the loss function got it, and its samples.
+        batches: of each step, as the loss function got it, and its samples.
         data: what was trained on, if it has samples to fetch.
         keeps_state: in training, a forward changes what the next one gives.
 
@@ -52,8 +52,8 @@ def examine(
             for mode in ("eval",) if keeps_state else ("train", "eval"):
                 if mode == "eval":
                     model.eval()
-                for step, (batch, samples) in enumerate(batches):
-                    _try_parts(loss_of, batch, samples, step + 1, mode, found)
+                for step, (batch, samples) in enumerate(batches, start=1):
+                    _try_parts(loss_of, batch, samples, f"step {step}", mode, found)
         except Exception as error:  # noqa: BLE001 -- a user's function, called as never before
             found.failures.append(f"the loss of parts of a batch ({type(error).__name__}: {error})")
         finally:
@@ -63,16 +63,21 @@ def examine(
 
 
 def _try_parts(
-    loss_of: LossOf, batch: Any, samples: int, step: int, mode: str, found: Examined
+    loss_of: LossOf, batch: Any, samples: int, where: str, mode: str, found: Examined
 ) -> None:
     """Is the loss of a batch the weighted mean of its parts'? Keeps what is farthest from it."""
-    whole, _ = _loss(loss_of, batch, samples)
+
+    def loss(part: Any, size: int) -> tuple[float, float]:
+        seed_everything(0)
+        # A copy: some loss functions write into their batch.
+        one = as_loss(loss_of(of.copy(part)), size)
+        return float(one.mean), float(size if one.weight is None else one.weight)
+
+    whole, _ = loss(batch, samples)
     # Halves may happen to weigh alike, so uneven parts are tried as well.
     for cut in sorted({samples // 2, 1} & set(range(1, samples))):
-        a, b = (
-            _loss(loss_of, of.part(batch, samples, start, stop), stop - start)
-            for start, stop in ((0, cut), (cut, samples))
-        )
+        a = loss(of.part(batch, samples, 0, cut), cut)
+        b = loss(of.part(batch, samples, cut, samples), samples - cut)
         weight = a[1] + b[1]
         if not weight:
             continue
@@ -83,19 +88,11 @@ def _try_parts(
         if found.mean_gap is None or gap > found.mean_gap:
             found.mean_gap = gap
             found.mean_evidence = (
-                f"The loss of the {samples} samples of step {step} is {whole:.6g}. Of the same "
+                f"The loss of the {samples} samples of {where} is {whole:.6g}. Of the same "
                 f"samples in two parts ({cut} and {samples - cut}), the mean weighted as the loss "
                 f"function says ({a[1]:g} and {b[1]:g}) is {mean:.6g}. So the loss is no mean "
                 f"over its weight. (In {mode} mode, without dropout.)"
             )
-
-
-def _loss(loss_of: LossOf, batch: Any, samples: int) -> tuple[float, float]:
-    """Returns the mean, and what it weighs."""
-    seed_everything(0)
-    # A copy: some loss functions write into their batch.
-    loss = as_loss(loss_of(of.copy(batch)), samples)
-    return float(loss.mean), float(samples if loss.weight is None else loss.weight)
 
 
 def _look_at_draws(loss_of: LossOf, batch: Any, found: Examined) -> None:
@@ -107,14 +104,14 @@ def _look_at_draws(loss_of: LossOf, batch: Any, found: Examined) -> None:
             loss_of(of.copy(batch))
     except Exception as error:  # noqa: BLE001 -- some code cannot be watched; then it is not
         found.failures.append(f"what the loss draws ({type(error).__name__}: {error})")
-    after = _streams()
     words = sorted(draws.names)
     if draws.own_generator:
         words.append("(with a generator of its own)")
+    # torch's streams tell only what no operation has told.
     words += [
         f"from {name}'s global stream"
-        for name in before
-        if before[name] != after[name] and (name in ("python", "numpy") or not draws.names)
+        for name, state in _streams().items()
+        if state != before[name] and (name in ("python", "numpy") or not draws.names)
     ]
     found.draws = " ".join(words)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Callable
@@ -17,11 +18,7 @@ from dtrain.trials.records import EventLog
 class Injector(Callback):
     """Last in the list: when it disturbs, all other callbacks have done what they do.
 
-    Args:
-        disturbance: what to do; None does nothing.
-        log: is told just before.
-        folder: where ranks leave the numbers of their processes.
-        world: of this rank.
+    The log is told just before. Ranks leave the numbers of their processes in ``folder``.
 
     Ranks: all, local.
     """
@@ -56,11 +53,10 @@ class Injector(Callback):
             return
         which = "all ranks" if due.kind == "kill all" else f"rank {rank}"
         self._log.tell("disturbed", what=f"kill -9 of {which}, {moment}")
-        if due.kind == "kill all":
-            for other, process in enumerate(self._processes):
-                if other != rank:
-                    # In this step all of them are here: it took a reduction to come to it.
-                    os.kill(int(process.read_text()), signal.SIGKILL)
+        for other, process in enumerate(self._processes):
+            if due.kind == "kill all" and other != rank:
+                # In this step all of them are here: it took a reduction to come to it.
+                os.kill(int(process.read_text()), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def on_save(self, ctx: Context) -> None:
@@ -75,20 +71,16 @@ class Injector(Callback):
         Each file of a checkpoint goes down to the disk, then the folder that they are in, and,
         once that has its name, the one above.
         """
-        place = 0
+        places = itertools.count()
+        renaming = due.kind == "kill renaming"
 
         def counted(handle: int) -> None:
-            nonlocal place
             fsync(handle)
             path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-            if "checkpoints" not in (path.name, path.parent.name, path.parent.parent.name):
-                return  # no checkpoint's
-            if path.is_dir() != (due.kind == "kill renaming"):
+            of_checkpoint = "checkpoints" in (path.name, path.parent.name, path.parent.parent.name)
+            if not of_checkpoint or path.is_dir() != renaming or next(places) < due.place:
                 return
-            place += 1
-            if place <= due.place:
-                return
-            if due.kind == "kill renaming":
+            if renaming:
                 where = "just after" if path.name == "checkpoints" else "just before"
                 what = f"{where} it was renamed into place"
             else:

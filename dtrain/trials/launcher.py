@@ -17,7 +17,7 @@ from dtrain.distributed import serve_store
 from dtrain.errors import CheckError, ConfigError
 from dtrain.testing import rank_environment
 from dtrain.trials.fork_server import Order
-from dtrain.trials.runner import NEVER_FIT
+from dtrain.trials.runner import NEVER_FIT, RECORDED
 
 # What launchers leave in the environment: ranks made here must not take it for theirs.
 _TRACES = (
@@ -43,15 +43,13 @@ class Launch:
     @property
     def failed(self) -> bool:
         """Some rank raised, left with a status of its own, or was killed."""
-        return any(code not in (0, NEVER_FIT) for code in self.codes)
+        return any(code not in (RECORDED, NEVER_FIT) for code in self.codes)
 
     def insist(self, where: str) -> None:
-        """Checks that it ended as it should; ``where`` says on how many ranks.
+        """Raises CheckError if it failed, took too long, or never called ``fit``.
 
-        Raises:
-            CheckError: the script failed, took too long, or never called ``fit``.
+        ``where`` says on how many ranks it ran.
         """
-        codes = dict(enumerate(self.codes))
         if self.late:
             raise CheckError(
                 f"{self.script} took longer than {self.timeout_s:g} seconds {where}: allow more "
@@ -60,22 +58,21 @@ class Launch:
             )
         if self.failed:
             # The first to fail may be any; a rank that was killed waited for another.
-            failed = {r: code for r, code in codes.items() if code not in (0, NEVER_FIT)}
-            rank = min(failed, key=lambda r: (failed[r] < 0, r))
-            # Such as 9, where memory was out.
-            killed = f", killed by signal {-failed[rank]}" if failed[rank] < 0 else ""
+            failed = [r for r, code in enumerate(self.codes) if code not in (RECORDED, NEVER_FIT)]
+            rank = min(failed, key=lambda r: (self.codes[r] < 0, r))
+            code = self.codes[rank]
+            killed = f", killed by signal {-code}" if code < 0 else ""  # 9 where memory was out
             raise CheckError(
                 f"{self.script} failed {where}{self._which(rank)}{killed}:\n{self._output(rank)}",
                 fails_itself=True,
             )
-        for rank, code in codes.items():
-            if code == NEVER_FIT:
-                raise CheckError(
-                    f"{self.script} ended {where}{self._which(rank)} and never called "
-                    "Trainer.fit, so there is nothing to compare. Does it need arguments? They go "
-                    f"after its name: `{self.command} {self.script} --size tiny`\n"
-                    f"{self._output(rank)}"
-                )
+        if NEVER_FIT in self.codes:
+            rank = self.codes.index(NEVER_FIT)
+            raise CheckError(
+                f"{self.script} ended {where}{self._which(rank)} and never called Trainer.fit, so "
+                "there is nothing to compare. Does it need arguments? They go after its name: "
+                f"`{self.command} {self.script} --size tiny`\n{self._output(rank)}"
+            )
 
     def stuck(self) -> str:
         """Returns the last lines of all ranks that had to be killed."""
@@ -90,21 +87,15 @@ class Launch:
 
 
 class Launcher:
-    """Starts ranks of scripts, and stops all that it started when it is left.
+    """Starts up to ``most_ranks`` ranks of scripts, on behalf of a command of dtrain's.
 
-    Args:
-        most_ranks: the largest number of ranks that will be asked for.
-        command: on whose behalf, for messages and the name of the temporary folder.
-
-    Attributes:
-        folder: a temporary folder, deleted when the launcher is left.
+    When it is left, all that it started is stopped, and its temporary ``folder`` is deleted.
 
     Ranks: none; it starts them.
     """
 
     def __init__(self, *, most_ranks: int, command: str = "check") -> None:
         self._command = command
-        self._runs = 0
         self._temporary = tempfile.TemporaryDirectory(prefix=f"dtrain-{command}-")
         self.folder = Path(self._temporary.name)
         self._log = self.folder / "fork-server.txt"
@@ -135,9 +126,7 @@ class Launcher:
         Raises:
             CheckError: the process that starts the ranks has died.
         """
-        self._runs += 1
-        folder = self.folder / f"run-{self._runs}"
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
         environments: list[dict[str, str]] = [{}]
         if ranks > 1:
             # Here, not in the fork server: it has threads, which no fork may have.
@@ -145,23 +134,19 @@ class Launcher:
             environments = [rank_environment(rank, ranks, store.port) for rank in range(ranks)]
         arguments = [str(arg) for arg in args]
         order = Order(trial, setup, str(folder), str(script), arguments, environments, timeout_s)
-        codes, late = self._ask(order)
-        command = f"dtrain {self._command}"
-        return Launch(command, str(script), folder, tuple(codes), late, timeout_s)
-
-    def _ask(self, order: Order) -> tuple[list[int], bool]:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         try:
             self._server.stdin.write(json.dumps(asdict(order)) + "\n")
             self._server.stdin.flush()
-            line = self._server.stdout.readline()
+            answer = self._server.stdout.readline()
         except BrokenPipeError:
-            line = ""
-        if not line:
+            answer = ""
+        if not answer:
             raise CheckError(f"the process that starts the ranks has died:\n{_tail(self._log)}")
-        codes, late = json.loads(line)
-        return codes, late
+        codes, late = json.loads(answer)
+        command = f"dtrain {self._command}"
+        return Launch(command, str(script), folder, tuple(codes), late, timeout_s)
 
     def __enter__(self) -> Launcher:
         return self
@@ -177,11 +162,7 @@ class Launcher:
 
 
 def check_script(script: Path, timeout_s: float) -> None:
-    """Checks what every trial is given.
-
-    Raises:
-        ConfigError: there is no such script, or no time for it.
-    """
+    """Raises ConfigError if there is no such script, or no time for it."""
     if not script.is_file():
         raise ConfigError(f"there is no script {str(script)!r} (seen from {Path.cwd()})")
     if timeout_s <= 0:

@@ -15,13 +15,9 @@ from torch import Tensor
 
 
 class EventLog:
-    """Writes one rank's events to ``folder``.
+    """Writes one rank's events to a launch's folder.
 
     A line is with the kernel once it is written, so a rank that is killed keeps all it had told.
-
-    Args:
-        folder: of this launch.
-        rank: whose.
 
     Ranks: all, local.
     """

@@ -33,13 +33,10 @@ class ScriptEnds(BaseException):
 class Trial(Recorder):
     """What becomes of a script's training, on one rank. This one lets it be.
 
-    Attributes:
-        done: all that was wanted is recorded; it no longer matters how the script ends.
-
     Ranks: all, local.
     """
 
-    done = False
+    done = False  # all that was wanted is recorded; it no longer matters how the script ends
 
     def trainer_arguments(self, given: dict[str, Any], world: World) -> dict[str, Any]:
         """Returns what the Trainer is made of, from what the script gives it."""
@@ -81,8 +78,7 @@ def run_script(trial: Trial, script: str, args: Sequence[str]) -> int:
             return FAILED
     if not trial.done:
         return NEVER_FIT
-    world = current()
-    if world is not None:
+    if (world := current()) is not None:
         world.close()
     return RECORDED
 

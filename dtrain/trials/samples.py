@@ -36,13 +36,8 @@ def copy(batch: Any) -> Any:
 
 
 def part(batch: Any, samples: int, start: int, stop: int) -> Any:
-    """Returns a batch of samples ``start`` to ``stop - 1``.
-
-    Raises:
-        ValueError: the batch holds something that does not divide by samples.
-    """
-    lengths = [len(tensor) if tensor.dim() else None for tensor in tensors_of(batch)]
-    if {*lengths} != {samples}:
+    """Returns a batch of samples ``start`` to ``stop - 1``; a ValueError if it does not divide."""
+    if {len(tensor) if tensor.dim() else None for tensor in tensors_of(batch)} != {samples}:
         raise ValueError("its tensors are not all as long as it has samples")
     return recursively_apply(lambda t: t[start:stop], batch)
 
@@ -50,17 +45,11 @@ def part(batch: Any, samples: int, start: int, stop: int) -> Any:
 class SeededByIndex:
     """A dataset whose samples are each drawn from random streams of their own.
 
-    So that random augmentation is the same wherever, and with whichever others, a sample is
-    fetched.
-
-    Args:
-        dataset: the user's.
-        seed: which streams.
+    So random augmentation is the same wherever, and with whichever others, a sample is fetched.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
-        self._dataset = dataset
-        self._seed = seed
+        self._dataset, self._seed = dataset, seed
 
     def __len__(self) -> int:
         return len(self._dataset)
