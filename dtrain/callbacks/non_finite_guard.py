@@ -14,7 +14,7 @@ from dtrain.callback import Callback
 from dtrain.callbacks.complaints import check_choice, check_counts, some_of
 from dtrain.context import Context, Number, Step
 from dtrain.data import tensors_of
-from dtrain.distributed import random_streams
+from dtrain.distributed import random_state, restore_random_state
 
 Action = Literal["stop", "skip", "ignore"]
 
@@ -155,7 +155,7 @@ class NonFiniteGuard(Callback):
             if not step.nonfinite:
                 return [("", "the gradient is not finite; not replayed, for SyncBatchNorm")]
             return [(one.place, f"the loss is {_kind(one.mean)}") for one in kept]
-        streams, others = _streams(ctx), random_streams.capture()
+        streams, others = _streams(ctx), random_state()
         buffers, found = [b.detach().clone() for b in self._buffers_of_model()], []
         try:
             for one in kept:
@@ -165,7 +165,7 @@ class NonFiniteGuard(Callback):
                     found.append((one.place, what))
             return found
         finally:
-            random_streams.restore(others)
+            restore_random_state(others)
             _restore(ctx, streams)
             self._put_back(buffers)
 

@@ -1,6 +1,8 @@
 """What of a run is on disk: whole, intact, and written by one start only."""
 
-from dtrain.checkpoint import disk, format
+from dtrain.checkpoint.format import find as find_checkpoint
+from dtrain.checkpoint.format import load_model as load_tensors
+from dtrain.checkpoint.format import load_state
 from dtrain.checkpoint.resume import ResumeMode
 from dtrain.checkpoint.run_files import RunFiles
 from dtrain.checkpoint.run_state import RunState, json_values
@@ -14,9 +16,10 @@ __all__ = [
     "RunFiles",
     "RunState",
     "copy_state",
-    "disk",
     "export_model",
-    "format",
+    "find_checkpoint",
     "json_values",
     "load_model",
+    "load_state",
+    "load_tensors",
 ]

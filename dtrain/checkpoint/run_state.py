@@ -18,7 +18,7 @@ from dtrain.checkpoint.format import Saved
 from dtrain.checkpoint.slot import CheckpointSlot
 from dtrain.checkpoint.writer import Content
 from dtrain.context import Context
-from dtrain.distributed import World, random_streams
+from dtrain.distributed import World, random_state, random_state_of_host, restore_random_state
 from dtrain.errors import CheckpointError, ConfigError
 
 _PROGRESS = ("step", "updates", "epoch", "step_in_epoch", "samples")
@@ -65,7 +65,7 @@ class RunState:
             CheckpointError: something in it cannot be saved; it is named.
         """
         context, slot = self.context, self.slot
-        capture = random_streams.capture if device_is_well else random_streams.capture_host
+        capture = random_state if device_is_well else random_state_of_host
         return Content(
             step=context.progress.step,
             model=self.context.model.state_dict()
@@ -142,7 +142,7 @@ class RunState:
         if mine is None:
             new_rank()
             return None
-        random_streams.restore(mine["rng"])
+        restore_random_state(mine["rng"])
         context.rng.set_state(mine["own_rng"])
         data: dict[str, Any] | None = mine["data"]
         return data

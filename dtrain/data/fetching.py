@@ -18,7 +18,7 @@ from dtrain.data.columns import fetch_whole
 from dtrain.data.order import Indices
 from dtrain.data.shares import Shares
 from dtrain.data.source import Data
-from dtrain.distributed import derive_seed, random_streams, seed_everything
+from dtrain.distributed import derive_seed, random_state_kept, seed_everything
 
 Collate = Callable[[list[Any]], Any] | None
 
@@ -94,7 +94,7 @@ class Fetcher(Dataset[Any]):
 
     def fetch_here(self, task: Task) -> Any:
         """As a worker would; and the training's own random streams do not notice."""
-        with random_streams.kept():
+        with random_state_kept():
             return self[task]
 
 

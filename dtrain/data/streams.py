@@ -22,7 +22,7 @@ import torch
 from dtrain.data.feed import EndOfStream, Feed, MicroBatch, MicroBatches
 from dtrain.data.shipping import ship
 from dtrain.data.source import Data
-from dtrain.distributed import World, random_streams
+from dtrain.distributed import World, random_state_kept, random_state_of_host, restore_random_state
 from dtrain.errors import CheckpointError, DataError, ResumeError
 
 #: After so many batches a stream is asked for its state; so many at most are skipped.
@@ -88,7 +88,7 @@ class StreamFeed(Feed):
         looks_ahead = self._when_uneven == "stop"
         loaded = self._loaded
         if loaded is not None and loaded["epoch"] == epoch:
-            with random_streams.kept():  # the streams of random numbers are where they were saved
+            with random_state_kept():  # the streams of random numbers are where they were saved
                 current = self._go_on(loaded)
                 if looks_ahead and first_step:
                     current.begin(first_step)
@@ -97,7 +97,7 @@ class StreamFeed(Feed):
             before = None if self._pass is None else self._pass.end()
             if loaded is not None and self._stateful is not None:
                 before = loaded
-                with random_streams.kept():
+                with random_state_kept():
                     self._go_on(loaded).skip()  # ends that pass, as the saved run did
             current = self._begin(before)
             for _ in range(first_step * self._batches_per_step):
@@ -111,7 +111,7 @@ class StreamFeed(Feed):
         if self._copy_state is not None and self._stateful is not None:
             tell = partial(_tell_state, self._stateful, self._copy_state)
         elif self._copy_state is not None:
-            begun = random_streams.capture_host()
+            begun = random_state_of_host()
         return _Pass(iter(self._stream), tell, before, begun)
 
     def _go_on(self, place: dict[str, Any]) -> _Pass:
@@ -120,7 +120,7 @@ class StreamFeed(Feed):
         if self._stateful is None:
             skip = place["batches"]
             if place["begun"] is not None:
-                random_streams.restore(place["begun"])  # for a shuffle, and the seeds of workers
+                restore_random_state(place["begun"])  # for a shuffle, and the seeds of workers
         elif place["stream"] is not None:
             self._stateful.load_state_dict(place["stream"])
         elif place["before"] is not None:

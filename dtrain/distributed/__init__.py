@@ -1,6 +1,5 @@
 """Who this rank is, and the only ways to the others."""
 
-from dtrain.distributed import random_streams
 from dtrain.distributed.activity import (
     ARRIVAL,
     BACKWARD,
@@ -21,7 +20,15 @@ from dtrain.distributed.comm import Comm, Rule
 from dtrain.distributed.digest import digest_of
 from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
 from dtrain.distributed.processes import Process, look_up, stopped_children, this_machine
-from dtrain.distributed.random_streams import derive_seed, seed_everything, seeded_generator
+from dtrain.distributed.random_streams import (
+    derive_seed,
+    random_state,
+    random_state_kept,
+    random_state_of_host,
+    restore_random_state,
+    seed_everything,
+    seeded_generator,
+)
 from dtrain.distributed.rendezvous import local_store, serve_store
 from dtrain.distributed.replicas import check_same_call, check_same_model, shapes_of, share_buffers
 from dtrain.distributed.transport import DataParallel, TransportOp
@@ -60,7 +67,10 @@ __all__ = [
     "local_store",
     "look_up",
     "on_main",
-    "random_streams",
+    "random_state",
+    "random_state_kept",
+    "random_state_of_host",
+    "restore_random_state",
     "seed_everything",
     "seeded_generator",
     "serve_store",

@@ -36,15 +36,15 @@ def seeded_generator(seed: int, *stream: int) -> torch.Generator:
     return generator
 
 
-def capture() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
     """Returns the state of Python's, NumPy's and torch's global generators."""
-    state = capture_host()
+    state = random_state_of_host()
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def capture_host() -> dict[str, Any]:
+def random_state_of_host() -> dict[str, Any]:
     """Returns the state of the generators that draw on the CPU, and touches no GPU."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     words = np.asarray(keys).tolist()
@@ -55,8 +55,8 @@ def capture_host() -> dict[str, Any]:
     }
 
 
-def restore(state: dict[str, Any]) -> None:
-    """Restores what :func:`capture` returned."""
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Restores what :func:`random_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -65,10 +65,10 @@ def restore(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
     """Keeps the global generators as they were, whatever is drawn inside."""
-    before = capture()
+    before = random_state()
     try:
         yield
     finally:
-        restore(before)
+        restore_random_state(before)

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtrain.distributed import Comm, TransportOp, World, inhabited, local_store, random_streams
+from dtrain.distributed import (
+    Comm,
+    TransportOp,
+    World,
+    inhabited,
+    local_store,
+    random_state_of_host,
+    restore_random_state,
+)
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.step import MicroStep
 from dtrain.testing.outcomes import Outcome, values_of
@@ -79,7 +87,7 @@ def try_ranks(
     """
     if world_size < 1 or timeout_s <= 0:
         raise ConfigError(f"world_size={world_size}, timeout_s={timeout_s}: must be more than 0")
-    before, threads_of_torch = random_streams.capture_host(), torch.get_num_threads()
+    before, threads_of_torch = random_state_of_host(), torch.get_num_threads()
     turns = Turns(world_size, timeout_s)
     outcomes: dict[int, Outcome] = {}
     worlds = list(_worlds(turns, world_size))
@@ -105,7 +113,7 @@ def try_ranks(
             thread.join(turns.seconds_left() + 1)  # those that only wait leave by themselves
     finally:
         turns.end("the test is over")
-        random_streams.restore(before)
+        restore_random_state(before)
         torch.set_num_threads(threads_of_torch)
     for rank in {*range(world_size)} - {*outcomes}:
         why = f"rank {rank} did not come back in time and was left behind{turns.where_is(rank)}"

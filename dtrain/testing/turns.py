@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dtrain.distributed import random_streams
+from dtrain.distributed import random_state_of_host, restore_random_state
 
 _DTRAIN = str(Path(__file__).resolve().parents[1])
 
@@ -67,8 +67,7 @@ class Turns:
         self._deadline = time.monotonic() + timeout_s
         self._lock = threading.Lock()  # guards everything below
         self._ranks = [
-            _Rank(threading.Condition(self._lock), random_streams.capture_host())
-            for _ in range(size)
+            _Rank(threading.Condition(self._lock), random_state_of_host()) for _ in range(size)
         ]
         self._turn: int | None = 0
         self._ready = deque(range(1, size))  # may go on, in this order
@@ -154,7 +153,7 @@ class Turns:
 
     def _give_up(self, rank: int) -> None:
         if not self._over:
-            self._ranks[rank].streams = random_streams.capture_host()
+            self._ranks[rank].streams = random_state_of_host()
             self._pass_on()
 
     def _take(self, rank: int) -> None:
@@ -168,7 +167,7 @@ class Turns:
                 mine.wake.wait(left)
         if self._over:
             raise Unreachable(self._over)
-        random_streams.restore(mine.streams)
+        restore_random_state(mine.streams)
 
     def _pass_on(self) -> None:
         """Gives the turn to the next rank, if one may go on."""

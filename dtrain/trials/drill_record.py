@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dtrain.checkpoint import format as files
+from dtrain.checkpoint import find_checkpoint, load_state, load_tensors
 from dtrain.errors import CheckError
 from dtrain.trials.records import events
 
@@ -105,15 +105,15 @@ class LastCheckpoint:
     @classmethod
     def read(cls, run_dir: Path) -> LastCheckpoint:
         """Reads the newest intact checkpoint of a run; raises CheckError if there is none."""
-        saved, damage = files.find(run_dir / "checkpoints")
+        saved, damage = find_checkpoint(run_dir / "checkpoints")
         if saved is None:
             raise CheckError(
                 "the training came to its end and left no intact checkpoint"
                 + "".join(f"; {what}" for what in damage)
             )
-        state = files.load_state(saved.path)
+        state = load_state(saved.path)
         kept = {name: state[name] for name in _KEPT}
-        return cls(saved.step, files.load_model(saved.path), dict(_leaves(kept, "")))
+        return cls(saved.step, load_tensors(saved.path), dict(_leaves(kept, "")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtrain.data import Data, fetch
-from dtrain.distributed import random_streams, seed_everything
+from dtrain.distributed import random_state, seed_everything
 from dtrain.step import as_loss
 from dtrain.trials import samples as of
 from dtrain.trials.check_record import Examined
@@ -117,7 +117,7 @@ def _look_at_draws(loss_of: LossOf, batch: Any, found: Examined) -> None:
 
 
 def _streams() -> dict[str, object]:
-    state = random_streams.capture()
+    state = random_state()
     return {name: str(v.tolist()) if name in ("torch", "cuda") else v for name, v in state.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.utils.operations import recursively_apply
 
 from dtrain.data import tensors_of
-from dtrain.distributed import derive_seed, random_streams, seed_everything
+from dtrain.distributed import derive_seed, random_state_kept, seed_everything
 from dtrain.trials.records import bytes_of
 
 
@@ -55,6 +55,6 @@ class SeededByIndex:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Any:
-        with random_streams.kept():
+        with random_state_kept():
             seed_everything(derive_seed(self._seed, int(index)))
             return self._dataset[index]
