@@ -26,6 +26,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,8 @@ class Saved:
 def place(folder: Path, step: int, token: str = "") -> tuple[Path, Path]:
     """Returns where the checkpoint of ``step`` is to be, and where it is written before.
 
-    Args:
-        folder: ``run_dir/checkpoints``.
-        step: the global step.
-        token: of the start that writes it: no other's file comes between its own.
+    ``folder`` is ``run_dir/checkpoints``; ``token`` is of the start that writes it, so that no
+    other's file comes between its own.
     """
     final = folder / f"step-{step:08d}"
     return final, folder / f".writing-{final.name}-{token}".rstrip("-")
@@ -146,11 +145,9 @@ def listed(folder: Path) -> list[Saved]:
     """Returns the checkpoints in ``folder``, oldest first, by their manifests alone."""
     saved = []
     for path in _by_step(folder):
-        try:
+        with suppress(CheckpointError):  # damaged: `find` says so when it matters
             manifest = _read_manifest(path)
-        except CheckpointError:
-            continue  # damaged: `find` says so when it matters
-        saved.append(Saved(path, manifest["step"], manifest["metrics"]))
+            saved.append(Saved(path, manifest["step"], manifest["metrics"]))
     return saved
 
 

@@ -36,10 +36,7 @@ class RunFiles:
     :meth:`start`, any number of :meth:`save`, then :meth:`finish` or :meth:`save_emergency` and
     :meth:`fail`, and :meth:`release` in any case.
 
-    Args:
-        run_dir: the run's folder, or None.
-        world: which rank, and the way to the others.
-        run_state: what checkpoints hold; its ``fingerprint`` is set before :meth:`find`.
+    What checkpoints hold is ``run_state``'s; its ``fingerprint`` is set before :meth:`find`.
     """
 
     def __init__(self, run_dir: Path | None, world: World, run_state: RunState) -> None:
@@ -55,12 +52,7 @@ class RunFiles:
     def find(self, mode: ResumeMode, *, epochs: int | None, max_steps: int | None) -> Saved | None:
         """Takes the run's folder, and returns the checkpoint to go on from, if any.
 
-        What was decided is told to the user.
-
-        Args:
-            mode: whether to go on; see ``Trainer.fit``.
-            epochs: how many epochs the run is to have in all, if it counts them.
-            max_steps: how many steps, if it counts them.
+        What was decided is told to the user. For the arguments see ``resume.decide``.
 
         Raises:
             ConfigError: there is no such mode, or it needs a ``run_dir``, which cannot be written.

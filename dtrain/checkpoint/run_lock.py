@@ -37,10 +37,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class RunLock:
-    """This start's right to write to ``run_dir``.
-
-    Args:
-        run_dir: the run's folder, which is there.
+    """This start's right to write to ``run_dir``, which is there.
 
     Ranks: rank 0 only.
     """

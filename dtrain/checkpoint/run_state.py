@@ -64,16 +64,14 @@ class RunState:
         Raises:
             CheckpointError: something in it cannot be saved; it is named.
         """
-        context, slot = self.context, self.slot
+        context, model = self.context, self.context.model
         capture = random_state if device_is_well else random_state_of_host
         return Content(
             step=context.progress.step,
-            model=self.context.model.state_dict()
-            if slot is None
-            else slot.select(self.context.model),
+            model=model.state_dict() if self.slot is None else self.slot.select(model),
             state=tree.split(
                 {
-                    "optimizer": self.context.optimizer.state_dict(),
+                    "optimizer": context.optimizer.state_dict(),
                     "precision": self.precision.state_dict(),
                     "callbacks": {c.name: c.state_dict() for c in self.callbacks},
                     "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
@@ -85,11 +83,7 @@ class RunState:
                 }
             ),
             rank_state=tree.split(
-                {
-                    "rng": capture(),
-                    "own_rng": context.rng.get_state(),
-                    "data": data,
-                }
+                {"rng": capture(), "own_rng": context.rng.get_state(), "data": data}
             ),
             metrics=context.metrics,
         )
@@ -131,8 +125,8 @@ class RunState:
             CheckpointError: a file cannot be read.
         """
         context = self.context
-        self.context.optimizer.load_state_dict(state["optimizer"])
-        _undo_casts(self.context.optimizer, state["optimizer"])
+        context.optimizer.load_state_dict(state["optimizer"])
+        _undo_casts(context.optimizer, state["optimizer"])
         self.precision.load_state_dict(state["precision"])
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"][callback.name])

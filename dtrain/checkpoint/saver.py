@@ -24,11 +24,6 @@ class Saver:
     is no error here, but a :attr:`failure`; whoever asks for the next decides what to do.
 
     Where ranks are threads of a test, there is no thread beside them, and each save is waited for.
-
-    Args:
-        world: which rank, and the way to the others.
-
-    Ranks: all.
     """
 
     def __init__(self, world: World) -> None:

@@ -86,9 +86,7 @@ class Stage:
     def take(self, content: Content, sharers: Sequence[int]) -> Staged:
         """Returns this rank's share of ``content``; what was returned before is overwritten.
 
-        Args:
-            content: what to copy.
-            sharers: the ranks among which to divide what is equal on all of them.
+        What is equal on all ranks is divided among ``sharers``.
 
         Raises:
             CheckpointError: something in it cannot be saved; it is named.

@@ -24,5 +24,5 @@ def open_feed(
     Ranks: all, local.
     """
     if data.is_stream:
-        return StreamFeed(data, world, batches_per_step, copy_state=copy_state)
+        return StreamFeed(data, world, batches_per_step, copy_state)
     return MapFeed(data, world, split, seed)

@@ -60,12 +60,7 @@ class StreamFeed(Feed):
     """
 
     def __init__(
-        self,
-        data: Data,
-        world: World,
-        batches_per_step: int,
-        *,
-        copy_state: CopyState | None = None,
+        self, data: Data, world: World, batches_per_step: int, copy_state: CopyState | None = None
     ) -> None:
         self._stream: Iterable[Any] = data.dataset
         self._stateful = data.dataset if isinstance(data.dataset, Stateful) else None
@@ -181,14 +176,7 @@ def _tell_state(stream: Stateful, copy_state: CopyState) -> Any:
 
 
 class _Pass:
-    """One pass over a stream. It can be asked whether it has ended, and from where to go on.
-
-    Args:
-        batches: gives the batches.
-        tell_state: returns a copy of the stream's state, if it is to be asked for it.
-        before: where the pass before this one ended, if it is known.
-        begun: the streams of random numbers when this pass began.
-    """
+    """One pass over a stream. It can be asked whether it has ended, and from where to go on."""
 
     def __init__(
         self,
@@ -198,13 +186,12 @@ class _Pass:
         begun: dict[str, Any] | None,
     ) -> None:
         self._batches = batches
-        self._tell_state = tell_state
-        self._before = before
-        self.begun = begun
+        self._tell_state = tell_state  # returns a copy, if the stream is to be asked for it
+        self._before = before  # where the pass before this one ended, if it is known
+        self.begun = begun  # the streams of random numbers when this pass began
         self._held: list[Any] = []
         self._ended = False
-        #: Batches that the stream has given, with the one that is held.
-        self.given = 0
+        self.given = 0  # batches that the stream has given, with the one that is held
         # Of the newest steps: a step may be undone when the next one's first batch is held.
         self._starts: deque[tuple[int, int]] = deque(maxlen=2)
         # The stream's state once it had given so many batches.
@@ -217,11 +204,9 @@ class _Pass:
 
     def has_ended(self) -> bool:
         if not self._held:
-            try:
+            with suppress(StopIteration):
                 self._held.append(self._fetch())
-            except StopIteration:
-                return True
-        return False
+        return not self._held
 
     def next(self) -> Any:
         return self._held.pop() if self._held else self._fetch()

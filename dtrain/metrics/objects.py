@@ -126,9 +126,9 @@ class Objects:
             packed: the sum over ranks of what :meth:`pack` returned.
             news: every rank's :meth:`news`; the same list on all ranks, empty if nobody has any.
             exchange: whether any rank has states that are not summed.
-            ranks: the world size.
+            ranks: how many there are.
             label: names the exchanges.
-            comm: to the other ranks.
+            comm: the way to the other ranks.
 
         Raises:
             LossError: a value is not a number or a dict of numbers, or a metric's states have
