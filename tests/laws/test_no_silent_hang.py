@@ -312,7 +312,7 @@ def test_a_stopped_loader_worker(tmp_path):
     named = rf"rank 1 on {HOST} failed in data at step {step}: HangError: "
     assert re.search(named, told(outcomes[0])), told(outcomes[0])
     assert re.search(rf"step {step} in data \({__file__}:\d+\)", outcomes[1].output)
-    assert "data/feed.py" in outcomes[1].output  # the stack
+    assert "data/map_feed.py" in outcomes[1].output  # the stack
     worker = (tmp_path / "worker-1").read_text()
     assert f"its process {worker} is stopped" in told(outcomes[0]), told(outcomes[0])
     for rank in range(2):
