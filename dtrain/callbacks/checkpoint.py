@@ -18,10 +18,9 @@ from dtrain.errors import CheckpointError
 class Checkpoint(Callback):
     """Saves the run every so many steps or epochs, and at its end; keeps the newest.
 
-    A checkpoint is written aside and renamed into place: it is there whole, or not at all. An
-    older one is deleted only after that. What is equal on all ranks is divided among them, and each
-    writes its share. One that cannot be written is reported, and tried again at the next report;
-    only the last one of a run must succeed.
+    A checkpoint is renamed into place, whole or not at all, before an older one is deleted. What is
+    equal on all ranks is divided among them, and each writes its share. One that cannot be written
+    is reported, and tried again at the next report; only the last one of a run must succeed.
 
     Example::
 
@@ -34,9 +33,8 @@ class Checkpoint(Callback):
         best: keep also the one with the best value of this metric.
         mode: whether less (``"min"``) or more (``"max"``) is better.
         trainable_only: leave out weights that have not changed, such as a base model under
-            adapters. Those that were trained for some epochs are kept. The script makes the
-            others as it did before; on resuming, they are compared. (They are looked through at
-            each save.)
+            adapters, and keep those that were ever trained. The script makes the others as it did
+            before; on resuming, they are compared. (They are looked through at each save.)
         modules: other modules that a resumed run needs as they were, by a name each: a teacher, a
             target network. All of each is saved.
         background: training waits only while a copy is made, and goes on while it is written. Each

@@ -18,11 +18,9 @@ from dtrain.errors import ConfigError
 class EarlyStopping(Callback):
     """Stops once a metric has not improved for ``patience`` checks in a row.
 
-    A metric by name is agreed, so all ranks stop at the same step by themselves. Where
-    ``monitor`` is a function, each rank judges by its own value, and ``vote`` decides.
-
-    Metrics ``eval/...`` are checked after each evaluation; ``train/...`` and functions at the
-    end of each epoch.
+    A metric by name is agreed, so all ranks stop at the same step. Where ``monitor`` is a function,
+    each rank judges by its own value, and ``vote`` decides. Metrics ``eval/...`` are checked after
+    each evaluation; ``train/...`` and functions at the end of each epoch.
 
     Example::
 

@@ -1,4 +1,8 @@
-"""An exponential moving average of the weights, evaluated in their place."""
+"""An exponential moving average of the weights, evaluated in their place.
+
+The formula is torch's. Its ``AveragedModel`` is not used: it needs a model that can be deep-copied,
+and reads a counter from the device in each step.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +30,6 @@ class EMA(AveragedWeights):
     checkpoints (which hold both) and ``Trainer.evaluate`` see the model's own weights. An
     ``EarlyStopping(restore_best=True)`` that comes before it in the list keeps the averages.
 
-    The formula is torch's. Its ``AveragedModel`` is not used: it needs a model that can be
-    deep-copied, and reads a counter from the device in each step.
-
     Example::
 
         ema = EMA(decay=0.9999, use_at_end=True)
@@ -49,12 +50,7 @@ class EMA(AveragedWeights):
     """
 
     def __init__(
-        self,
-        decay: float = 0.999,
-        *,
-        warmup: bool = True,
-        every: int = 1,
-        use_at_end: bool = False,
+        self, decay: float = 0.999, *, warmup: bool = True, every: int = 1, use_at_end: bool = False
     ) -> None:
         super().__init__()
         if not 0 <= decay < 1:

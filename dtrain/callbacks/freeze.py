@@ -84,14 +84,11 @@ class Freeze(Callback):
         self._frozen = [p for p, frozen in held.items() if frozen and p.requires_grad]
         for p in self._frozen:
             p.requires_grad_(False)
-        if self._eval_mode:
-            self._resting = [
-                module
-                for name, module in ctx.model.named_modules()
-                if module.training
-                and (any(_matches(name, pattern) for pattern in now) or _all_held(module, held))
-            ]
-            for module in self._resting:
+        for name, module in ctx.model.named_modules() if self._eval_mode else ():
+            inside = [held[p] for p in module.parameters()]
+            named = any(_matches(name, pattern) for pattern in now)
+            if module.training and (named or (inside and all(inside))):
+                self._resting.append(module)
                 module.training = False
 
     def on_fit_end(self, ctx: Context) -> None:
@@ -112,8 +109,3 @@ class Freeze(Callback):
 
 def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
-
-
-def _all_held(module: nn.Module, held: Mapping[nn.Parameter, bool]) -> bool:
-    inside = list(module.parameters())
-    return bool(inside) and all(held[p] for p in inside)
