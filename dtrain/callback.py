@@ -181,11 +181,7 @@ class Hooks:
 
 
 def the_only(slot: type[S], callbacks: Iterable[Callback]) -> S | None:
-    """Returns the callback that fills ``slot``, or None.
-
-    Raises:
-        ConfigError: more than one does.
-    """
+    """Returns the callback that fills ``slot``, or None; raises ConfigError if several do."""
     found = [callback for callback in callbacks if isinstance(callback, slot)]
     if len(found) > 1:
         names = " and ".join(type(callback).__name__ for callback in found)
@@ -195,11 +191,7 @@ def the_only(slot: type[S], callbacks: Iterable[Callback]) -> S | None:
 
 
 def check_names(callbacks: Iterable[Callback]) -> None:
-    """Raises where two callbacks share a name.
-
-    Raises:
-        ConfigError: names the duplicate.
-    """
+    """Raises ConfigError where two callbacks share a name, or one is none."""
     seen: dict[str, Callback] = {}
     for callback in callbacks:
         if not isinstance(callback, Callback):

@@ -1,6 +1,6 @@
 """What hooks and loss functions are handed, and what they hand back."""
 
-from dtrain.context.context import Context, Engine
+from dtrain.context.context import Context
 from dtrain.context.numbers import on_device
 from dtrain.context.outbox import Outbox, Reduce, Shown
 from dtrain.context.progress import Progress
@@ -10,7 +10,6 @@ from dtrain.context.values import Loss, Mean, Number
 
 __all__ = [
     "Context",
-    "Engine",
     "Loss",
     "Mean",
     "Number",

@@ -20,20 +20,14 @@ from dtrain.distributed import Comm
 from dtrain.errors import ConfigError
 
 
-class Engine(Protocol):
-    """What computes for hooks, while ``fit`` runs."""
+class _Engine(Protocol):
+    """What computes for hooks, behind the methods of the same names."""
 
-    def loss_of(self, ctx: Context, batch: Any) -> Loss:
-        """Runs the loss function on a batch."""
-        ...
+    def loss_of(self, ctx: Context, batch: Any) -> Loss: ...
 
-    def gradients(self) -> list[Tensor]:
-        """Returns tensors that hold all gradients."""
-        ...
+    def gradients(self) -> list[Tensor]: ...
 
-    def gradient_norm(self) -> Tensor:
-        """Returns the joint norm of all gradients, 0-dim."""
-        ...
+    def gradient_norm(self) -> Tensor: ...
 
 
 @dataclass(eq=False)
@@ -54,6 +48,8 @@ class Context:
         loss_scaled: whether the precision scales the loss; a gradient that overflows is then
             no trouble.
         metrics: the newest agreed metrics, equal on all ranks.
+
+    Ranks: all, local where a method does not say otherwise.
     """
 
     model: nn.Module
@@ -70,7 +66,7 @@ class Context:
     metrics: dict[str, float] = field(default_factory=dict)
     _outbox: Outbox = field(default_factory=Outbox, repr=False)
     #: Weak: the engine holds this context.
-    _engine: Callable[[], Engine | None] = field(default=lambda: None, repr=False)
+    _engine: Callable[[], _Engine | None] = field(default=lambda: None, repr=False)
 
     def log(self, name: str, value: Number, reduce: Reduce = "mean") -> None:
         """Keeps a value; all values are reported as one number at the next sync point.
@@ -85,35 +81,24 @@ class Context:
 
         Raises:
             ConfigError: ``reduce`` is none of these, or another than before.
-
-        Ranks: all, local.
         """
         self._outbox.log(name, value, reduce)
 
     def is_logged(self, name: str) -> bool:
-        """Says whether a value of that name waits for the next report.
-
-        Ranks: all, local.
-        """
+        """Says whether a value of that name waits for the next report."""
         return name in self._outbox.logged
 
     def say(self, text: str) -> None:
-        """Tells the person at the terminal something, once, from rank 0's view.
-
-        Ranks: all, local; rank 0's words are shown.
-        """
+        """Tells the person at the terminal something, once; rank 0's words are shown."""
         self._outbox.notes.append(text)
 
     def show(self, name: str, *, text: str = "", image: Any = None) -> None:
-        """Hands a text or a picture to the sinks, with the next report.
+        """Hands a text or a picture to the sinks, with the next report; rank 0's is shown.
 
         Args:
             name: what it is, such as ``"eval/sample"``.
             text: any text.
-            image: an array of 8-bit values, shape ``[height, width]`` or
-                ``[height, width, 3]``.
-
-        Ranks: all, local; rank 0's is shown.
+            image: an array of 8-bit values, shape ``[height, width]`` or ``[height, width, 3]``.
         """
         self._outbox.shown.append(Shown(name, text, image))
 
@@ -122,8 +107,6 @@ class Context:
 
         In the middle of a step a hook that says nothing is taken for stuck after
         ``Trainer(hang_after_s=...)`` seconds, or ten times the slowest recent step.
-
-        Ranks: all, local.
         """
         self.comm.activity.enter(self.comm.activity.phase)
 
@@ -137,8 +120,6 @@ class Context:
 
         Args:
             what: for messages.
-
-        Ranks: all, local.
         """
         return self.comm.activity.long_operation(what)
 
@@ -158,12 +139,10 @@ class Context:
         """In ``on_grads_ready``: tensors that hold all gradients, and otherwise zeros only.
 
         For what is done to all of them alike, such as a norm: there may be fewer of them than of
-        parameters. What is done to them in place is done to the gradients.
+        parameters. What is done to them in place is done to the gradients. Equal on all ranks.
 
         Raises:
             ConfigError: called outside of ``fit``.
-
-        Ranks: all, local; the gradients are equal on all ranks.
         """
         if (engine := self._engine()) is None:
             raise _too_early("gradients")
@@ -172,10 +151,10 @@ class Context:
     def gradient_norm(self) -> Tensor:
         """In ``on_grads_ready``: the joint Euclidean norm of all gradients, 0-dim.
 
+        Equal on all ranks.
+
         Raises:
             ConfigError: called outside of ``fit``.
-
-        Ranks: all, local; equal on all ranks.
         """
         if (engine := self._engine()) is None:
             raise _too_early("gradient_norm")

@@ -17,13 +17,7 @@ Reduce = Literal["mean", "sum", "max", "last"]
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A text or a picture for the sinks.
-
-    Attributes:
-        name: what it is.
-        text: any text.
-        image: 8-bit values, ``[height, width]`` or ``[height, width, 3]``; or None.
-    """
+    """A text or a picture (8-bit, ``[height, width]`` or ``[height, width, 3]``) for the sinks."""
 
     name: str
     text: str = ""
@@ -38,21 +32,16 @@ class Logged:
     values: list[Number] = field(default_factory=list)
 
 
+@dataclass(eq=False, slots=True)
 class Outbox:
     """Holds values, words and pictures until the next report takes them.
-
-    Attributes:
-        logged: values by name, in the order of their first calls.
-        notes: words for the person at the terminal.
-        shown: texts and pictures.
 
     Ranks: all, local.
     """
 
-    def __init__(self) -> None:
-        self.logged: dict[str, Logged] = {}
-        self.notes: list[str] = []
-        self.shown: list[Shown] = []
+    logged: dict[str, Logged] = field(default_factory=dict)  # in the order of their first calls
+    notes: list[str] = field(default_factory=list)  # for the person at the terminal
+    shown: list[Shown] = field(default_factory=list)
 
     def log(self, name: str, value: Number, reduce: Reduce) -> None:
         """Keeps a value; see :meth:`dtrain.Context.log`."""

@@ -8,28 +8,20 @@ from typing import Any, Protocol
 from dtrain.context.values import Loss
 
 
-class Result(Protocol):
-    """What became of a step. Asking may wait for the device."""
+class _Result(Protocol):
+    """What became of a step, as :class:`Step` tells it. Asking may wait for the device."""
 
     @property
-    def loss_mean(self) -> float:
-        """The loss of the global batch."""
-        ...
+    def loss_mean(self) -> float: ...
 
     @property
-    def weight(self) -> float:
-        """Units in the global batch."""
-        ...
+    def weight(self) -> float: ...
 
     @property
-    def nonfinite(self) -> int:
-        """Micro-batches whose loss was NaN or infinite."""
-        ...
+    def nonfinite(self) -> int: ...
 
     @property
-    def applied(self) -> bool:
-        """Whether the optimizer's update was applied."""
-        ...
+    def applied(self) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -56,7 +48,7 @@ class Step:
     batch: Any = None
     loss: Loss | None = None
     vetoed: str = ""
-    result: Result | None = None
+    result: _Result | None = None
 
     @property
     def loss_mean(self) -> float:

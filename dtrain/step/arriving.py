@@ -15,11 +15,10 @@ class Arriving:
     __slots__ = ("_event", "_host", "_values")
 
     def __init__(self, tensor: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
+        self._values: list[float] | None = None
         if tensor.device.type == "cpu":
-            self._values: list[float] | None = tensor.tolist()
+            self._values = tensor.tolist()
             return
-        self._values = None
         self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
         self._host.copy_(tensor.detach(), non_blocking=True)
         self._event = torch.cuda.Event()
@@ -28,7 +27,6 @@ class Arriving:
     def get(self) -> list[float]:
         """Returns its values, on the host."""
         if self._values is None:
-            assert self._event is not None
             self._event.synchronize()
             self._values = self._host.tolist()
         return self._values

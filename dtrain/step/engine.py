@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 
 from dtrain.callback import Hooks
 from dtrain.context import Context, Loss, Outbox, Step
-from dtrain.data import Feed
 from dtrain.distributed import Comm, World
 from dtrain.metrics import Means
 from dtrain.step.evaluation import Evaluation
@@ -32,11 +31,8 @@ class Engine:
         optimizer: of its parameters.
         loss_fn: with three arguments; see :func:`adapt`.
         eval_fn: the same, for evaluation.
-        precision: the precision slot.
-        strategy: how gradients meet.
-        hooks: the callbacks.
-        context: what hooks get.
-        outbox: what they have said.
+        precision, strategy, hooks, context: what a step is made with.
+        outbox: what hooks have said.
         world: the ranks.
 
     Ranks: all; local where a method does not say otherwise.
@@ -83,7 +79,7 @@ class Engine:
             may_idle=strategy.may_idle,
         )
         gathers = Gathers(comm, rank=rank, size=size)
-        self._evaluation = Evaluation(eval_fn, gathers, hooks, precision, world.device)
+        self.evaluate = Evaluation(eval_fn, gathers, hooks, precision, world.device).run
         self._loss_fn = loss_fn
         self._size = size
         self._warned_nonfinite = False
@@ -119,13 +115,6 @@ class Engine:
         """
         error, where = self.micro_step.trouble or (None, "")
         comm.raise_failures("failures in a step", error, where)
-
-    def evaluate(self, feeds: dict[str, Feed], context: Context) -> dict[str, float]:
-        """Returns the metrics of each evaluation set, under the name that goes with it.
-
-        Ranks: all, communicates.
-        """
-        return self._evaluation.run(feeds, context)
 
     # What computes for hooks; see :class:`dtrain.Context`.
 

@@ -9,7 +9,7 @@ meeting, in their first micro-step, in which that is found out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,29 +45,26 @@ class Done:
     ended: bool  # it has no more batches
 
 
+@dataclass
 class Gathers:
     """One rank's end of the gathers of a loss function.
-
-    Args:
-        comm: to the other ranks.
-        rank: this rank.
-        size: the world size.
 
     Ranks: all; local where a method does not say otherwise.
     """
 
-    def __init__(self, comm: Comm, *, rank: int, size: int) -> None:
-        self._comm = comm
-        self._rank = rank
-        self._size = size
-        self._calls = 0
-        self._ties: list[Tensor] = []
+    comm: Comm
+    rank: int
+    size: int
+    _calls: int = 0
+    _ties: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
         """Forgets whether loss functions gather; must be called on all ranks."""
         #: Whether they do; None until all ranks know.
-        self.used: bool | None = None if self._size > 1 else False
+        self.used: bool | None = None if self.size > 1 else False
 
     def gather(self, label: str, rows: Tensor) -> Tensor:
         """Returns all ranks' rows; see :meth:`dtrain.Comm.gather_with_grad`.
@@ -79,7 +76,7 @@ class Gathers:
                 f"gather_with_grad({label!r}) takes rows, a tensor of shape [rows, ...], "
                 f"not {rows!r}"
             )
-        if self._size == 1:
+        if self.size == 1:
             return rows
         if self.used is False:
             raise ConfigError(
@@ -114,7 +111,7 @@ class Gathers:
         while True:
             everyones = self._announce(Done(weight, self._calls, completed, ended))
             done = [one for one in everyones if isinstance(one, Done)]
-            if len(done) == self._size:
+            if len(done) == self.size:
                 break
             self._serve(everyones)
         self._calls = 0
@@ -128,7 +125,7 @@ class Gathers:
         return ties
 
     def _announce(self, mine: Rows | Done) -> list[Rows | Done]:
-        everyones: list[Rows | Done] = self._comm.gather_objects("gathers of a loss function", mine)
+        everyones: list[Rows | Done] = self.comm.gather_objects("gathers of a loss function", mine)
         return everyones
 
     def _serve(self, everyones: list[Rows | Done]) -> None:
@@ -145,12 +142,12 @@ class Gathers:
         whole = torch.cat([one.rows for one in gathering]).to(mine.device)
         if not any(one.wants_grad for one in gathering):
             return whole
-        start = sum(len(one.rows) for one in everyones[: self._rank] if isinstance(one, Rows))
+        start = sum(len(one.rows) for one in everyones[: self.rank] if isinstance(one, Rows))
         # Rows may need no gradient on this rank; it takes part in the others' backward anyway.
         anchor = torch.zeros((), device=mine.device, requires_grad=True)
         gathered: Tensor
         gathered, tie = _Join.apply(  # type: ignore[no-untyped-call]
-            mine, anchor, whole, self._comm, gathering[0].label, slice(start, start + len(mine))
+            mine, anchor, whole, self.comm, gathering[0].label, slice(start, start + len(mine))
         )
         self._ties.append(tie)
         return gathered

@@ -47,13 +47,10 @@ class MicroStep(nn.Module):
         model: the user's module.
         loss_fn: already brought to three arguments by :func:`adapt`.
         lane: what this rank says to the others.
-        precision: the precision slot.
-        hooks: of which ``on_batch`` and ``on_loss`` fire here.
-        context: what hooks get.
+        precision, hooks, context: what the loss function runs in.
         agreement: requests that the reduction is to carry.
-        gathers: of the loss function.
+        gathers, means: of the loss function.
         clock: told how long this rank waits for data.
-        means: of the loss function's metrics.
         find_unused: the reduction looks for unused parameters itself.
         may_idle: False where ranks wait for one another inside of the model.
 

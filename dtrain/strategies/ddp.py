@@ -18,7 +18,7 @@ from dtrain.context import Step
 from dtrain.data import MicroBatches
 from dtrain.distributed import BACKWARD, OWN_BACKWARD, DataParallel, World
 from dtrain.errors import ConfigError
-from dtrain.step import MicroStep, joint_norm
+from dtrain.step import Heard, LaneSilent, MicroStep, joint_norm
 from dtrain.strategies.replicated import Replicated
 
 # 2.13 renamed the argument; 2.11 has only the old name.
@@ -64,16 +64,13 @@ class DDP(Replicated):
         self._sync_batchnorm = sync_batchnorm
         self._comm_hook = comm_hook
         self._ddp: DataParallel | None = None
+        self._checked = False  # whether each parameter has a gradient
         self._gradients: list[Tensor] = []  # of the last step, if they are parts of buckets,
         self._places: list[int] = []  # where they are in memory, and
         self._joined: list[Tensor] = []  # the stretches of it that they fill
 
     def check(self, *, accumulates: bool) -> None:
-        """Refuses static_graph with accumulation, where DDP's own assertion would fail.
-
-        Raises:
-            ConfigError: both were asked for.
-        """
+        """Refuses static_graph with accumulation, where DDP's own assertion would fail."""
         if self._static_graph and accumulates:
             raise ConfigError(
                 "DDP(static_graph=True) cannot work with gradient accumulation: its graph changes "
@@ -81,35 +78,33 @@ class DDP(Replicated):
             )
 
     def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
-        """Turns BatchNorm into SyncBatchNorm, if asked for.
-
-        Raises:
-            ConfigError: SyncBatchNorm on the CPU.
-        """
-        if world.size > 1 and world.device.type == "cpu":
-            has_sync = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-            if has_sync or self._sync_batchnorm:
-                raise ConfigError(
-                    "SyncBatchNorm works on GPUs only, and this rank computes on the CPU: leave "
-                    "sync_batchnorm out here (BatchNorm then sees its own rank's samples), or use "
-                    "GroupNorm or LayerNorm"
-                )
-        if self._sync_batchnorm and world.size > 1:
+        """Turns BatchNorm into SyncBatchNorm, if asked for; refuses that on the CPU."""
+        self.may_idle = True
+        if world.size == 1:
+            return model
+        has_sync = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+        if world.device.type == "cpu" and (has_sync or self._sync_batchnorm):
+            raise ConfigError(
+                "SyncBatchNorm works on GPUs only, and this rank computes on the CPU: leave "
+                "sync_batchnorm out here (BatchNorm then sees its own rank's samples), or use "
+                "GroupNorm or LayerNorm"
+            )
+        if self._sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        has_sync = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-        self.may_idle = world.size == 1 or not has_sync
+        self.may_idle = not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
         return model
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
         """Wraps the micro-step, where there is another rank."""
         self._take(micro_step, world)
+        self._checked = False
         if world.size == 1:
             return
-        self._forget_gradients()
         if self._ddp is None:
             # Weakly: the world outlives the model.
             release = WeakMethod(self._release)
             world.at_close(lambda: (method := release()) and method())
+        self._release()
         options: dict[str, Any] = {_SYNC_BUFFERS: False}
         self._ddp = world.gradients.data_parallel(
             micro_step,
@@ -144,24 +139,19 @@ class DDP(Replicated):
 
     def _release(self) -> None:
         self._ddp = None
-        self._forget_gradients()
-
-    def _forget_gradients(self) -> None:
         self._gradients, self._places, self._joined = [], [], []
 
     def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
         """Runs forward and backward; gradients are reduced in the last micro-batch."""
-        forward = self._micro_step if self._ddp is None else self._ddp
-        if last:
-            voice, *terms = forward(step, feed, last)
-            # It works in backward, too, but nobody could tell from when on it only waits.
-            self._activity.enter(OWN_BACKWARD if self._ddp is None else BACKWARD)
-            self._micro_step.lane.backward(voice, *terms)
-            return
-        with nullcontext() if self._ddp is None else self._ddp.no_sync():
+        ddp = self._ddp
+        forward = self._micro_step if ddp is None else ddp
+        with nullcontext() if last or ddp is None else ddp.no_sync():
             terms = forward(step, feed, last)
-            self._activity.enter(OWN_BACKWARD)
-            if terms:
+            # It works in a last backward, too, but nobody could tell from when on it only waits.
+            self._activity.enter(BACKWARD if last and ddp is not None else OWN_BACKWARD)
+            if last:
+                self._micro_step.lane.backward(*terms)
+            elif terms:
                 torch.autograd.backward(terms)
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
@@ -179,27 +169,33 @@ class DDP(Replicated):
         return joined
 
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
-        """Returns the joint Euclidean norm of the gradients, 0-dim.
-
-        Parameter by parameter: so it has the bits that it has in a hand-written loop.
-        """
+        """Returns it parameter by parameter: so it has the bits of a hand-written loop's."""
         return joint_norm(super().gradients(optimizer))
+
+    def heard(self) -> Heard:
+        """Returns what all ranks said in the step."""
+        reduced = None
+        if self._ddp is not None and self._comm_hook is not None:
+            # In a bucket the hook may have altered it.
+            reduced = self._micro_step.lane.message() / self._world.size
+            self._world.gradients.all_reduce(reduced)
+        try:
+            heard = self._micro_step.lane.listen(reduced)
+            # Here nothing waits for a missing gradient. It is refused all the same, so that a
+            # script that runs on one rank runs on two.
+            unwatched = self._ddp is None or self._comm_hook is not None
+            if unwatched and not self._checked and heard.verdict().weight:
+                self._checked = True
+                self.check_arrived()
+        except LaneSilent as silent:
+            raise self.unused() from silent
+        return heard
 
     def check_arrived(self) -> None:
         """Looks whether each parameter has a gradient."""
-        if not self.find_unused:
-            self._check_gradients()
-
-    def _reduced(self) -> Tensor | None:
-        """The lane in a reduction of its own, where a hook may have altered it in a bucket."""
-        if self._ddp is None or self._comm_hook is None:
-            return None
-        mean = self._micro_step.lane.message() / self._world.size
-        self._world.gradients.all_reduce(mean)
-        return mean
-
-    def _waits_for_all(self) -> bool:
-        return self._ddp is not None and self._comm_hook is None
+        params = () if self.find_unused else self._micro_step.model.parameters()
+        if any(p.requires_grad and p.grad is None for p in params):
+            raise self.unused()
 
 
 def _joined(grads: list[Tensor]) -> list[Tensor]:
@@ -212,15 +208,14 @@ def _joined(grads: list[Tensor]) -> list[Tensor]:
             grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)
         )
         (flats if dense and grad.numel() else rest).append(grad)
-    flats.sort(key=lambda grad: grad.data_ptr())
     joined: list[Tensor] = []
     end = None
-    for grad in flats:
+    for grad in sorted(flats, key=Tensor.data_ptr):
         place, size = grad.storage_offset(), grad.numel()
         where = grad.untyped_storage().data_ptr(), grad.dtype
         if (*where, place) == end:
-            last = joined[-1]
-            joined[-1] = last.as_strided((last.numel() + size,), (1,), last.storage_offset())
+            last = joined.pop()
+            joined.append(last.as_strided((last.numel() + size,), (1,), last.storage_offset()))
         else:
             joined.append(grad.as_strided((size,), (1,), place))
         end = (*where, place + size)

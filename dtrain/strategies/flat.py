@@ -1,11 +1,12 @@
 """All gradients in one flat tensor, the lane at its end, and one reduction after backward.
 
 Nothing overlaps with backward, so it is for models of about one bucket of DistributedDataParallel's
-(25 MB). As nothing is reduced while backward runs, an exception in it becomes a vote like any
-other.
+(25 MB). As nothing is reduced while backward runs, an exception in it is a vote like any other.
 """
 
 from __future__ import annotations
+
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from dtrain.context import Step
 from dtrain.data import MicroBatches
 from dtrain.distributed import BACKWARD, OWN_BACKWARD, World
 from dtrain.errors import ConfigError
-from dtrain.step import MicroStep
+from dtrain.step import Heard, MicroStep
 from dtrain.strategies.replicated import Replicated
 
 
@@ -41,11 +42,7 @@ class Flat(Replicated):
         self._spoke = False  # this rank has had a loss in this step
 
     def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
-        """Refuses what a flat tensor cannot hold.
-
-        Raises:
-            ConfigError: sparse gradients, or ranks that wait for one another inside of the model.
-        """
+        """Refuses sparse gradients, and ranks that wait for one another inside of the model."""
         if why := unsuited(model):
             raise ConfigError(f"strategy='flat' cannot train this model: {why}. Use 'ddp'.")
         return model
@@ -61,16 +58,11 @@ class Flat(Replicated):
             if p.requires_grad:
                 by_dtype.setdefault(p.dtype, []).append(p)
         by_dtype.setdefault(lane.dtype, [])
-        self._flats = [
-            _Flat(
-                params,
-                flags=len(params) if self._may_be_unused else 0,
-                tail=lane.numel() if dtype == lane.dtype else 0,
-                dtype=dtype,
-                device=lane.device,
-            )
-            for dtype, params in by_dtype.items()
-        ]
+        self._flats = []
+        for dtype, params in by_dtype.items():
+            flags = len(params) if self._may_be_unused else 0
+            tail = lane.numel() if dtype == lane.dtype else 0
+            self._flats.append(_Flat(params, flags, tail, dtype, lane.device))
         self._tail = next(flat.tail for flat in self._flats if flat.tail.numel())
         self._seeds = {}
         self._divides_after = micro_step.scales_loss
@@ -92,18 +84,15 @@ class Flat(Replicated):
         # A rank without a loss may have its share in others', who gather from it.
         self._spoke |= micro_step.has_loss
         if losses:
-            self._backward(micro_step, losses)
+            try:
+                torch.autograd.backward(losses, [self._seed(loss) for loss in losses])
+            except Exception as error:
+                if micro_step.gathers:
+                    raise  # others may be waiting for this rank in their own backward
+                micro_step.fail(error, "backward")
         if last:
             self._activity.enter(BACKWARD)
             self._reduce(micro_step)
-
-    def _backward(self, micro_step: MicroStep, losses: tuple[Tensor, ...]) -> None:
-        try:
-            torch.autograd.backward(losses, [self._seed(loss) for loss in losses])
-        except Exception as error:
-            if micro_step.gathers:
-                raise  # others may be waiting for this rank in their own backward
-            micro_step.fail(error, "backward")
 
     def _seed(self, loss: Tensor) -> Tensor:
         """What backward starts with: the sum over ranks is then their mean, at no cost.
@@ -134,23 +123,20 @@ class Flat(Replicated):
 
     def _look(self, grads: list[list[Tensor | None]]) -> Exception | None:
         """Returns what is wrong with this rank's gradients, if something is."""
-        for given in grads:
-            for grad in given:
-                if grad is None:
-                    if not self._may_be_unused:
-                        return self.unused()
-                elif grad.layout is not torch.strided:
-                    return ConfigError(
-                        "a parameter's gradient is sparse, which a flat tensor cannot hold: pass "
-                        "Trainer(strategy='ddp')"
-                    )
+        for grad in chain.from_iterable(grads):
+            if grad is None:
+                if not self._may_be_unused:
+                    return self.unused()
+            elif grad.layout is not torch.strided:
+                return ConfigError(
+                    "a parameter's gradient is sparse, which a flat tensor cannot hold: pass "
+                    "Trainer(strategy='ddp')"
+                )
         return None
 
-    def _reduced(self) -> Tensor | None:
-        return self._tail
-
-    def _waits_for_all(self) -> bool:
-        return True  # they are looked through before they are reduced
+    def heard(self) -> Heard:
+        """Returns what all ranks said in the step."""
+        return self._micro_step.lane.listen(self._tail)
 
     def check_arrived(self) -> None:
         """Does nothing: gradients were looked through before they were reduced."""
@@ -175,19 +161,13 @@ class Flat(Replicated):
 class _Flat:
     """The gradients of all parameters of one dtype; see :class:`Flat`.
 
-    Args:
-        params: the parameters.
-        flags: how many numbers tell which parameters had a gradient: one for each, or none where
-            all must have one.
-        tail: how many numbers follow, for the lane.
-        dtype: of all this.
-        device: of all this.
+    After them come ``flags`` numbers that tell which parameters had one (one for each, or none
+    where all must have one), and ``tail`` numbers for the lane.
     """
 
     def __init__(
         self,
         params: list[nn.Parameter],
-        *,
         flags: int,
         tail: int,
         dtype: torch.dtype,
@@ -218,27 +198,22 @@ class _Flat:
             return
         self.gradients.zero_()
         self.used.zero_()
-        if given:
-            for place, grad in enumerate(grads):
-                if grad is not None:
-                    self.views[place].copy_(grad)
-                    if self.has_flags:
-                        self.used[place] = 1
+        for place, grad in enumerate(grads if given else []):
+            if grad is not None:
+                self.views[place].copy_(grad)
+                if self.has_flags:
+                    self.used[place] = 1
 
     def hand_out(self) -> None:
         """Gives each parameter its view; none where no rank had a gradient, and that may be."""
-        if self.has_flags:
-            for p, view, used in zip(self.params, self.views, self.used.tolist(), strict=True):
-                p.grad = view if used else None
-            return
-        for p, view in zip(self.params, self.views, strict=True):
-            p.grad = view
+        used = self.used.tolist() if self.has_flags else [1] * len(self.params)
+        for p, view, is_used in zip(self.params, self.views, used, strict=True):
+            p.grad = view if is_used else None
 
     def is_handed_out(self) -> bool:
         """Says whether all gradients are views, or nothing: a callback may have replaced one."""
         for p, view in zip(self.params, self.views, strict=True):
-            grad = p.grad
-            if grad is not view and grad is not None:
+            if (grad := p.grad) is not view and grad is not None:
                 return False
         return True
 

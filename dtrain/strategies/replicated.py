@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from types import MethodType
 
 import torch
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 
 from dtrain.distributed import Activity, World, digest_of
 from dtrain.errors import RankMismatch, UnusedParameters
-from dtrain.step import Heard, LaneSilent, MicroStep, Strategy
+from dtrain.step import MicroStep, Strategy
 
 
 class Replicated(Strategy):
@@ -25,7 +24,6 @@ class Replicated(Strategy):
     _world: World
     _activity: Activity
     _trainable: list[int]
-    _checked = False
 
     def make_equal(self, model: nn.Module, world: World) -> bool:
         """Gives all ranks rank 0's parameters and buffers; returns whether any differed here."""
@@ -62,7 +60,6 @@ class Replicated(Strategy):
             return
         for parameter in self._micro_step.parameters():
             parameter.grad = None  # views into the old buckets
-        self._checked = False
         self.wrap(self._micro_step, self._world)
 
     def clear(self, optimizer: Optimizer) -> None:
@@ -75,35 +72,10 @@ class Replicated(Strategy):
         if optimizer.zero_grad != MethodType(Optimizer.zero_grad, optimizer):
             optimizer.zero_grad(set_to_none=True)  # it may do more
 
-    def heard(self) -> Heard:
-        """Returns what all ranks said in the step."""
-        try:
-            heard = self._micro_step.lane.listen(self._reduced())
-            # Alone, nothing waits for a missing gradient. It is refused all the same, so that a
-            # script that runs on one rank runs on two.
-            if not (self._waits_for_all() or self._checked) and heard.verdict().weight:
-                self._checked = True
-                self.check_arrived()
-        except LaneSilent as silent:
-            raise self.unused() from silent
-        return heard
-
-    @abstractmethod
-    def _reduced(self) -> Tensor | None:
-        """Returns the lane's mean over ranks, where it did not come with the gradients."""
-
-    @abstractmethod
-    def _waits_for_all(self) -> bool:
-        """Says whether a step could not have come so far without a gradient of each parameter."""
-
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """Returns the gradient of each of the optimizer's parameters that has one."""
         groups = optimizer.param_groups
         return [g for group in groups for p in group["params"] if (g := p.grad) is not None]
-
-    def _check_gradients(self) -> None:
-        if any(p.requires_grad and p.grad is None for p in self._micro_step.model.parameters()):
-            raise self.unused()
 
     def unused(self) -> UnusedParameters:
         """Names the parameters whose gradients never arrived."""
