@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from dtrain.checkpoint import export_model
+from dtrain.cli.show import refusing
 from dtrain.errors import CheckpointError
-
-NOT_EXPORTED = 2
 
 
 def export(
@@ -21,9 +20,6 @@ def export(
 
     Exit status: 0 if it was written, 2 if not.
     """
-    try:
+    with refusing("export", CheckpointError):
         count = export_model(run, file)
-    except CheckpointError as error:
-        typer.echo(f"dtrain export: {error}", err=True)
-        raise typer.Exit(NOT_EXPORTED) from error
     typer.echo(f"{file}: {count} tensors")

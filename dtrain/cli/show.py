@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dtrain.errors import CheckError, ConfigError
+from dtrain.errors import CheckError, ConfigError, DtrainError
 from dtrain.trials import Drilled, Equivalence, TrialReport
 
-NOT_PASSED, NOT_TRIED, INTERRUPTED = 1, 2, 130
+NOT_PASSED, NOT_DONE, INTERRUPTED = 1, 2, 130
 
 
 #: What a trial of a script takes.
@@ -24,16 +25,24 @@ ScriptArgs = Annotated[
 Progress = Callable[[str], None]
 
 
+@contextmanager
+def refusing(command: str, *errors: type[DtrainError]) -> Iterator[None]:
+    """Says what a command could not do, and ends it with status 2."""
+    try:
+        yield
+    except errors as error:
+        typer.echo(f"dtrain {command}: {error}", err=True)
+        raise typer.Exit(NOT_DONE) from error
+
+
 def show(command: str, trial: Callable[[Progress], Equivalence | Drilled]) -> None:
     """Runs a command's trial and prints what it found; the exit status says whether that is good.
 
     Ranks: none.
     """
     try:
-        report = trial(lambda words: typer.echo(f"  {words} ...", err=True)).report
-    except (CheckError, ConfigError) as error:
-        typer.echo(f"dtrain {command}: {error}", err=True)
-        raise typer.Exit(NOT_TRIED) from error
+        with refusing(command, CheckError, ConfigError):
+            report = trial(lambda words: typer.echo(f"  {words} ...", err=True)).report
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None  # not 1, which would be a finding
     # Names of tensors and files are no markup.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,9 @@ from typing import Annotated
 
 import typer
 
-from dtrain.cli.show import Script, ScriptArgs
+from dtrain.cli.show import Script, ScriptArgs, refusing
 from dtrain.cluster import Kind, render
 from dtrain.errors import ConfigError
-
-NOT_SUBMITTED = 2
 
 
 def submit(
@@ -51,7 +50,7 @@ def submit(
 
     Exit status: 0 if the job is submitted; sbatch's own if it refuses; 2 if it could not be asked.
     """
-    try:
+    with refusing("submit", ConfigError):
         given = dict(_option(text) for text in sbatch or ())
         if not script.is_file():
             raise ConfigError(f"there is no script '{script}' (seen from {Path.cwd()})")
@@ -67,9 +66,9 @@ def submit(
         if cpus is not None:
             options["exclusive"] = None
         kind: Kind = "one_node" if nodes == 1 else "many_nodes"
+        tasks = ranks or gpus or 1
         if not torchrun:
             kind = "srun_per_gpu"
-            tasks = ranks or gpus or 1
             options["ntasks-per-node"] = str(tasks)
             options["cpus-per-task"] = None if cpus is None else str(max(1, cpus // tasks))
         options |= given
@@ -79,11 +78,8 @@ def submit(
             options=options,
             command=command,
             python=sys.executable,
-            ranks=(ranks or gpus or 1) if torchrun else None,
+            ranks=tasks if torchrun else None,
         )
-    except ConfigError as error:
-        typer.echo(f"dtrain submit: {error}", err=True)
-        raise typer.Exit(NOT_SUBMITTED) from error
     if dry_run:
         typer.echo(text, nl=False)
         return
@@ -109,17 +105,15 @@ def _option(text: str) -> tuple[str, str]:
 
 def _submit(text: str) -> str:
     """Returns the job's number."""
-    try:
-        done = subprocess.run(
-            ["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError as error:
-        typer.echo(
-            "dtrain submit: there is no sbatch on the PATH. Run this on a machine from which jobs "
-            "are submitted, or see the batch script with --dry-run.",
-            err=True,
-        )
-        raise typer.Exit(NOT_SUBMITTED) from error
+    with refusing("submit", ConfigError):
+        if shutil.which("sbatch") is None:
+            raise ConfigError(
+                "there is no sbatch on the PATH. Run this on a machine from which jobs are "
+                "submitted, or see the batch script with --dry-run."
+            )
+    done = subprocess.run(
+        ["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=False
+    )
     typer.echo(done.stderr, err=True, nl=False)  # in its own words
     if done.returncode != 0:
         raise typer.Exit(done.returncode)

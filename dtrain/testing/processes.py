@@ -88,23 +88,26 @@ def run_outcomes(
     payload = pickle.dumps((fn, args, list(warnings.filters)))
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory(prefix="dtrain-ranks-") as folder:
-        ranks: list[tuple[ForkServerProcess, Connection]] = []
+        ranks: list[tuple[ForkServerProcess, Connection, Path]] = []
         for rank in range(world_size):
             variables = rank_environment(rank, world_size, store.port)
             variables |= {"OMP_NUM_THREADS": "1"} | (env or {})
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_run_rank,
-                args=(payload, variables, theirs, str(_log(folder, rank))),
-                name=f"rank {rank}",
-            )
+            log = Path(folder) / f"rank-{rank}.txt"
+            args_of_rank = (payload, variables, theirs, str(log))
+            process = context.Process(target=_run_rank, args=args_of_rank, name=f"rank {rank}")
             process.start()
             theirs.close()
-            ranks.append((process, ours))
-        messages = _collect([connection for _, connection in ranks], deadline)
-        _ask_where([process for rank, (process, _) in enumerate(ranks) if rank not in messages])
+            ranks.append((process, ours, log))
+        messages = _collect([connection for _, connection, _ in ranks], deadline)
+        stuck = [process for rank, (process, *_) in enumerate(ranks) if rank not in messages]
+        for process in stuck:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, _SAY_WHERE)
+        if stuck:
+            threading.Event().wait(_TIME_TO_SAY_S)  # to write where they are
         outcomes = []
-        for rank, (process, connection) in enumerate(ranks):
+        for rank, (process, connection, log) in enumerate(ranks):
             message = messages.get(rank)
             process.join(0.0 if message is None else max(1.0, deadline - time.monotonic()))
             late = message is None or process.is_alive()
@@ -112,7 +115,7 @@ def run_outcomes(
                 process.kill()
                 process.join()
             connection.close()
-            log = _log(folder, rank)  # not there, where a rank did not even begin in time
+            # Not there, where a rank did not even begin in time.
             output = log.read_text(errors="replace") if log.exists() else ""
             if message:
                 told = pickle.loads(message)  # noqa: S301 -- from our own child
@@ -145,15 +148,6 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
-
-
-def _ask_where(late: list[ForkServerProcess]) -> None:
-    """Has ranks that are stuck write where, before they are killed."""
-    for process in late:
-        if process.pid is not None and process.is_alive():
-            os.kill(process.pid, _SAY_WHERE)
-    if late:
-        threading.Event().wait(_TIME_TO_SAY_S)
 
 
 def _collect(connections: list[Connection], deadline: float) -> dict[int, bytes]:
@@ -206,7 +200,3 @@ def _pickled(value: Any, error: BaseException | None, trace: str) -> bytes:
         told = error or unpicklable
         stand_in = DtrainError(f"{type(told).__name__}: {told}")
         return pickle.dumps((None, stand_in, trace or traceback.format_exc()))
-
-
-def _log(folder: str, rank: int) -> Path:
-    return Path(folder) / f"rank-{rank}.txt"

@@ -30,8 +30,6 @@ class Unreachable(RuntimeError):
 
 @dataclass(slots=True)
 class _Visit:
-    """A rank waits in a meeting."""
-
     what: str
     place: str
     error: str = ""
@@ -39,14 +37,12 @@ class _Visit:
 
 @dataclass(slots=True)
 class _Rank:
-    """What is known of a rank."""
-
     wake: threading.Condition
     streams: dict[str, Any]
     thread: int | None = None
-    visit: _Visit | None = None
-    away: bool = False
-    gone: str = ""
+    visit: _Visit | None = None  # it waits in this meeting
+    away: bool = False  # in a block of aside()
+    gone: str = ""  # it has left, and how
 
 
 #: Whom this thread takes turns with, and its rank.
@@ -89,7 +85,11 @@ class Turns:
             raise
         finally:
             _seat.reset(token)
-            self._leave(rank, how)
+            with self._lock:
+                self._ranks[rank].gone = how
+                if not self._over:
+                    self._dismiss(self._who_left())
+                    self._pass_on()
 
     def meet(self, rank: int, what: str, value: Any) -> list[Any]:
         """Returns what every rank brought to the meeting ``what``, by rank, once all have come.
@@ -201,13 +201,6 @@ class Turns:
     def _who_left(self) -> str:
         gone = [(r, rank.gone) for r, rank in enumerate(self._ranks) if rank.gone]
         return "; ".join(f"rank {r} has left: {how}" for r, how in gone)
-
-    def _leave(self, rank: int, how: str) -> None:
-        with self._lock:
-            self._ranks[rank].gone = how
-            if not self._over:
-                self._dismiss(self._who_left())
-                self._pass_on()
 
 
 @contextmanager

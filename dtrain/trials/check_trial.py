@@ -155,12 +155,10 @@ class CheckTrial(Trial):
         """Examines if that was asked for, and writes what was recorded."""
         record, model, rank = self.record, trainer.model, trainer.world.rank
         if self.batches:
-            still = CallOverrides(
-                double=self.setup.double, without=frozenset({"dropout", "batchnorm"})
-            )
+            without = frozenset({"dropout", "batchnorm"})
 
             def loss_of(batch: Any) -> Any:
-                with still:
+                with CallOverrides(double=self.setup.double, without=without):
                     return self._loss_fn(model, batch, trainer.context)
 
             record.examined = examine(
@@ -220,9 +218,7 @@ class _First(Callback):
         self._record.losses.append(step.loss_mean)
         self._record.settings.append([_numbers(group) for group in ctx.optimizer.param_groups])
         if self._writes:
-            # A gradient that is not there is none; what an optimizer makes of either, parameters
-            # will tell.
-            grads = {
+            grads = {  # none counts as zero: what an optimizer makes of either, parameters tell
                 name: torch.zeros_like(p) if p.grad is None else p.grad
                 for name, p in ctx.model.named_parameters()
                 if p.requires_grad

@@ -13,8 +13,7 @@ Kind = Literal["kill all", "kill one", "kill writing", "kill renaming", "preempt
 _HOOKS = ("on_grads_ready", "on_step_end")
 #: How many files of a checkpoint rank 0 writes at least, and any other rank.
 _MAIN_WRITES, _OTHER_WRITES = 5, 2
-#: How many moments there are around its renaming.
-_MOMENTS = 2
+_MOMENTS = 2  # around its renaming
 
 
 @dataclass(frozen=True, slots=True)

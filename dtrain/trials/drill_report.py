@@ -81,11 +81,9 @@ class Drilled:
 
 
 def _row(trial: TrialResult) -> tuple[str, ...]:
-    went_on = ", ".join(str(step) for step in trial.went_on_from) or "(nowhere)"
-    result = "equal"
-    if trial.failure:
-        result = "never ended"
-    elif trial.differences:
+    went_on = ", ".join(map(str, trial.went_on_from)) or "(nowhere)"
+    result = "never ended" if trial.failure else "equal"
+    if trial.differences:
         first = trial.differences[0]
         verb = "differ" if first.what == "samples" else "differs"
         when = "the end" if first.step == float("inf") else f"step {first.step:g}"
