@@ -31,11 +31,9 @@ class Evaluation:
     _means: dict[str, Means] = field(default_factory=dict)  # kept: ranks agree on names only once
 
     def run(self, feeds: dict[str, Feed], context: Context) -> dict[str, float]:
-        """Returns the metrics of each of the sets, each named after its set, as in ``eval/loss``.
+        """Returns the metrics of each set, named after it, as in ``eval/loss``.
 
-        Args:
-            feeds: a pass over each set; nothing in it is padded, dropped or repeated.
-            context: for the hooks, and the model.
+        Of each a pass is taken, of which nothing is padded, dropped or repeated.
 
         Ranks: all, communicates: buffers first, sums once at the end of each set.
         """

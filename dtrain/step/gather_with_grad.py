@@ -39,9 +39,9 @@ class Rows:
 class Done:
     """A rank has come to the end of its micro-step."""
 
-    weight: float  # of its micro-batch; 0 where it had none, or left it out
+    weight: float  # units in its micro-batch; 0 where it had none, or left it out
     gathered: int  # how often its loss function gathered
-    completed: bool  # whether its loss function returned what need be known of it
+    completed: bool  # its loss function ran to its end: it is known by now whether it gathers
     ended: bool  # it has no more batches
 
 
@@ -95,16 +95,9 @@ class Gathers:
     ) -> list[Done]:
         """Ends a micro-step: serves the others' gathers until all ranks are here.
 
-        Args:
-            weight: units in this rank's micro-batch.
-            completed: whether the loss function ran to its end, so that it is known by now
-                whether it gathers.
-            ended: whether this rank has no more batches.
+        Takes what :class:`Done` holds, and returns each rank's, by rank.
 
-        Returns:
-            What each rank said, by rank; nothing where loss functions are known not to gather.
-
-        Ranks: all, communicates unless loss functions are known not to gather.
+        Ranks: all, communicates; local, and returns nothing, once all know that none gathers.
         """
         if self.used is False:
             return []

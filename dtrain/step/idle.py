@@ -36,11 +36,8 @@ def _no_rows(table: Tensor) -> Tensor:
 def idle(params: Sequence[nn.Parameter], sparse: Collection[Tensor] = ()) -> Tensor:
     """Returns a zero that takes part in a reduction of ``params`` and changes nothing.
 
-    Zeros are given outright: ``0 * p.sum()`` would turn an infinite parameter into NaN.
-
-    Args:
-        params: all that the reduction waits for.
-        sparse: those of them whose gradients are sparse, as an embedding's may be.
+    Zeros are given outright: ``0 * p.sum()`` would turn an infinite parameter into NaN. Those of
+    ``sparse`` parameters are sparse, as an embedding's gradient may be.
     """
     known = set(map(id, sparse))
     places = frozenset(place for place, p in enumerate(params) if id(p) in known)

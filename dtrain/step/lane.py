@@ -142,10 +142,10 @@ class Lane:
             self.reference = self.expected / self._shares
 
     def observe(self, verdict: Verdict) -> None:
-        """Moves the reference weight where steps turn out to weigh otherwise than expected.
+        """Moves the reference weight where steps weigh 4 times as much as expected, or as little.
 
-        Only where they differ by more than a factor of 4 (tokens where samples were expected):
-        a ragged last batch must not make the next step's gradients need another factor.
+        (Tokens, say, for samples.) A ragged last batch must not move it: the next step's gradients
+        would need another factor.
         """
         if verdict.weight > 0 and not 0.25 <= verdict.weight / self.expected <= 4:
             self.expect(verdict.weight)
@@ -198,11 +198,7 @@ class Lane:
     def backward(self, voice: Tensor, *terms: Tensor) -> None:
         """Runs the step's last backward, in which the lane's gradient is what was said.
 
-        Args:
-            voice: what :meth:`attach` returned.
-            terms: of the loss, each one number.
-
-        Ranks: all; communicates where the terms come out of DDP.
+        Ranks: all; communicates where the terms, each one number, come out of DDP.
         """
         torch.autograd.backward((voice, *terms), (self.message(), *(None for _ in terms)))
 
@@ -224,14 +220,12 @@ class Lane:
     def listen(self, reduced: Tensor | None = None) -> Heard:
         """Returns what all ranks said, after the last backward; on CUDA it is still on its way.
 
-        Args:
-            reduced: the mean over ranks of :meth:`message`, where it did not come with the
-                gradients.
+        Where :meth:`message` did not come with the gradients, ``reduced`` is its mean over ranks.
 
         Raises:
             LaneSilent: no gradient reached the lane.
         """
-        # The gradients' mean over ranks is what DDP leaves.
+        # DDP leaves the mean over ranks.
         mean = self.param.grad if reduced is None else reduced
         if mean is None:
             raise LaneSilent("no gradient reached the lane")
@@ -243,21 +237,14 @@ class Lane:
 class Heard:
     """What all ranks said in a step: parts of it at once on the device, all a little later.
 
-    Attributes:
-        mean: over ranks, of what each said.
-        values: the same on the host, or on its way there.
-        reference: the reference weight in that step.
-        size: the world size.
-        rounding: how far the mean of equal shares may be from 1.
-
     Ranks: all, local.
     """
 
-    mean: Tensor
-    values: list[float] | Arriving
-    reference: float
-    size: int
-    rounding: float
+    mean: Tensor  # over ranks, of what each said
+    values: list[float] | Arriving  # the same on the host, or on its way there
+    reference: float  # the reference weight in that step
+    size: int  # of the world
+    rounding: float  # how far the mean of equal shares may be from 1
     _verdict: Verdict | None = None
 
     def factor(self) -> Tensor:
@@ -277,11 +264,7 @@ class Heard:
         return (stays | unreduced).float()
 
     def verdict(self) -> Verdict:
-        """Returns it all, on the host; waits until it is there.
-
-        Raises:
-            LaneSilent: no reduction happened.
-        """
+        """Returns it all, once it is on the host; raises LaneSilent if no reduction happened."""
         if self._verdict is None:
             values, size = self.values, self.size
             canary, share, loss, *said = values.get() if isinstance(values, Arriving) else values

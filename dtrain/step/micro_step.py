@@ -1,10 +1,9 @@
 """One micro-step: one forward, one try.
 
-DDP wraps :class:`MicroStep`, not the user's model. Whatever this rank does for a micro-batch
-(fetch, ``on_batch``, the loss function, ``on_loss``) happens inside its forward, so the loss
-function may use the model in any way it likes, and an exception or a skip becomes an *idle* term:
-zero weight, taking part in the reduction like any other. Nobody waits for a rank that had nothing
-to say.
+DDP wraps :class:`MicroStep`, not the user's model: fetch, ``on_batch``, the loss function and
+``on_loss`` happen inside its forward. So the loss function may use the model in any way it likes,
+and an exception or a skip becomes an *idle* term: zero weight, reduced like any other. Nobody
+waits for a rank that had nothing to say.
 """
 
 from __future__ import annotations

@@ -5,9 +5,4 @@ from dtrain.strategies.auto import choose
 from dtrain.strategies.ddp import DDP
 from dtrain.strategies.flat import Flat
 
-__all__ = [
-    "DDP",
-    "Flat",
-    "Strategy",
-    "choose",
-]
+__all__ = ["DDP", "Flat", "Strategy", "choose"]

@@ -17,10 +17,6 @@ FLAT_UP_TO_BYTES = 25 * 2**20
 def choose(strategy: str | Strategy, model: nn.Module) -> Strategy:
     """Returns the strategy of that name; for ``"auto"``, the one that is quicker for the model.
 
-    Args:
-        strategy: ``"auto"``, ``"flat"``, ``"ddp"``, or one that is made already.
-        model: as the user made it.
-
     Raises:
         ConfigError: there is none of that name.
 
@@ -29,9 +25,8 @@ def choose(strategy: str | Strategy, model: nn.Module) -> Strategy:
     if isinstance(strategy, Strategy):
         return strategy
     if strategy == "auto":
-        trained = [p for p in model.parameters() if p.requires_grad]
-        small = sum(p.numel() * p.element_size() for p in trained) <= FLAT_UP_TO_BYTES
-        return Flat() if small and not unsuited(model) else DDP()
+        size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        return Flat() if size <= FLAT_UP_TO_BYTES and not unsuited(model) else DDP()
     if strategy == "flat":
         return Flat()
     if strategy == "ddp":
