@@ -51,30 +51,20 @@ _STARVED, _LEAVING = Slot.STARVED - Slot.STOP, Slot.LEAVING - Slot.STOP
 
 
 class Verdict(NamedTuple):
-    """What all ranks said in a step. Equal on all of them.
+    """What all ranks said in a step. Equal on all of them."""
 
-    Attributes:
-        weight: units in the global batch.
-        loss_mean: mean loss over those units; NaN where there are none.
-        factor: what the reduced gradients must be multiplied by to be those of ``loss_mean``.
-        samples: samples in the global batch.
-        undone: nothing of the step counts: some rank failed, has to leave, or none had data.
-        stop, save, preempt, errors, fed, ending, starved, leaving: how many ranks said so.
-        skipped, nonfinite: how many micro-batches, over all ranks.
-    """
-
-    weight: float
-    loss_mean: float
-    factor: float
-    samples: int
-    undone: bool
-    # From here on in the order of the slots.
+    weight: float  # units in the global batch
+    loss_mean: float  # over those units; NaN where there are none
+    factor: float  # what the reduced gradients must be multiplied by to be those of `loss_mean`
+    samples: int  # in the global batch
+    undone: bool  # nothing of the step counts: some rank failed, has to leave, or none had data
+    # From here on in the order of the slots; how many ranks said so, where nothing else is said.
     stop: int
     save: int
     preempt: int
-    skipped: int
+    skipped: int  # micro-batches
     errors: int
-    nonfinite: int
+    nonfinite: int  # micro-batches
     fed: int
     ending: int
     starved: int

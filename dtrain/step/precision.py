@@ -104,8 +104,7 @@ class ScaledAutocast(Autocast):
     def step(self, optimizer: Optimizer, closed: bool | Tensor) -> bool | Tensor:
         """Steps the optimizer unless ``closed`` or gradients overflowed.
 
-        The scale is adapted for an overflow only; a step that must change nothing else does not
-        change the scale either.
+        For an overflow the scale is adapted; a closed step changes nothing, the scale included.
         """
         overflow = self._scaler.overflow
         if isinstance(closed, Tensor):

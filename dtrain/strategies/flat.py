@@ -35,9 +35,6 @@ class Flat(Replicated):
     def __init__(self, *, find_unused_parameters: bool = False) -> None:
         self._may_be_unused = find_unused_parameters
         self._flats: list[_Flat] = []
-        self._tail = torch.empty(0)  # of one of them: the lane's
-        self._seeds: dict[torch.dtype, Tensor] = {}
-        self._divides_after = False
         self._held: tuple[Optimizer, int] | None = None
         self._spoke = False  # this rank has had a loss in this step
 
@@ -63,8 +60,8 @@ class Flat(Replicated):
             flags = len(params) if self._may_be_unused else 0
             tail = lane.numel() if dtype == lane.dtype else 0
             self._flats.append(_Flat(params, flags, tail, dtype, lane.device))
-        self._tail = next(flat.tail for flat in self._flats if flat.tail.numel())
-        self._seeds = {}
+        self._tail = next(flat.tail for flat in self._flats if flat.tail.numel())  # the lane's
+        self._seeds: dict[torch.dtype, Tensor] = {}
         self._divides_after = micro_step.scales_loss
         self._held = None
 
