@@ -174,10 +174,8 @@ class Check:
     def _launch(self, setup: Setup, title: str) -> Results:
         if self.progress is not None:
             self.progress(title)
-        trial, text = "dtrain.trials.check_trial", setup.to_json()
-        launch = self.launcher.launch(
-            trial, text, setup.ranks, self.script, self.args, self.timeout_s
-        )
+        trial, ranks = "dtrain.trials.check_trial", setup.ranks
+        launch = self.launcher.launch(trial, setup, ranks, self.script, self.args, self.timeout_s)
         several = setup.ranks > 1 or setup.micro_batches > 1
         launch.insist(f"on {setup.title}" if several else "on one rank")
         return Results.read(launch.folder, setup.ranks)

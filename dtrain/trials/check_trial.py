@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +59,10 @@ class Setup:
         micros = f"{self.micro_batches} micro-batch{'es' * (self.micro_batches > 1)}"
         return f"{plural(self.ranks, 'rank')} x {micros}"
 
-    def to_json(self) -> str:
-        """Returns it as text for another process."""
-        return json.dumps(asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str) -> Setup:
-        """Returns what :meth:`to_json` wrote."""
-        values: dict[str, Any] = json.loads(text)
-        return cls(**(values | {"without": tuple(values["without"])}))
-
-
-def make_trial(setup: str, folder: Path) -> CheckTrial:
-    """Returns the trial of one rank; ``setup`` is a :class:`Setup` in JSON."""
-    trial = CheckTrial(Setup.from_json(setup), folder)
+def make_trial(setup: dict[str, Any], folder: Path) -> CheckTrial:
+    """Returns the trial of one rank; ``setup`` is a :class:`Setup`, from JSON."""
+    trial = CheckTrial(Setup(**setup | {"without": tuple(setup["without"])}), folder)
     if trial.setup.double:
         torch.set_default_dtype(torch.float64)
     return trial

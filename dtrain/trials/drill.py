@@ -234,8 +234,8 @@ class Drill:
         return tuple(starts), f"  it was started {_MOST_STARTS} times, and left each time"
 
     def _launch(self, start: Start, ranks: int) -> tuple[Launch, StartRecord]:
-        trial, text = "dtrain.trials.drill_trial", start.to_json()
-        launch = self.launcher.launch(trial, text, ranks, self.script, self.args, self.timeout_s)
+        trial = "dtrain.trials.drill_trial"
+        launch = self.launcher.launch(trial, start, ranks, self.script, self.args, self.timeout_s)
         return launch, StartRecord.read(launch.folder, ranks)
 
     def _new_start(self, disturbance: Disturbance | None) -> Start:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Kind = Literal["kill all", "kill one", "kill writing", "kill renaming", "preempt"]
 
@@ -53,17 +52,6 @@ class Start:
     steps: int  # global steps of the run, at most
     save_every: int  # a checkpoint every so many steps, beside the script's own
     disturbance: Disturbance | None = None  # what befalls this start; None leaves it alone
-
-    def to_json(self) -> str:
-        """Returns it as text for another process."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Start:
-        """Returns what :meth:`to_json` wrote."""
-        values: dict[str, Any] = json.loads(text)
-        given = values.pop("disturbance")
-        return cls(**values, disturbance=None if given is None else Disturbance(**given))
 
 
 def draw(*, kills: int, ranks: int, steps: int, save_every: int, seed: int) -> list[Disturbance]:

@@ -16,15 +16,17 @@ from dtrain.plan import FitResult, Plan
 from dtrain.sinks import Report
 from dtrain.trainer import Trainer
 from dtrain.trials import samples as of
-from dtrain.trials.drill_plan import Start
+from dtrain.trials.drill_plan import Disturbance, Start
 from dtrain.trials.inject import Injector
 from dtrain.trials.records import EventLog
 from dtrain.trials.runner import ScriptEnds, Trial
 
 
-def make_trial(setup: str, folder: Path) -> DrillTrial:
-    """Returns the trial of one rank; ``setup`` is a :class:`Start` in JSON."""
-    return DrillTrial(Start.from_json(setup), folder)
+def make_trial(setup: dict[str, Any], folder: Path) -> DrillTrial:
+    """Returns the trial of one rank; ``setup`` is a :class:`Start`, from JSON."""
+    given = setup["disturbance"]
+    disturbance = None if given is None else Disturbance(**given)
+    return DrillTrial(Start(**setup | {"disturbance": disturbance}), folder)
 
 
 class DrillTrial(Trial):
@@ -34,7 +36,7 @@ class DrillTrial(Trial):
     """
 
     def __init__(self, start: Start, folder: Path) -> None:
-        self._start, self._folder = start, folder
+        self.start, self._folder = start, folder
 
     def trainer_arguments(self, given: dict[str, Any], world: World) -> dict[str, Any]:
         """Adds checkpoints, and what records and disturbs."""
@@ -47,12 +49,12 @@ class DrillTrial(Trial):
             self.done = True
             raise ScriptEnds  # whatever it does, nothing of it would be there after a kill
         if not saving:
-            callbacks.append(Checkpoint(every_steps=self._start.save_every))
+            callbacks.append(Checkpoint(every_steps=self.start.save_every))
         for one in saving:
-            _save_more(one, self._start.save_every)
-        injector = Injector(self._start.disturbance, log, self._folder, world)
+            _save_more(one, self.start.save_every)
+        injector = Injector(self.start.disturbance, log, self._folder, world)
         callbacks = [_Watcher(log), *callbacks, injector]
-        return given | {"callbacks": callbacks, "sinks": [], "run_dir": self._start.run_dir}
+        return given | {"callbacks": callbacks, "sinks": [], "run_dir": self.start.run_dir}
 
     def fit_arguments(self, data: Data, given: dict[str, Any]) -> dict[str, Any]:
         """Goes on from the newest checkpoint, unless the script never does."""
@@ -63,7 +65,7 @@ class DrillTrial(Trial):
 
     def plan(self, plan: Plan) -> Plan:
         """Ends earlier; callbacks see the totals of the user's plan, because schedules do."""
-        steps = self._start.steps
+        steps = self.start.steps
         return replace(plan, max_steps=min(plan.max_steps or steps, steps))
 
     def report(self, report: Report) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from dtrain.trials.runner import FAILED, run_script
 
@@ -34,7 +34,7 @@ class Order:
     """A launch."""
 
     trial: str  # the module whose make_trial(setup, folder) each rank calls
-    setup: str  # for the trial, as JSON
+    setup: dict[str, Any]  # for the trial
     folder: str  # for records; each rank's output goes to rank-0.txt and so on
     script: str
     args: list[str]  # of the script

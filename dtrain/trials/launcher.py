@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,7 +114,7 @@ class Launcher:
     def launch(
         self,
         trial: str,
-        setup: str,
+        setup: Any,
         ranks: int,
         script: str | Path,
         args: Sequence[str],
@@ -121,7 +122,7 @@ class Launcher:
     ) -> Launch:
         """Runs a script once, on so many ranks, and waits until all of them have ended.
 
-        ``trial``, ``setup`` and the rest are as in :class:`~dtrain.trials.fork_server.Order`.
+        ``setup`` is a dataclass; all is as in :class:`~dtrain.trials.fork_server.Order`.
 
         Raises:
             CheckError: the process that starts the ranks has died.
@@ -133,7 +134,9 @@ class Launcher:
             store = serve_store(timeout_s)
             environments = [rank_environment(rank, ranks, store.port) for rank in range(ranks)]
         arguments = [str(arg) for arg in args]
-        order = Order(trial, setup, str(folder), str(script), arguments, environments, timeout_s)
+        order = Order(
+            trial, asdict(setup), str(folder), str(script), arguments, environments, timeout_s
+        )
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         try:
