@@ -61,9 +61,9 @@ class EarlyStopping(Callback):
                 "EarlyStopping(restore_best=True) needs a metric by name: with a function, ranks "
                 "may differ about which weights were best"
             )
-        self._metric = monitor if isinstance(monitor, str) else None
+        self._metric = monitor if isinstance(monitor, str) else ""
         self._judge = None if isinstance(monitor, str) else monitor
-        self._after_evaluation = isinstance(monitor, str) and monitor.startswith("eval/")
+        self._after_evaluation = self._metric.startswith("eval/")
         self._sign = 1.0 if mode == "min" else -1.0
         self._patience = patience
         self._min_delta = min_delta
@@ -75,7 +75,7 @@ class EarlyStopping(Callback):
 
     def on_fit_start(self, ctx: Context) -> None:
         """Refuses a metric that can never be there."""
-        if self._metric is not None and not self._metric.startswith(("train/", "eval/")):
+        if self._judge is None and not self._metric.startswith(("train/", "eval/")):
             raise ConfigError(
                 f"EarlyStopping({self._metric!r}): a metric's name begins with 'train/' or 'eval/'"
             )
@@ -84,14 +84,14 @@ class EarlyStopping(Callback):
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         """Checks an ``eval/...`` metric."""
-        if self._metric is not None and self._after_evaluation:
+        if self._after_evaluation:
             self._check(ctx, find_metric("EarlyStopping", self._metric, metrics))
 
     def on_epoch_end(self, ctx: Context) -> None:
         """Checks a ``train/...`` metric, or asks the function."""
         if self._judge is not None:
             self._check(ctx, float(self._judge(ctx)))
-        elif self._metric is not None and not self._after_evaluation:
+        elif not self._after_evaluation:
             self._check(ctx, find_metric("EarlyStopping", self._metric, ctx.metrics))
 
     def on_fit_end(self, ctx: Context) -> None:

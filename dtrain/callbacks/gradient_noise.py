@@ -19,9 +19,8 @@ class GradientNoise(Callback):
     of the global batch, and all ranks draw the same, from ``ctx.shared_rng``: the parameters
     stay equal, and the variance is not divided by the number of ranks.
 
-    It is drawn on the CPU, because generators of two kinds of GPU would not draw the same. That
-    takes a second or so for 10^8 parameters. Put it after ``ClipGradients`` in the list, or the
-    noise is clipped as well.
+    It is drawn on the CPU, because two kinds of GPU would not draw the same: a second or so for
+    10^8 parameters. Put it after ``ClipGradients`` in the list, or it is clipped as well.
 
     Example::
 

@@ -17,11 +17,10 @@ from dtrain.errors import ConfigError
 class L1L2Penalty(Callback):
     """Adds ``l1 * sum(|w|) + l2 * sum(w ** 2)`` to the loss.
 
-    It is added to the mean of every micro-batch, and yet counts once: the loss of a step is a
-    weighted mean over micro-batches and ranks, whose weights sum to 1, and the mean of
-    ``loss_i + penalty`` is ``mean(loss_i) + penalty``. So neither more ranks nor accumulation
-    change its strength. ``train/loss`` includes it, ``train/penalty`` is the penalty alone;
-    ``eval/loss`` does not include it.
+    It is added to the mean of every micro-batch, and yet counts once, with more ranks and
+    accumulation, too: a step's loss is a weighted mean, whose weights sum to 1, and the mean of
+    ``loss_i + penalty`` is ``mean(loss_i) + penalty``. ``train/loss`` includes it, ``eval/loss``
+    does not; ``train/penalty`` is the penalty alone.
 
     ``l2`` gives the gradient ``2 * l2 * w``. With SGD that is a ``weight_decay`` of ``2 * l2``;
     with Adam it is not the decoupled decay of AdamW (Loshchilov and Hutter, "Decoupled weight
@@ -36,8 +35,7 @@ class L1L2Penalty(Callback):
         l1: the factor of the sum of absolute values.
         l2: the factor of the sum of squares.
         params: says by name and parameter which are meant; by default those with two or more
-            dimensions, which leaves out biases and the scales of norms. Frozen ones never
-            count.
+            dimensions, not biases and the scales of norms. Frozen ones never count.
 
     Raises:
         ConfigError: a factor is negative, both are 0, or ``params`` chooses nothing.

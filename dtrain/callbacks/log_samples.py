@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -42,10 +41,7 @@ class LogSamples(Callback):
     """
 
     def __init__(
-        self,
-        fn: Callable[[Any, Any], Mapping[str, Any]],
-        *,
-        every: int | Literal["eval"] = "eval",
+        self, fn: Callable[[Any, Any], Mapping[str, Any]], *, every: int | Literal["eval"] = "eval"
     ) -> None:
         if not callable(fn):
             raise ConfigError(f"LogSamples({fn!r}): must be a function of (outputs, batch)")
@@ -76,16 +72,23 @@ class LogSamples(Callback):
         if not isinstance(shown, Mapping):
             raise ConfigError(f"LogSamples: fn returned {type(shown).__name__}, not a dict")
         for name, value in shown.items():
-            image = None if isinstance(value, str) else _as_image(name, value)
-            ctx.show(name, text=value if image is None else "", image=image)
-            if ctx.run_dir is not None:
-                data = value.encode() if image is None else _png(image)
-                folder = ctx.run_dir / "samples" / f"step-{ctx.progress.step:08d}"
-                _write(folder, name + (".txt" if image is None else ".png"), data)
+            if isinstance(value, str):
+                ctx.show(name, text=value)
+                self._keep(ctx, f"{name}.txt", value.encode())
+            else:
+                image = _as_image(name, value)
+                ctx.show(name, image=image)
+                self._keep(ctx, f"{name}.png", _png(image))
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         """An evaluation in which rank 0 had no data shows nothing."""
         self._due = False
+
+    def _keep(self, ctx: Context, name: str, data: bytes) -> None:
+        if ctx.run_dir is not None:
+            folder = ctx.run_dir / "samples" / f"step-{ctx.progress.step:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / quote(name, safe=" ")).write_bytes(data)  # a "/" must not make another folder
 
     def state_dict(self) -> dict[str, Any]:
         """Returns how many evaluations there were."""
@@ -106,11 +109,6 @@ def _as_image(name: str, value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
             "[3, height, width] in 0 to 1: (x * 255).clamp(0, 255).byte().permute(1, 2, 0)"
         )
     return image
-
-
-def _write(folder: Path, name: str, data: bytes) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / quote(name, safe=" ")).write_bytes(data)  # a "/" must not make another folder
 
 
 def _png(image: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:

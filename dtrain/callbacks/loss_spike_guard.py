@@ -25,9 +25,8 @@ class LossSpikeGuard(Callback):
     Handle Outliers", 1993). A spread below 1 % of the median counts as 1 %. NaN is a spike.
     OLMo-core's ``SkipStepOptimizer`` has the same defaults, with mean and standard deviation.
 
-    The loss is that of the global batch, which every rank knows, so all decide alike. A spike
+    The loss is the global batch's, so all ranks decide alike, once the window is full. A spike
     that is skipped is not taken into the window; BatchNorm statistics have seen its batch.
-    Losses are compared once the window is full.
 
     Example::
 

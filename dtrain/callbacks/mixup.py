@@ -22,9 +22,9 @@ class Mixup(Callback):
     "mixup: Beyond Empirical Risk Minimization", ICLR 2018). The loss function gets soft
     targets ``[B, C]``, which ``F.cross_entropy`` takes; evaluation gets its labels as they are.
 
-    This is an exception to "one is many": partners are sought within a micro-batch, with the
-    rank's own ``ctx.rng``, so another number of ranks mixes other samples. With the same ranks,
-    runs repeat and resume exactly.
+    Partners are sought within a micro-batch, with the rank's own ``ctx.rng``, so another number of
+    ranks mixes other samples: an exception to "one is many". With the same ranks, runs repeat and
+    resume exactly.
 
     Example::
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,7 +25,7 @@ _MOST = 4  # findings that a message tells
 class _Kept:
     """A micro-batch of the step under way, with what it takes to run it again."""
 
-    place: str
+    micro: int
     batch: Any
     streams: list[Tensor]
     mean: Tensor
@@ -35,11 +35,10 @@ class _Kept:
 class NonFiniteGuard(Callback):
     """Leaves a step out, or stops, where its loss or gradient is NaN or infinite; says why.
 
-    All ranks see the same trouble (the count of bad losses travels with the gradients, and these
-    are equal), so all decide alike. Then each rank replays its own micro-batches of the step,
-    with the random streams and buffers of then, and names the first module whose output, or
-    the parameters whose gradient, is not finite. A step that is left out changes nothing:
-    parameters, optimizer state and buffers are as before.
+    The count of bad losses travels with the gradients, so all ranks decide alike. Then each replays
+    its own micro-batches of the step, with the random streams and buffers of then, and names the
+    first module whose output, or the parameters whose gradient, is not finite. A step that is left
+    out changes nothing: parameters, optimizer state and buffers are as before.
 
     With a loss scale (``MixedPrecision("fp16")``) an overflow of the gradient is no trouble, as
     the scale adapts; only the loss is looked at.
@@ -94,8 +93,7 @@ class NonFiniteGuard(Callback):
         loss = step.loss
         if loss is not None and not ctx.request.skipped:
             mean = loss.mean.detach()  # neither the graph nor the outputs
-            place = f"micro-batch {step.micro}"
-            self._kept.append(_Kept(place, step.batch, self._streams, mean, loss.weight))
+            self._kept.append(_Kept(step.micro, step.batch, self._streams, mean, loss.weight))
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         """Looks at the loss and the gradient, and decides."""
@@ -140,21 +138,21 @@ class NonFiniteGuard(Callback):
         for buffer, kept in zip(self._buffers_of_model(), buffers, strict=False):
             buffer.copy_(kept)
 
-    def _look(self, ctx: Context, step: Step) -> list[tuple[str, str]]:
-        """Returns what this rank finds: in which micro-batch, and what.
+    def _look(self, ctx: Context, step: Step) -> list[str]:
+        """Returns what this rank finds, to follow its name.
 
         Ranks: all, local.
         """
         bad = [repr(name) for name, p in ctx.model.named_parameters() if _kind(p)]
         if bad:
-            return [("", f"NaN or infinite before the step: parameter {some_of(bad, 3)}")]
+            return [f": NaN or infinite before the step: parameter {some_of(bad, 3)}"]
         kept = [one for one in self._kept if one.weight is None or float(one.weight) != 0]
         if step.nonfinite:
             kept = [one for one in kept if _kind(one.mean)]
         if any(isinstance(module, nn.SyncBatchNorm) for module in ctx.model.modules()):
             if not step.nonfinite:
-                return [("", "the gradient is not finite; not replayed, for SyncBatchNorm")]
-            return [(one.place, f"the loss is {_kind(one.mean)}") for one in kept]
+                return [": the gradient is not finite; not replayed, for SyncBatchNorm"]
+            return [f", micro-batch {one.micro}: the loss is {_kind(one.mean)}" for one in kept]
         streams, others = _streams(ctx), random_state()
         buffers, found = [b.detach().clone() for b in self._buffers_of_model()], []
         try:
@@ -162,7 +160,7 @@ class NonFiniteGuard(Callback):
                 self._put_back(self._buffers)
                 _restore(ctx, one.streams)
                 if what := _replay(ctx, one):
-                    found.append((one.place, what))
+                    found.append(f", micro-batch {one.micro}: {what}")
             return found
         finally:
             restore_random_state(others)
@@ -174,16 +172,12 @@ def _replay(ctx: Context, one: _Kept) -> str:
     """Runs a micro-batch again, without a trace; returns what is not finite in it, or nothing."""
     first: dict[str, str] = {}  # NaN or infinite: in which module's output it is seen first
 
-    def watch(where: str) -> Callable[[nn.Module, Any, Any], None]:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
-            for tensor in tensors_of(output):
-                if kind := _kind(tensor):
-                    first.setdefault(kind, where)
-
-        return look
+    def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        for kind in filter(None, map(_kind, tensors_of(output))):
+            first.setdefault(kind, f"{name or 'the model'!r} ({type(module).__name__})")
 
     handles = [
-        module.register_forward_hook(watch(f"{name or 'the model'!r} ({type(module).__name__})"))
+        module.register_forward_hook(partial(look, name))
         for name, module in ctx.model.named_modules()
     ]
     told = _kind(one.mean)
@@ -204,7 +198,7 @@ def _replay(ctx: Context, one: _Kept) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    if kinds := {kind for tensor in tensors_of(one.batch) if (kind := _kind(tensor))}:
+    if kinds := set(filter(None, map(_kind, tensors_of(one.batch)))):
         words.append(f"the batch holds {' and '.join(sorted(kinds))} values")
     words += [f"first {kind}: output of {where}" for kind, where in first.items()]
     if told and not _kind(mean):
@@ -214,14 +208,13 @@ def _replay(ctx: Context, one: _Kept) -> str:
     return "; ".join(words)
 
 
-def _words(by_rank: list[list[tuple[str, str]]], nonfinite: int) -> str:
-    told = [(f"rank {rank}", *one) for rank, found in enumerate(by_rank) for one in found]
+def _words(by_rank: list[list[str]], nonfinite: int) -> str:
+    told = [f"rank {rank}{what}" for rank, found in enumerate(by_rank) for what in found]
     if len(by_rank) > 1 and all(found == by_rank[0] for found in by_rank):
-        told = [("every rank", *one) for one in by_rank[0]]
+        told = [f"every rank{what}" for what in by_rank[0]]
     if told:
-        some = [f"{who}{', ' if place else ''}{place}: {what}" for who, place, what in told]
-        more = f" (and {len(some) - _MOST} more)" if len(some) > _MOST else ""
-        return "; ".join(some[:_MOST]) + more
+        more = f" (and {len(told) - _MOST} more)" if len(told) > _MOST else ""
+        return "; ".join(told[:_MOST]) + more
     if nonfinite:
         return (
             f"the loss of {nonfinite} micro-batches is not finite, but was when NonFiniteGuard saw "

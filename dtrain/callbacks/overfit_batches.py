@@ -13,12 +13,10 @@ class OverfitBatches(Callback):
     """Trains on the first ``n`` global batches only. A model that learns drives their loss to 0.
 
     If it does not, look for a bug in the model, the loss or the learning rate before you train
-    on more. Evaluations are as ever.
-
-    Each rank keeps its micro-batches of the first ``n`` steps in memory. A checkpoint does not
-    hold them: a run that is resumed keeps those of its own first steps instead. Where a step has
-    fewer micro-batches than the one it stands for (at the ragged end of an epoch), it trains on
-    as many as it has; where it has more, it skips the others.
+    on more. Evaluations are as ever. Each rank keeps its micro-batches of the first ``n`` steps in
+    memory. A checkpoint does not hold them: a run that is resumed keeps those of its own first
+    steps instead. Where a step has fewer micro-batches than the one it stands for (at the ragged
+    end of an epoch), it trains on as many as it has; where it has more, it skips the others.
 
     Example::
 

@@ -19,13 +19,12 @@ from dtrain.errors import ConfigError
 class Profile(Callback):
     """Records steps with ``torch.profiler``, into ``run_dir/profile/rank-...-step-....json``.
 
-    A trace is made for each chosen rank; the number in its name is that of its first step.
-    Each step is an event ``step N`` in it. Open it in https://ui.perfetto.dev or in
-    ``chrome://tracing``. Steps count from 0 and over restarts. Recording slows these steps, on
-    all ranks, which wait for the slowest; leave the first few out, they are not typical.
-
-    What runs between the chosen steps, such as an evaluation, is in the trace as well. Put it
-    first in the list of callbacks, so that the others' hooks lie within the events.
+    A trace is made for each chosen rank, named by its first step, to be opened in
+    https://ui.perfetto.dev or ``chrome://tracing``. Each step is an event ``step N``; they count
+    from 0 and over restarts. Recording slows these steps, on all ranks, which wait for the
+    slowest; leave the first few out, they are not typical. What runs between the chosen steps, such
+    as an evaluation, is in the trace as well. Put it first in the list of callbacks, so that the
+    others' hooks lie within the events.
 
     Example::
 

@@ -42,8 +42,8 @@ class Throughput(Callback):
 
     Times are the host's and nothing waits for the device. On CUDA the host runs ahead until it
     reads what the ranks agreed on, after backward: the step's length is right on average, but
-    ``backward_share`` also holds the device's time for forward and the last optimizer step. To
-    tell these apart, use :class:`~dtrain.callbacks.Profile`.
+    ``backward_share`` also holds the device's time for forward and the last optimizer step, which
+    :class:`~dtrain.callbacks.Profile` tells apart.
 
     Model FLOPs utilisation is ``flops_per_sample * samples/s / (devices * peak_flops)``
     (Chowdhery et al., "PaLM", 2022, appendix B).

@@ -45,12 +45,7 @@ class CSV(RowFile):
         self._columns: list[str] = []
 
     def open(self, run_dir: Path | None) -> None:
-        """Opens the file for appending, and makes it where there is none.
-
-        Raises:
-            ConfigError: the run has no folder, or the file is something else's.
-            OSError: the file cannot be written.
-        """
+        """Opens the file, and reads which columns it has."""
         super().open(run_dir)
         rows = self._rows()
         self._columns = rows[0] if rows else [*_FIXED]

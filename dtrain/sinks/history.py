@@ -33,10 +33,7 @@ class History:
         self._samples_before = progress.samples
 
     def check(self) -> None:
-        """Raises if a sink failed that must not.
-
-        Raises:
-            SinkError: on rank 0.
+        """Raises SinkError on rank 0 if a sink failed that must not.
 
         Ranks: all, local; inside a phase in which an error reaches all ranks.
         """
