@@ -60,7 +60,13 @@ class Checkpoint(Callback):
     ) -> None:
         if every_steps is None and every_epochs is None:
             every_epochs = 1
-        check_counts("Checkpoint", every_steps=every_steps, every_epochs=every_epochs, keep=keep)
+        check_counts(
+            "Checkpoint",
+            or_none=True,
+            every_steps=every_steps,
+            every_epochs=every_epochs,
+            keep=keep,
+        )
         check_choice("Checkpoint", "mode", mode, ("min", "max"))
         self.background = background
         self.trainable_only = trainable_only

@@ -10,11 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dtrain.errors import ConfigError
 
 
-def check_counts(owner: str, least: int = 1, **values: float | None) -> None:
-    """Raises ConfigError where a value is below ``least``; None is a limit that is not set."""
+def check_counts(
+    owner: str, least: int = 1, *, or_none: bool = False, **values: float | None
+) -> None:
+    """Raises ConfigError where a value is below ``least``, or is None and may not be."""
     for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or value < least):
-            raise ConfigError(f"{owner}({name}={value!r}): must be {least} or more")
+        if value is None and or_none:
+            continue
+        if value is None or isinstance(value, bool) or value < least:
+            hint = ", or None" * or_none
+            raise ConfigError(f"{owner}({name}={value!r}): must be {least} or more{hint}")
 
 
 def check_positive(owner: str, **values: float | None) -> None:

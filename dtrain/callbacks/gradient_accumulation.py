@@ -31,7 +31,12 @@ class GradientAccumulation(Callback):
     def __init__(self, steps: int | None = None, *, micro_batch_size: int | None = None) -> None:
         if (steps is None) == (micro_batch_size is None):
             raise ConfigError("GradientAccumulation: give steps or micro_batch_size, one of them")
-        check_counts("GradientAccumulation", steps=steps, micro_batch_size=micro_batch_size)
+        check_counts(
+            "GradientAccumulation",
+            or_none=True,
+            steps=steps,
+            micro_batch_size=micro_batch_size,
+        )
         self._steps = steps
         self._micro_batch_size = micro_batch_size
 

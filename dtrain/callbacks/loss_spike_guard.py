@@ -57,7 +57,7 @@ class LossSpikeGuard(Callback):
         check_positive("LossSpikeGuard", factor=factor)
         check_counts("LossSpikeGuard", least=2, window=window)
         check_choice("LossSpikeGuard", "action", action, get_args(Action))
-        check_counts("LossSpikeGuard", patience=patience)
+        check_counts("LossSpikeGuard", or_none=True, patience=patience)
         self._factor = factor
         self._action: Action = action
         self._patience = patience

@@ -66,7 +66,7 @@ class NonFiniteGuard(Callback):
 
     def __init__(self, action: Action = "stop", *, patience: int | None = 10) -> None:
         check_choice("NonFiniteGuard", "action", action, get_args(Action))
-        check_counts("NonFiniteGuard", patience=patience)
+        check_counts("NonFiniteGuard", or_none=True, patience=patience)
         self._action: Action = action
         self._patience = patience
         self.bad_in_a_row = 0

@@ -46,7 +46,7 @@ class StochasticWeightAveraging(AveragedWeights):
     def __init__(self, start_epoch: int, *, every_steps: int | None = None) -> None:
         super().__init__()
         check_counts("StochasticWeightAveraging", least=0, start_epoch=start_epoch)
-        check_counts("StochasticWeightAveraging", every_steps=every_steps)
+        check_counts("StochasticWeightAveraging", or_none=True, every_steps=every_steps)
         self._start_epoch = start_epoch
         self._every_steps = every_steps
         self.count = 0

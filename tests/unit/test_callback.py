@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from dtrain import callbacks
 from dtrain.callback import HOOK_NAMES, Callback, Hooks, check_names, the_only
 from dtrain.callbacks import Checkpoint, GradientAccumulation, MixedPrecision
 from dtrain.checkpoint.slot import CheckpointSlot
@@ -204,3 +205,25 @@ def test_a_slot_is_filled_once(slot: Any, one: Any, another: Any, what: str) -> 
         the_only(slot, [one, Callback(), another])
     names = f"{type(one).__name__} and {type(another).__name__}"
     assert str(raised.value) == f"{names} both decide the {what} of this run; keep one of them"
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: callbacks.EMA(0.9, every=None), r"EMA\(every=None\): must be 1 or more$"),
+        (lambda: callbacks.GradientStats(every=None), r"GradientStats\(every=None\): must be 1"),
+        (lambda: callbacks.LossSpikeGuard(window=None), r"\(window=None\): must be 2 or more$"),
+        (
+            lambda: callbacks.LossSpikeGuard(patience=0),
+            r"\(patience=0\): must be 1 or more, or None",
+        ),
+        (
+            lambda: callbacks.NonFiniteGuard(patience=0),
+            r"\(patience=0\): must be 1 or more, or None",
+        ),
+    ],
+)
+def test_a_count_is_none_only_where_that_means_something(make, told):
+    with pytest.raises(ConfigError, match=told):
+        make()
+    callbacks.NonFiniteGuard(patience=None)
