@@ -46,6 +46,8 @@ class WatchdogStore:
         self._watcher = threading.get_ident()
 
         def connect() -> None:
+            if self.store is not None:
+                return  # an earlier call has connected after all
             store = self._idle.pop() if self._idle else self._connect()
             self._old = _failure_in(store)
             self.store = store  # also where nobody waits for it any more

@@ -30,7 +30,7 @@ from dtrain.errors import ConfigError, Failure
 from dtrain.watchdog.bounded import Bounded
 from dtrain.watchdog.judgement import LOOKERS, Seen, behind, gives_way, judge, looks, stuck, table
 from dtrain.watchdog.stacks import Line, Stack, main_stack
-from dtrain.watchdog.store import KEYS_AT_ONCE
+from dtrain.watchdog.store import KEYS_AT_ONCE, WatchdogStore
 from dtrain.watchdog.thread import HANG_EXIT_CODE, Watch
 
 SIZES = [2, 3, 64]
@@ -315,6 +315,25 @@ def test_a_call_that_does_not_come_back_is_given_up():
         calls.call(lambda: 3, 0.1)
     gate.set()
     assert calls.call(lambda: 3, 5) == 3
+
+
+def test_a_connection_that_comes_late_is_the_only_one(monkeypatch):
+    monkeypatch.setattr("dtrain.watchdog.store.CALL_S", 0.1)
+    opened, gate = [], threading.Event()
+
+    def connect():
+        gate.wait()
+        opened.append(HashStore())
+        return opened[-1]
+
+    made = World(0, 0, 2, "host", None, "none", "solo", 0, Comm(size=2))
+    told = WatchdogStore(made, connect)
+    told.open()
+    assert told.lost == "connect: no answer in 0.1 s"
+    gate.set()
+    told.open()  # waits for the one under way first
+    assert (told.lost, len(opened)) == ("", 1)
+    assert told.store is opened[0]
 
 
 def test_the_exit_code_says_that_it_failed():
