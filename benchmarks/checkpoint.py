@@ -74,9 +74,9 @@ class Rounds(dtrain.Callback):
             return
         now = self.rounds[-1]
         now["dtrain: stall"] = time.perf_counter() - self.began
-        self.trainer._saver.finish()
+        self.trainer._files.saver.finish()
         now["dtrain: written"] = time.perf_counter() - self.began
-        assert self.trainer._saver.failure is None
+        assert self.trainer._files.saver.failure is None
         self.began = 0.0
 
         def save() -> None:
