@@ -4,8 +4,6 @@ Subclass :class:`Callback` and override the hooks you need; the others cost noth
 is the order; within a hook, the order of the list counts. There are no priorities.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, Concatenate, ParamSpec, TypeVar

@@ -10,8 +10,6 @@
         └── ResumeError, RunTaken
 """
 
-from __future__ import annotations
-
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +111,7 @@ class Failure:
     location: str
 
     @classmethod
-    def of(cls, error: BaseException, *, rank: int, host: str, where: str, step: int) -> Failure:
+    def of(cls, error: BaseException, *, rank: int, host: str, where: str, step: int) -> "Failure":
         """Describes ``error`` in words that can be sent to another rank."""
         return cls(rank, host, where, step, type(error).__name__, str(error), locate(error))
 

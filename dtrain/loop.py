@@ -4,8 +4,6 @@ Every rank runs this same code. A line that says "agreed" has the same value on 
 that is what keeps them together.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a fit is told and what it tells: its plan, its recorder, its result."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from dtrain.context import Progress

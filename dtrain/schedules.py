@@ -16,8 +16,6 @@ Example::
 Ranks: all, local.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The front door: takes what the user has, checks it, assembles the loop, and runs it."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Averages of the weights, which take the weights' place in the model for a while."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

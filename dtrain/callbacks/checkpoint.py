@@ -1,7 +1,5 @@
 """When to make a checkpoint, and which to keep."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

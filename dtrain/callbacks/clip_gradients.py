@@ -1,7 +1,5 @@
 """Gradient clipping, after unscaling, once an optimizer step."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

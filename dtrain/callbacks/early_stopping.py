@@ -1,7 +1,5 @@
 """Early stopping, agreed by all ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args

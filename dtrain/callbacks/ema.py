@@ -4,8 +4,6 @@ The formula is torch's. Its ``AveragedModel`` is not used: it needs a model that
 and reads a counter from the device in each step.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch.optim.swa_utils import get_ema_multi_avg_fn

@@ -1,7 +1,5 @@
 """Freezing a part of the model for the first epochs."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase

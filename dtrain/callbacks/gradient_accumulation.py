@@ -1,7 +1,5 @@
 """Gradient accumulation: a rank's share of the global batch in several micro-batches."""
 
-from __future__ import annotations
-
 from dtrain.callback import Callback
 from dtrain.callbacks.complaints import check_counts
 from dtrain.data import split_share

@@ -1,7 +1,5 @@
 """Gaussian noise on gradients, that fades as the training goes on."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Norms of gradients, layer by layer."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

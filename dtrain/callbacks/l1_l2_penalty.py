@@ -1,7 +1,5 @@
 """L1 and L2 penalties on the weights, as a part of the loss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

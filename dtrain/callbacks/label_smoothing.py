@@ -1,7 +1,5 @@
 """Label smoothing: targets that leave some doubt."""
 
-from __future__ import annotations
-
 from dtrain.callback import Callback
 from dtrain.callbacks.targets import soft_targets
 from dtrain.context import Context, Step

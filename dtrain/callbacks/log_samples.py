@@ -1,7 +1,5 @@
 """Shows what the model makes of a few samples: texts and pictures, at evaluations."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """A guard against loss spikes: a step that is far above the last ones is not applied."""
 
-from __future__ import annotations
-
 import sys
 from collections import deque
 from statistics import median

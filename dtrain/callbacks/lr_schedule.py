@@ -1,7 +1,5 @@
 """Learning-rate schedules: torch's own schedulers, stepped once and only once."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal

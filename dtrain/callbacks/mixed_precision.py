@@ -1,7 +1,5 @@
 """Mixed precision: compute in 16 bits, keep parameters in 32."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Mixup: training on mixtures of two samples and of their labels."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A guard against NaN and infinity, which finds out where they come from."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import partial

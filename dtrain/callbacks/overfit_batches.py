@@ -1,7 +1,5 @@
 """For debugging: trains on a few batches again and again."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from dtrain.callback import Callback

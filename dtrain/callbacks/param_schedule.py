@@ -1,7 +1,5 @@
 """A schedule for any number: weight decay, momentum, betas, a dropout rate, a temperature."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """A trace of chosen steps: what ran when, on the host and on the device."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Stochastic weight averaging: the mean of the weights that the last epochs ended with."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm

@@ -1,7 +1,5 @@
 """How fast the training is, and where a step's time goes."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from contextlib import ExitStack

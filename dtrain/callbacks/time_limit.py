@@ -1,7 +1,5 @@
 """A limit of wall-clock time, agreed by all ranks."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Callable

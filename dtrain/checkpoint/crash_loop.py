@@ -3,8 +3,6 @@
 Ranks: rank 0 only.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from dtrain.checkpoint.status import Status
@@ -26,7 +24,7 @@ class Failures:
     at: int = -1
     count: int = 0
 
-    def then(self, step: int) -> Failures:
+    def then(self, step: int) -> "Failures":
         """Counts a failure at ``step``."""
         return Failures(step, 1) if step > self.at else Failures(self.at, self.count + 1)
 

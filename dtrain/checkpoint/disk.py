@@ -1,7 +1,5 @@
 """What is done to a disk when a checkpoint is written, and how its troubles are told."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -19,8 +19,6 @@ Who writes which of them is said in :mod:`dtrain.checkpoint.writer`.
 Ranks: all read, rank 0 alone commits, tidies and removes; all local.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Whether the run in a folder is gone on with, and from where."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count

@@ -1,7 +1,5 @@
 """The files of a run: its folder, its checkpoints, and the word on where it stands."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

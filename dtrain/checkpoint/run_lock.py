@@ -10,8 +10,6 @@ Nothing closes the moment between a look at the token and the rename that follow
 call long; but a network file system may show an old token for as long as it caches names.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """The whole state of a run, as it goes into a checkpoint and comes out of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Makes checkpoints while training goes on."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path

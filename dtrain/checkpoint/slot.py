@@ -1,7 +1,5 @@
 """The slot that a callback fills to decide when to save and what to keep."""
 
-from __future__ import annotations
-
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn

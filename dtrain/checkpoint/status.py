@@ -1,7 +1,5 @@
 """``run_dir/status.json``: where a run stands."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

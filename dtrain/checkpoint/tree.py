@@ -1,7 +1,5 @@
 """Nested state as JSON and named tensors, and back. No pickle."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Weights alone, out of a checkpoint or a safetensors file, into a model or one plain file."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

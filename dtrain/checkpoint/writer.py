@@ -5,8 +5,6 @@ each rank works out for itself. Nobody copies or writes more than its share, and
 be sent around.
 """
 
-from __future__ import annotations
-
 import heapq
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The ``dtrain`` command. Each of its commands is a module here, added in ``main``."""
 
-from __future__ import annotations
-
 import typer
 
 from dtrain.cli.check import check

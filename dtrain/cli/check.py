@@ -1,7 +1,5 @@
 """``dtrain check``: does a script train the same on one rank and on several?"""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """``dtrain drill``: does a script's training survive being killed?"""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """``dtrain export``: a run's weights as one plain file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Runs a trial of a script, and shows its report: in colours at a terminal, else as text."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``dtrain submit``: trains a script on a SLURM cluster."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

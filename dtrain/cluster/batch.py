@@ -1,7 +1,5 @@
 """Batch scripts for SLURM: the text of ``slurm/*.sbatch``, and of what ``dtrain submit`` sends."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args

@@ -3,8 +3,6 @@
 Ranks: all, local.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import threading
@@ -48,7 +46,7 @@ class Deadline:
         if active and env.get("SLURM_JOB_ID"):
             self._thread = threading.Thread(target=self._run, name="deadline", daemon=True)
 
-    def __enter__(self) -> Deadline:
+    def __enter__(self) -> "Deadline":
         if self._thread is not None:
             self._thread.start()
         return self

@@ -1,7 +1,5 @@
 """Signals that ask a run to leave: a flag is set, and the run saves and ends in order."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -40,7 +38,7 @@ class Signals:
         self._interrupts = 0
         self._process = 0
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> "Signals":
         # Python lets only the main thread set handlers; elsewhere the caller's stay.
         if threading.current_thread() is not threading.main_thread():
             return self

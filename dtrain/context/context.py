@@ -1,7 +1,5 @@
 """What every hook gets first."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from dtrain.errors import ConfigError
 class _Engine(Protocol):
     """What computes for hooks, behind the methods of the same names."""
 
-    def loss_of(self, ctx: Context, batch: Any) -> Loss: ...
+    def loss_of(self, ctx: "Context", batch: Any) -> Loss: ...
 
     def gradients(self) -> list[Tensor]: ...
 

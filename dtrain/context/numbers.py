@@ -1,7 +1,5 @@
 """Numbers of the host as tensors of the device."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """What hooks have said and not yet been reported."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What a callback asks of the run."""
 
-from __future__ import annotations
-
 from dtrain.errors import ConfigError
 
 

@@ -1,7 +1,5 @@
 """The step under way, as hooks see it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """What a loss function returns: a mean, over how many units, and what else to report."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +45,7 @@ class Loss:
         weight: Number,
         metrics: Mapping[str, Number | Mean] | None = None,
         outputs: Any = None,
-    ) -> Loss:
+    ) -> "Loss":
         """A loss given as a sum over ``weight`` units. With weight 0 nothing is divided by 0."""
         if isinstance(weight, Tensor):
             safe: Number = torch.where(weight == 0, torch.ones_like(weight), weight)

@@ -1,7 +1,5 @@
 """Datasets that are arrays: indexed whole, with the batch that collating samples would give."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any

@@ -4,8 +4,6 @@ The loop runs by the plan of global steps. A rank whose share of a step is empty
 without micro-batches, and takes part idle.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, Protocol
 

@@ -3,8 +3,6 @@
 Ranks: all, local.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

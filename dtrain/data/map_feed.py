@@ -1,7 +1,5 @@
 """Feeds map-style datasets: each rank fetches its slice of the global batch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

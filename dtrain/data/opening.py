@@ -1,7 +1,5 @@
 """From :class:`~dtrain.data.Data` to the feed that fits it."""
 
-from __future__ import annotations
-
 from dtrain.data.feed import Feed
 from dtrain.data.map_feed import MapFeed
 from dtrain.data.shares import Split

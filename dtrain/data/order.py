@@ -4,8 +4,6 @@ A keyed permutation gives the i-th sample of an epoch in O(1) memory, so that th
 same at every world size, and starting in the middle of an epoch costs nothing.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol

@@ -1,7 +1,5 @@
 """What to train on: :class:`Data`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
@@ -80,7 +78,7 @@ class Data:
             self._check_map_style(self.batch_size)
 
     @classmethod
-    def of(cls, given: Any, batch_size: int | None, *, shuffle: bool) -> Data:
+    def of(cls, given: Any, batch_size: int | None, *, shuffle: bool) -> "Data":
         """Returns what was given to ``fit``: as it is, if it is Data; else made of the arguments.
 
         Raises:

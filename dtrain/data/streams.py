@@ -7,8 +7,6 @@ for the state of that moment. It cannot do so where a batch is held already (``w
 looks ahead), or where a step is undone that had batches already (a step that failed).
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -101,7 +99,7 @@ class StreamFeed(Feed):
         for step in count(first_step):
             yield _StreamStep(self._batches_per_step, step, current, self._device, looks_ahead)
 
-    def _begin(self, before: dict[str, Any] | None) -> _Pass:
+    def _begin(self, before: dict[str, Any] | None) -> "_Pass":
         tell = begun = None
         if self._copy_state is not None and self._stateful is not None:
             tell = partial(_tell_state, self._stateful, self._copy_state)
@@ -109,7 +107,7 @@ class StreamFeed(Feed):
             begun = random_state_of_host()
         return _Pass(iter(self._stream), tell, before, begun)
 
-    def _go_on(self, place: dict[str, Any]) -> _Pass:
+    def _go_on(self, place: dict[str, Any]) -> "_Pass":
         """Returns the pass over the stream that the saved run was in the middle of."""
         skip = place["skip"]
         if self._stateful is None:

@@ -6,8 +6,6 @@ It is read twice a second.
 Ranks: all, local.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

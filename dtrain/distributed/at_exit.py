@@ -3,8 +3,6 @@
 Ranks: all, local.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import sys

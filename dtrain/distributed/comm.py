@@ -5,8 +5,6 @@ gradients; how ranks find out in a verb that they do not belong together is in
 :mod:`dtrain.distributed.exchange`.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import sys

@@ -1,7 +1,5 @@
 """A short hash of plain values."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 

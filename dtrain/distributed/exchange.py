@@ -7,8 +7,6 @@ process group would instead hang or, with equal shapes, silently mix the numbers
 calls. What is small travels in the header itself, so that most calls are one exchange.
 """
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 import sys

@@ -1,7 +1,5 @@
 """What one rank's failure means to the others, and the record of it that they find in the store."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Threads of gloo's that let one another finish: on busy cores, half of a small step's time."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

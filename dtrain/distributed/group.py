@@ -3,8 +3,6 @@
 Ranks: all; what opens a group communicates, the rest is local.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 from contextlib import nullcontext, suppress

@@ -1,7 +1,5 @@
 """What a rank posts of itself in the rendezvous store, for the others to read."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 
@@ -28,7 +26,7 @@ class Heartbeat:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Heartbeat:
+    def from_json(cls, text: str | bytes) -> "Heartbeat":
         """Reads what :meth:`to_json` returned."""
         return cls(**json.loads(text))
 

@@ -3,8 +3,6 @@
 Ranks: all, local.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """The rendezvous store: where ranks find one another, and leave what became of them."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import subprocess
@@ -58,7 +56,7 @@ def own_store(timeout: timedelta, life: int) -> Store:
     return PrefixStore(f"dtrain/{attempt}/{life}", store)
 
 
-def serve_apart(timeout_s: float) -> StoreProcess | None:
+def serve_apart(timeout_s: float) -> "StoreProcess | None":
     """Has the store served by a process of its own, where rank 0 would serve it.
 
     Returns:

@@ -1,7 +1,5 @@
 """What keeps the replicas of a model equal."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

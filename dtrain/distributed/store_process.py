@@ -11,8 +11,6 @@ word, the other ranks have some seconds yet to read in the store what became of 
 outlive the last of them.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import select

@@ -4,8 +4,6 @@ In a run it is a process group of torch's. Ranks that are threads of one process
 (:mod:`dtrain.testing`) bring another one, so that everything above is the same code.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 

@@ -5,8 +5,6 @@ torchrun and ``accelerate launch`` describe a rank in ``RANK``, ``WORLD_SIZE`` a
 the whole world and no process group is opened.
 """
 
-from __future__ import annotations
-
 import atexit
 import itertools
 import os
@@ -129,7 +127,7 @@ class World:
         if not is_failing():
             self.close()
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> "World":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:

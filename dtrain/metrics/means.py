@@ -1,7 +1,5 @@
 """Weighted means that are summed locally and agreed in one packed reduction."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any

@@ -1,7 +1,5 @@
 """torchmetrics objects: each rank updates its own, all get the value over all ranks' data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod

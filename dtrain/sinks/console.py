@@ -1,7 +1,5 @@
 """Shows a run to the person who started it."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -1,7 +1,5 @@
 """Writes a run's figures to a table that spreadsheets read."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

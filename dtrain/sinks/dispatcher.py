@@ -4,8 +4,6 @@ A sink may be slow, hang or fail (a full disk, a server that does not answer): t
 the training go on, and a line on stderr says what happened.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

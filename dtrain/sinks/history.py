@@ -1,7 +1,5 @@
 """What a run reports: to the sinks, and to whoever called ``fit``."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Writes a run's figures to a file, one JSON object a line."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """What a sink cannot do without: a folder, or a package."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

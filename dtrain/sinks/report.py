@@ -1,7 +1,5 @@
 """What a sink is handed: numbers, and nothing that can reach another rank."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """A file of rows in the run's folder, in which a continued run goes on."""
 
-from __future__ import annotations
-
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The base class of sinks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Ranks: all, local.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch.optim import Adam, AdamW, Optimizer

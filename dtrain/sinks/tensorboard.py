@@ -1,7 +1,5 @@
 """Writes a run's figures, settings and samples for TensorBoard."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

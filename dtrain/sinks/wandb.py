@@ -1,7 +1,5 @@
 """Sends a run's figures, settings and samples to Weights & Biases."""
 
-from __future__ import annotations
-
 import html
 import secrets
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What computes: the model and its loss, and what ranks need to meet in a step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

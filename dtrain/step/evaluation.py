@@ -1,7 +1,5 @@
 """Exact evaluation: every sample once, sums reduced once, the same numbers on all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

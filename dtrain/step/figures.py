@@ -1,7 +1,5 @@
 """Training figures, from one report to the next."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from dtrain.context import Context, Outbox, Step

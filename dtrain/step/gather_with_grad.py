@@ -7,8 +7,6 @@ others' gathers with no rows, forward and backward. Runs that do not gather pay 
 meeting, in their first micro-step, in which that is found out.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

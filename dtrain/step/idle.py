@@ -1,7 +1,5 @@
 """The term of a rank that has nothing to say."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ bucket it sends anyway; so all know the global weight (which normalises the grad
 loss and everyone's votes, without a collective.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from enum import IntEnum
@@ -207,7 +205,7 @@ class Lane:
         message[Slot.NONFINITE] += self._on_device[2]
         return message
 
-    def listen(self, reduced: Tensor | None = None) -> Heard:
+    def listen(self, reduced: Tensor | None = None) -> "Heard":
         """Returns what all ranks said, after the last backward; on CUDA it is still on its way.
 
         Where :meth:`message` did not come with the gradients, ``reduced`` is its mean over ranks.

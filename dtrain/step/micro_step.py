@@ -6,8 +6,6 @@ and an exception or a skip becomes an *idle* term: zero weight, reduced like any
 waits for a rank that had nothing to say.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from time import perf_counter

@@ -1,7 +1,5 @@
 """The user's model and optimizer: made ready, looked at, and made equal on all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import nn

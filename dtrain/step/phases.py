@@ -1,7 +1,5 @@
 """Phases of a run: where this rank is, and what becomes of an exception."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

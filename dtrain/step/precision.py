@@ -1,7 +1,5 @@
 """The precision slot: in which numbers the model computes. Full precision is the null object."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 

@@ -1,7 +1,5 @@
 """The result of a step: looked at when somebody asks, or when it has arrived."""
 
-from __future__ import annotations
-
 from typing import NamedTuple, Protocol
 
 from torch import Tensor

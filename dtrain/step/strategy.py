@@ -1,7 +1,5 @@
 """The strategy seam: how gradients of different ranks meet."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 import torch

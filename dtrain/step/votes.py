@@ -1,7 +1,5 @@
 """From what one rank requests to what all ranks do."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

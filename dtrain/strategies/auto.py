@@ -1,7 +1,5 @@
 """Which strategy a model gets that was asked for none."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from dtrain.errors import ConfigError

@@ -1,7 +1,5 @@
 """Torch's DistributedDataParallel: gradients meet in buckets while backward still runs."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -4,8 +4,6 @@ Nothing overlaps with backward, so it is for models of about one bucket of Distr
 (25 MB). As nothing is reduced while backward runs, an exception in it is a vote like any other.
 """
 
-from __future__ import annotations
-
 from itertools import chain
 
 import torch

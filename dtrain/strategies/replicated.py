@@ -1,7 +1,5 @@
 """What strategies have in common whose ranks each have the whole model."""
 
-from __future__ import annotations
-
 from types import MethodType
 
 import torch

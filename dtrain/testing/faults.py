@@ -1,7 +1,5 @@
 """Planted faults: one rank raises, dies, stops, is late or gets a signal, at a step and a hook."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import signal
@@ -93,14 +91,14 @@ class Delay(What):
 
 # Any: no Callable has the names of a hook's arguments.
 def _in_step(hook: str) -> Any:
-    def happens(self: Fault, ctx: Context, step: Step) -> None:
+    def happens(self: "Fault", ctx: Context, step: Step) -> None:
         self._at(hook, step.number, exact=True)
 
     return happens
 
 
 def _between_steps(hook: str) -> Any:
-    def happens(self: Fault, ctx: Context, *_: Any) -> None:
+    def happens(self: "Fault", ctx: Context, *_: Any) -> None:
         self._at(hook, ctx.progress.step)
 
     return happens

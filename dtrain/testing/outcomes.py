@@ -1,7 +1,5 @@
 """What became of each rank of a test."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

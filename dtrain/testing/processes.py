@@ -1,7 +1,5 @@
 """Real ranks for tests: processes that meet over gloo, each result or exception by rank."""
 
-from __future__ import annotations
-
 import faulthandler
 import multiprocessing
 import os

@@ -4,8 +4,6 @@ They run the same :class:`~dtrain.Comm`, Trainer and strategy as real ranks; onl
 beneath is another, and the ranks take turns (:mod:`dtrain.testing.turns`).
 """
 
-from __future__ import annotations
-
 import socket
 import threading
 import traceback
@@ -177,7 +175,7 @@ class ThreadTransport:
         """
         buffer.copy_(self._meet("broadcast", buffer)[0])
 
-    def data_parallel(self, module: nn.Module, **options: Any) -> Averaged:
+    def data_parallel(self, module: nn.Module, **options: Any) -> "Averaged":
         """Wraps ``module``: its backward reduces gradients as DistributedDataParallel's does.
 
         Of the options, only ``find_unused_parameters`` makes a difference.

@@ -1,7 +1,5 @@
 """A training of a few milliseconds, to try callbacks in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ rank's own: a rank that gives up its turn takes its random streams along. Where 
 waits and nobody can come, that is known at once; it takes no timeout to find a deadlock.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 import time
@@ -46,7 +44,7 @@ class _Rank:
 
 
 #: Whom this thread takes turns with, and its rank.
-_seat: ContextVar[tuple[Turns, int] | None] = ContextVar("_seat", default=None)
+_seat: ContextVar["tuple[Turns, int] | None"] = ContextVar("_seat", default=None)
 
 
 class Turns:

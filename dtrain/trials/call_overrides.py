@@ -1,7 +1,5 @@
 """What a training computes with: float64 throughout, and without dropout if told so."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

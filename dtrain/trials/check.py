@@ -1,7 +1,5 @@
 """The check: the truth, the other runs, and experiments where numbers part."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """From what runs recorded to why their numbers part."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

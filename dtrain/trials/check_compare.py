@@ -5,8 +5,6 @@ each gradient by its own size, so that what is zero but for rounding still moves
 a whole step, in any direction.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a run of a check leaves behind: a record of each rank, and rank 0's tensors."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +56,7 @@ class Results:
     ranks: list[Record]
 
     @classmethod
-    def read(cls, folder: Path, ranks: int) -> Results:
+    def read(cls, folder: Path, ranks: int) -> "Results":
         """Reads what ``ranks`` ranks wrote."""
         records = []
         for rank in range(ranks):

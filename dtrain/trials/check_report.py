@@ -1,7 +1,5 @@
 """What a check found, as values and in plain words."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from dtrain.trials.check_compare import Comparison

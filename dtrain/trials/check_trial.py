@@ -1,7 +1,5 @@
 """A check's trial: it leaves out what writes files or rounds numbers, and records a few steps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +58,7 @@ class Setup:
         return f"{plural(self.ranks, 'rank')} x {micros}"
 
 
-def make_trial(setup: dict[str, Any], folder: Path) -> CheckTrial:
+def make_trial(setup: dict[str, Any], folder: Path) -> "CheckTrial":
     """Returns the trial of one rank; ``setup`` is a :class:`Setup`, from JSON."""
     trial = CheckTrial(Setup(**setup | {"without": tuple(setup["without"])}), folder)
     if trial.setup.double:

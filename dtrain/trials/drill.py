@@ -1,7 +1,5 @@
 """The drill: two runs that are left alone, then trials, each disturbed and started again."""
 
-from __future__ import annotations
-
 import tempfile
 import textwrap
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Where a drilled run is not what the undisturbed one was, and which comes first."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

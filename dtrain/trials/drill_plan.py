@@ -1,7 +1,5 @@
 """What befalls the runs of a drill, drawn from a seed; and what a rank is told about one start."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from typing import Literal

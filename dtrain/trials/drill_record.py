@@ -1,7 +1,5 @@
 """What a drilled training leaves behind: what each rank told in each start, and its last state."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +58,7 @@ class StartRecord:
     ranks: tuple[RankRecord, ...]
 
     @classmethod
-    def read(cls, folder: Path, ranks: int) -> StartRecord:
+    def read(cls, folder: Path, ranks: int) -> "StartRecord":
         """Reads the records of so many ranks."""
         records = tuple(RankRecord() for _ in range(ranks))
         for rank, record in enumerate(records):
@@ -103,7 +101,7 @@ class LastCheckpoint:
     state: dict[str, Any]  # the rest, flat: from optimizer/state/0/exp_avg, say, to its value
 
     @classmethod
-    def read(cls, run_dir: Path) -> LastCheckpoint:
+    def read(cls, run_dir: Path) -> "LastCheckpoint":
         """Reads the newest intact checkpoint of a run; raises CheckError if there is none."""
         saved, damage = find_checkpoint(run_dir / "checkpoints")
         if saved is None:

@@ -1,7 +1,5 @@
 """A drill's trial: it writes to another ``run_dir``, saves more often, and may be killed in it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from dtrain.trials.records import EventLog
 from dtrain.trials.runner import ScriptEnds, Trial
 
 
-def make_trial(setup: dict[str, Any], folder: Path) -> DrillTrial:
+def make_trial(setup: dict[str, Any], folder: Path) -> "DrillTrial":
     """Returns the trial of one rank; ``setup`` is a :class:`Start`, from JSON."""
     given = setup["disturbance"]
     disturbance = None if given is None else Disturbance(**given)

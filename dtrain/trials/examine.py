@@ -3,8 +3,6 @@
 Nothing here can disturb what was compared: it comes after the last step.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

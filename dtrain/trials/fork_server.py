@@ -6,8 +6,6 @@ a signal), and whether time was over. When stdin closes, it kills what still run
 nothing outlives whoever started it, however that ends.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import importlib
 import json

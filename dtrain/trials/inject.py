@@ -1,7 +1,5 @@
 """Disturbs a rank's process: in a hook, or between two writes of a checkpoint."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal

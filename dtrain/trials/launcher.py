@@ -1,7 +1,5 @@
 """Runs scripts once or many times, on so many ranks, each time in fresh processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -151,7 +149,7 @@ class Launcher:
         command = f"dtrain {self._command}"
         return Launch(command, str(script), folder, tuple(codes), late, timeout_s)
 
-    def __enter__(self) -> Launcher:
+    def __enter__(self) -> "Launcher":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -1,7 +1,5 @@
 """What ranks leave in a folder for whoever started them: events, one a line, and tensors."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What a trial tells: a verdict, a table, and paragraphs."""
 
-from __future__ import annotations
-
 import textwrap
 from dataclasses import dataclass
 

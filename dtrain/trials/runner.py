@@ -4,8 +4,6 @@ The script is not changed. What it gets as ``dtrain.Trainer`` asks a :class:`Tri
 out and what to record, and ends the script with its first ``fit``.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import runpy

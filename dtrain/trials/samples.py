@@ -1,7 +1,5 @@
 """Samples within batches: which came, and batches of a few of them."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

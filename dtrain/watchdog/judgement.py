@@ -1,7 +1,5 @@
 """What follows from all heartbeats: pure functions."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which rank broke a connection; asked by the main thread, once it found one broken."""
 
-from __future__ import annotations
-
 import threading
 import time
 

@@ -1,7 +1,5 @@
 """Where the main thread is, read from another thread: its stack, and what follows from it."""
 
-from __future__ import annotations
-
 import linecache
 import sys
 import threading

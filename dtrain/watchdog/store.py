@@ -3,8 +3,6 @@
 Ranks: all, local.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import threading
@@ -75,7 +73,7 @@ class WatchdogStore:
         """Waits for a call that is still under way."""
         self._calls.join()
 
-    def look(self, others: Others, now: float) -> list[Seen]:
+    def look(self, others: "Others", now: float) -> list[Seen]:
         """Returns all ranks as ``others`` see them; none where the store does not answer."""
         return self._ask("look", lambda: others.look(now)) or []
 

@@ -1,7 +1,5 @@
 """How long each rank's own work takes, so that one that holds up the others is named."""
 
-from __future__ import annotations
-
 from time import perf_counter
 
 import torch

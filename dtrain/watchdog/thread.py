@@ -6,8 +6,6 @@ connection, and gives each call a deadline of its own. What it makes of it all i
 :mod:`dtrain.watchdog.judgement`; what a report looks like is in docs/hangs.md.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import multiprocessing
@@ -68,7 +66,7 @@ class Watchdog:
         self._watch: Watch | None = None
         self._depth = 0
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> "Watchdog":
         self._depth += 1
         if self._activity.watched:
             return self  # an evaluation inside of fit
