@@ -5,8 +5,7 @@ from dtrain.checkpoint.format import load_model as load_tensors
 from dtrain.checkpoint.format import load_state
 from dtrain.checkpoint.resume import ResumeMode
 from dtrain.checkpoint.run_files import RunFiles
-from dtrain.checkpoint.run_state import RunState, json_values
-from dtrain.checkpoint.slot import CheckpointSlot
+from dtrain.checkpoint.run_state import CheckpointSlot, RunState, json_values
 from dtrain.checkpoint.tree import copy_state
 from dtrain.checkpoint.weights import export_model, load_model
 

@@ -16,27 +16,25 @@ from torch import Tensor
 
 from dtrain.errors import CheckpointError
 
+#: What a file raises that was read and holds something else than was written.
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a safetensors file, down to the disk. The tensors are contiguous, and on the CPU."""
     save_file(tensors, file)
-    _sync_file(file)
+    sync(file)
 
 
 def write_bytes(file: Path, content: bytes) -> None:
     """Writes a file, down to the disk."""
     file.write_bytes(content)
-    _sync_file(file)
+    sync(file)
 
 
-def _sync_file(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings what was made, renamed or deleted in ``folder`` down to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Brings a file down to the disk; or what was made, renamed or deleted in a folder."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -68,9 +66,12 @@ def can_hold(dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def plain_words(path: Path) -> Iterator[None]:
-    """Turns what the disk says into a CheckpointError that names the checkpoint."""
+def plain_words(
+    path: Path, what: str = "could not be written", *more: type[Exception]
+) -> Iterator[None]:
+    """Turns what the disk says (or one of ``more``) into a CheckpointError that names ``path``."""
+    kinds: tuple[type[Exception], ...] = (OSError, SafetensorError, *more)
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be written: {error}") from error
+    except kinds as error:
+        raise CheckpointError(f"{path} {what}: {error}") from error

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,24 +43,17 @@ _REPLACED = ".replaced-"
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint that was found intact.
+    """A checkpoint that was found intact."""
 
-    Attributes:
-        path: its folder.
-        step: the global step after which it was made.
-        metrics: the newest agreed metrics when it was made.
-    """
-
-    path: Path
-    step: int
-    metrics: dict[str, float]
+    path: Path  # its folder
+    step: int  # the global step after which it was made
+    metrics: dict[str, float]  # the newest agreed ones when it was made
 
 
 def place(folder: Path, step: int, token: str = "") -> tuple[Path, Path]:
     """Returns where the checkpoint of ``step`` is to be, and where it is written before.
 
-    ``folder`` is ``run_dir/checkpoints``; ``token`` is of the start that writes it, so that no
-    other's file comes between its own.
+    ``token`` is of the start that writes it, so that no other's file comes between its own.
     """
     final = folder / f"step-{step:08d}"
     return final, folder / f".writing-{final.name}-{token}".rstrip("-")
@@ -69,7 +61,8 @@ def place(folder: Path, step: int, token: str = "") -> tuple[Path, Path]:
 
 def part_name(stem: str, number: int, parts: int) -> str:
     """Returns the name of the ``number``-th of so many files, from 0."""
-    return f"{stem}-{number + 1:05d}-of-{parts:05d}.safetensors" if parts > 1 else _whole(stem)
+    part = f"-{number + 1:05d}-of-{parts:05d}" if parts > 1 else ""
+    return f"{stem}{part}.safetensors"
 
 
 def rank_name(rank: int) -> str:
@@ -92,24 +85,19 @@ def commit(
 ) -> None:
     """Writes the manifest of a checkpoint that is whole, and renames its folder into place.
 
-    Args:
-        aside: where all its files are.
-        final: where it is to be.
-        step: the global step.
-        metrics: the newest agreed metrics.
-        facts: :func:`facts_of` each file, by name.
-        check: raises where this start may not write any more; called at the last moment.
+    ``facts`` are :func:`facts_of` each file, by name. ``check``, called at the last moment, raises
+    where this start may not write any more.
     """
     manifest = {"format": FORMAT, "step": step, "metrics": metrics, "files": dict(facts)}
     manifest["sha256"] = _digest_of(manifest)
     disk.write_bytes(aside / _MANIFEST, json.dumps(manifest, indent=1).encode())
-    disk.sync_folder(aside)
+    disk.sync(aside)
     check()
     replaced = final.with_name(_REPLACED + final.name)
     if final.is_dir():  # the same step saved again, after a resume
         final.rename(replaced)  # where it is found, should a kill come before the next line
     aside.rename(final)
-    disk.sync_folder(final.parent)
+    disk.sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)  # what is left of it goes with the next save
 
 
@@ -126,10 +114,7 @@ def tidy(folder: Path) -> None:
 
 
 def find(folder: Path) -> tuple[Saved | None, list[str]]:
-    """Returns the newest intact checkpoint, and what is wrong with newer ones.
-
-    It reads every byte of the files it looks at.
-    """
+    """Returns the newest intact checkpoint, every byte read, and what is wrong with newer ones."""
     damage: list[str] = []
     for path in reversed(_by_step(folder)):
         try:
@@ -151,16 +136,12 @@ def listed(folder: Path) -> list[Saved]:
 
 def model_file(path: Path) -> Path:
     """Returns the file with the model; the checkpoint's folder, where it is in parts."""
-    file = path / _whole(MODEL)
+    file = path / part_name(MODEL, 0, 1)
     return file if file.exists() else path
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
-    """Returns parameters and buffers, on the CPU.
-
-    Raises:
-        CheckpointError: a file cannot be read; so for all that load.
-    """
+    """Returns parameters and buffers, on the CPU; a CheckpointError names what cannot be read."""
     return _load_parts(path, MODEL)
 
 
@@ -172,22 +153,18 @@ def load_state(path: Path) -> dict[str, Any]:
 def load_rank_state(path: Path, rank: int) -> dict[str, Any] | None:
     """Returns what this rank saved, or None where the run had fewer ranks."""
     file = path / f"{rank_name(rank)}.json"
-    if not file.exists():
-        return None
-    return _join(file, load_tensors(path / _whole(rank_name(rank))))
+    return _join(file, load_tensors(file.with_suffix(".safetensors"))) if file.exists() else None
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """Returns the tensors of a safetensors file, on the CPU."""
-    try:
+    with disk.plain_words(file, "cannot be read"):
         return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def remove(folder: Path, step: int) -> None:
     """Deletes the checkpoint of ``step``; renamed first, so that half of one is never found."""
-    path = folder / f"step-{step:08d}"
+    path, _ = place(folder, step)
     aside = folder / f".removing-{path.name}"
     if aside.exists():  # killed while it removed, and the step was saved again
         shutil.rmtree(aside)
@@ -204,7 +181,6 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:
-    """Returns the digest of a manifest's own content, but for the digest itself."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -215,24 +191,19 @@ def has_manifest(path: Path) -> bool:
 
 
 def check(path: Path) -> Saved:
-    """Compares all files of one checkpoint with its manifest.
-
-    Raises:
-        CheckpointError: names the first file that is not as it was written.
-    """
+    """Compares each file with the manifest; a CheckpointError names the first that differs."""
     manifest = _read_manifest(path)
     for name, facts in manifest["files"].items():
         file = path / name
-        try:
+        with disk.plain_words(file, "cannot be read"):
             if not file.is_file():
                 raise CheckpointError(f"{file} is missing")
             if (size := file.stat().st_size) != facts["bytes"]:
                 raise CheckpointError(f"{file} has {size} bytes, not the {facts['bytes']} written")
-            changed = disk.digest(file) != facts["sha256"]
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-        if changed:
-            raise CheckpointError(f"{file} was changed since it was written (its sha256 differs)")
+            if disk.digest(file) != facts["sha256"]:
+                raise CheckpointError(
+                    f"{file} was changed since it was written (its sha256 differs)"
+                )
     return Saved(path, manifest["step"], manifest["metrics"])
 
 
@@ -240,10 +211,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / _MANIFEST
     try:
         manifest = json.loads(file.read_bytes())
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"{file} has format {manifest['format']}; this dtrain reads {FORMAT}"
-            )
+        if (found := manifest["format"]) != FORMAT:
+            raise CheckpointError(f"{file} has format {found}; this dtrain reads {FORMAT}")
         if manifest["sha256"] != _digest_of(manifest):
             raise ValueError("it was changed since it was written")
         facts = [(f["bytes"], f["sha256"]) for f in manifest["files"].values()]
@@ -256,30 +225,23 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"it is of step {manifest['step']}, not of its folder's")
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: the checkpoint is not complete") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, *disk.DAMAGE) as error:
         raise CheckpointError(f"{file} cannot be read: {error!r}") from error
     return dict(manifest)
-
-
-def _whole(stem: str) -> str:
-    return f"{stem}.safetensors"
 
 
 def _load_parts(path: Path, stem: str) -> dict[str, Tensor]:
     part = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
     names = [name for name in _read_manifest(path)["files"] if part.fullmatch(name)]
     tensors: dict[str, Tensor] = {}
-    for name in names or [_whole(stem)]:
+    for name in names or [part_name(stem, 0, 1)]:
         tensors |= load_tensors(path / name)
     return tensors
 
 
 def _join(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Returns the state whose JSON is in ``file``."""
-    try:
+    with disk.plain_words(file, "cannot be read", CheckpointError, *disk.DAMAGE):
         state = tree.join(json.loads(file.read_bytes()), tensors)
         if not isinstance(state, dict):
             raise TypeError(f"it holds {type(state).__name__}, not dict")
-    except (OSError, ValueError, TypeError, LookupError, RecursionError, CheckpointError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
     return state

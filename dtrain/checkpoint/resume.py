@@ -20,27 +20,16 @@ EMERGENCY = "emergency"
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether to continue, from where, and what to tell the user.
+    """Whether to continue, from where, and what to tell the user."""
 
-    Attributes:
-        saved: the checkpoint to continue from, or None to begin.
-        notes: what was decided, in plain words.
-        before: what the last start left, as far as that can be known.
-    """
-
-    saved: Saved | None
-    notes: tuple[str, ...] = ()
+    saved: Saved | None  # the checkpoint to continue from, or None to begin
+    notes: tuple[str, ...] = ()  # what was decided, in plain words
+    # What the last start left, as far as that can be known.
     before: Status | None = field(default=None, compare=False)
 
 
 def check_mode(mode: str) -> None:
-    """Refuses what is no way to resume.
-
-    Raises:
-        ConfigError: ``mode`` is not one of :data:`ResumeMode`.
-
-    Ranks: all, local.
-    """
+    """Refuses what is no way to resume."""
     if mode not in get_args(ResumeMode):
         raise ConfigError(f"resume={mode!r}: choose one of {', '.join(get_args(ResumeMode))}")
 
@@ -53,21 +42,9 @@ def decide(
     epochs: int | None,
     max_steps: int | None,
 ) -> Decision:
-    """Decides whether to continue the run in ``run_dir``.
+    """Decides whether to continue the run in ``run_dir``, as ``Trainer.fit`` tells of ``mode``.
 
-    Args:
-        run_dir: the run's folder.
-        mode: ``"auto"`` continues an unfinished run, ``"must"`` insists on one, ``"never"``
-            begins anew and moves the old run's files aside; ``"emergency"`` insists on what was
-            saved when a step failed.
-        fingerprint: what this run is made of.
-        epochs: how many epochs this run is to have in all, if it counts them.
-        max_steps: how many steps, if it counts them.
-
-    Raises:
-        ResumeError: the old run is finished, or of another make-up, or there is none.
-        ConfigError: ``mode`` is none of these.
-
+    A ResumeError says that the old run is finished, or of another make-up, or that there is none.
     Ranks: rank 0 only.
     """
     check_mode(mode)
@@ -102,14 +79,13 @@ def decide(
     more = all(limit is None or limit > done for limit, done in limits)
     # A run that stopped by itself (early stopping) is not continued by a larger plan.
     by_plan = status.reason in ("all epochs done", "max_steps reached")
-    if status.status == "finished" and not (more and by_plan and saved is not None):
+    if saved is None or (status.status == "finished" and not (more and by_plan)):
         raise ResumeError(
             f"the run in {run_dir} is finished ({status.reason}; step {status.step}, "
             f"{status.epoch} epochs). To go on, ask for more (a larger epochs or max_steps); to "
             "begin another, choose another run_dir; to begin anew here, pass resume='never' (the "
             "old files are moved aside)."
         )
-    assert saved is not None
     what = f"continuing at step {saved.step} from {saved.path}"
     compared = f"the same make-up: {', '.join(fingerprint)}"
     return Decision(saved, (*notes, f"{what} ({compared})"), status)

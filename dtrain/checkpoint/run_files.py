@@ -9,13 +9,12 @@ from typing import Any
 
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import status
-from dtrain.checkpoint.crash_loop import Failures, failures_before
 from dtrain.checkpoint.format import Saved
 from dtrain.checkpoint.resume import EMERGENCY, Decision, ResumeMode, check_mode, decide
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.run_state import RunState
 from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.status import State, Status
+from dtrain.checkpoint.status import Failures, State, Status
 from dtrain.context import Progress
 from dtrain.distributed import SAVING, World, share_buffers
 from dtrain.errors import ConfigError, CrashLoop, DtrainError, RunTaken
@@ -35,10 +34,11 @@ class RunFiles:
     :meth:`fail`, and :meth:`release` in any case.
 
     What checkpoints hold is ``run_state``'s; its ``fingerprint`` is set before :meth:`find`.
+
+    Ranks: all, communicates; but for :meth:`fail` and :meth:`release`.
     """
 
     def __init__(self, run_dir: Path | None, world: World, run_state: RunState) -> None:
-        #: Writes checkpoints, and knows which could not be written.
         self.saver = Saver(world)
         self._run_dir = run_dir
         self._world = world
@@ -50,15 +50,7 @@ class RunFiles:
     def find(self, mode: ResumeMode, *, epochs: int | None, max_steps: int | None) -> Saved | None:
         """Takes the run's folder, and returns the checkpoint to go on from, if any.
 
-        What was decided is told to the user. For the arguments see ``resume.decide``.
-
-        Raises:
-            ConfigError: there is no such mode, or it needs a ``run_dir``, which cannot be written.
-            ResumeError: the run that is there cannot be continued as asked.
-            RunTaken: another start of the run is alive.
-            CrashLoop: too many starts in a row came no further.
-
-        Ranks: all, communicates.
+        The user is told what was decided, or why none of that can be.
         """
         run_dir, run_state = self._run_dir, self._run_state
         check_mode(mode)
@@ -76,7 +68,7 @@ class RunFiles:
             )
             before = decision.before
             try:
-                self._failures = failures_before(before, restarted=self._world.restarted)
+                self._failures = status.failures_before(before, restarted=self._world.restarted)
             except CrashLoop as loop:
                 if before is not None:
                     status.write(run_dir, replace(before, requeue=False))
@@ -90,34 +82,18 @@ class RunFiles:
         return decision.saved
 
     def take_again(self) -> None:
-        """Takes the run's folder for a further ``fit``, which goes on in memory.
-
-        Raises:
-            RunTaken: somebody else wrote there meanwhile, or does.
-
-        Ranks: all, communicates.
-        """
-
-        def take() -> None:
-            if self.saver.run_lock is not None:
-                self.saver.run_lock.take_again()
-
+        """Takes the run's folder for a further ``fit``, which goes on in memory."""
+        lock = self.saver.run_lock
         if self._run_dir is not None:
-            self._world.comm.on_main("run lock", take)
+            self._world.comm.on_main("run lock", lambda: lock.take_again() if lock else None)
 
     def open(self) -> None:
-        """Makes it possible to write checkpoints beside the training, if that is wanted.
-
-        Ranks: all, communicates.
-        """
+        """Makes it possible to write checkpoints beside the training, if that is wanted."""
         if self._saves_beside:
             self.saver.open()
 
     def start(self) -> None:
-        """Writes that the run is under way, and the user's settings.
-
-        Ranks: all, communicates.
-        """
+        """Writes that the run is under way, and the user's settings."""
 
         def write() -> None:
             self._write_status("running")
@@ -130,11 +106,7 @@ class RunFiles:
     def save(self, loop_state: LoopState, data_state: DataState) -> None:
         """Makes a checkpoint, then deletes what need not be kept.
 
-        Raises:
-            RunTaken: on rank 0; another start of the run writes there now.
-            CheckpointError: something cannot be saved at all.
-
-        Ranks: all, communicates.
+        Raises RunTaken, on rank 0, where another start of the run writes there now.
         """
         if isinstance(self.saver.failure, RunTaken):  # on rank 0; the others are told
             raise self.saver.failure
@@ -170,15 +142,8 @@ class RunFiles:
     ) -> None:
         """Saves what was there before a failed step; all ranks come here from the same step.
 
-        Nothing of that step was applied. Only random streams have moved on.
-
-        Args:
-            loop_state: returns the loop's own state.
-            data_state: returns where this rank's stream of data is.
-            failed_here: the step failed because of this rank.
-            error: what ``fit`` is to raise; a note on it says what was saved, or why not.
-
-        Ranks: all, communicates.
+        Nothing of that step was applied; only random streams have moved on. A note on ``error``,
+        which ``fit`` is to raise, says what was saved, or why not.
         """
         if self._run_dir is None:
             return
@@ -213,21 +178,15 @@ class RunFiles:
             error.add_note(f"(the state before the failed step could not be saved: {another})")
 
     def finish(self, reason: str, *, preempted: bool) -> None:
-        """Writes how the run ended.
-
-        Ranks: all, communicates.
-        """
+        """Writes how the run ended."""
         state: State = "preempted" if preempted else "finished"
         self._world.comm.on_main("status", lambda: self._write_status(state, reason))
 
     def fail(self, error: BaseException, cause: BaseException | None) -> None:
         """Ends the checkpoint under way, and writes that the run failed, and why.
 
-        Args:
-            error: what was raised; a note on it says if the status could not be written.
-            cause: what it was raised for, if that is another's failure.
-
-        Ranks: all, local; other ranks may be gone.
+        ``cause`` is what ``error`` was raised for, if that is another's failure. Ranks: all,
+        local; other ranks may be gone.
         """
         self.saver.leave(_LAST_CHANCE_S)
         if not self._world.is_main or isinstance(error, RunTaken):
@@ -239,10 +198,7 @@ class RunFiles:
             error.add_note(f"({another})")
 
     def release(self) -> None:
-        """Lets another start of the run begin; a second call does nothing.
-
-        Ranks: all, local.
-        """
+        """Lets another start of the run begin; a second call does nothing. Ranks: all, local."""
         if self.saver.run_lock is not None:
             self.saver.run_lock.release()
 
@@ -251,10 +207,10 @@ class RunFiles:
         return self._slot is not None and self._slot.background
 
     def _write_status(self, state: State, reason: str = "", *, at: Progress | None = None) -> None:
-        if self._run_dir is None:
+        lock = self.saver.run_lock
+        if lock is None:
             return
-        if self.saver.run_lock is not None:
-            self.saver.run_lock.check()
+        lock.check()
         at = at or self._progress
         failures = self._failures.then(at.step) if state == "failed" else self._failures
         now = Status(
@@ -264,20 +220,14 @@ class RunFiles:
             at.epoch,
             fingerprint=self._run_state.fingerprint,
             failed_at=failures.at,
-            failures=failures.count,
+            failures=failures.times,
             requeue=not failures.is_loop,
         )
-        status.write(self._run_dir, now)
+        status.write(lock.run_dir, now)
 
 
 def prepare(run_dir: Path) -> None:
-    """Makes ``run_dir`` and proves that it can be written.
-
-    Raises:
-        ConfigError: it cannot.
-
-    Ranks: rank 0 only.
-    """
+    """Makes ``run_dir`` and proves that it can be written, or raises ConfigError."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".can-write"

@@ -24,7 +24,7 @@ from typing import Any
 
 from dtrain.checkpoint import disk
 from dtrain.distributed import this_machine
-from dtrain.errors import CheckpointError, RunTaken
+from dtrain.errors import RunTaken
 
 #: How long a start waits for the end of the one before; a loader's workers outlive a killed rank.
 WAIT_S = 10.0
@@ -35,26 +35,21 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class RunLock:
-    """This start's right to write to ``run_dir``, which is there.
-
-    Ranks: rank 0 only.
-    """
+    """This start's right to write to ``run_dir``, which is there. Ranks: rank 0 only."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        #: Names this start, and what it writes aside.
-        self.token = uuid.uuid4().hex
+        self.run_dir = run_dir
+        self.token = uuid.uuid4().hex  # names this start, and what it writes aside
+        self._token_file = run_dir / TOKEN
         self._lock: int | None = None
 
     def take(self) -> None:
         """Makes this start the one that writes; every start before it no longer may.
 
-        Raises:
-            RunTaken: another one is alive on this machine, and does not end within :data:`WAIT_S`.
-            CheckpointError: the folder cannot be written.
+        Raises RunTaken where another one is alive on this machine, and does not end in time.
         """
-        with disk.plain_words(self._run_dir / TOKEN):
-            self._lock = _lock(self._run_dir)
+        with disk.plain_words(self._token_file):
+            self._lock = _lock(self.run_dir)
             facts = {
                 "token": self.token,
                 "host": socket.gethostname(),
@@ -62,37 +57,24 @@ class RunLock:
                 "machine": this_machine(),
                 "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             }
-            aside = self._run_dir / f"{TOKEN}-{self.token}"
+            aside = self.run_dir / f"{TOKEN}-{self.token}"
             disk.write_bytes(aside, json.dumps(facts).encode())
-            os.replace(aside, self._run_dir / TOKEN)
-            disk.sync_folder(self._run_dir)
+            os.replace(aside, self._token_file)
+            disk.sync(self.run_dir)
 
     def take_again(self) -> None:
-        """Goes on after :meth:`release`, if nobody else wrote meanwhile.
-
-        Raises:
-            RunTaken: somebody did, or does.
-            CheckpointError: the folder cannot be read.
-        """
-        with disk.plain_words(self._run_dir / TOKEN):
-            self._lock = _lock(self._run_dir)
+        """Goes on after :meth:`release`; raises RunTaken where somebody wrote meanwhile."""
+        with disk.plain_words(self._token_file):
+            self._lock = _lock(self.run_dir)
         self.check()
 
     def check(self) -> None:
-        """Returns if this start may write.
-
-        Raises:
-            RunTaken: another one has begun since.
-            CheckpointError: that cannot be found out.
-        """
-        try:
-            facts = json.loads((self._run_dir / TOKEN).read_bytes())
-            taken = facts["token"] != self.token
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise CheckpointError(f"{self._run_dir / TOKEN} cannot be read: {error}") from error
+        """Raises RunTaken where another start has begun since: this one may not write any more."""
+        with disk.plain_words(self._token_file, "cannot be read", *disk.DAMAGE):
+            taken = json.loads(self._token_file.read_bytes())["token"] != self.token
         if taken:
             raise RunTaken(
-                f"another start of this run ({_who(self._run_dir)}) writes to {self._run_dir} now, "
+                f"another start of this run ({_who(self.run_dir)}) writes to {self.run_dir} now, "
                 "so this one ends, and leaves it as it is"
             )
 
@@ -156,7 +138,7 @@ def _writer(run_dir: Path, *names: str) -> dict[str, Any]:
     try:
         facts = json.loads((run_dir / TOKEN).read_bytes())
         return {name: facts[name] for name in names}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, *disk.DAMAGE):
         return {}
 
 
@@ -169,6 +151,6 @@ def _may_live_here(run_dir: Path) -> bool:
 
 def _who(run_dir: Path) -> str:
     facts = _writer(run_dir, "pid", "host", "since")
-    if not facts:
-        return "it has not said which"
-    return f"pid {facts['pid']} on {facts['host']}, since {facts['since']}"
+    return (
+        "pid {pid} on {host}, since {since}".format(**facts) if facts else "it has not said which"
+    )

@@ -3,19 +3,18 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.callback import Callback
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import tree
 from dtrain.checkpoint.format import Saved
-from dtrain.checkpoint.slot import CheckpointSlot
 from dtrain.checkpoint.writer import Content
-from dtrain.context import Context
+from dtrain.context import Context, Progress
 from dtrain.distributed import World, random_state, random_state_of_host, restore_random_state
 from dtrain.errors import CheckpointError, ConfigError
 
@@ -28,6 +27,31 @@ class _HasState(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
+class CheckpointSlot(Protocol):
+    """Fills the checkpoint slot: when to save and what to keep."""
+
+    #: Whether training goes on while a checkpoint is written.
+    background: bool
+    #: Whether a checkpoint may lack weights that were never trained.
+    trainable_only: bool
+
+    def select(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns what to save of the model's state, by name; equal on all ranks."""
+
+    def due_after_step(self, progress: Progress) -> bool:
+        """Says whether this step is to be saved; equal on all ranks, must not communicate."""
+
+    def due_after_epoch(self, progress: Progress) -> bool:
+        """The same, asked after an epoch and its evaluation."""
+
+    def prune(self, saved: list[tuple[int, dict[str, float]]]) -> list[int]:
+        """Returns the steps to delete, given each saved step (oldest first) and its metrics.
+
+        Ranks: rank 0 only; perhaps in a thread beside the training.
+        """
+
+
 @dataclass
 class RunState:
     """Collects and restores what a run is in the middle of.
@@ -35,18 +59,15 @@ class RunState:
     Restoring goes in two parts: the model and the progress before ``on_fit_start``, in which
     callbacks look at them; all else after it, because a scheduler that is made there changes
     the optimizer.
-
-    Ranks: all, local.
     """
 
     context: Context
     precision: _HasState
     callbacks: tuple[Callback, ...]
     world: World
-    #: The user's settings.
-    config: dict[str, Any]
+    config: dict[str, Any]  # the user's settings
     slot: CheckpointSlot | None
-    #: What must be the same for the run to be continued.
+    # What must be the same for the run to be continued.
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
     def take(
@@ -54,13 +75,8 @@ class RunState:
     ) -> Content:
         """Returns what a checkpoint of the run must hold; nothing is copied yet.
 
-        Args:
-            loop: the loop's own state.
-            data: where this rank's stream of data is, if it has one.
-            device_is_well: False touches no more of the device than names.
-
-        Raises:
-            CheckpointError: something in it cannot be saved; it is named.
+        ``loop`` and ``data`` are the states of the loop and of this rank's stream of data. Where
+        the device is not well, no more of it is touched than names.
         """
         context, model = self.context, self.context.model
         capture = random_state if device_is_well else random_state_of_host
@@ -87,11 +103,7 @@ class RunState:
         )
 
     def restore_model(self, saved: Saved) -> dict[str, Any]:
-        """Restores parameters, buffers and progress; returns the rest, for :meth:`restore_rest`.
-
-        Raises:
-            CheckpointError: a file cannot be read, or lacks what the model has.
-        """
+        """Restores parameters, buffers and progress; returns the rest, for :meth:`restore_rest`."""
         tensors = files.load_model(saved.path)
         missing = [name for name in self.context.model.state_dict() if name not in tensors]
         if missing and not (self.slot is not None and self.slot.trainable_only):
@@ -109,18 +121,9 @@ class RunState:
     def restore_rest(
         self, saved: Saved, state: dict[str, Any], new_rank: Callable[[], None]
     ) -> dict[str, Any] | None:
-        """Restores optimizer, precision, callbacks, metrics and random streams.
+        """Restores all of ``state`` but the loop; returns what was saved as this rank's ``data``.
 
-        Args:
-            saved: the checkpoint.
-            state: what :meth:`restore_model` returned.
-            new_rank: called on a rank that the saved run did not have, to seed its streams.
-
-        Returns:
-            What was saved as this rank's ``data``.
-
-        Raises:
-            CheckpointError: a file cannot be read.
+        ``new_rank`` is called on a rank that the saved run did not have, to seed its streams.
         """
         context = self.context
         context.optimizer.load_state_dict(state["optimizer"])

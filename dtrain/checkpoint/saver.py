@@ -31,7 +31,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._leaving = threading.Lock()
         self._left = False
-        self._signs = 0
+        self._signs = 0  # of life of the thread, that the watchdog was told of
         #: Why the last checkpoint could not be written. Whoever has called :meth:`finish` knows
         #: the same on all ranks; before that, a rank may know it earlier than another.
         self.failure: Exception | None = None
@@ -41,10 +41,7 @@ class Saver:
         self.failures = 0
 
     def open(self) -> None:
-        """Makes it possible to write beside the training.
-
-        Ranks: all, communicates.
-        """
+        """Makes it possible to write beside the training. Ranks: all, communicates."""
         if self._apart is None and self._world.open_comm is not None:
             self._apart = self._world.open_comm()
             self._apart.activity.enter(SAVING)
@@ -58,19 +55,10 @@ class Saver:
         wait: bool = False,
         sharers: Sequence[int] | None = None,
     ) -> None:
-        """Begins to make a checkpoint, once the one before is done.
+        """Begins to make a checkpoint, once the one before is done; ``content`` may then change.
 
-        Args:
-            folder: ``run_dir/checkpoints``.
-            content: what it is to hold; it may change as soon as this returns.
-            then: called on rank 0 once the checkpoint is in place, perhaps in another thread.
-            wait: whether to return only when it is written.
-            sharers: among which ranks to divide what is equal on all of them; all if None.
-
-        Raises:
-            CheckpointError: something in ``content`` cannot be saved at all.
-
-        Ranks: all, communicates.
+        ``then`` is called on rank 0 once it is in place, perhaps in another thread. ``sharers``
+        (all if None) divide what is equal on all ranks. Ranks: all, communicates.
         """
         self.finish()
         comm = self._world.comm
@@ -88,7 +76,7 @@ class Saver:
             return
         self._apart.in_use.acquire()  # of another Trainer, too
         self._thread = threading.Thread(
-            target=self._write_beside,
+            target=self._write,
             args=(folder, staged, self._apart, then),
             name="dtrain: checkpoint",
             daemon=True,  # an error elsewhere must not wait for a disk
@@ -98,11 +86,8 @@ class Saver:
     def finish(self, timeout_s: float | None = None) -> Exception | None:
         """Waits until the checkpoint under way is written; returns why it was not, if so.
 
-        Args:
-            timeout_s: how long to wait at most, in seconds. None waits as long as it takes; while
-                the disk is at work, the watchdog is told.
-
-        Ranks: all, local; the others' threads are waited for.
+        Without a timeout, while the disk is at work, the watchdog is told. Ranks: all, local; the
+        others' threads are waited for.
         """
         thread, activity = self._thread, self._world.comm.activity
         if thread is None:
@@ -111,7 +96,10 @@ class Saver:
             thread.join(timeout_s)
         before = activity.phase
         while timeout_s is None and thread.is_alive():
-            self._show_life()
+            if self._apart is not None and self._apart.activity.signs != self._signs:
+                # The thread is at work, or waits for others.
+                self._signs = self._apart.activity.signs
+                activity.enter(self._apart.activity.phase)
             thread.join(_LOOK_EVERY_S)
         activity.enter(before)
         if not thread.is_alive():
@@ -122,8 +110,6 @@ class Saver:
         """Gives the checkpoint under way so long; after that it changes no more than its own files.
 
         For a run that failed: other ranks may be gone.
-
-        Ranks: all, local.
         """
         self.finish(timeout_s)
         with self._leaving:
@@ -131,30 +117,15 @@ class Saver:
         if self._thread is not None:
             end_with("a checkpoint", self._thread, timeout_s=timeout_s)
 
-    def _show_life(self) -> None:
-        """Passes on to the watchdog that the thread is at work, or that it waits for others."""
-        assert self._apart is not None
-        if self._apart.activity.signs != self._signs:
-            self._signs = self._apart.activity.signs
-            self._world.comm.activity.enter(self._apart.activity.phase)
-
-    def _write_beside(
-        self, folder: Path, staged: Staged, comm: Comm, then: Callable[[], None]
-    ) -> None:
+    def _write(self, folder: Path, staged: Staged, comm: Comm, then: Callable[[], None]) -> None:
         def unless_left() -> None:
             with self._leaving:
                 if not self._left:
                     then()
 
         try:
-            self._write(folder, staged, comm, unless_left)
-        finally:
-            comm.in_use.release()
-
-    def _write(self, folder: Path, staged: Staged, comm: Comm, then: Callable[[], None]) -> None:
-        try:
-            is_main = self._world.is_main
-            writing.write(folder, staged, comm, is_main=is_main, then=then, run_lock=self.run_lock)
+            main, lock = self._world.is_main, self.run_lock
+            writing.write(folder, staged, comm, is_main=main, then=unless_left, run_lock=lock)
         except Exception as error:
             # What one rank raises is a RemoteError on the others, of whatever kind it was.
             if comm is self._world.comm and isinstance(error, CommError | RankMismatch):
@@ -163,3 +134,6 @@ class Saver:
             self.failures += 1
         else:
             self.failures = 0
+        finally:
+            if comm is self._apart:
+                comm.in_use.release()

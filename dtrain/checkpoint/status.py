@@ -1,4 +1,4 @@
-"""``run_dir/status.json``: where a run stands."""
+"""``run_dir/status.json``: where a run stands, and whether it fails again and again."""
 
 import json
 import os
@@ -6,94 +6,100 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from dtrain.errors import CheckpointError, ResumeError
+from dtrain.checkpoint import disk
+from dtrain.errors import CrashLoop, ResumeError
 
 State = Literal["running", "finished", "preempted", "failed"]
 
 #: Names a file for a copy of status.json: a batch script does not know what run_dir is.
 COPY_VARIABLE = "DTRAIN_STATUS_FILE"
+#: So often in a row a run may fail without having come any further.
+MAX_FAILURES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        status: ``running`` (or killed before it could say more), ``finished``, ``preempted``
-            or ``failed``.
-        reason: why, in plain words.
-        step: global steps taken.
-        epoch: epochs finished.
-        fingerprint: what the run is made of; a run is continued only by one of the same make-up.
-        failed_at: the furthest step at which the run failed, or -1. Of a run that was killed before
-            it could tell, the last step that it told of.
-        failures: how often in a row it came no further.
-        requeue: False where another start would only fail in the same way.
-        updated: when this was written, in seconds since 1970.
-    """
-
-    status: State
-    reason: str = ""
-    step: int = 0
-    epoch: int = 0
+    status: State  # running (or killed before it could say more), finished, preempted or failed
+    reason: str = ""  # in plain words
+    step: int = 0  # global steps taken
+    epoch: int = 0  # epochs finished
+    # What the run is made of; a run is continued only by one of the same make-up.
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    # Where and how often in a row the run failed, as in Failures.
     failed_at: int = -1
     failures: int = 0
-    requeue: bool = True
-    updated: float = field(default_factory=time.time)
+    requeue: bool = True  # False where another start would only fail in the same way
+    updated: float = field(default_factory=time.time)  # in seconds since 1970
 
 
 def write(run_dir: Path, status: Status) -> None:
-    """Replaces ``run_dir/status.json`` in one piece; and its copy, if one is wanted.
-
-    Raises:
-        CheckpointError: it cannot be written.
-
-    Ranks: rank 0 only.
-    """
+    """Replaces ``run_dir/status.json`` in one piece; and its copy, if one is wanted."""
     text = json.dumps(asdict(status), indent=1) + "\n"
-    _replace(run_dir / "status.json", text)
-    if copy := os.environ.get(COPY_VARIABLE):
-        _replace(Path(copy), text)
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    try:
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut might leave an empty file under the name
-        os.replace(aside, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    copy = os.environ.get(COPY_VARIABLE)
+    for path in (run_dir / "status.json", *([Path(copy)] if copy else ())):
+        aside = path.with_name(f".{path.name}.writing")
+        with disk.plain_words(path, "cannot be written"):
+            disk.write_bytes(aside, text.encode())
+            os.replace(aside, path)
 
 
 def read(run_dir: Path) -> Status | None:
     """Returns where the run in ``run_dir`` stands, or None if there is none.
 
-    Raises:
-        ResumeError: status.json is there but cannot be read.
-
-    Ranks: all, local.
+    Raises ResumeError where status.json is there but cannot be read.
     """
     file = run_dir / "status.json"
     try:
         return Status(**renamed(json.loads(file.read_bytes())))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, *disk.DAMAGE) as error:
         raise ResumeError(
             f"{file} cannot be read: {error}. Delete it: what there are of checkpoints is kept."
         ) from error
 
 
 def renamed(facts: dict[str, Any]) -> dict[str, Any]:
-    """Returns facts of an older run under today's names.
-
-    Ranks: all, local.
-    """
+    """Returns facts of an older run under today's names."""
     names = {"make_up": "fingerprint"}  # until 0.1
     return {names.get(name, name): value for name, value in facts.items()}
+
+
+class Failures(NamedTuple):
+    """How often in a row a run failed without having come any further."""
+
+    at: int = -1  # the furthest step; of a run that was killed, the last one that it told of
+    times: int = 0
+
+    def then(self, step: int) -> "Failures":
+        """Counts a failure at ``step``."""
+        return Failures(step, 1) if step > self.at else Failures(self.at, self.times + 1)
+
+    @property
+    def is_loop(self) -> bool:
+        """Another start would most likely fail in the same way."""
+        return self.times >= MAX_FAILURES
+
+
+def failures_before(before: Status | None, *, restarted: bool) -> Failures:
+    """Returns how earlier starts failed; raises CrashLoop where a launcher tried often enough.
+
+    It counts where a launcher started this one by itself (``restarted``); a person has a reason to.
+    """
+    if before is None or not restarted or before.status not in ("running", "failed"):
+        return Failures()
+    failures = Failures(before.failed_at, before.failures)
+    if before.status == "running":  # killed: nobody has counted that yet
+        failures = failures.then(before.step)
+    if failures.is_loop:
+        reason = before.reason or "killed"
+        raise CrashLoop(
+            f"{failures.times} starts in a row came no further than step {failures.at} ({reason}), "
+            "so this one does not try again. Mend the cause and start it by hand: that counts from "
+            "1."
+        )
+    return failures

@@ -12,35 +12,24 @@ _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
 
 
 class Split(NamedTuple):
-    """Nested state, taken apart.
+    """Nested state, taken apart."""
 
-    Attributes:
-        plain: JSON values.
-        tensors: by path; not copies.
-    """
-
-    plain: Any
-    tensors: dict[str, Tensor]
+    plain: Any  # JSON values
+    tensors: dict[str, Tensor]  # by path; not copies
 
 
 def split(state: Any) -> Split:
     """Returns ``state`` as JSON values, and the tensors that are in it, by path.
 
-    Dicts, lists, tuples, tensors, numbers, text, True, False and None may be nested at will.
-
-    Raises:
-        CheckpointError: names the path of anything else.
+    Dicts, lists, tuples, tensors, numbers, text, True, False and None may be nested at will; a
+    CheckpointError names the path of anything else.
     """
     tensors: dict[str, Tensor] = {}
     return Split(_encode(state, "", tensors), tensors)
 
 
 def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
-    """Returns what :func:`split` was given.
-
-    Raises:
-        CheckpointError: a tensor is missing.
-    """
+    """Returns what :func:`split` was given."""
     if isinstance(plain, list):
         return [join(value, tensors) for value in plain]
     if not isinstance(plain, dict):
@@ -57,24 +46,16 @@ def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def copy_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy that shares no memory with ``state``, as a checkpoint would give it back.
-
-    Raises:
-        CheckpointError: names the path of what a checkpoint cannot hold.
-
-    Ranks: all, local.
-    """
+    """Returns a copy that shares no memory with ``state``, as a checkpoint would give it back."""
     plain, tensors = split(state)
     copy: dict[str, Any] = join(plain, {name: t.clone() for name, t in tensors.items()})
     return copy
 
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if value is None or isinstance(value, bool | str):
-        return value
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, int | float):
+    if value is None or isinstance(value, bool | str | int | float):
         return value
     if isinstance(value, Tensor):
         # Unique, also where a key has a slash in it or is a name that safetensors reserves.
@@ -83,25 +64,18 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             name = f"{name}~{len(tensors)}"
         tensors[name] = value.detach()
         return {_TENSOR: name}
+    under = f"{path}/" if path else ""
     if isinstance(value, tuple | list):
-        items = [_encode(v, _under(path, i), tensors) for i, v in enumerate(value)]
+        items = [_encode(v, f"{under}{i}", tensors) for i, v in enumerate(value)]
         return {_TUPLE: items} if isinstance(value, tuple) else items
     if isinstance(value, dict):
+        values = {k: _encode(v, f"{under}{k}", tensors) for k, v in value.items()}
         if all(isinstance(k, str) and not k.startswith("__") for k in value):
-            return {k: _encode(v, _under(path, k), tensors) for k, v in value.items()}
-        return {
-            _ITEMS: [
-                [_encode(k, "", tensors), _encode(v, _under(path, k), tensors)]
-                for k, v in value.items()
-            ]
-        }
+            return values
+        return {_ITEMS: [[_encode(k, "", tensors), v] for k, v in values.items()]}
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
     raise CheckpointError(
         f"{path or 'the state'} is {type(value).__name__}; a checkpoint holds dicts, lists, "
         "tuples, tensors, numbers, text, True, False and None"
     )
-
-
-def _under(path: str, key: object) -> str:
-    return f"{path}/{key}" if path else str(key)

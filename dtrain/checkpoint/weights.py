@@ -37,8 +37,7 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
         The file that was read; the checkpoint's folder, where its model is in parts.
 
     Raises:
-        CheckpointError: there is nothing intact to read, or it does not fit; the model is as it
-            was.
+        CheckpointError: there is nothing intact to read, or it does not fit.
 
     Ranks: all, local; each reads the file.
     """
@@ -46,25 +45,21 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
     found = _read(file)
     own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     fitting = {name: t for name, t in found.items() if name in own and _fits(t, own[name])}
-    misfits = [
-        f"{name} is {_describe(found[name])} there, {_describe(own[name])} in the model"
-        for name in found
-        if name in own and name not in fitting
-    ]
     # Of weights that are tied, a file may hold one only; it fills all of them.
     filled = {_memory(own[name]) for name in fitting}
-    missing = [n for n, t in own.items() if n not in found and _memory(t) not in filled]
-    unexpected = [name for name in found if name not in own]
-    if not fitting or (strict and (misfits or missing or unexpected)):
-        complaints = [
-            f"  {what}: {_enumerate(names)}"
-            for what, names in (
-                ("missing in the file", missing),
-                ("unexpected, for the model has none of that name", unexpected),
-                ("of another shape or kind", misfits),
-            )
-            if names
-        ]
+    troubles = {
+        "missing in the file": [
+            name for name, t in own.items() if name not in found and _memory(t) not in filled
+        ],
+        "unexpected, for the model has none of that name": [n for n in found if n not in own],
+        "of another shape or kind": [
+            f"{name} is {_describe(found[name])} there, {_describe(own[name])} in the model"
+            for name in found
+            if name in own and name not in fitting
+        ],
+    }
+    if not fitting or (strict and any(troubles.values())):
+        complaints = [f"  {what}: {_enumerate(n)}" for what, n in troubles.items() if n]
         advice = "make the model as it was when it was saved"
         if fitting:
             advice += ", or pass strict=False to load only what fits"
@@ -102,7 +97,7 @@ def export_model(path: str | Path, file: str | Path) -> int:
         with disk.plain_words(file):
             disk.write_tensors(aside, tensors)
             aside.replace(file)
-            disk.sync_folder(file.parent)
+            disk.sync(file.parent)
     finally:
         aside.unlink(missing_ok=True)
     return len(tensors)
@@ -136,9 +131,8 @@ def _find(path: Path) -> Path:
     if saved is None:
         raise CheckpointError(f"no intact checkpoint is in {folder}" + told)
     if damage:
-        warnings.warn(
-            f"{saved.path} is loaded, because what is newer is damaged:{told}", stacklevel=3
-        )
+        what = f"{saved.path} is loaded, because what is newer is damaged:{told}"
+        warnings.warn(what, stacklevel=3)
     return files.model_file(saved.path)
 
 

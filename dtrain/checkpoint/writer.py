@@ -32,40 +32,25 @@ LARGEST_BYTES = 4 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a checkpoint is to hold.
+    """What a checkpoint is to hold."""
 
-    Attributes:
-        step: the global step.
-        model: parameters and buffers, equal on all ranks.
-        state: everything else that is equal on all ranks.
-        rank_state: what is this rank's own.
-        metrics: the newest agreed metrics.
-    """
-
-    step: int
-    model: Mapping[str, Tensor]
-    state: Split
-    rank_state: Split
-    metrics: dict[str, float]
+    step: int  # the global step
+    model: Mapping[str, Tensor]  # parameters and buffers, equal on all ranks
+    state: Split  # everything else that is equal on all ranks
+    rank_state: Split  # what is this rank's own
+    metrics: dict[str, float]  # the newest agreed ones
 
 
 @dataclass(slots=True)
 class Staged:
-    """One rank's share of a checkpoint. What it was copied from may change.
-
-    Attributes:
-        step: the global step.
-        metrics: the newest agreed metrics.
-        tensors: by name of the file that is to hold them.
-        plain: JSON values, by name of the file.
-        copied: when the copies off the device are there; None where they are already.
-    """
+    """One rank's share of a checkpoint. What it was copied from may change."""
 
     step: int
     metrics: dict[str, float]
+    # By name of the file that is to hold them; so are the JSON values.
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     plain: dict[str, Any] = field(default_factory=dict)
-    copied: torch.cuda.Event | None = None
+    copied: torch.cuda.Event | None = None  # when copies off the device are there, if they are not
 
 
 class Stage:
@@ -73,8 +58,6 @@ class Stage:
 
     It keeps the memory of the copies for the next time: to get new memory from the system takes
     longer than to copy. With CUDA it is pinned, and the copy runs beside the host.
-
-    Ranks: all, local.
     """
 
     def __init__(self, rank: int) -> None:
@@ -84,33 +67,33 @@ class Stage:
     def take(self, content: Content, sharers: Sequence[int]) -> Staged:
         """Returns this rank's share of ``content``; what was returned before is overwritten.
 
-        What is equal on all ranks is divided among ``sharers``.
-
-        Raises:
-            CheckpointError: something in it cannot be saved; it is named.
+        What is equal on all ranks is divided among ``sharers``. A CheckpointError names what no
+        file can hold.
         """
         staged = Staged(content.step, dict(content.metrics))
         shared = {files.MODEL: content.model, files.STATE: content.state.tensors}
-        for stem, held in shared.items():
+        me, own = files.rank_name(self._rank), content.rank_state.tensors
+        for stem, held in {**shared, me: own}.items():
             _check(stem, held)
-        divided = {stem: divide(held, len(sharers)) for stem, held in shared.items()}
-        parts = [(stem, *part) for stem, names in divided.items() for part in enumerate(names)]
-        own = content.rank_state.tensors
+        staged.plain[f"{me}.json"] = content.rank_state.plain
+        staged.tensors[f"{me}.safetensors"] = {n: self._copy(me, n, t) for n, t in own.items()}
         mine = list(own.values())  # what is copied here
+        divided = {stem: divide(held, len(sharers)) for stem, held in shared.items()}
+        weight_map: dict[str, str] = {}
+        parts = [(stem, *part) for stem, names in divided.items() for part in enumerate(names)]
         for turn, (stem, number, names) in enumerate(parts):
+            file = files.part_name(stem, number, len(divided[stem]))
+            if stem == files.MODEL:
+                weight_map |= dict.fromkeys(names, file)
             if sharers[turn % len(sharers)] == self._rank:
-                file = files.part_name(stem, number, len(divided[stem]))
                 staged.tensors[file] = {n: self._copy(stem, n, shared[stem][n]) for n in names}
                 mine += [shared[stem][name] for name in names]
         if self._rank == sharers[0]:
             staged.plain[f"{files.STATE}.json"] = content.state.plain
-            if len(divided[files.MODEL]) > 1:
-                index = _index(content.model, divided[files.MODEL])
+            if len(divided[files.MODEL]) > 1:  # as Hugging Face's libraries expect it
+                size = sum(tensor.nbytes for tensor in content.model.values())
+                index = {"metadata": {"total_size": size}, "weight_map": weight_map}
                 staged.plain[f"{files.MODEL}.safetensors.index.json"] = index
-        stem = files.rank_name(self._rank)
-        _check(stem, own)
-        staged.plain[f"{stem}.json"] = content.rank_state.plain
-        staged.tensors[f"{stem}.safetensors"] = {n: self._copy(stem, n, t) for n, t in own.items()}
         # Not for what others copy: they do where this rank's device is broken.
         if any(tensor.is_cuda for tensor in mine):
             staged.copied = torch.cuda.Event()
@@ -128,10 +111,7 @@ class Stage:
 
 
 def divide(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
-    """Returns the names in each of ``most`` parts of about as many bytes; of fewer, if small.
-
-    Ranks: all, local; equal where names, shapes and dtypes are.
-    """
+    """Returns the names in each of ``most`` parts of about as many bytes; of fewer, if small."""
     total = sum(tensor.nbytes for tensor in tensors.values())
     parts = max(1, min(most, -(-total // PART_BYTES)), -(-total // LARGEST_BYTES))
     # The largest first, each to the part that has least so far.
@@ -153,22 +133,10 @@ def write(
     then: Callable[[], None],
     run_lock: RunLock | None = None,
 ) -> None:
-    """Writes a checkpoint; it is there whole, or not at all.
+    """Writes a checkpoint, of which ``staged`` is this rank's share: whole, or not at all.
 
-    Args:
-        folder: ``run_dir/checkpoints``, on a disk that all ranks share.
-        staged: this rank's share of it.
-        comm: to meet the others.
-        is_main: whether this is rank 0.
-        then: called on rank 0 once the checkpoint is in place.
-        run_lock: rank 0's right to write there; None where nobody else can.
-
-    Raises:
-        RunTaken: another start of the run writes there now.
-        CheckpointError: it could not be written; nothing else was touched.
-        RemoteError: the same, of another rank.
-
-    Ranks: all, communicates.
+    ``then`` is called on rank 0 once it is in place. ``run_lock`` is rank 0's right to write to
+    ``folder``, which all ranks share. Ranks: all, communicates.
     """
     final, aside = files.place(folder, staged.step, run_lock.token if run_lock else "")
     check = run_lock.check if run_lock else lambda: None
@@ -221,22 +189,10 @@ def _write_share(aside: Path, staged: Staged, activity: Activity) -> dict[str, A
 
 def _check(stem: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        trouble = ""
         if not disk.can_hold(tensor.dtype):
             trouble = f"no file can hold tensors of {tensor.dtype}"
         elif tensor.layout != torch.strided:
             trouble = f"it is {tensor.layout}; keep it dense"
-        if trouble:
-            raise CheckpointError(f"{name} ({stem}) cannot be saved: {trouble}")
-
-
-def _index(model: Mapping[str, Tensor], parts: list[list[str]]) -> dict[str, Any]:
-    """Says which part has which tensor of the model, as Hugging Face's libraries expect it."""
-    return {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in model.values())},
-        "weight_map": {
-            name: files.part_name(files.MODEL, number, len(parts))
-            for number, names in enumerate(parts)
-            for name in names
-        },
-    }
+        else:
+            continue
+        raise CheckpointError(f"{name} ({stem}) cannot be saved: {trouble}")

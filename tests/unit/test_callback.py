@@ -7,7 +7,7 @@ import pytest
 from dtrain import callbacks
 from dtrain.callback import HOOK_NAMES, Callback, Hooks, check_names, the_only
 from dtrain.callbacks import Checkpoint, GradientAccumulation, MixedPrecision
-from dtrain.checkpoint.slot import CheckpointSlot
+from dtrain.checkpoint import CheckpointSlot
 from dtrain.data.shares import AccumulationSlot
 from dtrain.errors import ConfigError
 from dtrain.step.precision import PrecisionSlot
