@@ -18,14 +18,8 @@ Metric = Number | Mean | MetricObject
 class Means:
     """Named metrics over micro-batches and, once agreed, over ranks.
 
-    Nothing is read from the device before :meth:`agree`.
-
-    Args:
-        label: names the reduction for the other ranks.
-        device: where metrics are computed.
-        names: of metrics that all ranks have, so that they need not be agreed on.
-
-    Ranks: all, local; but for :meth:`agree`.
+    Nothing is read from the ``device``, where metrics are computed, before :meth:`agree`, which
+    ``label`` names for the other ranks. ``names`` all ranks have, and need not agree on them.
     """
 
     def __init__(self, label: str, device: torch.device, names: Sequence[str] = ()) -> None:
@@ -41,17 +35,14 @@ class Means:
     def add(self, name: str, value: Metric, weight: Number) -> None:
         """Adds a mean over ``weight`` units; or a :class:`Mean` or object, with its own.
 
-        A value with weight 0 counts for nothing, even if it is NaN.
-
-        Raises:
-            LossError: the value is no number.
+        A value with weight 0 counts for nothing, even if it is NaN. What is no number is a
+        LossError.
         """
         if isinstance(value, Mean):
             total, units = value.total, value.weight
         elif isinstance(value, Tensor | Real):
             _check_number(name, value)
-            units = weight
-            total = value * weight
+            total, units = value * weight, weight
         else:
             self._add_object(name, value)
             return
@@ -70,11 +61,7 @@ class Means:
         self._device_sums[name] = both if seen is None else seen + both
 
     def add_logged(self, name: str, values: list[Number], reduce: Reduce) -> None:
-        """Adds what was logged under a name since the last sync point.
-
-        Raises:
-            LossError: a value is no number.
-        """
+        """Adds what was logged under a name since the last sync point."""
         self._reduce[name] = reduce
         for value in values:
             _check_number(name, value)
@@ -116,22 +103,18 @@ class Means:
         are any.
         """
         sums = self._sums
-        for name, pair in self._device_sums.items():
-            total, weight = sums.get(name, (0.0, 0.0))
-            more, more_weight = pair.tolist()
-            sums[name] = [total + more, weight + more_weight]
+        _add_to(sums, {name: pair.tolist() for name, pair in self._device_sums.items()})
         self._sums, self._device_sums = {}, {}
         maxima = {name: sums.pop(name)[0] for name in [*sums] if self._reduce.get(name) == "max"}
         # Names are agreed once; after that a sync point is one packed reduction, which also
         # says whether some rank has a name that the others have not seen.
         new = {name: pair for name, pair in sums.items() if name not in self._names}
-        lists = self._objects.collect()
-        new_objects = self._objects.news()
+        states, new_objects, unsummed = self._objects.collect()
         known = [number for name in self._names for number in sums.get(name, (0.0, 0.0))]
-        flags = [bool(new or new_objects), bool(maxima), lists, True]
+        flags = [bool(new or new_objects), bool(maxima), unsummed, True]
         figures = torch.tensor([*flags, *known], dtype=torch.float64)
-        packed = comm.all_reduce(f"{self._label}: sums", torch.cat([figures, self._objects.pack()]))
-        any_new, any_maxima, any_lists, ranks = map(int, packed[:4].tolist())
+        packed = comm.all_reduce(f"{self._label}: sums", torch.cat([figures, states]))
+        any_new, any_maxima, any_unsummed, ranks = map(int, packed[:4].tolist())
         pairs = packed[4 : len(figures)].view(-1, 2).tolist()
         agreed = dict(zip(self._names, pairs, strict=True))
         news: list[dict[str, Any]] = []
@@ -141,10 +124,7 @@ class Means:
             for theirs, how, objects in everyones:
                 self._reduce = how | self._reduce
                 news.append(objects)
-                for name, (total, weight) in theirs.items():
-                    seen = agreed.setdefault(name, [0.0, 0.0])
-                    seen[0] += total
-                    seen[1] += weight
+                _add_to(agreed, theirs)
             self._names = list(agreed)
         values = {
             name: total if self._reduce.get(name) == "sum" else total / weight
@@ -159,7 +139,7 @@ class Means:
         return values | self._objects.agree(
             packed[len(figures) :],
             news,
-            exchange=bool(any_lists),
+            exchange=bool(any_unsummed),
             ranks=ranks,
             label=self._label,
             comm=comm,
@@ -167,16 +147,19 @@ class Means:
 
 
 def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns ``metrics`` if it is a mapping from names to numbers.
-
-    Raises:
-        LossError: it is something else.
-    """
+    """Returns ``metrics`` if it is a mapping from names to numbers."""
     if not isinstance(metrics, Mapping):
         raise LossError(
             f"Loss(metrics=...) must be a dict from name to number, not {type(metrics).__name__}"
         )
     return metrics
+
+
+def _add_to(sums: dict[str, list[float]], more: Mapping[str, Sequence[float]]) -> None:
+    for name, (total, weight) in more.items():
+        pair = sums.setdefault(name, [0.0, 0.0])
+        pair[0] += total
+        pair[1] += weight
 
 
 def _check_number(name: str, value: object) -> None:

@@ -47,7 +47,6 @@ class MetricObject(Protocol):
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The metric itself and, in a wrapper or a sum of metrics, those inside it."""
-        ...
 
 
 class Objects:
@@ -58,15 +57,11 @@ class Objects:
     metrics travel in one exchange. They are merged as torchmetrics would; its own collectives,
     one for each state, are never called. Sums are made in float64: counts are exact to 2^53.
 
-    An agreement is: :meth:`collect`, :meth:`pack` and :meth:`news` for the others, then
-    :meth:`agree`.
-
-    Ranks: all, local; but for :meth:`agree`.
+    An agreement is: :meth:`collect`, then :meth:`agree` on what all ranks have collected.
     """
 
     def __init__(self) -> None:
         self._seen: dict[str, MetricObject] = {}
-        self._sums: dict[str, Sums] = {}
         self._others: dict[str, Others] = {}
         self._layouts: dict[str, tuple[StateKey, ...]] = {}  # agreed
 
@@ -80,31 +75,26 @@ class Objects:
             metric.reset()
         self._seen = {}
 
-    def collect(self) -> bool:
-        """Looks at this rank's states; returns whether there are any that are not summed."""
-        self._sums, self._others = {}, {}
+    def collect(self) -> tuple[Tensor, dict[str, Sums], bool]:
+        """Returns this rank's sums, packed; those for which ranks have agreed on no room in it.
+
+        And whether there are states that are not summed.
+        """
+        sums: dict[str, Sums] = {}
+        self._others = {}
         for name, metric in self._seen.items():
             if any(part.update_called for part in _parts(metric).values()):
-                self._sums[name], self._others[name] = _states(metric)
-        return any(any(states.values()) for states in self._others.values())
-
-    def pack(self) -> Tensor:
-        """Returns, for each metric that ranks agreed on, a 1 and its sums; or zeros."""
-        parts = [torch.zeros(0, dtype=torch.float64)]
-        for name, layout in self._layouts.items():
-            fits = self._fits(name)
-            parts.append(torch.tensor([float(fits)], dtype=torch.float64))
+                sums[name], self._others[name] = _states(metric)
+        packed = [torch.zeros(0, dtype=torch.float64)]
+        for name, layout in self._layouts.items():  # a 1 and the sums; or zeros
+            fits = name in sums and tuple(sums[name]) == layout
+            mine = sums.pop(name) if fits else {}
+            packed.append(torch.tensor([float(fits)], dtype=torch.float64))
             for key in layout:
-                blank = torch.zeros(key.shape, dtype=torch.float64)
-                parts.append((self._sums[name][key] if fits else blank).reshape(-1))
-        return torch.cat(parts)
-
-    def news(self) -> dict[str, Sums]:
-        """Returns the sums for which there is no room in what is packed yet."""
-        return {name: sums for name, sums in self._sums.items() if not self._fits(name)}
-
-    def _fits(self, name: str) -> bool:
-        return name in self._sums and tuple(self._sums[name]) == self._layouts.get(name)
+                total = mine[key] if fits else torch.zeros(key.shape, dtype=torch.float64)
+                packed.append(total.reshape(-1))
+        unsummed = any(any(states.values()) for states in self._others.values())
+        return torch.cat(packed), sums, unsummed
 
     def agree(
         self,
@@ -119,19 +109,7 @@ class Objects:
         """Returns each metric's value over all ranks' updates, and resets it.
 
         A rank that updated nothing, or never saw the metric, gets the value all the same.
-
-        Args:
-            packed: the sum over ranks of what :meth:`pack` returned.
-            news: every rank's :meth:`news`; the same list on all ranks, empty if nobody has any.
-            exchange: whether any rank has states that are not summed.
-            ranks: how many there are.
-            label: names the exchanges.
-            comm: the way to the other ranks.
-
-        Raises:
-            LossError: a value is not a number or a dict of numbers, or a metric's states have
-                different shapes on the ranks.
-
+        ``packed`` is the sum over ranks; ``news`` are every rank's sums that had no room in it.
         Ranks: all, communicates.
         """
         counts, totals = self._unpack(packed)
