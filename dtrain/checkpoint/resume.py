@@ -86,9 +86,9 @@ def decide(
             "begin another, choose another run_dir; to begin anew here, pass resume='never' (the "
             "old files are moved aside)."
         )
-    what = f"continuing at step {saved.step} from {saved.path}"
     compared = f"the same make-up: {', '.join(fingerprint)}"
-    return Decision(saved, (*notes, f"{what} ({compared})"), status)
+    notes.append(f"continuing at step {saved.step} from {saved.path} ({compared})")
+    return Decision(saved, tuple(notes), status)
 
 
 def _compare(run_dir: Path, status: Status, fingerprint: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """The files of a run: its folder, its checkpoints, and the word on where it stands."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.status import Failures, State, Status
 from dtrain.context import Progress
 from dtrain.distributed import SAVING, World, share_buffers
-from dtrain.errors import ConfigError, CrashLoop, DtrainError, RunTaken
+from dtrain.errors import ConfigError, DtrainError, RunTaken
 
 #: How long a failed run waits for the checkpoint under way, in seconds.
 _LAST_CHANCE_S = 2.0
@@ -43,7 +42,6 @@ class RunFiles:
         self._run_dir = run_dir
         self._world = world
         self._run_state = run_state
-        self._slot = run_state.slot
         self._progress = run_state.context.progress
         self._failures = Failures()  # of earlier starts; known on rank 0
 
@@ -66,14 +64,8 @@ class RunFiles:
             decision = decide(
                 run_dir, mode, run_state.fingerprint, epochs=epochs, max_steps=max_steps
             )
-            before = decision.before
-            try:
-                self._failures = status.failures_before(before, restarted=self._world.restarted)
-            except CrashLoop as loop:
-                if before is not None:
-                    status.write(run_dir, replace(before, requeue=False))
-                sys.stderr.write(f"dtrain: {loop}\n")  # a SystemExit is not printed
-                raise
+            if self._world.restarted and decision.before is not None:
+                self._failures = status.failures_before(run_dir, decision.before)
             return decision
 
         decision = self._world.comm.on_main("resume", look)
@@ -121,10 +113,10 @@ class RunFiles:
         at = replace(self._progress)  # as it is now
 
         def tidy() -> None:
-            if self._slot is not None:
+            if run_state.slot is not None:
                 # Later ones are of an earlier start, and damaged, or we had begun there.
                 saved = [(s.step, s.metrics) for s in files.listed(folder) if s.step <= at.step]
-                for step in self._slot.prune(saved):
+                for step in run_state.slot.prune(saved):
                     files.remove(folder, step)
             self._write_status("running", at=at)
 
@@ -204,7 +196,8 @@ class RunFiles:
 
     @property
     def _saves_beside(self) -> bool:
-        return self._slot is not None and self._slot.background
+        slot = self._run_state.slot
+        return slot is not None and slot.background
 
     def _write_status(self, state: State, reason: str = "", *, at: Progress | None = None) -> None:
         lock = self.saver.run_lock
@@ -213,16 +206,8 @@ class RunFiles:
         lock.check()
         at = at or self._progress
         failures = self._failures.then(at.step) if state == "failed" else self._failures
-        now = Status(
-            state,
-            reason,
-            at.step,
-            at.epoch,
-            fingerprint=self._run_state.fingerprint,
-            failed_at=failures.at,
-            failures=failures.times,
-            requeue=not failures.is_loop,
-        )
+        made_of, again = self._run_state.fingerprint, not failures.is_loop
+        now = Status(state, reason, at.step, at.epoch, made_of, *failures, requeue=again)
         status.write(lock.run_dir, now)
 
 

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +96,19 @@ def _lock(run_dir: Path) -> int | None:
     """
     handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     deadline, told, never = time.monotonic() + WAIT_S, False, threading.Event()
-    try:
+    with ExitStack() as unless_locked:
+        unless_locked.callback(os.close, handle)
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                unless_locked.pop_all()
                 return handle
             except BlockingIOError:
                 who = _who(run_dir)
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                os.close(handle)
-                return None
+                if error.errno in _NO_LOCKS:
+                    return None
+                raise
             if time.monotonic() >= deadline:
                 if _may_live_here(run_dir):
                     raise RunTaken(
@@ -114,7 +116,6 @@ def _lock(run_dir: Path) -> int | None:
                         "for its end, or choose another run_dir."
                     )
                 _say(f"{run_dir} is taken over from another start of this run ({who})")
-                os.close(handle)
                 return None
             if not told:
                 told = True
@@ -123,14 +124,10 @@ def _lock(run_dir: Path) -> int | None:
                     f"{WAIT_S:g} s for its end"
                 )
             never.wait(_LOOK_EVERY_S)
-    except BaseException:
-        os.close(handle)
-        raise
 
 
 def _say(words: str) -> None:
     sys.stderr.write(f"dtrain: {words}\n")
-    sys.stderr.flush()
 
 
 def _writer(run_dir: Path, *names: str) -> dict[str, Any]:
@@ -151,6 +148,6 @@ def _may_live_here(run_dir: Path) -> bool:
 
 def _who(run_dir: Path) -> str:
     facts = _writer(run_dir, "pid", "host", "since")
-    return (
-        "pid {pid} on {host}, since {since}".format(**facts) if facts else "it has not said which"
-    )
+    if not facts:
+        return "it has not said which"
+    return f"pid {facts['pid']} on {facts['host']}, since {facts['since']}"

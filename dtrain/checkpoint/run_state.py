@@ -31,10 +31,8 @@ class _HasState(Protocol):
 class CheckpointSlot(Protocol):
     """Fills the checkpoint slot: when to save and what to keep."""
 
-    #: Whether training goes on while a checkpoint is written.
-    background: bool
-    #: Whether a checkpoint may lack weights that were never trained.
-    trainable_only: bool
+    background: bool  # training goes on while a checkpoint is written
+    trainable_only: bool  # a checkpoint may lack weights that were never trained
 
     def select(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns what to save of the model's state, by name; equal on all ranks."""

@@ -32,13 +32,11 @@ class Saver:
         self._leaving = threading.Lock()
         self._left = False
         self._signs = 0  # of life of the thread, that the watchdog was told of
-        #: Why the last checkpoint could not be written. Whoever has called :meth:`finish` knows
-        #: the same on all ranks; before that, a rank may know it earlier than another.
+        # Why the last checkpoint could not be written. Whoever has called :meth:`finish` knows
+        # the same on all ranks; before that, a rank may know it earlier than another.
         self.failure: Exception | None = None
-        #: Rank 0's right to write; None on the others.
-        self.run_lock: RunLock | None = None
-        #: How many in a row could not be written.
-        self.failures = 0
+        self.failures = 0  # how many in a row could not be written
+        self.run_lock: RunLock | None = None  # rank 0's right to write; None on the others
 
     def open(self) -> None:
         """Makes it possible to write beside the training. Ranks: all, communicates."""
@@ -83,27 +81,22 @@ class Saver:
         )
         self._thread.start()
 
-    def finish(self, timeout_s: float | None = None) -> Exception | None:
+    def finish(self) -> Exception | None:
         """Waits until the checkpoint under way is written; returns why it was not, if so.
 
-        Without a timeout, while the disk is at work, the watchdog is told. Ranks: all, local; the
-        others' threads are waited for.
+        Ranks: all, local; the others' threads are waited for.
         """
-        thread, activity = self._thread, self._world.comm.activity
-        if thread is None:
-            return self.failure
-        if timeout_s is not None:
-            thread.join(timeout_s)
+        activity = self._world.comm.activity
         before = activity.phase
-        while timeout_s is None and thread.is_alive():
+        while self._thread is not None:
             if self._apart is not None and self._apart.activity.signs != self._signs:
-                # The thread is at work, or waits for others.
+                # The watchdog is told that the thread is at work, or waits for others.
                 self._signs = self._apart.activity.signs
                 activity.enter(self._apart.activity.phase)
-            thread.join(_LOOK_EVERY_S)
-        activity.enter(before)
-        if not thread.is_alive():
-            self._thread = None
+            self._thread.join(_LOOK_EVERY_S)
+            if not self._thread.is_alive():
+                self._thread = None
+                activity.enter(before)
         return self.failure
 
     def leave(self, timeout_s: float) -> None:
@@ -111,10 +104,11 @@ class Saver:
 
         For a run that failed: other ranks may be gone.
         """
-        self.finish(timeout_s)
+        if self._thread is not None:
+            self._thread.join(timeout_s)
         with self._leaving:
             self._left = True
-        if self._thread is not None:
+        if self._thread is not None and self._thread.is_alive():
             end_with("a checkpoint", self._thread, timeout_s=timeout_s)
 
     def _write(self, folder: Path, staged: Staged, comm: Comm, then: Callable[[], None]) -> None:

@@ -2,9 +2,10 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -85,21 +86,24 @@ class Failures(NamedTuple):
         return self.times >= MAX_FAILURES
 
 
-def failures_before(before: Status | None, *, restarted: bool) -> Failures:
+def failures_before(run_dir: Path, before: Status) -> Failures:
     """Returns how earlier starts failed; raises CrashLoop where a launcher tried often enough.
 
-    It counts where a launcher started this one by itself (``restarted``); a person has a reason to.
+    For a start that a launcher makes by itself; a person has a reason to.
     """
-    if before is None or not restarted or before.status not in ("running", "failed"):
+    if before.status not in ("running", "failed"):
         return Failures()
     failures = Failures(before.failed_at, before.failures)
     if before.status == "running":  # killed: nobody has counted that yet
         failures = failures.then(before.step)
     if failures.is_loop:
         reason = before.reason or "killed"
-        raise CrashLoop(
+        loop = CrashLoop(
             f"{failures.times} starts in a row came no further than step {failures.at} ({reason}), "
             "so this one does not try again. Mend the cause and start it by hand: that counts from "
             "1."
         )
+        write(run_dir, replace(before, requeue=False))
+        sys.stderr.write(f"dtrain: {loop}\n")  # a SystemExit is not printed
+        raise loop
     return failures

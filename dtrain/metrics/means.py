@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,10 @@ from torch import Tensor
 from dtrain.context import Mean, Number, Reduce, on_device
 from dtrain.distributed import Comm
 from dtrain.errors import LossError
-from dtrain.metrics.objects import MetricObject, Objects
+from dtrain.metrics.objects import Objects, is_metric
 
-Metric = Number | Mean | MetricObject
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 class Means:
@@ -29,14 +30,13 @@ class Means:
         self._sums: dict[str, list[float]] = {}
         self._device_sums: dict[str, Tensor] = {}
         self._reduce: dict[str, Reduce] = {}
-        self._objects = Objects()
+        self._objects = Objects(label)
         self._names = list(names)  # agreed
 
-    def add(self, name: str, value: Metric, weight: Number) -> None:
-        """Adds a mean over ``weight`` units; or a :class:`Mean` or object, with its own.
+    def add(self, name: str, value: "Number | Mean | Metric", weight: Number) -> None:
+        """Adds a mean over ``weight`` units; or a :class:`Mean` or torchmetrics object, without.
 
-        A value with weight 0 counts for nothing, even if it is NaN. What is no number is a
-        LossError.
+        A value with weight 0 counts for nothing, even if it is NaN.
         """
         if isinstance(value, Mean):
             total, units = value.total, value.weight
@@ -81,12 +81,12 @@ class Means:
     def _add_object(self, name: str, value: Any) -> None:
         parts = value.items() if hasattr(value, "items") else [("", value)]
         for key, part in parts:  # a MetricCollection is several
-            if not isinstance(part, MetricObject):
+            if not is_metric(part):
                 raise LossError(
                     f"metric {name!r} is {part!r}; a metric is a number, a 0-dim tensor, "
                     "dtrain.Mean(total, weight) or a torchmetrics object"
                 )
-            self._objects.add(f"{name}/{key}" if key else name, part)
+            self._objects.seen[f"{name}/{key}" if key else name] = part
 
     def drop(self) -> None:
         """Forgets what was added and not agreed, as after a failure."""
@@ -96,11 +96,9 @@ class Means:
     def agree(self, comm: Comm) -> dict[str, float]:
         """Returns each metric over all ranks, in the order of first use, and starts anew.
 
-        A rank that had no data, or did not report a name, contributes nothing to it.
-
-        Ranks: all, communicates: one packed reduction; an exchange when a name is new, one
-        for maxima, and one for states of torchmetrics objects that are no sums, where there
-        are any.
+        A rank that had no data, or did not report a name, contributes nothing to it. Ranks: all,
+        communicates: one packed reduction; an exchange when a name is new, one for maxima, and one
+        for states of torchmetrics objects that are no sums, where there are any.
         """
         sums = self._sums
         _add_to(sums, {name: pair.tolist() for name, pair in self._device_sums.items()})
@@ -136,14 +134,8 @@ class Means:
             for found in comm.gather_objects(f"{self._label}: maxima", maxima):
                 largest |= {n: max(value, largest.get(n, value)) for n, value in found.items()}
             values |= largest
-        return values | self._objects.agree(
-            packed[len(figures) :],
-            news,
-            exchange=bool(any_unsummed),
-            ranks=ranks,
-            label=self._label,
-            comm=comm,
-        )
+        states, unsummed = packed[len(figures) :], bool(any_unsummed)
+        return values | self._objects.agree(comm, states, news, exchange=unsummed, ranks=ranks)
 
 
 def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,15 +1,19 @@
 """torchmetrics objects: each rank updates its own, all get the value over all ranks' data."""
 
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dtrain.distributed import Comm
 from dtrain.errors import LossError
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 State = Any  # a tensor, or a list of tensors (or, in detection, of tuples)
 
@@ -28,25 +32,10 @@ Sums = dict[StateKey, Tensor]  # in float64
 Others = dict[str, dict[str, State]]  # states that are not summed, by path and by name
 
 
-@runtime_checkable
-class MetricObject(Protocol):
-    """What dtrain needs of a ``torchmetrics.Metric``."""
-
-    update_called: bool
-    device: torch.device
-    distributed_available_fn: Callable[[], bool] | None
-    metric_state: dict[str, State]
-    _computed: Any
-    _reductions: dict[str, Callable[[Any], Any] | None]
-
-    def compute(self) -> Any:
-        """Returns the metric's value."""
-
-    def reset(self) -> None:
-        """Forgets all updates."""
-
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The metric itself and, in a wrapper or a sum of metrics, those inside it."""
+def is_metric(value: object) -> TypeGuard["Metric"]:
+    """Says whether it is a torchmetrics object; who brings none need not have torchmetrics."""
+    torchmetrics = sys.modules.get("torchmetrics")
+    return torchmetrics is not None and isinstance(value, torchmetrics.Metric)
 
 
 class Objects:
@@ -56,33 +45,28 @@ class Objects:
     makes anyway, once their layout is agreed; all others (lists, maxima, custom ones) of all
     metrics travel in one exchange. They are merged as torchmetrics would; its own collectives,
     one for each state, are never called. Sums are made in float64: counts are exact to 2^53.
-
-    An agreement is: :meth:`collect`, then :meth:`agree` on what all ranks have collected.
     """
 
-    def __init__(self) -> None:
-        self._seen: dict[str, MetricObject] = {}
+    def __init__(self, label: str) -> None:
+        self._label = label  # names the exchanges
+        self.seen: dict[str, Metric] = {}  # updated since the last agreement
         self._others: dict[str, Others] = {}
         self._layouts: dict[str, tuple[StateKey, ...]] = {}  # agreed
 
-    def add(self, name: str, metric: MetricObject) -> None:
-        """Takes notice of a metric that was updated."""
-        self._seen[name] = metric
-
     def drop(self) -> None:
         """Forgets what was not agreed."""
-        for metric in self._seen.values():
+        for metric in self.seen.values():
             metric.reset()
-        self._seen = {}
+        self.seen = {}
 
     def collect(self) -> tuple[Tensor, dict[str, Sums], bool]:
-        """Returns this rank's sums, packed; those for which ranks have agreed on no room in it.
+        """Returns this rank's sums, packed; and those that are new, so that there is no room yet.
 
         And whether there are states that are not summed.
         """
         sums: dict[str, Sums] = {}
         self._others = {}
-        for name, metric in self._seen.items():
+        for name, metric in self.seen.items():
             if any(part.update_called for part in _parts(metric).values()):
                 sums[name], self._others[name] = _states(metric)
         packed = [torch.zeros(0, dtype=torch.float64)]
@@ -97,14 +81,7 @@ class Objects:
         return torch.cat(packed), sums, unsummed
 
     def agree(
-        self,
-        packed: Tensor,
-        news: list[dict[str, Sums]],
-        *,
-        exchange: bool,
-        ranks: int,
-        label: str,
-        comm: Comm,
+        self, comm: Comm, packed: Tensor, news: list[dict[str, Sums]], *, exchange: bool, ranks: int
     ) -> dict[str, float]:
         """Returns each metric's value over all ranks' updates, and resets it.
 
@@ -112,28 +89,7 @@ class Objects:
         ``packed`` is the sum over ranks; ``news`` are every rank's sums that had no room in it.
         Ranks: all, communicates.
         """
-        counts, totals = self._unpack(packed)
-        for name, sums in (item for theirs in news for item in theirs.items()):
-            totals[name] = _added(name, totals[name], sums) if name in totals else sums
-            counts[name] = counts.get(name, 0) + 1
-            self._layouts[name] = tuple(sums)
-        others = comm.gather_objects(f"{label}: metric states", self._others) if exchange else []
-        values: dict[str, float] = {}
-        for name, sums in totals.items():
-            if name in self._seen:
-                theirs = [states[name] for states in others if name in states]
-                values |= _flatten(name, _compute(self._seen[name], sums, theirs))
-        self.drop()
-        if all(count == ranks for count in counts.values()):
-            return values
-        agreed: dict[str, float] = {}
-        for found in comm.gather_objects(f"{label}: metric values", values):
-            agreed |= {name: value for name, value in found.items() if name not in agreed}
-        return agreed
-
-    def _unpack(self, packed: Tensor) -> tuple[dict[str, int], dict[str, Sums]]:
-        """Returns how many ranks updated each metric, and its sums, where any did."""
-        counts: dict[str, int] = {}
+        counts: dict[str, int] = {}  # how many ranks updated each metric, where any did
         totals: dict[str, Sums] = {}
         sizes = [n for keys in self._layouts.values() for n in (1, *(prod(k.shape) for k in keys))]
         parts = iter(packed.split(sizes))
@@ -142,7 +98,24 @@ class Objects:
             sums = {key: next(parts).view(key.shape) for key in layout}
             if count:
                 counts[name], totals[name] = count, sums
-        return counts, totals
+        for name, sums in (item for theirs in news for item in theirs.items()):
+            totals[name] = _added(name, totals[name], sums) if name in totals else sums
+            counts[name] = counts.get(name, 0) + 1
+            self._layouts[name] = tuple(sums)
+        everyones = f"{self._label}: metric states"
+        others = comm.gather_objects(everyones, self._others) if exchange else []
+        values: dict[str, float] = {}
+        for name, sums in totals.items():
+            if name in self.seen:
+                theirs = [states[name] for states in others if name in states]
+                values |= _flatten(name, _compute(self.seen[name], sums, theirs))
+        self.drop()
+        if all(count == ranks for count in counts.values()):
+            return values
+        agreed: dict[str, float] = {}
+        for found in comm.gather_objects(f"{self._label}: metric values", values):
+            agreed |= {name: value for name, value in found.items() if name not in agreed}
+        return agreed
 
 
 def _added(name: str, sums: Sums, more: Sums) -> Sums:
@@ -155,14 +128,13 @@ def _added(name: str, sums: Sums, more: Sums) -> Sums:
     return {key: total + more[key] for key, total in sums.items()}
 
 
-def _parts(metric: MetricObject) -> dict[str, MetricObject]:
+def _parts(metric: "Metric") -> dict[str, "Metric"]:
     """The metric and those that it wraps or sums, by their place in it."""
-    return {path: part for path, part in metric.named_modules() if isinstance(part, MetricObject)}
+    return {path: part for path, part in metric.named_modules() if is_metric(part)}
 
 
-def _states(metric: MetricObject) -> tuple[Sums, Others]:
+def _states(metric: "Metric") -> tuple[Sums, Others]:
     """Returns copies of the states that are summed, and of all others."""
-    # Imported late: who brings no torchmetrics object need not have it.
     from torchmetrics.utilities import dim_zero_sum
 
     sums: Sums = {}
@@ -170,8 +142,8 @@ def _states(metric: MetricObject) -> tuple[Sums, Others]:
     for path, part in _parts(metric).items():
         others[path] = {}
         for name, state in part.metric_state.items():
-            is_summed = part._reductions[name] is dim_zero_sum and isinstance(state, Tensor)
-            if is_summed and not state.is_complex():
+            is_summed = part._reductions[name] is dim_zero_sum
+            if is_summed and isinstance(state, Tensor) and not state.is_complex():
                 key = StateKey(path, name, tuple(state.shape), state.dtype)
                 sums[key] = state.detach().cpu().double()
             else:
@@ -185,7 +157,7 @@ def _moved(state: State, device: torch.device) -> State:
     return [_moved(one, device) if isinstance(one, Tensor) else one for one in state]
 
 
-def _compute(metric: MetricObject, sums: Sums, others: list[Others]) -> Any:
+def _compute(metric: "Metric", sums: Sums, others: list[Others]) -> Any:
     """Computes with all ranks' states; to be followed by a reset."""
     parts = _parts(metric)
     before = {path: part.distributed_available_fn for path, part in parts.items()}
@@ -205,7 +177,7 @@ def _compute(metric: MetricObject, sums: Sums, others: list[Others]) -> Any:
             part.distributed_available_fn = before[path]
 
 
-def _merge(states: list[State], reduction: Callable[[Any], Any] | None) -> State:
+def _merge(states: list[State], reduction: Any) -> State:
     """As ``torchmetrics.Metric`` does after its collectives."""
     if isinstance(states[0], Tensor):
         stacked = torch.stack(states)
