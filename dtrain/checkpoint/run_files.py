@@ -46,10 +46,7 @@ class RunFiles:
         self._failures = Failures()  # of earlier starts; known on rank 0
 
     def find(self, mode: ResumeMode, *, epochs: int | None, max_steps: int | None) -> Saved | None:
-        """Takes the run's folder, and returns the checkpoint to go on from, if any.
-
-        The user is told what was decided, or why none of that can be.
-        """
+        """Takes the run's folder, and returns the checkpoint to go on from, if any."""
         run_dir, run_state = self._run_dir, self._run_state
         check_mode(mode)
         if run_dir is None:
@@ -96,10 +93,7 @@ class RunFiles:
         self._world.comm.on_main("status", write)
 
     def save(self, loop_state: LoopState, data_state: DataState) -> None:
-        """Makes a checkpoint, then deletes what need not be kept.
-
-        Raises RunTaken, on rank 0, where another start of the run writes there now.
-        """
+        """Makes a checkpoint, then deletes what need not be kept."""
         if isinstance(self.saver.failure, RunTaken):  # on rank 0; the others are told
             raise self.saver.failure
         comm, run_state = self._world.comm, self._run_state

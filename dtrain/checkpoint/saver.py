@@ -53,7 +53,7 @@ class Saver:
         wait: bool = False,
         sharers: Sequence[int] | None = None,
     ) -> None:
-        """Begins to make a checkpoint, once the one before is done; ``content`` may then change.
+        """Begins to make a checkpoint once the one before is done; ``content`` is copied.
 
         ``then`` is called on rank 0 once it is in place, perhaps in another thread. ``sharers``
         (all if None) divide what is equal on all ranks. Ranks: all, communicates.
@@ -86,17 +86,18 @@ class Saver:
 
         Ranks: all, local; the others' threads are waited for.
         """
-        activity = self._world.comm.activity
+        thread, activity = self._thread, self._world.comm.activity
+        if thread is None:
+            return self.failure
         before = activity.phase
-        while self._thread is not None:
+        while thread.is_alive():
             if self._apart is not None and self._apart.activity.signs != self._signs:
                 # The watchdog is told that the thread is at work, or waits for others.
                 self._signs = self._apart.activity.signs
                 activity.enter(self._apart.activity.phase)
-            self._thread.join(_LOOK_EVERY_S)
-            if not self._thread.is_alive():
-                self._thread = None
-                activity.enter(before)
+            thread.join(_LOOK_EVERY_S)
+        activity.enter(before)
+        self._thread = None
         return self.failure
 
     def leave(self, timeout_s: float) -> None:

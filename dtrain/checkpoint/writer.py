@@ -67,8 +67,7 @@ class Stage:
     def take(self, content: Content, sharers: Sequence[int]) -> Staged:
         """Returns this rank's share of ``content``; what was returned before is overwritten.
 
-        What is equal on all ranks is divided among ``sharers``. A CheckpointError names what no
-        file can hold.
+        What is equal on all ranks is divided among ``sharers``.
         """
         staged = Staged(content.step, dict(content.metrics))
         shared = {files.MODEL: content.model, files.STATE: content.state.tensors}

@@ -60,10 +60,7 @@ class Objects:
         self.seen = {}
 
     def collect(self) -> tuple[Tensor, dict[str, Sums], bool]:
-        """Returns this rank's sums, packed; and those that are new, so that there is no room yet.
-
-        And whether there are states that are not summed.
-        """
+        """Returns the packed sums, those whose layout is new, and if some states are no sums."""
         sums: dict[str, Sums] = {}
         self._others = {}
         for name, metric in self.seen.items():
