@@ -44,7 +44,7 @@ def write(run_dir: Path, status: Status) -> None:
     for path in (run_dir / "status.json", *([Path(copy)] if copy else ())):
         aside = path.with_name(f".{path.name}.writing")
         with disk.plain_words(path, "cannot be written"):
-            disk.write_bytes(aside, text.encode())
+            disk.write_bytes(aside, text.encode())  # or a power cut might leave an empty file
             os.replace(aside, path)
 
 
