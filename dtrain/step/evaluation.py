@@ -25,28 +25,27 @@ class Evaluation:
     gathers: Gathers  # of the loss function
     hooks: Hooks  # of which `on_eval_batch` fires here
     precision: Precision  # the same as in training
-    device: torch.device
+    context: Context
     _means: dict[str, Means] = field(default_factory=dict)  # kept: ranks agree on names only once
 
-    def run(self, feeds: dict[str, Feed], context: Context) -> dict[str, float]:
+    def run(self, feeds: dict[str, Feed]) -> dict[str, float]:
         """Returns the metrics of each set, named after it, as in ``eval/loss``.
-
-        Of each a pass is taken, of which nothing is padded, dropped or repeated.
 
         Ranks: all, communicates: buffers first, sums once at the end of each set.
         """
+        context = self.context
         share_buffers(context.model, context.comm)
         metrics: dict[str, float] = {}
         for label, feed in feeds.items():
-            means = self._means.setdefault(label, Means(label, self.device))
+            means = self._means.setdefault(label, Means(label, context.device))
             means.drop()  # of an evaluation that failed
-            with torch.no_grad(), eval_mode(context.model):
-                self._add(feed, label, means, context)
+            with torch.no_grad(), _eval_mode(context.model):
+                self._add(feed, label, means)
             metrics |= means.agree(context.comm)
         return metrics
 
-    def _add(self, feed: Feed, label: str, means: Means, context: Context) -> None:
-        comm, activity = context.comm, context.comm.activity
+    def _add(self, feed: Feed, label: str, means: Means) -> None:
+        context, comm, activity = self.context, self.context.comm, self.context.comm.activity
         activity.restart_batches()
         for number, micro_batches in enumerate(feed.epoch(0, 0)):
             step = Step(number=number, micros=micro_batches.micros)
@@ -81,11 +80,8 @@ class Evaluation:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every submodule in eval mode, and each back into its own mode afterwards.
-
-    Ranks: all, local.
-    """
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts every submodule in eval mode, and each back into its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

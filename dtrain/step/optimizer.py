@@ -11,13 +11,7 @@ from dtrain.step.strategy import Strategy
 
 
 def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
-    """Returns what to tell the user of the optimizer.
-
-    Raises:
-        ConfigError: it holds parameters that are not the model's.
-
-    Ranks: all, local.
-    """
+    """Returns what to tell the user of it; raises ConfigError where it is of another model."""
     ours = {id(p) for p in model.parameters()}
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"the optimizer is {optimizer!r}, no torch.optim.Optimizer")
@@ -45,10 +39,6 @@ def take_model(
     world: World,
 ) -> tuple[nn.Module, Optimizer, list[str]]:
     """Returns the model as it is trained, its optimizer, and what to tell the user of them.
-
-    Raises:
-        ConfigError: nothing can be trained, or the optimizer is of other parameters.
-        RankMismatch: the ranks have different models.
 
     Ranks: all, communicates.
     """

@@ -1,107 +1,61 @@
 """The result of a step: looked at when somebody asks, or when it has arrived."""
 
-from typing import NamedTuple, Protocol
-
 from torch import Tensor
 
 from dtrain.context import Progress
-from dtrain.errors import UnusedParameters
-from dtrain.step.arriving import Arriving
-from dtrain.step.lane import Heard, LaneSilent, Verdict
+from dtrain.step.lane import Arriving, LaneSilent, Verdict
 from dtrain.step.precision import Factor
-
-
-class Reduction(Protocol):
-    """What has just reduced a step's gradients."""
-
-    def heard(self) -> Heard:
-        """Returns what all ranks said."""
-        ...
-
-    def check_arrived(self) -> None:
-        """Looks whether each parameter has a gradient."""
-        ...
-
-    def unused(self) -> UnusedParameters:
-        """Returns the error for a step that turns out to have met no other rank's."""
-        ...
-
-
-class Gate(NamedTuple):
-    """What may be applied of a step: numbers where they are known, else tensors on the device.
-
-    Attributes:
-        factor: what the reduced gradients must be multiplied by.
-        closed: whether the parameters must stay as they are.
-        undone: whether the step does not count at all; False where that is not known yet.
-    """
-
-    factor: Factor
-    closed: bool | Tensor
-    undone: bool
+from dtrain.step.strategy import Strategy
 
 
 class StepResult:
-    """The result of a step. On CUDA, the first to ask waits for the device.
+    """The result of a step, whose last micro-batch has just run. On CUDA, who asks may wait for it.
 
-    Args:
-        reduction: of the step, whose last micro-batch has just run.
-        progress: counts the update, once it is known whether it was applied.
-
-    Raises:
-        UnusedParameters: names parameters whose gradients never arrived.
-
-    Ranks: all, local.
+    Whoever asks first may get UnusedParameters, with those whose gradients never arrived.
     """
 
-    def __init__(self, reduction: Reduction, progress: Progress) -> None:
-        self._reduction = reduction
-        self._progress = progress
-        self._heard = reduction.heard()
+    def __init__(self, strategy: Strategy, progress: Progress) -> None:
+        self._strategy = strategy
+        self._progress = progress  # counts the update, once it is known whether it was applied
+        self._heard = strategy.heard()
         #: Whether the update was held back; on CUDA that may still be on its way.
         self._blocked: bool | Arriving = True
 
-    def gate(self, *, waits: bool) -> Gate:
-        """Returns what may be applied; only where it ``waits``, as numbers.
+    def gate(self, *, waits: bool) -> tuple[Factor, bool | Tensor, bool]:
+        """Returns what may be applied; numbers where it ``waits``, else tensors on the device.
 
-        Raises:
-            UnusedParameters: names parameters whose gradients never arrived.
+        What gradients must be multiplied by, whether parameters must stay as they are, and whether
+        the step does not count at all (False where that is not known yet).
         """
         if waits:
             verdict = self.verdict()
-            return Gate(verdict.factor, not verdict.weight > 0, verdict.undone)
-        self._reduction.check_arrived()
-        return Gate(self._heard.factor(), self._heard.veto(), False)
+            return verdict.factor, not verdict.weight > 0, verdict.undone
+        self._strategy.check_arrived()
+        return self._heard.factor(), self._heard.veto(), False
 
     def verdict(self) -> Verdict:
-        """Returns what all ranks said.
-
-        Raises:
-            UnusedParameters: names parameters whose gradients never arrived.
-        """
+        """Returns what all ranks said."""
         try:
             return self._heard.verdict()
         except LaneSilent as silent:
-            raise self._reduction.unused() from silent
+            raise self._strategy.unused() from silent
+
+    # What hooks see of it; see :class:`dtrain.context.Step`.
 
     @property
     def loss_mean(self) -> float:
-        """The loss of the global batch."""
         return self.verdict().loss_mean
 
     @property
     def weight(self) -> float:
-        """Units in the global batch."""
         return self.verdict().weight
 
     @property
     def nonfinite(self) -> int:
-        """Micro-batches whose loss was NaN or infinite."""
         return self.verdict().nonfinite
 
     @property
     def applied(self) -> bool:
-        """Whether the optimizer's update was applied."""
         self.arrive()
         return not self._blocked
 

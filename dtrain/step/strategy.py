@@ -1,6 +1,7 @@
 """The strategy seam: how gradients of different ranks meet."""
 
 from abc import ABC, abstractmethod
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,8 @@ from torch.optim import Optimizer
 
 from dtrain.context import Step
 from dtrain.data import MicroBatches
-from dtrain.distributed import World
-from dtrain.errors import UnusedParameters
+from dtrain.distributed import World, digest_of
+from dtrain.errors import RankMismatch, UnusedParameters
 from dtrain.step.lane import Heard
 from dtrain.step.micro_step import MicroStep
 
@@ -17,15 +18,14 @@ from dtrain.step.micro_step import MicroStep
 class Strategy(ABC):
     """How gradients of different ranks meet. The loop knows only this.
 
-    In a step the loop calls :meth:`run` for each micro-batch, then :meth:`heard`.
+    In a step it calls :meth:`run` for each micro-batch, then :meth:`heard`. What is not abstract
+    here is for ranks that each have the whole model, and all gradients after the reduction.
 
     Ranks: all; local where a method does not say otherwise.
     """
 
-    #: True where the reduction itself looks for parameters that no gradient reached.
-    find_unused = False
-    #: False where ranks wait for one another inside of the model, so that none may stay away.
-    may_idle = True
+    find_unused = False  # True where the reduction itself looks for parameters without gradient
+    may_idle = True  # False where ranks wait for one another inside of the model
 
     def check(self, *, accumulates: bool) -> None:  # noqa: B027 -- most have nothing to refuse
         """Raises ConfigError for what cannot work, such as steps of several micro-batches."""
@@ -38,34 +38,64 @@ class Strategy(ABC):
         """Returns how gradients meet, in words, for the start block; or nothing."""
         return ""
 
-    @abstractmethod
     def make_equal(self, model: nn.Module, world: World) -> bool:
         """Gives all ranks rank 0's parameters and buffers; returns whether any differed here.
 
         Ranks: all, communicates.
         """
+        if world.size == 1:
+            return False
+        differed = False
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                sent = tensor.detach().clone().contiguous()
+                world.gradients.broadcast(sent)
+                if not torch.equal(sent, tensor):
+                    differed = True
+                    tensor.copy_(sent)
+        return differed
 
-    @abstractmethod
     def wrap(self, micro_step: MicroStep, world: World) -> None:
         """Takes what is to be run in each micro-step.
 
         Ranks: all, communicates.
         """
+        self._micro_step = micro_step
+        self._world = world
+        self._activity = world.comm.activity
+        self._trainable = micro_step.take_trainable()
 
-    @abstractmethod
     def refresh(self) -> None:
-        """Takes notice of parameters that were frozen or unfrozen.
+        """Wraps anew where parameters were frozen or unfrozen: what is reduced is of the others.
 
-        Raises:
-            ConfigError: every parameter is frozen.
-            RankMismatch: ranks froze different ones.
+        Raises ConfigError if all are frozen, RankMismatch if ranks froze different ones.
 
         Ranks: all, communicates.
         """
+        trainable = self._micro_step.take_trainable()
+        comm = self._world.comm
+        # A digest: every rank gets what all say, and this is said in every epoch.
+        mine = torch.tensor(int(digest_of(trainable), 16) >> 1)
+        everyones = comm.all_gather("trainable parameters", mine)
+        if bool((everyones != everyones[0]).any()):
+            numbers = comm.gather_objects("numbers of trainable parameters", len(trainable))
+            counts = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(numbers))
+            raise RankMismatch(f"ranks train different parameters: {counts}; freeze alike on all")
+        if trainable == self._trainable:
+            return
+        for parameter in self._micro_step.parameters():
+            parameter.grad = None  # views into the old buckets
+        self.wrap(self._micro_step, self._world)
 
     def clear(self, optimizer: Optimizer) -> None:
-        """Forgets the gradients of the step before."""
-        optimizer.zero_grad(set_to_none=True)
+        """Forgets the gradients of the step before, those that the optimizer does not have, too."""
+        for p in self._micro_step.trainable:
+            p.grad = None
+        for group in optimizer.param_groups:  # some may have been unfrozen since
+            for p in group["params"]:
+                p.grad = None
+        if optimizer.zero_grad != MethodType(Optimizer.zero_grad, optimizer):
+            optimizer.zero_grad(set_to_none=True)  # it may do more
 
     @abstractmethod
     def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
@@ -78,16 +108,16 @@ class Strategy(ABC):
     def heard(self) -> Heard:
         """Returns what all ranks said in the step, after its last micro-batch.
 
-        Raises:
-            UnusedParameters: names parameters whose gradients never arrived.
+        Raises UnusedParameters, as :meth:`check_arrived` does.
         """
 
-    @abstractmethod
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """Returns tensors that hold all gradients of the optimizer, and otherwise zeros only.
 
         What is done to them in place is done to the gradients. They may be fewer than those.
         """
+        groups = optimizer.param_groups
+        return [g for group in groups for p in group["params"] if (g := p.grad) is not None]
 
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
         """Returns the joint Euclidean norm of the gradients, 0-dim; nobody waits for it."""
@@ -97,9 +127,16 @@ class Strategy(ABC):
     def check_arrived(self) -> None:
         """Raises UnusedParameters for those without a gradient, where nobody waits for the lane."""
 
-    @abstractmethod
     def unused(self) -> UnusedParameters:
         """Returns the error for a step that turns out to have met no other rank's."""
+        named = self._micro_step.model.named_parameters()
+        names = [name for name, p in named if p.requires_grad and p.grad is None]
+        return UnusedParameters(
+            f"no gradient reached {', '.join(names) or 'some parameters'}, so the ranks' "
+            "gradients could not be summed and nothing was updated. Use the parameters in every "
+            "loss, freeze them (`p.requires_grad_(False)` before the Trainer is made), or allow "
+            f"it with `strategy={type(self).__name__}(find_unused_parameters=True)`."
+        )
 
 
 def joint_norm(grads: list[Tensor]) -> Tensor:

@@ -27,8 +27,6 @@ class Agreement:
     """Carries requests to all ranks: in the lane during a step, in a verb between steps.
 
     Only counts travel in the lane. Reasons are gathered as text once somebody asked.
-
-    Ranks: all; local where a method does not say otherwise.
     """
 
     request: Request

@@ -13,13 +13,7 @@ FLAT_UP_TO_BYTES = 25 * 2**20
 
 
 def choose(strategy: str | Strategy, model: nn.Module) -> Strategy:
-    """Returns the strategy of that name; for ``"auto"``, the one that is quicker for the model.
-
-    Raises:
-        ConfigError: there is none of that name.
-
-    Ranks: all, local; equal on all ranks, as their models are.
-    """
+    """Returns the strategy of that name; for ``"auto"``, the one that is quicker for the model."""
     if isinstance(strategy, Strategy):
         return strategy
     if strategy == "auto":
