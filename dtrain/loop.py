@@ -21,11 +21,6 @@ from dtrain.plan import ALL_EPOCHS, MAX_STEPS, Plan
 from dtrain.sinks import History
 from dtrain.step import Agreed, Engine, Factor, StepResult
 
-_EPOCH_START = Phase("the start of an epoch", slow=True)
-_EPOCH_END = Phase("the end of an epoch", slow=True)
-_SETTLING = Phase("settling requests", slow=True)
-_FIT_END = Phase("the end of fit", slow=True)
-
 
 @dataclass
 class Loop:
@@ -46,7 +41,7 @@ class Loop:
     stop_reason: str = ""
     preempted: bool = False
     failed_together: bool = False  # all ranks raise in the same step, of which nothing was applied
-    epoch_evaluated: bool = False  # it was saved then, and a resumed run still owes `on_epoch_end`
+    epoch_evaluated: bool = False  # over, but for `on_epoch_end`, which a resumed run still owes
     epoch_is_cut: bool = False  # by the end of a rank's stream (`when_uneven="stop"`)
 
     def __post_init__(self) -> None:
@@ -105,7 +100,7 @@ class Loop:
         if self.checkpoint is not None or self.preempted:
             self._save_last()
         self._log(final=True)
-        with self.engine.together(_FIT_END):
+        with self.engine.together(Phase("the end of fit", slow=True)):
             self.hooks.fire(Callback.on_fit_end, self.context)
 
     def _finished(self) -> bool:
@@ -118,7 +113,7 @@ class Loop:
     def _run_epoch(self) -> None:
         progress, context = self.context.progress, self.context
         if not self.epoch_evaluated:
-            with self.engine.together(_EPOCH_START):
+            with self.engine.together(Phase("the start of an epoch", slow=True)):
                 self.hooks.fire(Callback.on_epoch_start, context)
                 self.engine.strategy.refresh()  # a callback may have frozen something
             # Resumed from a checkpoint of an epoch's last step, there is none left to take.
@@ -149,7 +144,7 @@ class Loop:
             due = self.checkpoint is not None and self.checkpoint.due_after_epoch(progress)
             if due or self._save_asked:
                 self._save_once()
-        with self.engine.together(_EPOCH_END):
+        with self.engine.together(Phase("the end of an epoch", slow=True)):
             self.hooks.fire(Callback.on_epoch_end, context)
         self._settle()
         self.epoch_evaluated = self.epoch_is_cut = False
@@ -158,7 +153,6 @@ class Loop:
 
     def _after_step(self) -> None:
         progress = self.context.progress
-        at_end = progress.step_in_epoch == self.feed.steps_per_epoch
         if progress.step % self.plan.log_every == 0:
             self._log()
         every = self.plan.eval_every
@@ -166,7 +160,7 @@ class Loop:
             self._log()
             self._settle()
             self._evaluate()
-        if at_end:
+        if progress.step_in_epoch == self.feed.steps_per_epoch:
             return  # saved after the epoch's evaluation
         if (self.checkpoint and self.checkpoint.due_after_step(progress)) or self._save_asked:
             self._settle()
@@ -186,7 +180,7 @@ class Loop:
             waits = not (self.runs_ahead and progress.updates)
             factor, closed, undone = result.gate(waits=waits)
             if not undone:
-                self._update(step, result, factor, closed)
+                result.settle(self._update(step, factor, closed))
                 progress.step += 1
                 progress.step_in_epoch += 1
                 if not waits:
@@ -208,10 +202,8 @@ class Loop:
         step.result = result = StepResult(strategy, context.progress)
         return result
 
-    def _update(
-        self, step: Step, result: StepResult, factor: Factor, closed: bool | Tensor
-    ) -> None:
-        """Updates the parameters by the gradient of the global mean, unless that is closed."""
+    def _update(self, step: Step, factor: Factor, closed: bool | Tensor) -> bool | Tensor:
+        """Updates the parameters by the gradient of the global mean; returns whether it was not."""
         engine, context, optimizer = self.engine, self.context, self.context.optimizer
         context.comm.activity.enter(UPDATE)
         factor = engine.precision.unscale(optimizer, factor)
@@ -221,8 +213,8 @@ class Loop:
         if step.vetoed:
             engine.precision.skip()
             context.log("vetoed", 1 / engine.world.size, "sum")
-        else:
-            result.settle(engine.precision.step(optimizer, closed))
+            return True
+        return engine.precision.step(optimizer, closed)
 
     def _finish(self) -> bool:
         """Looks what became of the steps in flight; returns False where one was left undone.
@@ -268,7 +260,7 @@ class Loop:
         self._finish()
         if not final:
             self._retry_failed_save()
-        if not (final or self.engine.has_figures):
+        if not (final or self.engine.counted):
             return
         with self.engine.together(METRICS):
             self.history.check()
@@ -332,7 +324,7 @@ class Loop:
     def _settle(self) -> None:
         """Agrees on what was requested since the last backward."""
         self._finish()
-        with self.engine.together(_SETTLING):
+        with self.engine.together(Phase("settling requests", slow=True)):
             self._heed(self.engine.agreement.settle())
 
     def _heed(self, agreed: Agreed) -> None:

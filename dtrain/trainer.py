@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +104,17 @@ class Trainer:
             self._watchdog = Watchdog(world, hang_after_s)
             check_names(callbacks)
             self.hooks = Hooks(callbacks, world.comm.activity)
-            precision = the_only(PrecisionSlot, callbacks)  # type: ignore[type-abstract]
-            self.precision = (
-                Precision() if precision is None else precision.make_precision(world.device.type)
-            )
+            slot = the_only(PrecisionSlot, callbacks)  # type: ignore[type-abstract]
+            kind = world.device.type
+            self.precision = Precision() if slot is None else slot.make_precision(kind)
             self._accumulation = the_only(AccumulationSlot, callbacks)  # type: ignore[type-abstract]
             self._checkpoint = the_only(CheckpointSlot, callbacks)  # type: ignore[type-abstract]
             if self._checkpoint is not None and run_dir is None:
                 raise ConfigError("checkpoints need a place: pass Trainer(run_dir='runs/...')")
             strategy = choose(strategy, model)
             strategy.check(accumulates=self._accumulation is not None)
-            self.model, self.optimizer, self._outbox.notes = take_model(
-                model, optimizer, strategy, world
-            )
+            taken = take_model(model, optimizer, strategy, world)
+            self.model, self.optimizer, self._outbox.notes = taken
             eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn)
             self.context = Context(
                 model=self.model,
@@ -200,20 +197,19 @@ class Trainer:
 
         Ranks: all, communicates. Where a rank hangs, the process ends (docs/hangs.md).
         """
-        plan = partial(Plan, epochs, max_steps, eval_every, log_every, eval_first)
+
+        def take() -> tuple[Plan, Data]:
+            plan = Plan(epochs, max_steps, eval_every, log_every, eval_first)
+            return plan, Data.of(train, batch_size, shuffle=True)
+
         try:
             with self._watchdog:
-                return self._fit(plan, train, batch_size, eval_set, resume)
+                return self._fit(take, eval_set, resume)
         finally:
             self._files.release()
 
     def _fit(
-        self,
-        make_plan: Callable[[], Plan],
-        train: Any,
-        batch_size: int | None,
-        eval_set: Any,
-        resume: ResumeMode,
+        self, take: Callable[[], tuple[Plan, Data]], eval_set: Any, resume: ResumeMode
     ) -> FitResult:
         loop: Loop | None = None
         comm = self.world.comm
@@ -222,19 +218,18 @@ class Trainer:
         try:
             with Signals(preempt), Deadline(preempt, active=self.world.is_main):
                 with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
-                    plan, data = make_plan(), Data.of(train, batch_size, shuffle=True)
+                    plan, data = take()
                     loop = self._assemble(plan, data, self._eval_feeds(eval_set, data.batch_size))
                     self._begin(loop, data, dispatcher, resume)
                 loop.run()
                 with comm.lockstep("the end of fit"):
-                    reason = loop.stop_reason
                     state = "preempted" if loop.preempted else "finished"
-                    loop.history.report("end", {}, describe_end(state, self.context, reason))
+                    words = describe_end(state, self.context, loop.stop_reason)
+                    loop.history.report("end", {}, words)
                     comm.on_main("close sinks", dispatcher.finish)
-                    self._files.finish(reason, preempted=loop.preempted)
+                    self._files.finish(loop.stop_reason, preempted=loop.preempted)
         except BaseException as error:
-            cause = self._explain(error)
-            self._fail(loop, error, cause)
+            cause = self._fail(loop, error)
             dispatcher.close()
             self.world.tell_launcher(cause or error)
             if cause is not None:
@@ -370,13 +365,16 @@ class Trainer:
         loop.history.report("start", {}, words, config=self._run_state.config)
 
     def _seed_rank(self) -> None:
-        """Gives this rank its own streams; a later start of the run draws fresh ones."""
+        # Its own streams; a later start of the run draws fresh ones.
         seed_everything(self._seed, _RANK_STREAM, self.world.rank, self.context.progress.step)
 
     # -- failures -------------------------------------------------------------------------------
 
-    def _explain(self, error: BaseException) -> BaseException | None:
-        """Returns the other rank's failure that ``error`` comes from; else leaves it for others."""
+    def _fail(self, loop: Loop | None, error: BaseException) -> BaseException | None:
+        """What a rank does on its own before ``fit`` raises: no other rank is waited for.
+
+        Returns the other rank's failure that ``error`` comes from; else leaves it for others.
+        """
         comm = self.world.comm
         phase = comm.activity.phase.name
         cause: BaseException | None = self._watchdog.explain(error)
@@ -384,10 +382,6 @@ class Trainer:
             cause = comm.explain(error)
         if cause is None:
             comm.record(error, self.hooks.failed_in or phase)
-        return cause
-
-    def _fail(self, loop: Loop | None, error: BaseException, cause: BaseException | None) -> None:
-        """What a rank does on its own before ``fit`` raises: no other rank is waited for."""
         for callback in self.hooks.callbacks:
             try:
                 callback.on_error(self.context, error)
@@ -396,16 +390,13 @@ class Trainer:
         # A further fit must not take up what was asked or logged in this one.
         self._engine.agreement.drop()
         self._outbox.logged.clear()
-        if loop is None or not self._live:
-            return
-        if loop.failed_together:
-            self._files.save_emergency(
-                loop.state_dict,
-                loop.data_state,
-                failed_here=self._engine.micro_step.trouble is not None,
-                error=error,
-            )
-        self._files.fail(error, cause)
+        if loop is not None and self._live:
+            if loop.failed_together:
+                here = self._engine.micro_step.trouble is not None
+                state, data = loop.state_dict, loop.data_state
+                self._files.save_emergency(state, data, failed_here=here, error=error)
+            self._files.fail(error, cause)
+        return cause
 
 
 def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:

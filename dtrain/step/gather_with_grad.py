@@ -98,7 +98,13 @@ class Gathers:
             done = [one for one in everyones if isinstance(one, Done)]
             if len(done) == self.size:
                 break
-            self._serve(everyones)
+            try:
+                first = _check(everyones)
+            except RankMismatch:
+                continue  # raised where it was called; those ranks come here next
+            nothing = first.rows.new_zeros((0, *first.rows.shape[1:]))
+            with torch.set_grad_enabled(first.enabled):
+                self._join(everyones, nothing)
         self._calls = 0
         if self._used is None and any(one.completed or one.gathered for one in done):
             self._used = any(one.gathered for one in done)
@@ -112,15 +118,6 @@ class Gathers:
     def _announce(self, mine: Rows | Done) -> list[Rows | Done]:
         everyones: list[Rows | Done] = self.comm.gather_objects("gathers of a loss function", mine)
         return everyones
-
-    def _serve(self, everyones: list[Rows | Done]) -> None:
-        try:
-            first = _check(everyones)
-        except RankMismatch:
-            return  # raised where it was called; those ranks come here next
-        nothing = first.rows.new_zeros((0, *first.rows.shape[1:]))
-        with torch.set_grad_enabled(first.enabled):
-            self._join(everyones, nothing)
 
     def _join(self, everyones: list[Rows | Done], mine: Tensor) -> Tensor:
         gathering = [one for one in everyones if isinstance(one, Rows)]

@@ -107,9 +107,7 @@ class Lane:
     large as in one process, and overflows with the same scale.
     """
 
-    def __init__(
-        self, model: nn.Module, *, rank: int, size: int, shares: int | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, rank: int, size: int, shares: int | None = None) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
         device = parameters[0].device if parameters else torch.device("cpu")
         double = any(p.dtype == torch.float64 for p in parameters)
@@ -137,9 +135,8 @@ class Lane:
     def expect(self, weight: float) -> None:
         """Sets the reference weight from what a step is expected to weigh, over all ranks.
 
-        Weights are divided by it before they touch the loss: in float16, a sum over 65,536
-        tokens would leave no room for the loss scale. Where each rank then weighs 1, nothing
-        is multiplied and nothing rounded. Equal on all ranks, because ``weight`` is.
+        Weights are divided by it before they touch the loss: in float16, a sum over 65,536 tokens
+        would leave no room for the loss scale. Where each rank then weighs 1, nothing is rounded.
         """
         if weight > 0 and math.isfinite(weight):
             self.expected = float(weight)
@@ -148,8 +145,7 @@ class Lane:
     def observe(self, verdict: Verdict) -> None:
         """Moves the reference weight where steps weigh 4 times as much as expected, or as little.
 
-        (Tokens, say, for samples.) A ragged last batch must not move it: the next step's gradients
-        would need another factor.
+        (Tokens, say, for samples.) Not for a ragged last batch: the next step would need a factor.
         """
         if verdict.weight > 0 and not 0.25 <= verdict.weight / self.expected <= 4:
             self.expect(verdict.weight)
@@ -198,10 +194,7 @@ class Lane:
         return self._voice
 
     def backward(self, voice: Tensor, *terms: Tensor) -> None:
-        """Runs the step's last backward, in which the lane's gradient is what was said.
-
-        Ranks: all; communicates where the terms, each one number, come out of DDP.
-        """
+        """Runs the last backward, in which DDP reduces; the lane's gradient is what was said."""
         torch.autograd.backward((voice, *terms), (self.message(), *(None for _ in terms)))
 
     def message(self) -> Tensor:
@@ -223,10 +216,8 @@ class Lane:
         """Returns what all ranks said, after the last backward; on CUDA it is still on its way.
 
         Where :meth:`message` did not come with the gradients, ``reduced`` is its mean over ranks.
-        Raises LaneSilent if no gradient reached the lane.
         """
-        # DDP leaves the mean over ranks.
-        mean = self.param.grad if reduced is None else reduced
+        mean = self.param.grad if reduced is None else reduced  # DDP leaves the mean, too
         if mean is None:
             raise LaneSilent("no gradient reached the lane")
         values = mean.tolist() if self._on_device is None else Arriving(mean)

@@ -32,10 +32,7 @@ LossFn = Callable[[nn.Module, Any, Context], Loss | Tensor]
 
 @dataclass(eq=False, repr=False)
 class MicroStep(nn.Module):
-    """The module that DDP wraps: the user's model, the loss function and the lane.
-
-    Ranks: all, local; DDP's reduction follows in backward.
-    """
+    """The module that DDP wraps: the user's model, the loss function and the lane."""
 
     context: Context
     loss_fn: LossFn  # already brought to three arguments by `adapt`
@@ -48,7 +45,6 @@ class MicroStep(nn.Module):
     clock: StragglerClock  # told how long this rank waits for data
     find_unused: bool  # the reduction looks for unused parameters itself
     may_idle: bool  # False where ranks wait for one another inside of the model
-
     trouble: tuple[Exception, str] | None = None  # and where; until all ranks learn of it
     weighed: bool = False  # the reference weight is that of real batches, not a guess
     has_loss: bool = False  # this rank had a loss in this micro-batch
@@ -63,7 +59,6 @@ class MicroStep(nn.Module):
         self._sparse: list[Tensor] = []
 
     def restart(self, weight: float) -> None:
-        """Begins a fit; see :meth:`Engine.restart`."""
         self.trouble = None  # of an earlier fit, if that failed
         self.lane.restart(weight)
         self.weighed = not self.precision.scales_loss
@@ -214,9 +209,8 @@ class MicroStep(nn.Module):
         assert weight is not None
         if isinstance(weight, Tensor) and weight.device.type == "cpu":
             if weight.numel() != 1:
-                raise LossError(
-                    f"the loss has a weight of shape {list(weight.shape)}, not one number"
-                )
+                shape = list(weight.shape)
+                raise LossError(f"the loss has a weight of shape {shape}, not one number")
             loss.weight = weight = float(weight)  # no sync: it is here already
         if not isinstance(weight, Tensor):
             if not 0 <= weight < float("inf"):

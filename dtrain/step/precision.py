@@ -11,10 +11,7 @@ Factor = float | Tensor
 
 
 class Precision:
-    """Full precision: nothing is cast, nothing is scaled. Other precisions override.
-
-    Ranks: all, local. Gradients are already reduced when they are unscaled, so ranks agree.
-    """
+    """Full precision: nothing is cast, nothing is scaled. Other precisions override."""
 
     name = "full precision"
     scales_loss = False
@@ -28,7 +25,7 @@ class Precision:
         return loss
 
     def unscale(self, optimizer: Optimizer, factor: Factor) -> Factor:
-        """Divides the optimizer's gradients by the loss scale; once a step, after the reduction.
+        """Divides gradients by the loss scale, once a step: reduced ones, so that ranks agree.
 
         Returns the factor that is left to be applied: 1 where unscaling took it in.
         """
@@ -76,8 +73,7 @@ class Autocast(Precision):
 class ScaledAutocast(Autocast):
     """Autocast with a dynamic loss scale, for float16, whose gradients would underflow.
 
-    The scale is doubled after ``growth_interval`` steps without overflow and halved after
-    one; see Micikevicius et al., "Mixed Precision Training", ICLR 2018.
+    See Micikevicius et al., "Mixed Precision Training", ICLR 2018.
     """
 
     scales_loss = True

@@ -1,4 +1,4 @@
-"""The strategy seam: how gradients of different ranks meet."""
+"""The strategy seam: how gradients of different ranks meet, and what comes of a step."""
 
 from abc import ABC, abstractmethod
 from types import MethodType
@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.context import Step
+from dtrain.context import Progress, Step
 from dtrain.data import MicroBatches
 from dtrain.distributed import World, digest_of
 from dtrain.errors import RankMismatch, UnusedParameters
-from dtrain.step.lane import Heard
+from dtrain.step.lane import Arriving, Heard, LaneSilent, Verdict
 from dtrain.step.micro_step import MicroStep
+from dtrain.step.precision import Factor
 
 
 class Strategy(ABC):
@@ -39,10 +40,7 @@ class Strategy(ABC):
         return ""
 
     def make_equal(self, model: nn.Module, world: World) -> bool:
-        """Gives all ranks rank 0's parameters and buffers; returns whether any differed here.
-
-        Ranks: all, communicates.
-        """
+        """Gives all ranks rank 0's tensors; says if any differed here. Ranks: all, communicates."""
         if world.size == 1:
             return False
         differed = False
@@ -56,10 +54,7 @@ class Strategy(ABC):
         return differed
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
-        """Takes what is to be run in each micro-step.
-
-        Ranks: all, communicates.
-        """
+        """Takes what is to be run in each micro-step. Ranks: all, communicates."""
         self._micro_step = micro_step
         self._world = world
         self._activity = world.comm.activity
@@ -68,9 +63,8 @@ class Strategy(ABC):
     def refresh(self) -> None:
         """Wraps anew where parameters were frozen or unfrozen: what is reduced is of the others.
 
-        Raises ConfigError if all are frozen, RankMismatch if ranks froze different ones.
-
-        Ranks: all, communicates.
+        Raises ConfigError if all are frozen, RankMismatch if ranks froze different ones. Ranks:
+        all, communicates.
         """
         trainable = self._micro_step.take_trainable()
         comm = self._world.comm
@@ -99,17 +93,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
-        """Runs forward and backward; gradients are reduced in the last micro-batch.
-
-        Ranks: all; communicates where ``last``.
-        """
+        """Runs forward and backward; reduces gradients in the last. Ranks: all, communicates."""
 
     @abstractmethod
     def heard(self) -> Heard:
-        """Returns what all ranks said in the step, after its last micro-batch.
-
-        Raises UnusedParameters, as :meth:`check_arrived` does.
-        """
+        """Returns what all ranks said, after the last micro-batch; may raise UnusedParameters."""
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """Returns tensors that hold all gradients of the optimizer, and otherwise zeros only.
@@ -137,6 +125,72 @@ class Strategy(ABC):
             "loss, freeze them (`p.requires_grad_(False)` before the Trainer is made), or allow "
             f"it with `strategy={type(self).__name__}(find_unused_parameters=True)`."
         )
+
+
+class StepResult:
+    """The result of a step, whose last micro-batch has just run. On CUDA, who asks may wait for it.
+
+    Whoever asks first may get UnusedParameters, with those whose gradients never arrived.
+    """
+
+    def __init__(self, strategy: Strategy, progress: Progress) -> None:
+        self._strategy = strategy
+        self._progress = progress  # counts the update, once it is known whether it was applied
+        self._heard = strategy.heard()
+        #: Whether the update was held back; on CUDA that may still be on its way.
+        self._blocked: bool | Arriving = True
+
+    def gate(self, *, waits: bool) -> tuple[Factor, bool | Tensor, bool]:
+        """Returns what gradients must be multiplied by, and whether parameters must stay as they are.
+
+        Numbers where it ``waits``, else tensors on the device. And whether the step does not count
+        at all, which is False where that is not known yet.
+        """
+        if waits:
+            verdict = self.verdict()
+            return verdict.factor, not verdict.weight > 0, verdict.undone
+        self._strategy.check_arrived()
+        return self._heard.factor(), self._heard.veto(), False
+
+    def verdict(self) -> Verdict:
+        """Returns what all ranks said."""
+        try:
+            return self._heard.verdict()
+        except LaneSilent as silent:
+            raise self._strategy.unused() from silent
+
+    # What hooks see of it; see :class:`dtrain.context.Step`.
+
+    @property
+    def loss_mean(self) -> float:
+        return self.verdict().loss_mean
+
+    @property
+    def weight(self) -> float:
+        return self.verdict().weight
+
+    @property
+    def nonfinite(self) -> int:
+        return self.verdict().nonfinite
+
+    @property
+    def applied(self) -> bool:
+        self.arrive()
+        return not self._blocked
+
+    def settle(self, blocked: bool | Tensor) -> None:
+        """Says whether the update was held back, and counts it as soon as that is known.
+
+        So whoever asks whether a step was applied finds it counted in ``progress.updates``.
+        """
+        self._blocked = Arriving(blocked.reshape(1)) if isinstance(blocked, Tensor) else blocked
+        if blocked is False:
+            self._progress.updates += 1
+
+    def arrive(self) -> None:
+        """Waits until it is known whether the update was held back."""
+        if isinstance(self._blocked, Arriving):
+            self.settle(self._blocked.get()[0] > 0)
 
 
 def joint_norm(grads: list[Tensor]) -> Tensor:

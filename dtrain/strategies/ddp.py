@@ -99,7 +99,6 @@ class DDP(Strategy):
             release = WeakMethod(self._release)
             world.at_close(lambda: (method := release()) and method())
         self._release()
-        options: dict[str, Any] = {_SYNC_BUFFERS: False}
         self._ddp = ddp = world.gradients.data_parallel(
             micro_step,
             bucket_cap_mb=self._bucket_cap_mb,
@@ -107,7 +106,7 @@ class DDP(Strategy):
             gradient_as_bucket_view=True,
             static_graph=self._static_graph,
             init_sync=False,  # the Trainer has made models equal, and said so
-            **options,
+            **{_SYNC_BUFFERS: False},
         )
         if self._comm_hook is not None:
             ddp.register_comm_hook(*self._comm_hook)

@@ -15,6 +15,11 @@ from dtrain.data import MicroBatches
 from dtrain.distributed import BACKWARD, OWN_BACKWARD, World
 from dtrain.errors import ConfigError
 from dtrain.step import Heard, MicroStep, Strategy
+from dtrain.strategies.ddp import DDP
+
+#: The size of one of DDP's buckets: below, it has nothing to overlap with backward. Where gradients
+#: are larger, it may; on one rank, flat is quicker (docs/numbers.md).
+FLAT_UP_TO_BYTES = 25 * 2**20
 
 
 class Flat(Strategy):
@@ -208,6 +213,21 @@ def unsuited(model: nn.Module) -> str:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             return f"gradients of {name or 'it'} are sparse"
     devices = {p.device for p in model.parameters() if p.requires_grad}
-    if len(devices) > 1:
-        return "it is spread over several devices"
-    return ""
+    return "it is spread over several devices" if len(devices) > 1 else ""
+
+
+def choose(strategy: str | Strategy, model: nn.Module) -> Strategy:
+    """Returns the strategy of that name; for ``"auto"``, the one that is quicker for the model."""
+    if isinstance(strategy, Strategy):
+        return strategy
+    if strategy == "auto":
+        size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        return Flat() if size <= FLAT_UP_TO_BYTES and not unsuited(model) else DDP()
+    if strategy == "flat":
+        return Flat()
+    if strategy == "ddp":
+        return DDP()
+    raise ConfigError(
+        f"strategy={strategy!r}: choose 'auto', 'flat' or 'ddp', or pass a "
+        "dtrain.strategies.Strategy"
+    )
