@@ -141,7 +141,7 @@ class StepResult:
         self._blocked: bool | Arriving = True
 
     def gate(self, *, waits: bool) -> tuple[Factor, bool | Tensor, bool]:
-        """Returns what gradients must be multiplied by, and whether parameters must stay as they are.
+        """Returns what gradients must be multiplied by, and whether parameters must stay the same.
 
         Numbers where it ``waits``, else tensors on the device. And whether the step does not count
         at all, which is False where that is not known yet.
