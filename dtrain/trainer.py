@@ -133,14 +133,14 @@ class Trainer:
             self.context, self.precision, self.hooks.callbacks, world, settings, self._checkpoint
         )
         self._engine = Engine(
-            self.context,
-            self._outbox,
-            world,
-            loss_fn,
-            eval_fn,
-            self.precision,
-            strategy,
-            self.hooks,
+            context=self.context,
+            outbox=self._outbox,
+            world=world,
+            loss_fn=loss_fn,
+            eval_fn=eval_fn,
+            precision=self.precision,
+            strategy=strategy,
+            hooks=self.hooks,
         )
         # Weakly: a model must not wait for the garbage collector to be freed.
         self.context._engine = weakref.ref(self._engine)

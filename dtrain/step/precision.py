@@ -73,7 +73,8 @@ class Autocast(Precision):
 class ScaledAutocast(Autocast):
     """Autocast with a dynamic loss scale, for float16, whose gradients would underflow.
 
-    See Micikevicius et al., "Mixed Precision Training", ICLR 2018.
+    The scale is doubled after ``growth_interval`` steps without overflow and halved after
+    one; see Micikevicius et al., "Mixed Precision Training", ICLR 2018.
     """
 
     scales_loss = True
