@@ -5,51 +5,47 @@ that is what keeps them together.
 """
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.checkpoint import CheckpointSlot, RunFiles
-from dtrain.context import Context, Step
+from dtrain.context import Step
 from dtrain.data import Feed, MicroBatches
-from dtrain.distributed import ARRIVAL, EVALUATION, METRICS, SAVING, UPDATE
+from dtrain.distributed import ARRIVAL, EVALUATION, METRICS, SAVING, UPDATE, Phase
 from dtrain.errors import DataError, RemoteError
 from dtrain.plan import ALL_EPOCHS, MAX_STEPS, Plan
 from dtrain.sinks import History
-from dtrain.step import EPOCH_END, EPOCH_START, FIT_END, SETTLING, Agreed, Engine, Gate, StepResult
+from dtrain.step import Agreed, Engine, Factor, StepResult
 
 
 @dataclass
 class Loop:
-    """Runs a plan. The Trainer assembles it; each part is explained where it is made."""
+    """Runs a plan. The Trainer assembles it; each part is explained where it is made.
+
+    Ranks: all, communicates.
+    """
 
     plan: Plan
     feed: Feed
-    context: Context
+    evals: dict[str, Feed]  # by the prefix of their metrics
     engine: Engine
-    history: History
-    world_size: int
-    evaluate: Callable[[], dict[str, float]]
+    history: History = field(init=False)
     files: RunFiles
     checkpoint: CheckpointSlot | None
-    #: False where a trial of the script wants no checkpoints.
-    saves: bool = True
-    #: Steps are not waited for: what became of one is looked at in the next (CUDA).
-    runs_ahead: bool = False
+    saves: bool  # False where a trial of the script wants no checkpoints
+    runs_ahead: bool  # steps are not waited for: what became of one is looked at in the next (CUDA)
     stop_reason: str = ""
     preempted: bool = False
-    #: All ranks raise in the same step, of which nothing was applied.
-    failed_together: bool = False
-    #: The end of an epoch that was saved, but whose `on_epoch_end` a resumed run still owes.
-    epoch_evaluated: bool = False
-    #: A rank's stream has ended, and with it the epoch (`when_uneven="stop"`).
-    epoch_is_cut: bool = False
+    failed_together: bool = False  # all ranks raise in the same step, of which nothing was applied
+    epoch_evaluated: bool = False  # over, but for `on_epoch_end`, which a resumed run still owes
+    epoch_is_cut: bool = False  # by the end of a rank's stream (`when_uneven="stop"`)
 
     def __post_init__(self) -> None:
-        self.hooks, self.phases = self.engine.hooks, self.engine.phases
+        self.context, self.hooks = self.engine.context, self.engine.hooks
         self._saved_at = self._evaluated_at = -1
         #: Steps taken of which nobody has looked yet what became of them, and whether all ranks
         #: had waited for it before the update.
@@ -64,7 +60,7 @@ class Loop:
             "epoch_is_cut": self.epoch_is_cut,
             "weight": self.engine.lane.expected if self.engine.micro_step.weighed else 0.0,
             "stop_reason": "" if self.preempted else self.stop_reason,
-            "ranks": self.world_size,
+            "ranks": self.engine.world.size,
         }
 
     def data_state(self) -> dict[str, Any] | None:
@@ -73,14 +69,9 @@ class Loop:
         return self.feed.state_dict(progress.epoch, progress.step_in_epoch)
 
     def load_state_dict(self, state: dict[str, Any], data: dict[str, Any] | None) -> None:
-        """Takes up what both returned; the progress is restored already.
-
-        Raises:
-            ResumeError: the data cannot be gone on with at this number of ranks.
-        """
+        """Takes up what both returned; the progress is restored already."""
         progress = self.context.progress
-        self.epoch_evaluated = epoch_evaluated = state["epoch_evaluated"]
-        self.epoch_is_cut = state["epoch_is_cut"]
+        self.epoch_evaluated, self.epoch_is_cut = state["epoch_evaluated"], state["epoch_is_cut"]
         if state["weight"]:
             self.engine.lane.expect(state["weight"])
             self.engine.micro_step.weighed = True
@@ -88,21 +79,17 @@ class Loop:
         reason = state["stop_reason"]
         self.stop_reason = "" if reason in (ALL_EPOCHS, MAX_STEPS) else reason
         self._saved_at = progress.step
-        if epoch_evaluated:
+        if self.epoch_evaluated:
             self._evaluated_at = progress.step
-        at_end = epoch_evaluated or self.epoch_is_cut
+        at_end = self.epoch_evaluated or self.epoch_is_cut
         epoch, step = progress.epoch + at_end, 0 if at_end else progress.step_in_epoch
-        lost = self.feed.load_state_dict(data, ranks=state["ranks"], epoch=epoch, step=step)
-        if lost:
+        if lost := self.feed.load_state_dict(data, ranks=state["ranks"], epoch=epoch, step=step):
             self.context.say(lost)
 
     # -- fit --------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Trains until the plan is fulfilled or a stop is agreed.
-
-        Ranks: all, communicates.
-        """
+        """Trains until the plan is fulfilled or a stop is agreed."""
         progress = self.context.progress
         if self.plan.eval_first and not progress.step and self.plan.eval_every:
             self._evaluate()
@@ -113,7 +100,7 @@ class Loop:
         if self.checkpoint is not None or self.preempted:
             self._save_last()
         self._log(final=True)
-        with self.phases.together(FIT_END):
+        with self.engine.together(Phase("the end of fit", slow=True)):
             self.hooks.fire(Callback.on_fit_end, self.context)
 
     def _finished(self) -> bool:
@@ -126,14 +113,12 @@ class Loop:
     def _run_epoch(self) -> None:
         progress, context = self.context.progress, self.context
         if not self.epoch_evaluated:
-            with self.phases.together(EPOCH_START):
+            with self.engine.together(Phase("the start of an epoch", slow=True)):
                 self.hooks.fire(Callback.on_epoch_start, context)
                 self.engine.strategy.refresh()  # a callback may have frozen something
             # Resumed from a checkpoint of an epoch's last step, there is none left to take.
-            left = (
-                () if self.epoch_is_cut else self.feed.epoch(progress.epoch, progress.step_in_epoch)
-            )
-            for step_feed in left:
+            left = self.feed.epoch(progress.epoch, progress.step_in_epoch)
+            for step_feed in () if self.epoch_is_cut else left:
                 done = self._step(step_feed)
                 if done:
                     self._after_step()
@@ -159,7 +144,7 @@ class Loop:
             due = self.checkpoint is not None and self.checkpoint.due_after_epoch(progress)
             if due or self._save_asked:
                 self._save_once()
-        with self.phases.together(EPOCH_END):
+        with self.engine.together(Phase("the end of an epoch", slow=True)):
             self.hooks.fire(Callback.on_epoch_end, context)
         self._settle()
         self.epoch_evaluated = self.epoch_is_cut = False
@@ -168,7 +153,6 @@ class Loop:
 
     def _after_step(self) -> None:
         progress = self.context.progress
-        at_end = progress.step_in_epoch == self.feed.steps_per_epoch
         if progress.step % self.plan.log_every == 0:
             self._log()
         every = self.plan.eval_every
@@ -176,7 +160,7 @@ class Loop:
             self._log()
             self._settle()
             self._evaluate()
-        if at_end:
+        if progress.step_in_epoch == self.feed.steps_per_epoch:
             return  # saved after the epoch's evaluation
         if (self.checkpoint and self.checkpoint.due_after_step(progress)) or self._save_asked:
             self._settle()
@@ -187,16 +171,16 @@ class Loop:
     def _step(self, feed: MicroBatches) -> bool:
         """Takes one global step; returns False where a step had to be left undone."""
         context, progress = self.context, self.context.progress
-        with self.phases.in_step(progress.step):
+        with self.engine.in_step(progress.step):
             step = Step(number=progress.step, micros=feed.micros)
             result = self._accumulate(step, feed)
             if not self._finish():  # what is in flight: by now it has arrived
                 return False
             # Fused SGD has no momentum that it could leave alone before its first update.
             waits = not (self.runs_ahead and progress.updates)
-            gate = result.gate(waits=waits)
-            if not gate.undone:
-                self._update(step, result, gate)
+            factor, closed, undone = result.gate(waits=waits)
+            if not undone:
+                result.settle(self._update(step, factor, closed))
                 progress.step += 1
                 progress.step_in_epoch += 1
                 if not waits:
@@ -206,29 +190,31 @@ class Loop:
 
     def _accumulate(self, step: Step, feed: MicroBatches) -> StepResult:
         """Runs the micro-batches and reduces their gradients; nothing is read."""
-        self.hooks.fire(Callback.on_step_start, self.context, step)
-        self.engine.strategy.clear(self.engine.optimizer)
-        self.engine.lane.open()
+        engine, context, strategy = self.engine, self.context, self.engine.strategy
+        self.hooks.fire(Callback.on_step_start, context, step)
+        strategy.clear(context.optimizer)
+        engine.lane.open()
         for micro in range(feed.micros):
             step.micro = micro
-            self.engine.strategy.run(step, feed, last=micro == feed.micros - 1)
-        self.engine.clock.reduced()
-        self.context.comm.activity.enter(ARRIVAL)
-        step.result = result = StepResult(self.engine.strategy, self.context.progress)
+            strategy.run(step, feed, last=micro == feed.micros - 1)
+        engine.clock.reduced()
+        context.comm.activity.enter(ARRIVAL)
+        step.result = result = StepResult(strategy, context.progress)
         return result
 
-    def _update(self, step: Step, result: StepResult, gate: Gate) -> None:
-        """Updates the parameters by the gradient of the global mean, as far as it may be."""
-        self.context.comm.activity.enter(UPDATE)
-        factor = self.engine.precision.unscale(self.engine.optimizer, gate.factor)
+    def _update(self, step: Step, factor: Factor, closed: bool | Tensor) -> bool | Tensor:
+        """Updates the parameters by the gradient of the global mean; returns whether it was not."""
+        engine, context, optimizer = self.engine, self.context, self.context.optimizer
+        context.comm.activity.enter(UPDATE)
+        factor = engine.precision.unscale(optimizer, factor)
         if not (isinstance(factor, float) and factor == 1.0):
-            torch._foreach_mul_(self.engine.strategy.gradients(self.engine.optimizer), factor)
-        self.hooks.fire(Callback.on_grads_ready, self.context, step)
+            torch._foreach_mul_(engine.strategy.gradients(optimizer), factor)
+        self.hooks.fire(Callback.on_grads_ready, context, step)
         if step.vetoed:
-            self.engine.precision.skip()
-            self.context.log("vetoed", 1 / self.world_size, "sum")
-        else:
-            result.settle(self.engine.precision.step(self.engine.optimizer, gate.closed))
+            engine.precision.skip()
+            context.log("vetoed", 1 / engine.world.size, "sum")
+            return True
+        return engine.precision.step(optimizer, closed)
 
     def _finish(self) -> bool:
         """Looks what became of the steps in flight; returns False where one was left undone.
@@ -247,18 +233,19 @@ class Loop:
                 progress.step_in_epoch -= 1
             if verdict.errors:
                 self.failed_together = True
-                self.engine.raise_failures(self.context.comm)
+                error, where = self.engine.micro_step.trouble or (None, "")
+                self.context.comm.raise_failures("failures in a step", error, where)
             if verdict.stop or verdict.save or verdict.preempt:
                 self._heed(self.engine.agreement.carried())
             self.epoch_is_cut = bool(verdict.ending)
             if verdict.undone:
                 return False
             if waited:
-                self.engine.count(step, verdict, self.context)
+                self.engine.count(step, verdict)
                 self.hooks.fire(Callback.on_step_end, self.context, step)
             else:
                 result.arrive()
-                self.engine.count(step, verdict, self.context)
+                self.engine.count(step, verdict)
                 self.hooks.fire_step_end(self.context, step, late=True)
                 self.context.comm.mark_step(progress.step)
         return True
@@ -273,23 +260,21 @@ class Loop:
         self._finish()
         if not final:
             self._retry_failed_save()
-        if not (final or self.engine.figures.are_new):
+        if not (final or self.engine.counted):
             return
-        context = self.context
-        with self.phases.together(METRICS):
+        with self.engine.together(METRICS):
             self.history.check()
-            values = self.engine.figures.agree(context)
+            values = self.engine.agree_figures()
         if values:
-            values |= self.engine.precision.values()
-            context.metrics |= values
+            self.context.metrics |= values
             self.history.report("train", values)
 
     def _evaluate(self) -> None:
         context = self.context
         self._evaluated_at = context.progress.step
-        with self.phases.together(EVALUATION):
+        with self.engine.together(EVALUATION):
             self.hooks.fire(Callback.on_eval_start, context)
-            metrics = self.evaluate()
+            metrics = self.engine.evaluate(self.evals)
             self.hooks.fire(Callback.on_eval_end, context, metrics)
         context.metrics |= metrics
         self.history.report("eval", metrics)
@@ -305,7 +290,7 @@ class Loop:
         if self._saved_at == step:
             return
         self._log()  # sums since the last report are in no checkpoint, so none may be open
-        with self.phases.together(SAVING):
+        with self.engine.together(SAVING):
             self.hooks.fire(Callback.on_save, self.context)
             if self.saves:
                 self.files.save(self.state_dict(), self.data_state())
@@ -339,7 +324,7 @@ class Loop:
     def _settle(self) -> None:
         """Agrees on what was requested since the last backward."""
         self._finish()
-        with self.phases.together(SETTLING):
+        with self.engine.together(Phase("settling requests", slow=True)):
             self._heed(self.engine.agreement.settle())
 
     def _heed(self, agreed: Agreed) -> None:

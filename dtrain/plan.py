@@ -13,22 +13,11 @@ MAX_STEPS = "max_steps reached"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long to train, and what to do on the way; see :meth:`dtrain.Trainer.fit`.
+    """How long to train, and what to do on the way; see :meth:`dtrain.Trainer.fit`."""
 
-    Attributes:
-        epochs: epochs in all, or None for no such limit.
-        max_steps: global steps in all, or None.
-        eval_every: ``"epoch"``, or every so many steps; None never evaluates.
-        log_every: training figures are agreed and reported every so many steps.
-        eval_first: evaluate before the first step, too.
-
-    Raises:
-        ConfigError: one is out of range, or nothing says how long to train.
-    """
-
-    epochs: int | None
+    epochs: int | None  # in all; None for no such limit
     max_steps: int | None
-    eval_every: int | str | None
+    eval_every: int | str | None  # "epoch", or so many steps; None never evaluates
     log_every: int
     eval_first: bool = False
 
@@ -37,12 +26,8 @@ class Plan:
             raise ConfigError(
                 "how long? pass epochs, max_steps, or both (the first reached counts)"
             )
-        counts = {
-            "epochs": self.epochs,
-            "max_steps": self.max_steps,
-            "log_every": self.log_every,
-        }
-        for name, value in counts.items():
+        for name in ("epochs", "max_steps", "log_every"):
+            value = getattr(self, name)
             if not (value is None or _is_count(value)):
                 raise ConfigError(f"{name}={value!r}: must be a whole number of 1 or more")
         every = self.eval_every
@@ -70,17 +55,12 @@ def _is_count(value: object) -> bool:
 
 
 class Recorder:
-    """What a trial of a script changes in a run, and is told of it. This one changes nothing.
+    """What a trial of a script (``dtrain check``, ``dtrain drill``) changes in a run, and is told.
 
-    ``dtrain check`` and ``dtrain drill`` set a Trainer's ``recorder``.
-
-    Attributes:
-        saves: whether checkpoints are made.
-
-    Ranks: all, local.
+    This one changes nothing.
     """
 
-    saves = True
+    saves = True  # whether checkpoints are made
 
     def plan(self, plan: Plan) -> Plan:
         """Returns how long to train; callbacks see the totals of the plan that is given."""

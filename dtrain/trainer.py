@@ -104,19 +104,17 @@ class Trainer:
             self._watchdog = Watchdog(world, hang_after_s)
             check_names(callbacks)
             self.hooks = Hooks(callbacks, world.comm.activity)
-            precision = the_only(PrecisionSlot, callbacks)  # type: ignore[type-abstract]
-            self.precision = (
-                Precision() if precision is None else precision.make_precision(world.device.type)
-            )
+            slot = the_only(PrecisionSlot, callbacks)  # type: ignore[type-abstract]
+            kind = world.device.type
+            self.precision = Precision() if slot is None else slot.make_precision(kind)
             self._accumulation = the_only(AccumulationSlot, callbacks)  # type: ignore[type-abstract]
             self._checkpoint = the_only(CheckpointSlot, callbacks)  # type: ignore[type-abstract]
             if self._checkpoint is not None and run_dir is None:
                 raise ConfigError("checkpoints need a place: pass Trainer(run_dir='runs/...')")
             strategy = choose(strategy, model)
             strategy.check(accumulates=self._accumulation is not None)
-            self.model, self.optimizer, self._outbox.notes = take_model(
-                model, optimizer, strategy, world
-            )
+            taken = take_model(model, optimizer, strategy, world)
+            self.model, self.optimizer, self._outbox.notes = taken
             eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn)
             self.context = Context(
                 model=self.model,
@@ -135,22 +133,19 @@ class Trainer:
             self.context, self.precision, self.hooks.callbacks, world, settings, self._checkpoint
         )
         self._engine = Engine(
-            self.model,
-            self.optimizer,
+            context=self.context,
+            outbox=self._outbox,
+            world=world,
             loss_fn=loss_fn,
             eval_fn=eval_fn,
             precision=self.precision,
             strategy=strategy,
             hooks=self.hooks,
-            context=self.context,
-            outbox=self._outbox,
-            world=world,
         )
         # Weakly: a model must not wait for the garbage collector to be freed.
         self.context._engine = weakref.ref(self._engine)
         self._files = RunFiles(self.context.run_dir, world, self._run_state)
-        #: What a trial of the script changes, and is told; see `dtrain check`.
-        self.recorder = Recorder()
+        self.recorder = Recorder()  # what a trial of the script changes, and is told
         self._live = False  # a fit has begun in this process
 
     # -- the two things a user calls ------------------------------------------------------------
@@ -202,25 +197,19 @@ class Trainer:
 
         Ranks: all, communicates. Where a rank hangs, the process ends (docs/hangs.md).
         """
+
+        def take() -> tuple[Plan, Data]:
+            plan = Plan(epochs, max_steps, eval_every, log_every, eval_first)
+            return plan, Data.of(train, batch_size, shuffle=True)
+
         try:
             with self._watchdog:
-                return self._fit(
-                    train,
-                    batch_size,
-                    resume,
-                    eval_set,
-                    lambda: Plan(epochs, max_steps, eval_every, log_every, eval_first),
-                )
+                return self._fit(take, eval_set, resume)
         finally:
             self._files.release()
 
     def _fit(
-        self,
-        train: Any,
-        batch_size: int | None,
-        resume: ResumeMode,
-        eval_set: Any,
-        make_plan: Callable[[], Plan],
+        self, take: Callable[[], tuple[Plan, Data]], eval_set: Any, resume: ResumeMode
     ) -> FitResult:
         loop: Loop | None = None
         comm = self.world.comm
@@ -229,21 +218,18 @@ class Trainer:
         try:
             with Signals(preempt), Deadline(preempt, active=self.world.is_main):
                 with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
-                    plan = make_plan()
-                    data = Data.of(train, batch_size, shuffle=True)
-                    evals = self._eval_feeds(eval_set, data.batch_size)
-                    loop = self._assemble(plan, data, evals, dispatcher)
+                    plan, data = take()
+                    loop = self._assemble(plan, data, self._eval_feeds(eval_set, data.batch_size))
                     self._begin(loop, data, dispatcher, resume)
                 loop.run()
                 with comm.lockstep("the end of fit"):
-                    reason = loop.stop_reason
                     state = "preempted" if loop.preempted else "finished"
-                    loop.history.report("end", {}, describe_end(state, self.context, reason))
+                    words = describe_end(state, self.context, loop.stop_reason)
+                    loop.history.report("end", {}, words)
                     comm.on_main("close sinks", dispatcher.finish)
-                    self._files.finish(reason, preempted=loop.preempted)
+                    self._files.finish(loop.stop_reason, preempted=loop.preempted)
         except BaseException as error:
-            cause = self._explain(error)
-            self._fail(loop, error, cause)
+            cause = self._fail(loop, error)
             dispatcher.close()
             self.world.tell_launcher(cause or error)
             if cause is not None:
@@ -273,20 +259,9 @@ class Trainer:
         Ranks: all, communicates.
         """
         with self._watchdog, self.world.comm.lockstep("evaluate"):
-            return self._engine.evaluate(self._eval_feeds(data, batch_size), self.context)
+            return self._engine.evaluate(self._eval_feeds(data, batch_size))
 
     # -- assembling -----------------------------------------------------------------------------
-
-    def _feed(self, data: Data) -> Feed:
-        slot = self._accumulation
-        return open_feed(
-            data,
-            self.recorder.samples_of(self.world),
-            self._split,
-            seed=derive_seed(self._seed, _ORDER_STREAM),
-            batches_per_step=slot.batches_per_step() if slot and data.is_stream else 1,
-            copy_state=None if self.context.run_dir is None else copy_state,
-        )
 
     def _split(self, share: int) -> list[int]:
         return [share] if self._accumulation is None else self._accumulation.split(share)
@@ -305,14 +280,28 @@ class Trainer:
             feeds[label] = open_feed(data, self.world, self._split)
         return feeds
 
-    def _assemble(
-        self, plan: Plan, data: Data, evals: dict[str, Feed], dispatcher: Dispatcher
-    ) -> Loop:
-        context, engine = self.context, self._engine
-        feed = self._feed(data)
+    def _assemble(self, plan: Plan, data: Data, evals: dict[str, Feed]) -> Loop:
+        context, engine, slot = self.context, self._engine, self._accumulation
+        feed = open_feed(
+            data,
+            self.recorder.samples_of(self.world),
+            self._split,
+            seed=derive_seed(self._seed, _ORDER_STREAM),
+            batches_per_step=slot.batches_per_step() if slot and data.is_stream else 1,
+            copy_state=None if context.run_dir is None else copy_state,
+        )
         if not evals:
             plan = replace(plan, eval_every=None)
-        fingerprint = self._run_state.fingerprint = self._fingerprint(data)
+        # What must be the same for a run to be continued.
+        fingerprint = self._run_state.fingerprint = {
+            "model": digest_of(shapes_of(self.model)),
+            "optimizer": type(self.optimizer).__name__,
+            "callbacks": [callback.name for callback in self.hooks.callbacks],
+            "precision": self.precision.name,
+            "batch size": data.batch_size,
+            "samples": _length(data.dataset),
+            "seed": self._seed,
+        }
         # A stream is each rank's own, and so is its length.
         same = {k: v for k, v in fingerprint.items() if not (data.is_stream and k == "samples")}
         sizes = {label: str(one) for label, one in evals.items()}
@@ -326,32 +315,13 @@ class Trainer:
         return Loop(
             plan=self.recorder.plan(plan),
             feed=feed,
-            context=context,
+            evals=evals,
             engine=engine,
-            history=self._new_history(dispatcher),
-            world_size=self.world.size,
-            evaluate=lambda: engine.evaluate(evals, context),
             files=self._files,
             checkpoint=self._checkpoint,
             saves=self.recorder.saves,
             runs_ahead=may_delay(self.world.device, self.optimizer, data),
         )
-
-    def _new_history(self, dispatcher: Dispatcher) -> History:
-        tell = self.recorder.report if self.world.is_main else None
-        return History(self.context.progress, self._outbox, dispatcher, tell)
-
-    def _fingerprint(self, data: Data) -> dict[str, Any]:
-        """What must be the same for a run to be continued."""
-        return {
-            "model": digest_of(shapes_of(self.model)),
-            "optimizer": type(self.optimizer).__name__,
-            "callbacks": [callback.name for callback in self.hooks.callbacks],
-            "precision": self.precision.name,
-            "batch size": data.batch_size,
-            "samples": _length(data.dataset),
-            "seed": self._seed,
-        }
 
     def _begin(self, loop: Loop, data: Data, dispatcher: Dispatcher, resume: ResumeMode) -> None:
         """Everything before the first step: resume, hooks, wrapping, the start block."""
@@ -368,12 +338,13 @@ class Trainer:
         else:
             saved = files.find(resume, epochs=plan.epochs, max_steps=plan.max_steps)
         state = {} if saved is None else self._run_state.restore_model(saved)
+        tell = self.recorder.report if self.world.is_main else None
+        loop.history = History(context.progress, self._outbox, dispatcher, tell)  # counts from here
         comm.on_main("open sinks", dispatcher.open)
         self.hooks.fire(Callback.on_fit_start, context)
         if saved is not None:
             mine = self._run_state.restore_rest(saved, state, self._seed_rank)
             loop.load_state_dict(state["loop"], mine)
-            loop.history = self._new_history(dispatcher)  # counts from here
         elif not self._live:
             self._seed_rank()
         strategy = self._engine.strategy
@@ -394,13 +365,16 @@ class Trainer:
         loop.history.report("start", {}, words, config=self._run_state.config)
 
     def _seed_rank(self) -> None:
-        """Gives this rank its own streams; a later start of the run draws fresh ones."""
+        # Its own streams; a later start of the run draws fresh ones.
         seed_everything(self._seed, _RANK_STREAM, self.world.rank, self.context.progress.step)
 
     # -- failures -------------------------------------------------------------------------------
 
-    def _explain(self, error: BaseException) -> BaseException | None:
-        """Returns the other rank's failure that ``error`` comes from; else leaves it for others."""
+    def _fail(self, loop: Loop | None, error: BaseException) -> BaseException | None:
+        """What a rank does on its own before ``fit`` raises: no other rank is waited for.
+
+        Returns the other rank's failure that ``error`` comes from; else leaves it for others.
+        """
         comm = self.world.comm
         phase = comm.activity.phase.name
         cause: BaseException | None = self._watchdog.explain(error)
@@ -408,10 +382,6 @@ class Trainer:
             cause = comm.explain(error)
         if cause is None:
             comm.record(error, self.hooks.failed_in or phase)
-        return cause
-
-    def _fail(self, loop: Loop | None, error: BaseException, cause: BaseException | None) -> None:
-        """What a rank does on its own before ``fit`` raises: no other rank is waited for."""
         for callback in self.hooks.callbacks:
             try:
                 callback.on_error(self.context, error)
@@ -420,23 +390,20 @@ class Trainer:
         # A further fit must not take up what was asked or logged in this one.
         self._engine.agreement.drop()
         self._outbox.logged.clear()
-        if loop is None or not self._live:
-            return
-        if loop.failed_together:
-            self._files.save_emergency(
-                loop.state_dict,
-                loop.data_state,
-                failed_here=self._engine.micro_step.trouble is not None,
-                error=error,
-            )
-        self._files.fail(error, cause)
+        if loop is not None and self._live:
+            if loop.failed_together:
+                here = self._engine.micro_step.trouble is not None
+                state, data = loop.state_dict, loop.data_state
+                self._files.save_emergency(state, data, failed_here=here, error=error)
+            self._files.fail(error, cause)
+        return cause
 
 
 def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:
     """Says whether steps need not be waited for.
 
-    That takes an optimizer that can be told on the device to change nothing, and a plan of steps
-    that does not hang on what ranks say.
+    The optimizer can be told on the device to change nothing, and which steps there are does not
+    hang on what ranks say.
     """
     return device.type == "cuda" and takes_a_veto(optimizer) and not data.is_stream
 

@@ -1,24 +1,17 @@
 """One step of training: what a rank does with a micro-batch, and how ranks agree on it."""
 
-from dtrain.step.engine import Engine
+from dtrain.step.engine import Engine, take_model, takes_a_veto
 from dtrain.step.lane import Heard, LaneSilent
 from dtrain.step.micro_step import MicroStep, UserLoss, adapt, as_loss
-from dtrain.step.optimizer import take_model, takes_a_veto
-from dtrain.step.phases import EPOCH_END, EPOCH_START, FIT_END, SETTLING
-from dtrain.step.precision import Autocast, Precision, PrecisionSlot, ScaledAutocast
-from dtrain.step.result import Gate, StepResult
-from dtrain.step.strategy import Strategy, joint_norm
+from dtrain.step.precision import Autocast, Factor, Precision, PrecisionSlot, ScaledAutocast
+from dtrain.step.strategy import StepResult, Strategy, joint_norm
 from dtrain.step.votes import Agreed
 
 __all__ = [
-    "EPOCH_END",
-    "EPOCH_START",
-    "FIT_END",
-    "SETTLING",
     "Agreed",
     "Autocast",
     "Engine",
-    "Gate",
+    "Factor",
     "Heard",
     "LaneSilent",
     "MicroStep",

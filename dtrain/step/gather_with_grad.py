@@ -3,8 +3,8 @@
 A loss function that compares its samples with those of all ranks (in-batch negatives) waits
 for every rank, while one that skips, fails or has run out of data never calls it. So ranks
 meet once more at the end of each micro-step; whoever is there already takes part in the
-others' gathers with no rows, forward and backward. Runs that do not gather pay for one such
-meeting, in their first micro-step, in which that is found out.
+others' gathers with no rows, forward and backward. In runs that do not gather, all know so after
+their first micro-step, and meet no more.
 """
 
 from dataclasses import dataclass, field
@@ -45,24 +45,18 @@ class Done:
 
 @dataclass
 class Gathers:
-    """One rank's end of the gathers of a loss function.
-
-    Ranks: all; local where a method does not say otherwise.
-    """
+    """One rank's end of the gathers of a loss function."""
 
     comm: Comm
     rank: int
     size: int
+    _used: bool | None = None  # whether loss functions gather; None until all ranks know
     _calls: int = 0
     _ties: list[Tensor] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.restart()
-
     def restart(self) -> None:
         """Forgets whether loss functions gather; must be called on all ranks."""
-        #: Whether they do; None until all ranks know.
-        self.used: bool | None = None if self.size > 1 else False
+        self._used = None
 
     def gather(self, label: str, rows: Tensor) -> Tensor:
         """Returns all ranks' rows; see :meth:`dtrain.Comm.gather_with_grad`.
@@ -76,7 +70,7 @@ class Gathers:
             )
         if self.size == 1:
             return rows
-        if self.used is False:
+        if self._used is False:
             raise ConfigError(
                 f"gather_with_grad({label!r}) is called for the first time in a later micro-step: "
                 "ranks without a batch no longer wait for it. Call it from the first one on."
@@ -97,17 +91,23 @@ class Gathers:
 
         Ranks: all, communicates; local, and returns nothing, once all know that none gathers.
         """
-        if self.used is False:
+        if self._used is False or self.size == 1:
             return []
         while True:
             everyones = self._announce(Done(weight, self._calls, completed, ended))
             done = [one for one in everyones if isinstance(one, Done)]
             if len(done) == self.size:
                 break
-            self._serve(everyones)
+            try:
+                first = _check(everyones)
+            except RankMismatch:
+                continue  # raised where it was called; those ranks come here next
+            nothing = first.rows.new_zeros((0, *first.rows.shape[1:]))
+            with torch.set_grad_enabled(first.enabled):
+                self._join(everyones, nothing)
         self._calls = 0
-        if self.used is None and any(one.completed or one.gathered for one in done):
-            self.used = any(one.gathered for one in done)
+        if self._used is None and any(one.completed or one.gathered for one in done):
+            self._used = any(one.gathered for one in done)
         return done
 
     def take_ties(self) -> list[Tensor]:
@@ -118,15 +118,6 @@ class Gathers:
     def _announce(self, mine: Rows | Done) -> list[Rows | Done]:
         everyones: list[Rows | Done] = self.comm.gather_objects("gathers of a loss function", mine)
         return everyones
-
-    def _serve(self, everyones: list[Rows | Done]) -> None:
-        try:
-            first = _check(everyones)
-        except RankMismatch:
-            return  # raised where it was called; those ranks come here next
-        nothing = first.rows.new_zeros((0, *first.rows.shape[1:]))
-        with torch.set_grad_enabled(first.enabled):
-            self._join(everyones, nothing)
 
     def _join(self, everyones: list[Rows | Done], mine: Tensor) -> Tensor:
         gathering = [one for one in everyones if isinstance(one, Rows)]

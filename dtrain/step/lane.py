@@ -1,13 +1,13 @@
 """The lane: what ranks tell one another inside the gradient reduction that happens anyway.
 
-:class:`Lane` owns one extra parameter of a few zeros, which is no part of the user's model,
-optimizer or checkpoints. In each step's last backward, its gradient is what this rank has to say:
-how much weight its samples had, its weighted loss, its votes. DDP sums that over ranks in the
-bucket it sends anyway; so all know the global weight (which normalises the gradients), the global
-loss and everyone's votes, without a collective.
+:class:`Lane` owns one extra parameter of a few zeros, which is no part of the user's model. In each
+step's last backward, its gradient is what this rank has to say: its samples' weight, its weighted
+loss, its votes. DDP sums that in the bucket it sends anyway; so all know the global weight (which
+normalises the gradients), the global loss and everyone's votes, without a collective.
 """
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from dtrain.context import on_device
 from dtrain.errors import DtrainError
-from dtrain.step.arriving import Arriving
 
 
 class Slot(IntEnum):
@@ -73,30 +72,45 @@ class LaneSilent(DtrainError):
     """The lane came back without a reduction: some parameter's gradient never arrived."""
 
 
+class Arriving:
+    """A vector on its way to the host; whoever asks for it waits only for what came before.
+
+    Reading it with ``.item()`` would wait for all that the device was given since.
+    """
+
+    __slots__ = ("_event", "_host", "_values")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._values: list[float] | None = None
+        if tensor.device.type == "cpu":
+            self._values = tensor.tolist()
+            return
+        self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        self._host.copy_(tensor.detach(), non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def get(self) -> list[float]:
+        if self._values is None:
+            self._event.synchronize()
+            self._values = self._host.tolist()
+        return self._values
+
+
 class Lane:
-    """One rank's end of the lane.
+    """One rank's end of the lane, in the model's precision (float32 at least) and on its device.
 
     A step is: :meth:`open`, then :meth:`add` for each micro-batch and :meth:`say` for votes,
     :meth:`attach` at the start of the last forward, :meth:`backward` after it, and then
-    :meth:`listen`.
-
-    Args:
-        model: decides the lane's dtype (float64 if a parameter is, else float32) and device.
-        rank: this rank.
-        size: the world size.
-        shares: how many such parts of a step's weight the reference weight stands for: the world
-            size, so that gradients are those of DDP; or 1, so that what is multiplied by a loss
-            scale is as large as in one process, and overflows with the same scale.
-
-    Ranks: all, local; what is said travels with the gradients.
+    :meth:`listen`. The reference weight is one of ``shares`` parts of a step's weight: the world
+    size, so that gradients are those of DDP; or 1, so that what is multiplied by a loss scale is as
+    large as in one process, and overflows with the same scale.
     """
 
-    def __init__(
-        self, model: nn.Module, *, rank: int, size: int, shares: int | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, rank: int, size: int, shares: int | None = None) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
-        double = any(p.dtype == torch.float64 for p in parameters)
         device = parameters[0].device if parameters else torch.device("cpu")
+        double = any(p.dtype == torch.float64 for p in parameters)
         dtype = torch.float64 if double else torch.float32
         self.param = nn.Parameter(torch.zeros(len(Slot), dtype=dtype, device=device))
         self._size = size
@@ -121,9 +135,8 @@ class Lane:
     def expect(self, weight: float) -> None:
         """Sets the reference weight from what a step is expected to weigh, over all ranks.
 
-        Weights are divided by it before they touch the loss: in float16, a sum over 65,536
-        tokens would leave no room for the loss scale. Where each rank then weighs 1, nothing
-        is multiplied and nothing rounded. Equal on all ranks, because ``weight`` is.
+        Weights are divided by it before they touch the loss: in float16, a sum over 65,536 tokens
+        would leave no room for the loss scale. Where each rank then weighs 1, nothing is rounded.
         """
         if weight > 0 and math.isfinite(weight):
             self.expected = float(weight)
@@ -132,14 +145,12 @@ class Lane:
     def observe(self, verdict: Verdict) -> None:
         """Moves the reference weight where steps weigh 4 times as much as expected, or as little.
 
-        (Tokens, say, for samples.) A ragged last batch must not move it: the next step's gradients
-        would need another factor.
+        (Tokens, say, for samples.) Not for a ragged last batch: the next step would need a factor.
         """
         if verdict.weight > 0 and not 0.25 <= verdict.weight / self.expected <= 4:
             self.expect(verdict.weight)
 
     def open(self) -> None:
-        """Begins a step: nothing is said yet."""
         self._said.fill(0)
         self._said[0] = self._canary
         self._weight = self._loss = 0.0
@@ -169,7 +180,6 @@ class Lane:
         return torch.where(whole > 0, loss, 0.0) * scaled
 
     def say(self, slot: Slot, count: int = 1) -> None:
-        """Adds ``count`` to a slot."""
         self._said[slot] += count
 
     def attach(self) -> Tensor:
@@ -184,10 +194,7 @@ class Lane:
         return self._voice
 
     def backward(self, voice: Tensor, *terms: Tensor) -> None:
-        """Runs the step's last backward, in which the lane's gradient is what was said.
-
-        Ranks: all; communicates where the terms, each one number, come out of DDP.
-        """
+        """Runs the last backward, in which DDP reduces; the lane's gradient is what was said."""
         torch.autograd.backward((voice, *terms), (self.message(), *(None for _ in terms)))
 
     def message(self) -> Tensor:
@@ -209,12 +216,8 @@ class Lane:
         """Returns what all ranks said, after the last backward; on CUDA it is still on its way.
 
         Where :meth:`message` did not come with the gradients, ``reduced`` is its mean over ranks.
-
-        Raises:
-            LaneSilent: no gradient reached the lane.
         """
-        # DDP leaves the mean over ranks.
-        mean = self.param.grad if reduced is None else reduced
+        mean = self.param.grad if reduced is None else reduced  # DDP leaves the mean, too
         if mean is None:
             raise LaneSilent("no gradient reached the lane")
         values = mean.tolist() if self._on_device is None else Arriving(mean)
@@ -223,10 +226,7 @@ class Lane:
 
 @dataclass(eq=False, slots=True)
 class Heard:
-    """What all ranks said in a step: parts of it at once on the device, all a little later.
-
-    Ranks: all, local.
-    """
+    """What all ranks said in a step: parts of it at once on the device, all a little later."""
 
     mean: Tensor  # over ranks, of what each said
     values: list[float] | Arriving  # the same on the host, or on its way there
@@ -273,3 +273,39 @@ class Heard:
                 *counts,
             )
         return self._verdict
+
+
+class _Idle(torch.autograd.Function):
+    """Zero forward; backward gives each parameter a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, sparse: frozenset[int], *params: Tensor) -> Tensor:
+        ctx.sparse = sparse
+        ctx.params = params
+        return params[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(
+            _no_rows(p) if place in ctx.sparse else torch.zeros_like(p)
+            for place, p in enumerate(ctx.params)
+        )
+
+
+def _no_rows(table: Tensor) -> Tensor:
+    """A sparse zero of the form that an embedding's gradient has: sparse in its rows only."""
+    rows = torch.zeros((1, 0), dtype=torch.long, device=table.device)
+    values = table.new_zeros((0, *table.shape[1:]))
+    return torch.sparse_coo_tensor(rows, values, table.shape, check_invariants=True)
+
+
+def idle(params: Sequence[nn.Parameter], sparse: Collection[Tensor] = ()) -> Tensor:
+    """The term of a rank that has nothing to say: takes part in a reduction, changes nothing.
+
+    Zeros are given outright: ``0 * p.sum()`` would turn an infinite parameter into NaN. Those of
+    ``sparse`` parameters are sparse, as an embedding's gradient may be.
+    """
+    known = set(map(id, sparse))
+    places = frozenset(place for place, p in enumerate(params) if id(p) in known)
+    zero: Tensor = _Idle.apply(places, *params)  # type: ignore[no-untyped-call]
+    return zero

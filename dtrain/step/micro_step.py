@@ -8,8 +8,9 @@ waits for a rank that had nothing to say.
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,8 +21,7 @@ from dtrain.distributed import DATA, FIRST_DATA
 from dtrain.errors import ConfigError, LossError
 from dtrain.metrics import Means, as_metrics
 from dtrain.step.gather_with_grad import Gathers
-from dtrain.step.idle import idle
-from dtrain.step.lane import Lane, Slot
+from dtrain.step.lane import Lane, Slot, idle
 from dtrain.step.precision import Precision
 from dtrain.step.votes import Agreement
 from dtrain.watchdog import StragglerClock
@@ -30,87 +30,42 @@ UserLoss = Callable[..., Loss | Tensor]
 LossFn = Callable[[nn.Module, Any, Context], Loss | Tensor]
 
 
-class Trouble(NamedTuple):
-    """An exception of this rank's, kept until the step in which all ranks learn of it."""
-
-    error: Exception
-    where: str
-
-
+@dataclass(eq=False, repr=False)
 class MicroStep(nn.Module):
-    """The module that DDP wraps: the user's model, the loss function and the lane.
+    """The module that DDP wraps: the user's model, the loss function and the lane."""
 
-    Args:
-        model: the user's module.
-        loss_fn: already brought to three arguments by :func:`adapt`.
-        lane: what this rank says to the others.
-        precision, hooks, context: what the loss function runs in.
-        agreement: requests that the reduction is to carry.
-        gathers, means: of the loss function.
-        clock: told how long this rank waits for data.
-        find_unused: the reduction looks for unused parameters itself.
-        may_idle: False where ranks wait for one another inside of the model.
+    context: Context
+    loss_fn: LossFn  # already brought to three arguments by `adapt`
+    lane: Lane  # what this rank says to the others
+    precision: Precision
+    hooks: Hooks
+    agreement: Agreement  # requests that the reduction is to carry
+    gathers: Gathers  # of the loss function
+    means: Means  # of its metrics
+    clock: StragglerClock  # told how long this rank waits for data
+    find_unused: bool  # the reduction looks for unused parameters itself
+    may_idle: bool  # False where ranks wait for one another inside of the model
+    trouble: tuple[Exception, str] | None = None  # and where; until all ranks learn of it
+    weighed: bool = False  # the reference weight is that of real batches, not a guess
+    has_loss: bool = False  # this rank had a loss in this micro-batch
+    meets_in_backward: bool = False  # backward of this micro-batch takes part in a gather
 
-    Ranks: all, local; DDP's reduction follows in backward.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        lane: Lane,
-        *,
-        precision: Precision,
-        hooks: Hooks,
-        context: Context,
-        agreement: Agreement,
-        gathers: Gathers,
-        clock: StragglerClock,
-        means: Means,
-        find_unused: bool = False,
-        may_idle: bool = True,
-    ) -> None:
-        super().__init__()
-        self.model = model
+    def __post_init__(self) -> None:
+        super().__init__()  # only now: no field above is a module or a tensor, which need it first
+        self.model = self.context.model
         # Registered here, so that DDP reduces it; the user's model never sees it.
-        self.lane_param = lane.param
-        self.lane = lane
-        self.trouble: Trouble | None = None
-        #: Whether backward of this micro-batch meets other ranks in a gather.
-        self.gathers = False
-        #: Whether losses are multiplied by a loss scale.
-        self.scales_loss = precision.scales_loss
-        #: Whether this rank had a loss in this micro-batch.
-        self.has_loss = False
-        self._loss_fn = loss_fn
-        self._precision = precision
-        self._hooks = hooks
-        self._context = context
-        self._agreement = agreement
-        self._gathers = gathers
-        self._clock = clock
-        self._means = means
-        self._find_unused = find_unused
-        self._may_idle = may_idle
-        #: Whether the reference weight is that of real batches, not a guess.
-        self.weighed = False
-        #: The model's parameters that require a gradient.
-        self.trainable: list[nn.Parameter] = []
+        self.lane_param = self.lane.param
+        self.trainable: list[nn.Parameter] = []  # the model's parameters that require a gradient
         self._sparse: list[Tensor] = []
 
     def restart(self, weight: float) -> None:
-        """Begins a fit; see :meth:`Engine.restart`."""
         self.trouble = None  # of an earlier fit, if that failed
         self.lane.restart(weight)
-        self.weighed = not self._precision.scales_loss
-        self._gathers.restart()
+        self.weighed = not self.precision.scales_loss
+        self.gathers.restart()
 
     def take_trainable(self) -> list[int]:
-        """Looks up which parameters require a gradient now; returns their places in the model.
-
-        Raises:
-            ConfigError: none does.
-        """
+        """Looks up which parameters require a gradient now; returns their places in the model."""
         places = [i for i, p in enumerate(self.model.parameters()) if p.requires_grad]
         if not places:
             raise ConfigError("every parameter of the model is frozen: nothing to train")
@@ -132,36 +87,36 @@ class MicroStep(nn.Module):
         terms = [self.lane.attach()] if last else []
         if feed is not None:
             loss = self._try(step, feed)
-            if loss is None and not self._may_idle:
+            if loss is None and not self.may_idle:
                 self._refuse_to_idle()
             self._meet(loss, step)
         self.has_loss = loss is not None
         if loss is not None:
             assert loss.weight is not None
             term = self.lane.add(loss.mean, loss.weight, step.samples)
-            terms.append(self._precision.scale(term))
-        ties = self._gathers.take_ties()
-        self.gathers = bool(ties)
+            terms.append(self.precision.scale(term))
+        ties = self.gathers.take_ties()
+        self.meets_in_backward = bool(ties)
         terms += ties
         if last:
             if feed is not None:  # nobody listens to a step that only fixes the buckets
-                self._agreement.say(self.lane)
+                self.agreement.say(self.lane)
                 self._look_ahead(feed)
             # With find_unused, gradients of zero would make AdamW decay an unused parameter.
-            if loss is None and not self._find_unused:
+            if loss is None and not self.find_unused:
                 terms.append(idle(self.trainable[::-1], self._sparse))
-            self._clock.forwarded()
+            self.clock.forwarded()
         return tuple(terms)
 
     def fail(self, error: Exception, where: str) -> None:
         """Keeps what went wrong until the step in which all ranks learn of it."""
-        self.trouble = Trouble(error, where)
+        self.trouble = error, where
         self.lane.say(Slot.ERROR)
 
     def _refuse_to_idle(self) -> None:
         """Raises here and now: the others wait in the model, and must find this rank gone."""
         if self.trouble is not None:
-            raise self.trouble.error
+            raise self.trouble[0]
         raise ConfigError(
             "this rank has no batch in this micro-step, left it out, or its loss weighs nothing; "
             "but the other ranks wait for it in SyncBatchNorm. Use batches of at least one sample "
@@ -173,7 +128,7 @@ class MicroStep(nn.Module):
         """Ends the micro-step together, where ranks must: in the first one, or to gather."""
         weight = 0.0 if loss is None or self.weighed else float(loss.weight or 0)
         completed = step.loss is not None and (self.weighed or weight > 0)
-        done = self._gathers.finish(weight, completed=completed)
+        done = self.gathers.finish(weight, completed=completed)
         if self.weighed:
             return
         # In float16 a sum over a million tokens would leave no room for the loss scale, so that
@@ -188,7 +143,7 @@ class MicroStep(nn.Module):
         """Runs the loss function; returns None where this rank has nothing to say."""
         if self.trouble is not None:
             return None
-        context, hooks = self._context, self._hooks
+        context, hooks = self.context, self.hooks
         request, comm = context.request, context.comm
         first = not (context.progress.step_in_epoch or step.micro)
         where = "data"
@@ -196,7 +151,7 @@ class MicroStep(nn.Module):
         try:
             since = perf_counter()
             fetched = feed.next()
-            self._clock.waited_for_data(since)
+            self.clock.waited_for_data(since)
             if fetched is None:
                 return None  # fewer samples than ranks: this one has none in this step
             step.batch, step.samples = fetched
@@ -205,12 +160,12 @@ class MicroStep(nn.Module):
             request.skippable = True
             where = "on_batch"
             comm.activity.has_data(first=first)
-            comm.serve_gathers(self._gathers)
+            comm.serve_gathers(self.gathers)
             hooks.fire(Callback.on_batch, context, step)
             if not request.skipped:
                 where = "loss_fn"
-                with self._precision.autocast():
-                    returned = self._loss_fn(self.model, step.batch, context)
+                with self.precision.autocast():
+                    returned = self.loss_fn(self.model, step.batch, context)
                 step.loss = as_loss(returned, step.samples, trains=True)
                 where = "on_loss"
                 hooks.fire(Callback.on_loss, context, step)
@@ -254,9 +209,8 @@ class MicroStep(nn.Module):
         assert weight is not None
         if isinstance(weight, Tensor) and weight.device.type == "cpu":
             if weight.numel() != 1:
-                raise LossError(
-                    f"the loss has a weight of shape {list(weight.shape)}, not one number"
-                )
+                shape = list(weight.shape)
+                raise LossError(f"the loss has a weight of shape {shape}, not one number")
             loss.weight = weight = float(weight)  # no sync: it is here already
         if not isinstance(weight, Tensor):
             if not 0 <= weight < float("inf"):
@@ -264,16 +218,12 @@ class MicroStep(nn.Module):
             if weight == 0:
                 return None  # not `0 * mean`: the mean may be NaN
         for name, value in loss.metrics.items():
-            self._means.add(f"train/{name}", value, weight)
+            self.means.add(f"train/{name}", value, weight)
         return loss
 
 
 def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
-    """Returns what a loss function returned as a checked :class:`Loss` with a weight.
-
-    Raises:
-        LossError: it is neither a Loss nor a scalar tensor, or has no gradient though it trains.
-    """
+    """Returns what a loss function returned as a checked :class:`Loss` with a weight."""
     loss = Loss(returned) if isinstance(returned, Tensor) else returned
     if not isinstance(loss, Loss):
         raise LossError(
@@ -302,20 +252,13 @@ def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
 
 
 def adapt(loss_fn: UserLoss) -> LossFn:
-    """Returns ``loss_fn`` with three arguments, whether it was written with two or three.
-
-    Raises:
-        LossError: it takes another number of arguments.
-    """
+    """Returns ``loss_fn`` with three arguments, whether it was written with two or three."""
     parameters = inspect.signature(loss_fn).parameters.values()
-    positional = [
-        p
-        for p in parameters
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-    ]
-    if len(positional) == 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = sum(p.default is p.empty for p in by_place)
+    if needed == 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return loss_fn
-    if len(positional) == 2:
+    if needed == 2:
         return lambda model, batch, ctx: loss_fn(model, batch)
     raise LossError(
         f"loss_fn must take (model, batch) or (model, batch, ctx); {loss_fn!r} takes "

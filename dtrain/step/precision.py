@@ -11,10 +11,7 @@ Factor = float | Tensor
 
 
 class Precision:
-    """Full precision: nothing is cast, nothing is scaled. Other precisions override.
-
-    Ranks: all, local. Gradients are already reduced when they are unscaled, so ranks agree.
-    """
+    """Full precision: nothing is cast, nothing is scaled. Other precisions override."""
 
     name = "full precision"
     scales_loss = False
@@ -28,7 +25,7 @@ class Precision:
         return loss
 
     def unscale(self, optimizer: Optimizer, factor: Factor) -> Factor:
-        """Divides the optimizer's gradients by the loss scale; once a step, after the reduction.
+        """Divides gradients by the loss scale, once a step: reduced ones, so that ranks agree.
 
         Returns the factor that is left to be applied: 1 where unscaling took it in.
         """
@@ -47,7 +44,7 @@ class Precision:
         return closed
 
     def skip(self) -> None:
-        """Ends a step whose update is not applied."""
+        """Ends a step whose update is not applied; an overflow still adapts the scale."""
 
     def values(self) -> dict[str, float]:
         """Returns figures worth reporting."""
@@ -70,7 +67,6 @@ class Autocast(Precision):
         self._dtype = dtype
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which the loss function runs."""
         return torch.autocast(self._device_type, dtype=self._dtype)
 
 
@@ -90,20 +86,15 @@ class ScaledAutocast(Autocast):
         self._scaler = _Scaler(device_type, init_scale=init_scale, growth_interval=growth_interval)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Returns the loss times the loss scale."""
         return self._scaler.scale(loss)
 
     def unscale(self, optimizer: Optimizer, factor: Factor) -> Factor:
-        """Divides gradients by the loss scale and finds out whether any overflowed."""
         self._scaler.factor = factor
         self._scaler.unscale_(optimizer)
         return 1.0
 
     def step(self, optimizer: Optimizer, closed: bool | Tensor) -> bool | Tensor:
-        """Steps the optimizer unless ``closed`` or gradients overflowed.
-
-        For an overflow the scale is adapted; a closed step changes nothing, the scale included.
-        """
+        """Where gradients overflowed, only the scale is adapted; if closed, not even that."""
         overflow = self._scaler.overflow
         if isinstance(closed, Tensor):
             # 1 where both are: a fused optimizer takes what it is handed off its count of steps.
@@ -122,19 +113,15 @@ class ScaledAutocast(Autocast):
         return overflowed
 
     def skip(self) -> None:
-        """Ends a step whose update is not applied; an overflow still adapts the scale."""
         self._scaler.update()
 
     def values(self) -> dict[str, float]:
-        """Returns the loss scale."""
         return {"loss_scale": self._scaler.get_scale()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the scale and its growth counter."""
         return dict(self._scaler.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the scale and its growth counter."""
         self._scaler.load_state_dict(state)
 
 
@@ -154,9 +141,8 @@ class _Scaler(torch.amp.GradScaler):
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        found = super()._unscale_grads_(
-            optimizer, (inv_scale * self.factor).float(), found_inf, allow_fp16
-        )
+        inverse = (inv_scale * self.factor).float()
+        found = super()._unscale_grads_(optimizer, inverse, found_inf, allow_fp16)
         if not found:  # no parameter has a gradient, so none overflowed
             found = {inv_scale.device: torch.zeros_like(inv_scale)}
         self.overflow = torch.stack([one.to(inv_scale.device) for one in found.values()]).sum()

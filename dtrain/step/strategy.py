@@ -1,31 +1,32 @@
-"""The strategy seam: how gradients of different ranks meet."""
+"""The strategy seam: how gradients of different ranks meet, and what comes of a step."""
 
 from abc import ABC, abstractmethod
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.context import Step
+from dtrain.context import Progress, Step
 from dtrain.data import MicroBatches
-from dtrain.distributed import World
-from dtrain.errors import UnusedParameters
-from dtrain.step.lane import Heard
+from dtrain.distributed import World, digest_of
+from dtrain.errors import RankMismatch, UnusedParameters
+from dtrain.step.lane import Arriving, Heard, LaneSilent, Verdict
 from dtrain.step.micro_step import MicroStep
+from dtrain.step.precision import Factor
 
 
 class Strategy(ABC):
     """How gradients of different ranks meet. The loop knows only this.
 
-    In a step the loop calls :meth:`run` for each micro-batch, then :meth:`heard`.
+    In a step it calls :meth:`run` for each micro-batch, then :meth:`heard`. What is not abstract
+    here is for ranks that each have the whole model, and all gradients after the reduction.
 
     Ranks: all; local where a method does not say otherwise.
     """
 
-    #: True where the reduction itself looks for parameters that no gradient reached.
-    find_unused = False
-    #: False where ranks wait for one another inside of the model, so that none may stay away.
-    may_idle = True
+    find_unused = False  # True where the reduction itself looks for parameters without gradient
+    may_idle = True  # False where ranks wait for one another inside of the model
 
     def check(self, *, accumulates: bool) -> None:  # noqa: B027 -- most have nothing to refuse
         """Raises ConfigError for what cannot work, such as steps of several micro-batches."""
@@ -38,56 +39,73 @@ class Strategy(ABC):
         """Returns how gradients meet, in words, for the start block; or nothing."""
         return ""
 
-    @abstractmethod
     def make_equal(self, model: nn.Module, world: World) -> bool:
-        """Gives all ranks rank 0's parameters and buffers; returns whether any differed here.
+        """Gives all ranks rank 0's tensors; says if any differed here. Ranks: all, communicates."""
+        if world.size == 1:
+            return False
+        differed = False
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                sent = tensor.detach().clone().contiguous()
+                world.gradients.broadcast(sent)
+                if not torch.equal(sent, tensor):
+                    differed = True
+                    tensor.copy_(sent)
+        return differed
 
-        Ranks: all, communicates.
-        """
-
-    @abstractmethod
     def wrap(self, micro_step: MicroStep, world: World) -> None:
-        """Takes what is to be run in each micro-step.
+        """Takes what is to be run in each micro-step. Ranks: all, communicates."""
+        self._micro_step = micro_step
+        self._world = world
+        self._activity = world.comm.activity
+        self._trainable = micro_step.take_trainable()
 
-        Ranks: all, communicates.
-        """
-
-    @abstractmethod
     def refresh(self) -> None:
-        """Takes notice of parameters that were frozen or unfrozen.
+        """Wraps anew where parameters were frozen or unfrozen: what is reduced is of the others.
 
-        Raises:
-            ConfigError: every parameter is frozen.
-            RankMismatch: ranks froze different ones.
-
-        Ranks: all, communicates.
+        Raises ConfigError if all are frozen, RankMismatch if ranks froze different ones. Ranks:
+        all, communicates.
         """
+        trainable = self._micro_step.take_trainable()
+        comm = self._world.comm
+        # A digest: every rank gets what all say, and this is said in every epoch.
+        mine = torch.tensor(int(digest_of(trainable), 16) >> 1)
+        everyones = comm.all_gather("trainable parameters", mine)
+        if bool((everyones != everyones[0]).any()):
+            numbers = comm.gather_objects("numbers of trainable parameters", len(trainable))
+            counts = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(numbers))
+            raise RankMismatch(f"ranks train different parameters: {counts}; freeze alike on all")
+        if trainable == self._trainable:
+            return
+        for parameter in self._micro_step.parameters():
+            parameter.grad = None  # views into the old buckets
+        self.wrap(self._micro_step, self._world)
 
     def clear(self, optimizer: Optimizer) -> None:
-        """Forgets the gradients of the step before."""
-        optimizer.zero_grad(set_to_none=True)
+        """Forgets the gradients of the step before, those that the optimizer does not have, too."""
+        for p in self._micro_step.trainable:
+            p.grad = None
+        for group in optimizer.param_groups:  # some may have been unfrozen since
+            for p in group["params"]:
+                p.grad = None
+        if optimizer.zero_grad != MethodType(Optimizer.zero_grad, optimizer):
+            optimizer.zero_grad(set_to_none=True)  # it may do more
 
     @abstractmethod
     def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
-        """Runs forward and backward; gradients are reduced in the last micro-batch.
-
-        Ranks: all; communicates where ``last``.
-        """
+        """Runs forward and backward; reduces gradients in the last. Ranks: all, communicates."""
 
     @abstractmethod
     def heard(self) -> Heard:
-        """Returns what all ranks said in the step, after its last micro-batch.
+        """Returns what all ranks said, after the last micro-batch; may raise UnusedParameters."""
 
-        Raises:
-            UnusedParameters: names parameters whose gradients never arrived.
-        """
-
-    @abstractmethod
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """Returns tensors that hold all gradients of the optimizer, and otherwise zeros only.
 
         What is done to them in place is done to the gradients. They may be fewer than those.
         """
+        groups = optimizer.param_groups
+        return [g for group in groups for p in group["params"] if (g := p.grad) is not None]
 
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
         """Returns the joint Euclidean norm of the gradients, 0-dim; nobody waits for it."""
@@ -97,9 +115,82 @@ class Strategy(ABC):
     def check_arrived(self) -> None:
         """Raises UnusedParameters for those without a gradient, where nobody waits for the lane."""
 
-    @abstractmethod
     def unused(self) -> UnusedParameters:
         """Returns the error for a step that turns out to have met no other rank's."""
+        named = self._micro_step.model.named_parameters()
+        names = [name for name, p in named if p.requires_grad and p.grad is None]
+        return UnusedParameters(
+            f"no gradient reached {', '.join(names) or 'some parameters'}, so the ranks' "
+            "gradients could not be summed and nothing was updated. Use the parameters in every "
+            "loss, freeze them (`p.requires_grad_(False)` before the Trainer is made), or allow "
+            f"it with `strategy={type(self).__name__}(find_unused_parameters=True)`."
+        )
+
+
+class StepResult:
+    """The result of a step, whose last micro-batch has just run. On CUDA, who asks may wait for it.
+
+    Whoever asks first may get UnusedParameters, with those whose gradients never arrived.
+    """
+
+    def __init__(self, strategy: Strategy, progress: Progress) -> None:
+        self._strategy = strategy
+        self._progress = progress  # counts the update, once it is known whether it was applied
+        self._heard = strategy.heard()
+        #: Whether the update was held back; on CUDA that may still be on its way.
+        self._blocked: bool | Arriving = True
+
+    def gate(self, *, waits: bool) -> tuple[Factor, bool | Tensor, bool]:
+        """Returns what gradients must be multiplied by, and whether parameters must stay the same.
+
+        Numbers where it ``waits``, else tensors on the device. And whether the step does not count
+        at all, which is False where that is not known yet.
+        """
+        if waits:
+            verdict = self.verdict()
+            return verdict.factor, not verdict.weight > 0, verdict.undone
+        self._strategy.check_arrived()
+        return self._heard.factor(), self._heard.veto(), False
+
+    def verdict(self) -> Verdict:
+        """Returns what all ranks said."""
+        try:
+            return self._heard.verdict()
+        except LaneSilent as silent:
+            raise self._strategy.unused() from silent
+
+    # What hooks see of it; see :class:`dtrain.context.Step`.
+
+    @property
+    def loss_mean(self) -> float:
+        return self.verdict().loss_mean
+
+    @property
+    def weight(self) -> float:
+        return self.verdict().weight
+
+    @property
+    def nonfinite(self) -> int:
+        return self.verdict().nonfinite
+
+    @property
+    def applied(self) -> bool:
+        self.arrive()
+        return not self._blocked
+
+    def settle(self, blocked: bool | Tensor) -> None:
+        """Says whether the update was held back, and counts it as soon as that is known.
+
+        So whoever asks whether a step was applied finds it counted in ``progress.updates``.
+        """
+        self._blocked = Arriving(blocked.reshape(1)) if isinstance(blocked, Tensor) else blocked
+        if blocked is False:
+            self._progress.updates += 1
+
+    def arrive(self) -> None:
+        """Waits until it is known whether the update was held back."""
+        if isinstance(self._blocked, Arriving):
+            self.settle(self._blocked.get()[0] > 0)
 
 
 def joint_norm(grads: list[Tensor]) -> Tensor:

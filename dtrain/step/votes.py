@@ -10,8 +10,6 @@ from dtrain.step.lane import Lane, Slot
 
 Reasons = dict[str, list[str]]
 
-_SLOTS = {"stop": Slot.STOP, "save": Slot.SAVE, "preempt": Slot.PREEMPT}
-
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
@@ -27,8 +25,6 @@ class Agreement:
     """Carries requests to all ranks: in the lane during a step, in a verb between steps.
 
     Only counts travel in the lane. Reasons are gathered as text once somebody asked.
-
-    Ranks: all; local where a method does not say otherwise.
     """
 
     request: Request
@@ -43,7 +39,7 @@ class Agreement:
             for kind, reasons in self._take().items():
                 # Those of a step that was not waited for may still be there.
                 self._carried.setdefault(kind, []).extend(reasons)
-                lane.say(_SLOTS[kind], int(bool(reasons)))
+                lane.say(Slot[kind.upper()], int(bool(reasons)))
 
     def drop(self) -> None:
         """Forgets what was requested and not agreed, as after a failure."""
@@ -52,18 +48,12 @@ class Agreement:
         self._carried = {}
 
     def carried(self) -> Agreed:
-        """Returns what the lane's votes amount to; called where any rank has voted.
-
-        Ranks: all, communicates.
-        """
+        """Returns what votes in the lane amount to, if there were any. Ranks: all, communicates."""
         mine, self._carried = self._carried, {}
         return self._gather(mine)
 
     def settle(self) -> Agreed:
-        """Returns what was requested since the last reduction.
-
-        Ranks: all, communicates.
-        """
+        """Returns what was requested since the last reduction. Ranks: all, communicates."""
         asked = torch.tensor(sum(map(len, self.request.pending.values())))
         if not int(self.comm.all_reduce("requests", asked)):
             return Agreed()

@@ -16,8 +16,7 @@ from dtrain.context import Step
 from dtrain.data import MicroBatches
 from dtrain.distributed import BACKWARD, OWN_BACKWARD, DataParallel, World
 from dtrain.errors import ConfigError
-from dtrain.step import Heard, LaneSilent, MicroStep, joint_norm
-from dtrain.strategies.replicated import Replicated
+from dtrain.step import Heard, LaneSilent, MicroStep, Strategy, joint_norm
 
 # 2.13 renamed the argument; 2.11 has only the old name.
 _ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -26,7 +25,7 @@ _SYNC_BUFFERS = (
 )
 
 
-class DDP(Replicated):
+class DDP(Strategy):
     """Reduces gradients with DistributedDataParallel. In a world of one it wraps nothing.
 
     Buffers (such as BatchNorm's running statistics) are not sent in each step; rank 0's go
@@ -68,15 +67,13 @@ class DDP(Replicated):
         self._joined: list[Tensor] = []  # the stretches of it that they fill
 
     def check(self, *, accumulates: bool) -> None:
-        """Refuses static_graph with accumulation, where DDP's own assertion would fail."""
-        if self._static_graph and accumulates:
+        if self._static_graph and accumulates:  # where DDP's own assertion would fail
             raise ConfigError(
                 "DDP(static_graph=True) cannot work with gradient accumulation: its graph changes "
                 "between the first micro-batch and the last. Remove one of them."
             )
 
     def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
-        """Turns BatchNorm into SyncBatchNorm, if asked for; refuses that on the CPU."""
         self.may_idle = True
         if world.size == 1:
             return model
@@ -93,8 +90,7 @@ class DDP(Replicated):
         return model
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
-        """Wraps the micro-step, where there is another rank."""
-        self._take(micro_step, world)
+        super().wrap(micro_step, world)
         self._checked = False
         if world.size == 1:
             return
@@ -103,44 +99,34 @@ class DDP(Replicated):
             release = WeakMethod(self._release)
             world.at_close(lambda: (method := release()) and method())
         self._release()
-        options: dict[str, Any] = {_SYNC_BUFFERS: False}
-        self._ddp = world.gradients.data_parallel(
+        self._ddp = ddp = world.gradients.data_parallel(
             micro_step,
             bucket_cap_mb=self._bucket_cap_mb,
             find_unused_parameters=self.find_unused,
             gradient_as_bucket_view=True,
             static_graph=self._static_graph,
             init_sync=False,  # the Trainer has made models equal, and said so
-            **options,
+            **{_SYNC_BUFFERS: False},
         )
         if self._comm_hook is not None:
-            self._ddp.register_comm_hook(*self._comm_hook)
+            ddp.register_comm_hook(*self._comm_hook)
         if not (self.find_unused or self._static_graph):
-            self._fix_buckets()
+            # DDP rebuilds its buckets once, after the first step of a process, and with them the
+            # order in which more than two ranks are added up. A run that is resumed would then
+            # differ in the last bits from one that never stopped. So they take an idle step now.
+            micro_step.lane.open()
+            micro_step.lane.backward(*ddp(Step(number=0), None, True))
+            for parameter in micro_step.parameters():
+                parameter.grad = None
 
     def describe(self) -> str:
-        """Returns how gradients meet, in words."""
         return "gradients: in buckets, during backward (strategy='ddp')"
-
-    def _fix_buckets(self) -> None:
-        """Takes an idle step, after which DDP's buckets stay as they are.
-
-        DDP rebuilds its buckets once, after the first step of a process, and with them the
-        order in which more than two ranks are added up. A run that is resumed would then
-        differ in the last bits from one that never stopped.
-        """
-        assert self._ddp is not None
-        self._micro_step.lane.open()
-        self._micro_step.lane.backward(*self._ddp(Step(number=0), None, True))
-        for parameter in self._micro_step.parameters():
-            parameter.grad = None
 
     def _release(self) -> None:
         self._ddp = None
         self._gradients, self._places, self._joined = [], [], []
 
     def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
-        """Runs forward and backward; gradients are reduced in the last micro-batch."""
         ddp = self._ddp
         forward = self._micro_step if ddp is None else ddp
         with nullcontext() if last or ddp is None else ddp.no_sync():
@@ -167,11 +153,10 @@ class DDP(Replicated):
         return joined
 
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
-        """Returns it parameter by parameter: so it has the bits of a hand-written loop's."""
+        # Parameter by parameter: so it has the bits of a hand-written loop's.
         return joint_norm(super().gradients(optimizer))
 
     def heard(self) -> Heard:
-        """Returns what all ranks said in the step."""
         reduced = None
         if self._ddp is not None and self._comm_hook is not None:
             # In a bucket the hook may have altered it.
@@ -190,7 +175,6 @@ class DDP(Replicated):
         return heard
 
     def check_arrived(self) -> None:
-        """Looks whether each parameter has a gradient."""
         params = () if self.find_unused else self._micro_step.model.parameters()
         if any(p.requires_grad and p.grad is None for p in params):
             raise self.unused()

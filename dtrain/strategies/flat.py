@@ -4,7 +4,7 @@ Nothing overlaps with backward, so it is for models of about one bucket of Distr
 (25 MB). As nothing is reduced while backward runs, an exception in it is a vote like any other.
 """
 
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,15 @@ from dtrain.context import Step
 from dtrain.data import MicroBatches
 from dtrain.distributed import BACKWARD, OWN_BACKWARD, World
 from dtrain.errors import ConfigError
-from dtrain.step import Heard, MicroStep
-from dtrain.strategies.replicated import Replicated
+from dtrain.step import Heard, MicroStep, Strategy
+from dtrain.strategies.ddp import DDP
+
+#: The size of one of DDP's buckets: below, it has nothing to overlap with backward. Where gradients
+#: are larger, it may; on one rank, flat is quicker (docs/numbers.md).
+FLAT_UP_TO_BYTES = 25 * 2**20
 
 
-class Flat(Replicated):
+class Flat(Strategy):
     """Reduces all gradients at once, after backward.
 
     Args:
@@ -37,39 +41,33 @@ class Flat(Replicated):
         self._spoke = False  # this rank has had a loss in this step
 
     def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
-        """Refuses sparse gradients, and ranks that wait for one another inside of the model."""
         if why := unsuited(model):
             raise ConfigError(f"strategy='flat' cannot train this model: {why}. Use 'ddp'.")
         return model
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
-        """Makes the flat tensors."""
-        self._take(micro_step, world)
+        super().wrap(micro_step, world)
         if world.size > 1:
             world.gradients.check_own(micro_step)
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         lane = micro_step.lane.param
-        for p in micro_step.model.parameters():
-            if p.requires_grad:
-                by_dtype.setdefault(p.dtype, []).append(p)
+        for p in micro_step.trainable:
+            by_dtype.setdefault(p.dtype, []).append(p)
         by_dtype.setdefault(lane.dtype, [])
-        self._flats = []
-        for dtype, params in by_dtype.items():
-            flags = len(params) if self._may_be_unused else 0
-            tail = lane.numel() if dtype == lane.dtype else 0
-            self._flats.append(_Flat(params, flags, tail, dtype, lane.device))
+        self._flats = [
+            _Flat(params, dtype, lane, has_flags=self._may_be_unused)
+            for dtype, params in by_dtype.items()
+        ]
         self._tail = next(flat.tail for flat in self._flats if flat.tail.numel())  # the lane's
         self._seeds: dict[torch.dtype, Tensor] = {}
-        self._divides_after = micro_step.scales_loss
+        self._divides_after = micro_step.precision.scales_loss
         self._held = None
 
     def describe(self) -> str:
-        """Returns how gradients meet, in words."""
         megabytes = sum(flat.gradients.nbytes for flat in self._flats) / 1e6
         return f"gradients: one reduction after backward ({megabytes:.3g} MB; strategy='flat')"
 
     def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
-        """Runs forward and backward; gradients are reduced after the last micro-batch."""
         micro_step = self._micro_step
         if step.micro == 0:
             self._spoke = False
@@ -82,7 +80,7 @@ class Flat(Replicated):
             try:
                 torch.autograd.backward(losses, [self._seed(loss) for loss in losses])
             except Exception as error:
-                if micro_step.gathers:
+                if micro_step.meets_in_backward:
                     raise  # others may be waiting for this rank in their own backward
                 micro_step.fail(error, "backward")
         if last:
@@ -130,11 +128,10 @@ class Flat(Replicated):
         return None
 
     def heard(self) -> Heard:
-        """Returns what all ranks said in the step."""
         return self._micro_step.lane.listen(self._tail)
 
     def check_arrived(self) -> None:
-        """Does nothing: gradients were looked through before they were reduced."""
+        pass  # gradients were looked through before they were reduced
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """Returns the flat tensors, as long as the gradients are views into them."""
@@ -156,30 +153,25 @@ class Flat(Replicated):
 class _Flat:
     """The gradients of all parameters of one dtype; see :class:`Flat`.
 
-    After them come ``flags`` numbers that tell which parameters had one (one for each, or none
-    where all must have one), and ``tail`` numbers for the lane.
+    After them come flags, if wanted, that tell which parameters had one, and a place for the lane
+    if it is of that dtype.
     """
 
     def __init__(
-        self,
-        params: list[nn.Parameter],
-        flags: int,
-        tail: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, params: list[nn.Parameter], dtype: torch.dtype, lane: Tensor, *, has_flags: bool
     ) -> None:
-        places = [0]
-        for p in params:
-            # Without gaps, whose numbers a callback could change, and a norm would count.
-            places.append(places[-1] + p.numel())
+        # Without gaps, whose numbers a callback could change, and a norm would count.
+        *places, end = accumulate((p.numel() for p in params), initial=0)
         self.params = params
-        self.has_flags = bool(flags)
-        self.whole = torch.zeros(places[-1] + flags + tail, dtype=dtype, device=device)
-        self.gradients, self.used, self.tail = self.whole.split([places[-1], flags, tail])
+        self.has_flags = has_flags
+        flags = len(params) if has_flags else 0
+        tail = lane.numel() if dtype == lane.dtype else 0
+        self.whole = torch.zeros(end + flags + tail, dtype=dtype, device=lane.device)
+        self.gradients, self.used, self.tail = self.whole.split([end, flags, tail])
         # As dense as the parameter, and in its order: fused optimizers go through both alike.
         self.views = [
             self.whole.as_strided(p.shape, torch.empty_like(p, device="meta").stride(), place)
-            for p, place in zip(params, places, strict=False)
+            for p, place in zip(params, places, strict=True)
         ]
 
     def fill(self, grads: list[Tensor | None], *, silent: bool) -> None:
@@ -221,6 +213,21 @@ def unsuited(model: nn.Module) -> str:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             return f"gradients of {name or 'it'} are sparse"
     devices = {p.device for p in model.parameters() if p.requires_grad}
-    if len(devices) > 1:
-        return "it is spread over several devices"
-    return ""
+    return "it is spread over several devices" if len(devices) > 1 else ""
+
+
+def choose(strategy: str | Strategy, model: nn.Module) -> Strategy:
+    """Returns the strategy of that name; for ``"auto"``, the one that is quicker for the model."""
+    if isinstance(strategy, Strategy):
+        return strategy
+    if strategy == "auto":
+        size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        return Flat() if size <= FLAT_UP_TO_BYTES and not unsuited(model) else DDP()
+    if strategy == "flat":
+        return Flat()
+    if strategy == "ddp":
+        return DDP()
+    raise ConfigError(
+        f"strategy={strategy!r}: choose 'auto', 'flat' or 'ddp', or pass a "
+        "dtrain.strategies.Strategy"
+    )

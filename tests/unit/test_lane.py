@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtrain.step.idle import idle
-from dtrain.step.lane import Lane, LaneSilent, Slot, Verdict
+from dtrain.step.lane import Lane, LaneSilent, Slot, Verdict, idle
 
 NAN, INF = float("nan"), float("inf")
 QUIET = {slot.name: 0.0 for slot in Slot}
