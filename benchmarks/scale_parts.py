@@ -33,7 +33,7 @@ from dtrain.data.order import Shuffled
 from dtrain.data.shares import Shares
 from dtrain.distributed import store_process
 from dtrain.distributed.comm import Comm
-from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
+from dtrain.distributed.processes import Heartbeat, heartbeat_key
 from dtrain.step.lane import Lane, Slot
 from dtrain.strategies import DDP
 from dtrain.watchdog.judgement import LOOKERS, Seen, judge

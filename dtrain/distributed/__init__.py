@@ -15,11 +15,17 @@ from dtrain.distributed.activity import (
     Activity,
     Phase,
 )
-from dtrain.distributed.at_exit import end_with
 from dtrain.distributed.comm import Comm, Rule
-from dtrain.distributed.digest import digest_of
-from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
-from dtrain.distributed.processes import Process, look_up, stopped_children, this_machine
+from dtrain.distributed.exchange import digest_of
+from dtrain.distributed.processes import (
+    Heartbeat,
+    Process,
+    end_with,
+    heartbeat_key,
+    look_up,
+    stopped_children,
+    this_machine,
+)
 from dtrain.distributed.random_streams import (
     derive_seed,
     random_state,

@@ -1,9 +1,6 @@
 """Where the main thread is, for the watchdog, which reads it from another thread.
 
-The main thread writes plain attributes as it goes: no lock, no clock, well under a microsecond.
-It is read twice a second.
-
-Ranks: all, local.
+It writes plain attributes as it goes: no lock, no clock, well under a microsecond.
 """
 
 import time
@@ -11,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-#: How fast the slowest lap is forgotten: by half in about 70 laps.
-_FORGET = 0.99
+_FORGET = 0.99  # how fast the slowest lap is forgotten: by half in about 70 laps
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +39,13 @@ METRICS = Phase("agreeing on training metrics", slow=True)
 SAVING = Phase("saving a checkpoint", slow=True)
 
 
+@dataclass(slots=True)
 class Laps:
     """How long what is done again and again takes: steps, batches of an evaluation."""
 
-    __slots__ = ("_began", "count", "slowest_s")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.slowest_s = 0.0  # recently; forgotten slowly
-        self._began = 0.0
+    count: int = 0
+    slowest_s: float = 0.0  # recently; forgotten slowly
+    _began: float = 0.0
 
     def begin(self) -> None:
         """A lap begins."""
@@ -140,10 +134,8 @@ class Activity:
     def limit_s(self, hang_after_s: float, long_s: float) -> float:
         """Returns how long the main thread may be where it is without a sign of progress.
 
-        At least ``hang_after_s`` in the middle of a step or batch; ``long_s`` elsewhere, and in
-        the first of them.
+        ``long_s`` elsewhere than in the middle of a step or batch, and in the first of them.
         """
-        laps = self.laps
-        if self.phase.slow or laps is None or not laps.count:
+        if self.phase.slow or self.laps is None or not self.laps.count:
             return max(long_s, hang_after_s)
-        return max(hang_after_s, 10 * laps.slowest_s)
+        return max(hang_after_s, 10 * self.laps.slowest_s)

@@ -7,6 +7,7 @@ gradients; how ranks find out in a verb that they do not belong together is in
 
 import os
 import pickle
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,23 +19,21 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed.activity import Activity, Phase
-from dtrain.distributed.exchange import Exchange, beginning, reduce_here, remote_error
-from dtrain.distributed.failures import Failures, may_be_broken
+from dtrain.distributed.exchange import Exchange, Failures, beginning, reduce_here, remote_error
 from dtrain.distributed.transport import Transport
-from dtrain.errors import CommError, ConfigError, DtrainError, Failure, RankMismatch, RemoteError
+from dtrain.errors import CommError, ConfigError, DtrainError, RankMismatch, RemoteError
 
 T = TypeVar("T")
 Op = Literal["sum", "mean", "max", "min"]
 Rule = Literal["any", "majority", "all"]
 Where = str | Callable[[], str]  # where something failed; a function if that is known only then
 
+# What torch says where the other end of a connection is gone; it has no type for that.
+_BROKEN = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|Broken pipe")
 
-class Gatherer(Protocol):
-    """Serves the gathers of a loss function; see :mod:`dtrain.step`."""
 
-    def gather(self, label: str, rows: Tensor) -> Tensor:
-        """Returns all ranks' rows."""
-        ...
+class _Gatherer(Protocol):  # of :mod:`dtrain.step`
+    def gather(self, label: str, rows: Tensor) -> Tensor: ...
 
 
 class Comm:
@@ -58,17 +57,15 @@ class Comm:
         host: str = "localhost",
         transport: Transport | None = None,
         store: Store | None = None,
-        activity: Activity | None = None,
     ) -> None:
         self._rank = rank
         self._size = size
         self._closed = False
         self._on_main = ""  # the label, while rank 0 runs a function alone
-        self._gatherer: Gatherer | None = None  # while a loss function runs
-        #: Where this rank's main thread is.
-        self.activity = activity or Activity()
-        #: Held by a thread beside the main one while it uses these verbs; taken by the main
-        #: thread, so that all ranks' threads come in the same order.
+        self._gatherer: _Gatherer | None = None  # while a loss function runs
+        self.activity = Activity()  # where this rank's main thread is
+        # Held by a thread beside the main one while it uses these verbs; taken by the main
+        # thread, so that all ranks' threads come in the same order.
         self.in_use = threading.Lock()
         self._failures = Failures(rank, host, store)
         self._exchange: Exchange | None = None  # with nobody, in a world of one
@@ -80,8 +77,6 @@ class Comm:
         self._exchange = None
         self._failures.store = None
         self._closed = self._size > 1
-
-    # -- verbs ------------------------------------------------------------------------------
 
     def all_reduce(self, label: str, tensor: Tensor, op: Op = "sum") -> Tensor:
         """Returns the ``sum``, ``mean``, ``max`` or ``min`` of ``tensor`` over all ranks.
@@ -97,8 +92,9 @@ class Comm:
             raise ConfigError(
                 f"all_reduce({label!r}): op={op!r}; choose one of {sorted(get_args(Op))}"
             )
+        detail = f"{op} {_describe(tensor)}"
         mine = tensor.detach().cpu().contiguous()
-        everyones = self._meet("all_reduce", label, f"{op} {_describe(tensor)}", mine)
+        everyones = self._meet("all_reduce", label, detail, mine)
         summed = "sum" if op == "mean" else op
         if self._exchange is None:
             reduced = mine.clone()
@@ -106,9 +102,7 @@ class Comm:
             reduced = reduce_here(everyones, summed)
         else:
             reduced = self._exchange.all_reduce(label, mine, summed)
-        if op == "mean":
-            reduced = reduced / self._size
-        return reduced.to(tensor.device)
+        return (reduced / self._size if op == "mean" else reduced).to(tensor.device)
 
     def all_gather(self, label: str, tensor: Tensor) -> Tensor:
         """Returns every rank's ``tensor``, stacked: shape ``[world size, *tensor.shape]``.
@@ -162,7 +156,7 @@ class Comm:
             )
         return self._gatherer.gather(label, tensor)
 
-    def serve_gathers(self, gatherer: Gatherer | None) -> None:
+    def serve_gathers(self, gatherer: _Gatherer | None) -> None:
         """Lets :meth:`gather_with_grad` be called, until it is called with None."""
         self._gatherer = gatherer
 
@@ -221,39 +215,32 @@ class Comm:
         if self._exchange is None:
             return fn()
         result: T
-        failure: Failure | None
         if self._rank != 0:
-            result, failure = pickle.loads(self._exchange.receive(label))  # noqa: S301 -- our own
+            result, failure = self._exchange.share(label)
             if failure is not None:
                 raise RemoteError(str(failure))
             return result
-        error: Exception | None = None
         self._on_main = label
         before = self.activity.enter(Phase(f"on_main({label!r})", slow=True))
         try:
             result = fn()
             content = pickle.dumps((result, None))
-        except Exception as caught:  # noqa: BLE001 -- told to every rank, then raised again
-            error = caught
-            failure = self._failures.describe(caught, f"on_main({label!r})")
-            content = pickle.dumps((None, failure))
+        except Exception as error:
+            failure = self._failures.describe(error, f"on_main({label!r})")
+            self._exchange.share(label, pickle.dumps((None, failure)))
+            self._failures.told = error
+            raise
         finally:
             self._on_main = ""
             self.activity.enter(before)
-        self._exchange.send(label, content)
-        if error is not None:
-            self._failures.told = error
-            raise error
+        self._exchange.share(label, content)
         return result
-
-    # -- failures ---------------------------------------------------------------------------
 
     @contextmanager
     def lockstep(self, where: Where) -> Iterator[None]:
         """Makes an exception in the block reach every rank in its next call of a verb.
 
-        For phases in which ranks meet only in verbs of this class (evaluation, saving,
-        start and end of a run), not for anything that may wait in a gradient reduction.
+        Only for phases in which no rank may wait in a gradient reduction.
 
         Ranks: all, communicates when the block raises.
         """
@@ -269,8 +256,7 @@ class Comm:
     def alone(self, where: Where) -> Iterator[None]:
         """Leaves an exception in the block in the store, for ranks that wait in a reduction.
 
-        For phases in which the others may be anywhere. Once this rank has left, their broken
-        collective is explained by what it left behind.
+        Once this rank has left, their broken collective is explained by what it left behind.
         """
         try:
             yield
@@ -322,13 +308,13 @@ class Comm:
 
     def may_be_broken(self, error: BaseException) -> bool:
         """Says whether ``error`` may only mean that another rank is gone."""
-        return may_be_broken(error, self.activity.phase)
+        if isinstance(error, DtrainError) or not isinstance(error, RuntimeError):
+            return isinstance(error, CommError)
+        return self.activity.phase.waits or _BROKEN.search(str(error)) is not None
 
     def mark_step(self, step: int) -> None:
         """Says which step this rank is at; ranks that meet at different steps are told."""
         self._failures.step = step
-
-    # -- meeting ----------------------------------------------------------------------------
 
     def _meet(
         self, verb: str, label: str, detail: str = "", mine: Tensor | None = None

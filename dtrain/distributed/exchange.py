@@ -8,20 +8,22 @@ calls. What is small travels in the header itself, so that most calls are one ex
 """
 
 import hashlib
+import json
 import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed.activity import Activity, Phase
-from dtrain.distributed.failures import Failures
 from dtrain.distributed.transport import Transport, TransportOp
-from dtrain.errors import CommError, Failure, RankMismatch, RemoteError
+from dtrain.errors import CommError, DtrainError, Failure, RankMismatch, RemoteError, locate
 
 T = TypeVar("T")
 
@@ -29,14 +31,66 @@ _HEADER_BYTES = 256  # equal for all calls: ranks that meet in different ones re
 _TOLD = 9  # of these, the digest, and whether this rank failed
 _CARRIED_BYTES = _HEADER_BYTES - 16  # and what is carried, aligned for any dtype
 
-_SUMMED_BY_GLOO = {torch.float16, torch.float32, torch.float64} | {
-    torch.int8,
-    torch.uint8,
-    torch.int32,
-    torch.int64,
-}
+_FLOATS = {torch.float16, torch.float32, torch.float64}
+_SUMMED_BY_GLOO = _FLOATS | {torch.int8, torch.uint8, torch.int32, torch.int64}
 
 
+@dataclass(eq=False)
+class Failures:
+    """This rank's failures, and the record of the first in the store, where the others find it.
+
+    Ranks: all, local.
+    """
+
+    rank: int
+    host: str
+    store: Store | None
+    step: int = 0  # the global step that this rank is at
+    told: BaseException | None = None  # the last error that all ranks know of
+
+    def describe(self, error: BaseException, where: str) -> Failure:
+        """Says in words that can be sent what went wrong on this rank."""
+        kind, message = type(error).__name__, str(error)
+        return Failure(self.rank, self.host, where, self.step, kind, message, locate(error))
+
+    def is_told(self, error: BaseException) -> bool:
+        """Says whether all ranks know of ``error``, or of what it was made from."""
+        known: BaseException | None = error
+        while known is not None:
+            if known is self.told or isinstance(known, RemoteError | RankMismatch | CommError):
+                return True
+            known = known.__cause__
+        return False
+
+    def record(self, error: BaseException, where: str) -> None:
+        """Leaves this rank's failure in the store, unless all know of it."""
+        if self.store is None or self.is_told(error):
+            return
+        text = json.dumps(asdict(self.describe(error, where)))
+        try:
+            # compare_set: the first writer wins, so the root cause is kept.
+            self.store.compare_set("failure", "", text)
+        except RuntimeError as unreachable:
+            error.add_note(f"(could not be recorded for the other ranks: {unreachable})")
+
+    def forget(self) -> None:
+        """Removes the record: all ranks know, and a later failure must not be taken for it."""
+        if self.store is not None:
+            self.store.delete_key("failure")
+
+    def explain(self, error: BaseException) -> DtrainError | None:
+        """Returns another rank's recorded failure, if that is why ``error`` happened."""
+        if self.store is None or isinstance(error, DtrainError):
+            return None
+        try:
+            text = self.store.get("failure") if self.store.check(["failure"]) else b""
+        except RuntimeError:
+            return None  # the store went away with its host: nothing better than `error` is known
+        failure = Failure(**json.loads(text)) if text else None
+        return None if failure is None or failure.rank == self.rank else RemoteError(str(failure))
+
+
+@dataclass(eq=False)
 class Exchange:
     """What all ranks do together over a transport.
 
@@ -46,31 +100,23 @@ class Exchange:
     Ranks: all, communicates.
     """
 
-    def __init__(
-        self, size: int, transport: Transport, failures: Failures, activity: Activity
-    ) -> None:
-        self.transport = transport
-        self._size = size
-        self._failures = failures
-        self._activity = activity
-        self._kept: tuple[Tensor, ...] = ()
-
-    # -- the header -------------------------------------------------------------------------
+    size: int
+    transport: Transport
+    failures: Failures
+    activity: Activity
+    _kept: tuple[Tensor, ...] = ()
 
     def meet(
         self, verb: str, label: str, detail: str, site: str, mine: Tensor | None
     ) -> Tensor | None:
-        """Returns once all ranks have come to this call, with every rank's ``mine``, stacked.
-
-        None where there is none, or it is too large to travel in the header.
-        """
+        """See :meth:`Comm._meet`."""
         carried = mine if mine is not None and mine.nbytes <= _CARRIED_BYTES else None
         headers = self._headers(verb, label, f"{site} {detail}", carried)
         told = headers.numpy()[:, :_TOLD]
         if told[0, -1] or not (told == told[0]).all():
             if told[:, -1].any():
                 raise remote_error(self.gather_objects(label, None))
-            row = f"step {self._failures.step}  {verb}({label!r})  {detail or '-'}  at {site}"
+            row = f"step {self.failures.step}  {verb}({label!r})  {detail or '-'}  at {site}"
             rows = enumerate(self.gather_objects(label, row))
             table = "\n".join(f"  rank {rank}: {row}" for rank, row in rows)
             raise RankMismatch(
@@ -80,7 +126,7 @@ class Exchange:
         if carried is None:
             return None
         content = headers[:, _HEADER_BYTES - _CARRIED_BYTES :][:, : carried.nbytes]
-        return content.view(carried.dtype).view(self._size, *carried.shape)
+        return content.view(carried.dtype).view(self.size, *carried.shape)
 
     def tell(self, failure: Failure) -> None:
         """Makes every other rank raise ``failure`` in the verb that it is in or enters next."""
@@ -91,15 +137,13 @@ class Exchange:
         self, verb: str, label: str, detail: str, carried: Tensor | None, *, failed: bool = False
     ) -> Tensor:
         """Returns each rank's header, stacked: shape ``[world size, 256]``, bytes."""
-        text = f"{verb}\0{label}\0{detail}\0{self._failures.step}"
+        text = f"{verb}\0{label}\0{detail}\0{self.failures.step}"
         digest = hashlib.blake2b(text.encode(), digest_size=_TOLD - 1).digest()
         header = (digest + bytes([failed])).ljust(_HEADER_BYTES - _CARRIED_BYTES, b"\0")
         if carried is not None:
             header += carried.reshape(-1).view(torch.uint8).numpy().tobytes()
         padded = bytearray(header.ljust(_HEADER_BYTES, b"\0"))
         return self.gather(label, torch.frombuffer(padded, dtype=torch.uint8))
-
-    # -- objects, where all ranks know that all send one -----------------------------------------
 
     def gather_objects(self, label: str, value: T) -> list[T]:
         """Returns every rank's ``value``, by rank."""
@@ -120,21 +164,15 @@ class Exchange:
             for part, length in zip(parts, lengths, strict=True)
         ]
 
-    def send(self, label: str, content: bytes) -> None:
-        """Gives every rank rank 0's bytes; called there."""
-        self.broadcast(label, torch.tensor(len(content)))
-        self.broadcast(label, torch.frombuffer(bytearray(content), dtype=torch.uint8))
-
-    def receive(self, label: str) -> bytes:
-        """Returns what rank 0 sends; called on the others."""
-        length = int(self.broadcast(label, torch.tensor(0)))
-        return self.broadcast(label, torch.empty(length, dtype=torch.uint8)).numpy().tobytes()
-
-    # -- tensors ----------------------------------------------------------------------------
+    def share(self, label: str, content: bytes = b"") -> Any:
+        """Returns what rank 0 has pickled; the others give nothing."""
+        length = int(self.broadcast(label, torch.tensor(len(content))))
+        buffer = torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8)
+        return pickle.loads(self.broadcast(label, buffer).numpy().tobytes())  # noqa: S301 -- our own
 
     def gather(self, label: str, mine: Tensor) -> Tensor:
         """Returns every rank's ``mine``, stacked."""
-        everyones = mine.new_empty(self._size, *mine.shape)
+        everyones = mine.new_empty(self.size, *mine.shape)
         parts = list(everyones.unbind())
         with self._under_way(label, mine, *parts):
             self.transport.all_gather(parts, mine)
@@ -143,7 +181,7 @@ class Exchange:
     def gather_any(self, label: str, mine: Tensor) -> Tensor:
         """Gathers as bytes, so that every dtype can travel; stacks what comes."""
         everyones = self.gather(label, mine.reshape(-1).view(torch.uint8))
-        return everyones.view(-1).view(mine.dtype).view(self._size, *mine.shape)
+        return everyones.view(-1).view(mine.dtype).view(self.size, *mine.shape)
 
     def all_reduce(self, label: str, mine: Tensor, op: TransportOp) -> Tensor:
         """Returns all ranks' ``mine``, reduced."""
@@ -167,12 +205,12 @@ class Exchange:
         # returned. Were it the last to do so, it would need the interpreter's lock, and if the
         # interpreter is ending just then, the process aborts.
         self._kept = tensors
-        before = self._activity.phase
-        self._activity.enter(Phase(f"comm {label!r}", waits=True, slow=before.slow))
+        before = self.activity.phase
+        self.activity.enter(Phase(f"comm {label!r}", waits=True, slow=before.slow))
         try:
             yield
         except RuntimeError as broken:
-            failures = self._failures
+            failures = self.failures
             reason = failures.explain(broken)
             if reason is not None:
                 raise reason from broken
@@ -182,7 +220,7 @@ class Exchange:
                 f"{broken}"
             ) from broken
         finally:
-            self._activity.enter(before)
+            self.activity.enter(before)
 
 
 def beginning(content: bytes) -> Tensor:
@@ -209,3 +247,8 @@ def reduce_here(parts: Tensor, op: TransportOp) -> Tensor:
 def remote_error(failures: list[Failure | None]) -> RemoteError:
     """Returns an error that names all ranks that failed."""
     return RemoteError("; ".join(str(failure) for failure in failures if failure is not None))
+
+
+def digest_of(value: object) -> str:
+    """Returns a short digest of JSON values, to compare them between ranks and runs."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

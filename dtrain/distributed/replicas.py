@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.distributed.comm import Comm
-from dtrain.distributed.digest import digest_of
+from dtrain.distributed.exchange import digest_of
 from dtrain.errors import RankMismatch
+
+Shapes = list[tuple[str, list[int], str]]
 
 
 def share_buffers(model: nn.Module, comm: Comm) -> None:
     """Gives all ranks rank 0's buffers (such as BatchNorm's running statistics).
 
-    Ranks: all, communicates: once for each dtype among the buffers.
+    Ranks: all, communicates: once for each dtype.
     """
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in model.buffers():
@@ -25,19 +27,13 @@ def share_buffers(model: nn.Module, comm: Comm) -> None:
             buffer.detach().copy_(values.view_as(buffer))
 
 
-Shapes = list[tuple[str, list[int], str]]
-
-
 def shapes_of(model: nn.Module) -> Shapes:
     """Returns name, shape and dtype of each parameter and buffer."""
     return [(name, list(t.shape), str(t.dtype)) for name, t in model.state_dict().items()]
 
 
 def check_same_model(model: nn.Module, comm: Comm) -> None:
-    """Raises where the ranks' models differ in names, shapes, dtypes or what is frozen.
-
-    Raises:
-        RankMismatch: with what differs, by rank.
+    """Raises RankMismatch where models differ in names, shapes, dtypes or what is frozen.
 
     Ranks: all, communicates.
     """
@@ -47,11 +43,11 @@ def check_same_model(model: nn.Module, comm: Comm) -> None:
         return
     mine = [f"{name} {shape} {dtype}" for name, shape, dtype in shapes]
     mine += [f"{name} (frozen)" for name in frozen]
-    described = comm.gather_objects("models", mine)
+    models = comm.gather_objects("models", mine)
     rows = []
-    for rank, lines in enumerate(described):
-        extra = [line for line in lines if line not in described[0]]
-        lacking = [line for line in described[0] if line not in lines]
+    for rank, lines in enumerate(models):
+        extra = [line for line in lines if line not in models[0]]
+        lacking = [line for line in models[0] if line not in lines]
         words = [f"has {', '.join(extra[:5])}"] * bool(extra)
         words += [f"lacks {', '.join(lacking[:5])}"] * bool(lacking)
         rows.append(f"  rank {rank}: {'; '.join(words) or 'as rank 0'}")
@@ -61,10 +57,7 @@ def check_same_model(model: nn.Module, comm: Comm) -> None:
 
 
 def check_same_call(arguments: Mapping[str, object], comm: Comm) -> None:
-    """Raises where the ranks called ``fit`` with different arguments or unequal data.
-
-    Raises:
-        RankMismatch: with every rank's.
+    """Raises RankMismatch where the ranks called ``fit`` with different arguments or unequal data.
 
     Ranks: all, communicates.
     """

@@ -4,12 +4,21 @@ In a run it is a process group of torch's. Ranks that are threads of one process
 (:mod:`dtrain.testing`) bring another one, so that everything above is the same code.
 """
 
-from contextlib import AbstractContextManager
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.distributed.environment import has_gpu
 
 TransportOp = Literal["sum", "max", "min"]
 
@@ -32,8 +41,7 @@ class DataParallel(Protocol):
 class Transport(Protocol):
     """Moves tensors between ranks. All ranks must make the same calls in the same order.
 
-    A call that cannot be completed (another rank has left, or does not come in time) raises
-    RuntimeError.
+    A call that cannot be completed, as another rank has left or is late, raises RuntimeError.
 
     Ranks: all; each method communicates, but for ``check_own``.
     """
@@ -51,39 +59,81 @@ class Transport(Protocol):
         """Raises where ranks that are threads of one process share ``module``."""
 
     def data_parallel(self, module: nn.Module, **options: Any) -> DataParallel:
-        """Returns ``module``, wrapped so that backward reduces its parameters' gradients.
-
-        Args:
-            module: whose parameters are equal on all ranks.
-            options: of DistributedDataParallel.
-        """
+        """Returns ``module``, wrapped in DistributedDataParallel or what does the same."""
 
 
+@dataclass
 class GroupTransport:
     """A process group of torch's, as :class:`Transport`.
 
-    Args:
-        group: the default group if None, which need not be open yet.
+    Ranks: all; each method communicates, but for ``check_own``.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
+    group: dist.ProcessGroup | None = None  # the default one if None, which may open later
 
     def all_gather(self, parts: list[Tensor], mine: Tensor) -> None:
         """Ranks: all, communicates."""
-        dist.all_gather(parts, mine, group=self._group)
+        dist.all_gather(parts, mine, group=self.group)
 
     def all_reduce(self, buffer: Tensor, op: TransportOp = "sum") -> None:
         """Ranks: all, communicates."""
-        dist.all_reduce(buffer, op=_REDUCE[op], group=self._group)
+        dist.all_reduce(buffer, op=_REDUCE[op], group=self.group)
 
     def broadcast(self, buffer: Tensor) -> None:
         """Ranks: all, communicates."""
-        dist.broadcast(buffer, group_src=0, group=self._group)
+        dist.broadcast(buffer, group_src=0, group=self.group)
 
     def check_own(self, module: nn.Module) -> None:
         """Does nothing: each process has its own."""
 
     def data_parallel(self, module: nn.Module, **options: Any) -> DistributedDataParallel:
         """Ranks: all, communicates."""
-        return DistributedDataParallel(module, process_group=self._group, **options)
+        return DistributedDataParallel(module, process_group=self.group, **options)
+
+
+def open_default(timeout: timedelta, life: int) -> None:
+    """Opens torch's default group from the variables of a launcher.
+
+    A store that lives on still has the addresses of groups that were closed: ``life`` counts them.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    with nullcontext() if has_gpu() else yielding_threads():  # NCCL's stay as they are
+        dist.init_process_group(
+            "nccl" if has_gpu() else "gloo",
+            timeout=timeout,
+            store=PrefixStore(f"life-{life}", store),
+            rank=rank,
+            world_size=size,
+        )
+
+
+def open_gloo(timeout: timedelta) -> GroupTransport:
+    """Opens one more group of all ranks, over which tensors on the CPU travel."""
+    with yielding_threads():
+        return GroupTransport(dist.new_group(backend="gloo", timeout=timeout))
+
+
+@contextmanager
+def yielding_threads() -> Iterator[None]:
+    """Threads that are started in the block wait for a core, and push no other thread off one.
+
+    A message wakes the thread of gloo's that reads the socket. If that one is put where the thread
+    runs that began the exchange, and pushes it aside while it holds their lock, then it asks for
+    the lock again and again until its time is over: 4 ms with a kernel that ticks at 250 Hz, ten
+    times what the reduction takes (benchmarks/gloo_threads.py). Linux has a policy for threads
+    that do not push: ``SCHED_BATCH``. It costs nothing where there are cores to spare.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    chosen = False
+    # Where a container forbids it, or does not know it, they work as ever, only slower.
+    with suppress(OSError):
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            chosen = True
+    try:
+        yield
+    finally:
+        if chosen:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

@@ -21,15 +21,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from dtrain.distributed import group
-from dtrain.distributed.at_exit import is_failing
 from dtrain.distributed.comm import Comm
-from dtrain.distributed.environment import find_launcher
-from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
-from dtrain.distributed.processes import this_machine
+from dtrain.distributed.environment import allow_files, find_launcher, has_gpu, share_cores
+from dtrain.distributed.processes import Heartbeat, heartbeat_key, is_failing, this_machine
 from dtrain.distributed.random_streams import seed_everything
 from dtrain.distributed.rendezvous import own_store, serve_apart
-from dtrain.distributed.transport import GroupTransport, Transport
+from dtrain.distributed.transport import GroupTransport, Transport, open_default, open_gloo
 from dtrain.errors import ConfigError
 
 T = TypeVar("T")
@@ -55,11 +52,6 @@ class World:
         launcher: ``"torchrun"``, ``"slurm"``, ``"solo"`` or ``"threads"``.
         seed: what all random streams are derived from.
         comm: labelled verbs to the other ranks.
-        gradients: what gradients travel over; for strategies.
-        connect: opens a connection of its own to the rendezvous store; None where there is none.
-        open_comm: opens labelled verbs of their own, for a thread beside the main one; all ranks
-            call it. The same ones each time, so whoever uses them holds their lock. None where no
-            thread can be beside (ranks of a test that are threads).
     """
 
     rank: int
@@ -71,8 +63,12 @@ class World:
     launcher: str
     seed: int
     comm: Comm
+    #: What gradients travel over; for strategies.
     gradients: Transport = field(default_factory=GroupTransport, repr=False)
+    #: Opens a connection of its own to the rendezvous store; None where there is none.
     connect: Callable[[], Store] | None = field(default=None, repr=False)
+    #: Opens labelled verbs for a thread beside the main one; all ranks call it. The same ones each
+    #: time, so whoever uses them holds their lock. None where ranks are threads themselves.
     open_comm: Callable[[], Comm] | None = field(default=None, repr=False)
     #: Of those that ``connect`` has opened, the ones that nobody uses at the moment.
     idle_connections: list[Store] = field(default_factory=list, repr=False)
@@ -91,10 +87,7 @@ class World:
         return any(count not in ("", "0") for count in counts)
 
     def at_close(self, release: Callable[[], None]) -> None:
-        """Has ``release`` called before the process group is closed.
-
-        For whoever holds something that holds the process group.
-        """
+        """Has ``release`` let go of the process group before it is closed."""
         self._closers.append(release)
 
     def tell_launcher(self, error: BaseException) -> None:
@@ -177,21 +170,13 @@ def init(*, seed: int = 0, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
 
 
 def current() -> World | None:
-    """Returns the world that :func:`init` made, or None before it was called.
-
-    Ranks: all, local.
-    """
+    """Returns the world that :func:`init` made, or None before it was called."""
     return _of_thread.get() or _current
 
 
 @contextmanager
 def inhabited(world: World) -> Iterator[None]:
-    """Makes ``world`` this thread's own in the block: :func:`init` and :func:`current` return it.
-
-    For ranks that are threads of one process.
-
-    Ranks: all, local.
-    """
+    """Makes ``world`` this thread's own in the block, for ranks that are threads."""
     token = _of_thread.set(world)
     try:
         yield
@@ -219,13 +204,13 @@ def _open(seed: int, timeout_s: float) -> World:
     host = socket.gethostname()
     size = int(variables.get("WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     if launcher == "solo" or size == 1:
-        device = torch.device("cuda" if group.has_gpu() else "cpu")
+        device = torch.device("cuda" if has_gpu() else "cpu")
         world = World(0, 0, 1, host, device, "none", launcher, seed, Comm(host=host))
         world.open_comm = lambda: Comm(host=host)
         return world
     os.environ.update(variables)
-    group.share_cores()
-    group.allow_files(size)
+    share_cores()
+    allow_files(size)
     store_process = serve_apart(timeout_s)
     # Late: most of a single process's start would go into this import.
     from accelerate.state import PartialState
@@ -239,10 +224,10 @@ def _open(seed: int, timeout_s: float) -> World:
     timeout, life = timedelta(seconds=timeout_s), next(_lives)
     opened = not dist.is_initialized()
     if opened:
-        group.open_default(timeout, life)
+        open_default(timeout, life)
     # It finds the group, and keeps which rank and device are this process's: true of each life.
-    device = PartialState(cpu=not group.has_gpu()).device
-    rank, transport, store = dist.get_rank(), group.open_gloo(timeout), own_store(timeout, life)
+    device = PartialState(cpu=not has_gpu()).device
+    rank, transport, store = dist.get_rank(), open_gloo(timeout), own_store(timeout, life)
     hello = Heartbeat(rank, host, os.getpid(), this_machine(), number=0)
     store.set(heartbeat_key(rank), hello.to_json())
     if store_process is not None:
@@ -266,7 +251,7 @@ def _open(seed: int, timeout_s: float) -> World:
     # One for all Trainers: each further group would make the next one slower to open.
     @cache
     def open_comm() -> Comm:
-        apart = Comm(rank=rank, size=size, host=host, transport=group.open_gloo(timeout))
+        apart = Comm(rank=rank, size=size, host=host, transport=open_gloo(timeout))
         world.at_close(apart.close)
         return apart
 

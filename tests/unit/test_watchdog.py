@@ -23,8 +23,7 @@ from dtrain.distributed.activity import (
     Activity,
 )
 from dtrain.distributed.comm import Comm
-from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
-from dtrain.distributed.processes import look_up, this_machine
+from dtrain.distributed.processes import Heartbeat, heartbeat_key, look_up, this_machine
 from dtrain.distributed.world import World
 from dtrain.errors import ConfigError, Failure
 from dtrain.watchdog.bounded import Bounded
