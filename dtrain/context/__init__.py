@@ -4,16 +4,5 @@ from dtrain.context.context import Context
 from dtrain.context.outbox import Outbox, Reduce, Request, Shown
 from dtrain.context.step import Loss, Mean, Number, Progress, Step, on_device
 
-__all__ = [
-    "Context",
-    "Loss",
-    "Mean",
-    "Number",
-    "Outbox",
-    "Progress",
-    "Reduce",
-    "Request",
-    "Shown",
-    "Step",
-    "on_device",
-]
+__all__ = ["Context", "Loss", "Mean", "Number", "Progress", "Request", "Step", "on_device"]
+__all__ += ["Outbox", "Reduce", "Shown"]

@@ -16,9 +16,7 @@ from dtrain.distributed import Comm
 from dtrain.errors import ConfigError
 
 
-class _Engine(Protocol):
-    """What computes for hooks, behind the methods of the same names."""
-
+class _Engine(Protocol):  # what computes for hooks, behind the methods of the same names
     def loss_of(self, ctx: "Context", batch: Any) -> Loss: ...
 
     def gradients(self) -> list[Tensor]: ...
@@ -41,8 +39,7 @@ class Context:
         device: where this rank computes.
         run_dir: where the run keeps its files, or None.
         has_eval: whether `fit` was given an eval_set.
-        loss_scaled: whether the precision scales the loss; a gradient that overflows is then
-            no trouble.
+        loss_scaled: whether the precision scales the loss; then a gradient may overflow.
         metrics: the newest agreed metrics, equal on all ranks.
 
     Ranks: all, local where a method does not say otherwise.
@@ -108,8 +105,8 @@ class Context:
     def heartbeat(self) -> None:
         """Says that this rank is still at work, where a hook or a loss function takes long.
 
-        In the middle of a step a hook that says nothing is taken for stuck after
-        ``Trainer(hang_after_s=...)`` seconds, or ten times the slowest recent step.
+        One that says nothing is taken for stuck after ``Trainer(hang_after_s=...)`` seconds, or
+        ten times the slowest recent step.
         """
         self.comm.activity.enter(self.comm.activity.phase)
 

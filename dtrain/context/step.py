@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Number = float | int | Tensor
+Metrics = Mapping[str, "Number | Mean"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,9 +17,6 @@ class Mean:
 
     total: Number
     weight: Number
-
-
-Metrics = Mapping[str, Number | Mean]
 
 
 @dataclass(slots=True)
@@ -57,9 +55,8 @@ class Progress:
     Attributes:
         step: global steps taken since the run began, over all epochs and restarts.
         updates: steps whose optimizer update was applied; fewer than ``step`` where a
-            loss scale overflowed or every rank skipped. With a fused optimizer on CUDA, the
-            step just taken is counted once its outcome has arrived: in the next step, or as soon
-            as somebody asks for ``step.applied``.
+            loss scale overflowed or every rank skipped. With a fused optimizer on CUDA, a step
+            is counted in the next one, or as soon as somebody asks for ``step.applied``.
         epoch: the epoch under way, from 0; after ``fit``, how many were finished.
         step_in_epoch: steps taken in this epoch.
         samples: samples all ranks trained on since the run began.
@@ -78,9 +75,7 @@ class Progress:
     total_epochs: int | None = None
 
 
-class _Result(Protocol):
-    """What became of a step, as :class:`Step` tells it. Asking may wait for the device."""
-
+class _Result(Protocol):  # what became of a step; asking may wait for the device
     @property
     def loss_mean(self) -> float: ...
 
@@ -154,11 +149,8 @@ class Step:
 
 
 def on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a number as a 0-dim tensor on the device, without waiting for it.
-
-    A number of the host is filled in there. To copy it, as ``torch.as_tensor`` does, the host
-    would wait for all that the device was given before.
-    """
+    """Returns a number as a 0-dim tensor on the device, without waiting for it."""
     if isinstance(value, Tensor):
         return value.detach().to(device, dtype).reshape(())
+    # To copy it, as `as_tensor` does, the host would wait for all that the device has to do.
     return torch.full((), value, dtype=dtype, device=device)

@@ -1,8 +1,6 @@
 """The only door to other ranks, for everything that is not a gradient: verbs with labels.
 
-What goes between ranks runs on a transport of its own (a gloo group), so it never interleaves with
-gradients; how ranks find out in a verb that they do not belong together is in
-:mod:`dtrain.distributed.exchange`.
+They run on a transport of their own (a gloo group), so they never interleave with gradients.
 """
 
 import os
@@ -46,7 +44,7 @@ class Comm:
         RemoteError: by every verb, where another rank failed.
         CommError: by every verb, where a rank is gone and left no reason.
 
-    Ranks: all; local where a method does not say that it communicates.
+    Ranks: all; communicates where a method does not say that it is local.
     """
 
     def __init__(
@@ -68,12 +66,13 @@ class Comm:
         # thread, so that all ranks' threads come in the same order.
         self.in_use = threading.Lock()
         self._failures = Failures(rank, host, store)
+        self.record, self.explain = self._failures.record, self._failures.explain
         self._exchange: Exchange | None = None  # with nobody, in a world of one
         if transport is not None:
             self._exchange = Exchange(size, transport, self._failures, self.activity)
 
     def close(self) -> None:
-        """Lets go of transport and store; the verbs must not be called any more."""
+        """Lets go of transport and store: no verb may be called any more. Ranks: all, local."""
         self._exchange = None
         self._failures.store = None
         self._closed = self._size > 1
@@ -85,8 +84,6 @@ class Comm:
             label: names the call; equal on all ranks.
             tensor: any shape, equal on all ranks. It is not changed.
             op: how values of different ranks become one.
-
-        Ranks: all, communicates.
         """
         if op not in get_args(Op):
             raise ConfigError(
@@ -105,10 +102,7 @@ class Comm:
         return (reduced / self._size if op == "mean" else reduced).to(tensor.device)
 
     def all_gather(self, label: str, tensor: Tensor) -> Tensor:
-        """Returns every rank's ``tensor``, stacked: shape ``[world size, *tensor.shape]``.
-
-        Ranks: all, communicates.
-        """
+        """Returns every rank's ``tensor``, stacked: shape ``[world size, *tensor.shape]``."""
         detail = _describe(tensor)
         if self._exchange is None:
             self._meet("all_gather", label, detail)
@@ -116,11 +110,11 @@ class Comm:
         mine = tensor.detach().cpu().contiguous()
         everyones = self._meet("all_gather", label, detail, mine)
         if everyones is None:
-            everyones = self._exchange.gather_any(label, mine)
+            everyones = self._exchange.gather(label, mine)
         return everyones.contiguous().to(tensor.device)
 
     def gather_with_grad(self, label: str, tensor: Tensor) -> Tensor:
-        """In a loss function: returns the rows of all ranks, in the order of ranks.
+        """In a loss function: returns all ranks' rows, shape ``[rows of all ranks, ...]``.
 
         A rank that skips, has no data or fails takes part with no rows, so nobody waits for it.
         Ranks may have different numbers of rows.
@@ -138,11 +132,7 @@ class Comm:
 
         Args:
             label: names the call; equal on all ranks.
-            tensor: shape ``[rows, ...]``; all but the rows equal on all ranks. It travels
-                through the CPU.
-
-        Returns:
-            Shape ``[rows of all ranks, ...]``.
+            tensor: shape ``[rows, ...]``, equal but for the rows. It travels through the CPU.
 
         Raises:
             ConfigError: called outside of a loss function, or first in a later micro-step.
@@ -157,14 +147,11 @@ class Comm:
         return self._gatherer.gather(label, tensor)
 
     def serve_gathers(self, gatherer: _Gatherer | None) -> None:
-        """Lets :meth:`gather_with_grad` be called, until it is called with None."""
+        """Lets :meth:`gather_with_grad` be called, until this is given None. Ranks: all, local."""
         self._gatherer = gatherer
 
     def broadcast(self, label: str, tensor: Tensor) -> Tensor:
-        """Returns rank 0's ``tensor`` on every rank; the argument is not changed.
-
-        Ranks: all, communicates.
-        """
+        """Returns rank 0's ``tensor`` on every rank; the argument is not changed."""
         self._meet("broadcast", label, _describe(tensor))
         if self._exchange is None:
             return tensor.detach().clone()
@@ -173,19 +160,11 @@ class Comm:
         return buffer.to(tensor.device)
 
     def barrier(self, label: str) -> None:
-        """Returns once every rank has called it with this label.
-
-        Ranks: all, communicates.
-        """
+        """Returns once every rank has called it with this label."""
         self._meet("barrier", label)
 
     def vote(self, label: str, yes: bool, rule: Rule = "any") -> bool:
-        """Returns one answer on all ranks: did ``any``, the ``majority`` or ``all`` say yes?
-
-        ``majority`` means more than half of the ranks.
-
-        Ranks: all, communicates.
-        """
+        """Returns one answer: did ``any``, the ``majority`` (over half) or ``all`` say yes?"""
         rules = {"any": 1, "majority": self._size // 2 + 1, "all": self._size}
         if rule not in rules:
             raise ConfigError(f"vote({label!r}): rule={rule!r}; choose one of {sorted(rules)}")
@@ -193,10 +172,7 @@ class Comm:
         return bool(yes) if votes is None else int(votes.sum()) >= rules[rule]
 
     def gather_objects(self, label: str, value: T) -> list[T]:
-        """Returns every rank's ``value``, by rank. For small things: the values are pickled.
-
-        Ranks: all, communicates.
-        """
+        """Returns every rank's ``value``, by rank. For small things: the values are pickled."""
         content = pickle.dumps(value)  # before the ranks meet: it may not be possible
         everyones = self._meet("gather_objects", label, "", beginning(content))
         if self._exchange is None or everyones is None:
@@ -240,9 +216,7 @@ class Comm:
     def lockstep(self, where: Where) -> Iterator[None]:
         """Makes an exception in the block reach every rank in its next call of a verb.
 
-        Only for phases in which no rank may wait in a gradient reduction.
-
-        Ranks: all, communicates when the block raises.
+        Only where no rank may wait in a gradient reduction; communicates when the block raises.
         """
         try:
             yield
@@ -256,7 +230,7 @@ class Comm:
     def alone(self, where: Where) -> Iterator[None]:
         """Leaves an exception in the block in the store, for ranks that wait in a reduction.
 
-        Once this rank has left, their broken collective is explained by what it left behind.
+        Once this rank has left, that explains their broken collective. Ranks: all, local.
         """
         try:
             yield
@@ -281,15 +255,11 @@ class Comm:
             failures.told = error
             failures.forget()
         except (DtrainError, RuntimeError) as broken:
-            # The others left first; this rank's own error is raised by the caller and
-            # stays the one that counts.
+            # The others left first; this rank's own error, which the caller raises, counts.
             error.add_note(f"(the other ranks could not be told: {broken})")
 
     def raise_failures(self, label: str, error: Exception | None, where: str) -> None:
-        """Raises on all ranks if any has an error: the original where it happened.
-
-        Ranks: all, communicates.
-        """
+        """Raises on all ranks if any has an error: the original where it happened."""
         mine = None if error is None else self._failures.describe(error, where)
         everyones = self.gather_objects(label, mine)
         if error is not None:
@@ -298,28 +268,20 @@ class Comm:
         if any(everyones):
             raise remote_error(everyones)
 
-    def record(self, error: BaseException, where: str) -> None:
-        """Leaves this rank's failure in the store, for ranks that find a broken collective."""
-        self._failures.record(error, where)
-
-    def explain(self, error: BaseException) -> DtrainError | None:
-        """Returns the recorded failure of another rank, if that is why ``error`` happened."""
-        return self._failures.explain(error)
-
     def may_be_broken(self, error: BaseException) -> bool:
-        """Says whether ``error`` may only mean that another rank is gone."""
+        """Says whether ``error`` may only mean that another rank is gone. Ranks: all, local."""
         if isinstance(error, DtrainError) or not isinstance(error, RuntimeError):
             return isinstance(error, CommError)
         return self.activity.phase.waits or _BROKEN.search(str(error)) is not None
 
     def mark_step(self, step: int) -> None:
-        """Says which step this rank is at; ranks that meet at different steps are told."""
+        """Says which step this rank is at, to compare where ranks meet. Ranks: all, local."""
         self._failures.step = step
 
     def _meet(
         self, verb: str, label: str, detail: str = "", mine: Tensor | None = None
     ) -> Tensor | None:
-        """Returns once all ranks have come to this call, with every rank's ``mine``, stacked.
+        """Returns every rank's ``mine``, stacked, once all ranks have come to this call.
 
         None where there is none, it is too large to travel in the header, or this rank is alone.
         """
@@ -344,11 +306,9 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _call_site() -> str:
-    """Returns ``file:line`` of the caller, the first frame outside of this module.
-
-    Only the file's name counts: installations may lie in different folders on two hosts.
-    """
+    """Returns ``file:line`` of the caller, the first frame outside of this module."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
+    # Only the file's name: installations may lie in different folders on two hosts.
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"

@@ -1,7 +1,4 @@
-"""What launched this process, which rank it is, and what of the host is its own.
-
-Ranks: all, local.
-"""
+"""What launched this process, which rank it is, and what of the host is its own."""
 
 import os
 import re
@@ -58,8 +55,7 @@ def find_launcher(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
 
 def first_host(nodelist: str) -> str:
     """Returns the first host of a SLURM node list: ``gpu[03-05,9],x1`` gives ``gpu03``."""
-    # The first entry ends at the first comma outside of brackets; of each bracket, the first
-    # number of the first range counts.
+    # Up to the first comma outside of brackets; of a bracket, the first number counts.
     entry = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodelist)
     host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", entry[0]) if entry is not None else ""
     if not host or nodelist.startswith("["):
@@ -71,11 +67,8 @@ def first_host(nodelist: str) -> str:
 
 
 def allow_files(size: int) -> None:
-    """Raises how many files this process may have open, as far as it may itself.
-
-    Each gloo group is a connection to every other rank, and there are up to three; the limit that
-    most systems begin with, 1024, would end that at some 340 ranks.
-    """
+    """Raises how many files this process may have open, as far as it may itself."""
+    # Each of up to three gloo groups is a connection to every other rank; the usual limit is 1024.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4 * size + 1024
     if hard != resource.RLIM_INFINITY:
@@ -88,8 +81,7 @@ def allow_files(size: int) -> None:
 def share_cores() -> None:
     """Gives torch this rank's part of the host's cores, unless it was told how many."""
     if not os.environ.get("OMP_NUM_THREADS"):
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        threads = max(1, (os.cpu_count() or 1) // ranks_here)
+        threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
 

@@ -1,10 +1,8 @@
 """Exchanges between ranks in which none waits in vain: a header first, then what it announces.
 
 The header tells what call a rank is in (verb, label, call site, shape, step), as a digest, and
-whether it failed. Ranks that meet in different calls all get :class:`RankMismatch`, with a table of
-who was where; where a rank failed, all others get :class:`RemoteError` in the same call. A plain
-process group would instead hang or, with equal shapes, silently mix the numbers of two different
-calls. What is small travels in the header itself, so that most calls are one exchange.
+whether it failed. A plain process group would hang where ranks met in different calls or, with
+equal shapes, silently mix their numbers.
 """
 
 import hashlib
@@ -14,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +23,9 @@ from dtrain.distributed.activity import Activity, Phase
 from dtrain.distributed.transport import Transport, TransportOp
 from dtrain.errors import CommError, DtrainError, Failure, RankMismatch, RemoteError, locate
 
-T = TypeVar("T")
-
 _HEADER_BYTES = 256  # equal for all calls: ranks that meet in different ones read them all the same
 _TOLD = 9  # of these, the digest, and whether this rank failed
-_CARRIED_BYTES = _HEADER_BYTES - 16  # and what is carried, aligned for any dtype
+_CARRIED_BYTES = _HEADER_BYTES - 16  # what is small travels along, aligned for any dtype
 
 _FLOATS = {torch.float16, torch.float32, torch.float64}
 _SUMMED_BY_GLOO = _FLOATS | {torch.int8, torch.uint8, torch.int32, torch.int64}
@@ -37,10 +33,7 @@ _SUMMED_BY_GLOO = _FLOATS | {torch.int8, torch.uint8, torch.int32, torch.int64}
 
 @dataclass(eq=False)
 class Failures:
-    """This rank's failures, and the record of the first in the store, where the others find it.
-
-    Ranks: all, local.
-    """
+    """This rank's failures, and the record of the first in the store, where the others find it."""
 
     rank: int
     host: str
@@ -63,7 +56,7 @@ class Failures:
         return False
 
     def record(self, error: BaseException, where: str) -> None:
-        """Leaves this rank's failure in the store, unless all know of it."""
+        """Leaves this rank's failure for ranks that find a broken collective, unless all know."""
         if self.store is None or self.is_told(error):
             return
         text = json.dumps(asdict(self.describe(error, where)))
@@ -92,12 +85,9 @@ class Failures:
 
 @dataclass(eq=False)
 class Exchange:
-    """What all ranks do together over a transport.
+    """What all ranks do together over a transport; ``activity`` is told in which verb they wait.
 
-    A call that breaks raises the reason that another rank left for it, or :class:`CommError`. The
-    activity is told that this rank waits, and in which verb.
-
-    Ranks: all, communicates.
+    A call that breaks raises the reason that another rank left for it, or :class:`CommError`.
     """
 
     size: int
@@ -145,7 +135,7 @@ class Exchange:
         padded = bytearray(header.ljust(_HEADER_BYTES, b"\0"))
         return self.gather(label, torch.frombuffer(padded, dtype=torch.uint8))
 
-    def gather_objects(self, label: str, value: T) -> list[T]:
+    def gather_objects(self, label: str, value: Any) -> list[Any]:
         """Returns every rank's ``value``, by rank."""
         content = pickle.dumps(value)
         return self.unpickle(label, content, self.gather(label, beginning(content)))
@@ -156,9 +146,8 @@ class Exchange:
         if lengths.max() <= _CARRIED_BYTES - 8:
             parts = beginnings[:, 8:]
         else:
-            padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
-            padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-            parts = self.gather(label, padded)
+            padded = bytearray(mine.ljust(lengths.max(), b"\0"))
+            parts = self.gather(label, torch.frombuffer(padded, dtype=torch.uint8))
         return [
             pickle.loads(part[:length].numpy().tobytes())  # noqa: S301 -- from our own ranks
             for part, length in zip(parts, lengths, strict=True)
@@ -171,22 +160,18 @@ class Exchange:
         return pickle.loads(self.broadcast(label, buffer).numpy().tobytes())  # noqa: S301 -- our own
 
     def gather(self, label: str, mine: Tensor) -> Tensor:
-        """Returns every rank's ``mine``, stacked."""
-        everyones = mine.new_empty(self.size, *mine.shape)
+        """Returns every rank's ``mine``, stacked; it travels as bytes, so of any dtype."""
+        content = mine.reshape(-1).view(torch.uint8)
+        everyones = content.new_empty(self.size, len(content))
         parts = list(everyones.unbind())
-        with self._under_way(label, mine, *parts):
-            self.transport.all_gather(parts, mine)
-        return everyones
-
-    def gather_any(self, label: str, mine: Tensor) -> Tensor:
-        """Gathers as bytes, so that every dtype can travel; stacks what comes."""
-        everyones = self.gather(label, mine.reshape(-1).view(torch.uint8))
+        with self._under_way(label, content, *parts):
+            self.transport.all_gather(parts, content)
         return everyones.view(-1).view(mine.dtype).view(self.size, *mine.shape)
 
     def all_reduce(self, label: str, mine: Tensor, op: TransportOp) -> Tensor:
         """Returns all ranks' ``mine``, reduced."""
         if mine.dtype not in _SUMMED_BY_GLOO:
-            return reduce_here(self.gather_any(label, mine), op)
+            return reduce_here(self.gather(label, mine), op)
         buffer = mine.clone()
         with self._under_way(label, buffer):
             self.transport.all_reduce(buffer, op)
@@ -210,14 +195,10 @@ class Exchange:
         try:
             yield
         except RuntimeError as broken:
-            failures = self.failures
-            reason = failures.explain(broken)
-            if reason is not None:
-                raise reason from broken
-            raise CommError(
-                f"rank {failures.rank} on {failures.host} lost the other ranks in {label!r} at "
-                f"step {failures.step}, and none of them said why (killed, or out of time): "
-                f"{broken}"
+            rank, host, step = self.failures.rank, self.failures.host, self.failures.step
+            raise self.failures.explain(broken) or CommError(
+                f"rank {rank} on {host} lost the other ranks in {label!r} at step {step}, and none "
+                f"of them said why (killed, or out of time): {broken}"
             ) from broken
         finally:
             self.activity.enter(before)
@@ -232,10 +213,8 @@ def beginning(content: bytes) -> Tensor:
 
 def reduce_here(parts: Tensor, op: TransportOp) -> Tensor:
     """Reduces ``[world size, ...]`` by itself: what came with the header, or gloo cannot add."""
-    if op == "max":
-        return parts.amax(0)
-    if op == "min":
-        return parts.amin(0)
+    if op != "sum":
+        return parts.amax(0) if op == "max" else parts.amin(0)
     # Rank by rank, as numbers are added alike on every kind of host; all ranks must get the same.
     wide = parts.float() if parts.dtype in (torch.float16, torch.bfloat16) else parts
     total = wide[0].clone()

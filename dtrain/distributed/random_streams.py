@@ -1,7 +1,4 @@
-"""The random streams of this process: their seeds, and their state, for a checkpoint.
-
-Ranks: all, local.
-"""
+"""The random streams of this process: their seeds, and their state, for a checkpoint."""
 
 import random
 from collections.abc import Iterator

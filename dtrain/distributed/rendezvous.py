@@ -12,7 +12,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from dtrain.distributed.processes import Heartbeat, is_failing, this_machine
+from dtrain.distributed.activity import Heartbeat
+from dtrain.distributed.processes import is_failing, this_machine
 from dtrain.distributed.store_process import ELSEWHERE, END
 from dtrain.errors import LaunchError
 
@@ -47,10 +48,7 @@ def serve_apart(timeout_s: float) -> "StoreProcess | None":
 
 
 class StoreProcess:
-    """The store in a process beside rank 0.
-
-    Were it in rank 0, and that one stopped or killed, the others could not read what became of it.
-    """
+    """The store beside rank 0: if that one is killed, the others can read what became of it."""
 
     def __init__(self, timeout_s: float) -> None:
         script = Path(__file__).with_name("store_process.py")

@@ -9,14 +9,9 @@ from dtrain.distributed.comm import Comm
 from dtrain.distributed.exchange import digest_of
 from dtrain.errors import RankMismatch
 
-Shapes = list[tuple[str, list[int], str]]
-
 
 def share_buffers(model: nn.Module, comm: Comm) -> None:
-    """Gives all ranks rank 0's buffers (such as BatchNorm's running statistics).
-
-    Ranks: all, communicates: once for each dtype.
-    """
+    """Gives all ranks rank 0's buffers, such as BatchNorm's. Ranks: all, communicates."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in model.buffers():
         by_dtype.setdefault(buffer.dtype, []).append(buffer)
@@ -27,16 +22,13 @@ def share_buffers(model: nn.Module, comm: Comm) -> None:
             buffer.detach().copy_(values.view_as(buffer))
 
 
-def shapes_of(model: nn.Module) -> Shapes:
+def shapes_of(model: nn.Module) -> list[tuple[str, list[int], str]]:
     """Returns name, shape and dtype of each parameter and buffer."""
     return [(name, list(t.shape), str(t.dtype)) for name, t in model.state_dict().items()]
 
 
 def check_same_model(model: nn.Module, comm: Comm) -> None:
-    """Raises RankMismatch where models differ in names, shapes, dtypes or what is frozen.
-
-    Ranks: all, communicates.
-    """
+    """Raises RankMismatch where the ranks have different models. Ranks: all, communicates."""
     shapes = shapes_of(model)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     if len(set(comm.gather_objects("model", digest_of([*shapes, frozen])))) == 1:
@@ -57,10 +49,7 @@ def check_same_model(model: nn.Module, comm: Comm) -> None:
 
 
 def check_same_call(arguments: Mapping[str, object], comm: Comm) -> None:
-    """Raises RankMismatch where the ranks called ``fit`` with different arguments or unequal data.
-
-    Ranks: all, communicates.
-    """
+    """Raises RankMismatch where ``fit`` has different arguments. Ranks: all, communicates."""
     everyones = comm.gather_objects("fit", {name: str(value) for name, value in arguments.items()})
     differing = [n for n in arguments if len({one.get(n) for one in everyones}) > 1]
     if differing:

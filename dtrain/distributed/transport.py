@@ -1,8 +1,4 @@
-"""The transport: how tensors get from rank to rank, beneath ``Comm`` and the strategies.
-
-In a run it is a process group of torch's. Ranks that are threads of one process
-(:mod:`dtrain.testing`) bring another one, so that everything above is the same code.
-"""
+"""How tensors get from rank to rank: a process group of torch's, or what threads have instead."""
 
 import os
 import sys
@@ -39,11 +35,9 @@ class DataParallel(Protocol):
 
 
 class Transport(Protocol):
-    """Moves tensors between ranks. All ranks must make the same calls in the same order.
+    """Moves tensors between ranks: all make the same calls, in the same order, but ``check_own``.
 
     A call that cannot be completed, as another rank has left or is late, raises RuntimeError.
-
-    Ranks: all; each method communicates, but for ``check_own``.
     """
 
     def all_gather(self, parts: list[Tensor], mine: Tensor) -> None:
@@ -64,10 +58,7 @@ class Transport(Protocol):
 
 @dataclass
 class GroupTransport:
-    """A process group of torch's, as :class:`Transport`.
-
-    Ranks: all; each method communicates, but for ``check_own``.
-    """
+    """A process group of torch's, as :class:`Transport`."""
 
     group: dist.ProcessGroup | None = None  # the default one if None, which may open later
 
@@ -92,19 +83,12 @@ class GroupTransport:
 
 
 def open_default(timeout: timedelta, life: int) -> None:
-    """Opens torch's default group from the variables of a launcher.
-
-    A store that lives on still has the addresses of groups that were closed: ``life`` counts them.
-    """
+    """Opens torch's default group from the variables of a launcher."""
     store, rank, size = next(rendezvous("env://", timeout=timeout))
+    # A store that lives on still has the addresses of groups that were closed.
+    given = {"store": PrefixStore(f"life-{life}", store), "rank": rank, "world_size": size}
     with nullcontext() if has_gpu() else yielding_threads():  # NCCL's stay as they are
-        dist.init_process_group(
-            "nccl" if has_gpu() else "gloo",
-            timeout=timeout,
-            store=PrefixStore(f"life-{life}", store),
-            rank=rank,
-            world_size=size,
-        )
+        dist.init_process_group("nccl" if has_gpu() else "gloo", timeout=timeout, **given)
 
 
 def open_gloo(timeout: timedelta) -> GroupTransport:
@@ -117,11 +101,8 @@ def open_gloo(timeout: timedelta) -> GroupTransport:
 def yielding_threads() -> Iterator[None]:
     """Threads that are started in the block wait for a core, and push no other thread off one.
 
-    A message wakes the thread of gloo's that reads the socket. If that one is put where the thread
-    runs that began the exchange, and pushes it aside while it holds their lock, then it asks for
-    the lock again and again until its time is over: 4 ms with a kernel that ticks at 250 Hz, ten
-    times what the reduction takes (benchmarks/gloo_threads.py). Linux has a policy for threads
-    that do not push: ``SCHED_BATCH``. It costs nothing where there are cores to spare.
+    One of gloo's that pushes off another, which holds their lock, asks for it until its time is
+    over: ten times as long as a small reduction takes (benchmarks/gloo_threads.py).
     """
     if sys.platform != "linux":
         yield

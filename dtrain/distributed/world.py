@@ -1,9 +1,4 @@
-"""Who am I? Rank, host, device and process group, from whatever launched this process.
-
-torchrun and ``accelerate launch`` describe a rank in ``RANK``, ``WORLD_SIZE`` and so on;
-``srun`` in ``SLURM_PROCID`` and so on, which are translated. Without either, this process is
-the whole world and no process group is opened.
-"""
+"""Who am I? Rank, host, device and process group, from whatever launched this process."""
 
 import atexit
 import itertools
@@ -21,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from dtrain.distributed.activity import Heartbeat, heartbeat_key
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.environment import allow_files, find_launcher, has_gpu, share_cores
-from dtrain.distributed.processes import Heartbeat, heartbeat_key, is_failing, this_machine
+from dtrain.distributed.processes import is_failing, this_machine
 from dtrain.distributed.random_streams import seed_everything
 from dtrain.distributed.rendezvous import own_store, serve_apart
 from dtrain.distributed.transport import GroupTransport, Transport, open_default, open_gloo
@@ -31,15 +27,13 @@ from dtrain.errors import ConfigError
 
 T = TypeVar("T")
 
-DEFAULT_TIMEOUT_S = 600.0
-_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+# Counts worlds opened one after another, so that one does not read what another left behind.
+_lives = itertools.count()
 
 
 @dataclass(eq=False)
 class World:
     """This process's place among the ranks, and the means to reach the others.
-
-    Ranks: all, local.
 
     Attributes:
         rank: 0 to ``size - 1``.
@@ -47,8 +41,7 @@ class World:
         size: how many ranks there are (the world size).
         host: this host's name.
         device: where this rank computes.
-        backend: ``"nccl"``, ``"gloo"``, ``"threads"`` where ranks are those of a test, or
-            ``"none"`` in a world of one.
+        backend: ``"nccl"``, ``"gloo"``, ``"threads"`` (of a test), or ``"none"`` in a world of one.
         launcher: ``"torchrun"``, ``"slurm"``, ``"solo"`` or ``"threads"``.
         seed: what all random streams are derived from.
         comm: labelled verbs to the other ranks.
@@ -83,8 +76,8 @@ class World:
     @property
     def restarted(self) -> bool:
         """True where torchrun or SLURM started this again by itself."""
-        counts = (os.environ.get(name, "0") for name in _RESTART_COUNTS)
-        return any(count not in ("", "0") for count in counts)
+        names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+        return any(os.environ.get(name, "0") not in ("", "0") for name in names)
 
     def at_close(self, release: Callable[[], None]) -> None:
         """Has ``release`` let go of the process group before it is closed."""
@@ -128,22 +121,17 @@ class World:
             self.close()
 
 
-# Counts worlds opened one after another, so that one does not read what another left behind.
-_lives = itertools.count()
-
 # torch's process group exists once in a process, and so does what dtrain knows of it.
 _current: World | None = None
-
 # Where ranks are threads, each has its own instead; see `inhabited`.
 _of_thread: ContextVar[World | None] = ContextVar("_of_thread", default=None)
 
 
-def init(*, seed: int = 0, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
+def init(*, seed: int = 0, timeout_s: float = 600.0) -> World:
     """Finds out who this rank is, opens the process group, and seeds every random stream.
 
-    Call it first, before the model is made: the ranks then make equal models. A second call
-    returns the same world, seeded anew. The result is also a context manager that closes
-    what it opened.
+    Call it first: the ranks then make equal models. A second call returns the same world, seeded
+    anew. The result is also a context manager that closes what it opened.
 
     Args:
         seed: a number from 0 to 2**32 - 1; Python's, NumPy's and torch's streams start from
@@ -185,14 +173,11 @@ def inhabited(world: World) -> Iterator[None]:
 
 
 def on_main(label: str, fn: Callable[[], T]) -> T:
-    """Rank 0 calls ``fn``; every rank gets its result, or its failure. For scripts.
+    """Does what :meth:`Comm.on_main` does, in scripts.
 
     Example::
 
         path = dtrain.on_main("download", lambda: fetch_dataset())
-
-    Raises:
-        RemoteError: ``fn`` raised on rank 0, where the original error is raised.
 
     Ranks: all, communicates; ``fn`` runs on rank 0 only.
     """
@@ -228,25 +213,16 @@ def _open(seed: int, timeout_s: float) -> World:
     # It finds the group, and keeps which rank and device are this process's: true of each life.
     device = PartialState(cpu=not has_gpu()).device
     rank, transport, store = dist.get_rank(), open_gloo(timeout), own_store(timeout, life)
-    hello = Heartbeat(rank, host, os.getpid(), this_machine(), number=0)
-    store.set(heartbeat_key(rank), hello.to_json())
+    store.set(heartbeat_key(rank), Heartbeat(rank, host, os.getpid(), this_machine(), 0).to_json())
     if store_process is not None:
         keys = [heartbeat_key(one) for one in range(size)]
         store_process.tell([Heartbeat.from_json(one) for one in store.multi_get(keys)])
-    world = World(
-        rank=rank,
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        size=size,
-        host=host,
-        # A CPU has no number; PartialState gives it one.
-        device=torch.device("cpu") if device.type == "cpu" else device,
-        backend=dist.get_backend(),
-        launcher=launcher,
-        seed=seed,
-        comm=Comm(rank=rank, size=size, host=host, transport=transport, store=store),
-        connect=lambda: own_store(timeout, life),
-        _opened=opened,
-    )
+    if device.type == "cpu":
+        device = torch.device("cpu")  # which has no number; PartialState gives it one
+    local_rank, backend = int(os.environ["LOCAL_RANK"]), dist.get_backend()
+    comm = Comm(rank=rank, size=size, host=host, transport=transport, store=store)
+    world = World(rank, local_rank, size, host, device, backend, launcher, seed, comm)
+    world.connect, world._opened = lambda: own_store(timeout, life), opened
 
     # One for all Trainers: each further group would make the next one slower to open.
     @cache
