@@ -117,11 +117,11 @@ class Hooks:
         self._activity = activity or Activity()
         self.error: BaseException | None = None  # what a hook raised
         self.failed_in = ""  # which hook, for messages
-        self._bound: dict[str, tuple[Callable[..., None], ...]] = {}
+        self._bound: dict[Any, tuple[Callable[..., None], ...]] = {}
         for name in HOOK_NAMES:
             base = vars(Callback)[name]
             overriding = [c for c in self.callbacks if getattr(type(c), name) is not base]
-            self._bound[name] = tuple(getattr(callback, name) for callback in overriding)
+            self._bound[base] = tuple(getattr(callback, name) for callback in overriding)
         ends = [c for c in self.callbacks if type(c).on_step_end is not Callback.on_step_end]
         self._prompt = tuple(c.on_step_end for c in ends if not c.late_step_end)
         self._late = tuple(c.on_step_end for c in ends if c.late_step_end)
@@ -130,7 +130,7 @@ class Hooks:
         self, hook: Callable[Concatenate[Callback, P], None], *args: P.args, **kwargs: P.kwargs
     ) -> None:
         """Calls ``hook``, as ``Callback.on_save``, of all that override it, in the list's order."""
-        self._call(hook.__name__, self._bound[hook.__name__], *args, **kwargs)
+        self._call(hook.__name__, self._bound[hook], *args, **kwargs)
 
     def fire_step_end(self, context: Context, step: Step, *, late: bool) -> None:
         """Calls ``on_step_end`` of those that may be called late, or of the others."""
@@ -156,7 +156,7 @@ class Hooks:
 
     def has(self, hook: Callable[Concatenate[Callback, P], None]) -> bool:
         """Says whether any callback overrides ``hook``."""
-        return bool(self._bound[hook.__name__])
+        return bool(self._bound[hook])
 
 
 def the_only(slot: type[S], callbacks: Iterable[Callback]) -> S | None:

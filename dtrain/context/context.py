@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, NoReturn, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ class Context:
         outbox, logged = self._outbox, self._outbox.logged
         outbox.logged = {}
         try:
-            return self._computing("loss_of").loss_of(self, batch)
+            return (self._engine() or _too_early("loss_of")).loss_of(self, batch)
         finally:
             outbox.logged = logged
 
@@ -143,7 +143,7 @@ class Context:
         Raises:
             ConfigError: called outside of ``fit``.
         """
-        return self._computing("gradients").gradients()
+        return (self._engine() or _too_early("gradients")).gradients()
 
     def gradient_norm(self) -> Tensor:
         """In ``on_grads_ready``: the joint Euclidean norm of all gradients; equal on all ranks.
@@ -151,9 +151,8 @@ class Context:
         Raises:
             ConfigError: called outside of ``fit``.
         """
-        return self._computing("gradient_norm").gradient_norm()
+        return (self._engine() or _too_early("gradient_norm")).gradient_norm()
 
-    def _computing(self, what: str) -> _Engine:
-        if (engine := self._engine()) is None:
-            raise ConfigError(f"{what}() works once the Trainer is made")
-        return engine
+
+def _too_early(what: str) -> NoReturn:
+    raise ConfigError(f"{what}() works once the Trainer is made")

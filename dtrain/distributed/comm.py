@@ -1,7 +1,4 @@
-"""The only door to other ranks, for everything that is not a gradient: verbs with labels.
-
-They run on a transport of their own (a gloo group), so they never interleave with gradients.
-"""
+"""The only door to other ranks, for everything that is not a gradient: verbs with labels."""
 
 import os
 import pickle
@@ -37,7 +34,8 @@ class _Gatherer(Protocol):  # of :mod:`dtrain.step`
 class Comm:
     """Labelled verbs between ranks. It has no rank: what it returns is equal on all of them.
 
-    Every verb must be called by all ranks, in the same order and with the same label.
+    Every verb must be called by all ranks, in the same order and with the same label. Verbs have a
+    transport of their own (a gloo group), so they never interleave with gradients.
 
     Raises:
         RankMismatch: by every verb, where ranks met in different calls, or with different shapes.
@@ -65,11 +63,11 @@ class Comm:
         # Held by a thread beside the main one while it uses these verbs; taken by the main
         # thread, so that all ranks' threads come in the same order.
         self.in_use = threading.Lock()
-        self._failures = Failures(rank, host, store)
-        self.record, self.explain = self._failures.record, self._failures.explain
+        self._failures = failures = Failures(rank, host, store)
+        self.record, self.explain = failures.record, failures.explain
         self._exchange: Exchange | None = None  # with nobody, in a world of one
         if transport is not None:
-            self._exchange = Exchange(size, transport, self._failures, self.activity)
+            self._exchange = Exchange(size, transport, failures, self.activity)
 
     def close(self) -> None:
         """Lets go of transport and store: no verb may be called any more. Ranks: all, local."""
@@ -110,7 +108,7 @@ class Comm:
         mine = tensor.detach().cpu().contiguous()
         everyones = self._meet("all_gather", label, detail, mine)
         if everyones is None:
-            everyones = self._exchange.gather(label, mine)
+            everyones = self._exchange.gather_any(label, mine)
         return everyones.contiguous().to(tensor.device)
 
     def gather_with_grad(self, label: str, tensor: Tensor) -> Tensor:

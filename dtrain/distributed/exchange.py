@@ -160,18 +160,22 @@ class Exchange:
         return pickle.loads(self.broadcast(label, buffer).numpy().tobytes())  # noqa: S301 -- our own
 
     def gather(self, label: str, mine: Tensor) -> Tensor:
-        """Returns every rank's ``mine``, stacked; it travels as bytes, so of any dtype."""
-        content = mine.reshape(-1).view(torch.uint8)
-        everyones = content.new_empty(self.size, len(content))
+        """Returns every rank's ``mine``, stacked."""
+        everyones = mine.new_empty(self.size, *mine.shape)
         parts = list(everyones.unbind())
-        with self._under_way(label, content, *parts):
-            self.transport.all_gather(parts, content)
+        with self._under_way(label, mine, *parts):
+            self.transport.all_gather(parts, mine)
+        return everyones
+
+    def gather_any(self, label: str, mine: Tensor) -> Tensor:
+        """Gathers as bytes, so that every dtype can travel; stacks what comes."""
+        everyones = self.gather(label, mine.reshape(-1).view(torch.uint8))
         return everyones.view(-1).view(mine.dtype).view(self.size, *mine.shape)
 
     def all_reduce(self, label: str, mine: Tensor, op: TransportOp) -> Tensor:
         """Returns all ranks' ``mine``, reduced."""
         if mine.dtype not in _SUMMED_BY_GLOO:
-            return reduce_here(self.gather(label, mine), op)
+            return reduce_here(self.gather_any(label, mine), op)
         buffer = mine.clone()
         with self._under_way(label, buffer):
             self.transport.all_reduce(buffer, op)

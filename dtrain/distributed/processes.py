@@ -27,16 +27,13 @@ def look_up(heartbeat: Heartbeat, machine: str) -> Process:
 
 
 def stopped_children(of: int | None = None) -> list[int]:
-    """Returns which processes that this one has started are stopped, as loaders' workers may be.
-
-    Their own children are among them: workers may come from a server that forks.
-    """
+    """Returns which processes that this one has started are stopped, as loaders' workers may be."""
     of = of or os.getpid()
     try:
         children = Path(f"/proc/{of}/task/{of}/children").read_text().split()
     except OSError:
         return []  # the kernel does not tell
-    stopped = []
+    stopped = []  # with their own children: workers may come from a server that forks
     for pid in map(int, children):
         stopped += [pid] * (_state_of(pid) == "stopped") + stopped_children(pid)
     return stopped
