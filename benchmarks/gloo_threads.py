@@ -1,4 +1,4 @@
-"""What it costs that gloo's threads push one another off a core (distributed/gloo_threads.py).
+"""What it costs that gloo's threads push one another off a core (distributed/transport.py).
 
     RANKS=2 launch/torchrun.sh benchmarks/gloo_threads.py
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import dtrain
-from dtrain.distributed.gloo_threads import yielding_threads
+from dtrain.distributed.transport import yielding_threads
 
 BLOCK = 50
 

@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 from workloads import Workload, loss_of
 
-from dtrain.distributed.gloo_threads import yielding_threads
+from dtrain.distributed.transport import yielding_threads
 
 
 def plain(workload: Workload, dataset: TensorDataset, log: TextIO) -> Iterator[None]:

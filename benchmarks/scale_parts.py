@@ -32,8 +32,8 @@ from dtrain.checkpoint import writer as writing
 from dtrain.data.order import Shuffled
 from dtrain.data.shares import Shares
 from dtrain.distributed import store_process
+from dtrain.distributed.activity import Heartbeat, heartbeat_key
 from dtrain.distributed.comm import Comm
-from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
 from dtrain.step.lane import Lane, Slot
 from dtrain.strategies import DDP
 from dtrain.watchdog.judgement import LOOKERS, Seen, judge

@@ -1,8 +1,4 @@
-"""Callbacks, and the order in which their hooks fire.
-
-Subclass :class:`Callback` and override the hooks you need; the others cost nothing. The hook
-is the order; within a hook, the order of the list counts. There are no priorities.
-"""
+"""Callbacks, and the order in which their hooks fire."""
 
 import difflib
 from collections.abc import Callable, Iterable
@@ -17,14 +13,11 @@ S = TypeVar("S")
 
 
 class Callback:
-    """One tweak of the training, whole in itself.
+    """One tweak of the training, whole in itself. Override the hooks you need; others cost nothing.
 
-    Hooks fire on every rank, in the order below. In ``on_step_start``, ``on_grads_ready`` and
-    ``on_step_end``, prefer ``ctx.request`` and ``ctx.log``, which cost nothing, to
-    ``ctx.comm``, which waits for all ranks.
-
-    Where a callback has state that a resumed run needs, it overrides :meth:`state_dict` and
-    :meth:`load_state_dict`.
+    Hooks fire on every rank, in the order below; within a hook, the order of the list counts. In
+    ``on_step_start``, ``on_grads_ready`` and ``on_step_end``, prefer ``ctx.request`` and
+    ``ctx.log``, which cost nothing, to ``ctx.comm``, which waits for all ranks.
 
     Example::
 
@@ -112,19 +105,12 @@ class Callback:
 
 
 HOOK_NAMES = tuple(name for name in vars(Callback) if name.startswith("on_"))
-_IN_A_STEP = ("on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end")
-_PHASES = {
-    name: Phase(name, slow=name not in (*_IN_A_STEP, "on_eval_batch")) for name in HOOK_NAMES
-}
+_QUICK = ("on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end", "on_eval_batch")
+_PHASES = {name: Phase(name, slow=name not in _QUICK) for name in HOOK_NAMES}
 
 
 class Hooks:
-    """Which callbacks override which hook, found out once.
-
-    Example::
-
-        hooks.fire(Callback.on_step_end, ctx, step)
-    """
+    """Which callbacks override which hook, found out once."""
 
     def __init__(self, callbacks: Iterable[Callback], activity: Activity | None = None) -> None:
         self.callbacks = tuple(callbacks)
@@ -143,7 +129,7 @@ class Hooks:
     def fire(
         self, hook: Callable[Concatenate[Callback, P], None], *args: P.args, **kwargs: P.kwargs
     ) -> None:
-        """Calls ``hook`` of every callback that overrides it, in the list's order."""
+        """Calls ``hook``, as ``Callback.on_save``, of all that override it, in the list's order."""
         self._call(hook.__name__, self._bound[hook], *args, **kwargs)
 
     def fire_step_end(self, context: Context, step: Step, *, late: bool) -> None:
@@ -153,8 +139,8 @@ class Hooks:
     def _call(
         self, hook: str, methods: tuple[Callable[..., None], ...], *args: Any, **kwargs: Any
     ) -> None:
+        self.failed_in = ""
         if not methods:
-            self.failed_in = ""
             return
         phase = _PHASES[hook]
         before = self._activity.enter(phase)
@@ -162,7 +148,6 @@ class Hooks:
             for method in methods:
                 method(*args, **kwargs)
                 self._activity.enter(phase)
-            self.failed_in = ""
             self._activity.enter(before)
         except BaseException as error:
             self.failed_in = hook
@@ -174,12 +159,9 @@ class Hooks:
         return bool(self._bound[hook])
 
 
-# A callback may fill a slot of the loop. Slots are found by shape, so that the loop knows no
-# concrete callback; each can be filled once.
-
-
 def the_only(slot: type[S], callbacks: Iterable[Callback]) -> S | None:
     """Returns the callback that fills ``slot``, or None; raises ConfigError if several do."""
+    # By shape, so that the loop knows no concrete callback.
     found = [callback for callback in callbacks if isinstance(callback, slot)]
     if len(found) > 1:
         names = " and ".join(type(callback).__name__ for callback in found)

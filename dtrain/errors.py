@@ -79,11 +79,7 @@ class CrashLoop(DtrainError, SystemExit):
     Uncaught, it ends the process with :attr:`EXIT_CODE`, which says: do not start this again.
     """
 
-    EXIT_CODE = 78  # EX_CONFIG of sysexits.h: something must be mended first
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.code = self.EXIT_CODE
+    code = EXIT_CODE = 78  # EX_CONFIG of sysexits.h: something must be mended first
 
 
 class CheckpointError(DtrainError):
@@ -110,11 +106,6 @@ class Failure:
     message: str
     location: str
 
-    @classmethod
-    def of(cls, error: BaseException, *, rank: int, host: str, where: str, step: int) -> "Failure":
-        """Describes ``error`` in words that can be sent to another rank."""
-        return cls(rank, host, where, step, type(error).__name__, str(error), locate(error))
-
     def __str__(self) -> str:
         return (
             f"rank {self.rank} on {self.host} failed in {self.where} at step {self.step}: "
@@ -123,18 +114,13 @@ class Failure:
 
 
 def locate(error: BaseException) -> str:
-    """Returns ``file:line`` of the user's code that raised ``error``.
-
-    The innermost frame outside dtrain and installed libraries; where there is none, the
-    innermost frame of all.
-    """
+    """Returns ``file:line`` of the innermost frame of the user's, else of all, that raised."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return "unknown place"
-    for frame in reversed(frames):
-        if is_users(frame.filename):
-            return f"{frame.filename}:{frame.lineno}"
-    return f"{frames[-1].filename}:{frames[-1].lineno}"
+    users = [frame for frame in frames if is_users(frame.filename)]
+    innermost = (users or frames)[-1]
+    return f"{innermost.filename}:{innermost.lineno}"
 
 
 def is_users(filename: str) -> bool:

@@ -4,23 +4,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.context.outbox import Outbox, Reduce, Shown
-from dtrain.context.progress import Progress
-from dtrain.context.request import Request
-from dtrain.context.values import Loss, Number
+from dtrain.context.outbox import Logged, Outbox, Reduce, Request, Shown
+from dtrain.context.step import Loss, Number, Progress
 from dtrain.distributed import Comm
 from dtrain.errors import ConfigError
 
 
-class _Engine(Protocol):
-    """What computes for hooks, behind the methods of the same names."""
-
+class _Engine(Protocol):  # what computes for hooks, behind the methods of the same names
     def loss_of(self, ctx: "Context", batch: Any) -> Loss: ...
 
     def gradients(self) -> list[Tensor]: ...
@@ -43,8 +39,7 @@ class Context:
         device: where this rank computes.
         run_dir: where the run keeps its files, or None.
         has_eval: whether `fit` was given an eval_set.
-        loss_scaled: whether the precision scales the loss; a gradient that overflows is then
-            no trouble.
+        loss_scaled: whether the precision scales the loss; then a gradient may overflow.
         metrics: the newest agreed metrics, equal on all ranks.
 
     Ranks: all, local where a method does not say otherwise.
@@ -80,7 +75,14 @@ class Context:
         Raises:
             ConfigError: ``reduce`` is none of these, or another than before.
         """
-        self._outbox.log(name, value, reduce)
+        if reduce not in get_args(Reduce):
+            raise ConfigError(f"log({name!r}, reduce={reduce!r}): one of {get_args(Reduce)}")
+        logged = self._outbox.logged.setdefault(name, Logged(reduce))
+        if logged.reduce != reduce:
+            raise ConfigError(
+                f"log({name!r}, reduce={reduce!r}): it was logged with {logged.reduce!r} before"
+            )
+        logged.values.append(value.detach() if isinstance(value, Tensor) else value)
 
     def is_logged(self, name: str) -> bool:
         """Says whether a value of that name waits for the next report."""
@@ -103,21 +105,18 @@ class Context:
     def heartbeat(self) -> None:
         """Says that this rank is still at work, where a hook or a loss function takes long.
 
-        In the middle of a step a hook that says nothing is taken for stuck after
-        ``Trainer(hang_after_s=...)`` seconds, or ten times the slowest recent step.
+        One that says nothing is taken for stuck after ``Trainer(hang_after_s=...)`` seconds, or
+        ten times the slowest recent step.
         """
         self.comm.activity.enter(self.comm.activity.phase)
 
     def long_operation(self, what: str) -> AbstractContextManager[None]:
-        """Returns a block in which one call may take minutes, in the middle of a step.
+        """Returns a block in which one call may take minutes; ``what`` is for messages.
 
         Example::
 
             with ctx.long_operation("writing the trace"):
                 profiler.export_chrome_trace(path)
-
-        Args:
-            what: for messages.
         """
         return self.comm.activity.long_operation(what)
 
@@ -128,10 +127,12 @@ class Context:
 
         Ranks: all, local, unless the loss function communicates.
         """
-        with self._outbox.closed():
-            if (engine := self._engine()) is None:
-                raise _too_early("loss_of")
-            return engine.loss_of(self, batch)
+        outbox, logged = self._outbox, self._outbox.logged
+        outbox.logged = {}
+        try:
+            return (self._engine() or _too_early("loss_of")).loss_of(self, batch)
+        finally:
+            outbox.logged = logged
 
     def gradients(self) -> list[Tensor]:
         """In ``on_grads_ready``: tensors that hold all gradients, and otherwise zeros only.
@@ -142,22 +143,16 @@ class Context:
         Raises:
             ConfigError: called outside of ``fit``.
         """
-        if (engine := self._engine()) is None:
-            raise _too_early("gradients")
-        return engine.gradients()
+        return (self._engine() or _too_early("gradients")).gradients()
 
     def gradient_norm(self) -> Tensor:
-        """In ``on_grads_ready``: the joint Euclidean norm of all gradients, 0-dim.
-
-        Equal on all ranks.
+        """In ``on_grads_ready``: the joint Euclidean norm of all gradients; equal on all ranks.
 
         Raises:
             ConfigError: called outside of ``fit``.
         """
-        if (engine := self._engine()) is None:
-            raise _too_early("gradient_norm")
-        return engine.gradient_norm()
+        return (self._engine() or _too_early("gradient_norm")).gradient_norm()
 
 
-def _too_early(what: str) -> ConfigError:
-    return ConfigError(f"{what}() works once the Trainer is made")
+def _too_early(what: str) -> NoReturn:
+    raise ConfigError(f"{what}() works once the Trainer is made")

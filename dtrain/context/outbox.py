@@ -1,13 +1,9 @@
-"""What hooks have said and not yet been reported."""
+"""What hooks have said and not yet been reported, and what they ask for."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from torch import Tensor
-
-from dtrain.context.values import Number
+from dtrain.context.step import Number
 from dtrain.errors import ConfigError
 
 Reduce = Literal["mean", "sum", "max", "last"]
@@ -32,31 +28,47 @@ class Logged:
 
 @dataclass(eq=False, slots=True)
 class Outbox:
-    """Holds values, words and pictures until the next report takes them.
-
-    Ranks: all, local.
-    """
+    """Holds values, words and pictures until the next report takes them."""
 
     logged: dict[str, Logged] = field(default_factory=dict)  # in the order of their first calls
     notes: list[str] = field(default_factory=list)  # for the person at the terminal
     shown: list[Shown] = field(default_factory=list)
 
-    def log(self, name: str, value: Number, reduce: Reduce) -> None:
-        """Keeps a value; see :meth:`dtrain.Context.log`."""
-        if reduce not in get_args(Reduce):
-            raise ConfigError(f"log({name!r}, reduce={reduce!r}): one of {get_args(Reduce)}")
-        logged = self.logged.setdefault(name, Logged(reduce))
-        if logged.reduce != reduce:
-            raise ConfigError(
-                f"log({name!r}, reduce={reduce!r}): it was logged with {logged.reduce!r} before"
-            )
-        logged.values.append(value.detach() if isinstance(value, Tensor) else value)
 
-    @contextmanager
-    def closed(self) -> Iterator[None]:
-        """Forgets what is logged in the block."""
-        logged, self.logged = self.logged, {}
-        try:
-            yield
-        finally:
-            self.logged = logged
+class Request:
+    """What a callback asks of the run. Nothing here communicates; the loop makes it agreed.
+
+    Ranks: all, local.
+    """
+
+    __slots__ = ("pending", "skippable", "skipped")
+
+    def __init__(self) -> None:
+        self.pending: dict[str, list[str]] = {"stop": [], "save": [], "preempt": []}
+        self.skippable = False
+        self.skipped: list[str] = []
+
+    def stop(self, why: str) -> None:
+        """Asks that all ranks stop after the same step. One rank's wish suffices."""
+        self.pending["stop"].append(why)
+
+    def save(self, why: str) -> None:
+        """Asks for a checkpoint, made by all ranks at the same step."""
+        self.pending["save"].append(why)
+
+    def preempt(self, why: str) -> None:
+        """Asks to save and leave: the run is to be continued by another start."""
+        self.pending["preempt"].append(why)
+
+    def skip(self, why: str) -> None:
+        """Leaves this rank's micro-batch out, as if its weight were 0.
+
+        Raises:
+            ConfigError: called outside of ``on_batch`` and ``on_loss``.
+        """
+        if not self.skippable:
+            raise ConfigError(
+                f"request.skip({why!r}) works in on_batch and on_loss only: elsewhere no "
+                "micro-batch is under way that could be left out"
+            )
+        self.skipped.append(why)

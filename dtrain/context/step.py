@@ -1,14 +1,81 @@
-"""The step under way, as hooks see it."""
+"""What hooks and loss functions are handed, and what a loss function returns."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dtrain.context.values import Loss
+import torch
+from torch import Tensor
+
+Number = float | int | Tensor
+Metrics = Mapping[str, "Number | Mean"]
 
 
-class _Result(Protocol):
-    """What became of a step, as :class:`Step` tells it. Asking may wait for the device."""
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A metric with a denominator of its own: ``total / weight``, summed over all ranks."""
 
+    total: Number
+    weight: Number
+
+
+@dataclass(slots=True)
+class Loss:
+    """What a loss function returns: a mean, over how many units, and what else to report.
+
+    Attributes:
+        mean: 0-dim tensor with a gradient; a mean over ``weight`` units.
+        weight: how many units (samples, tokens) the mean was over; a number or a 0-dim tensor.
+            None means the samples of the micro-batch. With weight 0 nothing is contributed,
+            even if the mean is NaN. (A weight on the GPU is not read: there a mean that was
+            divided by 0 has a gradient of NaN all the same; :meth:`from_sum` has none.)
+        metrics: name to value: a number or 0-dim tensor that is a mean over the same units,
+            or a :class:`Mean`.
+        outputs: anything; reaches ``on_eval_batch``.
+    """
+
+    mean: Tensor
+    weight: Number | None = None
+    metrics: Metrics = field(default_factory=dict)
+    outputs: Any = None
+
+    @classmethod
+    def from_sum(
+        cls, total: Tensor, weight: Number, metrics: Metrics | None = None, outputs: Any = None
+    ) -> "Loss":
+        """A loss given as a sum over ``weight`` units. With weight 0 nothing is divided by 0."""
+        safe = weight.masked_fill(weight == 0, 1) if isinstance(weight, Tensor) else weight or 1
+        return cls(total / safe, weight, metrics or {}, outputs)
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far the run is. Equal on all ranks.
+
+    Attributes:
+        step: global steps taken since the run began, over all epochs and restarts.
+        updates: steps whose optimizer update was applied; fewer than ``step`` where a
+            loss scale overflowed or every rank skipped. With a fused optimizer on CUDA, a step
+            is counted in the next one, or as soon as somebody asks for ``step.applied``.
+        epoch: the epoch under way, from 0; after ``fit``, how many were finished.
+        step_in_epoch: steps taken in this epoch.
+        samples: samples all ranks trained on since the run began.
+        total_steps: steps planned, or None where nobody can know.
+        steps_per_epoch: steps planned in an epoch, or None.
+        total_epochs: epochs planned, or None.
+    """
+
+    step: int = 0
+    updates: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    samples: int = 0
+    total_steps: int | None = None
+    steps_per_epoch: int | None = None
+    total_epochs: int | None = None
+
+
+class _Result(Protocol):  # what became of a step; asking may wait for the device
     @property
     def loss_mean(self) -> float: ...
 
@@ -35,8 +102,7 @@ class Step:
         batch: the micro-batch, on the device; writable in ``on_batch``.
         loss: what the loss function returned; writable in ``on_loss``.
         vetoed: why the update is not to be applied, if :meth:`veto` was called.
-        result: what became of the step; behind :attr:`loss_mean`, :attr:`weight`,
-            :attr:`nonfinite` and :attr:`applied`.
+        result: what became of the step; behind the properties below.
     """
 
     number: int
@@ -80,3 +146,11 @@ class Step:
         Ranks: all, local; must be called on all ranks or on none.
         """
         self.vetoed = why
+
+
+def on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns a number as a 0-dim tensor on the device, without waiting for it."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, dtype).reshape(())
+    # To copy it, as `as_tensor` does, the host would wait for all that the device has to do.
+    return torch.full((), value, dtype=dtype, device=device)

@@ -13,13 +13,13 @@ from dtrain.distributed.activity import (
     SAVING,
     UPDATE,
     Activity,
+    Heartbeat,
     Phase,
+    heartbeat_key,
 )
-from dtrain.distributed.at_exit import end_with
 from dtrain.distributed.comm import Comm, Rule
-from dtrain.distributed.digest import digest_of
-from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
-from dtrain.distributed.processes import Process, look_up, stopped_children, this_machine
+from dtrain.distributed.exchange import digest_of
+from dtrain.distributed.processes import Process, end_with, look_up, stopped_children, this_machine
 from dtrain.distributed.random_streams import (
     derive_seed,
     random_state,
@@ -34,48 +34,11 @@ from dtrain.distributed.replicas import check_same_call, check_same_model, shape
 from dtrain.distributed.transport import DataParallel, TransportOp
 from dtrain.distributed.world import World, current, inhabited, init, on_main
 
-__all__ = [
-    "ARRIVAL",
-    "BACKWARD",
-    "BETWEEN",
-    "DATA",
-    "EVALUATION",
-    "EVAL_LOSS_FN",
-    "FIRST_DATA",
-    "METRICS",
-    "OWN_BACKWARD",
-    "SAVING",
-    "UPDATE",
-    "Activity",
-    "Comm",
-    "DataParallel",
-    "Heartbeat",
-    "Phase",
-    "Process",
-    "Rule",
-    "TransportOp",
-    "World",
-    "check_same_call",
-    "check_same_model",
-    "current",
-    "derive_seed",
-    "digest_of",
-    "end_with",
-    "heartbeat_key",
-    "inhabited",
-    "init",
-    "local_store",
-    "look_up",
-    "on_main",
-    "random_state",
-    "random_state_kept",
-    "random_state_of_host",
-    "restore_random_state",
-    "seed_everything",
-    "seeded_generator",
-    "serve_store",
-    "shapes_of",
-    "share_buffers",
-    "stopped_children",
-    "this_machine",
-]
+__all__ = ["ARRIVAL", "BACKWARD", "BETWEEN", "DATA", "EVALUATION", "EVAL_LOSS_FN", "FIRST_DATA"]
+__all__ += ["METRICS", "OWN_BACKWARD", "SAVING", "UPDATE", "Activity", "Heartbeat", "Phase"]
+__all__ += ["Comm", "DataParallel", "Rule", "TransportOp", "World", "current", "inhabited", "init"]
+__all__ += ["check_same_call", "check_same_model", "digest_of", "on_main", "shapes_of"]
+__all__ += ["heartbeat_key", "local_store", "serve_store", "share_buffers"]
+__all__ += ["Process", "end_with", "look_up", "stopped_children", "this_machine"]
+__all__ += ["derive_seed", "random_state", "random_state_kept", "random_state_of_host"]
+__all__ += ["restore_random_state", "seed_everything", "seeded_generator"]

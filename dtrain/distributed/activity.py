@@ -1,18 +1,15 @@
-"""Where the main thread is, for the watchdog, which reads it from another thread.
+"""Where the main thread is, for the watchdog, which reads it from another thread and posts it.
 
-The main thread writes plain attributes as it goes: no lock, no clock, well under a microsecond.
-It is read twice a second.
-
-Ranks: all, local.
+It writes plain attributes as it goes: no lock, no clock, well under a microsecond.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
-#: How fast the slowest lap is forgotten: by half in about 70 laps.
-_FORGET = 0.99
+_FORGET = 0.99  # how fast the slowest lap is forgotten: by half in about 70 laps
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +40,13 @@ METRICS = Phase("agreeing on training metrics", slow=True)
 SAVING = Phase("saving a checkpoint", slow=True)
 
 
+@dataclass(slots=True)
 class Laps:
     """How long what is done again and again takes: steps, batches of an evaluation."""
 
-    __slots__ = ("_began", "count", "slowest_s")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.slowest_s = 0.0  # recently; forgotten slowly
-        self._began = 0.0
+    count: int = 0
+    slowest_s: float = 0.0  # recently; forgotten slowly
+    _began: float = 0.0
 
     def begin(self) -> None:
         """A lap begins."""
@@ -64,28 +59,22 @@ class Laps:
             self.slowest_s = took if took > known else known
         self.count += 1
 
-    def leave_out(self, seconds: float) -> None:
-        """What the lap has done for so long says nothing of others."""
-        self._began += seconds
 
-
+@dataclass(eq=False, slots=True)
 class Activity:
     """What the main thread says of itself."""
 
-    __slots__ = ("batches", "laps", "phase", "signs", "step", "steps", "watched")
-
-    def __init__(self) -> None:
-        self.phase = START  # where it is
-        self.signs = 0  # grows with every sign of progress
-        self.step = 0  # the global step it is in, or was in last
-        self.watched = False  # whether a watchdog looks at all this
-        self.restart()
+    phase: Phase = START  # where it is
+    signs: int = 0  # grows with every sign of progress
+    step: int = 0  # the global step it is in, or was in last
+    watched: bool = False  # whether a watchdog looks at all this
+    steps: Laps = field(default_factory=Laps)
+    batches: Laps = field(default_factory=Laps)
+    laps: Laps | None = None  # of steps or batches, in the middle of one
 
     def restart(self) -> None:
         """A fit begins: its first step may take long."""
-        self.steps = Laps()
-        self.laps: Laps | None = None  # of steps or batches, in the middle of one
-        self.restart_batches()
+        self.steps, self.batches, self.laps = Laps(), Laps(), None
         self.enter(START)
 
     def restart_batches(self) -> None:
@@ -94,8 +83,7 @@ class Activity:
 
     def enter(self, phase: Phase) -> Phase:
         """The main thread comes to ``phase``; returns where it was, to go back to."""
-        before = self.phase
-        self.phase = phase
+        before, self.phase = self.phase, phase
         self.signs += 1
         return before
 
@@ -109,7 +97,7 @@ class Activity:
         finally:
             self.enter(before)
             if self.laps is not None:
-                self.laps.leave_out(time.monotonic() - began)
+                self.laps._began += time.monotonic() - began  # it says nothing of other laps
 
     def begin_step(self, step: int) -> None:
         """A global step begins."""
@@ -138,12 +126,52 @@ class Activity:
         self.enter(phase)
 
     def limit_s(self, hang_after_s: float, long_s: float) -> float:
-        """Returns how long the main thread may be where it is without a sign of progress.
-
-        At least ``hang_after_s`` in the middle of a step or batch; ``long_s`` elsewhere, and in
-        the first of them.
-        """
-        laps = self.laps
-        if self.phase.slow or laps is None or not laps.count:
+        """Returns how long the main thread may be where it is without a sign of progress."""
+        # In the first lap nobody knows yet how long one takes.
+        if self.phase.slow or self.laps is None or not self.laps.count:
             return max(long_s, hang_after_s)
-        return max(hang_after_s, 10 * laps.slowest_s)
+        return max(hang_after_s, 10 * self.laps.slowest_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What one rank posts of itself in the rendezvous store, for the others to read."""
+
+    rank: int
+    host: str
+    pid: int
+    machine: str  # equal where process numbers mean the same; nothing where that is not known
+    number: int  # grows from post to post
+    step: int = 0  # the global step it is in
+    phase: str = ""  # where its main thread is: a hook, or a phase of the loop
+    at: str = ""  # ``file:line`` of that, once it has stayed there for a moment
+    waits: bool = False  # for other ranks
+    quiet_s: float = 0.0  # for how long it has made no progress
+    limit_s: float = 0.0  # how long that may be where it is
+    inside: bool = False  # in ``fit`` or ``evaluate``; elsewhere nobody posts
+
+    def to_json(self) -> str:
+        """Returns what :meth:`from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Heartbeat":
+        """Reads what :meth:`to_json` returned."""
+        return cls(**json.loads(text))
+
+    @property
+    def who(self) -> str:
+        """Rank, host and process, in words."""
+        return f"rank {self.rank} on {self.host} (pid {self.pid})"
+
+    @property
+    def where(self) -> str:
+        """Step, phase and line, in words."""
+        if not self.inside:
+            return "outside of fit"
+        return f"step {self.step} in {self.phase}" + (f" ({self.at})" if self.at else "")
+
+
+def heartbeat_key(rank: int) -> str:
+    """Where in the store a rank posts."""
+    return f"heartbeat/{rank}"

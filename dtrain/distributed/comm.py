@@ -1,12 +1,8 @@
-"""The only door to other ranks, for everything that is not a gradient: verbs with labels.
-
-What goes between ranks runs on a transport of its own (a gloo group), so it never interleaves with
-gradients; how ranks find out in a verb that they do not belong together is in
-:mod:`dtrain.distributed.exchange`.
-"""
+"""The only door to other ranks, for everything that is not a gradient: verbs with labels."""
 
 import os
 import pickle
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,36 +14,35 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed.activity import Activity, Phase
-from dtrain.distributed.exchange import Exchange, beginning, reduce_here, remote_error
-from dtrain.distributed.failures import Failures, may_be_broken
+from dtrain.distributed.exchange import Exchange, Failures, beginning, reduce_here, remote_error
 from dtrain.distributed.transport import Transport
-from dtrain.errors import CommError, ConfigError, DtrainError, Failure, RankMismatch, RemoteError
+from dtrain.errors import CommError, ConfigError, DtrainError, RankMismatch, RemoteError
 
 T = TypeVar("T")
 Op = Literal["sum", "mean", "max", "min"]
 Rule = Literal["any", "majority", "all"]
 Where = str | Callable[[], str]  # where something failed; a function if that is known only then
 
+# What torch says where the other end of a connection is gone; it has no type for that.
+_BROKEN = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|Broken pipe")
 
-class Gatherer(Protocol):
-    """Serves the gathers of a loss function; see :mod:`dtrain.step`."""
 
-    def gather(self, label: str, rows: Tensor) -> Tensor:
-        """Returns all ranks' rows."""
-        ...
+class _Gatherer(Protocol):  # of :mod:`dtrain.step`
+    def gather(self, label: str, rows: Tensor) -> Tensor: ...
 
 
 class Comm:
     """Labelled verbs between ranks. It has no rank: what it returns is equal on all of them.
 
-    Every verb must be called by all ranks, in the same order and with the same label.
+    Every verb must be called by all ranks, in the same order and with the same label. Verbs have a
+    transport of their own (a gloo group), so they never interleave with gradients.
 
     Raises:
         RankMismatch: by every verb, where ranks met in different calls, or with different shapes.
         RemoteError: by every verb, where another rank failed.
         CommError: by every verb, where a rank is gone and left no reason.
 
-    Ranks: all; local where a method does not say that it communicates.
+    Ranks: all; communicates where a method does not say that it is local.
     """
 
     def __init__(
@@ -58,30 +53,27 @@ class Comm:
         host: str = "localhost",
         transport: Transport | None = None,
         store: Store | None = None,
-        activity: Activity | None = None,
     ) -> None:
         self._rank = rank
         self._size = size
         self._closed = False
         self._on_main = ""  # the label, while rank 0 runs a function alone
-        self._gatherer: Gatherer | None = None  # while a loss function runs
-        #: Where this rank's main thread is.
-        self.activity = activity or Activity()
-        #: Held by a thread beside the main one while it uses these verbs; taken by the main
-        #: thread, so that all ranks' threads come in the same order.
+        self._gatherer: _Gatherer | None = None  # while a loss function runs
+        self.activity = Activity()  # where this rank's main thread is
+        # Held by a thread beside the main one while it uses these verbs; taken by the main
+        # thread, so that all ranks' threads come in the same order.
         self.in_use = threading.Lock()
-        self._failures = Failures(rank, host, store)
+        self._failures = failures = Failures(rank, host, store)
+        self.record, self.explain = failures.record, failures.explain
         self._exchange: Exchange | None = None  # with nobody, in a world of one
         if transport is not None:
-            self._exchange = Exchange(size, transport, self._failures, self.activity)
+            self._exchange = Exchange(size, transport, failures, self.activity)
 
     def close(self) -> None:
-        """Lets go of transport and store; the verbs must not be called any more."""
+        """Lets go of transport and store: no verb may be called any more. Ranks: all, local."""
         self._exchange = None
         self._failures.store = None
         self._closed = self._size > 1
-
-    # -- verbs ------------------------------------------------------------------------------
 
     def all_reduce(self, label: str, tensor: Tensor, op: Op = "sum") -> Tensor:
         """Returns the ``sum``, ``mean``, ``max`` or ``min`` of ``tensor`` over all ranks.
@@ -90,15 +82,14 @@ class Comm:
             label: names the call; equal on all ranks.
             tensor: any shape, equal on all ranks. It is not changed.
             op: how values of different ranks become one.
-
-        Ranks: all, communicates.
         """
         if op not in get_args(Op):
             raise ConfigError(
                 f"all_reduce({label!r}): op={op!r}; choose one of {sorted(get_args(Op))}"
             )
+        detail = f"{op} {_describe(tensor)}"
         mine = tensor.detach().cpu().contiguous()
-        everyones = self._meet("all_reduce", label, f"{op} {_describe(tensor)}", mine)
+        everyones = self._meet("all_reduce", label, detail, mine)
         summed = "sum" if op == "mean" else op
         if self._exchange is None:
             reduced = mine.clone()
@@ -106,15 +97,10 @@ class Comm:
             reduced = reduce_here(everyones, summed)
         else:
             reduced = self._exchange.all_reduce(label, mine, summed)
-        if op == "mean":
-            reduced = reduced / self._size
-        return reduced.to(tensor.device)
+        return (reduced / self._size if op == "mean" else reduced).to(tensor.device)
 
     def all_gather(self, label: str, tensor: Tensor) -> Tensor:
-        """Returns every rank's ``tensor``, stacked: shape ``[world size, *tensor.shape]``.
-
-        Ranks: all, communicates.
-        """
+        """Returns every rank's ``tensor``, stacked: shape ``[world size, *tensor.shape]``."""
         detail = _describe(tensor)
         if self._exchange is None:
             self._meet("all_gather", label, detail)
@@ -126,7 +112,7 @@ class Comm:
         return everyones.contiguous().to(tensor.device)
 
     def gather_with_grad(self, label: str, tensor: Tensor) -> Tensor:
-        """In a loss function: returns the rows of all ranks, in the order of ranks.
+        """In a loss function: returns all ranks' rows, shape ``[rows of all ranks, ...]``.
 
         A rank that skips, has no data or fails takes part with no rows, so nobody waits for it.
         Ranks may have different numbers of rows.
@@ -144,11 +130,7 @@ class Comm:
 
         Args:
             label: names the call; equal on all ranks.
-            tensor: shape ``[rows, ...]``; all but the rows equal on all ranks. It travels
-                through the CPU.
-
-        Returns:
-            Shape ``[rows of all ranks, ...]``.
+            tensor: shape ``[rows, ...]``, equal but for the rows. It travels through the CPU.
 
         Raises:
             ConfigError: called outside of a loss function, or first in a later micro-step.
@@ -162,15 +144,12 @@ class Comm:
             )
         return self._gatherer.gather(label, tensor)
 
-    def serve_gathers(self, gatherer: Gatherer | None) -> None:
-        """Lets :meth:`gather_with_grad` be called, until it is called with None."""
+    def serve_gathers(self, gatherer: _Gatherer | None) -> None:
+        """Lets :meth:`gather_with_grad` be called, until this is given None. Ranks: all, local."""
         self._gatherer = gatherer
 
     def broadcast(self, label: str, tensor: Tensor) -> Tensor:
-        """Returns rank 0's ``tensor`` on every rank; the argument is not changed.
-
-        Ranks: all, communicates.
-        """
+        """Returns rank 0's ``tensor`` on every rank; the argument is not changed."""
         self._meet("broadcast", label, _describe(tensor))
         if self._exchange is None:
             return tensor.detach().clone()
@@ -179,19 +158,11 @@ class Comm:
         return buffer.to(tensor.device)
 
     def barrier(self, label: str) -> None:
-        """Returns once every rank has called it with this label.
-
-        Ranks: all, communicates.
-        """
+        """Returns once every rank has called it with this label."""
         self._meet("barrier", label)
 
     def vote(self, label: str, yes: bool, rule: Rule = "any") -> bool:
-        """Returns one answer on all ranks: did ``any``, the ``majority`` or ``all`` say yes?
-
-        ``majority`` means more than half of the ranks.
-
-        Ranks: all, communicates.
-        """
+        """Returns one answer: did ``any``, the ``majority`` (over half) or ``all`` say yes?"""
         rules = {"any": 1, "majority": self._size // 2 + 1, "all": self._size}
         if rule not in rules:
             raise ConfigError(f"vote({label!r}): rule={rule!r}; choose one of {sorted(rules)}")
@@ -199,10 +170,7 @@ class Comm:
         return bool(yes) if votes is None else int(votes.sum()) >= rules[rule]
 
     def gather_objects(self, label: str, value: T) -> list[T]:
-        """Returns every rank's ``value``, by rank. For small things: the values are pickled.
-
-        Ranks: all, communicates.
-        """
+        """Returns every rank's ``value``, by rank. For small things: the values are pickled."""
         content = pickle.dumps(value)  # before the ranks meet: it may not be possible
         everyones = self._meet("gather_objects", label, "", beginning(content))
         if self._exchange is None or everyones is None:
@@ -221,41 +189,32 @@ class Comm:
         if self._exchange is None:
             return fn()
         result: T
-        failure: Failure | None
         if self._rank != 0:
-            result, failure = pickle.loads(self._exchange.receive(label))  # noqa: S301 -- our own
+            result, failure = self._exchange.share(label)
             if failure is not None:
                 raise RemoteError(str(failure))
             return result
-        error: Exception | None = None
         self._on_main = label
         before = self.activity.enter(Phase(f"on_main({label!r})", slow=True))
         try:
             result = fn()
             content = pickle.dumps((result, None))
-        except Exception as caught:  # noqa: BLE001 -- told to every rank, then raised again
-            error = caught
-            failure = self._failures.describe(caught, f"on_main({label!r})")
-            content = pickle.dumps((None, failure))
+        except Exception as error:
+            failure = self._failures.describe(error, f"on_main({label!r})")
+            self._exchange.share(label, pickle.dumps((None, failure)))
+            self._failures.told = error
+            raise
         finally:
             self._on_main = ""
             self.activity.enter(before)
-        self._exchange.send(label, content)
-        if error is not None:
-            self._failures.told = error
-            raise error
+        self._exchange.share(label, content)
         return result
-
-    # -- failures ---------------------------------------------------------------------------
 
     @contextmanager
     def lockstep(self, where: Where) -> Iterator[None]:
         """Makes an exception in the block reach every rank in its next call of a verb.
 
-        For phases in which ranks meet only in verbs of this class (evaluation, saving,
-        start and end of a run), not for anything that may wait in a gradient reduction.
-
-        Ranks: all, communicates when the block raises.
+        Only where no rank may wait in a gradient reduction; communicates when the block raises.
         """
         try:
             yield
@@ -269,8 +228,7 @@ class Comm:
     def alone(self, where: Where) -> Iterator[None]:
         """Leaves an exception in the block in the store, for ranks that wait in a reduction.
 
-        For phases in which the others may be anywhere. Once this rank has left, their broken
-        collective is explained by what it left behind.
+        Once this rank has left, that explains their broken collective. Ranks: all, local.
         """
         try:
             yield
@@ -295,15 +253,11 @@ class Comm:
             failures.told = error
             failures.forget()
         except (DtrainError, RuntimeError) as broken:
-            # The others left first; this rank's own error is raised by the caller and
-            # stays the one that counts.
+            # The others left first; this rank's own error, which the caller raises, counts.
             error.add_note(f"(the other ranks could not be told: {broken})")
 
     def raise_failures(self, label: str, error: Exception | None, where: str) -> None:
-        """Raises on all ranks if any has an error: the original where it happened.
-
-        Ranks: all, communicates.
-        """
+        """Raises on all ranks if any has an error: the original where it happened."""
         mine = None if error is None else self._failures.describe(error, where)
         everyones = self.gather_objects(label, mine)
         if error is not None:
@@ -312,28 +266,20 @@ class Comm:
         if any(everyones):
             raise remote_error(everyones)
 
-    def record(self, error: BaseException, where: str) -> None:
-        """Leaves this rank's failure in the store, for ranks that find a broken collective."""
-        self._failures.record(error, where)
-
-    def explain(self, error: BaseException) -> DtrainError | None:
-        """Returns the recorded failure of another rank, if that is why ``error`` happened."""
-        return self._failures.explain(error)
-
     def may_be_broken(self, error: BaseException) -> bool:
-        """Says whether ``error`` may only mean that another rank is gone."""
-        return may_be_broken(error, self.activity.phase)
+        """Says whether ``error`` may only mean that another rank is gone. Ranks: all, local."""
+        if isinstance(error, DtrainError) or not isinstance(error, RuntimeError):
+            return isinstance(error, CommError)
+        return self.activity.phase.waits or _BROKEN.search(str(error)) is not None
 
     def mark_step(self, step: int) -> None:
-        """Says which step this rank is at; ranks that meet at different steps are told."""
+        """Says which step this rank is at, to compare where ranks meet. Ranks: all, local."""
         self._failures.step = step
-
-    # -- meeting ----------------------------------------------------------------------------
 
     def _meet(
         self, verb: str, label: str, detail: str = "", mine: Tensor | None = None
     ) -> Tensor | None:
-        """Returns once all ranks have come to this call, with every rank's ``mine``, stacked.
+        """Returns every rank's ``mine``, stacked, once all ranks have come to this call.
 
         None where there is none, it is too large to travel in the header, or this rank is alone.
         """
@@ -358,11 +304,9 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _call_site() -> str:
-    """Returns ``file:line`` of the caller, the first frame outside of this module.
-
-    Only the file's name counts: installations may lie in different folders on two hosts.
-    """
+    """Returns ``file:line`` of the caller, the first frame outside of this module."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
+    # Only the file's name: installations may lie in different folders on two hosts.
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"

@@ -1,10 +1,12 @@
-"""What launched this process, and which rank it is.
+"""What launched this process, which rank it is, and what of the host is its own."""
 
-Ranks: all, local.
-"""
-
+import os
 import re
+import resource
 from collections.abc import Mapping
+from contextlib import suppress
+
+import torch
 
 from dtrain.errors import LaunchError
 
@@ -12,18 +14,7 @@ _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def find_launcher(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """Says what launched this process, and the rendezvous variables that follow from it.
-
-    Args:
-        env: the environment.
-
-    Returns:
-        ``"torchrun"``, ``"slurm"`` or ``"solo"``; and the variables to add to the environment.
-
-    Raises:
-        LaunchError: some of torchrun's variables are set and others are not, or a number is
-            no number.
-    """
+    """Returns ``"torchrun"``, ``"slurm"`` or ``"solo"``, and the variables to add to ``env``."""
     given = [name for name in _RENDEZVOUS if env.get(name)]
     # MASTER_ADDR and MASTER_PORT alone are often left over in cluster profiles.
     if any(name in given for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
@@ -64,8 +55,7 @@ def find_launcher(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
 
 def first_host(nodelist: str) -> str:
     """Returns the first host of a SLURM node list: ``gpu[03-05,9],x1`` gives ``gpu03``."""
-    # The first entry ends at the first comma outside of brackets; of each bracket, the first
-    # number of the first range counts.
+    # Up to the first comma outside of brackets; of a bracket, the first number counts.
     entry = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodelist)
     host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", entry[0]) if entry is not None else ""
     if not host or nodelist.startswith("["):
@@ -74,6 +64,32 @@ def first_host(nodelist: str) -> str:
             "the host of task 0"
         )
     return host
+
+
+def allow_files(size: int) -> None:
+    """Raises how many files this process may have open, as far as it may itself."""
+    # Each of up to three gloo groups is a connection to every other rank; the usual limit is 1024.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * size + 1024
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # it may be enough as it is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def share_cores() -> None:
+    """Gives torch this rank's part of the host's cores, unless it was told how many."""
+    if not os.environ.get("OMP_NUM_THREADS"):
+        threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+
+
+def has_gpu() -> bool:
+    """There is one, and ``accelerate launch --cpu`` did not say to leave it alone."""
+    told_not_to = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return torch.cuda.is_available() and not told_not_to
 
 
 def _number(env: Mapping[str, str], name: str) -> int:

@@ -1,76 +1,112 @@
 """Exchanges between ranks in which none waits in vain: a header first, then what it announces.
 
 The header tells what call a rank is in (verb, label, call site, shape, step), as a digest, and
-whether it failed. Ranks that meet in different calls all get :class:`RankMismatch`, with a table of
-who was where; where a rank failed, all others get :class:`RemoteError` in the same call. A plain
-process group would instead hang or, with equal shapes, silently mix the numbers of two different
-calls. What is small travels in the header itself, so that most calls are one exchange.
+whether it failed. A plain process group would hang where ranks met in different calls or, with
+equal shapes, silently mix their numbers.
 """
 
 import hashlib
+import json
 import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed.activity import Activity, Phase
-from dtrain.distributed.failures import Failures
 from dtrain.distributed.transport import Transport, TransportOp
-from dtrain.errors import CommError, Failure, RankMismatch, RemoteError
-
-T = TypeVar("T")
+from dtrain.errors import CommError, DtrainError, Failure, RankMismatch, RemoteError, locate
 
 _HEADER_BYTES = 256  # equal for all calls: ranks that meet in different ones read them all the same
 _TOLD = 9  # of these, the digest, and whether this rank failed
-_CARRIED_BYTES = _HEADER_BYTES - 16  # and what is carried, aligned for any dtype
+_CARRIED_BYTES = _HEADER_BYTES - 16  # what is small travels along, aligned for any dtype
 
-_SUMMED_BY_GLOO = {torch.float16, torch.float32, torch.float64} | {
-    torch.int8,
-    torch.uint8,
-    torch.int32,
-    torch.int64,
-}
+_FLOATS = {torch.float16, torch.float32, torch.float64}
+_SUMMED_BY_GLOO = _FLOATS | {torch.int8, torch.uint8, torch.int32, torch.int64}
 
 
+@dataclass(eq=False)
+class Failures:
+    """This rank's failures, and the record of the first in the store, where the others find it."""
+
+    rank: int
+    host: str
+    store: Store | None
+    step: int = 0  # the global step that this rank is at
+    told: BaseException | None = None  # the last error that all ranks know of
+
+    def describe(self, error: BaseException, where: str) -> Failure:
+        """Says in words that can be sent what went wrong on this rank."""
+        kind, message = type(error).__name__, str(error)
+        return Failure(self.rank, self.host, where, self.step, kind, message, locate(error))
+
+    def is_told(self, error: BaseException) -> bool:
+        """Says whether all ranks know of ``error``, or of what it was made from."""
+        known: BaseException | None = error
+        while known is not None:
+            if known is self.told or isinstance(known, RemoteError | RankMismatch | CommError):
+                return True
+            known = known.__cause__
+        return False
+
+    def record(self, error: BaseException, where: str) -> None:
+        """Leaves this rank's failure for ranks that find a broken collective, unless all know."""
+        if self.store is None or self.is_told(error):
+            return
+        text = json.dumps(asdict(self.describe(error, where)))
+        try:
+            # compare_set: the first writer wins, so the root cause is kept.
+            self.store.compare_set("failure", "", text)
+        except RuntimeError as unreachable:
+            error.add_note(f"(could not be recorded for the other ranks: {unreachable})")
+
+    def forget(self) -> None:
+        """Removes the record: all ranks know, and a later failure must not be taken for it."""
+        if self.store is not None:
+            self.store.delete_key("failure")
+
+    def explain(self, error: BaseException) -> DtrainError | None:
+        """Returns another rank's recorded failure, if that is why ``error`` happened."""
+        if self.store is None or isinstance(error, DtrainError):
+            return None
+        try:
+            text = self.store.get("failure") if self.store.check(["failure"]) else b""
+        except RuntimeError:
+            return None  # the store went away with its host: nothing better than `error` is known
+        failure = Failure(**json.loads(text)) if text else None
+        return None if failure is None or failure.rank == self.rank else RemoteError(str(failure))
+
+
+@dataclass(eq=False)
 class Exchange:
-    """What all ranks do together over a transport.
+    """What all ranks do together over a transport; ``activity`` is told in which verb they wait.
 
-    A call that breaks raises the reason that another rank left for it, or :class:`CommError`. The
-    activity is told that this rank waits, and in which verb.
-
-    Ranks: all, communicates.
+    A call that breaks raises the reason that another rank left for it, or :class:`CommError`.
     """
 
-    def __init__(
-        self, size: int, transport: Transport, failures: Failures, activity: Activity
-    ) -> None:
-        self.transport = transport
-        self._size = size
-        self._failures = failures
-        self._activity = activity
-        self._kept: tuple[Tensor, ...] = ()
-
-    # -- the header -------------------------------------------------------------------------
+    size: int
+    transport: Transport
+    failures: Failures
+    activity: Activity
+    _kept: tuple[Tensor, ...] = ()
 
     def meet(
         self, verb: str, label: str, detail: str, site: str, mine: Tensor | None
     ) -> Tensor | None:
-        """Returns once all ranks have come to this call, with every rank's ``mine``, stacked.
-
-        None where there is none, or it is too large to travel in the header.
-        """
+        """See :meth:`Comm._meet`."""
         carried = mine if mine is not None and mine.nbytes <= _CARRIED_BYTES else None
         headers = self._headers(verb, label, f"{site} {detail}", carried)
         told = headers.numpy()[:, :_TOLD]
         if told[0, -1] or not (told == told[0]).all():
             if told[:, -1].any():
                 raise remote_error(self.gather_objects(label, None))
-            row = f"step {self._failures.step}  {verb}({label!r})  {detail or '-'}  at {site}"
+            row = f"step {self.failures.step}  {verb}({label!r})  {detail or '-'}  at {site}"
             rows = enumerate(self.gather_objects(label, row))
             table = "\n".join(f"  rank {rank}: {row}" for rank, row in rows)
             raise RankMismatch(
@@ -80,7 +116,7 @@ class Exchange:
         if carried is None:
             return None
         content = headers[:, _HEADER_BYTES - _CARRIED_BYTES :][:, : carried.nbytes]
-        return content.view(carried.dtype).view(self._size, *carried.shape)
+        return content.view(carried.dtype).view(self.size, *carried.shape)
 
     def tell(self, failure: Failure) -> None:
         """Makes every other rank raise ``failure`` in the verb that it is in or enters next."""
@@ -91,7 +127,7 @@ class Exchange:
         self, verb: str, label: str, detail: str, carried: Tensor | None, *, failed: bool = False
     ) -> Tensor:
         """Returns each rank's header, stacked: shape ``[world size, 256]``, bytes."""
-        text = f"{verb}\0{label}\0{detail}\0{self._failures.step}"
+        text = f"{verb}\0{label}\0{detail}\0{self.failures.step}"
         digest = hashlib.blake2b(text.encode(), digest_size=_TOLD - 1).digest()
         header = (digest + bytes([failed])).ljust(_HEADER_BYTES - _CARRIED_BYTES, b"\0")
         if carried is not None:
@@ -99,9 +135,7 @@ class Exchange:
         padded = bytearray(header.ljust(_HEADER_BYTES, b"\0"))
         return self.gather(label, torch.frombuffer(padded, dtype=torch.uint8))
 
-    # -- objects, where all ranks know that all send one -----------------------------------------
-
-    def gather_objects(self, label: str, value: T) -> list[T]:
+    def gather_objects(self, label: str, value: Any) -> list[Any]:
         """Returns every rank's ``value``, by rank."""
         content = pickle.dumps(value)
         return self.unpickle(label, content, self.gather(label, beginning(content)))
@@ -112,29 +146,22 @@ class Exchange:
         if lengths.max() <= _CARRIED_BYTES - 8:
             parts = beginnings[:, 8:]
         else:
-            padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
-            padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-            parts = self.gather(label, padded)
+            padded = bytearray(mine.ljust(lengths.max(), b"\0"))
+            parts = self.gather(label, torch.frombuffer(padded, dtype=torch.uint8))
         return [
             pickle.loads(part[:length].numpy().tobytes())  # noqa: S301 -- from our own ranks
             for part, length in zip(parts, lengths, strict=True)
         ]
 
-    def send(self, label: str, content: bytes) -> None:
-        """Gives every rank rank 0's bytes; called there."""
-        self.broadcast(label, torch.tensor(len(content)))
-        self.broadcast(label, torch.frombuffer(bytearray(content), dtype=torch.uint8))
-
-    def receive(self, label: str) -> bytes:
-        """Returns what rank 0 sends; called on the others."""
-        length = int(self.broadcast(label, torch.tensor(0)))
-        return self.broadcast(label, torch.empty(length, dtype=torch.uint8)).numpy().tobytes()
-
-    # -- tensors ----------------------------------------------------------------------------
+    def share(self, label: str, content: bytes = b"") -> Any:
+        """Returns what rank 0 has pickled; the others give nothing."""
+        length = int(self.broadcast(label, torch.tensor(len(content))))
+        buffer = torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8)
+        return pickle.loads(self.broadcast(label, buffer).numpy().tobytes())  # noqa: S301 -- our own
 
     def gather(self, label: str, mine: Tensor) -> Tensor:
         """Returns every rank's ``mine``, stacked."""
-        everyones = mine.new_empty(self._size, *mine.shape)
+        everyones = mine.new_empty(self.size, *mine.shape)
         parts = list(everyones.unbind())
         with self._under_way(label, mine, *parts):
             self.transport.all_gather(parts, mine)
@@ -143,7 +170,7 @@ class Exchange:
     def gather_any(self, label: str, mine: Tensor) -> Tensor:
         """Gathers as bytes, so that every dtype can travel; stacks what comes."""
         everyones = self.gather(label, mine.reshape(-1).view(torch.uint8))
-        return everyones.view(-1).view(mine.dtype).view(self._size, *mine.shape)
+        return everyones.view(-1).view(mine.dtype).view(self.size, *mine.shape)
 
     def all_reduce(self, label: str, mine: Tensor, op: TransportOp) -> Tensor:
         """Returns all ranks' ``mine``, reduced."""
@@ -167,22 +194,18 @@ class Exchange:
         # returned. Were it the last to do so, it would need the interpreter's lock, and if the
         # interpreter is ending just then, the process aborts.
         self._kept = tensors
-        before = self._activity.phase
-        self._activity.enter(Phase(f"comm {label!r}", waits=True, slow=before.slow))
+        before = self.activity.phase
+        self.activity.enter(Phase(f"comm {label!r}", waits=True, slow=before.slow))
         try:
             yield
         except RuntimeError as broken:
-            failures = self._failures
-            reason = failures.explain(broken)
-            if reason is not None:
-                raise reason from broken
-            raise CommError(
-                f"rank {failures.rank} on {failures.host} lost the other ranks in {label!r} at "
-                f"step {failures.step}, and none of them said why (killed, or out of time): "
-                f"{broken}"
+            rank, host, step = self.failures.rank, self.failures.host, self.failures.step
+            raise self.failures.explain(broken) or CommError(
+                f"rank {rank} on {host} lost the other ranks in {label!r} at step {step}, and none "
+                f"of them said why (killed, or out of time): {broken}"
             ) from broken
         finally:
-            self._activity.enter(before)
+            self.activity.enter(before)
 
 
 def beginning(content: bytes) -> Tensor:
@@ -194,10 +217,8 @@ def beginning(content: bytes) -> Tensor:
 
 def reduce_here(parts: Tensor, op: TransportOp) -> Tensor:
     """Reduces ``[world size, ...]`` by itself: what came with the header, or gloo cannot add."""
-    if op == "max":
-        return parts.amax(0)
-    if op == "min":
-        return parts.amin(0)
+    if op != "sum":
+        return parts.amax(0) if op == "max" else parts.amin(0)
     # Rank by rank, as numbers are added alike on every kind of host; all ranks must get the same.
     wide = parts.float() if parts.dtype in (torch.float16, torch.bfloat16) else parts
     total = wide[0].clone()
@@ -209,3 +230,8 @@ def reduce_here(parts: Tensor, op: TransportOp) -> Tensor:
 def remote_error(failures: list[Failure | None]) -> RemoteError:
     """Returns an error that names all ranks that failed."""
     return RemoteError("; ".join(str(failure) for failure in failures if failure is not None))
+
+
+def digest_of(value: object) -> str:
+    """Returns a short digest of JSON values, to compare them between ranks and runs."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

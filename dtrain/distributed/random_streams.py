@@ -1,7 +1,4 @@
-"""The random streams of this process: their seeds, and their state, for a checkpoint.
-
-Ranks: all, local.
-"""
+"""The random streams of this process: their seeds, and their state, for a checkpoint."""
 
 import random
 from collections.abc import Iterator
@@ -29,9 +26,7 @@ def derive_seed(seed: int, *stream: int) -> int:
 
 def seeded_generator(seed: int, *stream: int) -> torch.Generator:
     """Returns a generator of torch's for the stream that ``stream`` numbers."""
-    generator = torch.Generator()
-    generator.manual_seed(derive_seed(seed, *stream))
-    return generator
+    return torch.Generator().manual_seed(derive_seed(seed, *stream))
 
 
 def random_state() -> dict[str, Any]:

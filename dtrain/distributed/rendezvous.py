@@ -12,9 +12,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from dtrain.distributed.at_exit import is_failing
-from dtrain.distributed.heartbeat import Heartbeat
-from dtrain.distributed.processes import this_machine
+from dtrain.distributed.activity import Heartbeat
+from dtrain.distributed.processes import is_failing, this_machine
 from dtrain.distributed.store_process import ELSEWHERE, END
 from dtrain.errors import LaunchError
 
@@ -22,48 +21,26 @@ _SERVED_ELSEWHERE = "TORCHELASTIC_USE_AGENT_STORE"  # tells torch that rank 0 is
 
 
 def serve_store(timeout_s: float) -> TCPStore:
-    """Serves a rendezvous store at a free port of this host, for ranks that are started here.
-
-    Ranks: none; called where the ranks are started.
-    """
+    """Serves a rendezvous store at a free port of this host, for ranks that are started here."""
     timeout = timedelta(seconds=timeout_s)
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
 
 
 def local_store() -> Store:
-    """Returns a rendezvous store that lives in this process only, for ranks that are threads.
-
-    Ranks: none; called where the ranks are started.
-    """
+    """Returns a rendezvous store that lives in this process only, for ranks that are threads."""
     return HashStore()
 
 
 def own_store(timeout: timedelta, life: int) -> Store:
-    """A connection of its own to the rendezvous store, apart from the process group's.
-
-    Keys are kept apart by restart attempt: the launcher's store outlives an attempt.
-
-    Ranks: all, local.
-    """
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timeout,
-    )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    """Returns a connection of its own to the rendezvous store, apart from the process group's."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the launcher's store outlives it
     return PrefixStore(f"dtrain/{attempt}/{life}", store)
 
 
 def serve_apart(timeout_s: float) -> "StoreProcess | None":
-    """Has the store served by a process of its own, where rank 0 would serve it.
-
-    Returns:
-        The process, where this rank started one.
-
-    Ranks: all, local.
-    """
+    """Has the store served by a process, where rank 0 would; returns it on the rank that did."""
     if dist.is_initialized() or os.environ.get(_SERVED_ELSEWHERE) == "True":
         return None
     os.environ[_SERVED_ELSEWHERE] = "True"
@@ -71,13 +48,7 @@ def serve_apart(timeout_s: float) -> "StoreProcess | None":
 
 
 class StoreProcess:
-    """The store in a process beside rank 0.
-
-    Were it in rank 0, and that one stopped or killed, the others could not read any more what
-    became of it.
-
-    Ranks: rank 0 only.
-    """
+    """The store beside rank 0: if that one is killed, the others can read what became of it."""
 
     def __init__(self, timeout_s: float) -> None:
         script = Path(__file__).with_name("store_process.py")
@@ -90,11 +61,7 @@ class StoreProcess:
         atexit.register(self._end)
 
     def wait(self) -> None:
-        """Returns once it serves.
-
-        Raises:
-            LaunchError: it cannot.
-        """
+        """Returns once it serves; raises LaunchError where it cannot."""
         assert self._process.stdout is not None
         with self._process.stdout as told:
             answer = told.readline().strip()

@@ -6,15 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.distributed.comm import Comm
-from dtrain.distributed.digest import digest_of
+from dtrain.distributed.exchange import digest_of
 from dtrain.errors import RankMismatch
 
 
 def share_buffers(model: nn.Module, comm: Comm) -> None:
-    """Gives all ranks rank 0's buffers (such as BatchNorm's running statistics).
-
-    Ranks: all, communicates: once for each dtype among the buffers.
-    """
+    """Gives all ranks rank 0's buffers, such as BatchNorm's. Ranks: all, communicates."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in model.buffers():
         by_dtype.setdefault(buffer.dtype, []).append(buffer)
@@ -25,33 +22,24 @@ def share_buffers(model: nn.Module, comm: Comm) -> None:
             buffer.detach().copy_(values.view_as(buffer))
 
 
-Shapes = list[tuple[str, list[int], str]]
-
-
-def shapes_of(model: nn.Module) -> Shapes:
+def shapes_of(model: nn.Module) -> list[tuple[str, list[int], str]]:
     """Returns name, shape and dtype of each parameter and buffer."""
     return [(name, list(t.shape), str(t.dtype)) for name, t in model.state_dict().items()]
 
 
 def check_same_model(model: nn.Module, comm: Comm) -> None:
-    """Raises where the ranks' models differ in names, shapes, dtypes or what is frozen.
-
-    Raises:
-        RankMismatch: with what differs, by rank.
-
-    Ranks: all, communicates.
-    """
+    """Raises RankMismatch where the ranks have different models. Ranks: all, communicates."""
     shapes = shapes_of(model)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     if len(set(comm.gather_objects("model", digest_of([*shapes, frozen])))) == 1:
         return
     mine = [f"{name} {shape} {dtype}" for name, shape, dtype in shapes]
     mine += [f"{name} (frozen)" for name in frozen]
-    described = comm.gather_objects("models", mine)
+    models = comm.gather_objects("models", mine)
     rows = []
-    for rank, lines in enumerate(described):
-        extra = [line for line in lines if line not in described[0]]
-        lacking = [line for line in described[0] if line not in lines]
+    for rank, lines in enumerate(models):
+        extra = [line for line in lines if line not in models[0]]
+        lacking = [line for line in models[0] if line not in lines]
         words = [f"has {', '.join(extra[:5])}"] * bool(extra)
         words += [f"lacks {', '.join(lacking[:5])}"] * bool(lacking)
         rows.append(f"  rank {rank}: {'; '.join(words) or 'as rank 0'}")
@@ -61,13 +49,7 @@ def check_same_model(model: nn.Module, comm: Comm) -> None:
 
 
 def check_same_call(arguments: Mapping[str, object], comm: Comm) -> None:
-    """Raises where the ranks called ``fit`` with different arguments or unequal data.
-
-    Raises:
-        RankMismatch: with every rank's.
-
-    Ranks: all, communicates.
-    """
+    """Raises RankMismatch where ``fit`` has different arguments. Ranks: all, communicates."""
     everyones = comm.gather_objects("fit", {name: str(value) for name, value in arguments.items()})
     differing = [n for n in arguments if len({one.get(n) for one in everyones}) > 1]
     if differing:

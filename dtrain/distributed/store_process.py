@@ -4,11 +4,10 @@ Started by :mod:`dtrain.distributed.rendezvous`, by path, so that no more than t
 
     python store_process.py PORT TIMEOUT_S
 
-It writes a line to stdout once it serves, or why it cannot, and lives as long as the process
-that started it. On stdin it is told the process numbers of the ranks of this host, then that there
-are ranks elsewhere, if there are, and in the end that it may go. If its parent ends without that
-word, the other ranks have some seconds yet to read in the store what became of it; it does not
-outlive the last of them.
+It writes a line to stdout once it serves, or why it cannot. On stdin it is told the process numbers
+of the ranks of this host, whether there are ranks elsewhere, and in the end that it may go. If its
+parent ends without that word, the other ranks have some seconds yet to read in the store what
+became of it; it does not outlive the last of them.
 """
 
 import os
@@ -21,18 +20,13 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 
-#: How long the store outlives a parent that did not end it, at most.
-LINGER_S = 15.0
+END, ELSEWHERE = "end", "elsewhere"  # what it is told besides process numbers
+_LINGER_S = 15.0  # how long it outlives a parent that did not end it, at most
 _LOOK_S = 0.25
-#: What it is told besides process numbers.
-END, ELSEWHERE = "end", "elsewhere"
 
 
 def serve(port: int, timeout_s: float) -> int:
-    """Serves the store at ``port`` until the parent ends; returns an exit code.
-
-    Ranks: none; a process beside rank 0.
-    """
+    """Serves the store at ``port`` until the parent ends; returns an exit code."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     parent = os.getppid()
@@ -43,21 +37,14 @@ def serve(port: int, timeout_s: float) -> int:
     # What is meant for the ranks (a time limit, Ctrl-C) must not take their store away first.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    try:
-        store = TCPStore(
-            "localhost",  # where it connects to itself; it serves at all addresses
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-        )
+    timeout = timedelta(seconds=timeout_s)
+    try:  # it serves at all addresses, and connects to itself at localhost
+        store = TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=timeout)
     except RuntimeError as error:
         _say(f"cannot serve at port {port}: {error}".replace("\n", " "))
         return 1
     _say("serving")
-    told = _wait_for(parent)
-    if END not in told:
-        _linger(told)
+    _linger(_wait_for(parent))
     del store
     os._exit(0)  # torch takes its time to tidy up, and rank 0 waits for it
 
@@ -85,11 +72,15 @@ def _wait_for(parent: int) -> list[str]:
 
 
 def _linger(told: list[str]) -> None:
-    """Waits until no rank is left that could ask, or for long enough."""
-    until = time.monotonic() + LINGER_S
+    """Waits until no rank is left that could ask, or for long enough, unless told to end."""
+    until = time.monotonic() + _LINGER_S
     here = [int(pid) for pid in told if pid.isdigit()]
     never = threading.Event()
-    while time.monotonic() < until and (ELSEWHERE in told or any(map(_lives, here))):
+    while (
+        END not in told
+        and time.monotonic() < until
+        and (ELSEWHERE in told or any(map(_lives, here)))
+    ):
         never.wait(_LOOK_S)
 
 

@@ -1,15 +1,20 @@
-"""The transport: how tensors get from rank to rank, beneath ``Comm`` and the strategies.
+"""How tensors get from rank to rank: a process group of torch's, or what threads have instead."""
 
-In a run it is a process group of torch's. Ranks that are threads of one process
-(:mod:`dtrain.testing`) bring another one, so that everything above is the same code.
-"""
-
-from contextlib import AbstractContextManager
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.distributed.environment import has_gpu
 
 TransportOp = Literal["sum", "max", "min"]
 
@@ -30,12 +35,9 @@ class DataParallel(Protocol):
 
 
 class Transport(Protocol):
-    """Moves tensors between ranks. All ranks must make the same calls in the same order.
+    """Moves tensors between ranks: all make the same calls, in the same order, but ``check_own``.
 
-    A call that cannot be completed (another rank has left, or does not come in time) raises
-    RuntimeError.
-
-    Ranks: all; each method communicates, but for ``check_own``.
+    A call that cannot be completed, as another rank has left or is late, raises RuntimeError.
     """
 
     def all_gather(self, parts: list[Tensor], mine: Tensor) -> None:
@@ -51,39 +53,68 @@ class Transport(Protocol):
         """Raises where ranks that are threads of one process share ``module``."""
 
     def data_parallel(self, module: nn.Module, **options: Any) -> DataParallel:
-        """Returns ``module``, wrapped so that backward reduces its parameters' gradients.
-
-        Args:
-            module: whose parameters are equal on all ranks.
-            options: of DistributedDataParallel.
-        """
+        """Returns ``module``, wrapped in DistributedDataParallel or what does the same."""
 
 
+@dataclass
 class GroupTransport:
-    """A process group of torch's, as :class:`Transport`.
+    """A process group of torch's, as :class:`Transport`."""
 
-    Args:
-        group: the default group if None, which need not be open yet.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
+    group: dist.ProcessGroup | None = None  # the default one if None, which may open later
 
     def all_gather(self, parts: list[Tensor], mine: Tensor) -> None:
         """Ranks: all, communicates."""
-        dist.all_gather(parts, mine, group=self._group)
+        dist.all_gather(parts, mine, group=self.group)
 
     def all_reduce(self, buffer: Tensor, op: TransportOp = "sum") -> None:
         """Ranks: all, communicates."""
-        dist.all_reduce(buffer, op=_REDUCE[op], group=self._group)
+        dist.all_reduce(buffer, op=_REDUCE[op], group=self.group)
 
     def broadcast(self, buffer: Tensor) -> None:
         """Ranks: all, communicates."""
-        dist.broadcast(buffer, group_src=0, group=self._group)
+        dist.broadcast(buffer, group_src=0, group=self.group)
 
     def check_own(self, module: nn.Module) -> None:
         """Does nothing: each process has its own."""
 
     def data_parallel(self, module: nn.Module, **options: Any) -> DistributedDataParallel:
         """Ranks: all, communicates."""
-        return DistributedDataParallel(module, process_group=self._group, **options)
+        return DistributedDataParallel(module, process_group=self.group, **options)
+
+
+def open_default(timeout: timedelta, life: int) -> None:
+    """Opens torch's default group from the variables of a launcher."""
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    # A store that lives on still has the addresses of groups that were closed.
+    given = {"store": PrefixStore(f"life-{life}", store), "rank": rank, "world_size": size}
+    with nullcontext() if has_gpu() else yielding_threads():  # NCCL's stay as they are
+        dist.init_process_group("nccl" if has_gpu() else "gloo", timeout=timeout, **given)
+
+
+def open_gloo(timeout: timedelta) -> GroupTransport:
+    """Opens one more group of all ranks, over which tensors on the CPU travel."""
+    with yielding_threads():
+        return GroupTransport(dist.new_group(backend="gloo", timeout=timeout))
+
+
+@contextmanager
+def yielding_threads() -> Iterator[None]:
+    """Threads that are started in the block wait for a core, and push no other thread off one.
+
+    One of gloo's that pushes off another, which holds their lock, asks for it until its time is
+    over: ten times as long as a small reduction takes (benchmarks/gloo_threads.py).
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    chosen = False
+    # Where a container forbids it, or does not know it, they work as ever, only slower.
+    with suppress(OSError):
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            chosen = True
+    try:
+        yield
+    finally:
+        if chosen:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

@@ -1,9 +1,4 @@
-"""Who am I? Rank, host, device and process group, from whatever launched this process.
-
-torchrun and ``accelerate launch`` describe a rank in ``RANK``, ``WORLD_SIZE`` and so on;
-``srun`` in ``SLURM_PROCID`` and so on, which are translated. Without either, this process is
-the whole world and no process group is opened.
-"""
+"""Who am I? Rank, host, device and process group, from whatever launched this process."""
 
 import atexit
 import itertools
@@ -21,28 +16,24 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from dtrain.distributed import group
-from dtrain.distributed.at_exit import is_failing
+from dtrain.distributed.activity import Heartbeat, heartbeat_key
 from dtrain.distributed.comm import Comm
-from dtrain.distributed.environment import find_launcher
-from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
-from dtrain.distributed.processes import this_machine
+from dtrain.distributed.environment import allow_files, find_launcher, has_gpu, share_cores
+from dtrain.distributed.processes import is_failing, this_machine
 from dtrain.distributed.random_streams import seed_everything
 from dtrain.distributed.rendezvous import own_store, serve_apart
-from dtrain.distributed.transport import GroupTransport, Transport
+from dtrain.distributed.transport import GroupTransport, Transport, open_default, open_gloo
 from dtrain.errors import ConfigError
 
 T = TypeVar("T")
 
-DEFAULT_TIMEOUT_S = 600.0
-_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+# Counts worlds opened one after another, so that one does not read what another left behind.
+_lives = itertools.count()
 
 
 @dataclass(eq=False)
 class World:
     """This process's place among the ranks, and the means to reach the others.
-
-    Ranks: all, local.
 
     Attributes:
         rank: 0 to ``size - 1``.
@@ -50,16 +41,10 @@ class World:
         size: how many ranks there are (the world size).
         host: this host's name.
         device: where this rank computes.
-        backend: ``"nccl"``, ``"gloo"``, ``"threads"`` where ranks are those of a test, or
-            ``"none"`` in a world of one.
+        backend: ``"nccl"``, ``"gloo"``, ``"threads"`` (of a test), or ``"none"`` in a world of one.
         launcher: ``"torchrun"``, ``"slurm"``, ``"solo"`` or ``"threads"``.
         seed: what all random streams are derived from.
         comm: labelled verbs to the other ranks.
-        gradients: what gradients travel over; for strategies.
-        connect: opens a connection of its own to the rendezvous store; None where there is none.
-        open_comm: opens labelled verbs of their own, for a thread beside the main one; all ranks
-            call it. The same ones each time, so whoever uses them holds their lock. None where no
-            thread can be beside (ranks of a test that are threads).
     """
 
     rank: int
@@ -71,8 +56,12 @@ class World:
     launcher: str
     seed: int
     comm: Comm
+    #: What gradients travel over; for strategies.
     gradients: Transport = field(default_factory=GroupTransport, repr=False)
+    #: Opens a connection of its own to the rendezvous store; None where there is none.
     connect: Callable[[], Store] | None = field(default=None, repr=False)
+    #: Opens labelled verbs for a thread beside the main one; all ranks call it. The same ones each
+    #: time, so whoever uses them holds their lock. None where ranks are threads themselves.
     open_comm: Callable[[], Comm] | None = field(default=None, repr=False)
     #: Of those that ``connect`` has opened, the ones that nobody uses at the moment.
     idle_connections: list[Store] = field(default_factory=list, repr=False)
@@ -87,14 +76,11 @@ class World:
     @property
     def restarted(self) -> bool:
         """True where torchrun or SLURM started this again by itself."""
-        counts = (os.environ.get(name, "0") for name in _RESTART_COUNTS)
-        return any(count not in ("", "0") for count in counts)
+        names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+        return any(os.environ.get(name, "0") not in ("", "0") for name in names)
 
     def at_close(self, release: Callable[[], None]) -> None:
-        """Has ``release`` called before the process group is closed.
-
-        For whoever holds something that holds the process group.
-        """
+        """Has ``release`` let go of the process group before it is closed."""
         self._closers.append(release)
 
     def tell_launcher(self, error: BaseException) -> None:
@@ -135,22 +121,17 @@ class World:
             self.close()
 
 
-# Counts worlds opened one after another, so that one does not read what another left behind.
-_lives = itertools.count()
-
 # torch's process group exists once in a process, and so does what dtrain knows of it.
 _current: World | None = None
-
 # Where ranks are threads, each has its own instead; see `inhabited`.
 _of_thread: ContextVar[World | None] = ContextVar("_of_thread", default=None)
 
 
-def init(*, seed: int = 0, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
+def init(*, seed: int = 0, timeout_s: float = 600.0) -> World:
     """Finds out who this rank is, opens the process group, and seeds every random stream.
 
-    Call it first, before the model is made: the ranks then make equal models. A second call
-    returns the same world, seeded anew. The result is also a context manager that closes
-    what it opened.
+    Call it first: the ranks then make equal models. A second call returns the same world, seeded
+    anew. The result is also a context manager that closes what it opened.
 
     Args:
         seed: a number from 0 to 2**32 - 1; Python's, NumPy's and torch's streams start from
@@ -177,21 +158,13 @@ def init(*, seed: int = 0, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
 
 
 def current() -> World | None:
-    """Returns the world that :func:`init` made, or None before it was called.
-
-    Ranks: all, local.
-    """
+    """Returns the world that :func:`init` made, or None before it was called."""
     return _of_thread.get() or _current
 
 
 @contextmanager
 def inhabited(world: World) -> Iterator[None]:
-    """Makes ``world`` this thread's own in the block: :func:`init` and :func:`current` return it.
-
-    For ranks that are threads of one process.
-
-    Ranks: all, local.
-    """
+    """Makes ``world`` this thread's own in the block, for ranks that are threads."""
     token = _of_thread.set(world)
     try:
         yield
@@ -200,14 +173,11 @@ def inhabited(world: World) -> Iterator[None]:
 
 
 def on_main(label: str, fn: Callable[[], T]) -> T:
-    """Rank 0 calls ``fn``; every rank gets its result, or its failure. For scripts.
+    """Does what :meth:`Comm.on_main` does, in scripts.
 
     Example::
 
         path = dtrain.on_main("download", lambda: fetch_dataset())
-
-    Raises:
-        RemoteError: ``fn`` raised on rank 0, where the original error is raised.
 
     Ranks: all, communicates; ``fn`` runs on rank 0 only.
     """
@@ -219,13 +189,13 @@ def _open(seed: int, timeout_s: float) -> World:
     host = socket.gethostname()
     size = int(variables.get("WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     if launcher == "solo" or size == 1:
-        device = torch.device("cuda" if group.has_gpu() else "cpu")
+        device = torch.device("cuda" if has_gpu() else "cpu")
         world = World(0, 0, 1, host, device, "none", launcher, seed, Comm(host=host))
         world.open_comm = lambda: Comm(host=host)
         return world
     os.environ.update(variables)
-    group.share_cores()
-    group.allow_files(size)
+    share_cores()
+    allow_files(size)
     store_process = serve_apart(timeout_s)
     # Late: most of a single process's start would go into this import.
     from accelerate.state import PartialState
@@ -239,34 +209,25 @@ def _open(seed: int, timeout_s: float) -> World:
     timeout, life = timedelta(seconds=timeout_s), next(_lives)
     opened = not dist.is_initialized()
     if opened:
-        group.open_default(timeout, life)
+        open_default(timeout, life)
     # It finds the group, and keeps which rank and device are this process's: true of each life.
-    device = PartialState(cpu=not group.has_gpu()).device
-    rank, transport, store = dist.get_rank(), group.open_gloo(timeout), own_store(timeout, life)
-    hello = Heartbeat(rank, host, os.getpid(), this_machine(), number=0)
-    store.set(heartbeat_key(rank), hello.to_json())
+    device = PartialState(cpu=not has_gpu()).device
+    rank, transport, store = dist.get_rank(), open_gloo(timeout), own_store(timeout, life)
+    store.set(heartbeat_key(rank), Heartbeat(rank, host, os.getpid(), this_machine(), 0).to_json())
     if store_process is not None:
         keys = [heartbeat_key(one) for one in range(size)]
         store_process.tell([Heartbeat.from_json(one) for one in store.multi_get(keys)])
-    world = World(
-        rank=rank,
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        size=size,
-        host=host,
-        # A CPU has no number; PartialState gives it one.
-        device=torch.device("cpu") if device.type == "cpu" else device,
-        backend=dist.get_backend(),
-        launcher=launcher,
-        seed=seed,
-        comm=Comm(rank=rank, size=size, host=host, transport=transport, store=store),
-        connect=lambda: own_store(timeout, life),
-        _opened=opened,
-    )
+    if device.type == "cpu":
+        device = torch.device("cpu")  # which has no number; PartialState gives it one
+    local_rank, backend = int(os.environ["LOCAL_RANK"]), dist.get_backend()
+    comm = Comm(rank=rank, size=size, host=host, transport=transport, store=store)
+    world = World(rank, local_rank, size, host, device, backend, launcher, seed, comm)
+    world.connect, world._opened = lambda: own_store(timeout, life), opened
 
     # One for all Trainers: each further group would make the next one slower to open.
     @cache
     def open_comm() -> Comm:
-        apart = Comm(rank=rank, size=size, host=host, transport=group.open_gloo(timeout))
+        apart = Comm(rank=rank, size=size, host=host, transport=open_gloo(timeout))
         world.at_close(apart.close)
         return apart
 

@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 
 import dtrain
 from dtrain.callbacks import Checkpoint
-from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
+from dtrain.distributed.activity import Heartbeat, heartbeat_key
 from dtrain.errors import RemoteError
 from dtrain.testing import run_outcomes, run_processes
 from dtrain.watchdog.thread import HANG_EXIT_CODE

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 import dtrain
-from dtrain.distributed.gloo_threads import yielding_threads
+from dtrain.distributed.transport import yielding_threads
 from dtrain.testing import run_processes
 
 GLOO = {"pt_gloo_runloop", "gloo_tcp_loop"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dtrain
-from dtrain.context.values import Mean
+from dtrain.context.step import Mean
 from dtrain.distributed.comm import Comm
 from dtrain.errors import LossError
 from dtrain.metrics.means import Means, as_metrics

@@ -21,9 +21,10 @@ from dtrain.distributed.activity import (
     LOSS_FN,
     SAVING,
     Activity,
+    Heartbeat,
+    heartbeat_key,
 )
 from dtrain.distributed.comm import Comm
-from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
 from dtrain.distributed.processes import look_up, this_machine
 from dtrain.distributed.world import World
 from dtrain.errors import ConfigError, Failure

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 import dtrain
-from dtrain.distributed.environment import find_launcher, first_host
-from dtrain.distributed.group import allow_files
+from dtrain.distributed.environment import allow_files, find_launcher, first_host
 from dtrain.distributed.random_streams import derive_seed, seed_everything
 from dtrain.distributed.world import current
 from dtrain.errors import ConfigError, LaunchError
