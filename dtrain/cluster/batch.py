@@ -39,17 +39,10 @@ _ABOUT: dict[Kind, str] = {
 }
 
 _OPTIONS: dict[Kind, dict[str, str]] = {
-    "one_node": {"nodes": "1", "ntasks-per-node": "1"},
-    "many_nodes": {"nodes": "2", "ntasks-per-node": "1", "exclusive": ""},
-    "srun_per_gpu": {"nodes": "2", "ntasks-per-node": "1", "exclusive": ""},
-    "array": {"nodes": "1", "ntasks-per-node": "1", "array": "0-2"},
-}
-_COMMON = {
-    "job-name": "dtrain",
-    "output": "%x-%j.log",
-    "open-mode": "append",
-    "requeue": "",
-    "signal": "B:USR1@120",
+    "one_node": {},
+    "many_nodes": {"nodes": "2", "exclusive": ""},
+    "srun_per_gpu": {"nodes": "2", "exclusive": ""},
+    "array": {"array": "0-2"},
 }
 _WHY = {
     "exclusive": "whole nodes, with all their CPUs",
@@ -115,40 +108,32 @@ leave() { # passes on to this node's ranks that the job is to leave: all save an
 _LEAVE_TORCHRUN = """\
     # To the ranks only: it would kill torchrun, whose children they are.
     pkill -USR1 -P "$(tasks | paste -sd, -)"
-}
 """
 
-_LEAVE_SRUN = """\
-    tasks | xargs -r kill -USR1
-}
-"""
+_LEAVE_SRUN = "    tasks | xargs -r kill -USR1\n"
 
 _TRAPS = """\
+}
 trap 'leave; again=yes' USR1
 trap again=yes TERM # SLURM ends the job, and tells the ranks as well: wait for them
 
 # srun by itself would take one CPU for a task. If a node or rank is lost, it ends the others.
 """
 
-_SRUN = """\
+_START_TORCHRUN = """\
 srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --wait=60 \\
     "${PYTHON:-python}" -m torch.distributed.run --nnodes="$SLURM_NNODES" \\
     --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-0}" """
 
-_START: dict[Kind, str] = {
-    "one_node": _SRUN + '--standalone "$@" &\n',
-    "array": _SRUN + '--standalone "$@" &\n',
-    "many_nodes": _SRUN
-    + """--rdzv-backend=c10d \\
-    --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" "$@" &
-""",
-    "srun_per_gpu": """\
+_AT_ENDPOINT = """--rdzv-backend=c10d \\
+    --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" """
+
+_START_SRUN = """\
 srun --cpus-per-task="$((threads > 0 ? threads : 1))" --kill-on-bad-exit=1 --wait=60 \\
-    "${PYTHON:-python}" "$@" &
-""",
-}
+    "${PYTHON:-python}" """
 
 _END = """\
+"$@" &
 step=$! again=yes
 while [[ $again ]]; do # a signal ends the wait, and only that
     again=''
@@ -179,44 +164,41 @@ def render(
     python: str = "",
     ranks: int | None = None,
 ) -> str:
-    """Returns a batch script.
+    """Returns a batch script with ``options`` (no dashes; "" a flag, None without) of sbatch.
 
-    Args:
-        kind: which of ``slurm/*.sbatch`` it is made from.
-        options: of sbatch, without the dashes, beside or instead of the script's own; an empty
-            value for a flag, None to leave one out.
-        command: the training script and its arguments; if empty, they come from sbatch.
-        python: the interpreter; ``$PYTHON`` or ``python`` if empty.
-        ranks: ranks per node; ``$RANKS`` or the node's GPUs if None.
-
-    Raises:
-        ConfigError: there is no such kind.
-
-    Ranks: none.
+    What is empty or None the script takes from sbatch's arguments, ``$PYTHON``, and ``$RANKS`` or
+    the node's GPUs. Raises ConfigError where there is no such kind.
     """
     if kind not in get_args(Kind):
         raise ConfigError(f"kind={kind!r}: choose one of {', '.join(get_args(Kind))}")
+    torchrun, meet, sweep = kind != "srun_per_gpu", kind == "many_nodes", kind == "array"
     wanted: dict[str, str | None] = {
-        "job-name": _COMMON["job-name"],
+        "job-name": "dtrain",
+        "nodes": "1",
+        "ntasks-per-node": "1",
         **_OPTIONS[kind],
-        **_COMMON,
+        "output": "%x-%A_%a.log" if sweep else "%x-%j.log",
+        "open-mode": "append",
+        "requeue": "",
+        "signal": "B:USR1@120",
+        **(options or {}),
     }
-    if kind == "array":
-        wanted["output"] = "%x-%A_%a.log"
-    wanted |= options or {}
-    torchrun = kind != "srun_per_gpu"
+    given = [f"PYTHON={shlex.quote(python)}\n"] if python else []
+    given += [f"RANKS={ranks}\n"] if ranks is not None else []
+    given += [f"set -- {shlex.join(command)}\n"] if command else []
     parts = [
         "#!/usr/bin/env bash\n",
         _ABOUT[kind] if not command else "# Made by `dtrain submit`.\n",
         *(_directive(name, value) for name, value in wanted.items() if value is not None),
-        _given(command, python, ranks),
-        _SWEEP if kind == "array" else "",
+        *(["\n", *given] if given else []),
+        _SWEEP if sweep else "",
         _TORCHRUN_SETTINGS if torchrun else _SRUN_SETTINGS,
-        _MEET if kind == "many_nodes" else "",
+        _MEET if meet else "",
         _STATUS,
         _LEAVE_TORCHRUN if torchrun else _LEAVE_SRUN,
         _TRAPS,
-        _START[kind],
+        _START_TORCHRUN if torchrun else _START_SRUN,
+        _AT_ENDPOINT if meet else "--standalone " if torchrun else "",
         _END,
     ]
     return "".join(parts)
@@ -225,11 +207,3 @@ def render(
 def _directive(name: str, value: str) -> str:
     line = f"#SBATCH --{name}" + (f"={shlex.quote(value)}" if value else "")
     return f"{line:<35} # {_WHY[name]}\n" if name in _WHY else f"{line}\n"
-
-
-def _given(command: Sequence[str], python: str, ranks: int | None) -> str:
-    """What the environment or the command line would say otherwise."""
-    lines = [f"PYTHON={shlex.quote(python)}"] if python else []
-    lines += [f"RANKS={ranks}"] if ranks is not None else []
-    lines += [f"set -- {shlex.join(command)}"] if command else []
-    return "\n" + "\n".join(lines) + "\n" if lines else ""

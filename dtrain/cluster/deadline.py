@@ -1,9 +1,7 @@
-"""When a SLURM job's time is over; and a request to save and leave a little before.
-
-Ranks: all, local.
-"""
+"""When a SLURM job's time is over; and a request to save and leave a little before."""
 
 import os
+import re
 import subprocess
 import threading
 import time
@@ -12,54 +10,43 @@ from datetime import datetime
 
 from dtrain.errors import ConfigError
 
-#: A job is left so many seconds before its end, unless that is more than a tenth of its time.
-MARGIN_S = 120.0
-SHARE = 0.1
-MARGIN_VARIABLE = "DTRAIN_LEAVE_BEFORE_END_S"  # a margin of one's own, in seconds
+# A job is left so many seconds before its end, unless that is more than a tenth of its time.
+_MARGIN_S = 120.0
+_SHARE = 0.1
+_MARGIN_VARIABLE = "DTRAIN_LEAVE_BEFORE_END_S"  # a margin of one's own, in seconds
 _PATIENCE_S = 20.0  # scontrol itself gives a controller that is away longer
 
 
 class Deadline:
-    """Calls ``ask`` a margin before the end of the SLURM job that this process is part of.
+    """Calls ``ask`` with the reason, a margin before the end of this process's SLURM job.
 
     Not every site sends a signal before it ends a job. A thread asks SLURM when that will be and
     then waits for it, so no step pays for it. It asks again before it speaks: the end may have
-    been moved. Outside of a job, or where the end cannot be known, nothing is done.
-
-    Args:
-        ask: called with the reason, from the thread; must do no more than take note of it.
-        active: False does nothing: one rank's request suffices.
-        env: the environment.
-
-    Raises:
-        ConfigError: ``DTRAIN_LEAVE_BEFORE_END_S`` is no number of seconds.
+    been moved. Outside of a job, where the end cannot be known, or if not ``active`` (one rank's
+    request suffices), nothing is done.
     """
 
     def __init__(
         self, ask: Callable[[str], None], *, active: bool, env: Mapping[str, str] = os.environ
     ) -> None:
-        self._ask = ask
-        self._env = env
+        self._ask, self._env, self._margin_s = ask, env, margin_of(env)
+        self._active = active and bool(env.get("SLURM_JOB_ID"))
         self._over = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._margin_s = margin_of(env)
-        if active and env.get("SLURM_JOB_ID"):
-            self._thread = threading.Thread(target=self._run, name="deadline", daemon=True)
 
     def __enter__(self) -> "Deadline":
-        if self._thread is not None:
-            self._thread.start()
+        if self._active:
+            threading.Thread(target=self._run, name="deadline", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()  # not joined: it may be asking SLURM, which takes its time
+        self._over.set()  # not waited for: it may be asking SLURM, which takes its time
 
     def _run(self) -> None:
         end = job_end(self._env)
         if end is None:
             return
         left_s = end - time.time()
-        margin_s = min(MARGIN_S, SHARE * left_s) if self._margin_s is None else self._margin_s
+        margin_s = min(_MARGIN_S, _SHARE * left_s) if self._margin_s is None else self._margin_s
         while not self._over.wait(min(max(0.0, left_s - margin_s), threading.TIMEOUT_MAX)):
             later = job_end(self._env, fresh=True)
             if later is None or later <= end:
@@ -70,12 +57,8 @@ class Deadline:
 
 
 def margin_of(env: Mapping[str, str]) -> float | None:
-    """Returns the user's margin in seconds, or None for ours.
-
-    Raises:
-        ConfigError: it is no number of seconds.
-    """
-    text = env.get(MARGIN_VARIABLE)
+    """Returns the user's margin in seconds, or None for ours; raises ConfigError if it is none."""
+    text = env.get(_MARGIN_VARIABLE)
     if not text:
         return None
     try:
@@ -83,7 +66,7 @@ def margin_of(env: Mapping[str, str]) -> float | None:
     except ValueError:
         margin_s = -1.0
     if not margin_s >= 0:
-        raise ConfigError(f"{MARGIN_VARIABLE}={text!r}: must be a number of seconds, 0 or more")
+        raise ConfigError(f"{_MARGIN_VARIABLE}={text!r}: must be a number of seconds, 0 or more")
     return margin_s
 
 
@@ -107,17 +90,16 @@ def job_end(env: Mapping[str, str], *, fresh: bool = False) -> float | None:
             text=True,
             timeout=_PATIENCE_S,
             check=False,
-        ).stdout
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None  # no scontrol, as in most containers; or no answer
-    return end_shown(shown)
+    return end_shown(shown.stdout)
 
 
 def end_shown(job: str) -> float | None:
     """Returns the ``EndTime`` in what ``scontrol show job -o`` says, in seconds since 1970."""
-    words = (word.partition("=") for word in job.split())
-    end = next((value for name, _, value in words if name == "EndTime"), "")
+    end = re.search(r"(?<!\S)EndTime=(\S*)", job)
     try:
-        return datetime.fromisoformat(end).timestamp()  # local time, as scontrol writes it
+        return datetime.fromisoformat(end[1]).timestamp() if end else None  # in local time
     except ValueError:
         return None  # "Unknown": the job has no limit

@@ -8,25 +8,21 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-#: What schedulers send before they take a machine away, and Ctrl-C.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-
 # They ask for nothing else, and would by default kill the process.
 _SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)
+#: What schedulers send before they take a machine away, and Ctrl-C.
+SIGNALS = (signal.SIGTERM, *_SCHEDULERS, signal.SIGINT)
 
 
 class Signals:
-    """Turns signals into one call of ``ask``, and puts the old handlers back at its end.
+    """Turns each signal into one call of ``ask`` with its name, and puts the old handlers back.
 
     USR1 and USR2 stay harmless: a scheduler may have sent one while the run came to its end, and
     a run that is finished must not be killed for it.
 
-    Nothing else happens in a handler: the main thread may be anywhere. A second Ctrl-C ends the
-    process at once, with exit code 130. A signal for which the script has a handler of its own,
-    or which it ignores, is left alone.
-
-    Args:
-        ask: called with the signal's name; must do no more than take note of it.
+    ``ask`` must do no more than take note: the main thread may be anywhere. A second Ctrl-C ends
+    the process at once, with exit code 130. A signal for which the script has a handler of its
+    own, or which it ignores, is left alone.
 
     Ranks: all, local; one rank's signal suffices.
     """
@@ -35,39 +31,33 @@ class Signals:
         self._ask = ask
         self._before: dict[int, Any] = {}
         self._seen: set[int] = set()
-        self._interrupts = 0
-        self._process = 0
+        self._process = os.getpid()
 
     def __enter__(self) -> "Signals":
         # Python lets only the main thread set handlers; elsewhere the caller's stay.
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        self._process = os.getpid()
-        for number in SIGNALS:
-            before = signal.getsignal(number)
-            if before in (signal.SIG_DFL, signal.default_int_handler, _too_late):
-                self._before[number] = before
-                signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                before = signal.getsignal(number)
+                if before in (signal.SIG_DFL, signal.default_int_handler, _too_late):
+                    self._before[number] = before
+                    signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():
             late = number in _SCHEDULERS and before is signal.SIG_DFL
             signal.signal(number, _too_late if late else before)
-        self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a loader worker has inherited the handler: its parent decides
-        if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(128 + signal.SIGINT)
         if number not in self._seen:
             self._seen.add(number)
             self._ask(signal.Signals(number).name)
+        elif number == signal.SIGINT:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + signal.SIGINT)
 
 
 def _too_late(number: int, frame: FrameType | None) -> None:

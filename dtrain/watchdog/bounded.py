@@ -1,15 +1,13 @@
-"""What keeps the watchdog itself from hanging: deadlines for its calls, and for its thread.
-
-Ranks: all, local.
-"""
+"""What keeps the watchdog itself from hanging: deadlines for its calls, and for its thread."""
 
 import faulthandler
 import math
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -25,44 +23,33 @@ class Bounded:
     """
 
     def __init__(self) -> None:
-        self._late: threading.Thread | None = None
+        self._last: Future[Any] = Future()
+        self._last.set_result(None)
         self._lock = threading.Lock()
 
     def call(self, fn: Callable[[], T], timeout_s: float) -> T:
-        """Returns what ``fn`` returns.
-
-        Raises:
-            TimeoutError: it did not return in time, or an earlier call has not yet.
-        """
+        """Returns what ``fn`` does; TimeoutError where it, or an earlier call, does not in time."""
         with self._lock:
-            if self._late is not None:
-                self._late.join(timeout_s)
-                if self._late.is_alive():
-                    raise TimeoutError(f"no answer to an earlier call in {timeout_s:g} s")
-                self._late = None
-            results: list[T] = []
-            errors: list[Exception] = []
-
-            def run() -> None:
-                try:
-                    results.append(fn())
-                except Exception as error:  # noqa: BLE001 -- raised where it was called
-                    errors.append(error)
-
-            thread = threading.Thread(target=run, name="dtrain watchdog call", daemon=True)
-            thread.start()
-            thread.join(timeout_s)
-            if thread.is_alive():
-                self._late = thread
+            if not wait([self._last], timeout_s).done:
+                raise TimeoutError(f"no answer to an earlier call in {timeout_s:g} s")
+            call: Future[T] = Future()
+            self._last = call
+            name = "dtrain watchdog call"
+            threading.Thread(target=_fulfil, args=(call, fn), name=name, daemon=True).start()
+            if not wait([call], timeout_s).done:
                 raise TimeoutError(f"no answer in {timeout_s:g} s")
-            if errors:
-                raise errors[0]
-            return results[0]
+            return call.result()
 
     def join(self) -> None:
         """Waits for a call that did not return in time."""
-        if self._late is not None:
-            self._late.join()
+        wait([self._last])
+
+
+def _fulfil(call: "Future[T]", fn: Callable[[], T]) -> None:
+    try:
+        call.set_result(fn())
+    except Exception as error:  # noqa: BLE001 -- raised where it was called
+        call.set_exception(error)
 
 
 def arm_timer(limit_s: float) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 from types import FrameType
+from typing import NamedTuple
 
 from dtrain.errors import is_users
 
@@ -23,8 +24,7 @@ _DEBUGGERS = ("/pdb.py", "/bdb.py", "/pydevd", "/debugpy/", "/ipdb/", "/pudb/")
 _PROMPTS = ("input(", "breakpoint(", "stdin.")  # in C: they have no frame of their own
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """A frame of a stack."""
 
     file: str
@@ -58,27 +58,19 @@ class Stack:
         """Somebody has the thread in a debugger, or it reads from the terminal."""
         if any(mark in line.file for line in self.lines for mark in _DEBUGGERS):
             return True
-        if not self.lines:
-            return False
-        source = linecache.getline(self.lines[0].file, self.lines[0].number)
+        source = "".join(linecache.getline(line.file, line.number) for line in self.lines[:1])
         return any(prompt in source for prompt in _PROMPTS)
 
-    def text(self, most: int = 20) -> str:
-        """The stack in lines, the innermost last, without what is above ``most``."""
-        return "\n".join(f"    {line}" for line in reversed(self.lines[:most]))
+    def text(self) -> str:
+        """The stack in lines, the innermost last, without what is above 20."""
+        return "\n".join(f"    {line}" for line in reversed(self.lines[:20]))
 
 
 def main_stack(*, moves: bool = False) -> Stack:
-    """Returns the main thread's stack; where it ``moves``, not whether anything is compiled.
-
-    Ranks: all, local; from another thread than the main one.
-    """
+    """Returns the main thread's stack; where it ``moves``, not whether anything is compiled."""
     frames = sys._current_frames()
-    main = threading.main_thread().ident
-    lines = tuple(_walk(frames.get(main))) if main is not None else ()
-    compiles = not moves and any(
-        _compiles(line) for frame in frames.values() for line in _walk(frame)
-    )
+    lines = tuple(_walk(frames.get(threading.main_thread().ident or 0)))
+    compiles = not moves and any(_compiles(line) for f in frames.values() for line in _walk(f))
     # This frame is among them: a cycle, which would keep the locals of all, process groups too.
     frames.clear()
     return Stack(lines, compiles)

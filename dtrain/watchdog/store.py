@@ -1,13 +1,10 @@
-"""What the watchdogs of all ranks tell one another, in the rendezvous store.
-
-Ranks: all, local.
-"""
+"""What the watchdogs of all ranks tell one another, in the rendezvous store."""
 
 import json
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TypeVar
 
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -30,8 +27,7 @@ class WatchdogStore:
         self.store: Store | None = None  # once it is open
         self.lost = ""  # why the store did not answer the last call, if it did not
         self.limit_s = math.inf  # how long the watchdog's thread may be stuck, besides a call
-        self._idle = world.idle_connections
-        self._connect = connect
+        self._idle, self._connect = world.idle_connections, connect
         self._watcher = 0
         self._calls = Bounded()
         self._old = ""  # a failure of an earlier fit
@@ -50,24 +46,21 @@ class WatchdogStore:
             self._old = _failure_in(store)
             self.store = store  # also where nobody waits for it any more
 
-        self._ask("connect", connect)
+        self._call("connect", connect)
 
     def post(self, mine: Heartbeat) -> None:
         """Leaves a heartbeat for the others."""
         if self.store is None:
             self.open()
-        store = self.store
-        if store is not None:
-            self._ask("post", lambda: store.set(heartbeat_key(mine.rank), mine.to_json()))
+        self._ask("post", lambda store: store.set(heartbeat_key(mine.rank), mine.to_json()))
 
     def close(self, last: Heartbeat) -> None:
         """Leaves the ``last`` heartbeat, and the connection to a later watchdog."""
-        store = self.store
-        if store is not None and not self.lost:
+        if self.store is not None and not self.lost:
             self.post(last)
             if not self.lost:
                 # To connect may take seconds, where names of addresses are looked up.
-                self._idle.append(store)
+                self._idle.append(self.store)
 
     def join(self) -> None:
         """Waits for a call that is still under way."""
@@ -75,31 +68,33 @@ class WatchdogStore:
 
     def look(self, others: "Others", now: float) -> list[Seen]:
         """Returns all ranks as ``others`` see them; none where the store does not answer."""
-        return self._ask("look", lambda: others.look(now)) or []
+        return self._ask("look", lambda _: others.look(now)) or []
 
     def new_failure(self) -> Failure | None:
         """Returns what a rank has left in this fit."""
-        store = self.store
-        text = None if store is None else self._ask("read", lambda: _failure_in(store))
-        return Failure(**json.loads(text)) if text and text != self._old else None
+        return self._new(self._ask("read", _failure_in))
 
     def record(self, failure: Failure) -> Failure:
         """Leaves the failure for the other ranks; returns theirs, where one came first."""
-        store = self.store
-        if store is None:
-            return failure
-        text = json.dumps(asdict(failure))
+        old, text = self._old, json.dumps(asdict(failure))
         # The first one counts. (An expected value that is not there any more is returned.)
-        kept = self._ask("record", lambda: store.compare_set("failure", self._old, text).decode())
-        return Failure(**json.loads(kept)) if kept and kept != self._old else failure
+        kept = self._ask("record", lambda store: store.compare_set("failure", old, text).decode())
+        return self._new(kept) or failure
 
     def is_among_the_first(self) -> bool:
         """Says whether few ranks have asked this before."""
-        store = self.store
-        came = None if store is None else self._ask("looking", lambda: store.add("looking", 1))
+        came = self._ask("looking", lambda store: store.add("looking", 1))
         return came is not None and came <= LOOKERS
 
-    def _ask(self, what: str, call: Callable[[], T]) -> T | None:
+    def _new(self, text: str | None) -> Failure | None:
+        return Failure(**json.loads(text)) if text and text != self._old else None
+
+    def _ask(self, what: str, call: Callable[[Store], T]) -> T | None:
+        """Asks the store, if it is open."""
+        store = self.store
+        return None if store is None else self._call(what, lambda: call(store))
+
+    def _call(self, what: str, call: Callable[[], T]) -> T | None:
         """Calls the store; None where it does not answer, which is remembered."""
         if threading.get_ident() == self._watcher:
             arm_timer(self.limit_s)
@@ -112,32 +107,24 @@ class WatchdogStore:
         return answer
 
 
-@dataclass(frozen=True, slots=True)
-class _Post:
-    """The last post of another rank, and since when it is there, by this rank's clock."""
-
-    heartbeat: Heartbeat
-    since: float
-
-
 class Others:
     """The other ranks, read while something seems wrong."""
 
     def __init__(self, store: Store, size: int, machine: str | None = None) -> None:
-        self._store = store
-        self._size = size
+        self._store, self._size = store, size
         self._machine = this_machine() if machine is None else machine
-        self._posts: dict[int, _Post] = {}
+        # The last post of each, and since when it is there, by this rank's clock.
+        self._posts: dict[int, tuple[Heartbeat, float]] = {}
 
     def look(self, now: float) -> list[Seen]:
         """Reads all ranks' posts; the clock of ``now`` stands still while this process does."""
         for rank, text in enumerate(self._read()):
-            heartbeat, known = Heartbeat.from_json(text), self._posts.get(rank)
-            if known is None or known.heartbeat.number != heartbeat.number:
-                self._posts[rank] = _Post(heartbeat, now)
+            heartbeat = Heartbeat.from_json(text)
+            if rank not in self._posts or self._posts[rank][0].number != heartbeat.number:
+                self._posts[rank] = heartbeat, now
         return [
-            Seen(post.heartbeat, now - post.since, look_up(post.heartbeat, self._machine))
-            for post in self._posts.values()
+            Seen(heartbeat, now - since, look_up(heartbeat, self._machine))
+            for heartbeat, since in self._posts.values()
         ]
 
     def _read(self) -> Iterator[bytes]:
