@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from dtrain.errors import ConfigError
 
 Kind = Literal["one_node", "many_nodes", "srun_per_gpu", "array"]
+_SEVERAL = ("many_nodes", "srun_per_gpu")  # nodes
 
 _ABOUT: dict[Kind, str] = {
     "one_node": """\
@@ -38,12 +39,6 @@ _ABOUT: dict[Kind, str] = {
 """,
 }
 
-_OPTIONS: dict[Kind, dict[str, str]] = {
-    "one_node": {},
-    "many_nodes": {"nodes": "2", "exclusive": ""},
-    "srun_per_gpu": {"nodes": "2", "exclusive": ""},
-    "array": {"array": "0-2"},
-}
 _WHY = {
     "exclusive": "whole nodes, with all their CPUs",
     "open-mode": "a job that is requeued goes on in the same log",
@@ -86,7 +81,24 @@ _MEET = """
 endpoint=$(hostname):$((10000 + SLURM_JOB_ID % 10000))
 """
 
-_STATUS = """
+_LEAVE_TORCHRUN = """\
+    # To the ranks only: it would kill torchrun, whose children they are.
+    pkill -USR1 -P "$(tasks | paste -sd, -)"
+"""
+
+_START_TORCHRUN = """\
+srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --wait=60 \\
+    "${PYTHON:-python}" -m torch.distributed.run --nnodes="$SLURM_NNODES" \\
+    --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-0}" """
+
+_AT_ENDPOINT = """--rdzv-backend=c10d \\
+    --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" """
+
+_START_SRUN = """\
+srun --cpus-per-task="$((threads > 0 ? threads : 1))" --kill-on-bad-exit=1 --wait=60 \\
+    "${PYTHON:-python}" """
+
+_JOB = """
 # Here dtrain says how the run stands (a copy of run_dir/status.json); all nodes must see it.
 export DTRAIN_STATUS_FILE=$PWD/.dtrain-status-$SLURM_JOB_ID.json
 rm -f "$DTRAIN_STATUS_FILE"
@@ -103,37 +115,12 @@ leave() { # passes on to this node's ranks that the job is to leave: all save an
         kill -0 "$step" 2>/dev/null || return 0
         sleep 1
     done
-"""
-
-_LEAVE_TORCHRUN = """\
-    # To the ranks only: it would kill torchrun, whose children they are.
-    pkill -USR1 -P "$(tasks | paste -sd, -)"
-"""
-
-_LEAVE_SRUN = "    tasks | xargs -r kill -USR1\n"
-
-_TRAPS = """\
-}
+@LEAVE@}
 trap 'leave; again=yes' USR1
 trap again=yes TERM # SLURM ends the job, and tells the ranks as well: wait for them
 
 # srun by itself would take one CPU for a task. If a node or rank is lost, it ends the others.
-"""
-
-_START_TORCHRUN = """\
-srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --wait=60 \\
-    "${PYTHON:-python}" -m torch.distributed.run --nnodes="$SLURM_NNODES" \\
-    --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-0}" """
-
-_AT_ENDPOINT = """--rdzv-backend=c10d \\
-    --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" """
-
-_START_SRUN = """\
-srun --cpus-per-task="$((threads > 0 ? threads : 1))" --kill-on-bad-exit=1 --wait=60 \\
-    "${PYTHON:-python}" """
-
-_END = """\
-"$@" &
+@START@"$@" &
 step=$! again=yes
 while [[ $again ]]; do # a signal ends the wait, and only that
     again=''
@@ -171,12 +158,13 @@ def render(
     """
     if kind not in get_args(Kind):
         raise ConfigError(f"kind={kind!r}: choose one of {', '.join(get_args(Kind))}")
-    torchrun, meet, sweep = kind != "srun_per_gpu", kind == "many_nodes", kind == "array"
+    torchrun, sweep, several = kind != "srun_per_gpu", kind == "array", kind in _SEVERAL
     wanted: dict[str, str | None] = {
         "job-name": "dtrain",
-        "nodes": "1",
+        "nodes": "2" if several else "1",
         "ntasks-per-node": "1",
-        **_OPTIONS[kind],
+        **({"exclusive": ""} if several else {}),
+        **({"array": "0-2"} if sweep else {}),
         "output": "%x-%A_%a.log" if sweep else "%x-%j.log",
         "open-mode": "append",
         "requeue": "",
@@ -186,6 +174,10 @@ def render(
     given = [f"PYTHON={shlex.quote(python)}\n"] if python else []
     given += [f"RANKS={ranks}\n"] if ranks is not None else []
     given += [f"set -- {shlex.join(command)}\n"] if command else []
+    leave, start = "    tasks | xargs -r kill -USR1\n", _START_SRUN
+    if torchrun:
+        leave = _LEAVE_TORCHRUN
+        start = _START_TORCHRUN + (_AT_ENDPOINT if several else "--standalone ")
     parts = [
         "#!/usr/bin/env bash\n",
         _ABOUT[kind] if not command else "# Made by `dtrain submit`.\n",
@@ -193,13 +185,8 @@ def render(
         *(["\n", *given] if given else []),
         _SWEEP if sweep else "",
         _TORCHRUN_SETTINGS if torchrun else _SRUN_SETTINGS,
-        _MEET if meet else "",
-        _STATUS,
-        _LEAVE_TORCHRUN if torchrun else _LEAVE_SRUN,
-        _TRAPS,
-        _START_TORCHRUN if torchrun else _START_SRUN,
-        _AT_ENDPOINT if meet else "--standalone " if torchrun else "",
-        _END,
+        _MEET if several and torchrun else "",
+        _JOB.replace("@LEAVE@", leave).replace("@START@", start),
     ]
     return "".join(parts)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from dataclasses import dataclass, field
+from multiprocessing.synchronize import Event as ProcessEvent
 from typing import Any, ClassVar, Protocol
 
 from dtrain.callback import HOOK_NAMES, Callback
@@ -12,14 +13,6 @@ from dtrain.context import Context, Step
 from dtrain.distributed import current
 from dtrain.errors import ConfigError
 from dtrain.testing.turns import aside
-
-
-class Waitable(Protocol):
-    """Such as an event of ``threading`` or ``multiprocessing``."""
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Returns whether it happened, at the latest after ``timeout`` seconds."""
-        ...
 
 
 class What(Protocol):
@@ -72,7 +65,7 @@ class Stop(Signal):
 class Delay(What):
     """Keeps the rank waiting; other ranks go on as far as they can."""
 
-    until: float | Waitable  # seconds, or an event to wait for
+    until: float | threading.Event | ProcessEvent  # seconds, or an event to wait for
     timeout_s: float = 10.0  # how long an event may take to happen
 
     def happen(self) -> None:
@@ -120,10 +113,10 @@ class Fault(Callback):
     def on_fit_start(self, ctx: Context) -> None:
         """Checks that it can happen: raises ConfigError if not."""
         world = current()
-        size, threads = (1, False) if world is None else (world.size, world.launcher == "threads")
+        size = 1 if world is None else world.size
         if self._rank >= size:
             raise ConfigError(f"{self.name}: there are {size} ranks, counted from 0")
-        if threads and not self._what.in_threads:
+        if world and world.launcher == "threads" and not self._what.in_threads:
             raise ConfigError(
                 f"{self.name}: {type(self._what).__name__} is for a process, and ranks are threads "
                 "here, so that it would hit the test itself; use run_processes"

@@ -9,7 +9,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -30,11 +30,7 @@ from dtrain.testing.outcomes import Outcome, values_of
 from dtrain.testing.turns import Turns
 
 DEFAULT_TIMEOUT_S = 20.0
-_REDUCE: dict[TransportOp, Callable[[Tensor, Tensor], Tensor]] = {
-    "sum": torch.add,
-    "max": torch.maximum,
-    "min": torch.minimum,
-}
+_REDUCE: dict[str, Any] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
 def run_ranks(
@@ -45,9 +41,8 @@ def run_ranks(
     In ``fn``, ``dtrain.init()`` gives the rank's world, and a Trainer trains as it does on real
     ranks, on the CPU. One rank runs at a time, until it waits for the others in a verb or in the
     reduction of gradients; so a test runs the same way each time. Python's, NumPy's and torch's
-    global random streams are each rank's own, and begin as they are here. All else is shared: the
-    environment, module globals, torch's default dtype, and whatever ``fn`` finds outside of
-    itself. So make model, optimizer and callbacks inside of ``fn``.
+    global random streams are each rank's own, and begin as they are here. All else is shared, also
+    what ``fn`` finds outside of itself: make model, optimizer and callbacks inside of it.
 
     Example::
 
@@ -61,8 +56,7 @@ def run_ranks(
         fn: any function; nothing is pickled but what verbs send.
         world_size: how many ranks.
         *args: the same for each rank.
-        timeout_s: how long all of it may take, in seconds. A thread cannot be killed: one that is
-            stuck by then is left behind.
+        timeout_s: for all of it, in seconds. A thread that is stuck by then is left behind.
 
     Raises:
         RanksFailed: a rank raised or ran out of time; it has every rank's outcome.
@@ -143,7 +137,9 @@ class ThreadTransport:
     """
 
     def __init__(self, turns: Turns, rank: int, size: int, what: str) -> None:
-        self._turns, self._rank, self._size, self._what = turns, rank, size, what
+        self._rank, self._size = rank, size
+        # Every rank's value, by rank. It must not be changed any more.
+        self.exchange: Callable[[Any], list[Any]] = partial(turns.meet, rank, what)
 
     def all_gather(self, parts: list[Tensor], mine: Tensor) -> None:
         """Fills ``parts`` with every rank's ``mine``."""
@@ -177,10 +173,6 @@ class ThreadTransport:
                     f"ranks {self._rank} and {rank} share one model: ranks are threads here, so "
                     "make model, optimizer and callbacks in the function that each rank runs"
                 )
-
-    def exchange(self, value: Any) -> list[Any]:
-        """Returns every rank's ``value``, by rank. It must not be changed any more."""
-        return self._turns.meet(self._rank, self._what, value)
 
     def _meet(self, call: str, mine: Tensor) -> list[Tensor]:
         # A copy: its owner may change it before the others have had their turns.

@@ -83,33 +83,28 @@ def tiny_fit(
     if data is None:
         x = torch.randn(samples, 8, generator=torch.Generator().manual_seed(7))
         data = TensorDataset(x, (x[:, 0] + x[:, 1] > 0).long())
-    record = _Record()
+    losses: list[float] = []
+    applied: list[bool] = []
+
+    class Record(Callback):
+        name = "tiny_fit"
+
+        def on_step_end(self, ctx: Context, step: Step) -> None:
+            losses.append(step.loss_mean)
+            applied.append(step.applied)
+
     trainer = Trainer(
         model() if model else nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2)),
         optimizer or (lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2)),
         loss_fn or _loss_fn,
-        callbacks=[*callbacks, record],
+        callbacks=[*callbacks, Record()],
         sinks=sinks,
         run_dir=run_dir,
     )
     fit |= {"batch_size": batch_size, "max_steps": steps, "epochs": epochs}
     result = trainer.fit(data, eval_set=data if evaluate else None, **fit)
     weights = {name: t.detach().clone() for name, t in trainer.model.state_dict().items()}
-    return TinyFit(result, record.losses, record.applied, weights)
-
-
-class _Record(Callback):
-    """Keeps the loss of every step, and whether it was applied."""
-
-    name = "tiny_fit"
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.applied: list[bool] = []
-
-    def on_step_end(self, ctx: Context, step: Step) -> None:
-        self.losses.append(step.loss_mean)
-        self.applied.append(step.applied)
+    return TinyFit(result, losses, applied, weights)
 
 
 def _loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Loss:

@@ -43,12 +43,7 @@ _seat: ContextVar["tuple[Turns, int] | None"] = ContextVar("_seat", default=None
 
 
 class Turns:
-    """Lets ``size`` threads run one at a time, and meet.
-
-    All begin with the caller's random streams.
-
-    Ranks: one object serves all.
-    """
+    """Lets ``size`` threads run one at a time, and meet; all begin with the caller's streams."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self._size, self._timeout_s = size, timeout_s
@@ -161,8 +156,7 @@ class Turns:
         waiting = [(r, rank) for r, rank in enumerate(self._ranks) if rank.meeting]
         if waiting and not self._ready and not any(rank.away for rank in self._ranks):
             table = "".join(f"\n  rank {r}: {one.meeting}, at {one.place}" for r, one in waiting)
-            why = f"all ranks wait, in different places:{table}"
-            self._dismiss([*self._meetings], why)
+            self._dismiss([*self._meetings], f"all ranks wait, in different places:{table}")
         self._turn = self._ready.popleft() if self._ready else None
         if self._turn is not None:
             self._ranks[self._turn].wake.notify()

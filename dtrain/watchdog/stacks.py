@@ -1,6 +1,7 @@
 """Where the main thread is, read from another thread: its stack, and what follows from it."""
 
 import linecache
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,11 +14,8 @@ from dtrain.errors import is_users
 
 # Frames of these are on the stack only while something is being compiled or tuned; others of
 # torch's compiler are there whenever compiled code runs.
-_COMPILERS = (
-    "torch/_dynamo/convert_frame.py",
-    "torch/_inductor/compile_fx.py",
-    "torch/_inductor/codecache.py",
-    "torch/_inductor/cudagraph_trees.py",
+_COMPILERS = re.compile(
+    r"torch/(_dynamo/convert_frame|_inductor/(compile_fx|codecache|cudagraph_trees))\.py$"
 )
 _TUNERS = ("benchmark_all_configs", "autotune_to_one_config", "coordinate_descent_tuning")
 _DEBUGGERS = ("/pdb.py", "/bdb.py", "/pydevd", "/debugpy/", "/ipdb/", "/pudb/")
@@ -83,6 +81,5 @@ def _walk(frame: FrameType | None) -> Iterator[Line]:
 
 
 def _compiles(line: Line) -> bool:
-    return line.file.endswith(_COMPILERS) or (
-        line.function in _TUNERS and "_inductor" in PurePath(line.file).parts
-    )
+    tunes = line.function in _TUNERS and "_inductor" in PurePath(line.file).parts
+    return tunes or _COMPILERS.search(line.file) is not None

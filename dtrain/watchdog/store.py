@@ -1,23 +1,85 @@
-"""What the watchdogs of all ranks tell one another, in the rendezvous store."""
+"""What the watchdogs of all ranks tell one another; no call of the store hangs the watchdog."""
 
+import faulthandler
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import asdict
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed import Heartbeat, World, heartbeat_key, look_up, this_machine
 from dtrain.errors import Failure
-from dtrain.watchdog.bounded import CALL_S, TICK_S, Bounded, arm_timer
 from dtrain.watchdog.judgement import LOOKERS, Seen
 
 T = TypeVar("T")
 
+TICK_S = 0.5  # how often the watchdog looks
+CALL_S = 3.0  # a call of the store that takes longer will not come back
+_FLUSH_S = 1.0
 # Of that many keys the store takes 0.7 us each, of 10,000 in one call 10 us each.
 KEYS_AT_ONCE = 256
+
+
+class Bounded:
+    """Runs calls in a thread of their own, and waits for none longer than its deadline.
+
+    A client of the store waits beyond its time-out where the host is stopped.
+    """
+
+    def __init__(self) -> None:
+        self._last: Future[Any] = Future()
+        self._last.set_result(None)
+        self._lock = threading.Lock()
+
+    def call(self, fn: Callable[[], T], timeout_s: float) -> T:
+        """Returns what ``fn`` does; TimeoutError where it, or an earlier call, does not in time."""
+        with self._lock:
+            if not wait([self._last], timeout_s).done:
+                raise TimeoutError(f"no answer to an earlier call in {timeout_s:g} s")
+            call: Future[T] = Future()
+            self._last = call
+            name = "dtrain watchdog call"
+            threading.Thread(target=_fulfil, args=(call, fn), name=name, daemon=True).start()
+            if not wait([call], timeout_s).done:
+                raise TimeoutError(f"no answer in {timeout_s:g} s")
+            return call.result()
+
+    def join(self) -> None:
+        """Waits for a call that did not return in time."""
+        wait([self._last])
+
+
+def _fulfil(call: "Future[T]", fn: Callable[[], T]) -> None:
+    try:
+        call.set_result(fn())
+    except Exception as error:  # noqa: BLE001 -- raised where it was called
+        call.set_exception(error)
+
+
+def arm_timer(limit_s: float) -> None:
+    """Sets a timer in C, which needs no interpreter, should the calling thread not run again."""
+    if math.isinf(limit_s):
+        faulthandler.cancel_dump_traceback_later()
+    else:
+        within_s = max(limit_s, CALL_S) + 2 * TICK_S
+        faulthandler.dump_traceback_later(within_s, exit=True, file=2)
+
+
+def write_out(call: Callable[[], object]) -> None:
+    """Calls what writes to a disk or a pipe; one that takes nothing any more holds up nobody."""
+    with suppress(TimeoutError, OSError, ValueError):
+        Bounded().call(call, _FLUSH_S)
+
+
+def print_report(report: str) -> None:
+    """Writes to stderr, past Python's buffer, whose lock the main thread may hold."""
+    write_out(lambda: os.write(2, f"{report}\n".encode()))
 
 
 class WatchdogStore:
@@ -29,7 +91,7 @@ class WatchdogStore:
         self.limit_s = math.inf  # how long the watchdog's thread may be stuck, besides a call
         self._idle, self._connect = world.idle_connections, connect
         self._watcher = 0
-        self._calls = Bounded()
+        self.calls = Bounded()
         self._old = ""  # a failure of an earlier fit
 
     def open(self) -> None:
@@ -61,10 +123,6 @@ class WatchdogStore:
             if not self.lost:
                 # To connect may take seconds, where names of addresses are looked up.
                 self._idle.append(self.store)
-
-    def join(self) -> None:
-        """Waits for a call that is still under way."""
-        self._calls.join()
 
     def look(self, others: "Others", now: float) -> list[Seen]:
         """Returns all ranks as ``others`` see them; none where the store does not answer."""
@@ -99,7 +157,7 @@ class WatchdogStore:
         if threading.get_ident() == self._watcher:
             arm_timer(self.limit_s)
         try:
-            answer = self._calls.call(call, TICK_S if self.lost else CALL_S)
+            answer = self.calls.call(call, TICK_S if self.lost else CALL_S)
         except (RuntimeError, TimeoutError) as lost:
             self.lost = self.lost or f"{what}: {lost}"
             return None

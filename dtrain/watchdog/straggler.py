@@ -31,7 +31,8 @@ class StragglerClock:
         self._named: set[int] = set()
         self._began = self._forwarded = 0.0
         self._steps = -1  # the first does not count
-        self._own_s = self._data_s = self._step_s = 0.0
+        self._own_s = self._data_s = 0.0
+        self.seconds = 0.0  # how long the steps took that were not compared yet
 
     def begin_step(self) -> None:
         """A global step begins."""
@@ -53,15 +54,10 @@ class StragglerClock:
         """The step is over."""
         took = perf_counter() - self._began
         self._own_s += took
-        self._step_s += took
+        self.seconds += took
         self._steps += 1
         if not self._steps:
-            self._own_s = self._data_s = self._step_s = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """How long the steps took that were not compared yet."""
-        return self._step_s
+            self._own_s = self._data_s = self.seconds = 0.0
 
     def compare(self, seconds: float) -> str:
         """Returns who holds up the others, in words, if somebody does; and begins anew.
@@ -71,9 +67,9 @@ class StragglerClock:
         """
         if self._size == 1 or self._steps < STEPS or seconds < SECONDS:
             return ""
-        mine = torch.tensor([self._own_s, self._data_s, self._step_s], dtype=torch.float64)
+        mine = torch.tensor([self._own_s, self._data_s, self.seconds], dtype=torch.float64)
         mine /= self._steps
-        self._own_s = self._data_s = self._step_s = 0.0
+        self._own_s = self._data_s = self.seconds = 0.0
         self._steps = 0
         own, data, step = self._comm.all_gather("stragglers", mine).unbind(1)
         rank = int(own.argmax())

@@ -2,7 +2,7 @@
 
 One daemon thread per rank, while ``fit`` or ``evaluate`` runs. Twice a second it reads where the
 main thread is (its ``Activity``), and posts that in the rendezvous store. It alone uses its
-connection, and gives each call a deadline. What a report looks like is in docs/hangs.md.
+connection. What a report looks like is in docs/hangs.md.
 """
 
 import itertools
@@ -20,10 +20,17 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed import Heartbeat, Phase, World, end_with, stopped_children, this_machine
 from dtrain.errors import ConfigError, DtrainError, Failure, HangError, RemoteError
-from dtrain.watchdog.bounded import CALL_S, TICK_S, arm_timer, print_report, write_out
 from dtrain.watchdog.judgement import ALL_LOOK, Blame, Seen, behind, gives_way, judge, looks, stuck
 from dtrain.watchdog.stacks import Stack, main_stack
-from dtrain.watchdog.store import Others, WatchdogStore
+from dtrain.watchdog.store import (
+    CALL_S,
+    TICK_S,
+    Others,
+    WatchdogStore,
+    arm_timer,
+    print_report,
+    write_out,
+)
 
 HANG_AFTER_S = 5.0  # the default: a step may take this long, or ten times the slowest recent one
 HANG_EXIT_CODE = 70  # of a process that the watchdog ends
@@ -108,8 +115,6 @@ class Watch(threading.Thread):
         self._heeded_at: float | None = None
         self._told_wait = False
 
-    # -- the thread -----------------------------------------------------------------------------
-
     def run(self) -> None:
         """Ticks until it is stopped. An error of its own is told once, and ends nothing else."""
         try:
@@ -131,7 +136,7 @@ class Watch(threading.Thread):
             )
         finally:
             arm_timer(math.inf)
-            self._told.join()
+            self._told.calls.join()  # one that is still under way
 
     def stop(self) -> None:
         """Ends the thread, which tells that this rank is not in ``fit`` any more."""

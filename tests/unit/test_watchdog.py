@@ -27,10 +27,9 @@ from dtrain.distributed.heartbeat import Heartbeat, heartbeat_key
 from dtrain.distributed.processes import look_up, this_machine
 from dtrain.distributed.world import World
 from dtrain.errors import ConfigError, Failure
-from dtrain.watchdog.bounded import Bounded
 from dtrain.watchdog.judgement import LOOKERS, Seen, behind, gives_way, judge, looks, stuck, table
 from dtrain.watchdog.stacks import Line, Stack, main_stack
-from dtrain.watchdog.store import KEYS_AT_ONCE, WatchdogStore
+from dtrain.watchdog.store import KEYS_AT_ONCE, Bounded, WatchdogStore
 from dtrain.watchdog.thread import HANG_EXIT_CODE, Watch
 
 SIZES = [2, 3, 64]
