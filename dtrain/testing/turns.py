@@ -11,7 +11,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,8 +175,7 @@ class Turns:
         return "; ".join(f"rank {r} has left: {how}" for r, how in gone)
 
 
-@contextmanager
-def aside() -> Iterator[None]:
+def aside() -> AbstractContextManager[None]:
     """Lets the other ranks go on while this one waits for something that is not dtrain's.
 
     In :func:`~dtrain.testing.run_ranks` one rank runs at a time, so a rank that waits for a lock,
@@ -191,8 +190,7 @@ def aside() -> Iterator[None]:
     Ranks: all, local.
     """
     turns, rank = _seat.get() or (None, 0)
-    with nullcontext() if turns is None else turns.aside(rank):
-        yield
+    return nullcontext() if turns is None else turns.aside(rank)
 
 
 def _user_place(frame: FrameType) -> str:

@@ -135,9 +135,8 @@ def gives_way(mine: Heartbeat, seen: Sequence[Seen]) -> bool:
 def looks(rank: int, size: int) -> Turn:
     """Says when a rank that waits in vain looks at all others, so that one store bears it.
 
-    Up to 64 ranks all do, about once a second. Were it all of 16,384, each would ask for as many
-    posts: minutes of work for the store. So :data:`LOOKERS` ranks do, far from each other, and the
-    others read what those find out; should all of them be lost, the others join, one a second.
+    Up to 64 ranks all do, about once a second. Of 16,384 that would be minutes of its work: so few
+    do, far from each other, and the others read what those find out, or join one by one.
     """
     if size <= ALL_LOOK:
         return Turn(0.0, size / 64)

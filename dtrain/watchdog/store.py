@@ -5,7 +5,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import asdict
@@ -176,19 +176,16 @@ class Others:
 
     def look(self, now: float) -> list[Seen]:
         """Reads all ranks' posts; the clock of ``now`` stands still while this process does."""
-        for rank, text in enumerate(self._read()):
-            heartbeat = Heartbeat.from_json(text)
-            if rank not in self._posts or self._posts[rank][0].number != heartbeat.number:
-                self._posts[rank] = heartbeat, now
+        for first in range(0, self._size, KEYS_AT_ONCE):
+            some = range(first, min(first + KEYS_AT_ONCE, self._size))
+            texts = self._store.multi_get([heartbeat_key(rank) for rank in some])
+            for rank, heartbeat in zip(some, map(Heartbeat.from_json, texts), strict=True):
+                if rank not in self._posts or self._posts[rank][0].number != heartbeat.number:
+                    self._posts[rank] = heartbeat, now
         return [
             Seen(heartbeat, now - since, look_up(heartbeat, self._machine))
             for heartbeat, since in self._posts.values()
         ]
-
-    def _read(self) -> Iterator[bytes]:
-        for first in range(0, self._size, KEYS_AT_ONCE):
-            some = range(first, min(first + KEYS_AT_ONCE, self._size))
-            yield from self._store.multi_get([heartbeat_key(rank) for rank in some])
 
 
 def _failure_in(store: Store) -> str:
