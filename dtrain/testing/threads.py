@@ -73,8 +73,6 @@ def try_ranks(
 
     Raises:
         ConfigError: there is no rank, or no time.
-
-    Ranks: none; called in the test's process.
     """
     if world_size < 1 or timeout_s <= 0:
         raise ConfigError(f"world_size={world_size}, timeout_s={timeout_s}: must be more than 0")
@@ -137,7 +135,7 @@ class ThreadTransport:
     """
 
     def __init__(self, turns: Turns, rank: int, size: int, what: str) -> None:
-        self._rank, self._size = rank, size
+        self._rank, self.size = rank, size
         # Every rank's value, by rank. It must not be changed any more.
         self.exchange: Callable[[Any], list[Any]] = partial(turns.meet, rank, what)
 
@@ -161,8 +159,7 @@ class ThreadTransport:
         """
         assert isinstance(module, MicroStep)
         self.check_own(module)
-        find_unused = bool(options.get("find_unused_parameters"))
-        return Averaged(module, self, self._size, find_unused=find_unused)
+        return Averaged(module, self, bool(options.get("find_unused_parameters")))
 
     def check_own(self, module: nn.Module) -> None:
         """Raises ConfigError if ranks share one model."""
@@ -191,10 +188,9 @@ class Averaged:
     """
 
     def __init__(
-        self, micro_step: MicroStep, transport: ThreadTransport, size: int, *, find_unused: bool
+        self, micro_step: MicroStep, transport: ThreadTransport, find_unused: bool
     ) -> None:
-        self._micro_step, self._transport = micro_step, transport
-        self._size, self._find_unused = size, find_unused
+        self._micro_step, self._transport, self._find_unused = micro_step, transport, find_unused
         # The lane's gradient arrives last, and only in the last backward of a step. The hook must
         # end with this object: another one takes its place where parameters are frozen.
         itself = weakref.ref(self)
@@ -222,7 +218,8 @@ class Averaged:
         params = [p for p in self._micro_step.parameters() if p.requires_grad]
         if not self._find_unused and any(p.grad is None for p in params):
             return
-        shares = [None if p.grad is None else p.grad * (1 / self._size) for p in params]
+        share = 1 / self._transport.size
+        shares = [None if p.grad is None else p.grad * share for p in params]
         everyones: list[list[Tensor | None]] = self._transport.exchange(shares)
         if any(len(theirs) != len(shares) for theirs in everyones):
             raise RuntimeError("ranks reduce the gradients of different parameters")

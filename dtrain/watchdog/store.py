@@ -3,11 +3,9 @@
 import faulthandler
 import json
 import math
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -21,7 +19,6 @@ T = TypeVar("T")
 
 TICK_S = 0.5  # how often the watchdog looks
 CALL_S = 3.0  # a call of the store that takes longer will not come back
-_FLUSH_S = 1.0
 # Of that many keys the store takes 0.7 us each, of 10,000 in one call 10 us each.
 KEYS_AT_ONCE = 256
 
@@ -69,17 +66,6 @@ def arm_timer(limit_s: float) -> None:
     else:
         within_s = max(limit_s, CALL_S) + 2 * TICK_S
         faulthandler.dump_traceback_later(within_s, exit=True, file=2)
-
-
-def write_out(call: Callable[[], object]) -> None:
-    """Calls what writes to a disk or a pipe; one that takes nothing any more holds up nobody."""
-    with suppress(TimeoutError, OSError, ValueError):
-        Bounded().call(call, _FLUSH_S)
-
-
-def print_report(report: str) -> None:
-    """Writes to stderr, past Python's buffer, whose lock the main thread may hold."""
-    write_out(lambda: os.write(2, f"{report}\n".encode()))
 
 
 class WatchdogStore:

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -22,15 +23,7 @@ from dtrain.distributed import Heartbeat, Phase, World, end_with, stopped_childr
 from dtrain.errors import ConfigError, DtrainError, Failure, HangError, RemoteError
 from dtrain.watchdog.judgement import ALL_LOOK, Blame, Seen, behind, gives_way, judge, looks, stuck
 from dtrain.watchdog.stacks import Stack, main_stack
-from dtrain.watchdog.store import (
-    CALL_S,
-    TICK_S,
-    Others,
-    WatchdogStore,
-    arm_timer,
-    print_report,
-    write_out,
-)
+from dtrain.watchdog.store import CALL_S, TICK_S, Bounded, Others, WatchdogStore, arm_timer
 
 HANG_AFTER_S = 5.0  # the default: a step may take this long, or ten times the slowest recent one
 HANG_EXIT_CODE = 70  # of a process that the watchdog ends
@@ -38,6 +31,7 @@ HANG_EXIT_CODE = 70  # of a process that the watchdog ends
 # data, unless a worker is stopped.
 LONG_S = 300.0
 GRACE_S = 3.0  # for the main thread to raise what the watchdog has found
+_FLUSH_S = 1.0  # for what a report is written to
 _AT_EXIT_S = 10.0  # for a call that is still under way when the process ends
 _LINGER_S = 1.5  # for the other ranks to read it, before this one's end ends them too
 _PATIENCE_S = 30.0  # after which a wait in a slow phase is worth a line
@@ -130,7 +124,7 @@ class Watch(threading.Thread):
                 took_s = min(ticked - began, 2 * CALL_S)
             self._told.close(replace(self._outside, number=next(_numbers)))
         except Exception:  # noqa: BLE001 -- told, and the training goes on without a watchdog
-            print_report(
+            _print_report(
                 f"dtrain: the watchdog of {self._who} failed and is off now, the training goes "
                 f"on:\n{traceback.format_exc()}"
             )
@@ -159,7 +153,6 @@ class Watch(threading.Thread):
             stack = Stack(())  # it has gone on while it was read
         mine = self._heartbeat(stack)
         self._told.limit_s = mine.limit_s
-        arm_timer(mine.limit_s)
         self._told.post(mine)
         if self._quiet_s >= self._hang_after_s / 2 and not math.isinf(mine.limit_s):
             self._consult(mine, stack)
@@ -244,7 +237,7 @@ class Watch(threading.Thread):
         if self._told_wait or first is None or mine.quiet_s < patience:
             return
         self._told_wait = True
-        print_report(
+        _print_report(
             f"dtrain: {mine.who} has waited for {mine.quiet_s:.0f} s at {mine.where} for "
             f"{first.who}, which is at {first.where}"
             + (f" for {first.quiet_s:.0f} s (its limit: {first.limit_s:.3g} s)" * first.inside)
@@ -284,12 +277,12 @@ class Watch(threading.Thread):
             except HangError as error:
                 self._world.tell_launcher(error)
 
-        print_report(report)
-        write_out(tell_launcher)
+        _print_report(report)
+        _write_out(tell_launcher)
 
     def _leave(self) -> None:
         # What the main thread holds (a lock of stdout's) must not keep the process.
-        write_out(lambda: (sys.stdout.flush(), sys.stderr.flush()))
+        _write_out(lambda: (sys.stdout.flush(), sys.stderr.flush()))
         # Loaders' workers leave with their parent, unless they are stopped: nothing may be left.
         for child in multiprocessing.active_children():
             child.kill()
@@ -333,3 +326,14 @@ class Watch(threading.Thread):
             # Of 16,384 ranks, once a second: three looks until the silent one is known.
             self._ended.wait(max(TICK_S / 2, world.size / 16384))
         return None
+
+
+def _write_out(call: Callable[[], object]) -> None:
+    """Calls what writes to a disk or a pipe; one that takes nothing any more holds up nobody."""
+    with suppress(TimeoutError, OSError, ValueError):
+        Bounded().call(call, _FLUSH_S)
+
+
+def _print_report(report: str) -> None:
+    """Writes to stderr, past Python's buffer, whose lock the main thread may hold."""
+    _write_out(lambda: os.write(2, f"{report}\n".encode()))
