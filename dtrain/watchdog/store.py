@@ -112,7 +112,7 @@ class WatchdogStore:
 
     def look(self, others: "Others", now: float) -> list[Seen]:
         """Returns all ranks as ``others`` see them; none where the store does not answer."""
-        return self._ask("look", lambda _: others.look(now)) or []
+        return self._ask("look", lambda store: others.look(store, now)) or []
 
     def new_failure(self) -> Failure | None:
         """Returns what a rank has left in this fit."""
@@ -154,17 +154,17 @@ class WatchdogStore:
 class Others:
     """The other ranks, read while something seems wrong."""
 
-    def __init__(self, store: Store, size: int, machine: str | None = None) -> None:
-        self._store, self._size = store, size
+    def __init__(self, size: int, machine: str | None = None) -> None:
+        self._size = size
         self._machine = this_machine() if machine is None else machine
         # The last post of each, and since when it is there, by this rank's clock.
         self._posts: dict[int, tuple[Heartbeat, float]] = {}
 
-    def look(self, now: float) -> list[Seen]:
+    def look(self, store: Store, now: float) -> list[Seen]:
         """Reads all ranks' posts; the clock of ``now`` stands still while this process does."""
         for first in range(0, self._size, KEYS_AT_ONCE):
             some = range(first, min(first + KEYS_AT_ONCE, self._size))
-            texts = self._store.multi_get([heartbeat_key(rank) for rank in some])
+            texts = store.multi_get([heartbeat_key(rank) for rank in some])
             for rank, heartbeat in zip(some, map(Heartbeat.from_json, texts), strict=True):
                 if rank not in self._posts or self._posts[rank][0].number != heartbeat.number:
                     self._posts[rank] = heartbeat, now

@@ -217,15 +217,12 @@ class Watch(threading.Thread):
 
     def _look(self, mine: Heartbeat) -> list[Seen]:
         """Reads the other ranks; in a large world, few ranks do, and not in each tick."""
-        store, size = self._told.store, self._world.size
-        if store is None:
-            return []
-        turn = looks(mine.rank, size)
+        turn = looks(mine.rank, self._world.size)
         if self._others is None:
             # One that only waits leaves it to others. One that works too long is alone with that.
             if mine.waits and mine.quiet_s < self._hang_after_s / 2 + turn.after_s:
                 return []
-            self._others = Others(store, size)
+            self._others = Others(self._world.size)
         elif self._clock - self._looked_at < turn.every_s:
             return []
         self._looked_at = self._clock
@@ -300,7 +297,7 @@ class Watch(threading.Thread):
         told, world = self._told, self._world
         if told.store is None or told.lost:
             return None
-        others = Others(told.store, world.size)
+        others = Others(world.size)
         began = time.monotonic()
         first: dict[int, int] = {}
         is_early = world.size <= ALL_LOOK or told.is_among_the_first()
