@@ -1,7 +1,6 @@
 """What schedulers want of a run, and a run of them: batch scripts, signals, deadlines."""
 
 from dtrain.cluster.batch import Kind, render
-from dtrain.cluster.deadline import Deadline
-from dtrain.cluster.signals import Signals
+from dtrain.cluster.signals import Deadline, Signals
 
 __all__ = ["Deadline", "Kind", "Signals", "render"]

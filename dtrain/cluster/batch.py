@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from dtrain.errors import ConfigError
 
 Kind = Literal["one_node", "many_nodes", "srun_per_gpu", "array"]
+_SEVERAL = ("many_nodes", "srun_per_gpu")  # nodes
 
 _ABOUT: dict[Kind, str] = {
     "one_node": """\
@@ -38,19 +39,6 @@ _ABOUT: dict[Kind, str] = {
 """,
 }
 
-_OPTIONS: dict[Kind, dict[str, str]] = {
-    "one_node": {"nodes": "1", "ntasks-per-node": "1"},
-    "many_nodes": {"nodes": "2", "ntasks-per-node": "1", "exclusive": ""},
-    "srun_per_gpu": {"nodes": "2", "ntasks-per-node": "1", "exclusive": ""},
-    "array": {"nodes": "1", "ntasks-per-node": "1", "array": "0-2"},
-}
-_COMMON = {
-    "job-name": "dtrain",
-    "output": "%x-%j.log",
-    "open-mode": "append",
-    "requeue": "",
-    "signal": "B:USR1@120",
-}
 _WHY = {
     "exclusive": "whole nodes, with all their CPUs",
     "open-mode": "a job that is requeued goes on in the same log",
@@ -93,7 +81,24 @@ _MEET = """
 endpoint=$(hostname):$((10000 + SLURM_JOB_ID % 10000))
 """
 
-_STATUS = """
+_LEAVE_TORCHRUN = """\
+    # To the ranks only: it would kill torchrun, whose children they are.
+    pkill -USR1 -P "$(tasks | paste -sd, -)"
+"""
+
+_START_TORCHRUN = """\
+srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --wait=60 \\
+    "${PYTHON:-python}" -m torch.distributed.run --nnodes="$SLURM_NNODES" \\
+    --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-0}" """
+
+_AT_ENDPOINT = """--rdzv-backend=c10d \\
+    --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" """
+
+_START_SRUN = """\
+srun --cpus-per-task="$((threads > 0 ? threads : 1))" --kill-on-bad-exit=1 --wait=60 \\
+    "${PYTHON:-python}" """
+
+_JOB = """
 # Here dtrain says how the run stands (a copy of run_dir/status.json); all nodes must see it.
 export DTRAIN_STATUS_FILE=$PWD/.dtrain-status-$SLURM_JOB_ID.json
 rm -f "$DTRAIN_STATUS_FILE"
@@ -110,45 +115,12 @@ leave() { # passes on to this node's ranks that the job is to leave: all save an
         kill -0 "$step" 2>/dev/null || return 0
         sleep 1
     done
-"""
-
-_LEAVE_TORCHRUN = """\
-    # To the ranks only: it would kill torchrun, whose children they are.
-    pkill -USR1 -P "$(tasks | paste -sd, -)"
-}
-"""
-
-_LEAVE_SRUN = """\
-    tasks | xargs -r kill -USR1
-}
-"""
-
-_TRAPS = """\
+@LEAVE@}
 trap 'leave; again=yes' USR1
 trap again=yes TERM # SLURM ends the job, and tells the ranks as well: wait for them
 
 # srun by itself would take one CPU for a task. If a node or rank is lost, it ends the others.
-"""
-
-_SRUN = """\
-srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --wait=60 \\
-    "${PYTHON:-python}" -m torch.distributed.run --nnodes="$SLURM_NNODES" \\
-    --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-0}" """
-
-_START: dict[Kind, str] = {
-    "one_node": _SRUN + '--standalone "$@" &\n',
-    "array": _SRUN + '--standalone "$@" &\n',
-    "many_nodes": _SRUN
-    + """--rdzv-backend=c10d \\
-    --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" "$@" &
-""",
-    "srun_per_gpu": """\
-srun --cpus-per-task="$((threads > 0 ? threads : 1))" --kill-on-bad-exit=1 --wait=60 \\
-    "${PYTHON:-python}" "$@" &
-""",
-}
-
-_END = """\
+@START@"$@" &
 step=$! again=yes
 while [[ $again ]]; do # a signal ends the wait, and only that
     again=''
@@ -179,45 +151,42 @@ def render(
     python: str = "",
     ranks: int | None = None,
 ) -> str:
-    """Returns a batch script.
+    """Returns a batch script with ``options`` (no dashes; "" a flag, None without) of sbatch.
 
-    Args:
-        kind: which of ``slurm/*.sbatch`` it is made from.
-        options: of sbatch, without the dashes, beside or instead of the script's own; an empty
-            value for a flag, None to leave one out.
-        command: the training script and its arguments; if empty, they come from sbatch.
-        python: the interpreter; ``$PYTHON`` or ``python`` if empty.
-        ranks: ranks per node; ``$RANKS`` or the node's GPUs if None.
-
-    Raises:
-        ConfigError: there is no such kind.
-
-    Ranks: none.
+    What is empty or None the script takes from sbatch's arguments, ``$PYTHON``, and ``$RANKS`` or
+    the node's GPUs. Raises ConfigError where there is no such kind.
     """
     if kind not in get_args(Kind):
         raise ConfigError(f"kind={kind!r}: choose one of {', '.join(get_args(Kind))}")
+    torchrun, sweep, several = kind != "srun_per_gpu", kind == "array", kind in _SEVERAL
     wanted: dict[str, str | None] = {
-        "job-name": _COMMON["job-name"],
-        **_OPTIONS[kind],
-        **_COMMON,
+        "job-name": "dtrain",
+        "nodes": "2" if several else "1",
+        "ntasks-per-node": "1",
+        **({"exclusive": ""} if several else {}),
+        **({"array": "0-2"} if sweep else {}),
+        "output": "%x-%A_%a.log" if sweep else "%x-%j.log",
+        "open-mode": "append",
+        "requeue": "",
+        "signal": "B:USR1@120",
+        **(options or {}),
     }
-    if kind == "array":
-        wanted["output"] = "%x-%A_%a.log"
-    wanted |= options or {}
-    torchrun = kind != "srun_per_gpu"
+    given = [f"PYTHON={shlex.quote(python)}\n"] if python else []
+    given += [f"RANKS={ranks}\n"] if ranks is not None else []
+    given += [f"set -- {shlex.join(command)}\n"] if command else []
+    leave, start = "    tasks | xargs -r kill -USR1\n", _START_SRUN
+    if torchrun:
+        leave = _LEAVE_TORCHRUN
+        start = _START_TORCHRUN + (_AT_ENDPOINT if several else "--standalone ")
     parts = [
         "#!/usr/bin/env bash\n",
         _ABOUT[kind] if not command else "# Made by `dtrain submit`.\n",
         *(_directive(name, value) for name, value in wanted.items() if value is not None),
-        _given(command, python, ranks),
-        _SWEEP if kind == "array" else "",
+        *(["\n", *given] if given else []),
+        _SWEEP if sweep else "",
         _TORCHRUN_SETTINGS if torchrun else _SRUN_SETTINGS,
-        _MEET if kind == "many_nodes" else "",
-        _STATUS,
-        _LEAVE_TORCHRUN if torchrun else _LEAVE_SRUN,
-        _TRAPS,
-        _START[kind],
-        _END,
+        _MEET if several and torchrun else "",
+        _JOB.replace("@LEAVE@", leave).replace("@START@", start),
     ]
     return "".join(parts)
 
@@ -225,11 +194,3 @@ def render(
 def _directive(name: str, value: str) -> str:
     line = f"#SBATCH --{name}" + (f"={shlex.quote(value)}" if value else "")
     return f"{line:<35} # {_WHY[name]}\n" if name in _WHY else f"{line}\n"
-
-
-def _given(command: Sequence[str], python: str, ranks: int | None) -> str:
-    """What the environment or the command line would say otherwise."""
-    lines = [f"PYTHON={shlex.quote(python)}"] if python else []
-    lines += [f"RANKS={ranks}"] if ranks is not None else []
-    lines += [f"set -- {shlex.join(command)}"] if command else []
-    return "\n" + "\n".join(lines) + "\n" if lines else ""

@@ -1,32 +1,41 @@
-"""Signals that ask a run to leave: a flag is set, and the run saves and ends in order."""
+"""Signals, and the end of a SLURM job, ask a run to leave: it saves, and ends in order."""
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from subprocess import DEVNULL
 from types import FrameType
 from typing import Any
 
-#: What schedulers send before they take a machine away, and Ctrl-C.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+from dtrain.errors import ConfigError
 
 # They ask for nothing else, and would by default kill the process.
 _SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)
+#: What schedulers send before they take a machine away, and Ctrl-C.
+SIGNALS = (signal.SIGTERM, *_SCHEDULERS, signal.SIGINT)
+
+# A job is left so many seconds before its end, unless that is more than a tenth of its time.
+_MARGIN_S = 120.0
+_SHARE = 0.1
+_MARGIN_VARIABLE = "DTRAIN_LEAVE_BEFORE_END_S"  # a margin of one's own, in seconds
+_PATIENCE_S = 20.0  # scontrol itself gives a controller that is away longer
 
 
 class Signals:
-    """Turns signals into one call of ``ask``, and puts the old handlers back at its end.
+    """Turns each signal into one call of ``ask`` with its name, and puts the old handlers back.
 
     USR1 and USR2 stay harmless: a scheduler may have sent one while the run came to its end, and
     a run that is finished must not be killed for it.
 
-    Nothing else happens in a handler: the main thread may be anywhere. A second Ctrl-C ends the
-    process at once, with exit code 130. A signal for which the script has a handler of its own,
-    or which it ignores, is left alone.
-
-    Args:
-        ask: called with the signal's name; must do no more than take note of it.
+    ``ask`` must do no more than take note: the main thread may be anywhere. A second Ctrl-C ends
+    the process at once, with exit code 130. A signal for which the script has a handler of its
+    own, or which it ignores, is left alone.
 
     Ranks: all, local; one rank's signal suffices.
     """
@@ -35,40 +44,117 @@ class Signals:
         self._ask = ask
         self._before: dict[int, Any] = {}
         self._seen: set[int] = set()
-        self._interrupts = 0
-        self._process = 0
+        self._process = os.getpid()
 
     def __enter__(self) -> "Signals":
         # Python lets only the main thread set handlers; elsewhere the caller's stay.
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        self._process = os.getpid()
-        for number in SIGNALS:
-            before = signal.getsignal(number)
-            if before in (signal.SIG_DFL, signal.default_int_handler, _too_late):
-                self._before[number] = before
-                signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                before = signal.getsignal(number)
+                if before in (signal.SIG_DFL, signal.default_int_handler, _too_late):
+                    self._before[number] = before
+                    signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():
             late = number in _SCHEDULERS and before is signal.SIG_DFL
             signal.signal(number, _too_late if late else before)
-        self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a loader worker has inherited the handler: its parent decides
-        if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(128 + signal.SIGINT)
         if number not in self._seen:
             self._seen.add(number)
             self._ask(signal.Signals(number).name)
+        elif number == signal.SIGINT:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + signal.SIGINT)
 
 
 def _too_late(number: int, frame: FrameType | None) -> None:
     """What a scheduler has asked for is done already: the run has ended."""
+
+
+class Deadline:
+    """Calls ``ask`` with the reason, a margin before the end of this process's SLURM job.
+
+    Not every site sends a signal before it ends a job. A thread asks SLURM when that will be and
+    then waits for it, so no step pays for it. It asks again before it speaks: the end may have
+    been moved. Outside of a job, where the end cannot be known, or if not ``active`` (one rank's
+    request suffices), nothing is done.
+    """
+
+    def __init__(
+        self, ask: Callable[[str], None], *, active: bool, env: Mapping[str, str] = os.environ
+    ) -> None:
+        self._ask, self._env, self._margin_s = ask, env, margin_of(env)
+        self._active = active and bool(env.get("SLURM_JOB_ID"))
+        self._over = threading.Event()
+
+    def __enter__(self) -> "Deadline":
+        if self._active:
+            threading.Thread(target=self._run, name="deadline", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()  # not waited for: it may be asking SLURM, which takes its time
+
+    def _run(self) -> None:
+        end = job_end(self._env)
+        if end is None:
+            return
+        left_s = end - time.time()
+        margin_s = min(_MARGIN_S, _SHARE * left_s) if self._margin_s is None else self._margin_s
+        while not self._over.wait(min(max(0.0, left_s - margin_s), threading.TIMEOUT_MAX)):
+            later = job_end(self._env, fresh=True)
+            if later is None or later <= end:
+                if not self._over.is_set():
+                    self._ask(f"the job ends in {max(0.0, end - time.time()):.0f} seconds")
+                return
+            end, left_s = later, later - time.time()
+
+
+def margin_of(env: Mapping[str, str]) -> float | None:
+    """Returns the user's margin in seconds, or None for ours; raises ConfigError if it is none."""
+    text = env.get(_MARGIN_VARIABLE)
+    if not text:
+        return None
+    try:
+        margin_s = float(text)
+    except ValueError:
+        margin_s = -1.0
+    if not margin_s >= 0:
+        raise ConfigError(f"{_MARGIN_VARIABLE}={text!r}: must be a number of seconds, 0 or more")
+    return margin_s
+
+
+def job_end(env: Mapping[str, str], *, fresh: bool = False) -> float | None:
+    """Returns when the job ends, in seconds since 1970, or None where nobody says.
+
+    It may take some seconds. Where it must be ``fresh``, the environment's word does not count,
+    which is as old as the job.
+    """
+    told = env.get("SLURM_JOB_END_TIME", "")  # since SLURM 23.02
+    if told.isdigit() and not fresh:
+        return float(told)
+    # SLURM_TIME_FORMAT would change how times are written.
+    plain = {name: value for name, value in env.items() if name != "SLURM_TIME_FORMAT"}
+    command = ["scontrol", "show", "job", "-o", env["SLURM_JOB_ID"]]
+    try:
+        shown = subprocess.check_output(
+            command, env=plain, stdin=DEVNULL, stderr=DEVNULL, text=True, timeout=_PATIENCE_S
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # no scontrol, as in most containers; or no answer
+    return end_shown(shown)
+
+
+def end_shown(job: str) -> float | None:
+    """Returns the ``EndTime`` in what ``scontrol show job -o`` says, in seconds since 1970."""
+    end = re.search(r"(?<!\S)EndTime=(\S*)", job)
+    try:
+        return datetime.fromisoformat(end[1]).timestamp() if end else None  # in local time
+    except ValueError:
+        return None  # "Unknown": the job has no limit

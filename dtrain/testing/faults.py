@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from dataclasses import dataclass, field
+from multiprocessing.synchronize import Event as ProcessEvent
 from typing import Any, ClassVar, Protocol
 
 from dtrain.callback import HOOK_NAMES, Callback
@@ -14,26 +15,13 @@ from dtrain.errors import ConfigError
 from dtrain.testing.turns import aside
 
 
-class Waitable(Protocol):
-    """Such as an event of ``threading`` or ``multiprocessing``."""
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Returns whether it happened, at the latest after ``timeout`` seconds."""
-        ...
-
-
 class What(Protocol):
     """What is to go wrong."""
 
-    #: Whether it can befall one rank where ranks are threads of one process.
-    in_threads: ClassVar[bool] = True
+    in_threads: ClassVar[bool] = True  # whether it can befall one rank where ranks are threads
 
     def happen(self) -> None:
-        """Goes wrong.
-
-        Ranks: the one that is to suffer it.
-        """
-        ...
+        """Goes wrong, on the rank that is to suffer it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +65,7 @@ class Stop(Signal):
 class Delay(What):
     """Keeps the rank waiting; other ranks go on as far as they can."""
 
-    until: float | Waitable  # seconds, or an event to wait for
+    until: float | threading.Event | ProcessEvent  # seconds, or an event to wait for
     timeout_s: float = 10.0  # how long an event may take to happen
 
     def happen(self) -> None:
@@ -87,21 +75,6 @@ class Delay(What):
                 threading.Event().wait(self.until)
             elif not self.until.wait(self.timeout_s):
                 raise TimeoutError(f"what Delay waits for did not happen in {self.timeout_s:g} s")
-
-
-# Any: no Callable has the names of a hook's arguments.
-def _in_step(hook: str) -> Any:
-    def happens(self: "Fault", ctx: Context, step: Step) -> None:
-        self._at(hook, step.number, exact=True)
-
-    return happens
-
-
-def _between_steps(hook: str) -> Any:
-    def happens(self: "Fault", ctx: Context, *_: Any) -> None:
-        self._at(hook, ctx.progress.step)
-
-    return happens
 
 
 class Fault(Callback):
@@ -140,39 +113,25 @@ class Fault(Callback):
     def on_fit_start(self, ctx: Context) -> None:
         """Checks that it can happen: raises ConfigError if not."""
         world = current()
-        size, threads = (1, False) if world is None else (world.size, world.launcher == "threads")
+        size = 1 if world is None else world.size
         if self._rank >= size:
             raise ConfigError(f"{self.name}: there are {size} ranks, counted from 0")
-        if threads and not self._what.in_threads:
+        if world and world.launcher == "threads" and not self._what.in_threads:
             raise ConfigError(
                 f"{self.name}: {type(self._what).__name__} is for a process, and ranks are threads "
                 "here, so that it would hit the test itself; use run_processes"
             )
-        self._at("on_fit_start", ctx.progress.step)
-
-    on_epoch_start = _between_steps("on_epoch_start")
-    on_step_start = _in_step("on_step_start")
-    on_batch = _in_step("on_batch")
-    on_loss = _in_step("on_loss")
-    on_grads_ready = _in_step("on_grads_ready")
-    on_step_end = _in_step("on_step_end")
-    on_eval_start = _between_steps("on_eval_start")
-    on_eval_batch = _between_steps("on_eval_batch")
-    on_eval_end = _between_steps("on_eval_end")
-    on_save = _between_steps("on_save")
-    on_epoch_end = _between_steps("on_epoch_end")
-    on_error = _between_steps("on_error")
+        self._at("on_fit_start", ctx.progress.step >= self._step)
 
     def on_fit_end(self, ctx: Context) -> None:
         """Raises ConfigError if it has not happened: it will not any more."""
-        self._at("on_fit_end", ctx.progress.step)
+        self._at("on_fit_end", ctx.progress.step >= self._step)
         if self._is_here() and not self.happened:
             raise ConfigError(
                 f"{self.name} never happened: the run ended well after {ctx.progress.step} steps"
             )
 
-    def _at(self, hook: str, step: int, *, exact: bool = False) -> None:
-        due = step == self._step if exact else step >= self._step
+    def _at(self, hook: str, due: bool) -> None:
         if hook == self._hook and due and not self.happened and self._is_here():
             self.happened = True
             self._what.happen()
@@ -180,3 +139,16 @@ class Fault(Callback):
     def _is_here(self) -> bool:
         world = current()
         return self._rank == (0 if world is None else world.rank)
+
+
+# Any: no Callable has the names of a hook's arguments.
+def _happens_in(hook: str) -> Any:
+    def happens(self: Fault, ctx: Context, more: Any = None) -> None:
+        in_step = isinstance(more, Step) and hook != "on_eval_batch"
+        self._at(hook, more.number == self._step if in_step else ctx.progress.step >= self._step)
+
+    return happens
+
+
+for _hook in set(HOOK_NAMES) - {*vars(Fault)}:
+    setattr(Fault, _hook, _happens_in(_hook))

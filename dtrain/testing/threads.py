@@ -1,15 +1,15 @@
 """Ranks for tests as threads of this process: milliseconds instead of a second.
 
-They run the same :class:`~dtrain.Comm`, Trainer and strategy as real ranks; only the transport
-beneath is another, and the ranks take turns (:mod:`dtrain.testing.turns`).
+Only the transport is another than that of real ranks, and they take turns.
 """
 
 import socket
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -30,22 +30,19 @@ from dtrain.testing.outcomes import Outcome, values_of
 from dtrain.testing.turns import Turns
 
 DEFAULT_TIMEOUT_S = 20.0
+_REDUCE: dict[str, Any] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
 def run_ranks(
-    fn: Callable[..., Any],
-    world_size: int,
-    *args: Any,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = DEFAULT_TIMEOUT_S
 ) -> list[Any]:
     """Runs ``fn(*args)`` on ``world_size`` ranks that are threads; returns each one's result.
 
     In ``fn``, ``dtrain.init()`` gives the rank's world, and a Trainer trains as it does on real
     ranks, on the CPU. One rank runs at a time, until it waits for the others in a verb or in the
     reduction of gradients; so a test runs the same way each time. Python's, NumPy's and torch's
-    global random streams are each rank's own, and begin as they are here. All else is shared: the
-    environment, module globals, torch's default dtype, and whatever ``fn`` finds outside of
-    itself. So make model, optimizer and callbacks inside of ``fn``.
+    global random streams are each rank's own, and begin as they are here. All else is shared, also
+    what ``fn`` finds outside of itself: make model, optimizer and callbacks inside of it.
 
     Example::
 
@@ -59,8 +56,7 @@ def run_ranks(
         fn: any function; nothing is pickled but what verbs send.
         world_size: how many ranks.
         *args: the same for each rank.
-        timeout_s: how long all of it may take, in seconds. A thread cannot be killed: one that is
-            stuck by then is left behind.
+        timeout_s: for all of it, in seconds. A thread that is stuck by then is left behind.
 
     Raises:
         RanksFailed: a rank raised or ran out of time; it has every rank's outcome.
@@ -71,35 +67,46 @@ def run_ranks(
 
 
 def try_ranks(
-    fn: Callable[..., Any],
-    world_size: int,
-    *args: Any,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = DEFAULT_TIMEOUT_S
 ) -> list[Outcome]:
     """Like :func:`run_ranks`, but returns every rank's outcome, by rank, whatever became of it.
 
     Raises:
         ConfigError: there is no rank, or no time.
-
-    Ranks: none; called in the test's process.
     """
     if world_size < 1 or timeout_s <= 0:
         raise ConfigError(f"world_size={world_size}, timeout_s={timeout_s}: must be more than 0")
     before, threads_of_torch = random_state_of_host(), torch.get_num_threads()
     turns = Turns(world_size, timeout_s)
     outcomes: dict[int, Outcome] = {}
-    worlds = list(_worlds(turns, world_size))
+    host, store = socket.gethostname(), local_store()
 
-    def run(rank: int) -> None:
+    def world_of(rank: int) -> World:
+        verbs = ThreadTransport(turns, rank, world_size, "a verb of dtrain's comm")
+        comm = Comm(rank=rank, size=world_size, host=host, transport=verbs, store=store)
+        return World(
+            rank=rank,
+            local_rank=rank,
+            size=world_size,
+            host=host,
+            device=torch.device("cpu"),
+            backend="threads" if world_size > 1 else "none",
+            launcher="threads",
+            seed=0,
+            comm=comm if world_size > 1 else Comm(host=host),
+            gradients=ThreadTransport(turns, rank, world_size, "the reduction of gradients"),
+        )
+
+    def run(rank: int, world: World) -> None:
         try:
-            with inhabited(worlds[rank]), turns.seated(rank):
+            with inhabited(world), turns.seated(rank):
                 outcomes[rank] = Outcome(rank, fn(*args), None, "")
         except BaseException as error:  # noqa: BLE001 -- told to the test
             outcomes[rank] = Outcome(rank, None, error, traceback.format_exc())
 
     # Daemons: one that is stuck must not keep the interpreter from ending.
     threads = [
-        threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True)
+        threading.Thread(target=run, args=(rank, world_of(rank)), name=f"rank {rank}", daemon=True)
         for rank in range(world_size)
     ]
     # As real ranks of one host have by default; and sums are then the same on every machine.
@@ -119,79 +126,43 @@ def try_ranks(
     return [outcomes[rank] for rank in range(world_size)]
 
 
-def _worlds(turns: Turns, size: int) -> Iterator[World]:
-    host, store = socket.gethostname(), local_store()
-    for rank in range(size):
-        verbs = ThreadTransport(turns, rank, size, "a verb of dtrain's comm")
-        comm = Comm(rank=rank, size=size, host=host, transport=verbs, store=store)
-        yield World(
-            rank=rank,
-            local_rank=rank,
-            size=size,
-            host=host,
-            device=torch.device("cpu"),
-            backend="threads" if size > 1 else "none",
-            launcher="threads",
-            seed=0,
-            comm=comm if size > 1 else Comm(host=host),
-            gradients=ThreadTransport(turns, rank, size, "the reduction of gradients"),
-        )
-
-
 class ThreadTransport:
     """One rank's end of a transport between threads; see ``dtrain.distributed``'s.
 
     Each transport has meetings of its own; errors name them by ``what``.
+
+    Ranks: all, communicates.
     """
 
     def __init__(self, turns: Turns, rank: int, size: int, what: str) -> None:
-        self._turns, self._rank, self._size, self._what = turns, rank, size, what
+        self._rank, self.size = rank, size
+        # Every rank's value, by rank. It must not be changed any more.
+        self.exchange: Callable[[Any], list[Any]] = partial(turns.meet, rank, what)
 
     def all_gather(self, parts: list[Tensor], mine: Tensor) -> None:
-        """Fills ``parts`` with every rank's ``mine``.
-
-        Ranks: all, communicates.
-        """
+        """Fills ``parts`` with every rank's ``mine``."""
         for part, theirs in zip(parts, self._meet("all_gather", mine), strict=True):
             part.copy_(theirs)
 
     def all_reduce(self, buffer: Tensor, op: TransportOp = "sum") -> None:
-        """Reduces ``buffer`` over all ranks, in place, in the order of ranks.
-
-        Ranks: all, communicates.
-        """
-        first, *others = self._meet(f"all_reduce {op}", buffer)
-        for theirs in others:
-            if op == "sum":
-                first = first + theirs
-            else:
-                first = first.maximum(theirs) if op == "max" else first.minimum(theirs)
-        buffer.copy_(first)
+        """Reduces ``buffer`` over all ranks, in place, in the order of ranks."""
+        buffer.copy_(reduce(_REDUCE[op], self._meet(f"all_reduce {op}", buffer)))
 
     def broadcast(self, buffer: Tensor) -> None:
-        """Gives every rank rank 0's ``buffer``, in place.
-
-        Ranks: all, communicates.
-        """
+        """Gives every rank rank 0's ``buffer``, in place."""
         buffer.copy_(self._meet("broadcast", buffer)[0])
 
     def data_parallel(self, module: nn.Module, **options: Any) -> "Averaged":
         """Wraps ``module``: its backward reduces gradients as DistributedDataParallel's does.
 
         Of the options, only ``find_unused_parameters`` makes a difference.
-
-        Ranks: all, communicates.
         """
         assert isinstance(module, MicroStep)
         self.check_own(module)
-        find_unused = bool(options.get("find_unused_parameters"))
-        return Averaged(module, self, self._size, find_unused=find_unused)
+        return Averaged(module, self, bool(options.get("find_unused_parameters")))
 
     def check_own(self, module: nn.Module) -> None:
-        """Raises ConfigError if ranks share one model.
-
-        Ranks: all, communicates.
-        """
+        """Raises ConfigError if ranks share one model."""
         places = {p.data_ptr() for p in module.parameters() if p.numel()}
         for rank, theirs in enumerate(self.exchange(places)):
             if rank != self._rank and places & theirs:
@@ -199,13 +170,6 @@ class ThreadTransport:
                     f"ranks {self._rank} and {rank} share one model: ranks are threads here, so "
                     "make model, optimizer and callbacks in the function that each rank runs"
                 )
-
-    def exchange(self, value: Any) -> list[Any]:
-        """Returns every rank's ``value``, by rank. It must not be changed any more.
-
-        Ranks: all, communicates.
-        """
-        return self._turns.meet(self._rank, self._what, value)
 
     def _meet(self, call: str, mine: Tensor) -> list[Tensor]:
         # A copy: its owner may change it before the others have had their turns.
@@ -224,17 +188,15 @@ class Averaged:
     """
 
     def __init__(
-        self, micro_step: MicroStep, transport: ThreadTransport, size: int, *, find_unused: bool
+        self, micro_step: MicroStep, transport: ThreadTransport, find_unused: bool
     ) -> None:
-        self._micro_step, self._transport = micro_step, transport
-        self._size, self._find_unused = size, find_unused
+        self._micro_step, self._transport, self._find_unused = micro_step, transport, find_unused
         # The lane's gradient arrives last, and only in the last backward of a step. The hook must
         # end with this object: another one takes its place where parameters are frozen.
         itself = weakref.ref(self)
 
         def arrived(_: Tensor) -> None:
-            wrapped = itself()
-            if wrapped is not None:
+            if (wrapped := itself()) is not None:
                 wrapped._reduce()
 
         hook = micro_step.lane_param.register_post_accumulate_grad_hook(arrived)
@@ -256,7 +218,8 @@ class Averaged:
         params = [p for p in self._micro_step.parameters() if p.requires_grad]
         if not self._find_unused and any(p.grad is None for p in params):
             return
-        shares = [None if p.grad is None else p.grad * (1 / self._size) for p in params]
+        share = 1 / self._transport.size
+        shares = [None if p.grad is None else p.grad * share for p in params]
         everyones: list[list[Tensor | None]] = self._transport.exchange(shares)
         if any(len(theirs) != len(shares) for theirs in everyones):
             raise RuntimeError("ranks reduce the gradients of different parameters")
@@ -264,9 +227,7 @@ class Averaged:
             given = [part for part in parts if part is not None]
             if not given:
                 continue
-            total, *others = given
-            for part in others:
-                total = total + part
+            total = reduce(torch.add, given)
             if parameter.grad is None or parameter.grad.is_sparse:
                 parameter.grad = total.clone()
             else:

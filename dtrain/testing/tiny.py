@@ -19,8 +19,6 @@ from dtrain.plan import FitResult
 from dtrain.sinks import Sink
 from dtrain.trainer import Trainer
 
-CLASSES = 2
-
 
 @dataclass(frozen=True, slots=True)
 class TinyFit:
@@ -82,44 +80,31 @@ def tiny_fit(
     init(seed=seed)
     if steps is None and epochs is None:
         epochs = 2
-    record = _Record()
+    if data is None:
+        x = torch.randn(samples, 8, generator=torch.Generator().manual_seed(7))
+        data = TensorDataset(x, (x[:, 0] + x[:, 1] > 0).long())
+    losses: list[float] = []
+    applied: list[bool] = []
+
+    class Record(Callback):
+        name = "tiny_fit"
+
+        def on_step_end(self, ctx: Context, step: Step) -> None:
+            losses.append(step.loss_mean)
+            applied.append(step.applied)
+
     trainer = Trainer(
-        (model or _model)(),
+        model() if model else nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2)),
         optimizer or (lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2)),
         loss_fn or _loss_fn,
-        callbacks=[*callbacks, record],
+        callbacks=[*callbacks, Record()],
         sinks=sinks,
         run_dir=run_dir,
     )
-    train = _dataset(samples) if data is None else data
     fit |= {"batch_size": batch_size, "max_steps": steps, "epochs": epochs}
-    result = trainer.fit(train, eval_set=train if evaluate else None, **fit)
+    result = trainer.fit(data, eval_set=data if evaluate else None, **fit)
     weights = {name: t.detach().clone() for name, t in trainer.model.state_dict().items()}
-    return TinyFit(result, record.losses, record.applied, weights)
-
-
-class _Record(Callback):
-    """Keeps the loss of every step, and whether it was applied."""
-
-    name = "tiny_fit"
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.applied: list[bool] = []
-
-    def on_step_end(self, ctx: Context, step: Step) -> None:
-        self.losses.append(step.loss_mean)
-        self.applied.append(step.applied)
-
-
-def _model() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, CLASSES))
-
-
-def _dataset(samples: int) -> TensorDataset:
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randn(samples, 8, generator=generator)
-    return TensorDataset(x, (x[:, 0] + x[:, 1] > 0).long())
+    return TinyFit(result, losses, applied, weights)
 
 
 def _loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Loss:

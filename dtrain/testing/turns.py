@@ -8,9 +8,10 @@ waits and nobody can come, that is known at once; it takes no timeout to find a 
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,7 @@ from types import FrameType
 from typing import Any
 
 from dtrain.distributed import random_state_of_host, restore_random_state
-
-_DTRAIN = str(Path(__file__).resolve().parents[1])
+from dtrain.errors import is_users
 
 
 class Unreachable(RuntimeError):
@@ -27,18 +27,13 @@ class Unreachable(RuntimeError):
 
 
 @dataclass(slots=True)
-class _Visit:
-    what: str
-    place: str
-    error: str = ""
-
-
-@dataclass(slots=True)
 class _Rank:
     wake: threading.Condition
     streams: dict[str, Any]
-    thread: int | None = None
-    visit: _Visit | None = None  # it waits in this meeting
+    thread: int = 0  # its identity
+    meeting: str = ""  # what it waits for,
+    place: str = ""  # from which line,
+    error: str = ""  # and why it went on without that
     away: bool = False  # in a block of aside()
     gone: str = ""  # it has left, and how
 
@@ -48,18 +43,12 @@ _seat: ContextVar["tuple[Turns, int] | None"] = ContextVar("_seat", default=None
 
 
 class Turns:
-    """Lets ``size`` threads run one at a time, and meet.
-
-    All begin with the caller's random streams.
-
-    Ranks: one object serves all.
-    """
+    """Lets ``size`` threads run one at a time, and meet; all begin with the caller's streams."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
-        self._size = size
-        self._timeout_s = timeout_s
+        self._size, self._timeout_s = size, timeout_s
         self._deadline = time.monotonic() + timeout_s
-        self._lock = threading.Lock()  # guards everything below
+        self._lock = threading.RLock()  # guards everything below
         self._ranks = [
             _Rank(threading.Condition(self._lock), random_state_of_host()) for _ in range(size)
         ]
@@ -86,35 +75,29 @@ class Turns:
             with self._lock:
                 self._ranks[rank].gone = how
                 if not self._over:
-                    self._dismiss(self._who_left())
+                    self._dismiss([*self._meetings], self._who_left())
                     self._pass_on()
 
     def meet(self, rank: int, what: str, value: Any) -> list[Any]:
         """Returns what every rank brought to the meeting ``what``, by rank, once all have come.
 
-        Raises:
-            Unreachable: a rank has left, all ranks wait for one another, or time is up.
-
+        Raises Unreachable if a rank has left, all ranks wait for one another, or time is up.
         Ranks: all, communicates.
         """
+        mine = self._ranks[rank]
         with self._lock:
             if why := self._over or self._who_left():
                 raise Unreachable(why)
             brought = self._meetings.setdefault(what, {})
             brought[rank] = value
             if len(brought) < self._size:
-                visit = _Visit(what, _user_place(sys._getframe(1)))
-                self._ranks[rank].visit = visit
+                mine.meeting, mine.place = what, _user_place(sys._getframe(1))
                 self._give_up(rank)
                 self._take(rank)
-                if visit.error:
-                    raise Unreachable(visit.error)
+                if mine.error:
+                    raise Unreachable(mine.error)
             else:  # the last to come keeps its turn
-                del self._meetings[what]
-                for other in sorted(brought):
-                    if other != rank:
-                        self._ranks[other].visit = None
-                        self._ready.append(other)
+                self._dismiss([what])
         return [brought[other] for other in range(self._size)]
 
     @contextmanager
@@ -136,7 +119,9 @@ class Turns:
     def end(self, why: str) -> None:
         """Ends all waiting."""
         with self._lock:
-            self._break(why)
+            self._over = self._over or why
+            for rank in self._ranks:
+                rank.wake.notify()
 
     def seconds_left(self) -> float:
         """Returns how long it may still take."""
@@ -144,7 +129,7 @@ class Turns:
 
     def where_is(self, rank: int) -> str:
         """Returns ``file:line`` where a rank's thread is now, as ``" at ..."``, or nothing."""
-        frame = sys._current_frames().get(self._ranks[rank].thread or 0)
+        frame = sys._current_frames().get(self._ranks[rank].thread)
         return "" if frame is None else f" at {_user_place(frame)}"
 
     # -- with the lock held -----------------------------------------------------------------
@@ -157,52 +142,40 @@ class Turns:
     def _take(self, rank: int) -> None:
         """Returns once it is this rank's turn, with its random streams in place."""
         mine = self._ranks[rank]
-        while self._turn != rank and not self._over:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                self._break(self._late())
-            else:
-                mine.wake.wait(left)
+        left_s = self.seconds_left()
+        if not mine.wake.wait_for(lambda: self._over or self._turn == rank, left_s):
+            absent = [r for r, one in enumerate(self._ranks) if not (one.gone or one.meeting)]
+            places = ", ".join(f"rank {r}{self.where_is(r)}" for r in absent)
+            self.end(f"{self._timeout_s:.3g} s are over, and the others wait for {places}")
         if self._over:
             raise Unreachable(self._over)
         restore_random_state(mine.streams)
 
     def _pass_on(self) -> None:
         """Gives the turn to the next rank, if one may go on."""
-        waiting = {r: rank.visit for r, rank in enumerate(self._ranks) if rank.visit is not None}
+        waiting = [(r, rank) for r, rank in enumerate(self._ranks) if rank.meeting]
         if waiting and not self._ready and not any(rank.away for rank in self._ranks):
-            table = "".join(f"\n  rank {r}: {v.what}, at {v.place}" for r, v in waiting.items())
-            self._dismiss(f"all ranks wait, in different places:{table}")
+            table = "".join(f"\n  rank {r}: {one.meeting}, at {one.place}" for r, one in waiting)
+            self._dismiss([*self._meetings], f"all ranks wait, in different places:{table}")
         self._turn = self._ready.popleft() if self._ready else None
         if self._turn is not None:
             self._ranks[self._turn].wake.notify()
 
-    def _dismiss(self, why: str) -> None:
-        """Ends every meeting that is open; who waits there goes on with an error."""
-        self._meetings.clear()
+    def _dismiss(self, meetings: list[str], error: str = "") -> None:
+        """Ends meetings; who waits there goes on, with the error if there is one."""
         for number, rank in enumerate(self._ranks):
-            if rank.visit is not None:
-                rank.visit.error = why
-                rank.visit = None
+            if rank.meeting in meetings:
+                rank.meeting, rank.error = "", error
                 self._ready.append(number)
-
-    def _break(self, why: str) -> None:
-        self._over = self._over or why
-        for rank in self._ranks:
-            rank.wake.notify()
-
-    def _late(self) -> str:
-        absent = [r for r, rank in enumerate(self._ranks) if not rank.gone and rank.visit is None]
-        places = ", ".join(f"rank {r}{self.where_is(r)}" for r in absent)
-        return f"{self._timeout_s:.3g} s are over, and the others wait for {places}"
+        for what in meetings:
+            del self._meetings[what]
 
     def _who_left(self) -> str:
         gone = [(r, rank.gone) for r, rank in enumerate(self._ranks) if rank.gone]
         return "; ".join(f"rank {r} has left: {how}" for r, how in gone)
 
 
-@contextmanager
-def aside() -> Iterator[None]:
+def aside() -> AbstractContextManager[None]:
     """Lets the other ranks go on while this one waits for something that is not dtrain's.
 
     In :func:`~dtrain.testing.run_ranks` one rank runs at a time, so a rank that waits for a lock,
@@ -217,16 +190,11 @@ def aside() -> Iterator[None]:
     Ranks: all, local.
     """
     turns, rank = _seat.get() or (None, 0)
-    with nullcontext() if turns is None else turns.aside(rank):
-        yield
+    return nullcontext() if turns is None else turns.aside(rank)
 
 
 def _user_place(frame: FrameType) -> str:
-    """Returns ``file:line`` of the innermost frame outside of dtrain, torch and Python itself."""
-    walk: FrameType | None = frame
-    while walk is not None:
-        name = walk.f_code.co_filename
-        if not (name.startswith((_DTRAIN, "<")) or "/torch/" in name or "/lib/python3" in name):
-            return f"{Path(name).name}:{walk.f_lineno}"
-        walk = walk.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    """Returns ``file:line`` of the innermost frame of the user's, or of all where there is none."""
+    calls = [(call.f_code.co_filename, line) for call, line in traceback.walk_stack(frame)]
+    file, line = next((call for call in calls if is_users(call[0])), calls[0])
+    return f"{Path(file).name}:{line}"

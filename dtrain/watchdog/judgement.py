@@ -1,5 +1,6 @@
 """What follows from all heartbeats: pure functions."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def stuck(mine: Heartbeat, stopped: Sequence[int] = ()) -> Blame:
     )
 
 
-def judge(seen: Sequence[Seen], *, silent_s: float | None = None) -> Blame | None:
+def judge(seen: Sequence[Seen], *, silent_s: float = math.inf) -> Blame | None:
     """Returns which of all ranks the others wait for in vain; None while any may still come.
 
     A rank that works is judged by itself; one that waits judges the others, and blames one whose
@@ -73,32 +74,23 @@ def judge(seen: Sequence[Seen], *, silent_s: float | None = None) -> Blame | Non
                 return Blame(one.heartbeat, f"{words}; that is where it was heard of last")
     inside = [one for one in seen if one.heartbeat.inside]
     silent = max(inside, key=lambda one: one.stale_s, default=None)
-    if silent is not None:
-        may = silent.heartbeat.limit_s
-        if silent.stale_s > (may if silent_s is None else min(silent_s, may)):
-            return Blame(
-                silent.heartbeat,
-                f"nothing was heard of it for {silent.stale_s:.1f} s: it is stopped, its host is "
-                "gone, or a call holds the interpreter; that is where it was heard of last",
-            )
+    if silent and silent.stale_s > min(silent_s, silent.heartbeat.limit_s):
+        return Blame(
+            silent.heartbeat,
+            f"nothing was heard of it for {silent.stale_s:.1f} s: it is stopped, its host is "
+            "gone, or a call holds the interpreter; that is where it was heard of last",
+        )
     posts = [one.heartbeat for one in seen]
-    if len(posts) > 1 and all(
-        one.inside and one.waits and one.quiet_s > one.limit_s for one in posts
-    ):
-        return _diverged(posts)
-    return None
-
-
-def _diverged(heartbeats: Sequence[Heartbeat]) -> Blame:
-    alike = Counter(heartbeat.where for heartbeat in heartbeats)
-    odd = min(heartbeats, key=lambda one: (alike[one.where], one.step, one.rank))
-    quiet_s = min(heartbeat.quiet_s for heartbeat in heartbeats)
+    if len(posts) < 2 or not all(p.inside and p.waits and p.quiet_s > p.limit_s for p in posts):
+        return None
+    alike = Counter(post.where for post in posts)
     return Blame(
-        odd,
-        f"all ranks wait for one another, and none has moved for {quiet_s:.1f} s. They are in "
-        "different calls (one of ctx.comm or torch.distributed that not every rank makes?), or the "
-        "network is down. Where they are:",
-        table(heartbeats),
+        min(posts, key=lambda post: (alike[post.where], post.step, post.rank)),
+        "all ranks wait for one another, and none has moved for "
+        f"{min(post.quiet_s for post in posts):.1f} s. They are in different calls (one of "
+        "ctx.comm or torch.distributed that not every rank makes?), or the network is down. "
+        "Where they are:",
+        table(posts),
         RankMismatch,
     )
 
@@ -111,9 +103,9 @@ def table(heartbeats: Sequence[Heartbeat]) -> str:
     return "\n".join(f"  {_ranks(group)}: {where}" for where, group in groups.items())
 
 
-def _ranks(heartbeats: Sequence[Heartbeat], most: int = 8) -> str:
-    names = ", ".join(str(heartbeat.rank) for heartbeat in heartbeats[:most])
-    more = f" and {len(heartbeats) - most} more" if len(heartbeats) > most else ""
+def _ranks(heartbeats: Sequence[Heartbeat]) -> str:
+    names = ", ".join(str(heartbeat.rank) for heartbeat in heartbeats[:8])
+    more = f" and {len(heartbeats) - 8} more" if len(heartbeats) > 8 else ""
     hosts = sorted({heartbeat.host for heartbeat in heartbeats})
     on = ", ".join(hosts[:3]) + (" and others" if len(hosts) > 3 else "")
     return f"{'ranks' if len(heartbeats) > 1 else 'rank'} {names}{more} on {on}"
@@ -143,9 +135,8 @@ def gives_way(mine: Heartbeat, seen: Sequence[Seen]) -> bool:
 def looks(rank: int, size: int) -> Turn:
     """Says when a rank that waits in vain looks at all others, so that one store bears it.
 
-    Up to 64 ranks all do, about once a second. Were it all of 16,384, each would ask for as many
-    posts: minutes of work for the store. So :data:`LOOKERS` ranks do, far from each other, and the
-    others read what those find out; should all of them be lost, the others join, one a second.
+    Up to 64 ranks all do, about once a second. Of 16,384 that would be minutes of its work: so few
+    do, far from each other, and the others read what those find out, or join one by one.
     """
     if size <= ALL_LOOK:
         return Turn(0.0, size / 64)

@@ -1,26 +1,71 @@
-"""What the watchdogs of all ranks tell one another, in the rendezvous store.
+"""What the watchdogs of all ranks tell one another; no call of the store hangs the watchdog."""
 
-Ranks: all, local.
-"""
-
+import faulthandler
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import TypeVar
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed import Heartbeat, World, heartbeat_key, look_up, this_machine
 from dtrain.errors import Failure
-from dtrain.watchdog.bounded import CALL_S, TICK_S, Bounded, arm_timer
 from dtrain.watchdog.judgement import LOOKERS, Seen
 
 T = TypeVar("T")
 
+TICK_S = 0.5  # how often the watchdog looks
+CALL_S = 3.0  # a call of the store that takes longer will not come back
 # Of that many keys the store takes 0.7 us each, of 10,000 in one call 10 us each.
 KEYS_AT_ONCE = 256
+
+
+class Bounded:
+    """Runs calls in a thread of their own, and waits for none longer than its deadline.
+
+    A client of the store waits beyond its time-out where the host is stopped.
+    """
+
+    def __init__(self) -> None:
+        self._last: Future[Any] = Future()
+        self._last.set_result(None)
+        self._lock = threading.Lock()
+
+    def call(self, fn: Callable[[], T], timeout_s: float) -> T:
+        """Returns what ``fn`` does; TimeoutError where it, or an earlier call, does not in time."""
+        with self._lock:
+            if not wait([self._last], timeout_s).done:
+                raise TimeoutError(f"no answer to an earlier call in {timeout_s:g} s")
+            call: Future[T] = Future()
+            self._last = call
+            name = "dtrain watchdog call"
+            threading.Thread(target=_fulfil, args=(call, fn), name=name, daemon=True).start()
+            if not wait([call], timeout_s).done:
+                raise TimeoutError(f"no answer in {timeout_s:g} s")
+            return call.result()
+
+    def join(self) -> None:
+        """Waits for a call that did not return in time."""
+        wait([self._last])
+
+
+def _fulfil(call: "Future[T]", fn: Callable[[], T]) -> None:
+    try:
+        call.set_result(fn())
+    except Exception as error:  # noqa: BLE001 -- raised where it was called
+        call.set_exception(error)
+
+
+def arm_timer(limit_s: float) -> None:
+    """Sets a timer in C, which needs no interpreter, should the calling thread not run again."""
+    if math.isinf(limit_s):
+        faulthandler.cancel_dump_traceback_later()
+    else:
+        within_s = max(limit_s, CALL_S) + 2 * TICK_S
+        faulthandler.dump_traceback_later(within_s, exit=True, file=2)
 
 
 class WatchdogStore:
@@ -30,10 +75,9 @@ class WatchdogStore:
         self.store: Store | None = None  # once it is open
         self.lost = ""  # why the store did not answer the last call, if it did not
         self.limit_s = math.inf  # how long the watchdog's thread may be stuck, besides a call
-        self._idle = world.idle_connections
-        self._connect = connect
+        self._idle, self._connect = world.idle_connections, connect
         self._watcher = 0
-        self._calls = Bounded()
+        self.calls = Bounded()
         self._old = ""  # a failure of an earlier fit
 
     def open(self) -> None:
@@ -50,61 +94,56 @@ class WatchdogStore:
             self._old = _failure_in(store)
             self.store = store  # also where nobody waits for it any more
 
-        self._ask("connect", connect)
+        self._call("connect", connect)
 
     def post(self, mine: Heartbeat) -> None:
         """Leaves a heartbeat for the others."""
         if self.store is None:
             self.open()
-        store = self.store
-        if store is not None:
-            self._ask("post", lambda: store.set(heartbeat_key(mine.rank), mine.to_json()))
+        self._ask("post", lambda store: store.set(heartbeat_key(mine.rank), mine.to_json()))
 
     def close(self, last: Heartbeat) -> None:
         """Leaves the ``last`` heartbeat, and the connection to a later watchdog."""
-        store = self.store
-        if store is not None and not self.lost:
+        if self.store is not None and not self.lost:
             self.post(last)
             if not self.lost:
                 # To connect may take seconds, where names of addresses are looked up.
-                self._idle.append(store)
-
-    def join(self) -> None:
-        """Waits for a call that is still under way."""
-        self._calls.join()
+                self._idle.append(self.store)
 
     def look(self, others: "Others", now: float) -> list[Seen]:
         """Returns all ranks as ``others`` see them; none where the store does not answer."""
-        return self._ask("look", lambda: others.look(now)) or []
+        return self._ask("look", lambda store: others.look(store, now)) or []
 
     def new_failure(self) -> Failure | None:
         """Returns what a rank has left in this fit."""
-        store = self.store
-        text = None if store is None else self._ask("read", lambda: _failure_in(store))
-        return Failure(**json.loads(text)) if text and text != self._old else None
+        return self._new(self._ask("read", _failure_in))
 
     def record(self, failure: Failure) -> Failure:
         """Leaves the failure for the other ranks; returns theirs, where one came first."""
-        store = self.store
-        if store is None:
-            return failure
-        text = json.dumps(asdict(failure))
+        old, text = self._old, json.dumps(asdict(failure))
         # The first one counts. (An expected value that is not there any more is returned.)
-        kept = self._ask("record", lambda: store.compare_set("failure", self._old, text).decode())
-        return Failure(**json.loads(kept)) if kept and kept != self._old else failure
+        kept = self._ask("record", lambda store: store.compare_set("failure", old, text).decode())
+        return self._new(kept) or failure
 
     def is_among_the_first(self) -> bool:
         """Says whether few ranks have asked this before."""
-        store = self.store
-        came = None if store is None else self._ask("looking", lambda: store.add("looking", 1))
+        came = self._ask("looking", lambda store: store.add("looking", 1))
         return came is not None and came <= LOOKERS
 
-    def _ask(self, what: str, call: Callable[[], T]) -> T | None:
+    def _new(self, text: str | None) -> Failure | None:
+        return Failure(**json.loads(text)) if text and text != self._old else None
+
+    def _ask(self, what: str, call: Callable[[Store], T]) -> T | None:
+        """Asks the store, if it is open."""
+        store = self.store
+        return None if store is None else self._call(what, lambda: call(store))
+
+    def _call(self, what: str, call: Callable[[], T]) -> T | None:
         """Calls the store; None where it does not answer, which is remembered."""
         if threading.get_ident() == self._watcher:
             arm_timer(self.limit_s)
         try:
-            answer = self._calls.call(call, TICK_S if self.lost else CALL_S)
+            answer = self.calls.call(call, TICK_S if self.lost else CALL_S)
         except (RuntimeError, TimeoutError) as lost:
             self.lost = self.lost or f"{what}: {lost}"
             return None
@@ -112,38 +151,27 @@ class WatchdogStore:
         return answer
 
 
-@dataclass(frozen=True, slots=True)
-class _Post:
-    """The last post of another rank, and since when it is there, by this rank's clock."""
-
-    heartbeat: Heartbeat
-    since: float
-
-
 class Others:
     """The other ranks, read while something seems wrong."""
 
-    def __init__(self, store: Store, size: int, machine: str | None = None) -> None:
-        self._store = store
+    def __init__(self, size: int, machine: str | None = None) -> None:
         self._size = size
         self._machine = this_machine() if machine is None else machine
-        self._posts: dict[int, _Post] = {}
+        # The last post of each, and since when it is there, by this rank's clock.
+        self._posts: dict[int, tuple[Heartbeat, float]] = {}
 
-    def look(self, now: float) -> list[Seen]:
+    def look(self, store: Store, now: float) -> list[Seen]:
         """Reads all ranks' posts; the clock of ``now`` stands still while this process does."""
-        for rank, text in enumerate(self._read()):
-            heartbeat, known = Heartbeat.from_json(text), self._posts.get(rank)
-            if known is None or known.heartbeat.number != heartbeat.number:
-                self._posts[rank] = _Post(heartbeat, now)
-        return [
-            Seen(post.heartbeat, now - post.since, look_up(post.heartbeat, self._machine))
-            for post in self._posts.values()
-        ]
-
-    def _read(self) -> Iterator[bytes]:
         for first in range(0, self._size, KEYS_AT_ONCE):
             some = range(first, min(first + KEYS_AT_ONCE, self._size))
-            yield from self._store.multi_get([heartbeat_key(rank) for rank in some])
+            texts = store.multi_get([heartbeat_key(rank) for rank in some])
+            for rank, heartbeat in zip(some, map(Heartbeat.from_json, texts), strict=True):
+                if rank not in self._posts or self._posts[rank][0].number != heartbeat.number:
+                    self._posts[rank] = heartbeat, now
+        return [
+            Seen(heartbeat, now - since, look_up(heartbeat, self._machine))
+            for heartbeat, since in self._posts.values()
+        ]
 
 
 def _failure_in(store: Store) -> str:

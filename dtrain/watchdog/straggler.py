@@ -23,22 +23,16 @@ class StragglerClock:
     for the slowest; so the time in backward is left out. On CUDA, kernels run on while the host
     has gone ahead: there it is the host's work and its wait for data that is compared.
 
-    Args:
-        comm: to the other ranks.
-        host: this rank's.
-        size: the world size.
-
     Ranks: all.
     """
 
     def __init__(self, comm: Comm, *, host: str, size: int) -> None:
-        self._comm = comm
-        self._host = host
-        self._size = size
+        self._comm, self._host, self._size = comm, host, size
         self._named: set[int] = set()
         self._began = self._forwarded = 0.0
         self._steps = -1  # the first does not count
-        self._own_s = self._data_s = self._step_s = 0.0
+        self._own_s = self._data_s = 0.0
+        self.seconds = 0.0  # how long the steps took that were not compared yet
 
     def begin_step(self) -> None:
         """A global step begins."""
@@ -60,36 +54,28 @@ class StragglerClock:
         """The step is over."""
         took = perf_counter() - self._began
         self._own_s += took
-        self._step_s += took
+        self.seconds += took
         self._steps += 1
         if not self._steps:
-            self._own_s = self._data_s = self._step_s = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """How long the steps took that were not compared yet."""
-        return self._step_s
+            self._own_s = self._data_s = self.seconds = 0.0
 
     def compare(self, seconds: float) -> str:
         """Returns who holds up the others, in words, if somebody does; and begins anew.
 
-        Args:
-            seconds: the mean of all ranks' :attr:`seconds`, so that all know whether to compare.
-
+        All know from ``seconds``, the mean of all ranks' :attr:`seconds`, whether to compare.
         Ranks: all, communicates once there is enough to compare; equal on all ranks.
         """
         if self._size == 1 or self._steps < STEPS or seconds < SECONDS:
             return ""
-        mine = torch.tensor([self._own_s, self._data_s, self._step_s], dtype=torch.float64)
+        mine = torch.tensor([self._own_s, self._data_s, self.seconds], dtype=torch.float64)
         mine /= self._steps
-        self._own_s = self._data_s = self._step_s = 0.0
+        self._own_s = self._data_s = self.seconds = 0.0
         self._steps = 0
         own, data, step = self._comm.all_gather("stragglers", mine).unbind(1)
         rank = int(own.argmax())
         slowest, median = float(own[rank]), float(own.median())
-        if slowest <= SLOWER * median or slowest - median < WORTH_IT * float(step.mean()):
-            return ""
-        if rank in self._named:
+        slow = slowest > SLOWER * median and slowest - median >= WORTH_IT * float(step.mean())
+        if not slow or rank in self._named:
             return ""
         self._named.add(rank)
         host = self._comm.gather_objects("hosts", self._host)[rank]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.cluster.deadline import Deadline, end_shown, job_end, margin_of
+from dtrain.cluster.signals import Deadline, end_shown, job_end, margin_of
 from dtrain.errors import ConfigError
 
 JOB = {"SLURM_JOB_ID": "7"}

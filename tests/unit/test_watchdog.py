@@ -9,6 +9,7 @@ import sys
 import threading
 from dataclasses import asdict, replace
 from itertools import pairwise
+from traceback import FrameSummary as Line
 
 import pytest
 from torch.distributed import HashStore
@@ -28,10 +29,9 @@ from dtrain.distributed.comm import Comm
 from dtrain.distributed.processes import look_up, this_machine
 from dtrain.distributed.world import World
 from dtrain.errors import ConfigError, Failure
-from dtrain.watchdog.bounded import Bounded
 from dtrain.watchdog.judgement import LOOKERS, Seen, behind, gives_way, judge, looks, stuck, table
-from dtrain.watchdog.stacks import Line, Stack, main_stack
-from dtrain.watchdog.store import KEYS_AT_ONCE, WatchdogStore
+from dtrain.watchdog.stacks import Stack, main_stack
+from dtrain.watchdog.store import KEYS_AT_ONCE, Bounded, WatchdogStore
 from dtrain.watchdog.thread import HANG_EXIT_CODE, Watch
 
 SIZES = [2, 3, 64]
