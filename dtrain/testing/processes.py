@@ -86,8 +86,8 @@ def run_outcomes(
     with tempfile.TemporaryDirectory(prefix="dtrain-ranks-") as folder:
         ranks: list[tuple[ForkServerProcess, Connection, Path]] = []
         for rank in range(world_size):
-            variables = {"OMP_NUM_THREADS": "1"} | (env or {})
-            variables = rank_environment(rank, world_size, store.port) | variables
+            variables = rank_environment(rank, world_size, store.port)
+            variables |= {"OMP_NUM_THREADS": "1"} | (env or {})
             ours, theirs = context.Pipe(duplex=False)
             log = Path(folder) / f"rank-{rank}.txt"
             of_rank = (payload, variables, theirs, str(log))

@@ -139,8 +139,7 @@ def sure(
     if not truth.main.draws and (truth.main.mean_gap or 0.0) > tolerance.loss:
         yield cause("ragged mean", evidence=truth.main.mean_evidence)
     if twins is not None:
-        yield from _rank_in_data(twins)
-        yield from _rank_in_loss(twins, truth.main.draws)
+        yield from _rank_dependent(twins, truth.main.draws)
     if other := other_start(truth, run):
         values = {"other": len(other), "count": len(truth.tensors("initial")), "run": found.title}
         yield cause("other initial parameters", **values, names=_some(other, 3))
@@ -170,33 +169,29 @@ def other_start(truth: Results, run: Results) -> list[str]:
     return [name for name in mine if not torch.equal(mine[name], theirs[name])]
 
 
-def _rank_in_data(twins: Results) -> Iterator[Cause]:
-    mine = twins.main.samples
-    for rank, other in enumerate(twins.ranks[1:], start=1):
-        at = _first_difference(mine, other.samples)
-        if at is not None:
-            count = len({*mine[at]} - {*other.samples[at]})
-            values = {"asked": len(mine[at]), "rank": rank, "count": count, "step": at + 1}
-            yield cause("data that depend on the rank", **values)
-            return
-
-
-def _rank_in_loss(twins: Results, draws: str) -> Iterator[Cause]:
+def _rank_dependent(twins: Results, draws: str) -> list[Cause]:
+    """Returns what ranks with the same samples and random streams do otherwise, each once."""
     main = twins.main
-    drawn = f" It draws random numbers: {draws}." if draws else ""
+    found: dict[str, Cause] = {}
     for rank, other in enumerate(twins.ranks[1:], start=1):
+        name = "data that depend on the rank"
+        if (at := _first_difference(main.samples, other.samples)) is not None:
+            asked = main.samples[at]
+            count = len({*asked} - {*other.samples[at]})
+            seen = {"asked": len(asked), "rank": rank, "count": count, "step": at + 1}
+            found.setdefault(name, cause(name, **seen))
+        name = "a loss function that depends on the rank"
         # Where ranks drift apart, only the first loss is of equal parameters.
         valid = None if main.own_parameters == other.own_parameters else 1
         for what, mine, theirs in (
             ("a mean", main.own_losses[:valid], other.own_losses[:valid]),
             ("a weight", main.own_weights, other.own_weights),
         ):
-            at = _first_difference(mine, theirs)
-            if at is not None:
-                name = "a loss function that depends on the rank"
-                values = {"what": what, "mine": mine[at], "theirs": theirs[at]}
-                yield cause(name, **values, rank=rank, draws=drawn)
-                return
+            if (at := _first_difference(mine, theirs)) is not None:
+                drawn = f" It draws random numbers: {draws}." if draws else ""
+                values = {"what": what, "mine": mine[at], "theirs": theirs[at], "draws": drawn}
+                found.setdefault(name, cause(name, rank=rank, **values))
+    return [found[name] for name in _WORDS if name in found]
 
 
 def _some(names: Sequence[str], most: int) -> str:

@@ -34,9 +34,9 @@ class Record:
     seen: list[str] = field(default_factory=list)  # of dropout, batchnorm, mixup: what was on
     moving_buffers: list[str] = field(default_factory=list)  # that training changes
 
-    # What a look at the loss function and the data found after the last step, if it was asked for.
-    #: How far a batch's loss is from the weighted mean of two parts' losses, relative to it, where
-    #: that is farthest; None where it is not known. And in words.
+    # What a look at the loss function and the data found after the last step, if it was asked for:
+    # how far a batch's loss is from the weighted mean of two parts' losses, relative to it, where
+    # that is farthest (None where it is not known), and in words; and more.
     mean_gap: float | None = None
     mean_evidence: str = ""
     draws: str = ""  # what in the loss function draws random numbers, dropout aside, in words
@@ -162,11 +162,11 @@ def compare(title: str, truth: Results, run: Results, tolerance: Tolerance) -> C
             zero.append(name if drifted == count else f"{name} ({drifted} of {count} numbers)")
     loss_gap = _loss_gap(truth.main.losses, run.main.losses)
     worst, worst_gap = max(gaps.items(), key=lambda item: item[1], default=("", 0.0))
-    parted.sort(key=lambda p: p.gap, reverse=True)
+    farthest = tuple(sorted(parted, key=lambda p: p.gap, reverse=True))
+    parts = loss_gap > tolerance.loss
     own = [rank.own_parameters for rank in run.ranks]
     strays = tuple(rank for rank, digest in enumerate(own) if digest != own[0])
-    parts, loss_parts = (tuple(parted), tuple(zero)), loss_gap > tolerance.loss
-    return Comparison(title, loss_gap, worst, worst_gap, *parts, loss_parts, strays)
+    return Comparison(title, loss_gap, worst, worst_gap, farthest, tuple(zero), parts, strays)
 
 
 def gradient_gaps(

@@ -84,7 +84,7 @@ class Drill:
         self._check_repeats(reference, self._undisturbed("undisturbed, once more"))
         steps = len(reference.starts[0].batches())
         run = {"ranks": self.ranks, "steps": steps, "save_every": self._save_every}
-        drawn = draw(kills=kills, **run, seed=self.seed)
+        drawn = draw(kills=kills, seed=self.seed, **run)
         trials = [self._trial(reference, one, self.ranks) for one in drawn]
         if other_ranks is not None:
             disturbance = replace(drawn[0], kind="kill all", rank=0)

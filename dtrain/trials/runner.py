@@ -30,12 +30,11 @@ class ScriptEnds(BaseException):
 
 
 class Trial(Recorder, Callback):
-    """What becomes of a script's training, on one rank; it is the first of the callbacks, too.
+    """What becomes of a script's training, on one rank; its first callback, too. Ranks: all, local.
 
-    This one lets it be. Ranks: all, local.
+    This one lets it be.
     """
 
-    name = "trial: first"
     done = False  # all that was wanted is recorded; it no longer matters how the script ends
 
     def trainer_arguments(self, given: dict[str, Any], world: World) -> dict[str, Any]:
