@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dtrain.cli.show import Script, ScriptArgs, refusing
+from dtrain.cli.trials import Script, ScriptArgs, refusing
 from dtrain.cluster import Kind, render
 from dtrain.errors import ConfigError
 
@@ -52,15 +52,10 @@ def submit(
         given = dict(_option(text) for text in sbatch or ())
         if not script.is_file():
             raise ConfigError(f"there is no script '{script}' (seen from {Path.cwd()})")
-        options: dict[str, str | None] = {
-            "job-name": name or script.stem,
-            "nodes": str(nodes),
-            "gpus-per-node": str(gpus) if gpus else None,
-            "cpus-per-task": None if cpus is None else str(cpus),
-            "time": time,
-            "partition": partition,
-            "account": account,
-        }
+        options: dict[str, str | None] = {"job-name": name or script.stem, "nodes": str(nodes)}
+        options["gpus-per-node"] = str(gpus) if gpus else None
+        options["cpus-per-task"] = None if cpus is None else str(cpus)
+        options |= {"time": time, "partition": partition, "account": account}
         if cpus is not None:
             options["exclusive"] = None
         kind: Kind = "one_node" if nodes == 1 else "many_nodes"
@@ -71,12 +66,9 @@ def submit(
             options["cpus-per-task"] = None if cpus is None else str(max(1, cpus // tasks))
         options |= given
         command = [str(script), *(args or ())]
+        tasks_of_torchrun = tasks if torchrun else None
         text = render(
-            kind,
-            options=options,
-            command=command,
-            python=sys.executable,
-            ranks=tasks if torchrun else None,
+            kind, options=options, command=command, python=sys.executable, ranks=tasks_of_torchrun
         )
     if dry_run:
         typer.echo(text, nl=False)

@@ -12,6 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -70,10 +71,7 @@ def run_outcomes(
     timeout_s: float = 60.0,
     env: dict[str, str] | None = None,
 ) -> list[Outcome]:
-    """Like :func:`run_processes`, but raises nothing: returns every rank's outcome, by rank.
-
-    Ranks: none; called in the test's process.
-    """
+    """Like :func:`run_processes`, but raises nothing: returns every rank's outcome, by rank."""
     # The rendezvous store lives here, as it lives in torchrun's agent: no rank's death takes
     # it away, and no free port has to be guessed.
     store = serve_store(timeout_s)
@@ -92,8 +90,8 @@ def run_outcomes(
             variables |= {"OMP_NUM_THREADS": "1"} | (env or {})
             ours, theirs = context.Pipe(duplex=False)
             log = Path(folder) / f"rank-{rank}.txt"
-            args_of_rank = (payload, variables, theirs, str(log))
-            process = context.Process(target=_run_rank, args=args_of_rank, name=f"rank {rank}")
+            of_rank = (payload, variables, theirs, str(log))
+            process = context.Process(target=_run_rank, args=of_rank, name=f"rank {rank}")
             process.start()
             theirs.close()
             ranks.append((process, ours, log))
@@ -115,27 +113,18 @@ def run_outcomes(
             connection.close()
             # Not there, where a rank did not even begin in time.
             output = log.read_text(errors="replace") if log.exists() else ""
+            ended = f"ended with code {process.exitcode}"
+            why = "did not come back in time and was killed" if late else ended
+            told = None, DtrainError(f"rank {rank} {why}"), ""
             if message:
                 told = pickle.loads(message)  # noqa: S301 -- from our own child
-            else:
-                code = process.exitcode
-                why = (
-                    "did not come back in time and was killed"
-                    if late
-                    else f"ended with code {code}"
-                )
-                told = None, DtrainError(f"rank {rank} {why}"), ""
-            value, error, trace = told
-            outcomes.append(Outcome(rank, value, error, trace, output, process.exitcode))
+            outcomes.append(Outcome(rank, *told, output, process.exitcode))
             process.close()
     return outcomes
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """Returns what torchrun would give a rank; ``port`` is that of the store where ranks meet.
-
-    Ranks: none; for whoever starts them.
-    """
+    """Returns what torchrun would give a rank; ``port`` is that of the store where ranks meet."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -156,10 +145,10 @@ def _collect(connections: list[Connection], deadline: float) -> dict[int, bytes]
         for ready in wait(open_, timeout=left):
             assert isinstance(ready, Connection)
             open_.remove(ready)
-            try:
-                messages[connections.index(ready)] = ready.recv_bytes()
-            except EOFError:
-                messages[connections.index(ready)] = b""  # gone; its exit code tells more
+            message = b""  # where it is gone; its exit code tells more
+            with suppress(EOFError):
+                message = ready.recv_bytes()
+            messages[connections.index(ready)] = message
     return messages
 
 

@@ -9,18 +9,21 @@ from torch.overrides import TorchFunctionMode
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
-# Python functions, and what they call the probability of dropping out.
-_DROPOUTS = {
-    F.dropout: "p",
-    F.dropout1d: "p",
-    F.dropout2d: "p",
-    F.dropout3d: "p",
-    F.alpha_dropout: "p",
-    F.feature_alpha_dropout: "p",
-    F.multi_head_attention_forward: "dropout_p",
+# What drops out, and what it calls the probability and the switch for training, if there is one.
+_DROPOUTS: dict[Any, tuple[str, str]] = {
+    F.dropout: ("p", "training"),
+    F.dropout1d: ("p", "training"),
+    F.dropout2d: ("p", "training"),
+    F.dropout3d: ("p", "training"),
+    F.alpha_dropout: ("p", "training"),
+    F.feature_alpha_dropout: ("p", "training"),
+    F.multi_head_attention_forward: ("dropout_p", "training"),
+    F.scaled_dot_product_attention: ("dropout_p", ""),
+    torch.dropout: ("p", "train"),
+    torch.alpha_dropout: ("p", "train"),
+    torch.feature_dropout: ("p", "train"),
+    torch.native_dropout: ("p", "train"),
 }
-# (input, p, train)
-_BARE = (torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.native_dropout)
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
@@ -29,22 +32,13 @@ class CallOverrides(TorchFunctionMode):
 
     It sees each of torch's functions as it is called, from modules and the user's own code alike:
     ``F.dropout`` as well as ``nn.Dropout``, and ``logits.float()``, which would round.
-
-    Args:
-        double: lower floating dtypes become float64.
-        without: may hold ``"dropout"`` and ``"batchnorm"``, which are then switched off.
-
-    Attributes:
-        seen: those of the two that were in effect, or would have been.
-
-    Ranks: all, local.
     """
 
     def __init__(self, *, double: bool, without: frozenset[str]) -> None:
         super().__init__()
-        self.seen: set[str] = set()
-        self._double = double
-        self._without = without
+        self._double = double  # lower floating dtypes become float64
+        self._without = without  # of dropout and batchnorm: what is switched off
+        self.seen: set[str] = set()  # of the two: what was in effect, or would have been
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -56,26 +50,17 @@ class CallOverrides(TorchFunctionMode):
             args = tuple(_wide(value) for value in args)
             kwargs = {name: _wide(value) for name, value in kwargs.items()}
         if func in _DROPOUTS:
-            p = _DROPOUTS[func]
+            p, training = _DROPOUTS[func]
             args, kwargs = (), _by_name(func, args, kwargs)
-            if kwargs[p] > 0 and kwargs["training"]:
+            if kwargs.get(p, 0.0) > 0 and kwargs.get(training, True):
                 kwargs[p] = self._note("dropout", kwargs[p], 0.0)
-        elif func is F.scaled_dot_product_attention:
-            if kwargs.get("dropout_p", 0.0) > 0:
-                kwargs = kwargs | {"dropout_p": self._note("dropout", kwargs["dropout_p"], 0.0)}
-            elif len(args) > 4 and args[4] > 0:
-                args = self._less_at(4, args)
-        elif func in _BARE:
-            given = dict(zip(("input", "p", "train"), args, strict=False)) | kwargs
-            args, kwargs = (given["input"], given["p"], given["train"]), {}
-            if given["p"] > 0 and given["train"]:
-                args = self._less_at(1, args)
         elif func in _RECURRENT:
             # (input, hx, weights, has_biases, layers, dropout, training, ...), and with packed
             # sequences one more in front.
             at = 5 if isinstance(args[3], bool) else 6
             if args[at] > 0 and args[at + 1]:
-                args = self._less_at(at, args)
+                p = self._note("dropout", args[at], 0.0)
+                args = (*args[:at], p, *args[at + 1 :])
         elif func is F.batch_norm:
             args, kwargs = (), _by_name(func, args, kwargs)
             if kwargs["training"]:
@@ -86,18 +71,20 @@ class CallOverrides(TorchFunctionMode):
                     kwargs["running_var"] = kwargs["input"].new_ones(channels)
         return func(*args, **kwargs)
 
-    def _less_at(self, at: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*args[:at], self._note("dropout", args[at], 0.0), *args[at + 1 :])
-
     def _note(self, what: str, as_it_is: Any, switched_off: Any) -> Any:
         self.seen.add(what)
         return switched_off if what in self._without else as_it_is
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
-    bound = inspect.signature(func).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments
+    if inspect.isfunction(func):
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+    # What is built in has no signature.
+    attention = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    names = attention if func is F.scaled_dot_product_attention else ("input", "p", "train")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _wide(value: Any) -> Any:

@@ -1,19 +1,16 @@
 """The check: the truth, the other runs, and experiments where numbers part."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dtrain.errors import CheckError, ConfigError
 from dtrain.trials import check_causes
-from dtrain.trials.check_compare import DOUBLE, SINGLE, Comparison, Tolerance, compare
-from dtrain.trials.check_record import Results
-from dtrain.trials.check_report import Cause, Equivalence
+from dtrain.trials.check_compare import DOUBLE, SINGLE, Comparison, Results, Tolerance, compare
 from dtrain.trials.check_trial import SWITCHES, Setup
-from dtrain.trials.launcher import Launcher, check_script, last_line
-
-Progress = Callable[[str], None]
+from dtrain.trials.launcher import Launcher, Progress, check_script, last_line
+from dtrain.trials.report import Cause, Equivalence
 
 
 def check_equivalence(
@@ -63,10 +60,8 @@ def check_equivalence(
     script = Path(script)
     check_script(script, timeout_s)
     if min(ranks, steps, *micro_batches) < 1:
-        raise ConfigError(
-            f"ranks={ranks}, steps={steps}, micro_batches={list(micro_batches)}: all must be 1 or "
-            "more"
-        )
+        given = f"ranks={ranks}, steps={steps}, micro_batches={list(micro_batches)}"
+        raise ConfigError(f"{given}: all must be 1 or more")
     if ranks == 1 and not any(micros > 1 for micros in micro_batches):
         raise ConfigError(
             "nothing to compare: with one rank and one micro-batch there is the truth only. Ask "
@@ -75,8 +70,8 @@ def check_equivalence(
     for name in allow:
         if name not in SWITCHES:
             raise ConfigError(f"allow={name!r}: choose from {', '.join(SWITCHES)}")
-    with Launcher(most_ranks=ranks) as launcher:
-        check = Check(launcher, script, args, ranks, steps, timeout_s, tuple(allow), progress)
+    with Launcher(most_ranks=ranks, progress=progress) as launcher:
+        check = Check(launcher, script, args, ranks, steps, timeout_s, tuple(allow))
         return check.run(micro_batches)
 
 
@@ -89,10 +84,7 @@ class _Run:
 
 @dataclass
 class Check:
-    """One check, from the truth to the causes; :func:`check_equivalence` says what of.
-
-    Ranks: none; the launcher starts them.
-    """
+    """One check, from the truth to the causes; :func:`check_equivalence` says what of."""
 
     launcher: Launcher
     script: str | Path
@@ -101,12 +93,11 @@ class Check:
     steps: int
     timeout_s: float = 300.0
     allow: tuple[str, ...] = ()
-    progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
     tolerance: Tolerance = DOUBLE
 
     def run(self, micro_batches: Sequence[int]) -> Equivalence:
-        """Runs it."""
+        """Runs it. Ranks: none; the launcher starts them."""
         setup, truth = self._truth()
         batch_size = truth.main.batch_size
         if batch_size is None:
@@ -122,8 +113,7 @@ class Check:
             for micros in sorted({1, *micro_batches} - ({1} if ranks == 1 else set())):
                 one = replace(setup, ranks=ranks, micro_batches=micros, batch_size=batch_size)
                 results = self._launch(one, one.title)
-                comparison = compare(one.title, truth, results, self.tolerance)
-                runs.append(_Run(one, results, comparison))
+                runs.append(_Run(one, results, compare(one.title, truth, results, self.tolerance)))
                 results.forget_gradients()
         parted = [run for run in runs if not run.comparison.equal]
         causes = self._causes(setup, truth, parted) if parted else []
@@ -131,15 +121,10 @@ class Check:
         # Where a run parts, a small gradient may move parameters for that reason.
         equal = [run.comparison for run in runs if run.comparison.equal]
         zero = dict.fromkeys(name for one in equal for name in one.zero_gradients)
-        return Equivalence(
-            script=str(self.script),
-            steps=truth.main.steps,
-            dtype="float64" if self.tolerance is DOUBLE else "float32",
-            runs=tuple(run.comparison for run in runs),
-            causes=tuple(causes),
-            zero_gradients=tuple(zero),
-            notes=tuple(self.notes),
-        )
+        dtype = "float64" if self.tolerance is DOUBLE else "float32"
+        found = tuple(run.comparison for run in runs)
+        told = tuple(causes), tuple(zero), tuple(self.notes)
+        return Equivalence(str(self.script), truth.main.steps, dtype, found, *told)
 
     def _truth(self) -> tuple[Setup, Results]:
         """Runs on one rank with one micro-batch; in float64 if the script can do it."""
@@ -153,15 +138,11 @@ class Check:
             # It may be float64 that it cannot do; if not, it fails again, in its own way.
             setup = replace(setup, double=False)
             truth = self._launch(setup, f"{title}, in float32")
-            why = (
-                f"in float64 the script fails ({last_line(error)}), so it was compared in float32, "
-                "where"
-            )
+            failed = f"in float64 the script fails ({last_line(error)})"
+            why = f"{failed}, so it was compared in float32, where"
         if setup.double and truth.main.dtype != "float64":
-            why = (
-                f"the loss comes in {truth.main.dtype}, though its batch and the model are "
-                "float64, so"
-            )
+            came = f"the loss comes in {truth.main.dtype}"
+            why = f"{came}, though its batch and the model are float64, so"
         if why:
             self.tolerance = SINGLE
             self.notes.append(
@@ -170,10 +151,8 @@ class Check:
         return setup, truth
 
     def _launch(self, setup: Setup, title: str) -> Results:
-        if self.progress is not None:
-            self.progress(title)
-        trial, ranks = "dtrain.trials.check_trial", setup.ranks
-        launch = self.launcher.launch(trial, setup, ranks, self.script, self.args, self.timeout_s)
+        self.launcher.say(title)
+        launch = self.launcher.launch(setup, setup.ranks, self.script, self.args, self.timeout_s)
         several = setup.ranks > 1 or setup.micro_batches > 1
         launch.insist(f"on {setup.title}" if several else "on one rank")
         return Results.read(launch.folder, setup.ranks)
@@ -188,9 +167,8 @@ class Check:
 
     def _causes(self, setup: Setup, truth: Results, parted: list[_Run]) -> list[Cause]:
         worst = parted[-1]  # most ranks, most micro-batches: whatever splits does so here
-        examined = truth.main.examined
         suspects = [name for name in truth.main.seen if name not in self.allow]
-        if examined and examined.data_draws and "augmentation" not in self.allow:
+        if truth.main.data_draws and "augmentation" not in self.allow:
             suspects.append("augmentation")
         equal = self._equal_without(suspects, setup, worst.setup) if suspects else None
         switchable = check_causes.switchable(suspects, equal)
@@ -206,11 +184,12 @@ class Check:
         )
         if not found or check_causes.other_start(truth, worst.results):
             results = self._experiment(setup, "one rank once more")
-            if results is not None:
-                again = compare(setup.title, truth, results, self.tolerance)
-                found += [] if again.equal else [check_causes.not_repeatable(again)]
+            again = results and compare(setup.title, truth, results, self.tolerance)
+            if again and not again.equal:
+                gaps = {"loss": again.loss_gap, "worst": again.worst, "gap": again.worst_gap}
+                found.append(check_causes.cause("a training that does not repeat", **gaps))
         if not found and not (suspects and equal is None):
-            found.append(check_causes.UNKNOWN)
+            found.append(check_causes.cause("not found"))
         return [*found, *switchable]
 
     def _equal_without(self, suspects: Sequence[str], setup: Setup, worst: Setup) -> bool | None:
@@ -246,6 +225,5 @@ class Check:
             self.notes.append(f"the training was over after {truth.main.steps} steps.")
         if not all(map(math.isfinite, truth.main.losses)):
             self.notes.append("the loss is not finite, also on one rank with one micro-batch.")
-        examined = truth.main.examined
-        if examined is not None and any(not run.comparison.equal for run in runs):
-            self.notes += [f"could not be looked at: {failure}." for failure in examined.failures]
+        if any(not run.comparison.equal for run in runs):
+            self.notes += [f"could not be looked at: {what}." for what in truth.main.failures]

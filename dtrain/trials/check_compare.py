@@ -1,4 +1,4 @@
-"""Where the numbers of two runs part: loss by loss and tensor by tensor.
+"""What runs of a check leave behind, and where the numbers of two of them part.
 
 Gradients decide, parameters only where gradients say nothing. An optimizer such as Adam divides
 each gradient by its own size, so that what is zero but for rounding still moves its parameter by
@@ -7,11 +7,75 @@ a whole step, in any direction.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
-from dtrain.trials.check_record import Results, gradients_name
+from dtrain.trials.records import EventLog, events
+
+
+@dataclass(slots=True)
+class Record:
+    """What one rank saw."""
+
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)  # of each step, over all ranks
+    own_losses: list[float] = field(default_factory=list)  # of this rank's micro-batches, as the
+    own_weights: list[float] = field(default_factory=list)  # loss function returned them
+    dtype: str = ""  # in which the loss came
+    samples: list[list[str]] = field(default_factory=list)  # by step, a digest of each of its own
+    settings: list[list[dict[str, Any]]] = field(default_factory=list)  # the optimizer's, by step
+    own_parameters: str = ""  # a digest of this rank's, after the last step
+    batch_size: int | None = None  # the global batch the script asked for; None for a stream
+    given_model: str = ""  # a digest of it as the script made it, before ranks were made equal
+    seen: list[str] = field(default_factory=list)  # of dropout, batchnorm, mixup: what was on
+    moving_buffers: list[str] = field(default_factory=list)  # that training changes
+
+    # What a look at the loss function and the data found after the last step, if it was asked for:
+    # how far a batch's loss is from the weighted mean of two parts' losses, relative to it, where
+    # that is farthest (None where it is not known), and in words; and more.
+    mean_gap: float | None = None
+    mean_evidence: str = ""
+    draws: str = ""  # what in the loss function draws random numbers, dropout aside, in words
+    data_draws: bool = False  # the same sample comes out otherwise from other random streams
+    data_wanders: bool = False  # ... from the same streams, fetched again
+    failures: list[str] = field(default_factory=list)  # what could not be tried, and why
+
+    def write(self, folder: Path, rank: int) -> None:
+        EventLog(folder, rank).tell("record", record=asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """A run's folder, read: every rank's record, and rank 0's tensors when asked for."""
+
+    folder: Path
+    ranks: list[Record]
+
+    @classmethod
+    def read(cls, folder: Path, ranks: int) -> "Results":
+        told = (events(folder, rank)[-1]["record"] for rank in range(ranks))
+        return cls(folder, [Record(**record) for record in told])
+
+    @property
+    def main(self) -> Record:
+        return self.ranks[0]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def forget_gradients(self) -> None:
+        """Deletes them: they are most of what a run leaves on the disk."""
+        for path in self.folder.glob(f"{gradients_name('*')}.safetensors"):
+            path.unlink()
+
+
+def gradients_name(step: int | str) -> str:
+    """Returns the name of the file with the gradients of a step, or a pattern for all steps."""
+    return f"gradients-{step}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +124,6 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """The numbers are those of the truth."""
         return not (self.parted or self.loss_parts or self.strays)
 
     @property
@@ -98,18 +161,12 @@ def compare(title: str, truth: Results, run: Results, tolerance: Tolerance) -> C
         elif drifted:
             zero.append(name if drifted == count else f"{name} ({drifted} of {count} numbers)")
     loss_gap = _loss_gap(truth.main.losses, run.main.losses)
-    worst = max(gaps, key=lambda name: gaps[name], default="")
+    worst, worst_gap = max(gaps.items(), key=lambda item: item[1], default=("", 0.0))
+    farthest = tuple(sorted(parted, key=lambda p: p.gap, reverse=True))
+    parts = loss_gap > tolerance.loss
     own = [rank.own_parameters for rank in run.ranks]
-    return Comparison(
-        title=title,
-        loss_gap=loss_gap,
-        worst=worst,
-        worst_gap=gaps.get(worst, 0.0),
-        parted=tuple(sorted(parted, key=lambda p: p.gap, reverse=True)),
-        zero_gradients=tuple(zero),
-        loss_parts=loss_gap > tolerance.loss,
-        strays=tuple(rank for rank, digest in enumerate(own) if digest != own[0]),
-    )
+    strays = tuple(rank for rank, digest in enumerate(own) if digest != own[0])
+    return Comparison(title, loss_gap, worst, worst_gap, farthest, tuple(zero), parts, strays)
 
 
 def gradient_gaps(
@@ -117,8 +174,7 @@ def gradient_gaps(
 ) -> dict[str, float]:
     """Returns how far each tensor's gradients are apart, relative to its largest in ``mine``.
 
-    Infinite where one of them is missing or not finite. No tensor's largest gradient counts as
-    less than ``floor`` of the model's.
+    Infinite where one is missing or not finite. No largest counts as less than ``floor`` of all's.
     """
     largest = {name: _largest(mine[name]) for name in mine}
     unit = floor * max(largest.values(), default=0.0)
@@ -133,9 +189,8 @@ def parameter_gap(
 ) -> tuple[float, int]:
     """Returns how far a parameter is apart, and how many of its weak numbers drifted.
 
-    That is the largest difference of numbers that are not weak, relative to how far the tensor's
-    numbers moved from ``start`` to ``mine``; and the count of weak ones (which rounding alone may
-    have driven) that differ by more than the tolerance.
+    The largest difference of numbers that are not weak, relative to how far the tensor's moved;
+    and the count of weak ones (rounding alone may have driven them) beyond the tolerance.
     """
     moved = _largest(mine - start)
     apart = (theirs - mine).abs()

@@ -1,6 +1,6 @@
 """A check's trial: it leaves out what writes files or rounds numbers, and records a few steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ from dtrain.distributed import World, seed_everything
 from dtrain.plan import FitResult, Plan
 from dtrain.step import PrecisionSlot, adapt
 from dtrain.trainer import Trainer
-from dtrain.trials import samples as of
+from dtrain.trials import records as of
 from dtrain.trials.call_overrides import CallOverrides
-from dtrain.trials.check_record import Record, gradients_name
+from dtrain.trials.check_compare import Record, gradients_name
 from dtrain.trials.examine import examine
-from dtrain.trials.records import digest_of_tensors, write_tensors
 from dtrain.trials.report import plural
 from dtrain.trials.runner import Trial
 
@@ -45,8 +44,7 @@ class Setup:
     steps: int  # global steps to take
     double: bool = True  # compute everything in float64
     without: tuple[str, ...] = ()  # names from SWITCHES
-    #: Every rank gets rank 0's samples and random streams, so that whatever still differs
-    #: between ranks depends on the rank.
+    #: All ranks get rank 0's samples and random streams: what still differs depends on the rank.
     twins: bool = False
     examine: bool = False  # look at the loss function and the data after the last step
     batch_size: int | None = None  # to be used in place of the script's own
@@ -69,54 +67,43 @@ def make_trial(setup: dict[str, Any], folder: Path) -> "CheckTrial":
 class CheckTrial(Trial):
     """Takes a few steps by the user's own plan, and keeps one rank's record in ``folder``.
 
-    Ranks: all, local.
+    As the first callback, it sees batches as they come, and gradients before anybody changes them.
     """
 
     saves = False
 
     def __init__(self, setup: Setup, folder: Path) -> None:
-        self.setup = setup
-        self.folder = folder
+        self.setup, self.folder = setup, folder
         self.record = Record()
         self.overrides = CallOverrides(double=setup.double, without=frozenset(setup.without))
         self.batches: list[tuple[Any, int]] = []
 
     def trainer_arguments(self, given: dict[str, Any], world: World) -> dict[str, Any]:
-        """Leaves out what saves, rounds or splits, and adds callbacks that record."""
-        model: nn.Module = given["model"]
-        if self.setup.double:
+        setup, model = self.setup, given["model"]
+        if setup.double:
             model.double()  # in place: an optimizer that holds the parameters still does
-        self.record.given_model = digest_of_tensors(model.state_dict())
+        self.record.given_model = of.digest_of_tensors(model.state_dict())
+        self._rank = world.rank
         self._loss_fn = adapt(given["loss_fn"])
         seed = given.get("seed")
         self._seed = world.seed if seed is None else seed
-        callbacks = [
-            _First(self, world.rank),
-            *self._kept(given.get("callbacks", ())),
-            _Last(self),
-        ]
+        slots = (AccumulationSlot, CheckpointSlot, PrecisionSlot)
+        callbacks = [one for one in given.get("callbacks", ()) if not isinstance(one, slots)]
+        if any(isinstance(one, Mixup) for one in callbacks):
+            self.record.seen.append("mixup")
+        if "mixup" in setup.without or setup.twins:
+            callbacks = [one for one in callbacks if not isinstance(one, Mixup)]
+        if setup.micro_batches > 1:
+            callbacks.append(GradientAccumulation(steps=setup.micro_batches))
         return given | {
-            "callbacks": callbacks,
+            "callbacks": [*callbacks, _Last(self)],
             "sinks": [],
             "hang_after_s": None,  # a check has a time limit, and says where ranks were
             # Callbacks may want a place for their files; it is not the user's.
             "run_dir": None if given.get("run_dir") is None else self.folder / "run",
         }
 
-    def _kept(self, callbacks: Sequence[Callback]) -> list[Callback]:
-        setup = self.setup
-        slots = (AccumulationSlot, CheckpointSlot, PrecisionSlot)
-        kept = [callback for callback in callbacks if not isinstance(callback, slots)]
-        if any(isinstance(callback, Mixup) for callback in kept):
-            self.record.seen.append("mixup")
-        if "mixup" in setup.without or setup.twins:
-            kept = [callback for callback in kept if not isinstance(callback, Mixup)]
-        if setup.micro_batches > 1:
-            kept.append(GradientAccumulation(steps=setup.micro_batches))
-        return kept
-
     def fit_arguments(self, data: Data, given: dict[str, Any]) -> dict[str, Any]:
-        """Gives the data this check's batch size, and samples that do not depend on ranks."""
         self.record.batch_size = data.batch_size
         if self.setup.batch_size is not None:
             data.batch_size = self.setup.batch_size
@@ -131,7 +118,6 @@ class CheckTrial(Trial):
         return replace(plan, eval_every=None)
 
     def samples_of(self, world: World) -> World:
-        """Gives twins rank 0's samples."""
         return replace(world, rank=0) if self.setup.twins else world
 
     def around_fit(self) -> CallOverrides:
@@ -139,8 +125,7 @@ class CheckTrial(Trial):
         return self.overrides
 
     def finish(self, trainer: Trainer, result: FitResult) -> None:
-        """Examines if that was asked for, and writes what was recorded."""
-        record, model, rank = self.record, trainer.model, trainer.world.rank
+        record, model = self.record, trainer.model
         if self.batches:
             without = frozenset({"dropout", "batchnorm"})
 
@@ -148,76 +133,63 @@ class CheckTrial(Trial):
                 with CallOverrides(double=self.setup.double, without=without):
                     return self._loss_fn(model, batch, trainer.context)
 
-            record.examined = examine(
-                model,
-                loss_of,
-                self.batches,
-                None if self._data.is_stream else self._data,
-                keeps_state=bool(record.moving_buffers),
-            )
+            data = None if self._data.is_stream else self._data
+            examine(model, loss_of, self.batches, data, record)
         record.steps = result.steps
         record.seen = sorted({*record.seen, *self.overrides.seen})
         parameters = dict(model.named_parameters())
-        record.own_parameters = digest_of_tensors(parameters)
-        if rank == 0:
-            write_tensors(self.folder, "final", parameters)
-        record.write(self.folder, rank)
+        record.own_parameters = of.digest_of_tensors(parameters)
+        self._write("final", parameters)
+        record.write(self.folder, self._rank)
         self.done = True
-
-
-class _First(Callback):
-    """First in the list: sees batches as they come, and gradients before anybody changes them."""
-
-    name = "check: first"
-
-    def __init__(self, trial: CheckTrial, rank: int) -> None:
-        self._trial, self._record, self._writes = trial, trial.record, rank == 0
 
     def on_fit_start(self, ctx: Context) -> None:
         self._buffers = {name: b.detach().clone() for name, b in _own_buffers(ctx.model)}
-        if self._writes:
-            write_tensors(self._trial.folder, "initial", dict(ctx.model.named_parameters()))
+        self._write("initial", dict(ctx.model.named_parameters()))
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
-        self._record.samples.append([])
+        self.record.samples.append([])
         # Asked here, this step's reduction carries it.
-        if step.number + 1 >= self._trial.setup.steps:
+        if step.number + 1 >= self.setup.steps:
             ctx.request.stop("the check has seen enough")
 
     def on_batch(self, ctx: Context, step: Step) -> None:
-        self._record.samples[-1] += of.digests(step.batch, step.samples)
-        if self._trial.setup.twins:
+        self.record.samples[-1] += of.digests(step.batch, step.samples)
+        if self.setup.twins:
             # Equal on all ranks, unless the data depend on the rank; then the loss function is
             # to be judged apart from that.
             batch = step.batch
             step.batch = ctx.comm.on_main("a batch for all ranks", lambda: of.copy(batch))
-        if self._trial.setup.double:
+        if self.setup.double:
             step.batch = of.widen(step.batch)
 
     def on_loss(self, ctx: Context, step: Step) -> None:
         assert step.loss is not None
         assert step.loss.weight is not None
-        self._record.own_losses.append(float(step.loss.mean.detach()))
-        self._record.own_weights.append(float(step.loss.weight))
-        self._record.dtype = str(step.loss.mean.dtype).removeprefix("torch.")
+        self.record.own_losses.append(float(step.loss.mean.detach()))
+        self.record.own_weights.append(float(step.loss.weight))
+        self.record.dtype = str(step.loss.mean.dtype).removeprefix("torch.")
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
-        self._record.losses.append(step.loss_mean)
-        self._record.settings.append([_numbers(group) for group in ctx.optimizer.param_groups])
-        if self._writes:
-            grads = {  # none counts as zero: what an optimizer makes of either, parameters tell
-                name: torch.zeros_like(p) if p.grad is None else p.grad
-                for name, p in ctx.model.named_parameters()
-                if p.requires_grad
-            }
-            write_tensors(self._trial.folder, gradients_name(step.number), grads)
+        self.record.losses.append(step.loss_mean)
+        self.record.settings.append([_numbers(group) for group in ctx.optimizer.param_groups])
+        grads = {  # none counts as zero: what an optimizer makes of either, parameters tell
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in ctx.model.named_parameters()
+            if p.requires_grad
+        }
+        self._write(gradients_name(step.number), grads)
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
-        self._record.moving_buffers = [
+        self.record.moving_buffers = [
             name
             for name, buffer in _own_buffers(ctx.model)
             if name in self._buffers and not torch.equal(buffer, self._buffers[name])
         ]
+
+    def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        if self._rank == 0:
+            of.write_tensors(self.folder, name, tensors)
 
 
 class _Last(Callback):
@@ -246,13 +218,12 @@ def _own_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the numbers among an optimizer's settings of one group."""
+    """Returns the numbers among an optimizer's settings of one group, also tuples of some."""
     kept: dict[str, Any] = {}
     for name, value in group.items():
-        if isinstance(value, bool | int | float):
-            kept[name] = value
-        elif isinstance(value, tuple) and all(isinstance(v, int | float) for v in value):
-            kept[name] = list(value)
-        elif isinstance(value, torch.Tensor) and value.numel() == 1:
+        several = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
             kept[name] = float(value)
+        elif all(isinstance(one, int | float) for one in several):
+            kept[name] = value
     return kept

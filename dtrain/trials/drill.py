@@ -2,58 +2,43 @@
 
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dtrain.errors import CheckError, ConfigError
-from dtrain.trials.drill_compare import Difference, compare, compare_resized, tolerance_of
-from dtrain.trials.drill_plan import Disturbance, Start, draw
-from dtrain.trials.drill_record import DrilledRun, LastCheckpoint, StartRecord
-from dtrain.trials.drill_report import Drilled, TrialResult
-from dtrain.trials.launcher import Launch, Launcher, check_script
-from dtrain.trials.report import plural
-
-Progress = Callable[[str], None]
+from dtrain.trials.drill_compare import (
+    Difference,
+    DrilledRun,
+    LastCheckpoint,
+    StartRecord,
+    compare,
+    compare_resized,
+    tolerance_of,
+)
+from dtrain.trials.drill_trial import Disturbance, Start, draw
+from dtrain.trials.launcher import Launch, Launcher, Progress, check_script
+from dtrain.trials.report import Drilled, TrialResult, plural
 
 _MOST_STARTS = 4  # of a trial: one is disturbed; a script may leave once more by itself
 
 
 def drill_script(
     script: str | Path,
-    args: Sequence[str] = (),
+    args: Sequence[str] = (),  # the script's own
     *,
     ranks: int = 2,
-    kills: int = 3,
-    steps: int = 20,
-    seed: int = 0,
-    timeout_s: float = 300.0,
-    other_ranks: int | None = None,
-    progress: Progress | None = None,
+    kills: int = 3,  # in a step; half as many more fall on a save, and one rank is preempted
+    steps: int = 20,  # global steps of each run, at most
+    seed: int = 0,  # of the steps, ranks and moments of all that is done
+    timeout_s: float = 300.0,  # that one start may take
+    other_ranks: int | None = None,  # in one more trial, go on with so many
+    progress: Progress | None = None,  # is told what runs next
 ) -> Drilled:
     """Kills a script's training again and again, and compares how it ends.
 
-    The script runs as it is, in processes of its own, up to the end of its first ``fit``.
-
-    Args:
-        script: a file that calls ``Trainer(...).fit(...)``.
-        args: the script's own arguments.
-        ranks: on how many; as in :func:`~dtrain.check_equivalence`.
-        kills: in a step; half as many more fall on a save, and one rank is preempted.
-        steps: global steps of each run, at most.
-        seed: of the steps, ranks and moments of all that is done.
-        timeout_s: how long one start may take, in seconds.
-        other_ranks: in one more trial, go on with so many ranks.
-        progress: is told what runs next.
-
-    Returns:
-        What was found; ``str()`` of it is a report.
-
-    Raises:
-        ConfigError: an argument is off.
-        CheckError: the script cannot be drilled; the message says why.
-
-    Ranks: none; it starts them.
+    The script runs as it is, in processes of its own, up to the end of its first ``fit``. Raises
+    ConfigError where an argument is off, CheckError where the script cannot be drilled.
     """
     script = Path(script)
     check_script(script, timeout_s)
@@ -66,17 +51,15 @@ def drill_script(
         raise ConfigError(
             f"other_ranks={other_ranks} is the number of ranks of all other trials: ask for another"
         )
-    with Launcher(most_ranks=max(ranks, other_ranks or 1), command="drill") as launcher:
-        one = Drill(launcher, script, args, ranks, steps, seed, timeout_s, progress)
+    most = max(ranks, other_ranks or 1)
+    with Launcher(most_ranks=most, command="drill", progress=progress) as launcher:
+        one = Drill(launcher, script, args, ranks, steps, seed, timeout_s)
         return one.run(kills=kills, other_ranks=other_ranks)
 
 
 @dataclass
 class Drill:
-    """One drill of a script; :func:`drill_script` says what of.
-
-    Ranks: none; the launcher starts them.
-    """
+    """One drill of a script; :func:`drill_script` says what of."""
 
     launcher: Launcher
     script: str | Path
@@ -85,17 +68,12 @@ class Drill:
     steps: int
     seed: int = 0
     timeout_s: float = 300.0
-    progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
     #: Figures and states that no two runs have in common, such as seconds.
     restless: set[tuple[str, str]] = field(default_factory=set)
 
     def run(self, *, kills: int, other_ranks: int | None = None) -> Drilled:
-        """Runs it.
-
-        Raises:
-            CheckError: the script cannot be drilled.
-        """
+        """Runs it. Ranks: none; the launcher starts them."""
         reference = self._undisturbed("undisturbed", first=True)
         if other_ranks is not None and reference.starts[0].main.facts["stream"]:
             raise CheckError(
@@ -105,9 +83,8 @@ class Drill:
             )
         self._check_repeats(reference, self._undisturbed("undisturbed, once more"))
         steps = len(reference.starts[0].batches())
-        drawn = draw(
-            kills=kills, ranks=self.ranks, steps=steps, save_every=self._save_every, seed=self.seed
-        )
+        run = {"ranks": self.ranks, "steps": steps, "save_every": self._save_every}
+        drawn = draw(kills=kills, seed=self.seed, **run)
         trials = [self._trial(reference, one, self.ranks) for one in drawn]
         if other_ranks is not None:
             disturbance = replace(drawn[0], kind="kill all", rank=0)
@@ -117,16 +94,15 @@ class Drill:
                 "compared sample by sample, and parameters and buffers within law 1's tolerance: "
                 f"{tolerance_of(reference.final.model):g} of their norm."
             )
-        return Drilled(
-            str(self.script), self.ranks, steps, self.seed, tuple(trials), tuple(self.notes)
-        )
+        found = tuple(trials), tuple(self.notes)
+        return Drilled(str(self.script), self.ranks, steps, self.seed, *found)
 
     @property
     def _save_every(self) -> int:
         return max(1, self.steps // 5)
 
     def _undisturbed(self, words: str, *, first: bool = False) -> DrilledRun:
-        self._say(words)
+        self.launcher.say(words)
         start = self._new_start(None)
         launch, record = self._launch(start, self.ranks)
         where = "undisturbed" if first else "undisturbed, when it was started a second time"
@@ -187,7 +163,7 @@ class Drill:
         then = plural(ranks, "rank") if resized else ""
         done = disturbance.words(self.ranks)
         words = f"{done}{then and f', then {then}'} at step {disturbance.step}"
-        self._say(words)
+        self.launcher.say(words)
         start = self._new_start(disturbance)
         starts, failure = self._to_its_end(start, ranks)
         if not failure and not starts[0].disturbed:
@@ -195,54 +171,43 @@ class Drill:
                 f"{self.script} came to its end and never to the place for '{words}': it takes "
                 "other steps from run to run, or ends by itself at another one."
             )
-        differences: list[Difference] = []
+        found: list[Difference] = []
         if not failure:
             try:
                 run = DrilledRun(starts, LastCheckpoint.read(Path(start.run_dir)))
+                found = (compare_resized if resized else compare)(reference, run)
             except CheckError as error:
                 failure = f"  {error}"
-            else:
-                differences = (compare_resized if resized else compare)(reference, run)
-        return TrialResult(
-            (starts[0].disturbed or done) + (then and f"; then {then}"),
-            disturbance.step,
-            tuple(one.main.began_at for one in starts[1:] if one.main.began_at is not None),
-            tuple(one for one in differences if (one.what, one.name) not in self.restless),
-            failure,
-        )
+        done = (starts[0].disturbed or done) + (then and f"; then {then}")
+        began = tuple(one.main.began_at for one in starts[1:] if one.main.began_at is not None)
+        found = [one for one in found if (one.what, one.name) not in self.restless]
+        return TrialResult(done, disturbance.step, began, tuple(found), failure)
 
     def _to_its_end(self, start: Start, ranks: int) -> tuple[tuple[StartRecord, ...], str]:
         """Returns what each start left, and why the run never came to its end, if it did not."""
-        starts: list[StartRecord] = []
+        starts: tuple[StartRecord, ...] = ()
         size = self.ranks
         for number in range(_MOST_STARTS):
             launch, record = self._launch(start, size)
-            starts.append(record)
+            starts += (record,)
             if launch.late:
-                return tuple(starts), (
-                    f"  it took longer than {self.timeout_s:g} seconds (--timeout). Where it was:\n"
-                    f"{launch.stuck()}"
-                )
+                took = f"  it took longer than {self.timeout_s:g} seconds (--timeout)"
+                return starts, f"{took}. Where it was:\n{launch.stuck()}"
             if record.finished and not launch.failed:
-                return tuple(starts), ""
+                return starts, ""
             if not (record.disturbed or record.preempted):
                 again = "when started again " if number else ""
-                return tuple(starts), _why(launch, f"{again}on {plural(size, 'rank')}")
+                return starts, _why(launch, f"{again}on {plural(size, 'rank')}")
             start, size = replace(start, disturbance=None), ranks
-        return tuple(starts), f"  it was started {_MOST_STARTS} times, and left each time"
+        return starts, f"  it was started {_MOST_STARTS} times, and left each time"
 
     def _launch(self, start: Start, ranks: int) -> tuple[Launch, StartRecord]:
-        trial = "dtrain.trials.drill_trial"
-        launch = self.launcher.launch(trial, start, ranks, self.script, self.args, self.timeout_s)
+        launch = self.launcher.launch(start, ranks, self.script, self.args, self.timeout_s)
         return launch, StartRecord.read(launch.folder, ranks)
 
     def _new_start(self, disturbance: Disturbance | None) -> Start:
         folder = Path(tempfile.mkdtemp(prefix="trained-", dir=self.launcher.folder))
         return Start(str(folder / "run"), self.steps, self._save_every, disturbance)
-
-    def _say(self, words: str) -> None:
-        if self.progress is not None:
-            self.progress(words)
 
 
 def _why(launch: Launch, where: str) -> str:

@@ -1,20 +1,124 @@
-"""Where a drilled run is not what the undisturbed one was, and which comes first."""
+"""What a drilled training leaves behind, and where it is not what the undisturbed one was."""
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtrain.trials.drill_record import DrilledRun
+from dtrain.checkpoint import find_checkpoint, load_state, load_tensors
+from dtrain.errors import CheckError
+from dtrain.trials.records import events
 
 #: Law 1: the relative distance of norms that rounding may bring between world sizes.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
 _COARSE = 1e-2  # bfloat16 and float16
 _END = math.inf
+
+#: Of a checkpoint's state: what a resumed run must end with, as one that was left alone.
+_KEPT = ("progress", "optimizer", "precision", "callbacks", "shared_rng")
+
+
+@dataclass(slots=True)
+class RankRecord:
+    """What one rank told in one start."""
+
+    began_at: int | None = None  # the step it went on from; None if it did not come that far
+    samples: dict[int, list[str]] = field(default_factory=dict)  # by step, a digest of each
+    #: Rank 0's figures, by kind, step, and how many of that kind came before at that step.
+    reports: dict[tuple[str, int, int], dict[str, float]] = field(default_factory=dict)
+    disturbed: str = ""  # what befell it here, in words
+    preempted: bool = False  # fit returned, and the run is to be continued
+    ended: bool = False  # fit returned
+    #: What the script asked for: run_dir, checkpoint, stream, never_resumes.
+    facts: dict[str, bool] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path, rank: int) -> "RankRecord":
+        record = cls()
+        for event in events(folder, rank):
+            match event:
+                case {"event": "facts", "facts": facts}:
+                    record.facts |= facts
+                case {"event": "began", "step": step}:
+                    record.began_at = step
+                case {"event": "step", "step": step, "samples": samples}:
+                    record.samples[step] = samples
+                case {"event": "report", "kind": kind, "step": step, "values": values}:
+                    before = [key for key in record.reports if key[:2] == (kind, step)]
+                    record.reports[kind, step, len(before)] = values
+                case {"event": "disturbed", "what": what}:
+                    record.disturbed = what
+                case {"event": "ended", "preempted": preempted}:
+                    record.ended, record.preempted = True, preempted
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class StartRecord:
+    """What all ranks told in one start."""
+
+    ranks: tuple[RankRecord, ...]
+
+    @classmethod
+    def read(cls, folder: Path, ranks: int) -> "StartRecord":
+        return cls(tuple(RankRecord.read(folder, rank) for rank in range(ranks)))
+
+    @property
+    def main(self) -> RankRecord:
+        return self.ranks[0]
+
+    @property
+    def disturbed(self) -> str:
+        """What befell it, in words; empty if nothing did."""
+        return next((rank.disturbed for rank in self.ranks if rank.disturbed), "")
+
+    @property
+    def finished(self) -> bool:
+        """The training is done: no other start is needed."""
+        return all(rank.ended and not rank.preempted for rank in self.ranks)
+
+    @property
+    def preempted(self) -> bool:
+        """All ranks left in order, to be started again."""
+        return all(rank.preempted for rank in self.ranks)
+
+    def batches(self) -> dict[int, list[list[str]]]:
+        """Returns for each step that all ranks have done, each rank's samples."""
+        done = set.intersection(*({*rank.samples} for rank in self.ranks))
+        return {step: [rank.samples[step] for rank in self.ranks] for step in sorted(done)}
+
+
+@dataclass(frozen=True, slots=True)
+class LastCheckpoint:
+    """What a run's newest checkpoint holds."""
+
+    step: int  # after which it was made
+    model: dict[str, Tensor]  # parameters and buffers
+    state: dict[str, Any]  # the rest, flat: from optimizer/state/0/exp_avg, say, to its value
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "LastCheckpoint":
+        """Reads the newest intact checkpoint of a run; raises CheckError if there is none."""
+        saved, damage = find_checkpoint(run_dir / "checkpoints")
+        if saved is None:
+            words = ["the training came to its end and left no intact checkpoint", *damage]
+            raise CheckError("; ".join(words))
+        state = load_state(saved.path)
+        kept = {name: state[name] for name in _KEPT}
+        return cls(saved.step, load_tensors(saved.path), dict(_leaves(kept, "")))
+
+
+@dataclass(frozen=True, slots=True)
+class DrilledRun:
+    """One training, from its first start to its end."""
+
+    starts: tuple[StartRecord, ...]  # all but the last ended early
+    final: LastCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +149,8 @@ def compare(reference: DrilledRun, drilled: DrilledRun) -> list[Difference]:
 def compare_resized(reference: DrilledRun, drilled: DrilledRun) -> list[Difference]:
     """Compares where the run went on with another number of ranks.
 
-    The samples of each global batch must be the same, in the same order; parameters and buffers
-    within law 1's tolerance, as the relative distance of their norms.
+    The samples of each global batch must be the same, in order; parameters and buffers within
+    law 1's tolerance, as the relative distance of their norms.
     """
     found = list(_samples(reference, drilled, together=True))
     if steps := list(_steps(reference, drilled)):
@@ -164,3 +268,11 @@ def _number(value: float | None) -> str:
 
 def _again(start: int) -> str:
     return f" after {start} restart{'s' * (start > 1)}" if start else " already before the kill"
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list | tuple):
+        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(below, f"{path}/{key}" if path else str(key))
+    else:
+        yield path, value

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtrain.data import Data, fetch
 from dtrain.distributed import random_state, seed_everything
 from dtrain.step import as_loss
-from dtrain.trials import samples as of
-from dtrain.trials.check_record import Examined
+from dtrain.trials import records as of
+from dtrain.trials.check_compare import Record
 
+# The loss of a batch, with dropout and BatchNorm switched off.
 LossOf = Callable[[Any], Any]
 
 
@@ -25,29 +26,20 @@ def examine(
     loss_of: LossOf,
     batches: Sequence[tuple[Any, int]],
     data: Data | None,
-    *,
-    keeps_state: bool,
-) -> Examined:
-    """Returns what the loss function does with batches, and the data with a sample.
+    found: Record,
+) -> None:
+    """Records what the loss function does with batches, and the data (if any) with a sample.
 
-    Args:
-        model: the trained one; left in the modes it was in.
-        loss_of: the loss function, from a batch, with dropout and BatchNorm switched off.
-        batches: of each step, as the loss function got it, and its samples.
-        data: what was trained on, if it has samples to fetch.
-        keeps_state: in training, a forward changes what the next one gives.
-
-    Ranks: one; local.
+    ``batches`` are each step's, as the loss function got it, and its samples.
     """
-    found = Examined()
     if data is not None:
         _look_at_data(data, found)
     with torch.no_grad():
         _look_at_draws(loss_of, batches[0][0], found)
         modes = [(module, module.training) for module in model.modules()]
         try:
-            # As it trains, too: some losses are another there.
-            for mode in ("eval",) if keeps_state else ("train", "eval"):
+            # As it trains, too (some losses are another there), unless a forward changes the next.
+            for mode in ("eval",) if found.moving_buffers else ("train", "eval"):
                 if mode == "eval":
                     model.eval()
                 for step, (batch, samples) in enumerate(batches, start=1):
@@ -57,11 +49,10 @@ def examine(
         finally:
             for module, training in modes:
                 module.training = training
-    return found
 
 
 def _try_parts(
-    loss_of: LossOf, batch: Any, samples: int, where: str, mode: str, found: Examined
+    loss_of: LossOf, batch: Any, samples: int, where: str, mode: str, found: Record
 ) -> None:
     """Is the loss of a batch the weighted mean of its parts'? Keeps what is farthest from it."""
 
@@ -93,7 +84,7 @@ def _try_parts(
             )
 
 
-def _look_at_draws(loss_of: LossOf, batch: Any, found: Examined) -> None:
+def _look_at_draws(loss_of: LossOf, batch: Any, found: Record) -> None:
     """Which random numbers does the loss function draw?"""
     draws = _Draws()
     before = _streams()
@@ -102,15 +93,11 @@ def _look_at_draws(loss_of: LossOf, batch: Any, found: Examined) -> None:
             loss_of(of.copy(batch))
     except Exception as error:  # noqa: BLE001 -- some code cannot be watched; then it is not
         found.failures.append(f"what the loss draws ({type(error).__name__}: {error})")
-    words = sorted(draws.names)
-    if draws.own_generator:
-        words.append("(with a generator of its own)")
-    # torch's streams tell only what no operation has told.
-    words += [
-        f"from {name}'s global stream"
-        for name, state in _streams().items()
-        if state != before[name] and (name in ("python", "numpy") or not draws.names)
-    ]
+    words = sorted(draws.names) + ["(with a generator of its own)"] * draws.own_generator
+    for name, state in _streams().items():
+        # torch's streams tell only what no operation has told.
+        if state != before[name] and (name in ("python", "numpy") or not draws.names):
+            words.append(f"from {name}'s global stream")
     found.draws = " ".join(words)
 
 
@@ -139,7 +126,7 @@ class _Draws(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _look_at_data(data: Data, found: Examined) -> None:
+def _look_at_data(data: Data, found: Record) -> None:
     """Is a sample the same whenever it is fetched?"""
     rows = list(range(min(4, len(data.dataset))))
 

@@ -1,4 +1,4 @@
-"""What ranks leave in a folder for whoever started them: events, one a line, and tensors."""
+"""What ranks leave in a folder: events, one a line, and tensors; digests and parts of batches."""
 
 import hashlib
 import json
@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from accelerate.utils.operations import recursively_apply
+from safetensors.torch import save_file
 from torch import Tensor
+
+from dtrain.data import tensors_of
+from dtrain.distributed import derive_seed, random_state_kept, seed_everything
 
 
 class EventLog:
-    """Writes one rank's events to a launch's folder.
+    """Writes one rank's events to a launch's folder. Ranks: all, local.
 
     A line is with the kernel once it is written, so a rank that is killed keeps all it had told.
-
-    Ranks: all, local.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -36,17 +38,9 @@ def events(folder: Path, rank: int) -> list[dict[str, Any]]:
 
 
 def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors to a file that :func:`open_tensors` opens."""
-    dense = {
-        key: tensor.detach().to_dense().cpu().contiguous().clone()
-        for key, tensor in tensors.items()
-    }
+    """Writes tensors of any layout and device to one safetensors file."""
+    dense = {key: t.detach().to_dense().cpu().contiguous().clone() for key, t in tensors.items()}
     save_file(dense, folder / f"{name}.safetensors")
-
-
-def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """Reads what :func:`write_tensors` wrote."""
-    return load_file(folder / f"{name}.safetensors")
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -54,11 +48,57 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     whole = hashlib.sha256()
     for name, tensor in tensors.items():
         whole.update(name.encode())
-        whole.update(bytes_of(tensor))
+        whole.update(_bits(tensor))
     return whole.hexdigest()[:16]
 
 
-def bytes_of(tensor: Tensor) -> bytes:
-    """Returns a tensor's bits."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
+def digests(batch: Any, samples: int) -> list[str]:
+    """Returns a digest of each sample in a batch, in order.
+
+    Tensors that are not as long as there are samples belong to no sample, and are left out.
+    """
+    hashes = [hashlib.sha256() for _ in range(samples)]
+    for tensor in tensors_of(batch):
+        if tensor.dim() and len(tensor) == samples:
+            for one, row in zip(hashes, tensor.detach().cpu(), strict=True):
+                one.update(_bits(row))
+    return [one.hexdigest()[:16] for one in hashes]
+
+
+def widen(batch: Any) -> Any:
+    """Returns the batch with its floating tensors in float64."""
+    return recursively_apply(lambda t: t.double() if t.is_floating_point() else t, batch)
+
+
+def copy(batch: Any) -> Any:
+    """Returns the batch with copies of its tensors."""
+    return recursively_apply(lambda t: t.detach().clone(), batch)
+
+
+def part(batch: Any, samples: int, start: int, stop: int) -> Any:
+    """Returns a batch of samples ``start`` to ``stop - 1``; a ValueError if it does not divide."""
+    if {len(tensor) if tensor.dim() else None for tensor in tensors_of(batch)} != {samples}:
+        raise ValueError("its tensors are not all as long as it has samples")
+    return recursively_apply(lambda t: t[start:stop], batch)
+
+
+class SeededByIndex:
+    """A dataset whose samples are each drawn from random streams of their own.
+
+    So random augmentation is the same wherever, and with whichever others, a sample is fetched.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self._dataset, self._seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        with random_state_kept():
+            seed_everything(derive_seed(self._seed, int(index)))
+            return self._dataset[index]
+
+
+def _bits(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -15,6 +15,7 @@ from typing import Any
 
 import dtrain
 import dtrain.trainer
+from dtrain.callback import Callback
 from dtrain.data import Data
 from dtrain.distributed import World, current
 from dtrain.plan import FitResult, Recorder
@@ -25,13 +26,13 @@ RECORDED, FAILED, NEVER_FIT = 0, 1, 3
 
 
 class ScriptEnds(BaseException):
-    """Ends the script: what was to be recorded is. No ``except Exception`` takes it."""
+    """Ends the script, all being recorded. No ``except Exception`` takes it."""
 
 
-class Trial(Recorder):
-    """What becomes of a script's training, on one rank. This one lets it be.
+class Trial(Recorder, Callback):
+    """What becomes of a script's training, on one rank; its first callback, too. Ranks: all, local.
 
-    Ranks: all, local.
+    This one lets it be.
     """
 
     done = False  # all that was wanted is recorded; it no longer matters how the script ends
@@ -53,10 +54,7 @@ class Trial(Recorder):
 
 
 def run_script(trial: Trial, script: str, args: Sequence[str]) -> int:
-    """Runs the script as ``python script args`` would; returns an exit code.
-
-    Ranks: all; communicates where the script does.
-    """
+    """Runs the script as ``python script args`` would; returns an exit code."""
     sys.argv = [script, *args]
     if not sys.flags.safe_path:
         sys.path[0] = os.path.dirname(os.path.abspath(script))
@@ -88,7 +86,8 @@ def _following(trial: Trial) -> type[Trainer]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             given = inspect.signature(Trainer).bind(*args, **kwargs).arguments
             world = current() or dtrain.init(seed=given.get("seed") or 0)
-            super().__init__(**trial.trainer_arguments(given, world))
+            made_of = trial.trainer_arguments(given, world)
+            super().__init__(**made_of | {"callbacks": [trial, *made_of.get("callbacks", ())]})
             self.recorder = trial
 
         def fit(self, train: Any, *, batch_size: int | None = None, **given: Any) -> FitResult:

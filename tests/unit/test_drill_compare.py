@@ -5,10 +5,16 @@ from dataclasses import asdict
 
 import torch
 
-from dtrain.trials.drill_compare import compare, compare_resized, tolerance_of
-from dtrain.trials.drill_plan import Disturbance, Start, draw
-from dtrain.trials.drill_record import DrilledRun, LastCheckpoint, RankRecord, StartRecord
-from dtrain.trials.drill_trial import make_trial
+from dtrain.trials.drill_compare import (
+    DrilledRun,
+    LastCheckpoint,
+    RankRecord,
+    StartRecord,
+    compare,
+    compare_resized,
+    tolerance_of,
+)
+from dtrain.trials.drill_trial import Disturbance, Start, draw, make_trial
 from dtrain.trials.records import EventLog
 
 

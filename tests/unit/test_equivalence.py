@@ -9,10 +9,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dtrain.trials import samples as of
+from dtrain.trials import records as of
 from dtrain.trials.call_overrides import CallOverrides
-from dtrain.trials.check_compare import DOUBLE, compare, gradient_gaps, parameter_gap
-from dtrain.trials.check_record import Record, Results, gradients_name
+from dtrain.trials.check_compare import (
+    DOUBLE,
+    Record,
+    Results,
+    compare,
+    gradient_gaps,
+    gradients_name,
+    parameter_gap,
+)
 from dtrain.trials.check_trial import Setup, make_trial
 from dtrain.trials.records import write_tensors
 
