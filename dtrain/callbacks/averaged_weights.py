@@ -15,21 +15,15 @@ class AveragedWeights(Callback):
 
     Parameters that require a gradient are averaged, in float32 at least. While one is frozen, it
     is what it is: its average begins later.
-
-    Attributes:
-        averages: by the parameter's name.
-
-    Ranks: all, local; parameters are equal on all ranks, and so are their averages.
     """
 
     def __init__(self) -> None:
-        self.averages: dict[str, Tensor] = {}
+        self.averages: dict[str, Tensor] = {}  # by the parameter's name
         self._params: list[Tensor] = []  # in the order of `averages`
         self._own: list[Tensor] = []  # the model's weights, while the averages are in it
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Takes the averages out again, if an earlier ``fit`` left them in the model."""
-        self._take_out()
+        self._take_out()  # if an earlier fit left them in
 
     def _begin(self, model: nn.Module) -> None:
         """Begins an average of every parameter that requires a gradient and has none yet."""

@@ -20,18 +20,9 @@ class GradientNoise(Callback):
     It is drawn on the CPU, because two kinds of GPU would not draw the same: a second or so for
     10^8 parameters. Put it after ``ClipGradients`` in the list, or it is clipped as well.
 
-    Example::
-
-        Trainer(model, optimizer, loss_fn, callbacks=[ClipGradients(1.0), GradientNoise(0.01)])
-
     Args:
         eta: the variance at the first step; the paper chose from 0.01, 0.3 and 1.
         gamma: how fast it fades.
-
-    Raises:
-        ConfigError: ``eta`` is not positive, or ``gamma`` negative.
-
-    Ranks: all, local.
     """
 
     def __init__(self, eta: float, gamma: float = 0.55) -> None:
@@ -43,7 +34,6 @@ class GradientNoise(Callback):
         self._gamma = gamma
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
-        """Adds the noise."""
         sigma = math.sqrt(self._eta / (1 + ctx.progress.updates) ** self._gamma)
         for group in ctx.optimizer.param_groups:
             for p in group["params"]:

@@ -1,7 +1,4 @@
-"""Complaints about what a callback was given, in the same words everywhere.
-
-Ranks: all, local.
-"""
+"""Checks of what a callback was given, which complain in the same words everywhere."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,9 +10,8 @@ def check_counts(
 ) -> None:
     """Raises ConfigError where a value is below ``least``, or is None and may not be."""
     for name, value in values.items():
-        if value is None and or_none:
-            continue
-        if value is None or isinstance(value, bool) or value < least:
+        good = or_none if value is None else not isinstance(value, bool) and value >= least
+        if not good:
             hint = ", or None" * or_none
             raise ConfigError(f"{owner}({name}={value!r}): must be {least} or more{hint}")
 
