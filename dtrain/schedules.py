@@ -26,11 +26,7 @@ Schedule = Callable[[Optimizer, int], LRScheduler]
 
 
 def time_based(decay: float) -> Schedule:
-    """``lr0 / (1 + decay * t)``: the rate falls as 1 / t (Robbins and Monro, 1951).
-
-    Args:
-        decay: after ``1 / decay`` steps the rate is halved.
-    """
+    """``lr0 / (1 + decay * t)`` (Robbins and Monro, 1951): ``1 / decay`` steps halve it."""
     _check("time_based", "decay", decay, decay >= 0, "0 or more")
     return _times(lambda t, total: 1.0 / (1.0 + decay * t))
 
@@ -48,11 +44,7 @@ def step_decay(drop: float, every: int) -> Schedule:
 
 
 def exponential(k: float) -> Schedule:
-    """``lr0 * exp(-k * t)``.
-
-    Args:
-        k: after ``log(2) / k`` steps the rate is halved.
-    """
+    """``lr0 * exp(-k * t)``: each ``log(2) / k`` steps halve it."""
     _check("exponential", "k", k, k >= 0, "0 or more")
     return _times(lambda t, total: math.exp(-k * t))
 
@@ -149,12 +141,8 @@ def one_cycle(
 
 def _times(factor: Callable[[int, int], float]) -> Schedule:
     """Returns the schedule ``lr0 * factor(t, T)``."""
-
     # Plain functions: LambdaLR leaves them out of its state, which is then numbers only.
-    def make(optimizer: Optimizer, total: int) -> LRScheduler:
-        return LambdaLR(optimizer, lambda t: factor(t, total))
-
-    return make
+    return lambda optimizer, total: LambdaLR(optimizer, lambda t: factor(t, total))
 
 
 def _is_count(value: object) -> bool:

@@ -1,6 +1,6 @@
 """Tweaks of the training; one idea, one file.
 
-Each raises ConfigError where an argument is off.
+Each raises ConfigError where an argument is off, DataError where it can make nothing of a batch.
 
 Example::
 

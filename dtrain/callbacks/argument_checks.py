@@ -1,6 +1,6 @@
 """Checks of what a callback was given, which complain in the same words everywhere."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from dtrain.errors import ConfigError
 
@@ -38,8 +38,7 @@ def find_metric(owner: str, name: str, metrics: Mapping[str, float]) -> float:
     return metrics[name]
 
 
-def some_of(names: Iterable[str], most: int) -> str:
+def some_of(names: Sequence[str], most: int) -> str:
     """Returns the first ``most`` names, and how many more there are."""
-    names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + more

@@ -45,18 +45,16 @@ class AveragedWeights(Callback):
         current = [p.detach().to(a.dtype) for p, a in zip(self._params, averages, strict=True)]
         formula(averages, current, count)
 
+    @torch.no_grad()
     def _put_in(self, model: nn.Module) -> None:
         self._find(model)
-        self._own = [p.detach().clone() for p in self._params]
-        _copy(self._params, list(self.averages.values()))
+        self._own = [p.clone() for p in self._params]
+        if self._own:
+            torch._foreach_copy_(self._params, list(self.averages.values()))
 
+    @torch.no_grad()
     def _take_out(self) -> None:
         """Gives the model its own weights back, bit for bit."""
-        _copy(self._params, self._own)
+        if self._own:
+            torch._foreach_copy_(self._params, self._own)
         self._own = []
-
-
-@torch.no_grad()
-def _copy(params: list[Tensor], values: list[Tensor]) -> None:
-    if values:
-        torch._foreach_copy_(params, values)

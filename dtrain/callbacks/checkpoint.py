@@ -20,7 +20,6 @@ class Checkpoint(Callback):
     equal on all ranks is divided among them, and each writes its share. One that cannot be written
     is reported, and tried again at the next report; only the last one of a run must succeed. On
     resuming, CheckpointError tells which of ``modules`` it lacks, or which left out weights differ.
-
     Example: ``Checkpoint(every_steps=500, keep=3, best="eval/accuracy", mode="max")``.
 
     Args:
@@ -51,13 +50,8 @@ class Checkpoint(Callback):
     ) -> None:
         if every_steps is None and every_epochs is None:
             every_epochs = 1
-        check_counts(
-            "Checkpoint",
-            or_none=True,
-            every_steps=every_steps,
-            every_epochs=every_epochs,
-            keep=keep,
-        )
+        check_counts("Checkpoint", or_none=True, every_steps=every_steps, every_epochs=every_epochs)
+        check_counts("Checkpoint", or_none=True, keep=keep)
         check_choice("Checkpoint", "mode", mode, ("min", "max"))
         self.background = background
         self.trainable_only = trainable_only
@@ -98,8 +92,7 @@ class Checkpoint(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        missing = [name for name in self._modules if name not in state["modules"]]
-        if missing:
+        if missing := [name for name in self._modules if name not in state["modules"]]:
             raise CheckpointError(
                 f"Checkpoint(modules=...): the checkpoint has no {', '.join(missing)}; it has "
                 f"{', '.join(state['modules']) or 'none'}"
@@ -108,8 +101,7 @@ class Checkpoint(Callback):
             module.load_state_dict(state["modules"][name])
         self._trained |= set(state["trained"])
         sums = self._frozen_sums
-        changed = [name for name, bits in state["frozen"].items() if sums.get(name) != bits]
-        if changed:
+        if changed := [name for name, bits in state["frozen"].items() if sums.get(name) != bits]:
             raise CheckpointError(
                 "the checkpoint was made with trainable_only=True, and weights that it left out "
                 f"are not what they were then: {some_of(changed, 5)}. Load the same base model "

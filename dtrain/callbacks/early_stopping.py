@@ -19,12 +19,10 @@ class EarlyStopping(Callback):
     A metric by name is agreed, so all ranks stop at the same step. Where ``monitor`` is a function,
     each rank judges by its own value, and ``vote`` decides. Metrics ``eval/...`` are checked after
     each evaluation; ``train/...`` and functions at the end of each epoch.
-
     Example: ``EarlyStopping("eval/accuracy", mode="max", patience=3, restore_best=True)``.
 
     Args:
-        monitor: a metric's name (ConfigError tells where there is none), or a function from the
-            context to this rank's number.
+        monitor: a metric's name, or a function from the context to this rank's number.
         mode: whether less (``"min"``) or more (``"max"``) is better.
         patience: how many checks without improvement are borne.
         min_delta: what counts as an improvement must be larger than this.

@@ -17,8 +17,7 @@ class EMA(AveragedWeights):
     After an applied update, ``average = d * average + (1 - d) * parameter`` (Polyak and Juditsky,
     "Acceleration of stochastic approximation by averaging", 1992, with exponential weights). It
     starts as the parameters are. With ``warmup``, ``d = min(decay, (1 + t) / (10 + t))`` after
-    ``t`` updates of the average, so that the first weights are soon forgotten (as
-    TensorFlow's ``ExponentialMovingAverage`` does with ``num_updates``).
+    ``t`` updates of the average, as in TensorFlow, so that the first weights are soon forgotten.
 
     Parameters that require a gradient are averaged, in float32 at least; buffers are not: an
     evaluation sees the model's own. Evaluations in ``fit`` see the averages; the training, its
@@ -29,8 +28,8 @@ class EMA(AveragedWeights):
         decay: ``d``, from 0 to less than 1.
         warmup: begin with a smaller ``d``.
         every: average after every so many applied updates; ``decay`` is for each averaging.
-        use_at_end: the model holds the averages after ``fit``. A further ``fit`` goes on from
-            the model's own weights, which are kept until then.
+        use_at_end: the model holds the averages after ``fit``; a further ``fit`` goes on from its
+            own weights.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ class Freeze(Callback):
     def on_fit_start(self, ctx: Context) -> None:
         names = [name for name, _ in ctx.model.named_parameters(remove_duplicate=False)]
         for pattern in self._until:
-            if not any(_matches(name, pattern) for name in names):
+            if not any(_matches(name, [pattern]) for name in names):
                 close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
                 meant = f" Did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(
@@ -69,15 +69,14 @@ class Freeze(Callback):
         now = [pattern for pattern, until in self._until.items() if ctx.progress.epoch < until]
         held: dict[nn.Parameter, bool] = {}
         for name, p in ctx.model.named_parameters(remove_duplicate=False):
-            held[p] = held.get(p, False) or any(_matches(name, pattern) for pattern in now)
+            held[p] = held.get(p, False) or _matches(name, now)
         # Only what requires a gradient now is kept in mind, and thawed again.
         self._frozen = [p for p, frozen in held.items() if frozen and p.requires_grad]
         for p in self._frozen:
             p.requires_grad_(False)
         for name, module in ctx.model.named_modules() if self._eval_mode else ():
             inside = [held[p] for p in module.parameters()]
-            named = any(_matches(name, pattern) for pattern in now)
-            if module.training and (named or (inside and all(inside))):
+            if module.training and (_matches(name, now) or (inside and all(inside))):
                 self._resting.append(module)
                 module.training = False
 
@@ -94,5 +93,5 @@ class Freeze(Callback):
         self._frozen, self._resting = [], []
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)

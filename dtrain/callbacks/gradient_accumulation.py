@@ -28,9 +28,8 @@ class GradientAccumulation(Callback):
         self._micro_batch_size = micro_batch_size
 
     def split(self, share: int) -> list[int]:
-        if self._steps is not None:
-            return split_share(share, steps=self._steps)
-        assert self._micro_batch_size is not None
+        if self._micro_batch_size is None:
+            return split_share(share, steps=self.batches_per_step())
         whole, rest = divmod(share, self._micro_batch_size)
         return [self._micro_batch_size] * whole + [rest] * (rest > 0)
 

@@ -15,14 +15,13 @@ class GradientNoise(Callback):
     ``t`` counts the updates so far (Neelakantan et al., "Adding gradient noise improves learning
     for very deep networks", arXiv:1511.06807). The noise is added once a step, to the gradient
     of the global batch, and all ranks draw the same, from ``ctx.shared_rng``: the parameters
-    stay equal, and the variance is not divided by the number of ranks.
-
-    It is drawn on the CPU, because two kinds of GPU would not draw the same: a second or so for
-    10^8 parameters. Put it after ``ClipGradients`` in the list, or it is clipped as well.
+    stay equal, and the variance is not divided by the number of ranks. It is drawn on the CPU,
+    because two kinds of GPU would not draw the same: a second or so for 10^8 parameters. Put it
+    after ``ClipGradients`` in the list, or it is clipped as well.
 
     Args:
-        eta: the variance at the first step; the paper chose from 0.01, 0.3 and 1.
-        gamma: how fast it fades.
+        eta: the variance at the first step, above 0; the paper chose from 0.01, 0.3 and 1.
+        gamma: how fast it fades, 0 or more.
     """
 
     def __init__(self, eta: float, gamma: float = 0.55) -> None:

@@ -15,12 +15,11 @@ class GradientStats(Callback):
 
     Gradients are those of the whole global batch, equal on all ranks and at every world size.
     Before ``ClipGradients`` in the list of callbacks it sees them unclipped, after it clipped.
-    Norms are computed every so many steps, and not read before the next report, so that they
-    cost no host sync; where several fall into one report, their mean is reported. With
-    ``every`` equal to ``fit``'s ``log_every``, each report has the norms of its last step.
+    Norms cost no host sync, as they are not read before the next report.
 
     Args:
-        every: compute them every so many global steps.
+        every: compute them every so many global steps; a report has the mean of those since the
+            last. At ``fit``'s ``log_every``, it has the norms of its last step.
         per: a layer is a ``"parameter"``, or a ``"module"``: a direct child of the model.
     """
 

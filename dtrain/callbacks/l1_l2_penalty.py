@@ -41,7 +41,6 @@ class L1L2Penalty(Callback):
         self._l1 = l1
         self._l2 = l2
         self._chosen = params or (lambda name, parameter: parameter.ndim >= 2)
-        self._params: list[nn.Parameter] = []
 
     def on_fit_start(self, ctx: Context) -> None:
         named = list(ctx.model.named_parameters())

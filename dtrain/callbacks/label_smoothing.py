@@ -7,23 +7,19 @@ from dtrain.errors import ConfigError, DataError
 
 
 class LabelSmoothing(Callback):
-    """Mixes each training target with the uniform distribution over the classes.
+    """Mixes the targets of training batches ``(x, y)`` with the uniform distribution over classes.
 
     ``y = (1 - eps) * onehot(y) + eps / C`` (Szegedy et al., "Rethinking the Inception
     architecture", CVPR 2016). The loss function gets soft targets ``[B, C]``. That is linear in
     the target, so with ``Mixup`` in the list before or after it, the result is the same.
     Evaluation gets its labels as they are; in the loss function, ``hard_labels(y)`` from
-    :mod:`dtrain.callbacks` makes class indices of both for metrics.
-
-    Where the loss is a plain cross entropy, ``F.cross_entropy(logits, y, label_smoothing=0.1)``
-    gives the same without a callback, and ``Trainer(eval_fn=...)`` an evaluation without it.
+    :mod:`dtrain.callbacks` makes class indices of both for metrics. Where the loss is a plain
+    cross entropy, ``F.cross_entropy(logits, y, label_smoothing=0.1)`` gives the same without a
+    callback, and ``Trainer(eval_fn=...)`` an evaluation without it.
 
     Args:
         eps: the part of the uniform distribution.
         num_classes: ``C``.
-
-    Raises:
-        DataError: a batch is no pair of inputs and labels.
     """
 
     def __init__(self, eps: float, num_classes: int) -> None:

@@ -21,13 +21,11 @@ class LogSamples(Callback):
     What the function returns goes to the sinks that can show it, and into
     ``run_dir/samples/step-.../``: a text as ``<name>.txt``, a picture as ``<name>.png``. It is
     asked once an evaluation (of several sets: in the first), and not where rank 0 had no data.
-
     Example: ``LogSamples(lambda outputs, batch: {"first answer": tokenizer.decode(outputs[0])})``.
 
     Args:
         fn: from ``Loss(outputs=...)`` and the micro-batch to a dict from name to text or picture:
-            8-bit values, shape ``[height, width]`` or ``[height, width, 3]``, as an array or
-            tensor. Else ConfigError.
+            an array or tensor of 8-bit values, ``[height, width]`` or ``[height, width, 3]``.
         every: at each evaluation (``"eval"``), or at every so many, from the first on.
 
     Ranks: all, local; ``fn`` runs on rank 0 only.

@@ -3,15 +3,11 @@
 import sys
 from collections import deque
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, check_counts, check_positive
 from dtrain.context import Context, Step
-
-Action = Literal["skip", "stop", "warn"]
-
-_LEAST_SPREAD = 0.01  # of the median; a window of equal losses has a spread of 0
 
 
 class LossSpikeGuard(Callback):
@@ -39,12 +35,12 @@ class LossSpikeGuard(Callback):
         factor: float = 6.0,
         *,
         window: int = 128,
-        action: Action = "skip",
+        action: Literal["skip", "stop", "warn"] = "skip",
         patience: int | None = 10,
     ) -> None:
         check_positive("LossSpikeGuard", factor=factor)
         check_counts("LossSpikeGuard", least=2, window=window)
-        check_choice("LossSpikeGuard", "action", action, get_args(Action))
+        check_choice("LossSpikeGuard", "action", action, ("skip", "stop", "warn"))
         check_counts("LossSpikeGuard", or_none=True, patience=patience)
         self._factor = factor
         self._window = window
@@ -81,7 +77,8 @@ class LossSpikeGuard(Callback):
             return sys.float_info.max
         middle = median(self.losses)
         spread = 1.4826 * median(abs(loss - middle) for loss in self.losses)
-        return middle + self._factor * max(spread, _LEAST_SPREAD * abs(middle))
+        least = 0.01 * abs(middle)  # a window of equal losses has a spread of 0
+        return middle + self._factor * max(spread, least)
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": list(self.losses), "spikes_in_a_row": self.spikes_in_a_row}

@@ -17,7 +17,6 @@ class LRSchedule(Callback):
     Never more often on more ranks, nor with accumulation. Steps that were left out (a loss
     scale overflowed, every rank skipped) are not counted. ``ReduceLROnPlateau`` is stepped
     with an agreed metric after each evaluation, so that all ranks decide alike.
-
     Example: ``LRSchedule(lambda opt, steps: CosineAnnealingLR(opt, steps), every="step")``.
 
     Args:

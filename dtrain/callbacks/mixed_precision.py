@@ -12,9 +12,8 @@ from dtrain.step import Autocast, Precision, ScaledAutocast
 class MixedPrecision(Callback):
     """Runs the loss function under autocast; in fp16 with a dynamic loss scale.
 
-    ``bf16`` needs no loss scale. In ``fp16`` gradients are unscaled before ``on_grads_ready``,
-    so that clipping sees true ones; a step whose gradients overflowed is left out, and
-    schedules do not count it.
+    In ``fp16`` gradients are unscaled before ``on_grads_ready``, so that clipping sees true ones; a
+    step whose gradients overflowed is left out, and schedules do not count it.
 
     Args:
         dtype: what to compute in.

@@ -13,10 +13,10 @@ from dtrain.errors import ConfigError, DataError
 
 
 class Mixup(Callback):
-    """Mixes each micro-batch with itself in another order, inputs and targets alike.
+    """Mixes each micro-batch ``(x, y)`` with itself in another order, inputs and targets alike.
 
-    ``x = m * x_i + (1 - m) * x_j`` and the same for the one-hot targets, with one ``m`` a
-    micro-batch from Beta(alpha, alpha) and ``j`` from a random permutation (Zhang et al.,
+    ``x = m * x_i + (1 - m) * x_j``, of floats, and the same for the one-hot targets, with one ``m``
+    a micro-batch from Beta(alpha, alpha) and ``j`` from a random permutation (Zhang et al.,
     "mixup: Beyond Empirical Risk Minimization", ICLR 2018). The loss function gets soft
     targets ``[B, C]``, which ``F.cross_entropy`` takes; evaluation gets its labels as they are.
 
@@ -26,9 +26,6 @@ class Mixup(Callback):
     Args:
         alpha: how much is mixed: near 0 hardly, at 1 by any share alike.
         num_classes: ``C``.
-
-    Raises:
-        DataError: a batch is no pair of a float tensor and labels.
     """
 
     def __init__(self, alpha: float, num_classes: int) -> None:

@@ -57,16 +57,13 @@ class NonFiniteGuard(Callback):
         self._patience = patience
         self.bad_in_a_row = 0
         self._kept: list[_Kept] = []
-        self._streams: list[Tensor] = []
-        self._with_buffers: list[nn.Module] = []
-        self._buffers: list[Tensor] = []  # as they were before the step
 
     def on_epoch_start(self, ctx: Context) -> None:
         self._with_buffers = [module for module in ctx.model.modules() if module._buffers]
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
         self._kept.clear()
-        self._buffers = [buffer.detach().clone() for buffer in self._buffers_of_model()]
+        self._before = [buffer.detach().clone() for buffer in self._buffers_of_model()]
 
     def on_batch(self, ctx: Context, step: Step) -> None:
         self._streams = [generator.get_state() for generator in _generators(ctx)]
@@ -91,7 +88,7 @@ class NonFiniteGuard(Callback):
             ctx.say(f"warning: {why}")
             return
         step.veto(why)
-        self._put_back(self._buffers)
+        self._put_back(self._before)
         if self._action == "stop" or self.bad_in_a_row == self._patience:
             ctx.request.stop(why)
         else:
@@ -114,8 +111,7 @@ class NonFiniteGuard(Callback):
 
     def _look(self, ctx: Context, step: Step) -> list[str]:
         """Returns what this rank finds, to follow its name."""
-        bad = [repr(name) for name, p in ctx.model.named_parameters() if _kind(p)]
-        if bad:
+        if bad := [repr(name) for name, p in ctx.model.named_parameters() if _kind(p)]:
             return [f": NaN or infinite before the step: parameter {some_of(bad, 3)}"]
         kept = [one for one in self._kept if one.weight is None or float(one.weight) != 0]
         if step.nonfinite:
@@ -128,7 +124,7 @@ class NonFiniteGuard(Callback):
         buffers, found = [b.detach().clone() for b in self._buffers_of_model()], []
         try:
             for one in kept:
-                self._put_back(self._buffers)
+                self._put_back(self._before)
                 _restore(ctx, one.streams)
                 if what := _replay(ctx, one):
                     found.append(f", micro-batch {one.micro}: {what}")

@@ -1,8 +1,8 @@
 """A trace of chosen steps: what ran when, on the host and on the device."""
 
 import os
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -18,16 +18,15 @@ class Profile(Callback):
     """Records steps with ``torch.profiler``, into ``run_dir/profile/rank-...-step-....json``.
 
     Each chosen rank makes a trace, named by its first step, to be opened in
-    https://ui.perfetto.dev or ``chrome://tracing``. Each step is an event ``step N``; they count
-    from 0 and over restarts. Recording slows these steps, on all ranks, which wait for the
-    slowest; leave the first few out, they are not typical. What runs between the chosen steps, such
-    as an evaluation, is in the trace as well. Put it first in the list of callbacks, so that the
-    others' hooks lie within the events. It needs ``Trainer(run_dir=...)``.
-
+    https://ui.perfetto.dev or ``chrome://tracing``. Recording slows these steps, on all ranks,
+    which wait for the slowest. What runs between them, such as an evaluation, is in the trace as
+    well. Put it first in the list of callbacks, so that the others' hooks lie within the events
+    ``step N``. It needs ``Trainer(run_dir=...)``.
     Example: ``Profile(steps=range(10, 13), ranks=(0, 1))``.
 
     Args:
-        steps: ``range(start, stop)`` or ``(start, stop)``; ``stop`` is not recorded.
+        steps: ``range(start, stop)`` or ``(start, stop)``; ``stop`` is not recorded. They count
+            from 0 and over restarts; leave the first few out, they are not typical.
         ranks: which ranks record; those that the run does not have are left out.
         shapes: records the shapes of operators' inputs.
         memory: records what is allocated and freed.
@@ -58,11 +57,8 @@ class Profile(Callback):
         self._profiler = partial(
             torch.profiler.profile, record_shapes=shapes, profile_memory=memory, with_stack=stacks
         )
-        self._rank, self._folder = 0, Path()
-        self._folder = Path()
-        self._recording = ExitStack()  # its end writes the trace
+        self._recording = ExitStack()  # its end waits for the device, once, and writes the trace
         self._event = ExitStack()
-        self._began = False
 
     def on_fit_start(self, ctx: Context) -> None:
         if ctx.run_dir is None:
@@ -94,7 +90,10 @@ class Profile(Callback):
         if not self._began:
             self._began = True
             path = self._folder / f"rank-{self._rank:05d}-step-{step.number:08d}.json"
-            self._recording.enter_context(self._record(ctx.device, path))
+            kind = torch.profiler.ProfilerActivity
+            activities = [kind.CPU, kind.CUDA] if ctx.device.type == "cuda" else [kind.CPU]
+            record = self._profiler(activities=activities, on_trace_ready=partial(_write, path))
+            self._recording.enter_context(record)
         self._event.enter_context(torch.profiler.record_function(f"step {step.number}"))
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
@@ -109,14 +108,9 @@ class Profile(Callback):
 
     on_error = on_fit_end
 
-    @contextmanager
-    def _record(self, device: torch.device, path: Path) -> Iterator[None]:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        with self._profiler(activities=activities) as profiler:
-            yield  # its end waits for the device, once
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".writing")
-        profiler.export_chrome_trace(str(aside))
-        os.replace(aside, path)
+
+def _write(path: Path, profiler: torch.profiler.profile) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".writing")
+    profiler.export_chrome_trace(str(aside))
+    os.replace(aside, path)

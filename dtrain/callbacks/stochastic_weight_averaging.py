@@ -17,11 +17,11 @@ class StochasticWeightAveraging(AveragedWeights):
     Wider Optima and Better Generalization", UAI 2018). The paper holds the learning rate
     constant or cyclic meanwhile, as torch's ``SWALR`` does.
 
-    Parameters that require a gradient are averaged, in float32 at least. Evaluations in ``fit``
-    and checkpoints see the model's own weights; after ``fit`` the model holds the average, so
-    ``Trainer.evaluate`` sees that. Its BatchNorm statistics are those of the last weights:
-    before you use it, call ``torch.optim.swa_utils.update_bn(loader, trainer.model, device)`` on
-    every rank, with the same batches.
+    Parameters that require a gradient are averaged, in float32 at least. Evaluations in ``fit`` and
+    checkpoints see the model's own weights; after ``fit`` it holds the average, and
+    ``Trainer.evaluate`` sees that. Its BatchNorm statistics are those of the last weights: first
+    call ``torch.optim.swa_utils.update_bn(loader, trainer.model, device)`` on every rank, with the
+    same batches.
 
     Args:
         start_epoch: the first epoch whose weights count; epochs are counted from 0.

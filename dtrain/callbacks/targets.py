@@ -10,8 +10,8 @@ from dtrain.errors import DataError
 def hard_labels(y: Tensor) -> Tensor:
     """Returns class indices, ``[B, ...]``; of a mixture, the class with the larger part.
 
-    For metrics in a loss function that is used with ``Mixup`` or ``LabelSmoothing`` in training,
-    and without them in evaluation: ``(logits.argmax(1) == hard_labels(y)).float().mean()``.
+    For metrics in a loss function with ``Mixup`` or ``LabelSmoothing`` in training only, such as
+    ``(logits.argmax(1) == hard_labels(y)).float().mean()``.
 
     Args:
         y: indices, any shape ``[B, ...]``; or a float for each class, ``[B, C, ...]``.

@@ -44,7 +44,6 @@ class Throughput(Callback):
     reads what the ranks agreed on, after backward: the step's length is right on average, but
     ``backward_share`` also holds the device's time for forward and the last optimizer step, which
     :class:`~dtrain.callbacks.Profile` tells apart.
-
     Example: ``Throughput(tokens_per_sample=1024, count_flops=True, peak_flops=989e12)``.
 
     Args:
@@ -64,12 +63,8 @@ class Throughput(Callback):
         count_flops: bool = False,
         peak_flops: float | None = None,
     ) -> None:
-        check_positive(
-            "Throughput",
-            tokens_per_sample=tokens_per_sample,
-            flops_per_sample=flops_per_sample,
-            peak_flops=peak_flops,
-        )
+        check_positive("Throughput", tokens_per_sample=tokens_per_sample, peak_flops=peak_flops)
+        check_positive("Throughput", flops_per_sample=flops_per_sample)
         if count_flops and flops_per_sample is not None:
             raise ConfigError("Throughput: give flops_per_sample or count_flops, not both")
         if peak_flops is not None and not count_flops and flops_per_sample is None:
@@ -80,7 +75,6 @@ class Throughput(Callback):
         self._to_count = count_flops
         self._counting = ExitStack()
         self._counted_in = -1
-        self._devices = 1
         self._sums = dict.fromkeys(PHASES, 0.0)  # seconds since the last report
         self._samples = 0
 
@@ -159,10 +153,7 @@ class Throughput(Callback):
 
 
 class _FlopCounter(TorchDispatchMode):
-    """Counts the FLOPs of what runs while it is entered, and changes nothing.
-
-    torch's own FlopCounterMode would make torch.compile give up on what it first sees inside.
-    """
+    """Counts FLOPs; torch's FlopCounterMode would make torch.compile give up on what it sees."""
 
     flops = 0
 
@@ -170,9 +161,7 @@ class _FlopCounter(TorchDispatchMode):
     def ignore_compile_internals(cls) -> bool:
         return True
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)

@@ -3,14 +3,12 @@
 import re
 import time
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
-
-Then = Literal["stop", "preempt"]
 
 _UNITS_S = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _LIMIT = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in _UNITS_S))
@@ -21,13 +19,11 @@ class TimeLimit(Callback):
 
     Each rank looks at its own clock after every step and evaluation; where it is over on one,
     all leave after the same step. The clock starts anew with each ``fit``, also on a resume.
-
     Example: ``TimeLimit("3h50m", then="preempt")``, in a job of 4 hours that the next continues.
 
     Args:
         limit: seconds, or text such as ``"1d2h3m4s"``, ``"90m"`` or ``"1.5h"``.
-        margin_s: ask so many seconds before the limit, to leave time for what comes after the
-            last step: an evaluation and a checkpoint.
+        margin_s: ask so many seconds earlier, to leave time for a last evaluation and checkpoint.
         then: ``"stop"``: the run is finished; ``"preempt"``: saved, for another start to continue.
         clock: returns seconds; for tests.
     """
@@ -37,10 +33,10 @@ class TimeLimit(Callback):
         limit: str | float,
         *,
         margin_s: float = 0.0,
-        then: Then = "stop",
+        then: Literal["stop", "preempt"] = "stop",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        check_choice("TimeLimit", "then", then, get_args(Then))
+        check_choice("TimeLimit", "then", then, ("stop", "preempt"))
         self._limit = limit
         self._seconds = parse_duration(limit) - margin_s
         if margin_s < 0 or not self._seconds > 0:
@@ -50,8 +46,6 @@ class TimeLimit(Callback):
             )
         self._then = then
         self._clock = clock
-        self._end = 0.0
-        self._asked = False
 
     def on_fit_start(self, ctx: Context) -> None:
         self._end = self._clock() + self._seconds
