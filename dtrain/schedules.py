@@ -26,7 +26,7 @@ Schedule = Callable[[Optimizer, int], LRScheduler]
 
 
 def time_based(decay: float) -> Schedule:
-    """``lr0 / (1 + decay * t)`` (Robbins and Monro, 1951): ``1 / decay`` steps halve it."""
+    """``lr0 / (1 + decay * t)`` (Robbins and Monro, 1951), halved after ``1 / decay`` steps."""
     _check("time_based", "decay", decay, decay >= 0, "0 or more")
     return _times(lambda t, total: 1.0 / (1.0 + decay * t))
 
@@ -44,7 +44,7 @@ def step_decay(drop: float, every: int) -> Schedule:
 
 
 def exponential(k: float) -> Schedule:
-    """``lr0 * exp(-k * t)``: each ``log(2) / k`` steps halve it."""
+    """``lr0 * exp(-k * t)``, halved after each ``log(2) / k`` steps."""
     _check("exponential", "k", k, k >= 0, "0 or more")
     return _times(lambda t, total: math.exp(-k * t))
 

@@ -1,4 +1,4 @@
-"""When to make a checkpoint, and which to keep."""
+"""When to make a checkpoint, and which to keep: fills the checkpoint slot."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

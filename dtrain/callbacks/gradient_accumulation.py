@@ -1,4 +1,4 @@
-"""Gradient accumulation: a rank's share of the global batch in several micro-batches."""
+"""Gradient accumulation, in micro-batches: fills the accumulation slot."""
 
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_counts

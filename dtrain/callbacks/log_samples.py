@@ -65,7 +65,7 @@ class LogSamples(Callback):
                 _keep(ctx, f"{name}.png", _png(image))
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        self._due = False
+        self._due = False  # rank 0 may have had no data
 
     def state_dict(self) -> dict[str, Any]:
         return {"evaluations": self._evaluations}

@@ -1,4 +1,4 @@
-"""Mixed precision: compute in 16 bits, keep parameters in 32."""
+"""Mixed precision: compute in 16 bits, keep parameters in 32. Fills the precision slot."""
 
 from typing import Literal
 
