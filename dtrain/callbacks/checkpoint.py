@@ -34,6 +34,8 @@ class Checkpoint(Callback):
         modules: other modules that a resumed run needs whole, by name: a teacher, a target network.
         background: training waits only while a copy is made, and goes on while it is written. Each
             rank keeps memory for a copy of its share, on its host. False waits for the disk.
+
+    Ranks: all, communicates at a save where there are ``modules``.
     """
 
     def __init__(
