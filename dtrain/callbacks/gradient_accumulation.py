@@ -25,11 +25,11 @@ class GradientAccumulation(Callback):
             "GradientAccumulation", or_none=True, steps=steps, micro_batch_size=micro_batch_size
         )
         self._steps = steps
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size = micro_batch_size or 0
 
     def split(self, share: int) -> list[int]:
-        if self._micro_batch_size is None:
-            return split_share(share, steps=self.batches_per_step())
+        if self._steps is not None:
+            return split_share(share, steps=self._steps)
         whole, rest = divmod(share, self._micro_batch_size)
         return [self._micro_batch_size] * whole + [rest] * (rest > 0)
 

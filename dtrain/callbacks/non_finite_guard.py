@@ -60,13 +60,17 @@ class NonFiniteGuard(Callback):
 
     def on_epoch_start(self, ctx: Context) -> None:
         self._with_buffers = [module for module in ctx.model.modules() if module._buffers]
+        # Torch's alone: NumPy's state takes 100 us to get, and loss functions rarely draw from it.
+        self._generators = [torch.default_generator, ctx.rng, ctx.shared_rng]
+        if ctx.device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
         self._kept.clear()
         self._before = [buffer.detach().clone() for buffer in self._buffers_of_model()]
 
     def on_batch(self, ctx: Context, step: Step) -> None:
-        self._streams = [generator.get_state() for generator in _generators(ctx)]
+        self._streams = [generator.get_state() for generator in self._generators]
 
     def on_loss(self, ctx: Context, step: Step) -> None:
         loss = step.loss
@@ -109,6 +113,10 @@ class NonFiniteGuard(Callback):
         for buffer, kept in zip(self._buffers_of_model(), buffers, strict=False):
             buffer.copy_(kept)
 
+    def _restore(self, streams: list[Tensor]) -> None:
+        for generator, state in zip(self._generators, streams, strict=True):
+            generator.set_state(state)
+
     def _look(self, ctx: Context, step: Step) -> list[str]:
         """Returns what this rank finds, to follow its name."""
         if bad := [repr(name) for name, p in ctx.model.named_parameters() if _kind(p)]:
@@ -120,18 +128,18 @@ class NonFiniteGuard(Callback):
             if not step.nonfinite:
                 return [": the gradient is not finite; not replayed, for SyncBatchNorm"]
             return [f", micro-batch {one.micro}: the loss is {_kind(one.mean)}" for one in kept]
-        streams, others = [g.get_state() for g in _generators(ctx)], random_state()
+        streams, others = [g.get_state() for g in self._generators], random_state()
         buffers, found = [b.detach().clone() for b in self._buffers_of_model()], []
         try:
             for one in kept:
                 self._put_back(self._before)
-                _restore(ctx, one.streams)
+                self._restore(one.streams)
                 if what := _replay(ctx, one):
                     found.append(f", micro-batch {one.micro}: {what}")
             return found
         finally:
             restore_random_state(others)
-            _restore(ctx, streams)
+            self._restore(streams)
             self._put_back(buffers)
 
 
@@ -205,16 +213,3 @@ def _kind(tensor: Tensor) -> str:
     if not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all()):
         return ""
     return "NaN" if bool(tensor.isnan().any()) else "infinite"
-
-
-def _generators(ctx: Context) -> list[torch.Generator]:
-    # Torch's alone: NumPy's state takes 100 us to get, and loss functions rarely draw from it.
-    generators = [torch.default_generator, ctx.rng, ctx.shared_rng]
-    if ctx.device.type == "cuda":
-        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
-    return generators
-
-
-def _restore(ctx: Context, states: list[Tensor]) -> None:
-    for generator, state in zip(_generators(ctx), states, strict=True):
-        generator.set_state(state)
