@@ -1,8 +1,8 @@
 """Learning-rate schedules for ``LRSchedule``: formulas in closed form, on torch's own schedulers.
 
-Each function here returns a function ``(optimizer, total) -> scheduler``, which ``LRSchedule``
-calls once the optimizer and the number of steps are known. In the formulas, ``lr0`` is the
-learning rate that a parameter group was made with, ``t`` counts how often the scheduler was
+Each function returns a function ``(optimizer, total) -> scheduler``, which ``LRSchedule`` calls
+once these are known, or raises ConfigError where an argument is off. In the formulas, ``lr0`` is
+the learning rate that a parameter group was made with, ``t`` counts how often the scheduler was
 stepped (optimizer steps, or epochs with ``every="epoch"``), and ``T`` is how often it will be.
 
 The rate is computed from ``t`` alone and not from the rate before, so rounding does not add up,
@@ -12,8 +12,6 @@ Example::
 
     LRSchedule(warmup_cosine(0.05))
     LRSchedule(step_decay(0.5, every=10), every="epoch")
-
-Ranks: all, local.
 """
 
 import math
@@ -28,14 +26,7 @@ Schedule = Callable[[Optimizer, int], LRScheduler]
 
 
 def time_based(decay: float) -> Schedule:
-    """``lr0 / (1 + decay * t)``: the rate falls as 1 / t (Robbins and Monro, 1951).
-
-    Args:
-        decay: after ``1 / decay`` steps the rate is halved.
-
-    Raises:
-        ConfigError: ``decay`` is negative.
-    """
+    """``lr0 / (1 + decay * t)`` (Robbins and Monro, 1951), halved after ``1 / decay`` steps."""
     _check("time_based", "decay", decay, decay >= 0, "0 or more")
     return _times(lambda t, total: 1.0 / (1.0 + decay * t))
 
@@ -44,11 +35,8 @@ def step_decay(drop: float, every: int) -> Schedule:
     """``lr0 * drop ** floor(t / every)``: a staircase, as in He et al., CVPR 2016.
 
     Args:
-        drop: what the rate is multiplied by at each stair.
-        every: the length of a stair.
-
-    Raises:
-        ConfigError: ``drop`` is not in (0, 1], or ``every`` is no whole number of 1 or more.
+        drop: what the rate is multiplied by at each stair, in (0, 1].
+        every: the length of a stair, in whole steps.
     """
     _check("step_decay", "drop", drop, 0 < drop <= 1, "more than 0 and at most 1")
     _check("step_decay", "every", every, _is_count(every) and every >= 1, "a whole number from 1")
@@ -56,14 +44,7 @@ def step_decay(drop: float, every: int) -> Schedule:
 
 
 def exponential(k: float) -> Schedule:
-    """``lr0 * exp(-k * t)``.
-
-    Args:
-        k: after ``log(2) / k`` steps the rate is halved.
-
-    Raises:
-        ConfigError: ``k`` is negative.
-    """
+    """``lr0 * exp(-k * t)``, halved after each ``log(2) / k`` steps."""
     _check("exponential", "k", k, k >= 0, "0 or more")
     return _times(lambda t, total: math.exp(-k * t))
 
@@ -77,11 +58,9 @@ def warmup_cosine(warmup_steps: int | float, final_fraction: float = 0.0) -> Sch
     Hutter, ICLR 2017, without restarts.
 
     Args:
-        warmup_steps: ``w``: a whole number of steps, or (a float) a fraction of ``T``.
+        warmup_steps: ``w``: a whole number of steps, or (a float) a fraction of ``T``. The run
+            must have more steps than that.
         final_fraction: ``f``: what part of ``lr0`` is left in the end.
-
-    Raises:
-        ConfigError: an argument is off; or, when the run begins, it has ``w`` steps or fewer.
     """
     whole = _is_count(warmup_steps)
     good = warmup_steps >= 0 if whole else isinstance(warmup_steps, float) and 0 <= warmup_steps < 1
@@ -124,11 +103,8 @@ def one_cycle(
         warmup_fraction: which part of the steps goes up.
         start_fraction: the first rate, as a fraction of the peak.
         final_fraction: the last rate, as a fraction of the peak.
-        momentum: lowest (at the peak) and highest momentum (or first beta), which goes against
-            the rate; None leaves momentum alone. The paper: ``(0.85, 0.95)``.
-
-    Raises:
-        ConfigError: an argument is off, or the optimizer has no momentum to change.
+        momentum: lowest (at the peak) and highest momentum (or first beta, or else ConfigError),
+            which goes against the rate; None leaves it alone. The paper: ``(0.85, 0.95)``.
     """
     name = "one_cycle"
     _check(name, "peak_factor", peak_factor, 0 < peak_factor < math.inf, "more than 0")
@@ -165,12 +141,8 @@ def one_cycle(
 
 def _times(factor: Callable[[int, int], float]) -> Schedule:
     """Returns the schedule ``lr0 * factor(t, T)``."""
-
     # Plain functions: LambdaLR leaves them out of its state, which is then numbers only.
-    def make(optimizer: Optimizer, total: int) -> LRScheduler:
-        return LambdaLR(optimizer, lambda t: factor(t, total))
-
-    return make
+    return lambda optimizer, total: LambdaLR(optimizer, lambda t: factor(t, total))
 
 
 def _is_count(value: object) -> bool:

@@ -1,4 +1,15 @@
-"""Tweaks of the training; one idea, one file."""
+"""Tweaks of the training; one idea, one file.
+
+Each raises ConfigError where an argument is off, DataError where it can make nothing of a batch.
+
+Example::
+
+    callbacks = [MixedPrecision("bf16"), ClipGradients(1.0), EMA(decay=0.9999), Checkpoint(keep=5)]
+    Trainer(model, optimizer, loss_fn, callbacks=callbacks)
+
+Ranks: all, local, where a callback does not say otherwise. Parameters and gradients are equal on
+all ranks, and so is what becomes of them.
+"""
 
 from dtrain.callbacks.checkpoint import Checkpoint
 from dtrain.callbacks.clip_gradients import ClipGradients

@@ -15,21 +15,15 @@ class AveragedWeights(Callback):
 
     Parameters that require a gradient are averaged, in float32 at least. While one is frozen, it
     is what it is: its average begins later.
-
-    Attributes:
-        averages: by the parameter's name.
-
-    Ranks: all, local; parameters are equal on all ranks, and so are their averages.
     """
 
     def __init__(self) -> None:
-        self.averages: dict[str, Tensor] = {}
+        self.averages: dict[str, Tensor] = {}  # by the parameter's name
         self._params: list[Tensor] = []  # in the order of `averages`
         self._own: list[Tensor] = []  # the model's weights, while the averages are in it
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Takes the averages out again, if an earlier ``fit`` left them in the model."""
-        self._take_out()
+        self._take_out()  # if an earlier fit left them in
 
     def _begin(self, model: nn.Module) -> None:
         """Begins an average of every parameter that requires a gradient and has none yet."""
@@ -51,18 +45,16 @@ class AveragedWeights(Callback):
         current = [p.detach().to(a.dtype) for p, a in zip(self._params, averages, strict=True)]
         formula(averages, current, count)
 
+    @torch.no_grad()
     def _put_in(self, model: nn.Module) -> None:
         self._find(model)
-        self._own = [p.detach().clone() for p in self._params]
-        _copy(self._params, list(self.averages.values()))
+        self._own = [p.clone() for p in self._params]
+        if self._own:
+            torch._foreach_copy_(self._params, list(self.averages.values()))
 
+    @torch.no_grad()
     def _take_out(self) -> None:
         """Gives the model its own weights back, bit for bit."""
-        _copy(self._params, self._own)
+        if self._own:
+            torch._foreach_copy_(self._params, self._own)
         self._own = []
-
-
-@torch.no_grad()
-def _copy(params: list[Tensor], values: list[Tensor]) -> None:
-    if values:
-        torch._foreach_copy_(params, values)

@@ -1,4 +1,4 @@
-"""When to make a checkpoint, and which to keep."""
+"""When to make a checkpoint, and which to keep: fills the checkpoint slot."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import check_choice, check_counts, some_of
+from dtrain.callbacks.argument_checks import check_choice, check_counts, some_of
 from dtrain.context import Context, Progress
 from dtrain.distributed import share_buffers
 from dtrain.errors import CheckpointError
@@ -18,11 +18,9 @@ class Checkpoint(Callback):
 
     A checkpoint is renamed into place, whole or not at all, before an older one is deleted. What is
     equal on all ranks is divided among them, and each writes its share. One that cannot be written
-    is reported, and tried again at the next report; only the last one of a run must succeed.
-
-    Example::
-
-        Checkpoint(every_steps=500, keep=3, best="eval/accuracy", mode="max")
+    is reported, and tried again at the next report; only the last one of a run must succeed. On
+    resuming, CheckpointError tells which of ``modules`` it lacks, or which left out weights differ.
+    Example: ``Checkpoint(every_steps=500, keep=3, best="eval/accuracy", mode="max")``.
 
     Args:
         every_steps: save after every so many global steps.
@@ -31,17 +29,13 @@ class Checkpoint(Callback):
         best: keep also the one with the best value of this metric.
         mode: whether less (``"min"``) or more (``"max"``) is better.
         trainable_only: leave out weights that have not changed, such as a base model under
-            adapters, and keep those that were ever trained. The script makes the others as it did
-            before; on resuming, they are compared. (They are looked through at each save.)
-        modules: other modules that a resumed run needs as they were, by a name each: a teacher, a
-            target network. All of each is saved.
+            adapters. The script makes these as it did before; on resuming, they are compared.
+            (They are looked through at each save.)
+        modules: other modules that a resumed run needs whole, by name: a teacher, a target network.
         background: training waits only while a copy is made, and goes on while it is written. Each
             rank keeps memory for a copy of its share, on its host. False waits for the disk.
 
-    Raises:
-        ConfigError: an argument is off.
-
-    Ranks: all, local; the saving itself is the Trainer's.
+    Ranks: all, communicates at a save where there are ``modules``.
     """
 
     def __init__(
@@ -58,13 +52,8 @@ class Checkpoint(Callback):
     ) -> None:
         if every_steps is None and every_epochs is None:
             every_epochs = 1
-        check_counts(
-            "Checkpoint",
-            or_none=True,
-            every_steps=every_steps,
-            every_epochs=every_epochs,
-            keep=keep,
-        )
+        check_counts("Checkpoint", or_none=True, every_steps=every_steps, every_epochs=every_epochs)
+        check_counts("Checkpoint", or_none=True, keep=keep)
         check_choice("Checkpoint", "mode", mode, ("min", "max"))
         self.background = background
         self.trainable_only = trainable_only
@@ -74,35 +63,30 @@ class Checkpoint(Callback):
         self._every_steps = every_steps
         self._every_epochs = every_epochs
         self._keep = keep
-        self._best = best
+        self._best = best or ""
         self._sign = 1.0 if mode == "min" else -1.0
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Takes note of what can be trained, and of what all else is like."""
         self._note_trainable(ctx.model)
         self._frozen_sums = self._sums_of_left_out(ctx.model)
 
     def on_epoch_start(self, ctx: Context) -> None:
-        """Takes note of what was unfrozen."""
         self._note_trainable(ctx.model)
 
     on_epoch_end = on_epoch_start  # or unfrozen later than that
 
     def on_save(self, ctx: Context) -> None:
-        """Takes note of what was changed by other means than steps, such as a teacher's weights."""
         for module in self._modules.values():
             share_buffers(module, ctx.comm)  # as those of the model itself
-        self._note_trainable(ctx.model)
+        self._note_trainable(ctx.model)  # and what changed without a step: a teacher's weights
         now, sums = self._sums_of_left_out(ctx.model), self._frozen_sums
         self._trained |= {name for name, bits in now.items() if sums.get(name) != bits}
 
     def select(self, model: nn.Module) -> dict[str, Tensor]:
-        """Fills the checkpoint slot: all, or what can have been trained, and all buffers."""
         left_out = self._left_out(model)
         return {name: t for name, t in model.state_dict().items() if name not in left_out}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the other modules' state, and what there is to know of weights left out."""
         return {
             "modules": {name: module.state_dict() for name, module in self._modules.items()},
             "trained": sorted(self._trained) if self.trainable_only else [],
@@ -110,13 +94,7 @@ class Checkpoint(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the other modules, and compares the weights that were left out.
-
-        Raises:
-            CheckpointError: a module is missing there, or weights are not as they were.
-        """
-        missing = [name for name in self._modules if name not in state["modules"]]
-        if missing:
+        if missing := [name for name in self._modules if name not in state["modules"]]:
             raise CheckpointError(
                 f"Checkpoint(modules=...): the checkpoint has no {', '.join(missing)}; it has "
                 f"{', '.join(state['modules']) or 'none'}"
@@ -125,8 +103,7 @@ class Checkpoint(Callback):
             module.load_state_dict(state["modules"][name])
         self._trained |= set(state["trained"])
         sums = self._frozen_sums
-        changed = [name for name, bits in state["frozen"].items() if sums.get(name) != bits]
-        if changed:
+        if changed := [name for name, bits in state["frozen"].items() if sums.get(name) != bits]:
             raise CheckpointError(
                 "the checkpoint was made with trainable_only=True, and weights that it left out "
                 f"are not what they were then: {some_of(changed, 5)}. Load the same base model "
@@ -134,24 +111,20 @@ class Checkpoint(Callback):
             )
 
     def due_after_step(self, progress: Progress) -> bool:
-        """Fills the checkpoint slot: every ``every_steps``."""
         return self._every_steps is not None and progress.step % self._every_steps == 0
 
     def due_after_epoch(self, progress: Progress) -> bool:
-        """Fills the checkpoint slot: every ``every_epochs``, or ``every_steps`` fell on it."""
         by_epoch = self._every_epochs is not None and (progress.epoch + 1) % self._every_epochs == 0
-        return by_epoch or self.due_after_step(progress)
+        return by_epoch or self.due_after_step(progress)  # which may fall on the epoch's end
 
     def prune(self, saved: list[tuple[int, dict[str, float]]]) -> list[int]:
-        """Fills the checkpoint slot: all but the newest ``keep``, and the best."""
         if self._keep is None:
             return []
         kept = {step for step, _ in saved[-self._keep :]}
-        if self._best is not None:
-            best = self._best
-            scored = [(self._sign * values[best], step) for step, values in saved if best in values]
-            if scored:
-                kept.add(min(scored)[1])
+        best = self._best
+        scored = [(self._sign * values[best], step) for step, values in saved if best in values]
+        if scored:
+            kept.add(min(scored)[1])
         return [step for step, _ in saved if step not in kept]
 
     def _note_trainable(self, model: nn.Module) -> None:

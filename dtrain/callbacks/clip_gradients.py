@@ -15,18 +15,9 @@ class ClipGradients(Callback):
     Euclidean norm is larger (Pascanu et al., "On the difficulty of training recurrent neural
     networks", ICML 2013). The norm is logged as ``grad_norm`` without a host sync.
 
-    Example::
-
-        Trainer(model, optimizer, loss_fn, callbacks=[ClipGradients(max_norm=1.0)])
-
     Args:
         max_norm: largest joint norm.
-        max_value: largest absolute value of each entry.
-
-    Raises:
-        ConfigError: not exactly one of them is given, or it is not positive.
-
-    Ranks: all, local; gradients are equal on all ranks, and so is what becomes of them.
+        max_value: largest absolute value of each entry. One of the two must be given.
     """
 
     def __init__(self, max_norm: float | None = None, *, max_value: float | None = None) -> None:
@@ -40,7 +31,6 @@ class ClipGradients(Callback):
         self._max_value = max_value
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
-        """Clips."""
         if self._max_value is not None:
             for grad in ctx.gradients():
                 grad.clamp_(-self._max_value, self._max_value)

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import check_choice, find_metric
+from dtrain.callbacks.argument_checks import check_choice, find_metric
 from dtrain.context import Context
 from dtrain.distributed import Rule
 from dtrain.errors import ConfigError
@@ -19,10 +19,7 @@ class EarlyStopping(Callback):
     A metric by name is agreed, so all ranks stop at the same step. Where ``monitor`` is a function,
     each rank judges by its own value, and ``vote`` decides. Metrics ``eval/...`` are checked after
     each evaluation; ``train/...`` and functions at the end of each epoch.
-
-    Example::
-
-        EarlyStopping("eval/accuracy", mode="max", patience=3, restore_best=True)
+    Example: ``EarlyStopping("eval/accuracy", mode="max", patience=3, restore_best=True)``.
 
     Args:
         monitor: a metric's name, or a function from the context to this rank's number.
@@ -31,9 +28,6 @@ class EarlyStopping(Callback):
         min_delta: what counts as an improvement must be larger than this.
         restore_best: at the end, the model gets the weights of the best check.
         vote: for a function: stop if ``"any"``, the ``"majority"`` or ``"all"`` ranks would.
-
-    Raises:
-        ConfigError: an argument is off, or there is no such metric.
 
     Ranks: all, communicates once a check where ``monitor`` is a function.
     """
@@ -72,7 +66,6 @@ class EarlyStopping(Callback):
         self._weights: dict[str, Tensor] = {}
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Refuses a metric that can never be there."""
         if self._judge is None and not self._metric.startswith(("train/", "eval/")):
             raise ConfigError(
                 f"EarlyStopping({self._metric!r}): a metric's name begins with 'train/' or 'eval/'"
@@ -81,19 +74,16 @@ class EarlyStopping(Callback):
             raise ConfigError(f"EarlyStopping({self._metric!r}) needs fit(eval_set=...)")
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        """Checks an ``eval/...`` metric."""
         if self._after_evaluation:
             self._check(ctx, find_metric("EarlyStopping", self._metric, metrics))
 
     def on_epoch_end(self, ctx: Context) -> None:
-        """Checks a ``train/...`` metric, or asks the function."""
         if self._judge is not None:
             self._check(ctx, float(self._judge(ctx)))
         elif not self._after_evaluation:
             self._check(ctx, find_metric("EarlyStopping", self._metric, ctx.metrics))
 
     def on_fit_end(self, ctx: Context) -> None:
-        """Gives the model its best weights, if asked to."""
         if self._weights:
             ctx.model.load_state_dict(self._weights)
 
@@ -102,8 +92,7 @@ class EarlyStopping(Callback):
             self.best = self._sign * value
             self.bad_checks = 0
             if self._restore_best:
-                state = ctx.model.state_dict()
-                self._weights = {name: tensor.detach().clone() for name, tensor in state.items()}
+                self._weights = {n: t.detach().clone() for n, t in ctx.model.state_dict().items()}
         else:
             self.bad_checks += 1  # NaN is no improvement
         enough = self.bad_checks > 0 and self.bad_checks >= self._patience
@@ -114,10 +103,8 @@ class EarlyStopping(Callback):
             ctx.request.stop(f"early stopping: {what} has not improved {self.bad_checks} times")
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best value, its weights, and the patience used up."""
         return {"best": self.best, "bad_checks": self.bad_checks, "weights": self._weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
         self.best, self.bad_checks = state["best"], state["bad_checks"]
         self._weights = state["weights"]

@@ -1,15 +1,12 @@
-"""An exponential moving average of the weights, evaluated in their place.
-
-The formula is torch's. Its ``AveragedModel`` is not used: it needs a model that can be deep-copied,
-and reads a counter from the device in each step.
-"""
+"""An exponential moving average of the weights, evaluated in their place."""
 
 from typing import Any
 
+# Not AveragedModel: it deep-copies the model, and reads a counter from the device in each step.
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from dtrain.callbacks.argument_checks import check_counts
 from dtrain.callbacks.averaged_weights import AveragedWeights
-from dtrain.callbacks.complaints import check_counts
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
 
@@ -20,31 +17,19 @@ class EMA(AveragedWeights):
     After an applied update, ``average = d * average + (1 - d) * parameter`` (Polyak and Juditsky,
     "Acceleration of stochastic approximation by averaging", 1992, with exponential weights). It
     starts as the parameters are. With ``warmup``, ``d = min(decay, (1 + t) / (10 + t))`` after
-    ``t`` updates of the average, so that the first weights are soon forgotten (as
-    TensorFlow's ``ExponentialMovingAverage`` does with ``num_updates``).
+    ``t`` updates of the average, as in TensorFlow, so that the first weights are soon forgotten.
 
     Parameters that require a gradient are averaged, in float32 at least; buffers are not: an
     evaluation sees the model's own. Evaluations in ``fit`` see the averages; the training, its
     checkpoints (which hold both) and ``Trainer.evaluate`` see the model's own weights. An
     ``EarlyStopping(restore_best=True)`` that comes before it in the list keeps the averages.
 
-    Example::
-
-        ema = EMA(decay=0.9999, use_at_end=True)
-        trainer = Trainer(model, optimizer, loss_fn, callbacks=[ema])
-        trainer.fit(train_set, batch_size=64, epochs=10, eval_set=val_set)
-
     Args:
         decay: ``d``, from 0 to less than 1.
         warmup: begin with a smaller ``d``.
         every: average after every so many applied updates; ``decay`` is for each averaging.
-        use_at_end: the model holds the averages after ``fit``. A further ``fit`` goes on from
-            the model's own weights, which are kept until then.
-
-    Raises:
-        ConfigError: an argument is off.
-
-    Ranks: all, local; parameters are equal on all ranks, and so are the averages.
+        use_at_end: the model holds the averages after ``fit``; a further ``fit`` goes on from its
+            own weights.
     """
 
     def __init__(
@@ -61,29 +46,23 @@ class EMA(AveragedWeights):
         self.updates = 0
 
     def on_epoch_start(self, ctx: Context) -> None:
-        """Begins an average of what can be trained from now on."""
         self._begin(ctx.model)
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
-        """Averages, if the optimizer has stepped."""
         if step.applied and ctx.progress.updates % self._every == 0:
             self._average(get_ema_multi_avg_fn(self.decay_at(self.updates)), self.updates)
             self.updates += 1
 
     def on_eval_start(self, ctx: Context) -> None:
-        """Puts the averages into the model."""
         self._put_in(ctx.model)
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        """Gives the model its own weights back, bit for bit."""
         self._take_out()
 
     def on_error(self, ctx: Context, error: BaseException) -> None:
-        """Gives the model its own weights back, where the evaluation failed."""
-        self._take_out()
+        self._take_out()  # where an evaluation failed
 
     def on_fit_end(self, ctx: Context) -> None:
-        """Leaves the averages in the model, if asked to."""
         if self._use_at_end:
             self._put_in(ctx.model)
 
@@ -92,9 +71,7 @@ class EMA(AveragedWeights):
         return min(self._decay, (1 + updates) / (10 + updates)) if self._warmup else self._decay
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the averages, and how often they were updated."""
         return {"averages": self.averages, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
         self.averages, self.updates = dict(state["averages"]), state["updates"]

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import some_of
+from dtrain.callbacks.argument_checks import some_of
 from dtrain.context import Context
 from dtrain.errors import ConfigError
 
@@ -15,10 +15,10 @@ from dtrain.errors import ConfigError
 class Freeze(Callback):
     """Keeps parameters as they are until an epoch begins, then trains them too.
 
-    A frozen parameter gets no gradient, so the optimizer leaves it alone, weight decay
-    included, and no rank sends anything for it. What is frozen follows from the epoch, so a
-    resumed run goes on exactly. A parameter that you froze yourself before ``fit`` stays
-    frozen. After ``fit``, everything requires a gradient again that did before it.
+    A frozen parameter gets no gradient, so the optimizer leaves it alone, weight decay included,
+    and no rank sends anything for it. What is frozen follows from the epoch, so a resumed run goes
+    on exactly. A parameter that you froze yourself before ``fit`` stays frozen. After ``fit``,
+    everything requires a gradient again that did before it.
 
     Example::
 
@@ -26,17 +26,11 @@ class Freeze(Callback):
         Freeze({"embed": 3, "blocks.[01]": 2, "blocks.2": 1}, eval_mode=True)  # thaws from above
 
     Args:
-        what: names of parameters, or of modules with all that is in them; ``*``, ``?`` and
-            ``[]`` match as in file names, ``*`` also across dots. Or a dict from such a name
-            to its ``until_epoch``; where several match, the latest counts.
+        what: names of parameters, or of modules with all that is in them; ``*``, ``?`` and ``[]``
+            match as in file names, ``*`` also across dots. Or a dict from such a name to its
+            ``until_epoch``; of several matches, the latest counts. No match is a ConfigError.
         until_epoch: the first epoch, counted from 0, in which they train.
-        eval_mode: also keep frozen modules in eval mode, so that their BatchNorm statistics
-            stay as they are, and dropout in them rests.
-
-    Raises:
-        ConfigError: an argument is off, or a name matches no parameter; lists the names.
-
-    Ranks: all, local; the strategy takes notice at the start of the epoch.
+        eval_mode: also keep frozen modules in eval mode: no new BatchNorm statistics, no dropout.
     """
 
     def __init__(
@@ -60,10 +54,9 @@ class Freeze(Callback):
         self._resting: list[nn.Module] = []
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Refuses names that match nothing."""
         names = [name for name, _ in ctx.model.named_parameters(remove_duplicate=False)]
         for pattern in self._until:
-            if not any(_matches(name, pattern) for name in names):
+            if not any(_matches(name, [pattern]) for name in names):
                 close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
                 meant = f" Did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(
@@ -72,30 +65,25 @@ class Freeze(Callback):
                 )
 
     def on_epoch_start(self, ctx: Context) -> None:
-        """Freezes and thaws what this epoch wants."""
         self._thaw()
         now = [pattern for pattern, until in self._until.items() if ctx.progress.epoch < until]
         held: dict[nn.Parameter, bool] = {}
         for name, p in ctx.model.named_parameters(remove_duplicate=False):
-            held[p] = held.get(p, False) or any(_matches(name, pattern) for pattern in now)
+            held[p] = held.get(p, False) or _matches(name, now)
         # Only what requires a gradient now is kept in mind, and thawed again.
         self._frozen = [p for p, frozen in held.items() if frozen and p.requires_grad]
         for p in self._frozen:
             p.requires_grad_(False)
         for name, module in ctx.model.named_modules() if self._eval_mode else ():
             inside = [held[p] for p in module.parameters()]
-            named = any(_matches(name, pattern) for pattern in now)
-            if module.training and (named or (inside and all(inside))):
+            if module.training and (_matches(name, now) or (inside and all(inside))):
                 self._resting.append(module)
                 module.training = False
 
-    def on_fit_end(self, ctx: Context) -> None:
-        """Thaws, so that the model is as it was given."""
+    def on_fit_end(self, ctx: Context, error: BaseException | None = None) -> None:
         self._thaw()
 
-    def on_error(self, ctx: Context, error: BaseException) -> None:
-        """Thaws, too."""
-        self._thaw()
+    on_error = on_fit_end
 
     def _thaw(self) -> None:
         for p in self._frozen:
@@ -105,5 +93,5 @@ class Freeze(Callback):
         self._frozen, self._resting = [], []
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)

@@ -1,7 +1,7 @@
-"""Gradient accumulation: a rank's share of the global batch in several micro-batches."""
+"""Gradient accumulation, in micro-batches: fills the accumulation slot."""
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import check_counts
+from dtrain.callbacks.argument_checks import check_counts
 from dtrain.data import split_share
 from dtrain.errors import ConfigError
 
@@ -12,46 +12,28 @@ class GradientAccumulation(Callback):
     Gradients of all micro-batches are summed with their weights and reduced once, in the
     last. For a stream of ready batches, ``steps`` consecutive ones make a step.
 
-    Example::
-
-        Trainer(model, optimizer, loss_fn, callbacks=[GradientAccumulation(micro_batch_size=16)])
-
     Args:
         steps: into how many micro-batches.
-        micro_batch_size: into micro-batches of how many samples; the last may be smaller.
-
-    Raises:
-        ConfigError: not exactly one of them is given, or it is less than 1.
-
-    Ranks: all, local.
+        micro_batch_size: into micro-batches of how many samples; the last may be smaller. One of
+            the two must be given.
     """
 
     def __init__(self, steps: int | None = None, *, micro_batch_size: int | None = None) -> None:
         if (steps is None) == (micro_batch_size is None):
             raise ConfigError("GradientAccumulation: give steps or micro_batch_size, one of them")
         check_counts(
-            "GradientAccumulation",
-            or_none=True,
-            steps=steps,
-            micro_batch_size=micro_batch_size,
+            "GradientAccumulation", or_none=True, steps=steps, micro_batch_size=micro_batch_size
         )
         self._steps = steps
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size = micro_batch_size or 0
 
     def split(self, share: int) -> list[int]:
-        """Fills the accumulation slot: sizes of the micro-batches of ``share`` samples."""
         if self._steps is not None:
             return split_share(share, steps=self._steps)
-        assert self._micro_batch_size is not None
         whole, rest = divmod(share, self._micro_batch_size)
         return [self._micro_batch_size] * whole + [rest] * (rest > 0)
 
     def batches_per_step(self) -> int:
-        """Fills the accumulation slot for streams.
-
-        Raises:
-            ConfigError: batches come ready-made, so their size cannot be chosen.
-        """
         if self._steps is None:
             raise ConfigError(
                 "GradientAccumulation(micro_batch_size=...) cannot split the ready batches of an "

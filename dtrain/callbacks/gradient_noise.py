@@ -15,23 +15,13 @@ class GradientNoise(Callback):
     ``t`` counts the updates so far (Neelakantan et al., "Adding gradient noise improves learning
     for very deep networks", arXiv:1511.06807). The noise is added once a step, to the gradient
     of the global batch, and all ranks draw the same, from ``ctx.shared_rng``: the parameters
-    stay equal, and the variance is not divided by the number of ranks.
-
-    It is drawn on the CPU, because two kinds of GPU would not draw the same: a second or so for
-    10^8 parameters. Put it after ``ClipGradients`` in the list, or it is clipped as well.
-
-    Example::
-
-        Trainer(model, optimizer, loss_fn, callbacks=[ClipGradients(1.0), GradientNoise(0.01)])
+    stay equal, and the variance is not divided by the number of ranks. It is drawn on the CPU,
+    because two kinds of GPU would not draw the same: a second or so for 10^8 parameters. Put it
+    after ``ClipGradients`` in the list, or it is clipped as well.
 
     Args:
-        eta: the variance at the first step; the paper chose from 0.01, 0.3 and 1.
-        gamma: how fast it fades.
-
-    Raises:
-        ConfigError: ``eta`` is not positive, or ``gamma`` negative.
-
-    Ranks: all, local.
+        eta: the variance at the first step, above 0; the paper chose from 0.01, 0.3 and 1.
+        gamma: how fast it fades, 0 or more.
     """
 
     def __init__(self, eta: float, gamma: float = 0.55) -> None:
@@ -43,7 +33,6 @@ class GradientNoise(Callback):
         self._gamma = gamma
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
-        """Adds the noise."""
         sigma = math.sqrt(self._eta / (1 + ctx.progress.updates) ** self._gamma)
         for group in ctx.optimizer.param_groups:
             for p in group["params"]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import check_choice, check_counts
+from dtrain.callbacks.argument_checks import check_choice, check_counts
 from dtrain.context import Context, Step
 
 
@@ -15,22 +15,12 @@ class GradientStats(Callback):
 
     Gradients are those of the whole global batch, equal on all ranks and at every world size.
     Before ``ClipGradients`` in the list of callbacks it sees them unclipped, after it clipped.
-    Norms are computed every so many steps, and not read before the next report, so that they
-    cost no host sync; where several fall into one report, their mean is reported. With
-    ``every`` equal to ``fit``'s ``log_every``, each report has the norms of its last step.
-
-    Example::
-
-        Trainer(model, optimizer, loss_fn, callbacks=[GradientStats(every=50), ClipGradients(1.0)])
+    Norms cost no host sync, as they are not read before the next report.
 
     Args:
-        every: compute them every so many global steps.
+        every: compute them every so many global steps; a report has the mean of those since the
+            last. At ``fit``'s ``log_every``, it has the norms of its last step.
         per: a layer is a ``"parameter"``, or a ``"module"``: a direct child of the model.
-
-    Raises:
-        ConfigError: an argument is off.
-
-    Ranks: all, local.
     """
 
     def __init__(
@@ -42,7 +32,6 @@ class GradientStats(Callback):
         self._per_module = per == "module"
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
-        """Computes the norms, where it is time."""
         if (step.number + 1) % self._every:
             return
         found = {n: _dense(p.grad) for n, p in ctx.model.named_parameters() if p.grad is not None}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import some_of
+from dtrain.callbacks.argument_checks import some_of
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
 
@@ -16,29 +16,18 @@ class L1L2Penalty(Callback):
     """Adds ``l1 * sum(|w|) + l2 * sum(w ** 2)`` to the loss.
 
     It is added to the mean of every micro-batch, and yet counts once, with more ranks and
-    accumulation, too: a step's loss is a weighted mean, whose weights sum to 1, and the mean of
-    ``loss_i + penalty`` is ``mean(loss_i) + penalty``. ``train/loss`` includes it, ``eval/loss``
-    does not; ``train/penalty`` is the penalty alone.
+    accumulation, too: a step's loss is a weighted mean, whose weights sum to 1. ``train/loss``
+    includes it, ``eval/loss`` does not; ``train/penalty`` is the penalty alone.
 
-    ``l2`` gives the gradient ``2 * l2 * w``. With SGD that is a ``weight_decay`` of ``2 * l2``;
-    with Adam it is not the decoupled decay of AdamW (Loshchilov and Hutter, "Decoupled weight
-    decay regularization", ICLR 2019). A subgradient step of ``l1`` shrinks weights, and rarely
-    makes one exactly 0.
-
-    Example::
-
-        Trainer(model, optimizer, loss_fn, callbacks=[L1L2Penalty(l1=1e-5)])
+    With SGD, ``l2`` is a ``weight_decay`` of ``2 * l2``; with Adam it is not the decoupled decay of
+    AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019). A subgradient
+    step of ``l1`` shrinks weights, and rarely makes one exactly 0.
 
     Args:
         l1: the factor of the sum of absolute values.
         l2: the factor of the sum of squares.
         params: says by name and parameter which are meant; by default those with two or more
             dimensions, not biases and the scales of norms. Frozen ones never count.
-
-    Raises:
-        ConfigError: a factor is negative, both are 0, or ``params`` chooses nothing.
-
-    Ranks: all, local; parameters are equal on all ranks, and so is the penalty.
     """
 
     def __init__(
@@ -52,10 +41,8 @@ class L1L2Penalty(Callback):
         self._l1 = l1
         self._l2 = l2
         self._chosen = params or (lambda name, parameter: parameter.ndim >= 2)
-        self._params: list[nn.Parameter] = []
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Looks up the parameters."""
         named = list(ctx.model.named_parameters())
         self._params = [p for name, p in named if self._chosen(name, p)]
         if not self._params:
@@ -65,7 +52,6 @@ class L1L2Penalty(Callback):
             )
 
     def on_loss(self, ctx: Context, step: Step) -> None:
-        """Adds the penalty."""
         assert step.loss is not None
         penalty = torch.zeros_like(step.loss.mean)
         for p in self._params:

@@ -7,30 +7,19 @@ from dtrain.errors import ConfigError, DataError
 
 
 class LabelSmoothing(Callback):
-    """Mixes each training target with the uniform distribution over the classes.
+    """Mixes the targets of training batches ``(x, y)`` with the uniform distribution over classes.
 
     ``y = (1 - eps) * onehot(y) + eps / C`` (Szegedy et al., "Rethinking the Inception
     architecture", CVPR 2016). The loss function gets soft targets ``[B, C]``. That is linear in
     the target, so with ``Mixup`` in the list before or after it, the result is the same.
     Evaluation gets its labels as they are; in the loss function, ``hard_labels(y)`` from
-    :mod:`dtrain.callbacks` makes class indices of both for metrics.
-
-    Where the loss is a plain cross entropy, ``F.cross_entropy(logits, y, label_smoothing=0.1)``
-    gives the same without a callback, and ``Trainer(eval_fn=...)`` an evaluation without it.
-
-    Example::
-
-        Trainer(model, optimizer, loss_fn, callbacks=[LabelSmoothing(0.1, num_classes=10)])
+    :mod:`dtrain.callbacks` makes class indices of both for metrics. Where the loss is a plain
+    cross entropy, ``F.cross_entropy(logits, y, label_smoothing=0.1)`` gives the same without a
+    callback, and ``Trainer(eval_fn=...)`` an evaluation without it.
 
     Args:
         eps: the part of the uniform distribution.
         num_classes: ``C``.
-
-    Raises:
-        ConfigError: an argument is out of range.
-        DataError: a batch is no pair of inputs and labels.
-
-    Ranks: all, local.
     """
 
     def __init__(self, eps: float, num_classes: int) -> None:
@@ -43,7 +32,6 @@ class LabelSmoothing(Callback):
         self._num_classes = num_classes
 
     def on_batch(self, ctx: Context, step: Step) -> None:
-        """Smooths the targets of the micro-batch."""
         if not isinstance(step.batch, list | tuple) or len(step.batch) != 2:
             raise DataError("LabelSmoothing: a batch must be a pair (x, y)")
         x, y = step.batch

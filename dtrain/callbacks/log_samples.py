@@ -18,22 +18,15 @@ from dtrain.errors import ConfigError
 class LogSamples(Callback):
     """Hands texts and pictures of an evaluation's first micro-batch to the sinks and to files.
 
-    The function runs on rank 0 only, once an evaluation (of several sets: in the first), with
-    rank 0's first micro-batch. What it returns goes to the sinks that can show it, and into
-    ``run_dir/samples/step-.../``: a text as ``<name>.txt``, a picture as ``<name>.png``.
-
-    Example::
-
-        LogSamples(lambda outputs, batch: {"first answer": tokenizer.decode(outputs[0])})
+    What the function returns goes to the sinks that can show it, and into
+    ``run_dir/samples/step-.../``: a text as ``<name>.txt``, a picture as ``<name>.png``. It is
+    asked once an evaluation (of several sets: in the first), and not where rank 0 had no data.
+    Example: ``LogSamples(lambda outputs, batch: {"first answer": tokenizer.decode(outputs[0])})``.
 
     Args:
-        fn: from ``Loss(outputs=...)`` and the micro-batch to a dict from name to text or
-            picture: 8-bit values, shape ``[height, width]`` or ``[height, width, 3]``, as an
-            array or tensor.
+        fn: from ``Loss(outputs=...)`` and the micro-batch to a dict from name to text or picture:
+            an array or tensor of 8-bit values, ``[height, width]`` or ``[height, width, 3]``.
         every: at each evaluation (``"eval"``), or at every so many, from the first on.
-
-    Raises:
-        ConfigError: an argument is off, or ``fn`` returned something else.
 
     Ranks: all, local; ``fn`` runs on rank 0 only.
     """
@@ -51,50 +44,41 @@ class LogSamples(Callback):
         self._due = False
 
     def on_eval_start(self, ctx: Context) -> None:
-        """Finds out whether it is time, and whether this is rank 0."""
         is_main = (current() or init()).is_main
         self._due = is_main and self._evaluations % self._every == 0
         self._evaluations += 1
 
     def on_eval_batch(self, ctx: Context, step: Step) -> None:
-        """Shows samples of the first micro-batch.
-
-        Raises:
-            ConfigError: the function returned no dict of texts and pictures.
-        """
-        if not self._due:
+        if not self._due or step.loss is None:
             return
         self._due = False
-        assert step.loss is not None
         shown = self._fn(step.loss.outputs, step.batch)
         if not isinstance(shown, Mapping):
             raise ConfigError(f"LogSamples: fn returned {type(shown).__name__}, not a dict")
         for name, value in shown.items():
             if isinstance(value, str):
                 ctx.show(name, text=value)
-                self._keep(ctx, f"{name}.txt", value.encode())
+                _keep(ctx, f"{name}.txt", value.encode())
             else:
                 image = _as_image(name, value)
                 ctx.show(name, image=image)
-                self._keep(ctx, f"{name}.png", _png(image))
+                _keep(ctx, f"{name}.png", _png(image))
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        """An evaluation in which rank 0 had no data shows nothing."""
-        self._due = False
-
-    def _keep(self, ctx: Context, name: str, data: bytes) -> None:
-        if ctx.run_dir is not None:
-            folder = ctx.run_dir / "samples" / f"step-{ctx.progress.step:08d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / quote(name, safe=" ")).write_bytes(data)  # a "/" must not make another folder
+        self._due = False  # rank 0 may have had no data
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns how many evaluations there were."""
         return {"evaluations": self._evaluations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
         self._evaluations = state["evaluations"]
+
+
+def _keep(ctx: Context, name: str, data: bytes) -> None:
+    if ctx.run_dir is not None:
+        folder = ctx.run_dir / "samples" / f"step-{ctx.progress.step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / quote(name, safe=" ")).write_bytes(data)  # a "/" must not make another folder
 
 
 def _as_image(name: str, value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -110,17 +94,13 @@ def _as_image(name: str, value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _png(image: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
-    """Returns the picture as a PNG file; see the PNG specification (W3C, 2003), sections 5 and 9.
-
-    Written here, so that no picture depends on what else is installed.
-    """
+    """Returns a PNG file (W3C, 2003, sections 5 and 9), whatever else is installed."""
     height, width = image.shape[:2]
     rows = b"".join(b"\0" + row.tobytes() for row in image)  # filter 0: as it is
     colour_type = 0 if image.ndim == 2 else 2
     header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    chunks = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in parts
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        png += struct.pack(">I", len(data)) + kind + data
+        png += struct.pack(">I", zlib.crc32(kind + data))
+    return png

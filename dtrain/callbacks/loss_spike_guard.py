@@ -3,15 +3,11 @@
 import sys
 from collections import deque
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import check_choice, check_counts, check_positive
+from dtrain.callbacks.argument_checks import check_choice, check_counts, check_positive
 from dtrain.context import Context, Step
-
-Action = Literal["skip", "stop", "warn"]
-
-_LEAST_SPREAD = 0.01  # of the median; a window of equal losses has a spread of 0
 
 
 class LossSpikeGuard(Callback):
@@ -21,27 +17,17 @@ class LossSpikeGuard(Callback):
     losses, where ``spread = 1.4826 * median(|loss - median|)``: the standard deviation, for
     normal noise, but not moved by single outliers (Iglewicz and Hoaglin, "How to Detect and
     Handle Outliers", 1993). A spread below 1 % of the median counts as 1 %. NaN is a spike.
-    OLMo-core's ``SkipStepOptimizer`` has the same defaults, with mean and standard deviation.
+    (OLMo-core's ``SkipStepOptimizer`` has these defaults, with mean and standard deviation.)
 
     The loss is the global batch's, so all ranks decide alike, once the window is full. A spike
     that is skipped is not taken into the window; BatchNorm statistics have seen its batch.
-
-    Example::
-
-        Trainer(model, optimizer, loss_fn, callbacks=[LossSpikeGuard(factor=6, action="skip")])
 
     Args:
         factor: how many spreads above the median are borne.
         window: how many losses are looked back at.
         action: ``"skip"``: the step's update is not applied; ``"stop"``: nor is it, and the
             run stops after the next step; ``"warn"``: only tell.
-        patience: with ``"skip"``: after so many spikes in a row the run stops, because leaving
-            steps out does not help. None bears any number.
-
-    Raises:
-        ConfigError: an argument is off.
-
-    Ranks: all, local.
+        patience: after how many skipped spikes in a row the run stops; None bears any number.
     """
 
     def __init__(
@@ -49,21 +35,21 @@ class LossSpikeGuard(Callback):
         factor: float = 6.0,
         *,
         window: int = 128,
-        action: Action = "skip",
+        action: Literal["skip", "stop", "warn"] = "skip",
         patience: int | None = 10,
     ) -> None:
         check_positive("LossSpikeGuard", factor=factor)
         check_counts("LossSpikeGuard", least=2, window=window)
-        check_choice("LossSpikeGuard", "action", action, get_args(Action))
+        check_choice("LossSpikeGuard", "action", action, ("skip", "stop", "warn"))
         check_counts("LossSpikeGuard", or_none=True, patience=patience)
         self._factor = factor
-        self._action: Action = action
+        self._window = window
+        self._action = action
         self._patience = patience
         self.losses: deque[float] = deque(maxlen=window)
         self.spikes_in_a_row = 0
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
-        """Compares the step's loss with the window's."""
         loss, bound = step.loss_mean, self.bound()
         if loss <= bound:
             self.spikes_in_a_row = 0
@@ -87,19 +73,16 @@ class LossSpikeGuard(Callback):
 
     def bound(self) -> float:
         """Returns what a loss may be; any that is finite, where the window is not full."""
-        assert self.losses.maxlen is not None
-        if len(self.losses) < self.losses.maxlen:
+        if len(self.losses) < self._window:
             return sys.float_info.max
         middle = median(self.losses)
         spread = 1.4826 * median(abs(loss - middle) for loss in self.losses)
-        return middle + self._factor * max(spread, _LEAST_SPREAD * abs(middle))
+        least = 0.01 * abs(middle)  # a window of equal losses has a spread of 0
+        return middle + self._factor * max(spread, least)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the window, and how many spikes came in a row."""
         return {"losses": list(self.losses), "spikes_in_a_row": self.spikes_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
-        self.losses.clear()
-        self.losses.extend(state["losses"])
+        self.losses = deque(state["losses"], maxlen=self._window)
         self.spikes_in_a_row = state["spikes_in_a_row"]

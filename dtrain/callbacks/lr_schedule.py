@@ -1,18 +1,14 @@
 """Learning-rate schedules: torch's own schedulers, stepped once and only once."""
 
-import warnings
-from collections.abc import Callable
 from typing import Any, Literal
 
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import check_choice, find_metric
+from dtrain.callbacks.argument_checks import check_choice, find_metric
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
-
-Factory = Callable[[Optimizer, int], LRScheduler]
+from dtrain.schedules import Schedule
 
 
 class LRSchedule(Callback):
@@ -21,28 +17,21 @@ class LRSchedule(Callback):
     Never more often on more ranks, nor with accumulation. Steps that were left out (a loss
     scale overflowed, every rank skipped) are not counted. ``ReduceLROnPlateau`` is stepped
     with an agreed metric after each evaluation, so that all ranks decide alike.
-
-    Example::
-
-        LRSchedule(lambda opt, steps: CosineAnnealingLR(opt, steps), every="step")
+    Example: ``LRSchedule(lambda opt, steps: CosineAnnealingLR(opt, steps), every="step")``.
 
     Args:
-        scheduler: a scheduler of the Trainer's optimizer; or a function from the optimizer
-            and how often it will be stepped in all (optimizer steps, or epochs) to one.
+        scheduler: a scheduler of the Trainer's optimizer; or a function from the optimizer and how
+            often it will be stepped in all (optimizer steps, or epochs; ConfigError where that is
+            not known, and on resuming where a one-cycle schedule was planned for fewer) to one.
         every: ``"step"`` or ``"epoch"``.
         monitor: the metric for ``ReduceLROnPlateau``, such as ``"eval/loss"``.
-
-    Raises:
-        ConfigError: an argument is off, or the number of steps is needed but unknown.
-
-    Ranks: all, local.
     """
 
     late_step_end = True  # only the next update needs the new rate
 
     def __init__(
         self,
-        scheduler: LRScheduler | Factory,
+        scheduler: LRScheduler | Schedule,
         *,
         every: Literal["step", "epoch"] = "step",
         monitor: str | None = None,
@@ -57,11 +46,9 @@ class LRSchedule(Callback):
         self._every = every
         self._monitor = monitor
         self._scheduler: LRScheduler | None = None
-        self._restored = False
         self._total: int | None = None
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Makes the scheduler, now that the optimizer and the number of steps are known."""
         if self._scheduler is not None and self._scheduler.optimizer is ctx.optimizer:
             return  # a second fit goes on
         scheduler = self._given
@@ -89,44 +76,27 @@ class LRSchedule(Callback):
         self._scheduler = scheduler
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
-        """Steps the scheduler, if the optimizer has stepped."""
-        if self._every == "step" and step.applied and self._monitor is None:
+        if self._every == "step" and step.applied:
+            self._advance()
+
+    def on_epoch_end(self, ctx: Context) -> None:
+        if self._every == "epoch":
             self._advance()
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        """Steps ReduceLROnPlateau with the agreed metric."""
-        if self._monitor is not None:
-            assert isinstance(self._scheduler, ReduceLROnPlateau)
+        if isinstance(self._scheduler, ReduceLROnPlateau) and self._monitor is not None:
             self._scheduler.step(find_metric("LRSchedule", self._monitor, metrics))
 
-    def on_epoch_end(self, ctx: Context) -> None:
-        """Steps a scheduler that counts epochs."""
-        if self._every == "epoch" and self._monitor is None:
-            self._advance()
-
     def _advance(self) -> None:
-        assert self._scheduler is not None
-        if not self._restored:
-            self._scheduler.step()
-            return
-        self._restored = False
-        with warnings.catch_warnings():
-            # The optimizer has stepped, in the process that made the checkpoint.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        if self._scheduler is not None and self._monitor is None:
             self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the scheduler's state."""
         if self._scheduler is None:
             return {}
         return {"scheduler": self._scheduler.state_dict(), "total": self._total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the scheduler's state.
-
-        Raises:
-            ConfigError: a one-cycle schedule was planned for fewer steps than there will be.
-        """
         planned, total = state.get("total") or 0, self._total or 0
         if 0 < planned < total and isinstance(self._scheduler, OneCycleLR):
             raise ConfigError(
@@ -136,4 +106,5 @@ class LRSchedule(Callback):
             )
         if "scheduler" in state and self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
-            self._restored = True
+            # The optimizer has stepped, in the process that made the checkpoint; torch would warn.
+            self._scheduler.optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Mixed precision: compute in 16 bits, keep parameters in 32."""
+"""Mixed precision: compute in 16 bits, keep parameters in 32. Fills the precision slot."""
 
 from typing import Literal
 
@@ -8,29 +8,17 @@ from dtrain.callback import Callback
 from dtrain.errors import ConfigError
 from dtrain.step import Autocast, Precision, ScaledAutocast
 
-_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class MixedPrecision(Callback):
     """Runs the loss function under autocast; in fp16 with a dynamic loss scale.
 
-    ``bf16`` needs no loss scale. In ``fp16`` gradients are unscaled before ``on_grads_ready``,
-    so that clipping sees true ones; a step whose gradients overflowed is left out, and
-    schedules do not count it.
-
-    Example::
-
-        Trainer(model, optimizer, loss_fn, callbacks=[MixedPrecision("bf16")])
+    In ``fp16`` gradients are unscaled before ``on_grads_ready``, so that clipping sees true ones; a
+    step whose gradients overflowed is left out, and schedules do not count it.
 
     Args:
-        dtype: ``"bf16"`` or ``"fp16"``.
+        dtype: what to compute in.
         init_scale: first loss scale (fp16).
         growth_interval: steps without overflow after which the scale doubles (fp16).
-
-    Raises:
-        ConfigError: ``dtype`` is neither.
-
-    Ranks: all, local.
     """
 
     def __init__(
@@ -40,7 +28,7 @@ class MixedPrecision(Callback):
         init_scale: float = 65536.0,
         growth_interval: int = 2000,
     ) -> None:
-        if dtype not in _TYPES:
+        if dtype not in ("bf16", "fp16"):
             raise ConfigError(f"MixedPrecision({dtype!r}): choose 'bf16' or 'fp16'")
         if init_scale <= 0 or growth_interval < 1:
             raise ConfigError(
@@ -52,7 +40,6 @@ class MixedPrecision(Callback):
         self._growth_interval = growth_interval
 
     def make_precision(self, device_type: str) -> Precision:
-        """Fills the precision slot."""
         if self._dtype == "bf16":
             return Autocast(device_type, torch.bfloat16)
         return ScaledAutocast(device_type, torch.float16, self._init_scale, self._growth_interval)

@@ -13,30 +13,19 @@ from dtrain.errors import ConfigError, DataError
 
 
 class Mixup(Callback):
-    """Mixes each micro-batch with itself in another order, inputs and targets alike.
+    """Mixes each micro-batch ``(x, y)`` with itself in another order, inputs and targets alike.
 
-    ``x = m * x_i + (1 - m) * x_j`` and the same for the one-hot targets, with one ``m`` a
-    micro-batch from Beta(alpha, alpha) and ``j`` from a random permutation (Zhang et al.,
+    ``x = m * x_i + (1 - m) * x_j``, of floats, and the same for the one-hot targets, with one ``m``
+    a micro-batch from Beta(alpha, alpha) and ``j`` from a random permutation (Zhang et al.,
     "mixup: Beyond Empirical Risk Minimization", ICLR 2018). The loss function gets soft
     targets ``[B, C]``, which ``F.cross_entropy`` takes; evaluation gets its labels as they are.
 
-    Partners are sought within a micro-batch, with the rank's own ``ctx.rng``, so another number of
-    ranks mixes other samples: an exception to "one is many". With the same ranks, runs repeat and
-    resume exactly.
-
-    Example::
-
-        Trainer(model, optimizer, loss_fn, callbacks=[Mixup(0.2, num_classes=10)])
+    Partners are sought within a micro-batch, with the rank's own ``ctx.rng``: an exception to "one
+    is many". With the same number of ranks, runs repeat and resume exactly.
 
     Args:
         alpha: how much is mixed: near 0 hardly, at 1 by any share alike.
         num_classes: ``C``.
-
-    Raises:
-        ConfigError: an argument is out of range.
-        DataError: a batch is no pair of a float tensor and labels.
-
-    Ranks: all, local.
     """
 
     def __init__(self, alpha: float, num_classes: int) -> None:
@@ -49,7 +38,6 @@ class Mixup(Callback):
         self._num_classes = num_classes
 
     def on_batch(self, ctx: Context, step: Step) -> None:
-        """Mixes the micro-batch."""
         x, y = self._check(step.batch)
         # Both draws are made on the CPU, from a generator that checkpoints hold.
         seed = int(torch.randint(2**63 - 1, (), generator=ctx.rng))
@@ -64,8 +52,7 @@ class Mixup(Callback):
                     raise DataError(f"Mixup: {len(x)} inputs, and {len(y)} targets")
                 return x, soft_targets("Mixup", x, y, self._num_classes)
             case [*parts]:
-                kinds = [str(getattr(part, "dtype", type(part).__name__)) for part in parts]
-                found = ", ".join(kinds)
+                found = ", ".join(str(getattr(p, "dtype", type(p).__name__)) for p in parts)
             case _:
                 found = type(batch).__name__
         raise DataError(f"Mixup: a batch must be a pair (x, y), x of floats; this is ({found})")

@@ -1,15 +1,14 @@
 """A guard against NaN and infinity, which finds out where they come from."""
 
 import math
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import check_choice, check_counts, some_of
+from dtrain.callbacks.argument_checks import check_choice, check_counts, some_of
 from dtrain.context import Context, Number, Step
 from dtrain.data import tensors_of
 from dtrain.distributed import random_state, restore_random_state
@@ -19,8 +18,7 @@ Action = Literal["stop", "skip", "ignore"]
 _MOST = 4  # findings that a message tells
 
 
-@dataclass(slots=True)
-class _Kept:
+class _Kept(NamedTuple):
     """A micro-batch of the step under way, with what it takes to run it again."""
 
     micro: int
@@ -36,28 +34,18 @@ class NonFiniteGuard(Callback):
     The count of bad losses travels with the gradients, so all ranks decide alike. Then each replays
     its own micro-batches of the step, with the random streams and buffers of then, and names the
     first module whose output, or the parameters whose gradient, is not finite. A step that is left
-    out changes nothing: parameters, optimizer state and buffers are as before.
-
-    With a loss scale (``MixedPrecision("fp16")``) an overflow of the gradient is no trouble, as
-    the scale adapts; only the loss is looked at.
+    out changes nothing: parameters, optimizer state and buffers are as before. With a loss scale
+    (``MixedPrecision("fp16")``), which adapts to an overflow of the gradient, only the loss counts.
 
     Put it last in the list, so that it keeps batches as the model gets them. A step costs a copy
     of the buffers, the state of the random streams, references to the micro-batches and one sum
     of the gradient, which on CUDA waits for the device. Models with SyncBatchNorm are not
     replayed, because a replay is one rank's alone.
 
-    Example::
-
-        Trainer(model, optimizer, loss_fn, callbacks=[NonFiniteGuard(action="skip")])
-
     Args:
         action: ``"stop"``: the step is left out, and the run stops after the next; ``"skip"``:
             it is left out; ``"ignore"``: only tell, once in a row.
-        patience: with ``"skip"``: after so many such steps in a row the run stops; None bears
-            any number.
-
-    Raises:
-        ConfigError: an argument is off.
+        patience: after how many skipped steps in a row the run stops; None bears any number.
 
     Ranks: all, communicates in a step that is not finite.
     """
@@ -65,36 +53,32 @@ class NonFiniteGuard(Callback):
     def __init__(self, action: Action = "stop", *, patience: int | None = 10) -> None:
         check_choice("NonFiniteGuard", "action", action, get_args(Action))
         check_counts("NonFiniteGuard", or_none=True, patience=patience)
-        self._action: Action = action
+        self._action = action
         self._patience = patience
         self.bad_in_a_row = 0
         self._kept: list[_Kept] = []
-        self._streams: list[Tensor] = []
-        self._with_buffers: list[nn.Module] = []
-        self._buffers: list[Tensor] = []  # as they were before the step
 
     def on_epoch_start(self, ctx: Context) -> None:
-        """Looks up which modules have buffers."""
         self._with_buffers = [module for module in ctx.model.modules() if module._buffers]
+        # Torch's alone: NumPy's state takes 100 us to get, and loss functions rarely draw from it.
+        self._generators = [torch.default_generator, ctx.rng, ctx.shared_rng]
+        if ctx.device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
-        """Keeps the buffers."""
         self._kept.clear()
-        self._buffers = [buffer.detach().clone() for buffer in self._buffers_of_model()]
+        self._before = [buffer.detach().clone() for buffer in self._buffers_of_model()]
 
     def on_batch(self, ctx: Context, step: Step) -> None:
-        """Keeps the random streams that the loss function will draw from."""
-        self._streams = _streams(ctx)
+        self._streams = [generator.get_state() for generator in self._generators]
 
     def on_loss(self, ctx: Context, step: Step) -> None:
-        """Keeps the micro-batch."""
         loss = step.loss
         if loss is not None and not ctx.request.skipped:
             mean = loss.mean.detach()  # neither the graph nor the outputs
             self._kept.append(_Kept(step.micro, step.batch, self._streams, mean, loss.weight))
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
-        """Looks at the loss and the gradient, and decides."""
         if not step.nonfinite and (ctx.loss_scaled or _finite_gradients(ctx)):
             self.bad_in_a_row = 0
             self._kept.clear()
@@ -108,41 +92,34 @@ class NonFiniteGuard(Callback):
             ctx.say(f"warning: {why}")
             return
         step.veto(why)
-        self._put_back(self._buffers)
+        self._put_back(self._before)
         if self._action == "stop" or self.bad_in_a_row == self._patience:
             ctx.request.stop(why)
         else:
             ctx.say(f"{why}. Its update is left out.")
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns how many steps in a row were not finite."""
         return {"bad_in_a_row": self.bad_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
         self.bad_in_a_row = state["bad_in_a_row"]
 
     def _buffers_of_model(self) -> list[Tensor]:
         # By way of the modules: a model may put another tensor in the place of a buffer.
-        return [
-            buffer
-            for module in self._with_buffers
-            for buffer in module._buffers.values()
-            if buffer is not None
-        ]
+        return [b for m in self._with_buffers for b in m._buffers.values() if b is not None]
 
     @torch.no_grad()
     def _put_back(self, buffers: list[Tensor]) -> None:
         for buffer, kept in zip(self._buffers_of_model(), buffers, strict=False):
             buffer.copy_(kept)
 
-    def _look(self, ctx: Context, step: Step) -> list[str]:
-        """Returns what this rank finds, to follow its name.
+    def _restore(self, streams: list[Tensor]) -> None:
+        for generator, state in zip(self._generators, streams, strict=True):
+            generator.set_state(state)
 
-        Ranks: all, local.
-        """
-        bad = [repr(name) for name, p in ctx.model.named_parameters() if _kind(p)]
-        if bad:
+    def _look(self, ctx: Context, step: Step) -> list[str]:
+        """Returns what this rank finds, to follow its name."""
+        if bad := [repr(name) for name, p in ctx.model.named_parameters() if _kind(p)]:
             return [f": NaN or infinite before the step: parameter {some_of(bad, 3)}"]
         kept = [one for one in self._kept if one.weight is None or float(one.weight) != 0]
         if step.nonfinite:
@@ -151,18 +128,18 @@ class NonFiniteGuard(Callback):
             if not step.nonfinite:
                 return [": the gradient is not finite; not replayed, for SyncBatchNorm"]
             return [f", micro-batch {one.micro}: the loss is {_kind(one.mean)}" for one in kept]
-        streams, others = _streams(ctx), random_state()
+        streams, others = [g.get_state() for g in self._generators], random_state()
         buffers, found = [b.detach().clone() for b in self._buffers_of_model()], []
         try:
             for one in kept:
-                self._put_back(self._buffers)
-                _restore(ctx, one.streams)
+                self._put_back(self._before)
+                self._restore(one.streams)
                 if what := _replay(ctx, one):
                     found.append(f", micro-batch {one.micro}: {what}")
             return found
         finally:
             restore_random_state(others)
-            _restore(ctx, streams)
+            self._restore(streams)
             self._put_back(buffers)
 
 
@@ -236,20 +213,3 @@ def _kind(tensor: Tensor) -> str:
     if not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all()):
         return ""
     return "NaN" if bool(tensor.isnan().any()) else "infinite"
-
-
-def _streams(ctx: Context) -> list[Tensor]:
-    # Torch's alone: NumPy's state takes 100 us to get, and loss functions rarely draw from it.
-    states = [torch.get_rng_state(), ctx.rng.get_state(), ctx.shared_rng.get_state()]
-    if ctx.device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(ctx.device))
-    return states
-
-
-def _restore(ctx: Context, states: list[Tensor]) -> None:
-    cpu, own, shared, *device = states
-    torch.set_rng_state(cpu)
-    ctx.rng.set_state(own)
-    ctx.shared_rng.set_state(shared)
-    for state in device:
-        torch.cuda.set_rng_state(state, ctx.device)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import check_counts
+from dtrain.callbacks.argument_checks import check_counts
 from dtrain.context import Context, Step
 
 
@@ -12,21 +12,12 @@ class OverfitBatches(Callback):
 
     If it does not, look for a bug in the model, the loss or the learning rate before you train
     on more. Evaluations are as ever. Each rank keeps its micro-batches of the first ``n`` steps in
-    memory. A checkpoint does not hold them: a run that is resumed keeps those of its own first
-    steps instead. Where a step has fewer micro-batches than the one it stands for (at the ragged
-    end of an epoch), it trains on as many as it has; where it has more, it skips the others.
-
-    Example::
-
-        Trainer(model, optimizer, loss_fn, callbacks=[OverfitBatches(2)])
+    memory, or, since checkpoints do not hold them, of the first after a resume. Where a step has
+    fewer micro-batches than the one it stands for (at the ragged end of an epoch), it trains on as
+    many as it has; where it has more, it skips the others.
 
     Args:
         n: how many global batches.
-
-    Raises:
-        ConfigError: ``n`` is less than 1.
-
-    Ranks: all, local.
     """
 
     def __init__(self, n: int = 1) -> None:
@@ -36,7 +27,6 @@ class OverfitBatches(Callback):
         self._kept: dict[tuple[int, int], tuple[Any, int]] = {}
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Says what kind of training this is."""
         if self._first >= 0:
             return  # a second fit goes on with the same batches
         self._first = ctx.progress.step
@@ -47,7 +37,6 @@ class OverfitBatches(Callback):
         )
 
     def on_batch(self, ctx: Context, step: Step) -> None:
-        """Keeps the micro-batch, or replaces it by a kept one."""
         age = step.number - self._first
         place = (age % self._n, step.micro)
         if age < self._n:

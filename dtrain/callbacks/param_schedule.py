@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import some_of
+from dtrain.callbacks.argument_checks import some_of
 from dtrain.context import Context, Progress, Step
 from dtrain.errors import ConfigError
 
@@ -17,9 +17,9 @@ Group = dict[str, Any]
 class ParamSchedule(Callback):
     """Sets a value of the optimizer, or of a submodule, at the start of every step.
 
-    The value is a function of the progress alone. So it is equal on all ranks, nothing has to
-    be saved, and a resumed run goes on exactly. What another callback sets before that
-    (``LRSchedule`` the ``lr``) is overwritten.
+    The value is a function of the progress alone: equal on all ranks, with nothing to save, and a
+    resumed run goes on exactly. What another callback set before (``LRSchedule`` the ``lr``) is
+    overwritten.
 
     Example::
 
@@ -35,11 +35,6 @@ class ParamSchedule(Callback):
             says of each group whether it is meant; None means all groups.
         module: an attribute of a submodule instead, as ``"path.to.module:attribute"``.
         log: report the value, if it is a number, as ``name``, or as ``name/group``.
-
-    Raises:
-        ConfigError: there is no such value, group, module or attribute; says which there are.
-
-    Ranks: all, local.
     """
 
     def __init__(
@@ -70,19 +65,17 @@ class ParamSchedule(Callback):
         self.name = f"ParamSchedule({module or self._label})"
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Refuses what is not there, before a step is taken."""
         if self._module is None:
             self._places = self._find_groups(ctx.optimizer.param_groups)
             old = ctx.optimizer.param_groups[self._places[0]][self._value_name]
         else:
-            self._target = self._find_module(ctx.model)
+            self._target = self._find_module(ctx.model, self._module)
             old = getattr(*self._target)
         value = self._value(ctx.progress)
         if isinstance(value, tuple) != isinstance(old, tuple):
             raise ConfigError(f"{self.name}: {value!r} cannot take the place of {old!r}")
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
-        """Sets the value for this step."""
         value = self._value(ctx.progress)
         for place in self._places:  # the groups are not kept: a resume puts new ones there
             group = ctx.optimizer.param_groups[place]
@@ -121,9 +114,8 @@ class ParamSchedule(Callback):
                 )
         return places
 
-    def _find_module(self, model: nn.Module) -> tuple[nn.Module, str]:
-        assert self._module is not None
-        path, _, attribute = self._module.partition(":")
+    def _find_module(self, model: nn.Module, target: str) -> tuple[nn.Module, str]:
+        path, _, attribute = target.partition(":")
         try:
             module = model.get_submodule(path)
         except AttributeError as error:

@@ -5,8 +5,8 @@ from typing import Any
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
+from dtrain.callbacks.argument_checks import check_counts
 from dtrain.callbacks.averaged_weights import AveragedWeights
-from dtrain.callbacks.complaints import check_counts
 from dtrain.context import Context, Step
 
 
@@ -17,28 +17,15 @@ class StochasticWeightAveraging(AveragedWeights):
     Wider Optima and Better Generalization", UAI 2018). The paper holds the learning rate
     constant or cyclic meanwhile, as torch's ``SWALR`` does.
 
-    Parameters that require a gradient are averaged, in float32 at least. Evaluations in ``fit``
-    and checkpoints see the model's own weights; after ``fit`` the model holds the average, so
-    ``Trainer.evaluate`` sees that. Its BatchNorm statistics are those of the last weights:
-    before you use it, call ``torch.optim.swa_utils.update_bn(loader, trainer.model, device)`` on
-    every rank, with the same batches.
-
-    Example::
-
-        callbacks = [StochasticWeightAveraging(start_epoch=8)]
-        trainer = Trainer(model, optimizer, loss_fn, callbacks=callbacks)
-        trainer.fit(train_set, batch_size=64, epochs=12)
-        metrics = trainer.evaluate(val_set)
+    Parameters that require a gradient are averaged, in float32 at least. Evaluations in ``fit`` and
+    checkpoints see the model's own weights; after ``fit`` it holds the average, and
+    ``Trainer.evaluate`` sees that. Its BatchNorm statistics are those of the last weights: first
+    call ``torch.optim.swa_utils.update_bn(loader, trainer.model, device)`` on every rank, with the
+    same batches.
 
     Args:
         start_epoch: the first epoch whose weights count; epochs are counted from 0.
-        every_steps: average after every so many applied updates instead, from the start of that
-            epoch on.
-
-    Raises:
-        ConfigError: an argument is off.
-
-    Ranks: all, local; parameters are equal on all ranks, and so is their average.
+        every_steps: average after every so many applied updates instead, from that epoch on.
     """
 
     def __init__(self, start_epoch: int, *, every_steps: int | None = None) -> None:
@@ -50,18 +37,15 @@ class StochasticWeightAveraging(AveragedWeights):
         self.count = 0
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
-        """Averages, if it goes by steps and the optimizer has stepped."""
         every = self._every_steps
         if every is not None and step.applied and ctx.progress.updates % every == 0:
             self._take_in(ctx)
 
     def on_epoch_end(self, ctx: Context) -> None:
-        """Averages, if it goes by epochs."""
         if self._every_steps is None:
             self._take_in(ctx)
 
     def on_fit_end(self, ctx: Context) -> None:
-        """Leaves the average in the model."""
         if not self.count:
             ctx.say(
                 f"StochasticWeightAveraging: fit ended before the end of epoch {self._start_epoch} "
@@ -76,11 +60,9 @@ class StochasticWeightAveraging(AveragedWeights):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the average, and of how many."""
         return {"averages": self.averages, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
         self.averages, self.count = dict(state["averages"]), state["count"]
 
     def _take_in(self, ctx: Context) -> None:

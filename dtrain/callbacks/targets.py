@@ -1,7 +1,4 @@
-"""Targets of a classification: class indices, or soft ones, which have a float for each class.
-
-Ranks: all, local.
-"""
+"""Targets of a classification: class indices, or soft ones, which have a float for each class."""
 
 import torch
 from torch import Tensor
@@ -11,30 +8,19 @@ from dtrain.errors import DataError
 
 
 def hard_labels(y: Tensor) -> Tensor:
-    """Returns class indices, whether ``y`` holds these already or soft targets.
+    """Returns class indices, ``[B, ...]``; of a mixture, the class with the larger part.
 
-    For metrics in a loss function that is used with ``Mixup`` or ``LabelSmoothing`` in training,
-    and without them in evaluation.
-
-    Example::
-
-        accuracy = (logits.argmax(1) == hard_labels(y)).float().mean()
+    For metrics in a loss function with ``Mixup`` or ``LabelSmoothing`` in training only, such as
+    ``(logits.argmax(1) == hard_labels(y)).float().mean()``.
 
     Args:
         y: indices, any shape ``[B, ...]``; or a float for each class, ``[B, C, ...]``.
-
-    Returns:
-        Indices, ``[B, ...]``. Of a mixture, the class with the larger part.
     """
     return y.argmax(1) if y.is_floating_point() else y
 
 
 def soft_targets(owner: str, x: object, y: object, num_classes: int) -> Tensor:
-    """Returns soft targets ``[B, C]``, whether ``y`` holds these already or class indices ``[B]``.
-
-    Raises:
-        DataError: it is neither.
-    """
+    """Returns soft targets ``[B, C]``, of such or of indices ``[B]``; else raises DataError."""
     soft = isinstance(y, Tensor) and y.is_floating_point()
     if not isinstance(y, Tensor) or not y.ndim or y.shape[1:] != ((num_classes,) if soft else ()):
         found = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__

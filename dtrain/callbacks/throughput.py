@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import check_positive
+from dtrain.callbacks.argument_checks import check_positive
 from dtrain.context import Context, Step
 from dtrain.distributed import current, init
 from dtrain.errors import ConfigError
@@ -37,18 +37,14 @@ class Throughput(Callback):
 
     All names begin with ``throughput/``. What lies between steps (evaluation, saving, reports)
     counts as no step's time. Hooks of other callbacks count to the phase in which they run.
+    ``mfu`` is ``flops_per_sample * samples/s / (devices * peak_flops)`` (Chowdhery et al., "PaLM",
+    2022, appendix B).
 
     Times are the host's and nothing waits for the device. On CUDA the host runs ahead until it
     reads what the ranks agreed on, after backward: the step's length is right on average, but
     ``backward_share`` also holds the device's time for forward and the last optimizer step, which
     :class:`~dtrain.callbacks.Profile` tells apart.
-
-    Model FLOPs utilisation is ``flops_per_sample * samples/s / (devices * peak_flops)``
-    (Chowdhery et al., "PaLM", 2022, appendix B).
-
-    Example::
-
-        Throughput(tokens_per_sample=1024, count_flops=True, peak_flops=989e12)
+    Example: ``Throughput(tokens_per_sample=1024, count_flops=True, peak_flops=989e12)``.
 
     Args:
         tokens_per_sample: tokens in a sample.
@@ -57,11 +53,6 @@ class Throughput(Callback):
         count_flops: counts those of the first forward, and takes three times as many: backward
             needs two products for each of forward's. That step is left out of the figures.
         peak_flops: what a device can do in a second, by its maker.
-
-    Raises:
-        ConfigError: an argument is off.
-
-    Ranks: all, local.
     """
 
     def __init__(
@@ -72,12 +63,8 @@ class Throughput(Callback):
         count_flops: bool = False,
         peak_flops: float | None = None,
     ) -> None:
-        check_positive(
-            "Throughput",
-            tokens_per_sample=tokens_per_sample,
-            flops_per_sample=flops_per_sample,
-            peak_flops=peak_flops,
-        )
+        check_positive("Throughput", tokens_per_sample=tokens_per_sample, peak_flops=peak_flops)
+        check_positive("Throughput", flops_per_sample=flops_per_sample)
         if count_flops and flops_per_sample is not None:
             raise ConfigError("Throughput: give flops_per_sample or count_flops, not both")
         if peak_flops is not None and not count_flops and flops_per_sample is None:
@@ -86,31 +73,23 @@ class Throughput(Callback):
         self._flops_per_sample = flops_per_sample
         self._peak_flops = peak_flops
         self._to_count = count_flops
-        self._counter: _FlopCounter
         self._counting = ExitStack()
         self._counted_in = -1
-        self._devices = 1
-        self._since = 0.0
-        self._samples_before = 0
-        self._step = dict.fromkeys(PHASES, 0.0)  # seconds in this step
-        self._sums = dict.fromkeys(PHASES, 0.0)  # and in those since the last report
+        self._sums = dict.fromkeys(PHASES, 0.0)  # seconds since the last report
         self._samples = 0
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Asks how many devices there are."""
         self._devices = (current() or init()).size
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
-        """Starts the clock."""
         if not ctx.is_logged(_STEP_S):  # what was logged has been reported
             self._sums = dict.fromkeys(PHASES, 0.0)
             self._samples = 0
-        self._step = dict.fromkeys(PHASES, 0.0)
+        self._step = dict.fromkeys(PHASES, 0.0)  # seconds
         self._samples_before = ctx.progress.samples
         self._since = perf_counter()
 
     def on_batch(self, ctx: Context, step: Step) -> None:
-        """A batch has come."""
         self._counting.close()
         self._end("data")
         if self._to_count:
@@ -119,7 +98,6 @@ class Throughput(Callback):
             self._counting.enter_context(self._counter)
 
     def on_loss(self, ctx: Context, step: Step) -> None:
-        """Forward is over."""
         self._counting.close()
         self._end("forward")
         if self._to_count:
@@ -132,12 +110,10 @@ class Throughput(Callback):
             step.loss.mean.register_hook(self._watch_backward)  # the next batch comes after it
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
-        """Backward is over, and gradients are agreed."""
         self._counting.close()  # a micro-batch that was skipped has no on_loss
         self._end("backward")
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
-        """Logs the figures."""
         self._end("optimizer")
         self._counting.close()
         if self._counted_in == step.number:
@@ -163,7 +139,6 @@ class Throughput(Callback):
                 ctx.log("throughput/mfu", flops_per_s / self._peak_flops, "last")
 
     def on_error(self, ctx: Context, error: BaseException) -> None:
-        """Leaves no counter behind."""
         self._counting.close()
 
     def _end(self, phase: str) -> None:
@@ -178,10 +153,7 @@ class Throughput(Callback):
 
 
 class _FlopCounter(TorchDispatchMode):
-    """Counts the FLOPs of what runs while it is entered, and changes nothing.
-
-    torch's own FlopCounterMode would make torch.compile give up on what it first sees inside.
-    """
+    """Counts FLOPs; torch's FlopCounterMode would make torch.compile give up on what it sees."""
 
     flops = 0
 
@@ -189,9 +161,7 @@ class _FlopCounter(TorchDispatchMode):
     def ignore_compile_internals(cls) -> bool:
         return True
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)

@@ -3,14 +3,12 @@
 import re
 import time
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 from dtrain.callback import Callback
-from dtrain.callbacks.complaints import check_choice
+from dtrain.callbacks.argument_checks import check_choice
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
-
-Then = Literal["stop", "preempt"]
 
 _UNITS_S = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _LIMIT = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in _UNITS_S))
@@ -20,25 +18,14 @@ class TimeLimit(Callback):
     """Ends the run once ``fit`` has run for so long.
 
     Each rank looks at its own clock after every step and evaluation; where it is over on one,
-    all leave after the same step. The clock starts anew with each ``fit``, also where it
-    resumes a run.
-
-    Example::
-
-        TimeLimit("3h50m", then="preempt")      # the job has 4 hours; the next one continues
+    all leave after the same step. The clock starts anew with each ``fit``, also on a resume.
+    Example: ``TimeLimit("3h50m", then="preempt")``, in a job of 4 hours that the next continues.
 
     Args:
         limit: seconds, or text such as ``"1d2h3m4s"``, ``"90m"`` or ``"1.5h"``.
-        margin_s: ask so many seconds before the limit, to leave time for what comes after the
-            last step: an evaluation and a checkpoint.
-        then: ``"stop"``: the run is finished; ``"preempt"``: it is saved and is to be continued
-            by another start.
+        margin_s: ask so many seconds earlier, to leave time for a last evaluation and checkpoint.
+        then: ``"stop"``: the run is finished; ``"preempt"``: saved, for another start to continue.
         clock: returns seconds; for tests.
-
-    Raises:
-        ConfigError: an argument is off.
-
-    Ranks: all, local.
     """
 
     def __init__(
@@ -46,10 +33,10 @@ class TimeLimit(Callback):
         limit: str | float,
         *,
         margin_s: float = 0.0,
-        then: Then = "stop",
+        then: Literal["stop", "preempt"] = "stop",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        check_choice("TimeLimit", "then", then, get_args(Then))
+        check_choice("TimeLimit", "then", then, ("stop", "preempt"))
         self._limit = limit
         self._seconds = parse_duration(limit) - margin_s
         if margin_s < 0 or not self._seconds > 0:
@@ -59,21 +46,16 @@ class TimeLimit(Callback):
             )
         self._then = then
         self._clock = clock
-        self._end = 0.0
-        self._asked = False
 
     def on_fit_start(self, ctx: Context) -> None:
-        """Starts the clock."""
         self._end = self._clock() + self._seconds
         self._asked = False
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
-        """Looks at the clock."""
         self._look(ctx)
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        """Looks at the clock; an evaluation may take longer than all steps before it."""
-        self._look(ctx)
+        self._look(ctx)  # it may have taken longer than all steps before it
 
     def _look(self, ctx: Context) -> None:
         if self._asked or self._clock() < self._end:
@@ -84,13 +66,7 @@ class TimeLimit(Callback):
 
 
 def parse_duration(text: str | float) -> float:
-    """Returns seconds: of a number, or of text such as ``"1d2h3m4s"``.
-
-    Raises:
-        ConfigError: the text is no duration.
-
-    Ranks: all, local.
-    """
+    """Returns seconds: of a number, or of text such as ``"1d2h3m4s"``; or raises ConfigError."""
     if not isinstance(text, str):
         return float(text)
     match = _LIMIT.fullmatch(text.strip().lower())
@@ -99,8 +75,5 @@ def parse_duration(text: str | float) -> float:
             f"{text!r} is no duration: write days, hours, minutes and seconds in this order, such "
             "as '1d2h3m4s', '90m' or '3h50m', or a number of seconds"
         )
-    return sum(
-        float(number) * seconds
-        for number, seconds in zip(match.groups(), _UNITS_S.values(), strict=True)
-        if number
-    )
+    pairs = zip(match.groups(), _UNITS_S.values(), strict=True)
+    return sum(float(number or 0) * seconds for number, seconds in pairs)

@@ -1,9 +1,6 @@
-"""Complaints about what a callback was given, in the same words everywhere.
+"""Checks of what a callback was given, which complain in the same words everywhere."""
 
-Ranks: all, local.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from dtrain.errors import ConfigError
 
@@ -13,9 +10,8 @@ def check_counts(
 ) -> None:
     """Raises ConfigError where a value is below ``least``, or is None and may not be."""
     for name, value in values.items():
-        if value is None and or_none:
-            continue
-        if value is None or isinstance(value, bool) or value < least:
+        good = or_none if value is None else not isinstance(value, bool) and value >= least
+        if not good:
             hint = ", or None" * or_none
             raise ConfigError(f"{owner}({name}={value!r}): must be {least} or more{hint}")
 
@@ -42,8 +38,7 @@ def find_metric(owner: str, name: str, metrics: Mapping[str, float]) -> float:
     return metrics[name]
 
 
-def some_of(names: Iterable[str], most: int) -> str:
+def some_of(names: Sequence[str], most: int) -> str:
     """Returns the first ``most`` names, and how many more there are."""
-    names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + more
