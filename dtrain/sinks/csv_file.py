@@ -43,7 +43,6 @@ class CSV(RowFile):
         self._columns: list[str] = []
 
     def open(self, run_dir: Path | None) -> None:
-        """Opens the file, and reads which columns it has."""
         super().open(run_dir)
         rows = self._rows()
         self._columns = rows[0] if rows else [*_FIXED]
@@ -57,8 +56,7 @@ class CSV(RowFile):
             )
 
     def _row(self, fixed: dict[str, Any], values: dict[str, float]) -> str:
-        new = [name for name in values if name not in self._columns]
-        if new:
+        if new := [name for name in values if name not in self._columns]:
             self._columns += new
             self._rewrite(self._upto(math.inf))
         row = values | fixed
@@ -69,9 +67,6 @@ class CSV(RowFile):
         kept = [row for row in self._rows()[1:] if not row[0].isdigit() or int(row[0]) <= step]
         wide = [row + [""] * (len(self._columns) - len(row)) for row in kept]
         return "".join(_line(row) for row in [self._columns, *wide]).encode()
-
-    def _is_whole(self, row: bytes) -> bool:
-        return False  # a number in it may have been cut short
 
     def _rows(self) -> list[list[str]]:
         with self._path.open(encoding="utf-8", newline="") as file:

@@ -1,7 +1,6 @@
 """Hands reports to sinks, each in a thread of its own, so that none can hold up the training.
 
-A sink may be slow, hang or fail (a full disk, a server that does not answer): the others and
-the training go on, and a line on stderr says what happened.
+A sink may be slow, hang or fail: the others and the training go on, and stderr says what happened.
 """
 
 import sys
@@ -13,27 +12,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dtrain.errors import ConfigError, SinkError, locate
-from dtrain.sinks.report import Report
-from dtrain.sinks.sink import Sink
+from dtrain.sinks.sink import Report, Sink
 
 
 class Dispatcher:
-    """Hands each report to every sink; never blocks, and never raises once it is open.
+    """Hands each report to every sink, in order; never blocks, and never raises once it is open.
 
-    Each sink gets its reports in the order they were sent. Before :meth:`open`, after
-    :meth:`close` and where ``active`` is False, :meth:`send` does nothing, so that callers on
-    other ranks and in error paths need no branch.
-
-    Args:
-        sinks: where reports go.
-        run_dir: the run's folder, handed to the sinks; None where it keeps no files.
-        active: False makes a null object that calls no sink; for all ranks but 0.
-        capacity: how many reports may wait for one sink.
-
-    Raises:
-        ConfigError: one of ``sinks`` is no sink. This is checked on every rank.
-
-    Ranks: rank 0 only; on the others, with ``active=False``, it does nothing.
+    Before :meth:`open`, after :meth:`close` and where ``active`` is False (on all ranks but 0),
+    :meth:`send` does nothing: in error paths, too, callers need no branch. All check ``sinks``.
     """
 
     def __init__(
@@ -42,7 +28,7 @@ class Dispatcher:
         run_dir: Path | None,
         *,
         active: bool = True,
-        capacity: int = 1000,
+        capacity: int = 1000,  # how many reports may wait for one sink
     ) -> None:
         self._sinks = tuple(sinks)
         for sink in self._sinks:
@@ -73,24 +59,17 @@ class Dispatcher:
         return {w.name: w.dropped for w in self._workers if w.dropped}
 
     def check(self) -> None:
-        """Raises if a sink with ``on_error="raise"`` has failed.
-
-        Raises:
-            SinkError: names the sink and its error.
-        """
-        for worker in self._workers:
-            if worker.error is not None and worker.must_work:
+        """Raises SinkError if a sink with ``on_error="raise"`` has failed."""
+        for name, error in ((w.name, w.error) for w in self._workers if w.must_work):
+            if error is not None:
                 raise SinkError(
-                    f"the sink {worker.name} failed, and on_error='raise': "
-                    f"{_describe(worker.error)}"
-                ) from worker.error
+                    f"the sink {name} failed, and on_error='raise': {_describe(error)}"
+                ) from error
 
     def open(self) -> None:
         """Opens every sink, here and now, and starts the threads that feed them.
 
-        Raises:
-            Exception: whatever a sink raises, such as a :class:`ConfigError`. Sinks that were
-                opened before it are closed again.
+        Raises whatever a sink raises, and closes those that were opened before it.
         """
         if not self._active or self._is_open:
             return
@@ -110,10 +89,7 @@ class Dispatcher:
             self._workers.append(_Worker(name, sink, self._capacity))
 
     def send(self, report: Report) -> None:
-        """Hands ``report`` to every sink, without waiting for any of them.
-
-        Where ``capacity`` reports wait already, the oldest ``train`` report is left out.
-        """
+        """Hands ``report`` to every sink; the oldest ``train`` report is left out of full ones."""
         for worker in self._workers if self._is_open else ():
             if worker.put(report):
                 self._notify(
@@ -123,14 +99,9 @@ class Dispatcher:
                 )
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Returns when every report was written and every sink closed, or the time is up.
+        """Returns when every report was written and every sink closed, or the time is up for all.
 
-        A sink that is not done in time is named on stderr and left behind: it is handed
-        nothing more, and its thread does not keep the interpreter from ending. A second call
-        does nothing.
-
-        Args:
-            timeout_s: for all sinks together, in seconds.
+        A sink that is not done then is named on stderr and handed nothing more.
         """
         self._is_open = False
         deadline = time.monotonic() + timeout_s
@@ -144,11 +115,7 @@ class Dispatcher:
         self._notices.clear()
 
     def finish(self) -> None:
-        """Closes, and raises if a sink with ``on_error="raise"`` has failed.
-
-        Raises:
-            SinkError: names the sink and its error.
-        """
+        """Closes; then raises SinkError if a sink with ``on_error="raise"`` has failed."""
         self.close()
         self.check()
 
@@ -227,10 +194,10 @@ class _Worker:
         elif close_error is not None:
             error.add_note(f"(its close() failed as well: {_describe(close_error)})")
         if error is not None:
+            outcome = "The run is stopped." if self.must_work else "Training goes on."
             _say(
                 f"dtrain: the sink {self.name} failed in {where} and is left out from here on: "
-                f"{_describe(error)}. "
-                + ("The run is stopped." if self.must_work else "Training goes on.")
+                f"{_describe(error)}. {outcome}"
             )
 
     def _attempt(self, action: Callable[[], None]) -> BaseException | None:

@@ -2,40 +2,34 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dtrain.context import Outbox, Progress
 from dtrain.sinks.dispatcher import Dispatcher
-from dtrain.sinks.report import Report, ReportKind
+from dtrain.sinks.sink import Report, ReportKind
 
 
+@dataclass
 class History:
     """Turns figures into reports: puts step, epoch and time to them, and keeps a history.
 
     Ranks: all, local; rank 0's reach the sinks.
     """
 
-    def __init__(
-        self,
-        progress: Progress,
-        outbox: Outbox,
-        dispatcher: Dispatcher,
-        tell: Callable[[Report], None] | None = None,
-    ) -> None:
-        self._tell = tell
+    progress: Progress
+    outbox: Outbox
+    dispatcher: Dispatcher
+    tell: Callable[[Report], None] | None = None  # is told each report as well
+
+    def __post_init__(self) -> None:
         self.rows: list[dict[str, float]] = []
-        self._progress = progress
-        self._outbox = outbox
-        self._dispatcher = dispatcher
         self._began = time.perf_counter()
-        self._samples_before = progress.samples
+        self._samples_before = self.progress.samples
 
     def check(self) -> None:
-        """Raises SinkError on rank 0 if a sink failed that must not.
-
-        Ranks: all, local; inside a phase in which an error reaches all ranks.
-        """
-        self._dispatcher.check()
+        """Raises SinkError on rank 0 if a sink failed that must not. Ranks: all, local."""
+        self.dispatcher.check()
 
     def report(
         self,
@@ -46,20 +40,19 @@ class History:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Sends figures or a text to the sinks, after what callbacks had to say."""
-        for note in self._outbox.notes:
+        for note in self.outbox.notes:
             self._send("message", text=note)
-        self._outbox.notes.clear()
-        for shown in self._outbox.shown:
+        self.outbox.notes.clear()
+        for shown in self.outbox.shown:
             self._send("sample", text=shown.text, sample=shown)
-        self._outbox.shown.clear()
+        self.outbox.shown.clear()
         if kind in ("train", "eval"):
-            progress = self._progress
-            self.rows.append({"step": progress.step, "epoch": progress.epoch, **values})
+            self.rows.append({"step": self.progress.step, "epoch": self.progress.epoch, **values})
         # A copy of the values, because callbacks may keep and change theirs.
         self._send(kind, values=dict(values), text=text, config=config or {})
 
     def _send(self, kind: ReportKind, **what: Any) -> None:
-        progress = self._progress
+        progress = self.progress
         report = Report(
             kind,
             progress.step,
@@ -70,6 +63,6 @@ class History:
             steps_per_epoch=progress.steps_per_epoch,
             **what,
         )
-        if self._tell is not None:
-            self._tell(report)
-        self._dispatcher.send(report)
+        if self.tell is not None:
+            self.tell(report)
+        self.dispatcher.send(report)

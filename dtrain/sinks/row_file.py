@@ -5,18 +5,11 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, TextIO
 
-from dtrain.sinks.needs import place_in
-from dtrain.sinks.report import Report
-from dtrain.sinks.sink import OnError, Sink
+from dtrain.sinks.sink import OnError, Report, Sink, place_in
 
 
 class RowFile(Sink, ABC):
-    """Appends a row for each ``train`` and ``eval`` report; what CSV and JSONLines share.
-
-    A row is on its way to the disk before the next report is taken.
-
-    Ranks: rank 0 only.
-    """
+    """Appends a row for each ``train`` and ``eval`` report; what CSV and JSONLines share."""
 
     def __init__(self, filename: str, on_error: OnError) -> None:
         self.filename = filename
@@ -25,12 +18,6 @@ class RowFile(Sink, ABC):
         self._file: TextIO | None = None
 
     def open(self, run_dir: Path | None) -> None:
-        """Opens the file for appending, and makes it where there is none.
-
-        Raises:
-            ConfigError: the run has no folder, or the file is something else's.
-            OSError: the file cannot be written.
-        """
         self._path = place_in(run_dir, self.filename, sink=type(self).__name__)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._append()
@@ -43,7 +30,6 @@ class RowFile(Sink, ABC):
             os.truncate(self._path, len(data) - len(last))
 
     def write(self, report: Report) -> None:
-        """Adds a row for ``train`` and ``eval`` reports; ``start`` drops what comes again."""
         if self._file is None:
             raise RuntimeError(f"{type(self).__name__}.write() was called before open()")
         if report.kind == "start":
@@ -58,10 +44,9 @@ class RowFile(Sink, ABC):
             }
             row = self._row(fixed, {name: float(value) for name, value in report.values.items()})
             self._file.write(row)
-            self._file.flush()
+            self._file.flush()  # on its way to the disk before the next report is taken
 
     def close(self) -> None:
-        """Closes the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -77,9 +62,9 @@ class RowFile(Sink, ABC):
         Rows that say no step are somebody else's, and stay.
         """
 
-    @abstractmethod
     def _is_whole(self, row: bytes) -> bool:
-        """Says whether a row that lacks its line feed lacks nothing else."""
+        """Says whether a row that lacks its line feed lacks nothing else, such as a digit."""
+        return False
 
     def _append(self) -> TextIO:
         return self._path.open("a", encoding="utf-8", newline="")

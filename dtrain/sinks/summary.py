@@ -1,7 +1,4 @@
-"""What a run says at its start and its end, in plain words.
-
-Ranks: all, local.
-"""
+"""What a run says at its start and its end, in plain words."""
 
 from collections.abc import Callable
 
@@ -16,20 +13,11 @@ def describe_start(
     world: World,
     *,
     precision: str,
-    strategy: str,
-    batch_size: int | None,
+    strategy: str,  # how gradients meet, in words
+    batch_size: int | None,  # None for a stream
     split: Callable[[int], list[int]],
 ) -> str:
-    """Returns the start block: what is trained, where, and how a batch is shared out.
-
-    Args:
-        context: of the run.
-        world: the ranks.
-        precision: the precision's name.
-        strategy: how gradients meet, in words.
-        batch_size: the global batch; None for a stream.
-        split: from a rank's share to its micro-batches.
-    """
+    """Returns the start block: what is trained, where, and how a batch is shared out."""
     name, parameters = type(context.model).__name__, context.model.parameters()
     count = sum(p.numel() for p in parameters if p.requires_grad)
     ranks = f"{world.size} rank{'s' * (world.size > 1)}"
@@ -75,14 +63,10 @@ def _fusable(optimizer: Optimizer) -> bool:
 
 def describe_end(state: str, context: Context, stop_reason: str) -> str:
     """Returns the end block: why it ended, the evaluation's figures, where the files are."""
-    progress, metrics = context.progress, context.metrics
-    lines = [
-        f"{state} after {progress.step:,} steps, {progress.epoch} "
-        f"epoch{'s' * (progress.epoch != 1)}: {stop_reason}"
-    ]
-    figures = [f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/")]
-    if figures:
-        lines.append("  ".join(figures))
+    step, epoch, metrics = context.progress.step, context.progress.epoch, context.metrics
+    lines = [f"{state} after {step:,} steps, {epoch} epoch{'s' * (epoch != 1)}: {stop_reason}"]
+    if evaluated := [f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")]:
+        lines.append("  ".join(evaluated))
     if context.run_dir is not None:
         lines.append(f"files are in {context.run_dir}")
     return "\n".join(lines)

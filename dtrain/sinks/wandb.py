@@ -5,9 +5,7 @@ import secrets
 from pathlib import Path
 from typing import Any, Literal
 
-from dtrain.sinks.needs import check_package
-from dtrain.sinks.report import Report
-from dtrain.sinks.sink import OnError, Sink
+from dtrain.sinks.sink import OnError, Report, Sink, check_package
 
 
 class WandB(Sink):
@@ -54,11 +52,6 @@ class WandB(Sink):
         self._ended = False
 
     def open(self, run_dir: Path | None) -> None:
-        """Begins the wandb run, or goes on with it.
-
-        Raises:
-            Exception: whatever ``wandb.init`` raises.
-        """
         import wandb
 
         place: dict[str, Any] = {}
@@ -75,7 +68,6 @@ class WandB(Sink):
         self._run.define_metric("*", step_metric="step")
 
     def write(self, report: Report) -> None:
-        """Logs a report's figures or sample; ``start`` has the settings."""
         if self._run is None:
             raise RuntimeError("WandB.write() was called before open()")
         if report.kind == "start":
@@ -93,7 +85,6 @@ class WandB(Sink):
             self._ended = True
 
     def close(self) -> None:
-        """Ends the wandb run, as failed where the training was not reported to have ended."""
         run, self._run = self._run, None
-        if run is not None:
+        if run is not None:  # failed where the training was not reported to have ended
             run.finish(exit_code=0 if self._ended else 1)
