@@ -1,7 +1,4 @@
-"""Who gets which part of a global batch.
-
-Ranks: all, local.
-"""
+"""Who gets which part of a global batch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,10 +10,9 @@ from dtrain.data.order import Indices, Order, Pointwise
 
 Split = Callable[[int], list[int]]  # from a rank's share to the sizes of its micro-batches
 
-#: How many positions of an order are looked up together: few at first, so that an epoch begins at
-#: once; then more and more, as each look-up costs about the same. But of so many steps at most.
-_AT_FIRST, _AT_MOST = 1024, 16384
-_STEPS_AT_MOST = 1024
+# How many positions of an order are looked up together: few at first, so that an epoch begins at
+# once; then more and more, as each look-up costs about the same. But of so many steps at most.
+_AT_FIRST, _AT_MOST, _STEPS_AT_MOST = 1024, 16384, 1024
 
 
 @runtime_checkable
@@ -55,22 +51,13 @@ def share_of(start: int, stop: int, *, rank: int, size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """A rank's part of each step: step ``b`` is positions ``b * B`` to ``(b + 1) * B - 1``.
-
-    Attributes:
-        order: of the samples.
-        samples: how many positions of an epoch are used.
-        batch_size: the global batch, ``B``.
-        rank: this rank.
-        size: how many ranks there are.
-        split: from this rank's share to the sizes of its micro-batches.
-    """
+    """A rank's part of each step: step ``b`` is positions ``b * B`` to ``(b + 1) * B - 1``."""
 
     order: Order
-    samples: int
-    batch_size: int
+    samples: int  # how many positions of an epoch are used
+    batch_size: int  # the global batch, B
     rank: int
-    size: int
+    size: int  # how many ranks there are
     split: Split
 
     @property
@@ -103,7 +90,7 @@ class Shares:
 
     def _rows_of_steps(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, Indices]]:
         order = self.order
-        if not isinstance(order, Pointwise) or order.overrides_indices():
+        if not isinstance(order, Pointwise) or type(order).indices is not Pointwise.indices:
             # A user's own: asked only for what comes next.
             for step in range(first_step, self.steps):
                 first, end = self.share(step)

@@ -1,12 +1,13 @@
-"""What to train on: :class:`Data`."""
+"""What to train on: :class:`Data`, and datasets that are arrays."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from dtrain.data.columns import as_dataset
 from dtrain.data.order import Order
 from dtrain.errors import ConfigError, DataError
 
@@ -74,17 +75,12 @@ class Data:
         if self.batch_size is None:
             self._check_stream()
         else:
-            self.dataset = as_dataset(self.dataset)
+            self.dataset = _as_dataset(self.dataset)
             self._check_map_style(self.batch_size)
 
     @classmethod
     def of(cls, given: Any, batch_size: int | None, *, shuffle: bool) -> "Data":
-        """Returns what was given to ``fit``: as it is, if it is Data; else made of the arguments.
-
-        Raises:
-            ConfigError: ``batch_size`` is given twice, or missing, or to a stream.
-            DataError: it cannot be trained on.
-        """
+        """Returns what was given to ``fit``: as it is if it is Data, else made of all arguments."""
         if not isinstance(given, Data):
             return cls(given, batch_size, shuffle=shuffle)
         if batch_size is not None and given.is_stream:
@@ -159,6 +155,43 @@ class Data:
             raise DataError(
                 f"drop_last leaves nothing: the dataset has {length} samples, a batch {batch_size}"
             )
+
+
+class Columns:
+    """A map-style dataset of equally long arrays: a sample is a dict or a tuple of their rows."""
+
+    def __init__(self, given: Mapping[str, Any] | tuple[Any, ...]) -> None:
+        self.names = tuple(given) if isinstance(given, Mapping) else None
+        self.columns = tuple(given.values()) if isinstance(given, Mapping) else given
+        lengths = [len(column) for column in self.columns]
+        if len(set(lengths)) > 1:
+            named = zip(self.names or range(len(lengths)), lengths, strict=True)
+            told = ", ".join(f"{name!r} {length}" for name, length in named)
+            raise DataError(f"the columns of a dataset must be equally long: {told}")
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def __getitem__(self, row: int) -> Any:
+        cells = tuple(column[row] for column in self.columns)
+        return cells if self.names is None else dict(zip(self.names, cells, strict=True))
+
+
+def has_rows(value: Any) -> bool:
+    """Says whether it is an array or a tensor itself, no subclass that may index otherwise."""
+    return type(value) in (np.ndarray, np.memmap, torch.Tensor) and value.ndim > 0
+
+
+def _as_dataset(given: Any) -> Any:
+    """Returns a dict or a tuple of arrays as :class:`Columns`; anything else as it is.
+
+    A list stays a list of samples, also where these are arrays; a named tuple would lose its type.
+    """
+    if type(given) in (dict, tuple) and given:
+        columns = given.values() if isinstance(given, dict) else given
+        if all(has_rows(column) for column in columns):
+            return Columns(given)
+    return given
 
 
 def _refuse_loader(dataset: Any, batch_size: int | None) -> None:
