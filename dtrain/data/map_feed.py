@@ -23,6 +23,9 @@ _WORKER_STREAM, _SAMPLE_STREAM = 3, 5
 
 Collate = Callable[[list[Any]], Any] | None
 
+# The rows of a micro-batch, the seed of what is drawn for it, and perhaps one for each sample.
+_Task = tuple[list[int], int, list[int] | None]
+
 
 class MapFeed(Feed):
     """Feeds a map-style dataset. A checkpoint holds nothing of it.
@@ -99,15 +102,6 @@ class _MapStep(MicroBatches):
         return None if size is None else (ship(next(self.batches), self.device), size)
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """A micro-batch to fetch, and the seed of what is drawn for it, or for each sample."""
-
-    rows: list[int]
-    seed: int
-    sample_seeds: list[int] | None
-
-
 @dataclass(eq=False)
 class _Tasks(Sampler[_Task]):
     """All micro-batches of an epoch, from a step on: a loader's sampler."""
@@ -124,7 +118,7 @@ class _Tasks(Sampler[_Task]):
             if self.sample_seed is not None:
                 positions = range(first, first + len(rows))
                 seeds = [derive_seed(self.sample_seed, epoch, at) for at in positions]
-            yield _Task(rows.tolist(), derive_seed(self.seed, epoch, step, micro), seeds)
+            yield rows.tolist(), derive_seed(self.seed, epoch, step, micro), seeds
 
 
 @dataclass(eq=False)
@@ -138,11 +132,12 @@ class _Fetcher(Dataset[Any]):
     collate: Collate
 
     def __getitem__(self, task: _Task) -> Any:
-        if task.sample_seeds is None:
-            seed_everything(task.seed)
-            return fetch(self.dataset, task.rows, self.collate)
+        rows, seed_of_all, seeds = task
+        if seeds is None:
+            seed_everything(seed_of_all)
+            return fetch(self.dataset, rows, self.collate)
         samples: list[Any] = []
-        for row, seed in zip(task.rows, task.sample_seeds, strict=True):
+        for row, seed in zip(rows, seeds, strict=True):
             seed_everything(seed)
             samples += _samples(self.dataset, [row])
         return (self.collate or default_collate)(samples)

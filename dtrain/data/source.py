@@ -33,22 +33,19 @@ class Data:
         shuffle: a new order in every epoch, the same at every world size.
         drop_last: leave out an epoch's last global batch if it is smaller than the others.
         collate_fn: makes a batch of a list of samples; torch's default if None.
-        num_workers: loader processes of each rank; 0 loads in the training process.
-        prefetch: micro-batches that each worker holds ready. Without workers a batch is fetched
-            when its step needs it, after the update of the step before; so samples may be made by
-            the model as it is then. Workers hold copies of the dataset and fetch ahead, so
-            ``prefetch=0`` with workers is refused.
+        num_workers: loader processes of each rank; 0 loads in the training process, when a step
+            needs its batch, so that samples may be made by the model as it is then.
+        prefetch: micro-batches that each worker holds ready, 1 or more: workers hold copies of the
+            dataset and fetch ahead.
         order: your own order of samples, instead of ``shuffle``; such as
             :class:`~dtrain.data.Weighted` or :class:`~dtrain.data.Bucketed`.
-        seed_samples: Python's, NumPy's and torch's random numbers that a sample draws depend on
-            the seed, the epoch and its position in it, and on nothing else. So random augmentation
-            is the same at any world size, micro-batch size and number of workers. It costs some
-            ten microseconds a sample.
+        seed_samples: a sample's random numbers (Python's, NumPy's and torch's) depend on nothing
+            but the seed, the epoch and its position in it. So augmentation is the same at any world
+            size, micro-batch size and number of workers, at some ten microseconds a sample.
         timeout_s: how long to wait for a batch of the workers before that is an error, in seconds.
-        when_uneven: what happens once a rank's iterable has ended and others have not. With
-            ``"idle"`` it takes part without data until all have; with ``"stop"`` the epoch ends
-            for all after the last step in which every rank had a batch (each rank then fetches
-            one batch ahead).
+        when_uneven: what happens once a rank's iterable has ended and others have not. ``"idle"``:
+            it takes part without data until all have. ``"stop"``: the epoch ends for all after the
+            last step in which every rank had a batch (each rank then fetches one batch ahead).
 
     Raises:
         ConfigError: an argument is out of range, or contradicts another.

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -29,20 +29,6 @@ MARK_EVERY = 16
 CopyState = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """A stream that can tell where it is, and go on there; such as a StatefulDataLoader.
-
-    After ``load_state_dict(state)`` the next ``iter()`` goes on where ``state_dict()`` was called.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns dicts, lists, tuples, tensors, numbers and text."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what :meth:`state_dict` returned."""
-
-
 class StreamFeed(Feed):
     """Feeds an iterable of ready batches, each rank its own stream.
 
@@ -56,7 +42,10 @@ class StreamFeed(Feed):
         self, data: Data, world: World, batches_per_step: int, copy_state: CopyState | None = None
     ) -> None:
         self._data, self._world = data, world
-        self._stateful = data.dataset if isinstance(data.dataset, Stateful) else None
+        # Such as a StatefulDataLoader: its state is made of dicts, lists, tuples, tensors, numbers
+        # and text; once one is loaded, the next `iter()` goes on where it was told.
+        tells = hasattr(data.dataset, "state_dict") and hasattr(data.dataset, "load_state_dict")
+        self._stateful = data.dataset if tells else None
         self._batches_per_step = batches_per_step  # consecutive ones of this rank
         self._copy_state = copy_state
         self._epoch = -1
@@ -148,7 +137,7 @@ class StreamFeed(Feed):
         )
 
 
-def _tell_state(stream: Stateful, copy_state: CopyState) -> Any:
+def _tell_state(stream: Any, copy_state: CopyState) -> Any:
     """Returns a copy of a stream's state, because streams go on."""
     name = type(stream).__name__
     try:

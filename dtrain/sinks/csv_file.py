@@ -23,9 +23,8 @@ class CSV(RowFile):
     ``nan``, ``inf`` and ``-inf``. A row is on its way to the disk before the next report is taken.
 
     A new value makes a new column: the file is then written once more with the wider header,
-    aside, and renamed into place. A run that is continued goes on in the same file; what an
-    earlier start had written about steps that are now taken again is dropped, as is a last row
-    that a kill cut short.
+    aside, and renamed into place. A run that is continued goes on in the same file; what an earlier
+    start wrote about steps that are now taken again is dropped, as is a row that a kill cut short.
 
     Example::
 

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from dtrain.errors import ConfigError, SinkError, locate
@@ -41,9 +42,7 @@ class Dispatcher:
                 )
         if capacity < 1:
             raise ConfigError(f"capacity={capacity}: at least one report must be able to wait")
-        self._run_dir = run_dir
-        self._active = active
-        self._capacity = capacity
+        self._run_dir, self._active, self._capacity = run_dir, active, capacity
         self._workers: list[_Worker] = []
         self._is_open = False
         self._notices: list[threading.Thread] = []
@@ -51,16 +50,16 @@ class Dispatcher:
     @property
     def failures(self) -> list[tuple[str, BaseException]]:
         """The sinks that failed, by name, and how; a ``TimeoutError`` for one that hung."""
-        return [(w.name, w.error) for w in self._workers if w.error is not None]
+        return [(w.label, w.error) for w in self._workers if w.error is not None]
 
     @property
     def dropped(self) -> dict[str, int]:
         """How many reports were left out of which sink because it was too slow."""
-        return {w.name: w.dropped for w in self._workers if w.dropped}
+        return {w.label: w.dropped for w in self._workers if w.dropped}
 
     def check(self) -> None:
         """Raises SinkError if a sink with ``on_error="raise"`` has failed."""
-        for name, error in ((w.name, w.error) for w in self._workers if w.must_work):
+        for name, error in ((w.label, w.error) for w in self._workers if w.must_work):
             if error is not None:
                 raise SinkError(
                     f"the sink {name} failed, and on_error='raise': {_describe(error)}"
@@ -73,8 +72,7 @@ class Dispatcher:
         """
         if not self._active or self._is_open:
             return
-        self._workers = []
-        self._is_open = True
+        self._workers, self._is_open = [], True
         count: Counter[str] = Counter()
         for sink in self._sinks:
             kind = type(sink).__name__
@@ -93,7 +91,7 @@ class Dispatcher:
         for worker in self._workers if self._is_open else ():
             if worker.put(report):
                 self._notify(
-                    f"dtrain: the sink {worker.name} is slower than the training: "
+                    f"dtrain: the sink {worker.label} is slower than the training: "
                     f"{self._capacity} reports wait for it. At step {report.step} some train "
                     "reports begin to be left out of it. Training goes on."
                 )
@@ -108,7 +106,8 @@ class Dispatcher:
         for worker in self._workers:
             worker.finish()
         for worker in self._workers:
-            if not worker.join(deadline - time.monotonic()):
+            worker.join(max(0.0, deadline - time.monotonic()))
+            if worker.is_alive() and not worker.left_behind:
                 self._notify(f"dtrain: {worker.leave_behind(timeout_s)}")
         for notice in self._notices:
             notice.join(1.0)
@@ -126,23 +125,20 @@ class Dispatcher:
         self._notices.append(thread)
 
 
-class _Worker:
+class _Worker(threading.Thread):
     """One sink, the reports that wait for it, and the thread that feeds it."""
 
-    def __init__(self, name: str, sink: Sink, capacity: int) -> None:
-        self.name = name
+    def __init__(self, label: str, sink: Sink, capacity: int) -> None:
+        # A daemon, so that a sink that hangs cannot keep the interpreter from ending.
+        super().__init__(name=f"dtrain-sink-{label}", daemon=True)
+        self.label, self.must_work = label, sink.on_error == "raise"
         self.error: BaseException | None = None
         self.dropped = 0
-        self.must_work = sink.on_error == "raise"
-        self._sink = sink
-        self._capacity = capacity
+        self.left_behind = self._finishing = False
+        self._sink, self._capacity = sink, capacity
         self._waiting: deque[Report] = deque()
-        self._changed = threading.Condition()  # guards everything above and below
-        self._finishing = False
-        self._left_behind = False
-        # A daemon, so that a sink that hangs cannot keep the interpreter from ending.
-        self._thread = threading.Thread(target=self._run, name=f"dtrain-sink-{name}", daemon=True)
-        self._thread.start()
+        self._changed = threading.Condition()  # guards everything above
+        self.start()
 
     def put(self, report: Report) -> bool:
         """Queues ``report``; returns whether this was the first time that one was left out."""
@@ -164,29 +160,23 @@ class _Worker:
             self._finishing = True
             self._changed.notify()
 
-    def join(self, seconds: float) -> bool:
-        """Waits for the thread; returns whether it ended, or was given up before."""
-        self._thread.join(max(0.0, seconds))
-        return self._left_behind or not self._thread.is_alive()
-
     def leave_behind(self, timeout_s: float) -> str:
         """Hands the sink nothing more; returns what to tell a person."""
         with self._changed:
-            self._left_behind = True
+            self.left_behind = True
             text = (
-                f"the sink {self.name} was not done after {timeout_s:g} s and is left behind at "
-                f"{_where_is(self._thread)}; reports that still waited for it: "
-                f"{len(self._waiting)}."
+                f"the sink {self.label} was not done after {timeout_s:g} s and is left behind at "
+                f"{_where_is(self)}; reports that still waited for it: {len(self._waiting)}."
             )
             self._waiting.clear()
             self.error = TimeoutError(text) if self.error is None else self.error
             return text
 
-    def _run(self) -> None:
-        error = self._attempt(self._write_all)
-        if self._left_behind:
+    def run(self) -> None:
+        """Writes what comes until it is finished, fails or is left behind; then closes the sink."""
+        error, where = self._attempt(self._write_all), "write()"
+        if self.left_behind:
             return
-        where = "write()"
         # Also after a failure, and before anything is said: a sink may have redirected stderr.
         close_error = self._attempt(self._sink.close)
         if error is None:
@@ -196,14 +186,14 @@ class _Worker:
         if error is not None:
             outcome = "The run is stopped." if self.must_work else "Training goes on."
             _say(
-                f"dtrain: the sink {self.name} failed in {where} and is left out from here on: "
+                f"dtrain: the sink {self.label} failed in {where} and is left out from here on: "
                 f"{_describe(error)}. {outcome}"
             )
 
     def _attempt(self, action: Callable[[], None]) -> BaseException | None:
         try:
             action()
-        except BaseException as error:  # noqa: BLE001 -- the thread's outermost frame; told in _run
+        except BaseException as error:  # noqa: BLE001 -- the thread's outermost frame; told in run
             with self._changed:
                 self.error = error if self.error is None else self.error
                 self._waiting.clear()
@@ -221,11 +211,10 @@ class _Worker:
 
 
 def _say(text: str) -> None:
-    try:
+    # Where stderr is closed, or never was, there is nobody to tell.
+    with suppress(AttributeError, OSError, ValueError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):
-        return  # stderr is closed, or never was: there is nobody to tell
 
 
 def _describe(error: BaseException) -> str:
@@ -235,8 +224,7 @@ def _describe(error: BaseException) -> str:
 def _where_is(thread: threading.Thread) -> str:
     """Returns ``file:line`` where ``thread`` is now, outside of Python's own library."""
     frame = sys._current_frames().get(thread.ident or 0)
-    stack = traceback.extract_stack(frame) if frame is not None else []
-    for entry in reversed(stack):
+    for entry in reversed(traceback.extract_stack(frame) if frame is not None else []):
         if "/lib/python3" not in entry.filename and not entry.filename.startswith("<"):
             return f"{entry.filename}:{entry.lineno}"
     return "an unknown place"
