@@ -65,10 +65,7 @@ def ship(batch: Any, device: torch.device) -> Any:
 
     There it has a stream of its own, beside what the device still computes for the step before.
     """
-    if device.type != "cuda":
-        return send_to_device(batch, device, non_blocking=True)
-    batch = pinned(batch)
-    if not _is_of_host(batch):
+    if device.type != "cuda" or not _is_of_host(batch := pinned(batch)):
         return send_to_device(batch, device, non_blocking=True)
     beside, here = _stream_of_copies(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(beside):
@@ -80,9 +77,7 @@ def ship(batch: Any, device: torch.device) -> Any:
     return shipped
 
 
-@cache
-def _stream_of_copies(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+_stream_of_copies = cache(torch.cuda.Stream)  # one for each device
 
 
 def _is_of_host(batch: Any) -> bool:

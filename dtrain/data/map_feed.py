@@ -28,9 +28,9 @@ _Task = tuple[list[int], int, list[int] | None]
 
 
 class MapFeed(Feed):
-    """Feeds a map-style dataset. A checkpoint holds nothing of it.
+    """Feeds a map-style dataset. Ranks: all, local.
 
-    The order is a function of seed, epoch and position. Ranks: all, local.
+    A checkpoint holds nothing of it: the order is a function of seed, epoch and position.
     """
 
     def __init__(self, data: Data, world: World, split: Split, seed: int) -> None:
@@ -149,10 +149,9 @@ class _Fetcher(Dataset[Any]):
 
 
 def _outlive_signals(worker: int) -> None:
-    """Lets a worker go on where a scheduler signals every process of a job.
+    """Lets a worker go on where a scheduler signals a whole job: its rank is to finish and save.
 
-    Its rank is to finish the step and save. TERM is left as torch has it: a rank that ends sends
-    it to its workers.
+    TERM is left as torch has it: a rank that ends sends it to its workers.
     """
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

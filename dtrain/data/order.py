@@ -1,7 +1,6 @@
 """The order of samples: a function of (seed, epoch, position), not a list.
 
-A keyed permutation gives the i-th sample of an epoch in O(1) memory, so that the order is the
-same at every world size, and starting in the middle of an epoch costs nothing.
+So it takes no memory, is the same at every world size, and begins anywhere in an epoch at once.
 """
 
 from abc import ABC, abstractmethod
@@ -31,10 +30,10 @@ class Order(Protocol):
 
 
 class Pointwise(ABC):
-    """An order that can tell each position's sample by itself, so that many can be asked at once.
+    """An order that can tell each position's sample by itself.
 
-    A call costs some hundred microseconds, however few positions it is for. Whoever needs a few
-    of each step can ask for those of many steps together.
+    A call costs some hundred microseconds, so whoever needs a few positions of each step can ask
+    for those of many steps together.
     """
 
     def __init__(self, length: int) -> None:
@@ -116,10 +115,10 @@ class Weighted(Pointwise):
     def __init__(self, weights: ArrayLike, seed: int, length: int | None = None) -> None:
         array = np.asarray(weights, dtype=np.float64)
         if array.ndim != 1 or not np.isfinite(array).all() or (array < 0).any() or not array.any():
+            bounds = f", from {array.min()} to {array.max()}" if array.size else ""
             raise ConfigError(
-                f"Weighted(weights=...): one finite number of 0 or more for each sample, and not "
-                f"only zeros; got shape {list(array.shape)}"
-                + (f", from {array.min()} to {array.max()}" if array.size else "")
+                "Weighted(weights=...): one finite number of 0 or more for each sample, and not "
+                f"only zeros; got shape {list(array.shape)}{bounds}"
             )
         if length is not None and length < 1:
             raise ConfigError(f"Weighted(length={length}): must be 1 or more")
@@ -142,9 +141,8 @@ class Weighted(Pointwise):
 class Bucketed:
     """A new permutation in every epoch, whose global batches hold samples of similar length.
 
-    A window of some batches is shuffled as :class:`Shuffled` does, sorted by length, cut into
-    batches, and these are shuffled again, as are the samples in each: otherwise the last rank
-    would have the longest ones in every step.
+    A window of some batches is shuffled as by :class:`Shuffled`, sorted by length and cut into
+    batches; these are shuffled, and so are the samples in each, or the last rank had the longest.
 
     Example::
 
@@ -154,8 +152,7 @@ class Bucketed:
         lengths: one for each sample; shape ``[samples]``.
         batch_size: the global batch, as given to ``Data``.
         seed: which permutations.
-        window: how many batches are sorted together. More make batches more alike, and less
-            random.
+        window: how many batches are sorted together; more make one more alike, and less random.
 
     Raises:
         ConfigError: an argument is out of range.

@@ -40,8 +40,7 @@ def split_share(share: int, *, steps: int) -> list[int]:
 def share_of(start: int, stop: int, *, rank: int, size: int) -> tuple[int, int]:
     """Returns this rank's slice of the positions ``start`` to ``stop - 1``: first and stop.
 
-    Slices are contiguous, in the order of ranks; where it does not divide, lower ranks have
-    one sample more. A rank's slice may be empty.
+    Slices follow one another; lower ranks may have a sample more, and a slice may be empty.
     """
     # As split_evenly, without its list: this runs in every step, also on 16,384 ranks.
     small, larger = divmod(stop - start, size)
@@ -96,9 +95,9 @@ class Shares:
                 first, end = self.share(step)
                 yield step, first, np.asarray(order.indices(epoch, first, end), dtype=np.int64)
             return
-        begin, positions_at_once = first_step, _AT_FIRST
+        begin, at_once = first_step, _AT_FIRST
         while begin < self.steps:
-            count = max(1, positions_at_once * self.size // self.batch_size)
+            count = max(1, at_once * self.size // self.batch_size)
             steps = range(begin, min(begin + min(count, _STEPS_AT_MOST), self.steps))
             shares = [self.share(step) for step in steps]
             positions = np.concatenate([np.arange(*share, dtype=np.int64) for share in shares])
@@ -106,5 +105,4 @@ class Shares:
             for step, (first, end) in zip(steps, shares, strict=True):
                 yield step, first, rows[done : done + end - first]
                 done += end - first
-            begin = steps.stop
-            positions_at_once = min(2 * positions_at_once, _AT_MOST)
+            begin, at_once = steps.stop, min(2 * at_once, _AT_MOST)

@@ -2,9 +2,8 @@
 
 A stream that can tell its state is asked for it seldom, because that may be expensive. What a
 checkpoint holds is a *mark*, the state at some batch, and how many batches were given since; these
-are skipped when the run goes on. In most checkpoints there are none: a save between two steps asks
-for the state of that moment. It cannot do so where a batch is held already (``when_uneven="stop"``
-looks ahead), or where a step is undone that had batches already (a step that failed).
+are skipped when the run goes on. Mostly there are none, as a save between two steps asks anew. It
+cannot where a batch is held (``when_uneven="stop"`` looks ahead), or a failed step is undone.
 """
 
 from collections import deque
@@ -176,21 +175,20 @@ class _Pass:
 
     def has_ended(self) -> bool:
         if not self._held:
-            with suppress(StopIteration):
+            with suppress(EndOfStream):
                 self._held.append(self.next())
         return not self._held
 
     def skip(self, batches: int = 1) -> None:
-        with suppress(StopIteration):
+        with suppress(EndOfStream):
             for _ in range(batches):
                 self.next()
 
     def next(self) -> Any:
-        """Returns a batch, or raises StopIteration."""
         if self._held:
             return self._held.pop()
         if self._ended:
-            raise StopIteration
+            raise EndOfStream
         # In the middle of a step only if there is none: the two must reach back to its start.
         at_start = bool(self._starts) and self._starts[-1][1] == self.given
         if not self._marks or (at_start and self.given - self._marks[-1][0] >= MARK_EVERY):
@@ -199,7 +197,7 @@ class _Pass:
             batch = next(self.batches)
         except StopIteration:
             self._ended = True
-            raise
+            raise EndOfStream from None
         self.given += 1
         return batch
 
@@ -242,10 +240,7 @@ class _StreamStep(MicroBatches):
 
     def next(self) -> MicroBatch | None:
         self.current.begin(self.number)
-        try:
-            batch = self.current.next()
-        except StopIteration:
-            raise EndOfStream from None
+        batch = self.current.next()
         # The length of the first tensor that has one.
         samples = next((part.shape[0] for part in tensors_of(batch) if part.dim()), None)
         if samples is None:

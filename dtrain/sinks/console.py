@@ -24,12 +24,10 @@ _REDRAW_S = 0.05  # drawing takes about 1 ms, and the training would wait for it
 class Console(Sink):
     """Shows progress: a live bar on a terminal, plain lines in a file or a pipe.
 
-    On a terminal, evaluations and messages appear above the bar, and so does what the
-    training itself prints on this rank. Elsewhere each report is a line, without colours.
-
-    Epochs count from 1 here. Samples per second are those of all ranks, since the report
-    before, without the time that evaluations take; the time left is estimated from the whole
-    run so far.
+    On a terminal, evaluations and messages appear above the bar, and so does what the training
+    itself prints on this rank. Elsewhere each report is a line, without colours. Epochs count from
+    1 here. Samples per second are those of all ranks, since the report before, without the time
+    that evaluations take; the time left is estimated from the whole run so far.
 
     Args:
         stream: where to write; ``sys.stdout`` at the run's start if None.

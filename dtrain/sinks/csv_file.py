@@ -22,9 +22,9 @@ class CSV(RowFile):
     first seen. What a report does not have is an empty cell; numbers that are not finite are
     ``nan``, ``inf`` and ``-inf``. A row is on its way to the disk before the next report is taken.
 
-    A new value makes a new column: the file is then written once more with the wider header,
-    aside, and renamed into place. A run that is continued goes on in the same file; what an earlier
-    start wrote about steps that are now taken again is dropped, as is a row that a kill cut short.
+    A new value makes a new column: the file is written anew with it, aside, and renamed into place.
+    A run that is continued goes on in the same file; what an earlier start wrote about steps that
+    are now taken again is dropped, as is a row that a kill cut short.
 
     Example::
 

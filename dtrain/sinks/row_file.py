@@ -20,14 +20,10 @@ class RowFile(Sink, ABC):
     def open(self, run_dir: Path | None) -> None:
         self._path = place_in(run_dir, self.filename, sink=type(self).__name__)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._append()
+        self._path.touch()
         data = self._path.read_bytes()
         last = data[data.rfind(b"\n") + 1 :]
-        if last and self._is_whole(last):
-            self._file.write("\n")
-            self._file.flush()
-        else:
-            os.truncate(self._path, len(data) - len(last))
+        self._rewrite(data + b"\n" if self._is_whole(last) else data.removesuffix(last))
 
     def write(self, report: Report) -> None:
         if self._file is None:
@@ -66,9 +62,6 @@ class RowFile(Sink, ABC):
         """Says whether a row that lacks its line feed lacks nothing else, such as a digit."""
         return False
 
-    def _append(self) -> TextIO:
-        return self._path.open("a", encoding="utf-8", newline="")
-
     def _rewrite(self, data: bytes) -> None:
         """Makes ``data`` all that the file holds; at every instant the file is whole."""
         self.close()
@@ -79,4 +72,4 @@ class RowFile(Sink, ABC):
                 new.flush()
                 os.fsync(new.fileno())
             aside.replace(self._path)
-        self._file = self._append()
+        self._file = self._path.open("a", encoding="utf-8", newline="")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,9 @@ from dtrain.sinks.sink import OnError, Report, Sink, check_package, place_in
 class TensorBoard(Sink):
     """Writes event files into the run's folder: scalars, hyper-parameters, texts and pictures.
 
-    Hyper-parameters are ``Trainer(config=...)``, nested names joined with dots. Samples come
-    from ``ctx.show``. Look at them with ``tensorboard --logdir runs``.
-
-    A run that is continued adds a file; figures of steps that are now taken again are hidden
-    by TensorBoard.
+    Hyper-parameters are ``Trainer(config=...)``, nested names joined with dots. Samples come from
+    ``ctx.show``. Look at them with ``tensorboard --logdir runs``. A run that is continued adds a
+    file; TensorBoard hides figures of steps that are now taken again.
 
     Example::
 
@@ -35,26 +34,25 @@ class TensorBoard(Sink):
         check_package("tensorboard", sink="TensorBoard")
         self.folder = folder
         self.on_error = on_error
-        self._path: Path | None = None
+        self._begin: Any = None
         self._writer: Any = None
         self._session_end: Any = None
 
     def open(self, run_dir: Path | None) -> None:
-        import torch.utils.tensorboard  # noqa: F401 -- in the main thread, where it may raise
+        from torch.utils.tensorboard import SummaryWriter  # in the main thread, where it may raise
 
-        self._path = place_in(run_dir, f"{self.folder}/", sink="TensorBoard")
-        self._path.mkdir(parents=True, exist_ok=True)
+        path = place_in(run_dir, f"{self.folder}/", sink="TensorBoard")
+        path.mkdir(parents=True, exist_ok=True)
+        self._begin = partial(SummaryWriter, str(path))
 
     def write(self, report: Report) -> None:
-        if self._path is None:
+        if self._begin is None:
             raise RuntimeError("TensorBoard.write() was called before open()")
         step, sample = report.step, report.sample
         if self._writer is None:  # what is said while the run starts comes before `start`
-            from torch.utils.tensorboard import SummaryWriter
-
             # Of an earlier start, TensorBoard hides what is from `purge_step` on. A run that begins
             # writes step 0 again; one that is continued does not repeat the step it goes on from.
-            self._writer = SummaryWriter(str(self._path), purge_step=step + 1 if step else 0)
+            self._writer = self._begin(purge_step=step + 1 if step else 0)
         if report.kind == "start" and report.config:
             self._write_config(report)
         elif report.kind in ("train", "eval"):

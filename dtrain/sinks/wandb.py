@@ -12,11 +12,9 @@ class WandB(Sink):
     """Logs scalars, the Trainer's ``config``, texts and pictures to a wandb run.
 
     Figures have ``step`` (global steps) as their x axis. Samples come from ``ctx.show``. wandb
-    keeps its files in the run's folder, too.
-
-    A run that is continued goes on in the same wandb run, whose id is kept in
-    ``run_dir/wandb-id.txt``. wandb takes nothing back: steps that are taken again are there twice.
-    A run that failed or was killed is marked as such.
+    keeps its files in the run's folder, too. A run that is continued goes on in the same wandb run,
+    whose id is kept in ``run_dir/wandb-id.txt``. wandb takes nothing back: steps that are taken
+    again are there twice. A run that failed or was killed is marked as such.
 
     Example::
 
