@@ -33,10 +33,7 @@ class MicroBatches(Protocol):
 
 
 class Feed(Protocol):
-    """All steps of a run, on one rank. Its ``str()`` says what must be equal on all ranks.
-
-    Ranks: all, local.
-    """
+    """All steps of a run, on one rank; ``str()`` must be equal on all. Ranks: all, local."""
 
     steps_per_epoch: int | None  # None where nobody can know
 

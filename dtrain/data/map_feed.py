@@ -1,7 +1,4 @@
-"""Feeds map-style datasets: each rank fetches its slice of the global batch.
-
-It does so here, when a step needs it, or ahead, in a loader's workers.
-"""
+"""Feeds map-style datasets: each rank fetches its slice of a batch, or has workers fetch ahead."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -176,10 +173,7 @@ def _samples(dataset: Any, rows: Sequence[int]) -> Any:
 
 
 def fetch_whole(dataset: Any, rows: Sequence[int] | Indices) -> Any:
-    """Returns the batch of ``rows``, or None for a dataset that is not made of arrays.
-
-    It is what torch's ``default_collate`` makes of the samples, dtypes included.
-    """
+    """Returns what ``default_collate`` would, dtypes too; None for what is not made of arrays."""
     if type(dataset) is Subset:
         return fetch_whole(dataset.dataset, [dataset.indices[row] for row in rows])
     if has_rows(dataset):

@@ -30,11 +30,7 @@ class Order(Protocol):
 
 
 class Pointwise(ABC):
-    """An order that can tell each position's sample by itself.
-
-    A call costs some hundred microseconds, so whoever needs a few positions of each step can ask
-    for those of many steps together.
-    """
+    """Tells any positions' samples: in a call of some hundred us, be they few or many."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -163,10 +159,8 @@ class Bucketed:
     ) -> None:
         self._lengths = np.asarray(lengths)
         if self._lengths.ndim != 1:
-            shape = list(self._lengths.shape)
-            raise ConfigError(
-                f"Bucketed(lengths=...): one number for each sample; got shape {shape}"
-            )
+            got = f"got shape {list(self._lengths.shape)}"
+            raise ConfigError(f"Bucketed(lengths=...): one number for each sample; {got}")
         if batch_size < 1 or window < 1:
             raise ConfigError(
                 f"Bucketed(batch_size={batch_size}, window={window}): both must be 1 or more"

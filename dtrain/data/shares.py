@@ -38,10 +38,7 @@ def split_share(share: int, *, steps: int) -> list[int]:
 
 
 def share_of(start: int, stop: int, *, rank: int, size: int) -> tuple[int, int]:
-    """Returns this rank's slice of the positions ``start`` to ``stop - 1``: first and stop.
-
-    Slices follow one another; lower ranks may have a sample more, and a slice may be empty.
-    """
+    """Returns this rank's slice of positions, perhaps empty; lower ranks may have one more."""
     # As split_evenly, without its list: this runs in every step, also on 16,384 ranks.
     small, larger = divmod(stop - start, size)
     first = start + rank * small + min(rank, larger)

@@ -80,16 +80,14 @@ class Data:
         """Returns what was given to ``fit``: as it is if it is Data, else made of all arguments."""
         if not isinstance(given, Data):
             return cls(given, batch_size, shuffle=shuffle)
-        if batch_size is not None and given.is_stream:
-            raise ConfigError(
-                f"batch_size={batch_size} is given, but an iterable comes as ready batches: leave "
-                "it out"
-            )
-        if batch_size is not None and batch_size != given.batch_size:
-            raise ConfigError(
-                f"batch_size is given twice: {batch_size} here and {given.batch_size} in Data"
-            )
-        return given
+        if batch_size is None or batch_size == given.batch_size:
+            return given
+        raise ConfigError(
+            f"batch_size={batch_size} is given, but an iterable comes as ready batches: leave "
+            "it out"
+            if given.is_stream
+            else f"batch_size is given twice: {batch_size} here and {given.batch_size} in Data"
+        )
 
     @property
     def is_stream(self) -> bool:
@@ -98,9 +96,8 @@ class Data:
 
     def _check_stream(self) -> None:
         dataset, name = self.dataset, type(self.dataset).__name__
-        indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, Iterable)
         map_style = isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset)
-        if indexed or map_style:
+        if map_style or (hasattr(dataset, "__getitem__") and not isinstance(dataset, Iterable)):
             raise ConfigError(
                 f"{name} has samples, not ready batches: pass batch_size (the global batch, over "
                 "all ranks)"

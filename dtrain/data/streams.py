@@ -23,16 +23,14 @@ from dtrain.errors import CheckpointError, DataError, ResumeError
 
 # After so many batches a stream is asked for its state; so many at most are skipped.
 MARK_EVERY = 16
-
 # Copies a state for a checkpoint; raises CheckpointError where no checkpoint could hold it.
 CopyState = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class StreamFeed(Feed):
-    """Feeds an iterable of ready batches, each rank its own stream.
+    """Feeds an iterable of ready batches, each rank its own stream. Ranks: all, local.
 
     Without ``copy_state`` no checkpoint is made, and the stream is never asked for its state.
-    Ranks: all, local.
     """
 
     steps_per_epoch = None  # a length is this rank's alone; the plan must be equal on all of them
@@ -62,8 +60,7 @@ class StreamFeed(Feed):
             with random_state_kept():  # the streams of random numbers are where they were saved
                 current = self._go_on(loaded)
                 if looks_ahead and first_step:
-                    current.begin(first_step)
-                    current.has_ended()
+                    current.ends_before(first_step)
         else:
             before = None if self._pass is None else self._pass.end()
             if loaded is not None and self._stateful is not None:
@@ -173,7 +170,9 @@ class _Pass:
         if not self._starts or self._starts[-1][0] < step:
             self._starts.append((step, self.given))
 
-    def has_ended(self) -> bool:
+    def ends_before(self, step: int) -> bool:
+        """Says whether there is nothing for ``step``, and holds its first batch."""
+        self.begin(step)
         if not self._held:
             with suppress(EndOfStream):
                 self._held.append(self.next())
@@ -251,7 +250,4 @@ class _StreamStep(MicroBatches):
         return ship(batch, self.device), samples
 
     def is_last(self) -> bool:
-        if not self.looks_ahead:
-            return False
-        self.current.begin(self.number + 1)
-        return self.current.has_ended()
+        return self.looks_ahead and self.current.ends_before(self.number + 1)

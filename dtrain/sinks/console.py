@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console as Terminal
-from rich.console import RenderableType
 from rich.file_proxy import FileProxy
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -32,8 +31,6 @@ class Console(Sink):
     Args:
         stream: where to write; ``sys.stdout`` at the run's start if None.
         on_error: ``"raise"`` ends the run if it cannot be written; see :class:`~dtrain.Sink`.
-
-    Ranks: rank 0 only.
     """
 
     def __init__(self, stream: TextIO | None = None, *, on_error: OnError = "warn") -> None:
@@ -105,14 +102,13 @@ class Console(Sink):
         if self._terminal is None:
             return
         text = Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
-        cells: list[RenderableType] = [text]
-        row = Table.grid(padding=(0, 2))
+        row, bar = Table.grid(padding=(0, 2)), []
         room = self._terminal.width - text.cell_len - 4  # 2 between bar and text, 2 for the cursor
         if report.total_steps and room >= _NARROWEST:
             row.add_column(width=min(room, _WIDEST), no_wrap=True)
-            cells.insert(0, ProgressBar(total=report.total_steps, completed=report.step))
+            bar = [ProgressBar(total=report.total_steps, completed=report.step)]
         row.add_column(no_wrap=True)
-        row.add_row(*cells)
+        row.add_row(*bar, text)
         if self._live is None:
             self._live = Live(
                 console=self._terminal,

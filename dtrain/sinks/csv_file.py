@@ -26,25 +26,18 @@ class CSV(RowFile):
     A run that is continued goes on in the same file; what an earlier start wrote about steps that
     are now taken again is dropped, as is a row that a kill cut short.
 
-    Example::
-
-        Trainer(model, optimizer, loss_fn, sinks=[Console(), CSV()], run_dir="runs/first")
-
     Args:
         filename: the file's name, within the run's folder.
         on_error: ``"raise"`` ends the run if it cannot be written; see :class:`~dtrain.Sink`.
-
-    Ranks: rank 0 only.
     """
 
     def __init__(self, filename: str = "metrics.csv", *, on_error: OnError = "warn") -> None:
         super().__init__(filename, on_error)
-        self._columns: list[str] = []
 
     def open(self, run_dir: Path | None) -> None:
         super().open(run_dir)
         rows = self._rows()
-        self._columns = rows[0] if rows else [*_FIXED]
+        self._columns: list[str] = rows[0] if rows else [*_FIXED]
         if not rows:
             self._rewrite(self._upto(math.inf))
         elif self._columns[: len(_FIXED)] != _FIXED:

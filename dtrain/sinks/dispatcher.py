@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,10 +66,7 @@ class Dispatcher:
                 ) from error
 
     def open(self) -> None:
-        """Opens every sink, here and now, and starts the threads that feed them.
-
-        Raises whatever a sink raises, and closes those that were opened before it.
-        """
+        """Opens every sink, here and now; raises what one raises, and closes those before it."""
         if not self._active or self._is_open:
             return
         self._workers, self._is_open = [], True
@@ -97,10 +94,7 @@ class Dispatcher:
                 )
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Returns when every report was written and every sink closed, or the time is up for all.
-
-        A sink that is not done then is named on stderr and handed nothing more.
-        """
+        """Returns once all is written and closed, or in time: who is late is named and left."""
         self._is_open = False
         deadline = time.monotonic() + timeout_s
         for worker in self._workers:
@@ -174,31 +168,27 @@ class _Worker(threading.Thread):
 
     def run(self) -> None:
         """Writes what comes until it is finished, fails or is left behind; then closes the sink."""
-        error, where = self._attempt(self._write_all), "write()"
-        if self.left_behind:
-            return
-        # Also after a failure, and before anything is said: a sink may have redirected stderr.
-        close_error = self._attempt(self._sink.close)
-        if error is None:
-            error, where = close_error, "close()"
-        elif close_error is not None:
-            error.add_note(f"(its close() failed as well: {_describe(close_error)})")
-        if error is not None:
+        failed: list[tuple[str, BaseException]] = []
+        # Closed also after a failure, and before that is told: a sink may have redirected stderr.
+        for where, action in (("write()", self._write_all), ("close()", self._sink.close)):
+            if self.left_behind:
+                return
+            try:
+                action()
+            except BaseException as error:  # noqa: BLE001 -- the thread's outermost frame
+                failed.append((where, error))
+                with self._changed:
+                    self.error = error if self.error is None else self.error
+                    self._waiting.clear()
+        if failed:
+            (where, first), *others = failed
+            for _, other in others:
+                first.add_note(f"(its close() failed as well: {_describe(other)})")
             outcome = "The run is stopped." if self.must_work else "Training goes on."
             _say(
                 f"dtrain: the sink {self.label} failed in {where} and is left out from here on: "
-                f"{_describe(error)}. {outcome}"
+                f"{_describe(first)}. {outcome}"
             )
-
-    def _attempt(self, action: Callable[[], None]) -> BaseException | None:
-        try:
-            action()
-        except BaseException as error:  # noqa: BLE001 -- the thread's outermost frame; told in run
-            with self._changed:
-                self.error = error if self.error is None else self.error
-                self._waiting.clear()
-            return error
-        return None
 
     def _write_all(self) -> None:
         while True:

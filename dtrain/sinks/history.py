@@ -15,10 +15,7 @@ from dtrain.sinks.sink import Report, ReportKind
 
 @dataclass
 class History:
-    """Turns figures into reports: puts step, epoch and time to them, and keeps a history.
-
-    Ranks: all, local; rank 0's reach the sinks.
-    """
+    """Puts step, epoch and time to figures. Ranks: all, local; rank 0's reach the sinks."""
 
     progress: Progress
     outbox: Outbox

@@ -22,8 +22,6 @@ class JSONLines(RowFile):
     Args:
         filename: the file's name, within the run's folder.
         on_error: ``"raise"`` ends the run if it cannot be written; see :class:`~dtrain.Sink`.
-
-    Ranks: rank 0 only.
     """
 
     def __init__(self, filename: str = "metrics.jsonl", *, on_error: OnError = "warn") -> None:

@@ -14,7 +14,6 @@ class RowFile(Sink, ABC):
     def __init__(self, filename: str, on_error: OnError) -> None:
         self.filename = filename
         self.on_error = on_error
-        self._path = Path()
         self._file: TextIO | None = None
 
     def open(self, run_dir: Path | None) -> None:
@@ -53,10 +52,7 @@ class RowFile(Sink, ABC):
 
     @abstractmethod
     def _upto(self, step: float) -> bytes:
-        """Returns what the file holds, less rows about steps after ``step``.
-
-        Rows that say no step are somebody else's, and stay.
-        """
+        """Returns the file less rows after ``step``; others', which say no step, stay."""
 
     def _is_whole(self, row: bytes) -> bool:
         """Says whether a row that lacks its line feed lacks nothing else, such as a digit."""

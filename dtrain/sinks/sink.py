@@ -46,7 +46,7 @@ class Report:
 
 
 class Sink:
-    """Takes a run's figures somewhere. Runs in a thread of its own.
+    """Takes a run's figures somewhere, in a thread of its own.
 
     Override :meth:`write`; it is handed frozen numbers and can reach no other rank.
 
@@ -80,10 +80,7 @@ def place_in(run_dir: Path | None, name: str, *, sink: str) -> Path:
 
 
 def check_package(name: str, *, sink: str) -> None:
-    """Raises ConfigError if a package is missing that is imported on rank 0 later, in ``open``.
-
-    Importing it would take a second. Ranks: all, local.
-    """
+    """Raises ConfigError if there is no such package; it is not imported: that takes a second."""
     # A mere folder of that name in the current one, as wandb makes, has no origin.
     if getattr(importlib.util.find_spec(name), "origin", None) is None:
         raise ConfigError(f"{sink} needs the package {name}: pip install dtrain[{name}]")

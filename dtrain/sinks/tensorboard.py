@@ -16,18 +16,12 @@ class TensorBoard(Sink):
     ``ctx.show``. Look at them with ``tensorboard --logdir runs``. A run that is continued adds a
     file; TensorBoard hides figures of steps that are now taken again.
 
-    Example::
-
-        Trainer(model, optimizer, loss_fn, sinks=[Console(), TensorBoard()], run_dir="runs/first")
-
     Args:
         folder: the folder's name, within the run's folder.
         on_error: ``"raise"`` ends the run if it cannot be written; see :class:`~dtrain.Sink`.
 
     Raises:
         ConfigError: the package tensorboard is not installed.
-
-    Ranks: rank 0 only.
     """
 
     def __init__(self, folder: str = "tensorboard", *, on_error: OnError = "warn") -> None:

@@ -29,8 +29,6 @@ class WandB(Sink):
 
     Raises:
         ConfigError: the package wandb is not installed.
-
-    Ranks: rank 0 only.
     """
 
     def __init__(
@@ -45,9 +43,7 @@ class WandB(Sink):
         check_package("wandb", sink="WandB")
         self.on_error = on_error
         self._init = {"project": project, "name": name, "mode": mode, "resume": "allow", **init}
-        self._wandb: Any = None
         self._run: Any = None
-        self._ended = False
 
     def open(self, run_dir: Path | None) -> None:
         import wandb
@@ -60,7 +56,7 @@ class WandB(Sink):
                 kept.write_text(self._init.get("id") or secrets.token_hex(4))
             place = {"dir": str(run_dir), "id": kept.read_text().strip()}
         self._ended = False
-        self._wandb = wandb
+        self._wandb: Any = wandb
         self._run = wandb.init(**{**place, **self._init})
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
