@@ -1,11 +1,10 @@
 """What to train on, in which order, and who gets which part."""
 
-from dtrain.data.feed import EndOfStream, Feed, MicroBatches
-from dtrain.data.fetching import fetch
+from dtrain.data.feed import EndOfStream, Feed, MicroBatches, tensors_of
+from dtrain.data.map_feed import fetch
 from dtrain.data.opening import open_feed
 from dtrain.data.order import Bucketed, Order, Sequential, Shuffled, Weighted
 from dtrain.data.shares import AccumulationSlot, split_share
-from dtrain.data.shipping import tensors_of
 from dtrain.data.source import Data
 
 __all__ = [

@@ -17,10 +17,7 @@ def open_feed(
     batches_per_step: int = 1,
     copy_state: CopyState | None = None,
 ) -> Feed:
-    """Returns this rank's steps of a dataset (``split``, ``seed``) or a stream (the rest).
-
-    Ranks: all, local.
-    """
+    """Returns this rank's steps of a dataset (``split``, ``seed``) or a stream (the rest)."""
     if data.is_stream:
         return StreamFeed(data, world, batches_per_step, copy_state)
     return MapFeed(data, world, split, seed)

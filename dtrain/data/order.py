@@ -1,7 +1,6 @@
 """The order of samples: a function of (seed, epoch, position), not a list.
 
-A keyed permutation gives the i-th sample of an epoch in O(1) memory, so that the order is the
-same at every world size, and starting in the middle of an epoch costs nothing.
+So it takes no memory, is the same at every world size, and begins anywhere in an epoch at once.
 """
 
 from abc import ABC, abstractmethod
@@ -31,11 +30,13 @@ class Order(Protocol):
 
 
 class Pointwise(ABC):
-    """An order that can tell each position's sample by itself, so that many can be asked at once.
+    """Tells any positions' samples: in a call of some hundred us, be they few or many."""
 
-    A call costs some hundred microseconds, however few positions it is for. Whoever needs a few
-    of each step can ask for those of many steps together.
-    """
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
 
     @abstractmethod
     def at(self, epoch: int, positions: Indices) -> Indices:
@@ -45,19 +46,9 @@ class Pointwise(ABC):
         """Returns the samples at positions ``start`` to ``stop - 1`` of ``epoch``."""
         return self.at(epoch, np.arange(start, stop, dtype=np.int64))
 
-    def overrides_indices(self) -> bool:
-        """Says whether a subclass has another order than :meth:`at` tells."""
-        return type(self).indices is not Pointwise.indices
-
 
 class Sequential(Pointwise):
     """The data set's own order, in every epoch, of ``length`` samples."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
 
     def at(self, epoch: int, positions: Indices) -> Indices:
         """Returns the positions themselves."""
@@ -77,24 +68,19 @@ class Shuffled(Pointwise):
     """
 
     def __init__(self, length: int, seed: int) -> None:
-        self._length = length
+        super().__init__(length)
         self._seed = seed
-        half_bits = max(1, ((max(length - 1, 1)).bit_length() + 1) // 2)
+        half_bits = (max(length - 1, 1).bit_length() + 1) // 2
         self._half = np.uint64(half_bits)
         self._mask = np.uint64((1 << half_bits) - 1)
-
-    def __len__(self) -> int:
-        return self._length
 
     def at(self, epoch: int, positions: Indices) -> Indices:
         """Permutes the positions."""
         sequence = np.random.SeedSequence([self._seed, epoch])
         keys = sequence.generate_state(_ROUNDS, np.uint64).astype(np.uint64)
         values = self._permute(positions.astype(np.uint64), keys)
-        outside = values >= self._length
-        while outside.any():
+        while (outside := values >= self._length).any():
             values[outside] = self._permute(values[outside], keys)
-            outside = values >= self._length
         return values.astype(np.int64)
 
     def _permute(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -125,20 +111,17 @@ class Weighted(Pointwise):
     def __init__(self, weights: ArrayLike, seed: int, length: int | None = None) -> None:
         array = np.asarray(weights, dtype=np.float64)
         if array.ndim != 1 or not np.isfinite(array).all() or (array < 0).any() or not array.any():
+            bounds = f", from {array.min()} to {array.max()}" if array.size else ""
             raise ConfigError(
-                f"Weighted(weights=...): one finite number of 0 or more for each sample, and not "
-                f"only zeros; got shape {list(array.shape)}"
-                + (f", from {array.min()} to {array.max()}" if array.size else "")
+                "Weighted(weights=...): one finite number of 0 or more for each sample, and not "
+                f"only zeros; got shape {list(array.shape)}{bounds}"
             )
+        if length is not None and length < 1:
+            raise ConfigError(f"Weighted(length={length}): must be 1 or more")
+        super().__init__(len(array) if length is None else length)
         self._bounds = np.cumsum(array)
         self._last = int(np.flatnonzero(array)[-1])
         self._seed = seed
-        self._length = len(array) if length is None else length
-        if self._length < 1:
-            raise ConfigError(f"Weighted(length={length}): must be 1 or more")
-
-    def __len__(self) -> int:
-        return self._length
 
     def at(self, epoch: int, positions: Indices) -> Indices:
         """Returns what is drawn at ``positions`` of ``epoch``, in their order."""
@@ -147,17 +130,15 @@ class Weighted(Pointwise):
         bits = _mix(_mix(positions.astype(np.uint64) ^ first) ^ second)
         # 53 bits fill a float64's fraction: 0 <= drawn < 1.
         drawn = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        rows = np.searchsorted(self._bounds, drawn * self._bounds[-1], side="right")
-        drawn_rows: Indices = np.minimum(rows, self._last).astype(np.int64)  # a product rounded up
-        return drawn_rows
+        rows: Indices = np.searchsorted(self._bounds, drawn * self._bounds[-1], side="right")
+        return rows.clip(max=self._last)  # the product may have been rounded up
 
 
 class Bucketed:
     """A new permutation in every epoch, whose global batches hold samples of similar length.
 
-    A window of some batches is shuffled as :class:`Shuffled` does, sorted by length, cut into
-    batches, and these are shuffled again, as are the samples in each: otherwise the last rank
-    would have the longest ones in every step.
+    A window of some batches is shuffled as by :class:`Shuffled`, sorted by length and cut into
+    batches; these are shuffled, and so are the samples in each, or the last rank had the longest.
 
     Example::
 
@@ -167,8 +148,7 @@ class Bucketed:
         lengths: one for each sample; shape ``[samples]``.
         batch_size: the global batch, as given to ``Data``.
         seed: which permutations.
-        window: how many batches are sorted together. More make batches more alike, and less
-            random.
+        window: how many batches are sorted together; more make one more alike, and less random.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -179,10 +159,8 @@ class Bucketed:
     ) -> None:
         self._lengths = np.asarray(lengths)
         if self._lengths.ndim != 1:
-            shape = list(self._lengths.shape)
-            raise ConfigError(
-                f"Bucketed(lengths=...): one number for each sample; got shape {shape}"
-            )
+            got = f"got shape {list(self._lengths.shape)}"
+            raise ConfigError(f"Bucketed(lengths=...): one number for each sample; {got}")
         if batch_size < 1 or window < 1:
             raise ConfigError(
                 f"Bucketed(batch_size={batch_size}, window={window}): both must be 1 or more"
@@ -191,7 +169,7 @@ class Bucketed:
         self._batch_size = batch_size
         self._window = window * batch_size
         self._seed = seed
-        self._known: tuple[int, int, Indices] | None = None
+        self._known = -1, -1, np.empty(0, dtype=np.int64)  # a window of an epoch, and its samples
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -200,17 +178,14 @@ class Bucketed:
         """Returns the samples at positions ``start`` to ``stop - 1`` of ``epoch``."""
         parts = [np.empty(0, dtype=np.int64)]
         for number in range(start // self._window, -(-stop // self._window)):
+            if self._known[:2] != (epoch, number):  # steps follow one another: the last one is kept
+                self._known = epoch, number, self._sort(epoch, number)
             first = number * self._window
-            parts.append(self._rows(epoch, number)[max(start - first, 0) : stop - first])
+            parts.append(self._known[2][max(start - first, 0) : stop - first])
         return np.concatenate(parts)
 
-    def _rows(self, epoch: int, number: int) -> Indices:
-        """Returns a window's samples; steps follow one another, so the last one is kept."""
-        if self._known is None or self._known[:2] != (epoch, number):
-            self._known = (epoch, number, self._sort(epoch, number))
-        return self._known[2]
-
     def _sort(self, epoch: int, number: int) -> Indices:
+        """Returns a window's samples."""
         first = number * self._window
         rows = self._shuffled.indices(epoch, first, min(first + self._window, len(self)))
         random = np.random.default_rng([self._seed, epoch, _BATCHES, number])

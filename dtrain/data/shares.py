@@ -1,7 +1,4 @@
-"""Who gets which part of a global batch.
-
-Ranks: all, local.
-"""
+"""Who gets which part of a global batch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,10 +10,9 @@ from dtrain.data.order import Indices, Order, Pointwise
 
 Split = Callable[[int], list[int]]  # from a rank's share to the sizes of its micro-batches
 
-#: How many positions of an order are looked up together: few at first, so that an epoch begins at
-#: once; then more and more, as each look-up costs about the same. But of so many steps at most.
-_AT_FIRST, _AT_MOST = 1024, 16384
-_STEPS_AT_MOST = 1024
+# How many positions of an order are looked up together: few at first, so that an epoch begins at
+# once; then more and more, as each look-up costs about the same. But of so many steps at most.
+_AT_FIRST, _AT_MOST, _STEPS_AT_MOST = 1024, 16384, 1024
 
 
 @runtime_checkable
@@ -42,11 +38,7 @@ def split_share(share: int, *, steps: int) -> list[int]:
 
 
 def share_of(start: int, stop: int, *, rank: int, size: int) -> tuple[int, int]:
-    """Returns this rank's slice of the positions ``start`` to ``stop - 1``: first and stop.
-
-    Slices are contiguous, in the order of ranks; where it does not divide, lower ranks have
-    one sample more. A rank's slice may be empty.
-    """
+    """Returns this rank's slice of positions, perhaps empty; lower ranks may have one more."""
     # As split_evenly, without its list: this runs in every step, also on 16,384 ranks.
     small, larger = divmod(stop - start, size)
     first = start + rank * small + min(rank, larger)
@@ -55,22 +47,13 @@ def share_of(start: int, stop: int, *, rank: int, size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """A rank's part of each step: step ``b`` is positions ``b * B`` to ``(b + 1) * B - 1``.
-
-    Attributes:
-        order: of the samples.
-        samples: how many positions of an epoch are used.
-        batch_size: the global batch, ``B``.
-        rank: this rank.
-        size: how many ranks there are.
-        split: from this rank's share to the sizes of its micro-batches.
-    """
+    """A rank's part of each step: step ``b`` is positions ``b * B`` to ``(b + 1) * B - 1``."""
 
     order: Order
-    samples: int
-    batch_size: int
+    samples: int  # how many positions of an epoch are used
+    batch_size: int  # the global batch, B
     rank: int
-    size: int
+    size: int  # how many ranks there are
     split: Split
 
     @property
@@ -103,15 +86,15 @@ class Shares:
 
     def _rows_of_steps(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, Indices]]:
         order = self.order
-        if not isinstance(order, Pointwise) or order.overrides_indices():
+        if not isinstance(order, Pointwise) or type(order).indices is not Pointwise.indices:
             # A user's own: asked only for what comes next.
             for step in range(first_step, self.steps):
                 first, end = self.share(step)
                 yield step, first, np.asarray(order.indices(epoch, first, end), dtype=np.int64)
             return
-        begin, positions_at_once = first_step, _AT_FIRST
+        begin, at_once = first_step, _AT_FIRST
         while begin < self.steps:
-            count = max(1, positions_at_once * self.size // self.batch_size)
+            count = max(1, at_once * self.size // self.batch_size)
             steps = range(begin, min(begin + min(count, _STEPS_AT_MOST), self.steps))
             shares = [self.share(step) for step in steps]
             positions = np.concatenate([np.arange(*share, dtype=np.int64) for share in shares])
@@ -119,5 +102,4 @@ class Shares:
             for step, (first, end) in zip(steps, shares, strict=True):
                 yield step, first, rows[done : done + end - first]
                 done += end - first
-            begin = steps.stop
-            positions_at_once = min(2 * positions_at_once, _AT_MOST)
+            begin, at_once = steps.stop, min(2 * at_once, _AT_MOST)

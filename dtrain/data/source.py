@@ -1,12 +1,13 @@
-"""What to train on: :class:`Data`."""
+"""What to train on: :class:`Data`, and datasets that are arrays."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from dtrain.data.columns import as_dataset
 from dtrain.data.order import Order
 from dtrain.errors import ConfigError, DataError
 
@@ -32,22 +33,19 @@ class Data:
         shuffle: a new order in every epoch, the same at every world size.
         drop_last: leave out an epoch's last global batch if it is smaller than the others.
         collate_fn: makes a batch of a list of samples; torch's default if None.
-        num_workers: loader processes of each rank; 0 loads in the training process.
-        prefetch: micro-batches that each worker holds ready. Without workers a batch is fetched
-            when its step needs it, after the update of the step before; so samples may be made by
-            the model as it is then. Workers hold copies of the dataset and fetch ahead, so
-            ``prefetch=0`` with workers is refused.
+        num_workers: loader processes of each rank; 0 loads in the training process, when a step
+            needs its batch, so that samples may be made by the model as it is then.
+        prefetch: micro-batches that each worker holds ready, 1 or more: workers hold copies of the
+            dataset and fetch ahead.
         order: your own order of samples, instead of ``shuffle``; such as
             :class:`~dtrain.data.Weighted` or :class:`~dtrain.data.Bucketed`.
-        seed_samples: Python's, NumPy's and torch's random numbers that a sample draws depend on
-            the seed, the epoch and its position in it, and on nothing else. So random augmentation
-            is the same at any world size, micro-batch size and number of workers. It costs some
-            ten microseconds a sample.
+        seed_samples: a sample's random numbers (Python's, NumPy's and torch's) depend on nothing
+            but the seed, the epoch and its position in it. So augmentation is the same at any world
+            size, micro-batch size and number of workers, at some ten microseconds a sample.
         timeout_s: how long to wait for a batch of the workers before that is an error, in seconds.
-        when_uneven: what happens once a rank's iterable has ended and others have not. With
-            ``"idle"`` it takes part without data until all have; with ``"stop"`` the epoch ends
-            for all after the last step in which every rank had a batch (each rank then fetches
-            one batch ahead).
+        when_uneven: what happens once a rank's iterable has ended and others have not. ``"idle"``:
+            it takes part without data until all have. ``"stop"``: the epoch ends for all after the
+            last step in which every rank had a batch (each rank then fetches one batch ahead).
 
     Raises:
         ConfigError: an argument is out of range, or contradicts another.
@@ -74,29 +72,22 @@ class Data:
         if self.batch_size is None:
             self._check_stream()
         else:
-            self.dataset = as_dataset(self.dataset)
+            self.dataset = _as_dataset(self.dataset)
             self._check_map_style(self.batch_size)
 
     @classmethod
     def of(cls, given: Any, batch_size: int | None, *, shuffle: bool) -> "Data":
-        """Returns what was given to ``fit``: as it is, if it is Data; else made of the arguments.
-
-        Raises:
-            ConfigError: ``batch_size`` is given twice, or missing, or to a stream.
-            DataError: it cannot be trained on.
-        """
+        """Returns what was given to ``fit``: as it is if it is Data, else made of all arguments."""
         if not isinstance(given, Data):
             return cls(given, batch_size, shuffle=shuffle)
-        if batch_size is not None and given.is_stream:
-            raise ConfigError(
-                f"batch_size={batch_size} is given, but an iterable comes as ready batches: leave "
-                "it out"
-            )
-        if batch_size is not None and batch_size != given.batch_size:
-            raise ConfigError(
-                f"batch_size is given twice: {batch_size} here and {given.batch_size} in Data"
-            )
-        return given
+        if batch_size is None or batch_size == given.batch_size:
+            return given
+        raise ConfigError(
+            f"batch_size={batch_size} is given, but an iterable comes as ready batches: leave "
+            "it out"
+            if given.is_stream
+            else f"batch_size is given twice: {batch_size} here and {given.batch_size} in Data"
+        )
 
     @property
     def is_stream(self) -> bool:
@@ -105,9 +96,8 @@ class Data:
 
     def _check_stream(self) -> None:
         dataset, name = self.dataset, type(self.dataset).__name__
-        indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, Iterable)
         map_style = isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset)
-        if indexed or map_style:
+        if map_style or (hasattr(dataset, "__getitem__") and not isinstance(dataset, Iterable)):
             raise ConfigError(
                 f"{name} has samples, not ready batches: pass batch_size (the global batch, over "
                 "all ranks)"
@@ -159,6 +149,43 @@ class Data:
             raise DataError(
                 f"drop_last leaves nothing: the dataset has {length} samples, a batch {batch_size}"
             )
+
+
+class Columns:
+    """A map-style dataset of equally long arrays: a sample is a dict or a tuple of their rows."""
+
+    def __init__(self, given: Mapping[str, Any] | tuple[Any, ...]) -> None:
+        self.names = tuple(given) if isinstance(given, Mapping) else None
+        self.columns = tuple(given.values()) if isinstance(given, Mapping) else given
+        lengths = [len(column) for column in self.columns]
+        if len(set(lengths)) > 1:
+            named = zip(self.names or range(len(lengths)), lengths, strict=True)
+            told = ", ".join(f"{name!r} {length}" for name, length in named)
+            raise DataError(f"the columns of a dataset must be equally long: {told}")
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def __getitem__(self, row: int) -> Any:
+        cells = tuple(column[row] for column in self.columns)
+        return cells if self.names is None else dict(zip(self.names, cells, strict=True))
+
+
+def has_rows(value: Any) -> bool:
+    """Says whether it is an array or a tensor itself, no subclass that may index otherwise."""
+    return type(value) in (np.ndarray, np.memmap, torch.Tensor) and value.ndim > 0
+
+
+def _as_dataset(given: Any) -> Any:
+    """Returns a dict or a tuple of arrays as :class:`Columns`; anything else as it is.
+
+    A list stays a list of samples, also where these are arrays; a named tuple would lose its type.
+    """
+    if type(given) in (dict, tuple) and given:
+        columns = given.values() if isinstance(given, dict) else given
+        if all(has_rows(column) for column in columns):
+            return Columns(given)
+    return given
 
 
 def _refuse_loader(dataset: Any, batch_size: int | None) -> None:

@@ -6,11 +6,9 @@ TensorBoard and WandB import their packages when they are opened, not before.
 from dtrain.sinks.console import Console
 from dtrain.sinks.csv_file import CSV
 from dtrain.sinks.dispatcher import Dispatcher
-from dtrain.sinks.history import History
+from dtrain.sinks.history import History, describe_end, describe_start
 from dtrain.sinks.json_lines import JSONLines
-from dtrain.sinks.report import Report
-from dtrain.sinks.sink import Sink
-from dtrain.sinks.summary import describe_end, describe_start
+from dtrain.sinks.sink import Report, Sink
 from dtrain.sinks.tensorboard import TensorBoard
 from dtrain.sinks.wandb import WandB
 

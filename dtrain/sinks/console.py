@@ -8,63 +8,49 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console as Terminal
-from rich.console import RenderableType
 from rich.file_proxy import FileProxy
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dtrain.sinks.report import Report
-from dtrain.sinks.sink import OnError, Sink
+from dtrain.sinks.sink import OnError, Report, Sink
 
-_BAR_WIDTH = (8, 40)
+_NARROWEST, _WIDEST = 8, 40  # the bar, in columns
 _REDRAW_S = 0.05  # drawing takes about 1 ms, and the training would wait for it (the GIL)
 
 
 class Console(Sink):
     """Shows progress: a live bar on a terminal, plain lines in a file or a pipe.
 
-    On a terminal, evaluations and messages appear above the bar, and so does what the
-    training itself prints on this rank. Elsewhere each report is a line, without colours.
-
-    Epochs count from 1 here. Samples per second are those of all ranks, since the report
-    before, without the time that evaluations take; the time left is estimated from the whole
-    run so far.
+    On a terminal, evaluations and messages appear above the bar, and so does what the training
+    itself prints on this rank. Elsewhere each report is a line, without colours. Epochs count from
+    1 here. Samples per second are those of all ranks, since the report before, without the time
+    that evaluations take; the time left is estimated from the whole run so far.
 
     Args:
         stream: where to write; ``sys.stdout`` at the run's start if None.
         on_error: ``"raise"`` ends the run if it cannot be written; see :class:`~dtrain.Sink`.
-
-    Ranks: rank 0 only.
     """
 
     def __init__(self, stream: TextIO | None = None, *, on_error: OnError = "warn") -> None:
         self.on_error = on_error
         self._stream = stream
-        self._out: TextIO = sys.stdout
-        self._terminal: Terminal | None = None
-        self._live: Live | None = None
-        self._drawn = -math.inf  # when the bar was, in the report's seconds
-        self._first: Report | None = None
-        self._mark = (0, 0.0)  # samples and seconds from which on speed is measured
-        self._speed = ""
 
     def open(self, run_dir: Path | None) -> None:
-        """Finds out whether it writes to a terminal."""
         self._out = self._stream or sys.stdout
         terminal = Terminal(
             file=self._out, markup=False, emoji=False, highlight=False, force_jupyter=False
         )
         # isatty as well, because FORCE_COLOR makes rich believe that a file is a terminal.
         self._terminal = terminal if self._out.isatty() and terminal.is_interactive else None
-        self._live = None
-        self._first = None
-        self._mark = (0, 0.0)
+        self._live: Live | None = None
+        self._drawn = -math.inf  # when the bar was, in the report's seconds
+        self._first: Report | None = None
+        self._mark = (0, 0.0)  # samples and seconds from which on speed is measured
         self._speed = ""
 
     def write(self, report: Report) -> None:
-        """Shows one report."""
         if report.kind == "train":
             place, pace = _place(report), self._pace(report)
             if self._terminal is None:
@@ -80,7 +66,7 @@ class Console(Sink):
                 self._print(f"--- {report.sample.name}:\n{report.text}\n---")
         else:
             if report.kind == "end":
-                self._stop_bar()  # it stays where it is, and the last words come below it
+                self.close()  # it stays where it is, and the last words come below it
             if report.text:
                 self._print(report.text)
             if report.kind == "start":
@@ -89,14 +75,16 @@ class Console(Sink):
                 self._show_bar(report, _place(report))
 
     def close(self) -> None:
-        """Gives the terminal back."""
-        self._stop_bar()
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
 
     def _pace(self, report: Report) -> list[str]:
         """Returns samples per second and the time left, as far as they are known."""
         samples, seconds = report.samples - self._mark[0], report.seconds - self._mark[1]
         if samples > 0 and seconds > 0:
-            self._speed = f"{_rate(samples / seconds)} samples/s"
+            speed = samples / seconds
+            self._speed = f"{speed:{'.0f' if speed >= 100 else '.3g'}} samples/s"
             self._mark = (report.samples, report.seconds)
         self._first = self._first or report
         steps, seconds = report.step - self._first.step, report.seconds - self._first.seconds
@@ -114,15 +102,13 @@ class Console(Sink):
         if self._terminal is None:
             return
         text = Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
-        cells: list[RenderableType] = [text]
-        row = Table.grid(padding=(0, 2))
+        row, bar = Table.grid(padding=(0, 2)), []
         room = self._terminal.width - text.cell_len - 4  # 2 between bar and text, 2 for the cursor
-        narrowest, widest = _BAR_WIDTH
-        if report.total_steps and room >= narrowest:
-            row.add_column(width=min(room, widest), no_wrap=True)
-            cells.insert(0, ProgressBar(total=report.total_steps, completed=report.step))
+        if report.total_steps and room >= _NARROWEST:
+            row.add_column(width=min(room, _WIDEST), no_wrap=True)
+            bar = [ProgressBar(total=report.total_steps, completed=report.step)]
         row.add_column(no_wrap=True)
-        row.add_row(*cells)
+        row.add_row(*bar, text)
         if self._live is None:
             self._live = Live(
                 console=self._terminal,
@@ -133,21 +119,14 @@ class Console(Sink):
             self._drawn = -math.inf
             self._live.start()
             self._terminal.show_cursor(True)  # a killed run must not leave it hidden
-        redraw = report.seconds - self._drawn >= _REDRAW_S
-        if redraw:
-            self._drawn = report.seconds
         # Where it is not drawn now, it is with the next line above it, or at the end.
+        redraw = report.seconds - self._drawn >= _REDRAW_S
+        self._drawn = report.seconds if redraw else self._drawn
         self._live.update(row, refresh=redraw)
-
-    def _stop_bar(self) -> None:
-        live, self._live = self._live, None
-        if live is not None:
-            live.stop()
 
 
 def _place(report: Report) -> list[str]:
-    step = f"step {report.step}"
-    epoch = f"epoch {report.epoch + 1}"
+    step, epoch = f"step {report.step}", f"epoch {report.epoch + 1}"
     if report.total_steps:
         step += f"/{report.total_steps}"
         if report.steps_per_epoch:
@@ -162,13 +141,7 @@ def _figures(values: Mapping[str, float], without: str = "") -> list[str]:
 def _number(name: str, value: float) -> str:
     if name.rpartition("/")[2] == "lr" or name.startswith("lr/"):
         return f"{value:.1e}"
-    if 1e4 <= abs(value) < 1e9:
-        return f"{value:.0f}"
-    return f"{value:.4g}"
-
-
-def _rate(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _duration(seconds: float) -> str:

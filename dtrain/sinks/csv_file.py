@@ -22,31 +22,22 @@ class CSV(RowFile):
     first seen. What a report does not have is an empty cell; numbers that are not finite are
     ``nan``, ``inf`` and ``-inf``. A row is on its way to the disk before the next report is taken.
 
-    A new value makes a new column: the file is then written once more with the wider header,
-    aside, and renamed into place. A run that is continued goes on in the same file; what an
-    earlier start had written about steps that are now taken again is dropped, as is a last row
-    that a kill cut short.
-
-    Example::
-
-        Trainer(model, optimizer, loss_fn, sinks=[Console(), CSV()], run_dir="runs/first")
+    A new value makes a new column: the file is written anew with it, aside, and renamed into place.
+    A run that is continued goes on in the same file; what an earlier start wrote about steps that
+    are now taken again is dropped, as is a row that a kill cut short.
 
     Args:
         filename: the file's name, within the run's folder.
         on_error: ``"raise"`` ends the run if it cannot be written; see :class:`~dtrain.Sink`.
-
-    Ranks: rank 0 only.
     """
 
     def __init__(self, filename: str = "metrics.csv", *, on_error: OnError = "warn") -> None:
         super().__init__(filename, on_error)
-        self._columns: list[str] = []
 
     def open(self, run_dir: Path | None) -> None:
-        """Opens the file, and reads which columns it has."""
         super().open(run_dir)
         rows = self._rows()
-        self._columns = rows[0] if rows else [*_FIXED]
+        self._columns: list[str] = rows[0] if rows else [*_FIXED]
         if not rows:
             self._rewrite(self._upto(math.inf))
         elif self._columns[: len(_FIXED)] != _FIXED:
@@ -57,8 +48,7 @@ class CSV(RowFile):
             )
 
     def _row(self, fixed: dict[str, Any], values: dict[str, float]) -> str:
-        new = [name for name in values if name not in self._columns]
-        if new:
+        if new := [name for name in values if name not in self._columns]:
             self._columns += new
             self._rewrite(self._upto(math.inf))
         row = values | fixed
@@ -69,9 +59,6 @@ class CSV(RowFile):
         kept = [row for row in self._rows()[1:] if not row[0].isdigit() or int(row[0]) <= step]
         wide = [row + [""] * (len(self._columns) - len(row)) for row in kept]
         return "".join(_line(row) for row in [self._columns, *wide]).encode()
-
-    def _is_whole(self, row: bytes) -> bool:
-        return False  # a number in it may have been cut short
 
     def _rows(self) -> list[list[str]]:
         with self._path.open(encoding="utf-8", newline="") as file:

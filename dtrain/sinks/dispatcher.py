@@ -1,7 +1,6 @@
 """Hands reports to sinks, each in a thread of its own, so that none can hold up the training.
 
-A sink may be slow, hang or fail (a full disk, a server that does not answer): the others and
-the training go on, and a line on stderr says what happened.
+A sink may be slow, hang or fail: the others and the training go on, and stderr says what happened.
 """
 
 import sys
@@ -9,31 +8,19 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from dtrain.errors import ConfigError, SinkError, locate
-from dtrain.sinks.report import Report
-from dtrain.sinks.sink import Sink
+from dtrain.sinks.sink import Report, Sink
 
 
 class Dispatcher:
-    """Hands each report to every sink; never blocks, and never raises once it is open.
+    """Hands each report to every sink, in order; never blocks, and never raises once it is open.
 
-    Each sink gets its reports in the order they were sent. Before :meth:`open`, after
-    :meth:`close` and where ``active`` is False, :meth:`send` does nothing, so that callers on
-    other ranks and in error paths need no branch.
-
-    Args:
-        sinks: where reports go.
-        run_dir: the run's folder, handed to the sinks; None where it keeps no files.
-        active: False makes a null object that calls no sink; for all ranks but 0.
-        capacity: how many reports may wait for one sink.
-
-    Raises:
-        ConfigError: one of ``sinks`` is no sink. This is checked on every rank.
-
-    Ranks: rank 0 only; on the others, with ``active=False``, it does nothing.
+    Before :meth:`open`, after :meth:`close` and where ``active`` is False (on all ranks but 0),
+    :meth:`send` does nothing: in error paths, too, callers need no branch. All check ``sinks``.
     """
 
     def __init__(
@@ -42,7 +29,7 @@ class Dispatcher:
         run_dir: Path | None,
         *,
         active: bool = True,
-        capacity: int = 1000,
+        capacity: int = 1000,  # how many reports may wait for one sink
     ) -> None:
         self._sinks = tuple(sinks)
         for sink in self._sinks:
@@ -55,9 +42,7 @@ class Dispatcher:
                 )
         if capacity < 1:
             raise ConfigError(f"capacity={capacity}: at least one report must be able to wait")
-        self._run_dir = run_dir
-        self._active = active
-        self._capacity = capacity
+        self._run_dir, self._active, self._capacity = run_dir, active, capacity
         self._workers: list[_Worker] = []
         self._is_open = False
         self._notices: list[threading.Thread] = []
@@ -65,37 +50,26 @@ class Dispatcher:
     @property
     def failures(self) -> list[tuple[str, BaseException]]:
         """The sinks that failed, by name, and how; a ``TimeoutError`` for one that hung."""
-        return [(w.name, w.error) for w in self._workers if w.error is not None]
+        return [(w.label, w.error) for w in self._workers if w.error is not None]
 
     @property
     def dropped(self) -> dict[str, int]:
         """How many reports were left out of which sink because it was too slow."""
-        return {w.name: w.dropped for w in self._workers if w.dropped}
+        return {w.label: w.dropped for w in self._workers if w.dropped}
 
     def check(self) -> None:
-        """Raises if a sink with ``on_error="raise"`` has failed.
-
-        Raises:
-            SinkError: names the sink and its error.
-        """
-        for worker in self._workers:
-            if worker.error is not None and worker.must_work:
+        """Raises SinkError if a sink with ``on_error="raise"`` has failed."""
+        for name, error in ((w.label, w.error) for w in self._workers if w.must_work):
+            if error is not None:
                 raise SinkError(
-                    f"the sink {worker.name} failed, and on_error='raise': "
-                    f"{_describe(worker.error)}"
-                ) from worker.error
+                    f"the sink {name} failed, and on_error='raise': {_describe(error)}"
+                ) from error
 
     def open(self) -> None:
-        """Opens every sink, here and now, and starts the threads that feed them.
-
-        Raises:
-            Exception: whatever a sink raises, such as a :class:`ConfigError`. Sinks that were
-                opened before it are closed again.
-        """
+        """Opens every sink, here and now; raises what one raises, and closes those before it."""
         if not self._active or self._is_open:
             return
-        self._workers = []
-        self._is_open = True
+        self._workers, self._is_open = [], True
         count: Counter[str] = Counter()
         for sink in self._sinks:
             kind = type(sink).__name__
@@ -110,45 +84,31 @@ class Dispatcher:
             self._workers.append(_Worker(name, sink, self._capacity))
 
     def send(self, report: Report) -> None:
-        """Hands ``report`` to every sink, without waiting for any of them.
-
-        Where ``capacity`` reports wait already, the oldest ``train`` report is left out.
-        """
+        """Hands ``report`` to every sink; the oldest ``train`` report is left out of full ones."""
         for worker in self._workers if self._is_open else ():
             if worker.put(report):
                 self._notify(
-                    f"dtrain: the sink {worker.name} is slower than the training: "
+                    f"dtrain: the sink {worker.label} is slower than the training: "
                     f"{self._capacity} reports wait for it. At step {report.step} some train "
                     "reports begin to be left out of it. Training goes on."
                 )
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Returns when every report was written and every sink closed, or the time is up.
-
-        A sink that is not done in time is named on stderr and left behind: it is handed
-        nothing more, and its thread does not keep the interpreter from ending. A second call
-        does nothing.
-
-        Args:
-            timeout_s: for all sinks together, in seconds.
-        """
+        """Returns once all is written and closed, or in time: who is late is named and left."""
         self._is_open = False
         deadline = time.monotonic() + timeout_s
         for worker in self._workers:
             worker.finish()
         for worker in self._workers:
-            if not worker.join(deadline - time.monotonic()):
+            worker.join(max(0.0, deadline - time.monotonic()))
+            if worker.is_alive() and not worker.left_behind:
                 self._notify(f"dtrain: {worker.leave_behind(timeout_s)}")
         for notice in self._notices:
             notice.join(1.0)
         self._notices.clear()
 
     def finish(self) -> None:
-        """Closes, and raises if a sink with ``on_error="raise"`` has failed.
-
-        Raises:
-            SinkError: names the sink and its error.
-        """
+        """Closes; then raises SinkError if a sink with ``on_error="raise"`` has failed."""
         self.close()
         self.check()
 
@@ -159,23 +119,20 @@ class Dispatcher:
         self._notices.append(thread)
 
 
-class _Worker:
+class _Worker(threading.Thread):
     """One sink, the reports that wait for it, and the thread that feeds it."""
 
-    def __init__(self, name: str, sink: Sink, capacity: int) -> None:
-        self.name = name
+    def __init__(self, label: str, sink: Sink, capacity: int) -> None:
+        # A daemon, so that a sink that hangs cannot keep the interpreter from ending.
+        super().__init__(name=f"dtrain-sink-{label}", daemon=True)
+        self.label, self.must_work = label, sink.on_error == "raise"
         self.error: BaseException | None = None
         self.dropped = 0
-        self.must_work = sink.on_error == "raise"
-        self._sink = sink
-        self._capacity = capacity
+        self.left_behind = self._finishing = False
+        self._sink, self._capacity = sink, capacity
         self._waiting: deque[Report] = deque()
-        self._changed = threading.Condition()  # guards everything above and below
-        self._finishing = False
-        self._left_behind = False
-        # A daemon, so that a sink that hangs cannot keep the interpreter from ending.
-        self._thread = threading.Thread(target=self._run, name=f"dtrain-sink-{name}", daemon=True)
-        self._thread.start()
+        self._changed = threading.Condition()  # guards everything above
+        self.start()
 
     def put(self, report: Report) -> bool:
         """Queues ``report``; returns whether this was the first time that one was left out."""
@@ -197,51 +154,41 @@ class _Worker:
             self._finishing = True
             self._changed.notify()
 
-    def join(self, seconds: float) -> bool:
-        """Waits for the thread; returns whether it ended, or was given up before."""
-        self._thread.join(max(0.0, seconds))
-        return self._left_behind or not self._thread.is_alive()
-
     def leave_behind(self, timeout_s: float) -> str:
         """Hands the sink nothing more; returns what to tell a person."""
         with self._changed:
-            self._left_behind = True
+            self.left_behind = True
             text = (
-                f"the sink {self.name} was not done after {timeout_s:g} s and is left behind at "
-                f"{_where_is(self._thread)}; reports that still waited for it: "
-                f"{len(self._waiting)}."
+                f"the sink {self.label} was not done after {timeout_s:g} s and is left behind at "
+                f"{_where_is(self)}; reports that still waited for it: {len(self._waiting)}."
             )
             self._waiting.clear()
             self.error = TimeoutError(text) if self.error is None else self.error
             return text
 
-    def _run(self) -> None:
-        error = self._attempt(self._write_all)
-        if self._left_behind:
-            return
-        where = "write()"
-        # Also after a failure, and before anything is said: a sink may have redirected stderr.
-        close_error = self._attempt(self._sink.close)
-        if error is None:
-            error, where = close_error, "close()"
-        elif close_error is not None:
-            error.add_note(f"(its close() failed as well: {_describe(close_error)})")
-        if error is not None:
+    def run(self) -> None:
+        """Writes what comes until it is finished, fails or is left behind; then closes the sink."""
+        failed: list[tuple[str, BaseException]] = []
+        # Closed also after a failure, and before that is told: a sink may have redirected stderr.
+        for where, action in (("write()", self._write_all), ("close()", self._sink.close)):
+            if self.left_behind:
+                return
+            try:
+                action()
+            except BaseException as error:  # noqa: BLE001 -- the thread's outermost frame
+                failed.append((where, error))
+                with self._changed:
+                    self.error = error if self.error is None else self.error
+                    self._waiting.clear()
+        if failed:
+            (where, first), *others = failed
+            for _, other in others:
+                first.add_note(f"(its close() failed as well: {_describe(other)})")
+            outcome = "The run is stopped." if self.must_work else "Training goes on."
             _say(
-                f"dtrain: the sink {self.name} failed in {where} and is left out from here on: "
-                f"{_describe(error)}. "
-                + ("The run is stopped." if self.must_work else "Training goes on.")
+                f"dtrain: the sink {self.label} failed in {where} and is left out from here on: "
+                f"{_describe(first)}. {outcome}"
             )
-
-    def _attempt(self, action: Callable[[], None]) -> BaseException | None:
-        try:
-            action()
-        except BaseException as error:  # noqa: BLE001 -- the thread's outermost frame; told in _run
-            with self._changed:
-                self.error = error if self.error is None else self.error
-                self._waiting.clear()
-            return error
-        return None
 
     def _write_all(self) -> None:
         while True:
@@ -254,11 +201,10 @@ class _Worker:
 
 
 def _say(text: str) -> None:
-    try:
+    # Where stderr is closed, or never was, there is nobody to tell.
+    with suppress(AttributeError, OSError, ValueError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):
-        return  # stderr is closed, or never was: there is nobody to tell
 
 
 def _describe(error: BaseException) -> str:
@@ -268,8 +214,7 @@ def _describe(error: BaseException) -> str:
 def _where_is(thread: threading.Thread) -> str:
     """Returns ``file:line`` where ``thread`` is now, outside of Python's own library."""
     frame = sys._current_frames().get(thread.ident or 0)
-    stack = traceback.extract_stack(frame) if frame is not None else []
-    for entry in reversed(stack):
+    for entry in reversed(traceback.extract_stack(frame) if frame is not None else []):
         if "/lib/python3" not in entry.filename and not entry.filename.startswith("<"):
             return f"{entry.filename}:{entry.lineno}"
     return "an unknown place"

@@ -1,41 +1,35 @@
-"""What a run reports: to the sinks, and to whoever called ``fit``."""
+"""What a run reports, to the sinks and to whoever called ``fit``; its first and last words."""
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from dtrain.context import Outbox, Progress
+from torch.optim import Adam, AdamW, Optimizer
+
+from dtrain.context import Context, Outbox, Progress
+from dtrain.distributed import World
 from dtrain.sinks.dispatcher import Dispatcher
-from dtrain.sinks.report import Report, ReportKind
+from dtrain.sinks.sink import Report, ReportKind
 
 
+@dataclass
 class History:
-    """Turns figures into reports: puts step, epoch and time to them, and keeps a history.
+    """Puts step, epoch and time to figures. Ranks: all, local; rank 0's reach the sinks."""
 
-    Ranks: all, local; rank 0's reach the sinks.
-    """
+    progress: Progress
+    outbox: Outbox
+    dispatcher: Dispatcher
+    tell: Callable[[Report], None] | None = None  # is told each report as well
 
-    def __init__(
-        self,
-        progress: Progress,
-        outbox: Outbox,
-        dispatcher: Dispatcher,
-        tell: Callable[[Report], None] | None = None,
-    ) -> None:
-        self._tell = tell
+    def __post_init__(self) -> None:
         self.rows: list[dict[str, float]] = []
-        self._progress = progress
-        self._outbox = outbox
-        self._dispatcher = dispatcher
         self._began = time.perf_counter()
-        self._samples_before = progress.samples
+        self._samples_before = self.progress.samples
 
     def check(self) -> None:
-        """Raises SinkError on rank 0 if a sink failed that must not.
-
-        Ranks: all, local; inside a phase in which an error reaches all ranks.
-        """
-        self._dispatcher.check()
+        """Raises SinkError on rank 0 if a sink failed that must not. Ranks: all, local."""
+        self.dispatcher.check()
 
     def report(
         self,
@@ -46,20 +40,19 @@ class History:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Sends figures or a text to the sinks, after what callbacks had to say."""
-        for note in self._outbox.notes:
+        for note in self.outbox.notes:
             self._send("message", text=note)
-        self._outbox.notes.clear()
-        for shown in self._outbox.shown:
+        self.outbox.notes.clear()
+        for shown in self.outbox.shown:
             self._send("sample", text=shown.text, sample=shown)
-        self._outbox.shown.clear()
+        self.outbox.shown.clear()
         if kind in ("train", "eval"):
-            progress = self._progress
-            self.rows.append({"step": progress.step, "epoch": progress.epoch, **values})
+            self.rows.append({"step": self.progress.step, "epoch": self.progress.epoch, **values})
         # A copy of the values, because callbacks may keep and change theirs.
         self._send(kind, values=dict(values), text=text, config=config or {})
 
     def _send(self, kind: ReportKind, **what: Any) -> None:
-        progress = self._progress
+        progress = self.progress
         report = Report(
             kind,
             progress.step,
@@ -70,6 +63,70 @@ class History:
             steps_per_epoch=progress.steps_per_epoch,
             **what,
         )
-        if self._tell is not None:
-            self._tell(report)
-        self._dispatcher.send(report)
+        if self.tell is not None:
+            self.tell(report)
+        self.dispatcher.send(report)
+
+
+def describe_start(
+    context: Context,
+    world: World,
+    *,
+    precision: str,
+    strategy: str,  # how gradients meet, in words
+    batch_size: int | None,  # None for a stream
+    split: Callable[[int], list[int]],
+) -> str:
+    """Returns the start block: what is trained, where, and how a batch is shared out."""
+    name, parameters = type(context.model).__name__, context.model.parameters()
+    count = sum(p.numel() for p in parameters if p.requires_grad)
+    ranks = f"{world.size} rank{'s' * (world.size > 1)}"
+    where = f"{world.device.type}, {world.backend}" if world.size > 1 else world.device.type
+    lines = [f"{name}: {count:,} trainable parameters, {precision}, {ranks} ({where})"]
+    if batch_size is not None:
+        share = -(-batch_size // world.size)
+        sizes = split(share)
+        even = world.size * sum(sizes) == batch_size and len(set(sizes)) == 1
+        lines.append(
+            f"global batch {batch_size} = {'' if even else 'up to '}{ranks} x {len(sizes)} x "
+            f"{max(sizes)} samples"
+        )
+        if batch_size < world.size:
+            lines.append(
+                "warning: the batch is smaller than the number of ranks; "
+                f"{world.size - batch_size} of them have nothing to do in a step"
+            )
+        elif share < 4 and world.size > 1:
+            lines.append(
+                f"warning: a rank's share is only {share} samples; `batch_size=... * world.size` "
+                "keeps ranks busy"
+            )
+    if world.size > 1 and strategy:
+        lines.append(strategy)
+    if _fusable(context.optimizer):  # a user's optimizer is never altered
+        lines.append(
+            f"advice: {type(context.optimizer).__name__}(..., fused=True) computes the same in one "
+            "pass; of a small model's step that saves about a fifth"
+        )
+    if context.progress.total_steps is not None:
+        lines.append(f"{context.progress.total_steps:,} steps in all")
+    return "\n".join(lines)
+
+
+def _fusable(optimizer: Optimizer) -> bool:
+    """Says whether torch has a fused kernel, quicker on the CPU, too, and was not told of it."""
+    if type(optimizer) not in (Adam, AdamW) or optimizer.defaults.get("fused") is not None:
+        return False
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in held)
+
+
+def describe_end(state: str, context: Context, stop_reason: str) -> str:
+    """Returns the end block: why it ended, the evaluation's figures, where the files are."""
+    step, epoch, metrics = context.progress.step, context.progress.epoch, context.metrics
+    lines = [f"{state} after {step:,} steps, {epoch} epoch{'s' * (epoch != 1)}: {stop_reason}"]
+    if evaluated := [f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")]:
+        lines.append("  ".join(evaluated))
+    if context.run_dir is not None:
+        lines.append(f"files are in {context.run_dir}")
+    return "\n".join(lines)

@@ -11,20 +11,17 @@ from dtrain.sinks.sink import OnError
 class JSONLines(RowFile):
     """Appends each ``train`` and ``eval`` report to a file in the run's folder.
 
-    A line has the keys ``step``, ``epoch`` (from 0), ``kind``, ``seconds`` and ``samples``
-    (both since ``fit`` began), then the report's values under their own names, and is on its
-    way to the disk before the next report is taken. JSON has no word for numbers that are not
-    finite: they are the strings ``"nan"``, ``"inf"`` and ``"-inf"``, so ``float(row[name])``
-    reads any value back.
+    A line has the keys ``step``, ``epoch`` (from 0), ``kind``, ``seconds`` and ``samples`` (both
+    since ``fit`` began), then the report's values under their own names, and is on its way to the
+    disk before the next report is taken. Numbers that are not finite, for which JSON has no word,
+    are the strings ``"nan"``, ``"inf"`` and ``"-inf"``: ``float(row[name])`` reads any value.
 
-    A run that is continued goes on in the same file. What an earlier start had written about
-    steps that are now taken again is dropped, as is a last line that a kill cut short.
+    A run that is continued goes on in the same file. What an earlier start wrote about steps that
+    are now taken again is dropped, as is a last line that a kill cut short.
 
     Args:
         filename: the file's name, within the run's folder.
         on_error: ``"raise"`` ends the run if it cannot be written; see :class:`~dtrain.Sink`.
-
-    Ranks: rank 0 only.
     """
 
     def __init__(self, filename: str = "metrics.jsonl", *, on_error: OnError = "warn") -> None:

@@ -5,45 +5,26 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, TextIO
 
-from dtrain.sinks.needs import place_in
-from dtrain.sinks.report import Report
-from dtrain.sinks.sink import OnError, Sink
+from dtrain.sinks.sink import OnError, Report, Sink, place_in
 
 
 class RowFile(Sink, ABC):
-    """Appends a row for each ``train`` and ``eval`` report; what CSV and JSONLines share.
-
-    A row is on its way to the disk before the next report is taken.
-
-    Ranks: rank 0 only.
-    """
+    """Appends a row for each ``train`` and ``eval`` report; what CSV and JSONLines share."""
 
     def __init__(self, filename: str, on_error: OnError) -> None:
         self.filename = filename
         self.on_error = on_error
-        self._path = Path()
         self._file: TextIO | None = None
 
     def open(self, run_dir: Path | None) -> None:
-        """Opens the file for appending, and makes it where there is none.
-
-        Raises:
-            ConfigError: the run has no folder, or the file is something else's.
-            OSError: the file cannot be written.
-        """
         self._path = place_in(run_dir, self.filename, sink=type(self).__name__)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._append()
+        self._path.touch()
         data = self._path.read_bytes()
         last = data[data.rfind(b"\n") + 1 :]
-        if last and self._is_whole(last):
-            self._file.write("\n")
-            self._file.flush()
-        else:
-            os.truncate(self._path, len(data) - len(last))
+        self._rewrite(data + b"\n" if self._is_whole(last) else data.removesuffix(last))
 
     def write(self, report: Report) -> None:
-        """Adds a row for ``train`` and ``eval`` reports; ``start`` drops what comes again."""
         if self._file is None:
             raise RuntimeError(f"{type(self).__name__}.write() was called before open()")
         if report.kind == "start":
@@ -58,10 +39,9 @@ class RowFile(Sink, ABC):
             }
             row = self._row(fixed, {name: float(value) for name, value in report.values.items()})
             self._file.write(row)
-            self._file.flush()
+            self._file.flush()  # on its way to the disk before the next report is taken
 
     def close(self) -> None:
-        """Closes the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -72,17 +52,11 @@ class RowFile(Sink, ABC):
 
     @abstractmethod
     def _upto(self, step: float) -> bytes:
-        """Returns what the file holds, less rows about steps after ``step``.
+        """Returns the file less rows after ``step``; others', which say no step, stay."""
 
-        Rows that say no step are somebody else's, and stay.
-        """
-
-    @abstractmethod
     def _is_whole(self, row: bytes) -> bool:
-        """Says whether a row that lacks its line feed lacks nothing else."""
-
-    def _append(self) -> TextIO:
-        return self._path.open("a", encoding="utf-8", newline="")
+        """Says whether a row that lacks its line feed lacks nothing else, such as a digit."""
+        return False
 
     def _rewrite(self, data: bytes) -> None:
         """Makes ``data`` all that the file holds; at every instant the file is whole."""
@@ -94,4 +68,4 @@ class RowFile(Sink, ABC):
                 new.flush()
                 os.fsync(new.fileno())
             aside.replace(self._path)
-        self._file = self._append()
+        self._file = self._path.open("a", encoding="utf-8", newline="")

@@ -1,15 +1,52 @@
-"""The base class of sinks."""
+"""What a sink is, what it is handed, and what it cannot do without: a folder, or a package."""
 
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from dtrain.sinks.report import Report
+from dtrain.context import Shown
+from dtrain.errors import ConfigError
 
 OnError = Literal["warn", "raise"]
+ReportKind = Literal["start", "train", "eval", "sample", "message", "end"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Numbers for sinks; nothing in it can reach another rank.
+
+    Attributes:
+        kind: ``start`` and ``end`` of a run, ``train`` and ``eval`` figures, a ``message``, or
+            a ``sample``: a text or picture.
+        step: global steps taken.
+        epoch: the epoch, from 0.
+        values: name to value, such as ``train/loss``, ``eval/accuracy``, ``lr``.
+        text: for ``start``, ``message`` and ``end``: what to tell a person, in plain words.
+        seconds: since ``fit`` began.
+        samples: samples all ranks trained on since ``fit`` began.
+        total_steps: steps planned, or None.
+        steps_per_epoch: steps planned in an epoch, or None.
+        config: for ``start``: the user's own settings.
+        sample: for ``sample``: what to show.
+    """
+
+    kind: ReportKind
+    step: int
+    epoch: int
+    values: Mapping[str, float] = field(default_factory=dict)
+    text: str = ""
+    seconds: float = 0.0
+    samples: int = 0
+    total_steps: int | None = None
+    steps_per_epoch: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    sample: Shown | None = None
 
 
 class Sink:
-    """Takes a run's figures somewhere. Runs on rank 0 only, in a thread of its own.
+    """Takes a run's figures somewhere, in a thread of its own.
 
     Override :meth:`write`; it is handed frozen numbers and can reach no other rank.
 
@@ -30,3 +67,20 @@ class Sink:
 
     def close(self) -> None:
         """The run is over, well or badly; what is buffered must be written now."""
+
+
+def place_in(run_dir: Path | None, name: str, *, sink: str) -> Path:
+    """Returns where ``name`` is in the run's folder; raises ConfigError if the run has none."""
+    if run_dir is None:
+        raise ConfigError(
+            f"{sink} writes {name} into the run's folder, and this run has none: name one with "
+            'Trainer(run_dir="runs/first"), or remove the sink'
+        )
+    return run_dir / name
+
+
+def check_package(name: str, *, sink: str) -> None:
+    """Raises ConfigError if there is no such package; it is not imported: that takes a second."""
+    # A mere folder of that name in the current one, as wandb makes, has no origin.
+    if getattr(importlib.util.find_spec(name), "origin", None) is None:
+        raise ConfigError(f"{sink} needs the package {name}: pip install dtrain[{name}]")

@@ -2,27 +2,19 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dtrain.context import Shown
-from dtrain.sinks.needs import check_package, place_in
-from dtrain.sinks.report import Report
-from dtrain.sinks.sink import OnError, Sink
+from dtrain.sinks.sink import OnError, Report, Sink, check_package, place_in
 
 
 class TensorBoard(Sink):
     """Writes event files into the run's folder: scalars, hyper-parameters, texts and pictures.
 
-    Hyper-parameters are ``Trainer(config=...)``, nested names joined with dots. Samples come
-    from ``ctx.show``. Look at them with ``tensorboard --logdir runs``.
-
-    A run that is continued adds a file; figures of steps that are now taken again are hidden
-    by TensorBoard.
-
-    Example::
-
-        Trainer(model, optimizer, loss_fn, sinks=[Console(), TensorBoard()], run_dir="runs/first")
+    Hyper-parameters are ``Trainer(config=...)``, nested names joined with dots. Samples come from
+    ``ctx.show``. Look at them with ``tensorboard --logdir runs``. A run that is continued adds a
+    file; TensorBoard hides figures of steps that are now taken again.
 
     Args:
         folder: the folder's name, within the run's folder.
@@ -30,49 +22,47 @@ class TensorBoard(Sink):
 
     Raises:
         ConfigError: the package tensorboard is not installed.
-
-    Ranks: rank 0 only.
     """
 
     def __init__(self, folder: str = "tensorboard", *, on_error: OnError = "warn") -> None:
         check_package("tensorboard", sink="TensorBoard")
         self.folder = folder
         self.on_error = on_error
-        self._path: Path | None = None
+        self._begin: Any = None
         self._writer: Any = None
         self._session_end: Any = None
 
     def open(self, run_dir: Path | None) -> None:
-        """Makes the folder.
+        from torch.utils.tensorboard import SummaryWriter  # in the main thread, where it may raise
 
-        Raises:
-            ConfigError: the run has no folder.
-            OSError: it cannot be made.
-        """
-        import torch.utils.tensorboard  # noqa: F401 -- in the main thread, where it may raise
-
-        self._path = place_in(run_dir, f"{self.folder}/", sink="TensorBoard")
-        self._path.mkdir(parents=True, exist_ok=True)
+        path = place_in(run_dir, f"{self.folder}/", sink="TensorBoard")
+        path.mkdir(parents=True, exist_ok=True)
+        self._begin = partial(SummaryWriter, str(path))
 
     def write(self, report: Report) -> None:
-        """Writes a report's figures; ``start`` hides what comes again, and has the settings."""
-        if self._path is None:
+        if self._begin is None:
             raise RuntimeError("TensorBoard.write() was called before open()")
+        step, sample = report.step, report.sample
         if self._writer is None:  # what is said while the run starts comes before `start`
-            self._writer = _begin(self._path, report.step)
+            # Of an earlier start, TensorBoard hides what is from `purge_step` on. A run that begins
+            # writes step 0 again; one that is continued does not repeat the step it goes on from.
+            self._writer = self._begin(purge_step=step + 1 if step else 0)
         if report.kind == "start" and report.config:
             self._write_config(report)
         elif report.kind in ("train", "eval"):
             for name, value in report.values.items():
-                self._writer.add_scalar(name, value, report.step)
-        elif report.sample is not None:
-            self._show(report.sample, report.step)
+                self._writer.add_scalar(name, value, step)
+        elif sample is not None:
+            if sample.image is not None:
+                form = "HW" if sample.image.ndim == 2 else "HWC"
+                self._writer.add_image(sample.name, sample.image, step, dataformats=form)
+            if sample.text:
+                self._writer.add_text(sample.name, sample.text, step)
         elif report.kind == "end" and self._session_end is not None:
             self._writer.file_writer.add_summary(self._session_end)
         self._writer.flush()
 
     def close(self) -> None:
-        """Closes the event file."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
@@ -88,21 +78,6 @@ class TensorBoard(Sink):
         self._writer.file_writer.add_summary(begin)
         text = json.dumps(dict(report.config), indent=1)
         self._writer.add_text("config", f"```json\n{text}\n```", report.step)
-
-    def _show(self, sample: Shown, step: int) -> None:
-        if sample.image is not None:
-            form = "HW" if sample.image.ndim == 2 else "HWC"
-            self._writer.add_image(sample.name, sample.image, step, dataformats=form)
-        if sample.text:
-            self._writer.add_text(sample.name, sample.text, step)
-
-
-def _begin(folder: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # Of an earlier start, TensorBoard hides what is from `purge_step` on. A run that begins
-    # writes step 0 again; one that is continued does not repeat the step it goes on from.
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:

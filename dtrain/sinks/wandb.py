@@ -5,20 +5,16 @@ import secrets
 from pathlib import Path
 from typing import Any, Literal
 
-from dtrain.sinks.needs import check_package
-from dtrain.sinks.report import Report
-from dtrain.sinks.sink import OnError, Sink
+from dtrain.sinks.sink import OnError, Report, Sink, check_package
 
 
 class WandB(Sink):
     """Logs scalars, the Trainer's ``config``, texts and pictures to a wandb run.
 
     Figures have ``step`` (global steps) as their x axis. Samples come from ``ctx.show``. wandb
-    keeps its files in the run's folder, too.
-
-    A run that is continued goes on in the same wandb run, whose id is kept in
-    ``run_dir/wandb-id.txt``. wandb takes nothing back: steps that are taken again are there twice.
-    A run that failed or was killed is marked as such.
+    keeps its files in the run's folder, too. A run that is continued goes on in the same wandb run,
+    whose id is kept in ``run_dir/wandb-id.txt``. wandb takes nothing back: steps that are taken
+    again are there twice. A run that failed or was killed is marked as such.
 
     Example::
 
@@ -33,8 +29,6 @@ class WandB(Sink):
 
     Raises:
         ConfigError: the package wandb is not installed.
-
-    Ranks: rank 0 only.
     """
 
     def __init__(
@@ -49,16 +43,9 @@ class WandB(Sink):
         check_package("wandb", sink="WandB")
         self.on_error = on_error
         self._init = {"project": project, "name": name, "mode": mode, "resume": "allow", **init}
-        self._wandb: Any = None
         self._run: Any = None
-        self._ended = False
 
     def open(self, run_dir: Path | None) -> None:
-        """Begins the wandb run, or goes on with it.
-
-        Raises:
-            Exception: whatever ``wandb.init`` raises.
-        """
         import wandb
 
         place: dict[str, Any] = {}
@@ -69,13 +56,12 @@ class WandB(Sink):
                 kept.write_text(self._init.get("id") or secrets.token_hex(4))
             place = {"dir": str(run_dir), "id": kept.read_text().strip()}
         self._ended = False
-        self._wandb = wandb
+        self._wandb: Any = wandb
         self._run = wandb.init(**{**place, **self._init})
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
     def write(self, report: Report) -> None:
-        """Logs a report's figures or sample; ``start`` has the settings."""
         if self._run is None:
             raise RuntimeError("WandB.write() was called before open()")
         if report.kind == "start":
@@ -93,7 +79,6 @@ class WandB(Sink):
             self._ended = True
 
     def close(self) -> None:
-        """Ends the wandb run, as failed where the training was not reported to have ended."""
         run, self._run = self._run, None
-        if run is not None:
+        if run is not None:  # failed where the training was not reported to have ended
             run.finish(exit_code=0 if self._ended else 1)

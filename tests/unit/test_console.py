@@ -12,7 +12,7 @@ from rich.file_proxy import FileProxy
 from dtrain.sinks import Console
 from dtrain.sinks.console import _forget_bar
 from dtrain.sinks.dispatcher import Dispatcher
-from dtrain.sinks.report import Report
+from dtrain.sinks.sink import Report
 
 PLAN: dict[str, Any] = {"total_steps": 230, "steps_per_epoch": 23}
 

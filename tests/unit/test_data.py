@@ -32,14 +32,13 @@ from dtrain.data import (
     Sequential,
     Shuffled,
     Weighted,
+    feed,
     fetch,
-    shipping,
     split_share,
 )
-from dtrain.data.columns import fetch_whole
-from dtrain.data.map_feed import MapFeed
+from dtrain.data.feed import pinned, ship
+from dtrain.data.map_feed import MapFeed, fetch_whole
 from dtrain.data.shares import Split
-from dtrain.data.shipping import pinned, ship
 from dtrain.data.streams import StreamFeed
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.world import World
@@ -677,8 +676,8 @@ class Streams:
         def record(tensor: Tensor, stream: Any) -> None:
             self.done.append((str(tensor.tolist()), "is used by", type(stream).__name__.lower()))
 
-        monkeypatch.setattr(shipping, "_stream_of_copies", lambda device: "copies")
-        monkeypatch.setattr(shipping, "send_to_device", send)
+        monkeypatch.setattr(feed, "_stream_of_copies", lambda device: "copies")
+        monkeypatch.setattr(feed, "send_to_device", send)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Computes())
         monkeypatch.setattr(torch.cuda, "stream", stream)
         monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)

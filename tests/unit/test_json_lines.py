@@ -8,7 +8,7 @@ import pytest
 from dtrain.errors import ConfigError
 from dtrain.sinks import JSONLines
 from dtrain.sinks.dispatcher import Dispatcher
-from dtrain.sinks.report import Report
+from dtrain.sinks.sink import Report
 
 
 def line(step: int, kind: str = "train") -> str:

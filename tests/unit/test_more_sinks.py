@@ -27,8 +27,7 @@ from dtrain.sinks.console import Console
 from dtrain.sinks.csv_file import CSV
 from dtrain.sinks.dispatcher import Dispatcher
 from dtrain.sinks.json_lines import JSONLines
-from dtrain.sinks.report import Report
-from dtrain.sinks.sink import Sink
+from dtrain.sinks.sink import Report, Sink
 from dtrain.sinks.tensorboard import TensorBoard
 from dtrain.sinks.wandb import WandB
 from dtrain.testing import run_processes

@@ -10,8 +10,7 @@ import pytest
 
 from dtrain.errors import ConfigError
 from dtrain.sinks.dispatcher import Dispatcher
-from dtrain.sinks.report import Report, ReportKind
-from dtrain.sinks.sink import Sink
+from dtrain.sinks.sink import Report, ReportKind, Sink
 
 WAIT_S = 30.0  # how long a test waits for another thread before it fails
 
