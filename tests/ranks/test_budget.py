@@ -115,11 +115,12 @@ def counted(strategy, run_dir):
 
 # Calls of dtrain's functions; torch's operators, the model's, the optimizer's and EMA's included;
 # tensors of one number that are read, which on the CPU waits for nothing; objects that are kept, of
-# kinds that Python looks for garbage among (what is counted here keeps some itself).
+# kinds that Python looks for garbage among (what is counted here keeps some itself, and another
+# thread one or two meanwhile).
 BUDGET = {
-    "flat": {"collectives": 1, "calls": 183, "ops": 57, "syncs": 3, "kept": 7},
+    "flat": {"collectives": 1, "calls": 183, "ops": 57, "syncs": 3, "kept": 7.5},
     # DDP's own reduction is no call of ours.
-    "ddp": {"collectives": 0, "calls": 165, "ops": 71, "syncs": 3, "kept": 7},
+    "ddp": {"collectives": 0, "calls": 165, "ops": 71, "syncs": 3, "kept": 7.5},
 }
 
 
