@@ -257,7 +257,8 @@ def adapt(loss_fn: UserLoss) -> LossFn:
     by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = sum(p.default is p.empty for p in by_place)
     if needed == 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return loss_fn
+        # A module's call only: MicroStep must not register what is no part of the model.
+        return loss_fn.__call__ if isinstance(loss_fn, nn.Module) else loss_fn
     if needed == 2:
         return lambda model, batch, ctx: loss_fn(model, batch)
     raise LossError(

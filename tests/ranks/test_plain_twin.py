@@ -77,3 +77,33 @@ def test_equal_bit_for_bit(world_size, micro_steps):
         assert losses[-1] < losses[0] / 2
         assert losses == plain_losses
         assert parameters == plain_parameters
+
+
+class AsModule(torch.nn.Module):
+    """A loss function that is a module, of three arguments or of any."""
+
+    def __init__(self, takes_any):
+        super().__init__()
+        if takes_any:
+            self.forward = lambda model, *rest: loss_fn(model, rest[0])
+
+    def forward(self, model, batch, ctx):
+        return loss_fn(model, batch)
+
+
+def train_by_modules(strategy):
+    """Returns the parameters after training by a function, and by modules."""
+    dtrain.init(seed=1)
+    found = []
+    for loss in (loss_fn, AsModule(False), AsModule(True)):
+        trainer = tiny.trainer(loss=loss, eval_fn=loss, strategy=strategy)
+        trainer.fit(tiny.dataset(), batch_size=12, epochs=2, eval_set=tiny.dataset(samples=20))
+        found.append(_lists(trainer.model))
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["flat", "ddp"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loss_function_may_be_a_module(world_size, strategy):
+    for by_function, *by_modules in run_processes(train_by_modules, world_size, strategy):
+        assert by_modules == [by_function] * 2
