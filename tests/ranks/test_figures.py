@@ -726,6 +726,17 @@ def test_a_schedule_of_the_rate_is_reported_once():
     assert rows[1]["lr"] == 0.2
 
 
+def unreported():
+    run = tiny.trainer([ParamSchedule("momentum", lambda p: 0.5, log=False)], optimizer=sgd)
+    result = run.fit(DATA, batch_size=16, epochs=1)
+    assert run.optimizer.param_groups[0]["momentum"] == 0.5
+    return result.history
+
+
+def test_a_schedule_need_not_be_reported():
+    assert all("momentum" not in row for row in run_ranks(unreported, 1)[0])
+
+
 class NoRate(torch.optim.Optimizer):
     """A user's own optimizer, whose groups have no rate."""
 
