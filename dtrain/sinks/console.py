@@ -50,9 +50,11 @@ class Console(Sink):
         self._first: Report | None = None
         self._mark = (0, 0.0)  # samples and seconds from which on speed is measured
         self._speed = ""
+        self._told: Mapping[str, float] = {}  # by the newest train report
 
     def write(self, report: Report) -> None:
         if report.kind == "train":
+            self._told = report.values
             place, pace = _place(report), self._pace(report)
             if self._terminal is None:
                 self._print("  ".join([*place, *_figures(report.values, "train/"), *pace]))
@@ -60,7 +62,10 @@ class Console(Sink):
                 loss = {k: v for k, v in report.values.items() if k == "train/loss"}
                 self._show_bar(report, [*place, *_figures(loss, "train/"), *pace])
         elif report.kind == "epoch":
-            self._print("  ".join([*_place(report), *_figures(report.values)]))
+            # Where one report was of the whole epoch, that line says it already.
+            told = {name.replace("train/", "epoch/", 1): v for name, v in self._told.items()}
+            if self._terminal is not None or not report.values.items() <= told.items():
+                self._print("  ".join([*_place(report), *_figures(report.values)]))
         elif report.kind == "eval":
             self._print("  ".join([*_place(report), *_figures(report.values)]), style="bold")
             self._mark = (report.samples, report.seconds)

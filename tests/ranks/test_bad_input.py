@@ -408,7 +408,7 @@ REFUSALS = {
     "early stopping by an unknown train metric": Refusal(
         lambda folder: fit(callbacks=[EarlyStopping("train/los")]),
         ConfigError,
-        ("no metric 'train/los'; there are lr, train/loss",),
+        ("no metric 'train/los'; there are train/loss (means of an epoch",),
     ),
     "a plateau of an unknown metric": Refusal(
         lambda folder: plateau("eval/los", eval_set=dataset()),
