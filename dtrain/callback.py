@@ -190,17 +190,25 @@ def check_names(callbacks: Iterable[Callback]) -> None:
         seen[callback.name] = callback
 
 
-def check_monitors(callbacks: Iterable[Callback], *, has_set: bool, evaluates: bool) -> None:
-    """Raises ConfigError where a callback is to judge by what cannot be there when it does."""
-    callbacks = tuple(callbacks)
+def check_monitors(callbacks: Iterable[Callback], sets: Iterable[str], *, evaluates: bool) -> None:
+    """Raises ConfigError where a callback is to judge by what cannot be there when it does.
+
+    ``sets`` are what an evaluation's figures begin with: ``eval``, or ``eval/name`` of several.
+    """
+    callbacks, sets = tuple(callbacks), tuple(sets)
     for place, callback in enumerate(callbacks):
         for name in callback.monitors:
             who = f"{type(callback).__name__}({name!r})"
             if not name.startswith(("train/", "eval/")):
                 raise ConfigError(f"{who}: a metric's name begins with 'train/' or 'eval/'")
-            if name.startswith("eval/") and not evaluates:
-                off = " and eval_every: with eval_every=None nothing is evaluated" * has_set
+            if name.startswith("train/"):
+                continue
+            if not evaluates:
+                off = " and eval_every: with eval_every=None nothing is evaluated" * bool(sets)
                 raise ConfigError(f"{who} needs fit(eval_set=...){off}")
+            others = callbacks[:place] + callbacks[place + 1 :]
+            if not (name.startswith(tuple(f"{one}/" for one in sets)) or any(map(_adds, others))):
+                raise ConfigError(f"{who}: the evaluation's metrics are {'/..., '.join(sets)}/...")
             judges = type(callback).on_eval_end is not Callback.on_eval_end
             for later in callbacks[place + 1 :] if judges else ():
                 if name in _added_by(later):
@@ -208,6 +216,12 @@ def check_monitors(callbacks: Iterable[Callback], *, has_set: bool, evaluates: b
                         f"{who} stands before {later.name} in callbacks=[...], which adds this "
                         "metric: put it after that"
                     )
+
+
+def _adds(callback: Callback) -> bool:
+    """Says whether it may add metrics to an evaluation; dtrain's own do not."""
+    hook = type(callback).on_eval_end
+    return hook is not Callback.on_eval_end and not hook.__module__.startswith("dtrain.callbacks.")
 
 
 def _added_by(callback: Callback) -> set[str]:

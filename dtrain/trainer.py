@@ -297,7 +297,7 @@ class Trainer:
         )
         if not evals:
             plan = replace(plan, eval_every=None)
-        check_monitors(self.hooks.callbacks, has_set=bool(evals), evaluates=bool(plan.eval_every))
+        check_monitors(self.hooks.callbacks, evals, evaluates=bool(plan.eval_every))
         # What must be the same for a run to be continued.
         fingerprint = self._run_state.fingerprint = {
             "model": digest_of(shapes_of(self.model)),

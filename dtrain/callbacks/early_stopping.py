@@ -78,6 +78,10 @@ class EarlyStopping(Callback):
             self._check(ctx, find_metric("EarlyStopping", self._metric, ctx.metrics))
 
     def on_fit_end(self, ctx: Context) -> None:
+        if not (self._after_evaluation or ctx.progress.epoch):
+            ctx.say(
+                "EarlyStopping has judged nothing: it does at the end of an epoch, and none ended"
+            )
         if self._weights:
             ctx.model.load_state_dict(self._weights)
 

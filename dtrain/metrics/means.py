@@ -100,6 +100,11 @@ class Means:
                     "hand over the object itself: Loss(..., metrics={'f1': f1})"
                 )
 
+    def shares_with(self, other: "Means") -> list[str]:
+        """Returns the names of torchmetrics objects that ``other`` has not agreed yet, too."""
+        theirs = [*map(id, other._objects.seen.values())]
+        return [name for name, metric in self._objects.seen.items() if id(metric) in theirs]
+
     def drop(self) -> None:
         """Forgets what was added and not agreed, as after a failure."""
         self._sums, self._device_sums = {}, {}

@@ -22,7 +22,7 @@ from dtrain.distributed import (
     check_same_model,
     share_buffers,
 )
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, LossError
 from dtrain.metrics import Means, with_added
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Verdict
@@ -226,6 +226,11 @@ class Engine:
             means.drop()  # of an evaluation that failed
             with torch.no_grad(), _eval_mode(context.model):
                 self._evaluate_set(feed, label, means)
+            if mixed := means.shares_with(self._means):  # in the middle of a training's report
+                raise LossError(
+                    f"the torchmetrics object {mixed[0]!r} holds batches of the training, too: "
+                    "evaluate at an epoch's end, or with other objects (an eval_fn)"
+                )
             found = means.agree(context.comm)
             if twice := ", ".join(sorted(metrics.keys() & found.keys())):
                 raise ConfigError(f"two figures of the evaluation are named {twice}")

@@ -327,8 +327,9 @@ def judged_by(make, evaluates=True, **fit):
 
     callbacks, options = make()
     run = tiny.trainer([*callbacks, Counts()], **options)
+    sets = DATA if evaluates is True else evaluates
     try:
-        run.fit(DATA, batch_size=16, epochs=2, eval_set=DATA if evaluates else None, **fit)
+        run.fit(DATA, batch_size=16, epochs=2, eval_set=sets, **fit)
     except dtrain.DtrainError as error:
         return f"{type(error).__name__}: {error}", len(steps)
     return "", len(steps)
@@ -341,18 +342,23 @@ def plateau(monitor):
 AT_THE_START = {
     "no eval_set, Checkpoint": (
         lambda run_dir: ([Checkpoint(best="eval/loss")], {"run_dir": run_dir}),
-        {"evaluates": False},
+        {"evaluates": None},
         "Checkpoint('eval/loss') needs fit(eval_set=...)",
     ),
     "no eval_set, plateau": (
         lambda run_dir: ([plateau("eval/loss")], {}),
-        {"evaluates": False},
+        {"evaluates": None},
         "LRSchedule('eval/loss') needs fit(eval_set=...)",
     ),
     "evaluation off": (
         lambda run_dir: ([EarlyStopping("eval/loss")], {}),
         {"eval_every": None},
         "needs fit(eval_set=...) and eval_every: with eval_every=None nothing is evaluated",
+    ),
+    "another set": (
+        lambda run_dir: ([Checkpoint(best="eval/loss"), EMA(0.9)], {"run_dir": run_dir}),
+        {"evaluates": {"a": DATA, "b": DATA}},
+        "Checkpoint('eval/loss'): the evaluation's metrics are eval/a/..., eval/b/...",
     ),
     "half a name": (
         lambda run_dir: ([Checkpoint(best="loss")], {"run_dir": run_dir}),
@@ -547,6 +553,50 @@ def epoch_of_an_object():
 def test_a_metric_object_has_no_figure_of_an_epoch():
     for error in told(try_ranks(epoch_of_an_object, 2)):
         assert "no metric 'train/f1'; there are train/loss (means of an epoch, which a" in error
+
+
+def in_the_middle(hook):
+    count = torchmetrics.SumMetric()
+
+    def loss(net, batch):
+        count.update(len(batch[0]))
+        return dtrain.Loss(tiny.loss_fn(net, batch).mean, metrics={"count": count})
+
+    class Evaluates(dtrain.Callback):
+        def on_step_end(self, ctx, step):
+            self.found = run.evaluate(DATA, batch_size=8) if hook == "step" else None
+
+        def on_epoch_end(self, ctx):
+            self.found = run.evaluate(DATA, batch_size=8)
+
+    evaluates = Evaluates()
+    run = tiny.trainer([evaluates], loss=loss)
+    run.fit(DATA, batch_size=8, epochs=1)
+    return evaluates.found["eval/count"]
+
+
+def test_a_metric_object_does_not_mix_training_and_evaluation():
+    assert run_ranks(in_the_middle, 2, "epoch") == [32.0, 32.0]
+    for error in told(try_ranks(in_the_middle, 2, "step")):
+        assert "the torchmetrics object 'eval/count' holds batches of the training, too" in error
+
+
+def never_judged():
+    heard = []
+
+    class Heard(dtrain.Sink):
+        def write(self, report):
+            heard.append(report.text)
+
+    run = tiny.trainer([EarlyStopping("train/loss")])
+    run._sinks = (Heard(),)
+    run.fit(DATA, batch_size=8, max_steps=2)
+    return heard
+
+
+def test_a_stop_that_never_judged_says_so():
+    [heard] = run_ranks(never_judged, 1)
+    assert any(text.startswith("EarlyStopping has judged nothing") for text in heard)
 
 
 # --------------------------------------------------------------------------- Trainer.evaluate
