@@ -159,6 +159,14 @@ class Hooks:
             self.error = error
             raise
 
+    def tell(self, context: Context, error: BaseException) -> None:
+        """Calls ``on_error`` of all callbacks; what one raises is a note on ``error``."""
+        for callback in self.callbacks:
+            try:
+                callback.on_error(context, error)
+            except Exception as another:  # noqa: BLE001 -- must not hide the first error
+                error.add_note(f"({callback.name}.on_error raised as well: {another!r})")
+
     def has(self, hook: Callable[Concatenate[Callback, P], None]) -> bool:
         """Says whether any callback overrides ``hook``."""
         return bool(self._bound[hook])
@@ -221,7 +229,8 @@ def check_monitors(callbacks: Iterable[Callback], sets: Iterable[str], *, evalua
 def _adds(callback: Callback) -> bool:
     """Says whether it may add metrics to an evaluation; dtrain's own do not."""
     hook = type(callback).on_eval_end
-    return hook is not Callback.on_eval_end and not hook.__module__.startswith("dtrain.callbacks.")
+    is_own = getattr(hook, "__module__", "").startswith("dtrain.callbacks.")
+    return hook is not Callback.on_eval_end and not is_own
 
 
 def _added_by(callback: Callback) -> set[str]:

@@ -250,8 +250,9 @@ class Trainer:
     def evaluate(self, data: Any, *, batch_size: int | None = None) -> dict[str, float]:
         """Returns ``eval/loss`` and the other metrics over all of ``data``, each sample once.
 
-        Evaluation hooks fire as in ``fit``, with ``ctx.in_fit`` False, so what callbacks add is
-        there, too; what they log or ask for is forgotten, and nothing judges by it.
+        It is of the model as it is. Evaluation hooks fire as in ``fit``, with ``ctx.in_fit`` False,
+        so what callbacks add is there, too; what they log or ask for is forgotten, and nothing
+        judges by it.
 
         Args:
             data: like ``fit``'s ``eval_set``.
@@ -388,11 +389,7 @@ class Trainer:
             cause = comm.explain(error)
         if cause is None:
             comm.record(error, self.hooks.failed_in or phase)
-        for callback in self.hooks.callbacks:
-            try:
-                callback.on_error(self.context, error)
-            except Exception as another:  # noqa: BLE001 -- must not hide the first error
-                error.add_note(f"({callback.name}.on_error raised as well: {another!r})")
+        self.hooks.tell(self.context, error)
         # A further fit must not take up what was asked or logged in this one.
         self._engine.agreement.drop()
         self._outbox.logged.clear()

@@ -20,8 +20,8 @@ class EMA(AveragedWeights):
     ``t`` updates of the average, as in TensorFlow, so that the first weights are soon forgotten.
 
     Parameters that require a gradient are averaged, in float32 at least; buffers are not: an
-    evaluation sees the model's own. Evaluations, in ``fit`` and by ``Trainer.evaluate``, see the
-    averages; the training and its checkpoints (which hold both) see the model's own weights. An
+    evaluation sees the model's own. Evaluations in ``fit`` see the averages; the training, its
+    checkpoints (which hold both) and ``Trainer.evaluate`` see the model's own weights. An
     ``EarlyStopping(restore_best=True)`` that comes before it in the list keeps the averages.
 
     Args:
@@ -44,7 +44,6 @@ class EMA(AveragedWeights):
         self._every = every
         self._use_at_end = use_at_end
         self.updates = 0
-        self._swapped = False  # for an evaluation
 
     def on_epoch_start(self, ctx: Context) -> None:
         self._begin(ctx.model)
@@ -55,19 +54,16 @@ class EMA(AveragedWeights):
             self.updates += 1
 
     def on_eval_start(self, ctx: Context) -> None:
-        if not self._own:  # else they are in already, since `fit` has ended
+        if ctx.in_fit:
             self._put_in(ctx.model)
-            self._swapped = True
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        if self._swapped:
+        if ctx.in_fit:
             self._take_out()
-        self._swapped = False
 
     def on_error(self, ctx: Context, error: BaseException) -> None:
-        if self._swapped or ctx.in_fit:
+        if ctx.in_fit:
             self._take_out()  # where an evaluation failed
-        self._swapped = False
 
     def on_fit_end(self, ctx: Context) -> None:
         if self._use_at_end:

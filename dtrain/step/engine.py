@@ -209,8 +209,7 @@ class Engine:
         try:
             return self.evaluate(feeds)
         except BaseException as error:
-            for callback in self.hooks.callbacks:
-                callback.on_error(context, error)
+            self.hooks.tell(context, error)
             raise
         finally:
             if in_fit:  # a signal's, which comes at any moment

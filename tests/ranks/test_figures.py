@@ -663,7 +663,7 @@ def evaluate_within():
             self.found = run.evaluate(DATA, batch_size=8)
 
     tests, follows = Tests(), Follows()
-    run = tiny.trainer([follows, tests, EMA(0.5)], optimizer=sgd)
+    run = tiny.trainer([follows, tests], optimizer=sgd)
     result = run.fit(DATA, batch_size=8, epochs=1, eval_set=DATA)
     return result.metrics, tests.found, follows.calls
 
@@ -676,22 +676,34 @@ def test_a_hook_may_evaluate_another_set():
 
 
 class FailsOutside(dtrain.Callback):
+    """Puts something back where an evaluation fails; and fails at that, too."""
+
     def on_eval_batch(self, ctx, step):
         if not ctx.in_fit:
             raise RuntimeError("planted")
 
+    def on_error(self, ctx, error):
+        self.told = str(error)
+        raise ValueError("planted, too")
+
 
 def fail_outside():
-    run = tiny.trainer([EMA(0.9), FailsOutside()], optimizer=sgd)
+    fails, ema = FailsOutside(), EMA(0.9, use_at_end=True)
+    run = tiny.trainer([fails, ema], optimizer=sgd)
     run.fit(DATA, batch_size=8, epochs=1, eval_set=DATA)
     before = tiny.digest(run.model)
-    with pytest.raises(RuntimeError, match="planted"):
-        run.evaluate(DATA, batch_size=8)
-    return tiny.digest(run.model) == before
+    with pytest.raises(dtrain.DtrainError if dtrain.init().rank else RuntimeError) as raised:
+        run.evaluate(DATA, batch_size=1)  # rank 1 has none
+    assert tiny.digest(run.model) == before
+    return fails.told, raised.value.__notes__
 
 
-def test_an_evaluation_that_fails_leaves_the_models_own_weights():
-    assert run_ranks(fail_outside, 1) == [True]
+def test_callbacks_are_told_of_an_evaluation_that_fails():
+    first, second = run_ranks(fail_outside, 2)
+    notes = ["(FailsOutside.on_error raised as well: ValueError('planted, too'))"]
+    assert first == ("planted", notes)
+    assert "on_eval_batch" in second[0]
+    assert second[1] == notes
 
 
 # ---------------------------------------------------------------------- an eval_set in its order
