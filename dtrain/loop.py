@@ -145,7 +145,8 @@ class Loop:
                 )
             self._log()
             self._settle()
-            self._report("epoch", self.engine.end_epoch())
+            if means := self.engine.end_epoch():
+                self._report("epoch", means)
             if self.plan.eval_every == "epoch":
                 self._evaluate()
             self.epoch_evaluated = True

@@ -76,7 +76,7 @@ class Engine:
         self._eval_gathers = Gathers(comm, rank, size)
         self._eval_means: dict[str, Means] = {}  # kept: ranks agree on names only once
         self._loss_sum = self.counted = 0.0  # since the last report: loss and weight, both agreed
-        self.epoch_sums = {"train/loss": [0.0, 0.0]}  # of means since the epoch began: and weights
+        self.epoch_sums: dict[str, list[float]] = {}  # since the epoch began: of means, and weights
         self.rates: list[Any] = []  # by group, the learning rates of the newest step
         self._evaluates = False
         self._warned_nonfinite = False
@@ -122,7 +122,7 @@ class Engine:
         if verdict.weight > 0 and not (step.vetoed and verdict.nonfinite):
             self._loss_sum += (loss_sum := verdict.loss_mean * verdict.weight)
             self.counted += verdict.weight
-            of_epoch = self.epoch_sums["train/loss"]
+            of_epoch = self.epoch_sums.setdefault("train/loss", [0.0, 0.0])
             of_epoch[0] += loss_sum
             of_epoch[1] += verdict.weight
         if verdict.nonfinite and not self._warned_nonfinite:
@@ -165,7 +165,7 @@ class Engine:
         return rates
 
     def end_epoch(self) -> dict[str, float]:
-        """Returns training figures of the epoch, as ``epoch/...``: NaN where it had none."""
+        """Returns figures of the epoch, as ``epoch/...``: NaN where only earlier ones had any."""
         sums, self.epoch_sums = self.epoch_sums, {name: [0.0, 0.0] for name in self.epoch_sums}
         means = {n: total / weight if weight else math.nan for n, (total, weight) in sums.items()}
         self.context._take(means)

@@ -1228,4 +1228,4 @@ def test_the_same_trainer_goes_on_after_a_caught_failure(went_on):
 
 
 def test_a_failed_fit_leaves_no_requests_behind(went_on):
-    assert [left for *_, left in went_on] == [(8, ["lr", "train/loss"], True)] * 2
+    assert [left for *_, left in went_on] == [(8, ["epoch/loss", "lr", "train/loss"], True)] * 2
