@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.callback import Callback, Hooks, check_names, the_only
+from dtrain.callback import Callback, Hooks, check_monitors, check_names, the_only
 from dtrain.checkpoint import (
     CheckpointSlot,
     ResumeMode,
@@ -202,10 +202,12 @@ class Trainer:
             plan = Plan(epochs, max_steps, eval_every, log_every, eval_first)
             return plan, Data.of(train, batch_size, shuffle=True)
 
+        self.context.in_fit = True
         try:
             with self._watchdog:
                 return self._fit(take, eval_set, resume)
         finally:
+            self.context.in_fit = False
             self._files.release()
 
     def _fit(
@@ -248,6 +250,10 @@ class Trainer:
     def evaluate(self, data: Any, *, batch_size: int | None = None) -> dict[str, float]:
         """Returns ``eval/loss`` and the other metrics over all of ``data``, each sample once.
 
+        It is of the model as it is. Evaluation hooks fire as in ``fit``, with ``ctx.in_fit`` False,
+        so what callbacks add is there, too; what they log or ask for is forgotten, and nothing
+        judges by it.
+
         Args:
             data: like ``fit``'s ``eval_set``.
             batch_size: the global batch, where ``data`` is a dataset.
@@ -258,8 +264,8 @@ class Trainer:
 
         Ranks: all, communicates.
         """
-        with self._watchdog, self.world.comm.lockstep("evaluate"):
-            return self._engine.evaluate(self._eval_feeds(data, batch_size))
+        with self._watchdog, self.world.comm.lockstep(lambda: self.hooks.failed_in or "evaluate"):
+            return self._engine.evaluate_apart(self._eval_feeds(data, batch_size))
 
     # -- assembling -----------------------------------------------------------------------------
 
@@ -292,6 +298,7 @@ class Trainer:
         )
         if not evals:
             plan = replace(plan, eval_every=None)
+        check_monitors(self.hooks.callbacks, evals, evaluates=bool(plan.eval_every))
         # What must be the same for a run to be continued.
         fingerprint = self._run_state.fingerprint = {
             "model": digest_of(shapes_of(self.model)),
@@ -382,11 +389,7 @@ class Trainer:
             cause = comm.explain(error)
         if cause is None:
             comm.record(error, self.hooks.failed_in or phase)
-        for callback in self.hooks.callbacks:
-            try:
-                callback.on_error(self.context, error)
-            except Exception as another:  # noqa: BLE001 -- must not hide the first error
-                error.add_note(f"({callback.name}.on_error raised as well: {another!r})")
+        self.hooks.tell(self.context, error)
         # A further fit must not take up what was asked or logged in this one.
         self._engine.agreement.drop()
         self._outbox.logged.clear()

@@ -16,7 +16,8 @@ class LRSchedule(Callback):
 
     Never more often on more ranks, nor with accumulation. Steps that were left out (a loss
     scale overflowed, every rank skipped) are not counted. ``ReduceLROnPlateau`` is stepped
-    with an agreed metric after each evaluation, so that all ranks decide alike.
+    with an agreed metric, so that all ranks decide alike: with ``eval/...`` after each evaluation,
+    with the epoch's mean of ``train/...`` at the end of each epoch.
     Example: ``LRSchedule(lambda opt, steps: CosineAnnealingLR(opt, steps), every="step")``.
 
     Args:
@@ -45,6 +46,7 @@ class LRSchedule(Callback):
         self._given = scheduler
         self._every = every
         self._monitor = monitor
+        self.monitors = () if monitor is None else (monitor,)
         self._scheduler: LRScheduler | None = None
         self._total: int | None = None
 
@@ -71,8 +73,6 @@ class LRSchedule(Callback):
                 "LRSchedule: ReduceLROnPlateau needs monitor='eval/loss' or another metric, and no "
                 "other scheduler takes one"
             )
-        if self._monitor is not None and not ctx.has_eval:
-            raise ConfigError(f"LRSchedule(monitor={self._monitor!r}) needs fit(eval_set=...)")
         self._scheduler = scheduler
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
@@ -82,10 +82,16 @@ class LRSchedule(Callback):
     def on_epoch_end(self, ctx: Context) -> None:
         if self._every == "epoch":
             self._advance()
+        self._judge("train/", ctx.metrics)
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        if isinstance(self._scheduler, ReduceLROnPlateau) and self._monitor is not None:
-            self._scheduler.step(find_metric("LRSchedule", self._monitor, metrics))
+        if ctx.in_fit:
+            self._judge("eval/", metrics)
+
+    def _judge(self, kind: str, metrics: dict[str, float]) -> None:
+        name = self._monitor or ""
+        if isinstance(self._scheduler, ReduceLROnPlateau) and name.startswith(kind):
+            self._scheduler.step(find_metric("LRSchedule", name, metrics))
 
     def _advance(self) -> None:
         if self._scheduler is not None and self._monitor is None:

@@ -421,7 +421,7 @@ def at_two_ranks(tmp_path_factory):
     return {"folder": folder} | {case: [one[case] for one in results] for case in results[0]}
 
 
-EXACT = {"tenth": 0.1, "bytes": 2**40 + 1, "seconds": 1.7e9 + 0.25}
+EXACT = {"tenth": 0.1, "bytes": 2**40 + 1, "clock": 1.7e9 + 0.25}
 
 
 class Logs(dtrain.Callback):
