@@ -122,7 +122,7 @@ class Loop:
         if not self.epoch_evaluated:
             with self.engine.together(Phase("the start of an epoch", slow=True)):
                 self.hooks.fire(Callback.on_epoch_start, context)
-                self.engine.strategy.refresh()  # a callback may have frozen something
+                self.engine.strategy.refresh()  # a callback may have frozen or added something
             # Resumed from a checkpoint of an epoch's last step, there is none left to take.
             left = self.feed.epoch(progress.epoch, progress.step_in_epoch)
             for step_feed in () if self.epoch_is_cut else left:
@@ -186,7 +186,9 @@ class Loop:
             if not self._finish():  # what is in flight: by now it has arrived
                 return False
             # Fused SGD has no momentum that it could leave alone before its first update.
-            waits = not (self.runs_ahead and progress.updates)
+            waits = not (
+                self.runs_ahead and progress.updates > self.engine.micro_step.trained.since
+            )
             factor, closed, undone = result.gate(waits=waits)
             if not undone:
                 result.settle(self._update(step, factor, closed))
@@ -249,6 +251,8 @@ class Loop:
                 self.context.comm.raise_failures("failures in a step", error, where)
             if verdict.stop or verdict.save or verdict.preempt:
                 self._heed(self.engine.agreement.carried())
+            if verdict.changed and not waited:
+                self.engine.strategy.adopt(in_step=True)
             self.epoch_is_cut = bool(verdict.ending)
             if verdict.undone:
                 return False

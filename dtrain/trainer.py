@@ -114,11 +114,11 @@ class Trainer:
             strategy = choose(strategy, model)
             strategy.check(accumulates=self._accumulation is not None)
             taken = take_model(model, optimizer, strategy, world)
-            self.model, self.optimizer, self._outbox.notes = taken
+            module, made, self._outbox.notes = taken
             eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn)
             self.context = Context(
-                model=self.model,
-                optimizer=self.optimizer,
+                model=module,
+                optimizer=made,
                 progress=Progress(),
                 comm=world.comm,
                 request=Request(),
@@ -147,6 +147,20 @@ class Trainer:
         self._files = RunFiles(self.context.run_dir, world, self._run_state)
         self.recorder = Recorder()  # what a trial of the script changes, and is told
         self._live = False  # a fit has begun in this process
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, which is trained in place; another one takes another Trainer."""
+        return self.context.model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer, also for hooks; another one may be set on all ranks between two fits."""
+        return self.context.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        self.context.optimizer = optimizer  # looked at when fit begins, or in the next step
 
     # -- the two things a user calls ------------------------------------------------------------
 
@@ -265,6 +279,7 @@ class Trainer:
         Ranks: all, communicates.
         """
         with self._watchdog, self.world.comm.lockstep(lambda: self.hooks.failed_in or "evaluate"):
+            self._engine.make_equal()
             return self._engine.evaluate_apart(self._eval_feeds(data, batch_size))
 
     # -- assembling -----------------------------------------------------------------------------
@@ -354,10 +369,8 @@ class Trainer:
             loop.load_state_dict(state["loop"], mine)
         elif not self._live:
             self._seed_rank()
-        strategy = self._engine.strategy
+        self._engine.begin(first=not self._live)
         if not self._live:
-            comm.barrier("wrap the model")  # here whoever failed above is met, not in a reduction
-            strategy.wrap(self._engine.micro_step, self.world)
             files.open()
         self._live = True
         files.start()
@@ -365,7 +378,7 @@ class Trainer:
             context,
             self.world,
             precision=self.precision.name,
-            strategy=strategy.describe(),
+            strategy=self._engine.strategy.describe(),
             batch_size=data.batch_size,
             split=self._split,
         )

@@ -49,6 +49,7 @@ class LRSchedule(Callback):
         self.monitors = () if monitor is None else (monitor,)
         self._scheduler: LRScheduler | None = None
         self._total: int | None = None
+        self._groups = 0  # of the optimizer, for which the scheduler was made
 
     def on_fit_start(self, ctx: Context) -> None:
         if self._scheduler is not None and self._scheduler.optimizer is ctx.optimizer:
@@ -73,7 +74,7 @@ class LRSchedule(Callback):
                 "LRSchedule: ReduceLROnPlateau needs monitor='eval/loss' or another metric, and no "
                 "other scheduler takes one"
             )
-        self._scheduler = scheduler
+        self._scheduler, self._groups = scheduler, len(ctx.optimizer.param_groups)
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
         if self._every == "step" and step.applied:
@@ -94,8 +95,16 @@ class LRSchedule(Callback):
             self._scheduler.step(find_metric("LRSchedule", name, metrics))
 
     def _advance(self) -> None:
-        if self._scheduler is not None and self._monitor is None:
-            self._scheduler.step()
+        if self._scheduler is None or self._monitor is not None:
+            return
+        groups = len(self._scheduler.optimizer.param_groups)
+        if groups != self._groups:
+            raise ConfigError(
+                f"LRSchedule: the optimizer has {groups} groups, and the scheduler was made for "
+                f"{self._groups}. Put what is added during a run into a group that there is: "
+                "ctx.optimizer.param_groups[0]['params'].append(parameter)"
+            )
+        self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         if self._scheduler is None:

@@ -27,6 +27,7 @@ from dtrain.metrics import Means, with_added
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Verdict
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
+from dtrain.step.parameters import lacking, note_of
 from dtrain.step.precision import Precision
 from dtrain.step.strategy import Strategy
 from dtrain.step.votes import Agreement
@@ -87,6 +88,30 @@ class Engine:
         self._means.drop()
         self.hooks.failed_in = ""
         self._warned_nonfinite = False
+
+    def begin(self, *, first: bool) -> None:
+        """Takes model and optimizer as a fit finds them. Ranks: all, communicates."""
+        self.context.model.to(self.world.device)  # it may have been away
+        self.micro_step.trained.check(begins=True)
+        self.make_equal()
+        if first:
+            self.strategy.wrap(self.micro_step, self.world)
+        else:
+            self.strategy.refresh(begins=True)
+
+    def make_equal(self) -> None:
+        """Gives all ranks rank 0's model, should the script have changed it since, and says so.
+
+        Ranks: all, communicates.
+        """
+        model, comm = self.context.model, self.world.comm
+        check_same_model(model, comm)  # a verb: whoever failed before is met here
+        share_buffers(model, comm)  # each rank's own until now, in some models
+        if comm.vote("models differ", self.strategy.make_equal(model, self.world)):
+            self.context.say(
+                "note: the ranks' models were no longer equal; all have rank 0's now. Load or "
+                "change weights on every rank alike."
+            )
 
     # -- phases of a run: where this rank is, and what becomes of an exception ------------------
 
@@ -314,7 +339,7 @@ def take_model(
         raise ConfigError("no parameter of the model requires a gradient: nothing to train")
     model = strategy.prepare_model(model.to(world.device), world)
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(model)
-    notes = _check_optimizer(made, model)
+    notes = [note] if (note := note_of(lacking(made, model))) else []
     check_same_model(model, world.comm)
     if world.comm.vote("models differ", strategy.make_equal(model, world)):
         notes.append(
@@ -322,28 +347,6 @@ def take_model(
             "dtrain.init(seed=...) before the model is made, and they are equal from the start."
         )
     return model, made, notes
-
-
-def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
-    """Returns what to tell the user of it; raises ConfigError where it is of another model."""
-    ours = {id(p) for p in model.parameters()}
-    if not isinstance(optimizer, Optimizer):
-        raise ConfigError(f"the optimizer is {optimizer!r}, no torch.optim.Optimizer")
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    strange = [p for p in held if id(p) not in ours]
-    if strange:
-        shapes = ", ".join(str(list(p.shape)) for p in strange[:5])
-        raise ConfigError(
-            f"{len(strange)} of the optimizer's {len(held)} parameters are not the model's (shapes "
-            f"{shapes}). Make the optimizer from this model, after its last change; or pass a "
-            "function: Trainer(model, lambda m: AdamW(m.parameters()), ...)"
-        )
-    ids = {id(p) for p in held}
-    left = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
-    if not left:
-        return []
-    shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-    return [f"note: the optimizer does not have {shown}, which require a gradient"]
 
 
 def takes_a_veto(optimizer: Optimizer) -> bool:

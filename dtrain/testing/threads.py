@@ -191,6 +191,7 @@ class Averaged:
         self, micro_step: MicroStep, transport: ThreadTransport, find_unused: bool
     ) -> None:
         self._micro_step, self._transport, self._find_unused = micro_step, transport, find_unused
+        self._params = [p for p in micro_step.parameters() if p.requires_grad]
         # The lane's gradient arrives last, and only in the last backward of a step. The hook must
         # end with this object: another one takes its place where parameters are frozen.
         itself = weakref.ref(self)
@@ -215,8 +216,9 @@ class Averaged:
         raise ConfigError("DDP(comm_hook=...) needs real ranks: test it with run_processes")
 
     def _reduce(self) -> None:
-        params = [p for p in self._micro_step.parameters() if p.requires_grad]
-        if not self._find_unused and any(p.grad is None for p in params):
+        params = self._params
+        # A frozen one is given nothing by autograd; DistributedDataParallel then takes zeros.
+        if not self._find_unused and any(p.grad is None and p.requires_grad for p in params):
             return
         share = 1 / self._transport.size
         shares = [None if p.grad is None else p.grad * share for p in params]
