@@ -186,9 +186,7 @@ class Loop:
             if not self._finish():  # what is in flight: by now it has arrived
                 return False
             # Fused SGD has no momentum that it could leave alone before its first update.
-            waits = not (
-                self.runs_ahead and progress.updates > self.engine.micro_step.trained.since
-            )
+            waits = not self.runs_ahead or progress.updates <= self.engine.micro_step.trained.since
             factor, closed, undone = result.gate(waits=waits)
             if not undone:
                 result.settle(self._update(step, factor, closed))

@@ -140,16 +140,13 @@ class ThreadTransport:
         self.exchange: Callable[[Any], list[Any]] = partial(turns.meet, rank, what)
 
     def all_gather(self, parts: list[Tensor], mine: Tensor) -> None:
-        """Fills ``parts`` with every rank's ``mine``."""
         for part, theirs in zip(parts, self._meet("all_gather", mine), strict=True):
             part.copy_(theirs)
 
     def all_reduce(self, buffer: Tensor, op: TransportOp = "sum") -> None:
-        """Reduces ``buffer`` over all ranks, in place, in the order of ranks."""
         buffer.copy_(reduce(_REDUCE[op], self._meet(f"all_reduce {op}", buffer)))
 
     def broadcast(self, buffer: Tensor) -> None:
-        """Gives every rank rank 0's ``buffer``, in place."""
         buffer.copy_(self._meet("broadcast", buffer)[0])
 
     def data_parallel(self, module: nn.Module, **options: Any) -> "Averaged":
@@ -204,7 +201,6 @@ class Averaged:
         weakref.finalize(self, hook.remove).atexit = False
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the micro-step's forward."""
         return self._micro_step(*args)
 
     def no_sync(self) -> nullcontext[None]:
