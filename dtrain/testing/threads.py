@@ -204,7 +204,6 @@ class Averaged:
         return self._micro_step(*args)
 
     def no_sync(self) -> nullcontext[None]:
-        """Nothing is reduced before the last backward anyway."""
         return nullcontext()
 
     def register_comm_hook(self, state: Any, hook: Any) -> None:

@@ -117,14 +117,12 @@ class Turns:
                 self._take(rank)
 
     def end(self, why: str) -> None:
-        """Ends all waiting."""
         with self._lock:
             self._over = self._over or why
             for rank in self._ranks:
                 rank.wake.notify()
 
     def seconds_left(self) -> float:
-        """Returns how long it may still take."""
         return max(0.0, self._deadline - time.monotonic())
 
     def where_is(self, rank: int) -> str:
