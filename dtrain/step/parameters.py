@@ -126,6 +126,7 @@ class Parameters:
         if begins and self._optimizer is not None and optimizer is not self._optimizer:
             self._lacking = {*(left := lacking(optimizer, self._model))}
             context.say(note_of(left) or "note: trained by another optimizer from now on")
+            self._optimizer = optimizer
         left = [n for n in lacking(optimizer, self._model) if n not in self._lacking]
         if left:
             raise ConfigError(

@@ -207,7 +207,6 @@ class Averaged:
         return nullcontext()
 
     def register_comm_hook(self, state: Any, hook: Any) -> None:
-        """Refuses with a ConfigError: there are no buckets."""
         raise ConfigError("DDP(comm_hook=...) needs real ranks: test it with run_processes")
 
     def _reduce(self) -> None:

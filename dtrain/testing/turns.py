@@ -138,7 +138,6 @@ class Turns:
             self._pass_on()
 
     def _take(self, rank: int) -> None:
-        """Returns once it is this rank's turn, with its random streams in place."""
         mine = self._ranks[rank]
         left_s = self.seconds_left()
         if not mine.wake.wait_for(lambda: self._over or self._turn == rank, left_s):
@@ -150,7 +149,6 @@ class Turns:
         restore_random_state(mine.streams)
 
     def _pass_on(self) -> None:
-        """Gives the turn to the next rank, if one may go on."""
         waiting = [(r, rank) for r, rank in enumerate(self._ranks) if rank.meeting]
         if waiting and not self._ready and not any(rank.away for rank in self._ranks):
             table = "".join(f"\n  rank {r}: {one.meeting}, at {one.place}" for r, one in waiting)
