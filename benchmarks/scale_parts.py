@@ -179,10 +179,9 @@ def agreements(ranks: int) -> dict[str, float]:
 
 def _strategy(verbs: Comm, ranks: int) -> DDP:
     strategy = DDP()
-    trainable = list(range(PARAMETERS))
-    strategy._micro_step = Mock(take_trainable=lambda: trainable)
+    lines = [f"layers.{number}.weight [8, 8] torch.float32" for number in range(PARAMETERS)]
+    strategy._micro_step = Mock(trained=Mock(lines=lambda: lines, changed=lambda: False))
     strategy._world = Mock(comm=verbs, size=ranks)
-    strategy._trainable = trainable
     return strategy
 
 

@@ -1,7 +1,9 @@
 """Callbacks, and the order in which their hooks fire."""
 
 import difflib
+import dis
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dtrain.context import Context, Step
@@ -34,12 +36,15 @@ class Callback:
             class's name, unless set.
         late_step_end: ``on_step_end`` may be called late: at any time before the next update
             of the parameters. On CUDA ``step.applied`` is known by then without waiting.
+        monitors: the metrics that the callback judges by, such as ``("eval/loss",)``. One that
+            cannot exist is an error when ``fit`` begins.
 
     Ranks: all.
     """
 
     name: str = ""
     late_step_end: bool = False
+    monitors: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -76,7 +81,7 @@ class Callback:
         """The optimizer has stepped, if ``step.applied``."""
 
     def on_eval_start(self, ctx: Context) -> None:
-        """An evaluation begins; submodules are in eval mode."""
+        """An evaluation begins, ``fit``'s (``ctx.in_fit``) or one of ``Trainer.evaluate``."""
 
     def on_eval_batch(self, ctx: Context, step: Step) -> None:
         """Each micro-batch of an evaluation; ``step.loss.outputs`` is what was returned."""
@@ -94,7 +99,7 @@ class Callback:
         """``fit`` is about to return; not called where it raises."""
 
     def on_error(self, ctx: Context, error: BaseException) -> None:
-        """``fit`` is about to raise ``error``."""
+        """``fit`` (or ``Trainer.evaluate``) is about to raise ``error``."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs: JSON values and tensors, nested at will."""
@@ -154,6 +159,14 @@ class Hooks:
             self.error = error
             raise
 
+    def tell(self, context: Context, error: BaseException) -> None:
+        """Calls ``on_error`` of all callbacks; what one raises is a note on ``error``."""
+        for callback in self.callbacks:
+            try:
+                callback.on_error(context, error)
+            except Exception as another:  # noqa: BLE001 -- must not hide the first error
+                error.add_note(f"({callback.name}.on_error raised as well: {another!r})")
+
     def has(self, hook: Callable[Concatenate[Callback, P], None]) -> bool:
         """Says whether any callback overrides ``hook``."""
         return bool(self._bound[hook])
@@ -183,3 +196,49 @@ def check_names(callbacks: Iterable[Callback]) -> None:
                 f"apart. Remove one, or name it: `second.name = '{callback.name}2'`"
             )
         seen[callback.name] = callback
+
+
+def check_monitors(callbacks: Iterable[Callback], sets: Iterable[str], *, evaluates: bool) -> None:
+    """Raises ConfigError where a callback is to judge by what cannot be there when it does.
+
+    ``sets`` are what an evaluation's figures begin with: ``eval``, or ``eval/name`` of several.
+    """
+    callbacks, sets = tuple(callbacks), tuple(sets)
+    for place, callback in enumerate(callbacks):
+        for name in callback.monitors:
+            who = f"{type(callback).__name__}({name!r})"
+            if not name.startswith(("train/", "eval/")):
+                raise ConfigError(f"{who}: a metric's name begins with 'train/' or 'eval/'")
+            if name.startswith("train/"):
+                continue
+            if not evaluates:
+                off = " and eval_every: with eval_every=None nothing is evaluated" * bool(sets)
+                raise ConfigError(f"{who} needs fit(eval_set=...){off}")
+            others = callbacks[:place] + callbacks[place + 1 :]
+            if not (name.startswith(tuple(f"{one}/" for one in sets)) or any(map(_adds, others))):
+                raise ConfigError(f"{who}: the evaluation's metrics are {'/..., '.join(sets)}/...")
+            judges = type(callback).on_eval_end is not Callback.on_eval_end
+            for later in callbacks[place + 1 :] if judges else ():
+                if name in _added_by(later):
+                    raise ConfigError(
+                        f"{who} stands before {later.name} in callbacks=[...], which adds this "
+                        "metric: put it after that"
+                    )
+
+
+def _adds(callback: Callback) -> bool:
+    """Says whether it may add metrics to an evaluation; dtrain's own do not."""
+    hook = type(callback).on_eval_end
+    is_own = getattr(hook, "__module__", "").startswith("dtrain.callbacks.")
+    return hook is not Callback.on_eval_end and not is_own
+
+
+def _added_by(callback: Callback) -> set[str]:
+    """Returns what its ``on_eval_end`` adds by ``metrics["name"] = ...``, as its code shows."""
+    code = getattr(type(callback).on_eval_end, "__code__", None)
+    pairs = pairwise(dis.get_instructions(code)) if code is not None else ()
+    return {
+        key.argval
+        for key, store in pairs
+        if (key.opname, store.opname) == ("LOAD_CONST", "STORE_SUBSCR")
+    }

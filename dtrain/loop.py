@@ -6,7 +6,8 @@ that is what keeps them together.
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from operator import methodcaller
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from dtrain.errors import DataError, RemoteError
 from dtrain.plan import ALL_EPOCHS, MAX_STEPS, Plan
 from dtrain.sinks import History
 from dtrain.step import Agreed, Engine, Factor, StepResult
+
+_RATE = methodcaller("get", "lr")
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Loop:
             "epoch_evaluated": self.epoch_evaluated,
             "epoch_is_cut": self.epoch_is_cut,
             "weight": self.engine.lane.expected if self.engine.micro_step.weighed else 0.0,
+            "epoch_sums": self.engine.epoch_sums,
             "stop_reason": "" if self.preempted else self.stop_reason,
             "ranks": self.engine.world.size,
         }
@@ -75,6 +79,7 @@ class Loop:
         if state["weight"]:
             self.engine.lane.expect(state["weight"])
             self.engine.micro_step.weighed = True
+        self.engine.restore_epoch(state.get("epoch_sums"))
         # A run that had fulfilled its plan is continued by a larger one.
         reason = state["stop_reason"]
         self.stop_reason = "" if reason in (ALL_EPOCHS, MAX_STEPS) else reason
@@ -93,6 +98,8 @@ class Loop:
         progress = self.context.progress
         if self.plan.eval_first and not progress.step and self.plan.eval_every:
             self._evaluate()
+            if self._save_asked:
+                self._save_once()
         while not self._finished():
             self._run_epoch()
         if not self.preempted and self.plan.eval_every and self._evaluated_at != progress.step:
@@ -115,7 +122,7 @@ class Loop:
         if not self.epoch_evaluated:
             with self.engine.together(Phase("the start of an epoch", slow=True)):
                 self.hooks.fire(Callback.on_epoch_start, context)
-                self.engine.strategy.refresh()  # a callback may have frozen something
+                self.engine.strategy.refresh()  # a callback may have frozen or added something
             # Resumed from a checkpoint of an epoch's last step, there is none left to take.
             left = self.feed.epoch(progress.epoch, progress.step_in_epoch)
             for step_feed in () if self.epoch_is_cut else left:
@@ -138,6 +145,8 @@ class Loop:
                 )
             self._log()
             self._settle()
+            if means := self.engine.end_epoch():
+                self._report("epoch", means)
             if self.plan.eval_every == "epoch":
                 self._evaluate()
             self.epoch_evaluated = True
@@ -177,7 +186,7 @@ class Loop:
             if not self._finish():  # what is in flight: by now it has arrived
                 return False
             # Fused SGD has no momentum that it could leave alone before its first update.
-            waits = not (self.runs_ahead and progress.updates)
+            waits = not self.runs_ahead or progress.updates <= self.engine.micro_step.trained.since
             factor, closed, undone = result.gate(waits=waits)
             if not undone:
                 result.settle(self._update(step, factor, closed))
@@ -210,9 +219,12 @@ class Loop:
         if not (isinstance(factor, float) and factor == 1.0):
             torch._foreach_mul_(engine.strategy.gradients(optimizer), factor)
         self.hooks.fire(Callback.on_grads_ready, context, step)
+        engine.rates = [*map(_RATE, optimizer.param_groups)]
+        if Tensor in map(type, engine.rates):  # its owner writes the next step's into it
+            engine.rates = [r.clone() if isinstance(r, Tensor) else r for r in engine.rates]
         if step.vetoed:
             engine.precision.skip()
-            context.log("vetoed", 1 / engine.world.size, "sum")
+            engine.outbox.add("vetoed", 1 / engine.world.size, "sum")
             return True
         return engine.precision.step(optimizer, closed)
 
@@ -237,6 +249,8 @@ class Loop:
                 self.context.comm.raise_failures("failures in a step", error, where)
             if verdict.stop or verdict.save or verdict.preempt:
                 self._heed(self.engine.agreement.carried())
+            if verdict.changed and not waited:
+                self.engine.strategy.adopt(in_step=True)
             self.epoch_is_cut = bool(verdict.ending)
             if verdict.undone:
                 return False
@@ -266,19 +280,22 @@ class Loop:
             self.history.check()
             values = self.engine.agree_figures()
         if values:
-            self.context.metrics |= values
+            self.context._take(values)
             self.history.report("train", values)
 
     def _evaluate(self) -> None:
-        context = self.context
-        self._evaluated_at = context.progress.step
+        self._evaluated_at = self.context.progress.step
         with self.engine.together(EVALUATION):
-            self.hooks.fire(Callback.on_eval_start, context)
             metrics = self.engine.evaluate(self.evals)
-            self.hooks.fire(Callback.on_eval_end, context, metrics)
-        context.metrics |= metrics
-        self.history.report("eval", metrics)
+        self._report("eval", metrics)
         self._settle()
+
+    def _report(self, kind: Literal["eval", "epoch"], figures: dict[str, float]) -> None:
+        """Reports figures that a checkpoint may be kept for: it must be made at this step."""
+        self.context._take(figures)
+        self.history.report(kind, figures)
+        if self.checkpoint is not None and self.checkpoint.due_for(kind, figures):
+            self._save_asked, self._saved_at = True, -1  # one made before lacks these figures
 
     def _save_once(self) -> None:
         step = self.context.progress.step

@@ -83,7 +83,8 @@ class FitResult:
         epochs: epochs finished.
         stop_reason: why it ended, in plain words.
         metrics: the newest agreed metrics, such as ``train/loss`` and ``eval/accuracy``.
-        history: one dict a report of this call, with ``step`` and ``epoch``.
+        history: one dict a report of this call, with ``step`` and ``epoch``. An epoch's means are
+            with its last report, as ``epoch/...``.
         preempted: the run was told to leave and is to be continued by another start.
     """
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.callback import Callback, Hooks, check_names, the_only
+from dtrain.callback import Callback, Hooks, check_monitors, check_names, the_only
 from dtrain.checkpoint import (
     CheckpointSlot,
     ResumeMode,
@@ -114,11 +114,11 @@ class Trainer:
             strategy = choose(strategy, model)
             strategy.check(accumulates=self._accumulation is not None)
             taken = take_model(model, optimizer, strategy, world)
-            self.model, self.optimizer, self._outbox.notes = taken
+            module, made, self._outbox.notes = taken
             eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn)
             self.context = Context(
-                model=self.model,
-                optimizer=self.optimizer,
+                model=module,
+                optimizer=made,
                 progress=Progress(),
                 comm=world.comm,
                 request=Request(),
@@ -147,6 +147,20 @@ class Trainer:
         self._files = RunFiles(self.context.run_dir, world, self._run_state)
         self.recorder = Recorder()  # what a trial of the script changes, and is told
         self._live = False  # a fit has begun in this process
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, which is trained in place; another one takes another Trainer."""
+        return self.context.model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer, also for hooks; another one may be set on all ranks between two fits."""
+        return self.context.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        self.context.optimizer = optimizer  # looked at when fit begins, or in the next step
 
     # -- the two things a user calls ------------------------------------------------------------
 
@@ -202,10 +216,12 @@ class Trainer:
             plan = Plan(epochs, max_steps, eval_every, log_every, eval_first)
             return plan, Data.of(train, batch_size, shuffle=True)
 
+        self.context.in_fit = True
         try:
             with self._watchdog:
                 return self._fit(take, eval_set, resume)
         finally:
+            self.context.in_fit = False
             self._files.release()
 
     def _fit(
@@ -248,6 +264,10 @@ class Trainer:
     def evaluate(self, data: Any, *, batch_size: int | None = None) -> dict[str, float]:
         """Returns ``eval/loss`` and the other metrics over all of ``data``, each sample once.
 
+        It is of the model as it is. Evaluation hooks fire as in ``fit``, with ``ctx.in_fit`` False,
+        so what callbacks add is there, too; what they log or ask for is forgotten, and nothing
+        judges by it.
+
         Args:
             data: like ``fit``'s ``eval_set``.
             batch_size: the global batch, where ``data`` is a dataset.
@@ -258,8 +278,9 @@ class Trainer:
 
         Ranks: all, communicates.
         """
-        with self._watchdog, self.world.comm.lockstep("evaluate"):
-            return self._engine.evaluate(self._eval_feeds(data, batch_size))
+        with self._watchdog, self.world.comm.lockstep(lambda: self.hooks.failed_in or "evaluate"):
+            self._engine.make_equal()
+            return self._engine.evaluate_apart(self._eval_feeds(data, batch_size))
 
     # -- assembling -----------------------------------------------------------------------------
 
@@ -292,6 +313,7 @@ class Trainer:
         )
         if not evals:
             plan = replace(plan, eval_every=None)
+        check_monitors(self.hooks.callbacks, evals, evaluates=bool(plan.eval_every))
         # What must be the same for a run to be continued.
         fingerprint = self._run_state.fingerprint = {
             "model": digest_of(shapes_of(self.model)),
@@ -347,10 +369,8 @@ class Trainer:
             loop.load_state_dict(state["loop"], mine)
         elif not self._live:
             self._seed_rank()
-        strategy = self._engine.strategy
+        self._engine.begin(first=not self._live)
         if not self._live:
-            comm.barrier("wrap the model")  # here whoever failed above is met, not in a reduction
-            strategy.wrap(self._engine.micro_step, self.world)
             files.open()
         self._live = True
         files.start()
@@ -358,7 +378,7 @@ class Trainer:
             context,
             self.world,
             precision=self.precision.name,
-            strategy=strategy.describe(),
+            strategy=self._engine.strategy.describe(),
             batch_size=data.batch_size,
             split=self._split,
         )
@@ -382,11 +402,7 @@ class Trainer:
             cause = comm.explain(error)
         if cause is None:
             comm.record(error, self.hooks.failed_in or phase)
-        for callback in self.hooks.callbacks:
-            try:
-                callback.on_error(self.context, error)
-            except Exception as another:  # noqa: BLE001 -- must not hide the first error
-                error.add_note(f"({callback.name}.on_error raised as well: {another!r})")
+        self.hooks.tell(self.context, error)
         # A further fit must not take up what was asked or logged in this one.
         self._engine.agreement.drop()
         self._outbox.logged.clear()

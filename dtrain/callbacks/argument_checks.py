@@ -1,5 +1,6 @@
 """Checks of what a callback was given, which complain in the same words everywhere."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from dtrain.errors import ConfigError
@@ -30,12 +31,31 @@ def check_choice(owner: str, name: str, value: object, choices: Sequence[str]) -
         raise ConfigError(f"{owner}({name}={value!r}): choose {', '.join(others)} or {last}")
 
 
-def find_metric(owner: str, name: str, metrics: Mapping[str, float]) -> float:
-    """Returns the metric of that name; raises ConfigError where there is none."""
-    if name not in metrics:
-        known = ", ".join(sorted(metrics)) or "none"
-        raise ConfigError(f"{owner}: no metric {name!r}; there are {known}")
-    return metrics[name]
+def figure_of(monitor: str) -> str:
+    """Returns the name of what is judged: of a ``train/...``, its mean over an epoch."""
+    return monitor.replace("train/", "epoch/", 1) if monitor.startswith("train/") else monitor
+
+
+def find_metric(owner: str, monitor: str, metrics: Mapping[str, float]) -> float:
+    """Returns what is judged: an evaluation's figure, or an epoch's; NaN where it is not finite.
+
+    Raises ConfigError where there is none.
+    """
+    name = figure_of(monitor)
+    if name in metrics:
+        value = float(metrics[name])
+        return value if math.isfinite(value) else math.nan
+    if name == monitor:
+        known, hint = (
+            sorted(metrics),
+            "a callback that adds one stands before it in callbacks=[...]",
+        )
+    else:
+        known = sorted(n.replace("epoch/", "train/", 1) for n in metrics if n.startswith("epoch/"))
+        hint = "means of an epoch, which a torchmetrics object has not: judge that in an evaluation"
+    raise ConfigError(
+        f"{owner}: no metric {monitor!r}; there are {', '.join(known) or 'none'} ({hint})"
+    )
 
 
 def some_of(names: Sequence[str], most: int) -> str:

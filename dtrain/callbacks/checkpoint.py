@@ -1,5 +1,6 @@
 """When to make a checkpoint, and which to keep: fills the checkpoint slot."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -7,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.callback import Callback
-from dtrain.callbacks.argument_checks import check_choice, check_counts, some_of
+from dtrain.callbacks.argument_checks import (
+    check_choice,
+    check_counts,
+    figure_of,
+    find_metric,
+    some_of,
+)
 from dtrain.context import Context, Progress
 from dtrain.distributed import share_buffers
 from dtrain.errors import CheckpointError
@@ -26,7 +33,9 @@ class Checkpoint(Callback):
         every_steps: save after every so many global steps.
         every_epochs: save after every so many epochs, after their evaluation.
         keep: how many of the newest to keep; None keeps all.
-        best: keep also the one with the best value of this metric.
+        best: keep also the one with the best value of this metric, ``eval/...`` or ``train/...``.
+            Whenever an evaluation (or an epoch's mean) is the best so far, these very weights are
+            saved, too. What is not finite is never the best.
         mode: whether less (``"min"``) or more (``"max"``) is better.
         trainable_only: leave out weights that have not changed, such as a base model under
             adapters. The script makes these as it did before; on resuming, they are compared.
@@ -64,6 +73,8 @@ class Checkpoint(Callback):
         self._every_epochs = every_epochs
         self._keep = keep
         self._best = best or ""
+        self.monitors = (best,) if best else ()
+        self._best_value = math.inf  # of sign * value: less is better
         self._sign = 1.0 if mode == "min" else -1.0
 
     def on_fit_start(self, ctx: Context) -> None:
@@ -91,6 +102,7 @@ class Checkpoint(Callback):
             "modules": {name: module.state_dict() for name, module in self._modules.items()},
             "trained": sorted(self._trained) if self.trainable_only else [],
             "frozen": {n: bits for n, bits in self._frozen_sums.items() if n not in self._trained},
+            "best_value": self._best_value,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,6 +113,7 @@ class Checkpoint(Callback):
             )
         for name, module in self._modules.items():
             module.load_state_dict(state["modules"][name])
+        self._best_value = state.get("best_value", math.inf)
         self._trained |= set(state["trained"])
         sums = self._frozen_sums
         if changed := [name for name, bits in state["frozen"].items() if sums.get(name) != bits]:
@@ -117,12 +130,25 @@ class Checkpoint(Callback):
         by_epoch = self._every_epochs is not None and (progress.epoch + 1) % self._every_epochs == 0
         return by_epoch or self.due_after_step(progress)  # which may fall on the epoch's end
 
+    def due_for(self, kind: Literal["eval", "epoch"], figures: Mapping[str, float]) -> bool:
+        if not figure_of(self._best).startswith(f"{kind}/"):
+            return False
+        value = self._sign * find_metric("Checkpoint", self._best, figures)
+        is_best = value < self._best_value  # NaN is not
+        if is_best:
+            self._best_value = value
+        return is_best
+
     def prune(self, saved: list[tuple[int, dict[str, float]]]) -> list[int]:
         if self._keep is None:
             return []
         kept = {step for step, _ in saved[-self._keep :]}
-        best = self._best
-        scored = [(self._sign * values[best], step) for step, values in saved if best in values]
+        best = figure_of(self._best)
+        scored = [
+            (self._sign * values[best], step)
+            for step, values in saved
+            if math.isfinite(values.get(best, math.nan))
+        ]
         if scored:
             kept.add(min(scored)[1])
         return [step for step, _ in saved if step not in kept]

@@ -18,7 +18,8 @@ class EarlyStopping(Callback):
 
     A metric by name is agreed, so all ranks stop at the same step. Where ``monitor`` is a function,
     each rank judges by its own value, and ``vote`` decides. Metrics ``eval/...`` are checked after
-    each evaluation; ``train/...`` and functions at the end of each epoch.
+    each evaluation; functions, and the epoch's mean of ``train/...``, at the end of each epoch.
+    What is not finite is no improvement.
     Example: ``EarlyStopping("eval/accuracy", mode="max", patience=3, restore_best=True)``.
 
     Args:
@@ -54,6 +55,7 @@ class EarlyStopping(Callback):
                 "may differ about which weights were best"
             )
         self._metric = monitor if isinstance(monitor, str) else ""
+        self.monitors = (self._metric,) if self._metric else ()
         self._judge = None if isinstance(monitor, str) else monitor
         self._after_evaluation = self._metric.startswith("eval/")
         self._sign = 1.0 if mode == "min" else -1.0
@@ -65,16 +67,8 @@ class EarlyStopping(Callback):
         self.bad_checks = 0
         self._weights: dict[str, Tensor] = {}
 
-    def on_fit_start(self, ctx: Context) -> None:
-        if self._judge is None and not self._metric.startswith(("train/", "eval/")):
-            raise ConfigError(
-                f"EarlyStopping({self._metric!r}): a metric's name begins with 'train/' or 'eval/'"
-            )
-        if self._after_evaluation and not ctx.has_eval:
-            raise ConfigError(f"EarlyStopping({self._metric!r}) needs fit(eval_set=...)")
-
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        if self._after_evaluation:
+        if self._after_evaluation and ctx.in_fit:
             self._check(ctx, find_metric("EarlyStopping", self._metric, metrics))
 
     def on_epoch_end(self, ctx: Context) -> None:
@@ -84,6 +78,10 @@ class EarlyStopping(Callback):
             self._check(ctx, find_metric("EarlyStopping", self._metric, ctx.metrics))
 
     def on_fit_end(self, ctx: Context) -> None:
+        if not (self._after_evaluation or ctx.progress.epoch):
+            ctx.say(
+                "EarlyStopping has judged nothing: it does at the end of an epoch, and none ended"
+            )
         if self._weights:
             ctx.model.load_state_dict(self._weights)
 

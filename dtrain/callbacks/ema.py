@@ -54,13 +54,16 @@ class EMA(AveragedWeights):
             self.updates += 1
 
     def on_eval_start(self, ctx: Context) -> None:
-        self._put_in(ctx.model)
+        if ctx.in_fit:
+            self._put_in(ctx.model)
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        self._take_out()
+        if ctx.in_fit:
+            self._take_out()
 
     def on_error(self, ctx: Context, error: BaseException) -> None:
-        self._take_out()  # where an evaluation failed
+        if ctx.in_fit:
+            self._take_out()  # where an evaluation failed
 
     def on_fit_end(self, ctx: Context) -> None:
         if self._use_at_end:

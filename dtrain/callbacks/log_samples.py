@@ -20,7 +20,8 @@ class LogSamples(Callback):
 
     What the function returns goes to the sinks that can show it, and into
     ``run_dir/samples/step-.../``: a text as ``<name>.txt``, a picture as ``<name>.png``. It is
-    asked once an evaluation (of several sets: in the first), and not where rank 0 had no data.
+    asked once an evaluation in ``fit`` (of several sets: in the first), and not where rank 0 had no
+    data.
     Example: ``LogSamples(lambda outputs, batch: {"first answer": tokenizer.decode(outputs[0])})``.
 
     Args:
@@ -44,6 +45,8 @@ class LogSamples(Callback):
         self._due = False
 
     def on_eval_start(self, ctx: Context) -> None:
+        if not ctx.in_fit:
+            return
         is_main = (current() or init()).is_main
         self._due = is_main and self._evaluations % self._every == 0
         self._evaluations += 1

@@ -16,7 +16,8 @@ class LRSchedule(Callback):
 
     Never more often on more ranks, nor with accumulation. Steps that were left out (a loss
     scale overflowed, every rank skipped) are not counted. ``ReduceLROnPlateau`` is stepped
-    with an agreed metric after each evaluation, so that all ranks decide alike.
+    with an agreed metric, so that all ranks decide alike: with ``eval/...`` after each evaluation,
+    with the epoch's mean of ``train/...`` at the end of each epoch.
     Example: ``LRSchedule(lambda opt, steps: CosineAnnealingLR(opt, steps), every="step")``.
 
     Args:
@@ -45,8 +46,10 @@ class LRSchedule(Callback):
         self._given = scheduler
         self._every = every
         self._monitor = monitor
+        self.monitors = () if monitor is None else (monitor,)
         self._scheduler: LRScheduler | None = None
         self._total: int | None = None
+        self._groups = 0  # of the optimizer, for which the scheduler was made
 
     def on_fit_start(self, ctx: Context) -> None:
         if self._scheduler is not None and self._scheduler.optimizer is ctx.optimizer:
@@ -71,9 +74,7 @@ class LRSchedule(Callback):
                 "LRSchedule: ReduceLROnPlateau needs monitor='eval/loss' or another metric, and no "
                 "other scheduler takes one"
             )
-        if self._monitor is not None and not ctx.has_eval:
-            raise ConfigError(f"LRSchedule(monitor={self._monitor!r}) needs fit(eval_set=...)")
-        self._scheduler = scheduler
+        self._scheduler, self._groups = scheduler, len(ctx.optimizer.param_groups)
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
         if self._every == "step" and step.applied:
@@ -82,14 +83,28 @@ class LRSchedule(Callback):
     def on_epoch_end(self, ctx: Context) -> None:
         if self._every == "epoch":
             self._advance()
+        self._judge("train/", ctx.metrics)
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        if isinstance(self._scheduler, ReduceLROnPlateau) and self._monitor is not None:
-            self._scheduler.step(find_metric("LRSchedule", self._monitor, metrics))
+        if ctx.in_fit:
+            self._judge("eval/", metrics)
+
+    def _judge(self, kind: str, metrics: dict[str, float]) -> None:
+        name = self._monitor or ""
+        if isinstance(self._scheduler, ReduceLROnPlateau) and name.startswith(kind):
+            self._scheduler.step(find_metric("LRSchedule", name, metrics))
 
     def _advance(self) -> None:
-        if self._scheduler is not None and self._monitor is None:
-            self._scheduler.step()
+        if self._scheduler is None or self._monitor is not None:
+            return
+        groups = len(self._scheduler.optimizer.param_groups)
+        if groups != self._groups:
+            raise ConfigError(
+                f"LRSchedule: the optimizer has {groups} groups, and the scheduler was made for "
+                f"{self._groups}. Put what is added during a run into a group that there is: "
+                "ctx.optimizer.param_groups[0]['params'].append(parameter)"
+            )
+        self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         if self._scheduler is None:

@@ -34,7 +34,8 @@ class ParamSchedule(Callback):
         group: only this parameter group: its place, its ``group["name"]``, or a function that
             says of each group whether it is meant; None means all groups.
         module: an attribute of a submodule instead, as ``"path.to.module:attribute"``.
-        log: report the value, if it is a number, as ``name``, or as ``name/group``.
+        log: report the value, if it is a number, as ``name``, or as ``name/group``. (``lr`` is
+            reported anyway.)
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class ParamSchedule(Callback):
         self._fn = fn
         self._group = group
         self._module = module
-        self._log = log
+        self._log = log and (module is not None or name != "lr")
         self._places: list[int] = []
         self._target: tuple[nn.Module, str] | None = None
         self._label = name if group is None else f"{name}/{getattr(group, '__name__', group)}"

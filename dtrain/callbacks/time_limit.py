@@ -55,7 +55,8 @@ class TimeLimit(Callback):
         self._look(ctx)
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        self._look(ctx)  # it may have taken longer than all steps before it
+        if ctx.in_fit:
+            self._look(ctx)  # it may have taken longer than all steps before it
 
     def _look(self, ctx: Context) -> None:
         if self._asked or self._clock() < self._end:

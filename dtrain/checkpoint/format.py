@@ -47,7 +47,7 @@ class Saved:
 
     path: Path  # its folder
     step: int  # the global step after which it was made
-    metrics: dict[str, float]  # the newest agreed ones when it was made
+    metrics: dict[str, float]  # of these very weights (of older code: the newest agreed ones)
 
 
 def place(folder: Path, step: int, token: str = "") -> tuple[Path, Path]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,11 @@ class CheckpointSlot(Protocol):
     def due_after_epoch(self, progress: Progress) -> bool:
         """The same, asked after an epoch and its evaluation."""
 
+    def due_for(self, kind: Literal["eval", "epoch"], figures: Mapping[str, float]) -> bool:
+        """The same, told the figures of an evaluation, or the means of an epoch, as they come."""
+
     def prune(self, saved: list[tuple[int, dict[str, float]]]) -> list[int]:
-        """Returns the steps to delete, given each saved step (oldest first) and its metrics.
+        """Returns the steps to delete, given each saved step (oldest first) and its own metrics.
 
         Ranks: rank 0 only; perhaps in a thread beside the training.
         """
@@ -97,7 +100,7 @@ class RunState:
             rank_state=tree.split(
                 {"rng": capture(), "own_rng": context.rng.get_state(), "data": data}
             ),
-            metrics=context.metrics,
+            metrics=context._figures_of_this_step(),
         )
 
     def restore_model(self, saved: Saved) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Content:
     model: Mapping[str, Tensor]  # parameters and buffers, equal on all ranks
     state: Split  # everything else that is equal on all ranks
     rank_state: Split  # what is this rank's own
-    metrics: dict[str, float]  # the newest agreed ones
+    metrics: dict[str, float]  # of these very weights
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """What hooks and loss functions are handed, and what they hand back."""
 
 from dtrain.context.context import Context
-from dtrain.context.outbox import Outbox, Reduce, Request, Shown
+from dtrain.context.outbox import Outbox, Reduce, Request, Shown, check_name
 from dtrain.context.step import Loss, Mean, Number, Progress, Step, on_device
 
 __all__ = ["Context", "Loss", "Mean", "Number", "Progress", "Request", "Step", "on_device"]
-__all__ += ["Outbox", "Reduce", "Shown"]
+__all__ += ["Outbox", "Reduce", "Shown", "check_name"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.context.outbox import Logged, Outbox, Reduce, Request, Shown
+from dtrain.context.outbox import Logged, Outbox, Reduce, Request, Shown, check_name
 from dtrain.context.step import Loss, Number, Progress
 from dtrain.distributed import Comm
 from dtrain.errors import ConfigError
@@ -39,8 +39,10 @@ class Context:
         device: where this rank computes.
         run_dir: where the run keeps its files, or None.
         has_eval: whether `fit` was given an eval_set.
+        in_fit: whether a hook is part of a training: False in those of ``Trainer.evaluate``.
         loss_scaled: whether the precision scales the loss; then a gradient may overflow.
-        metrics: the newest agreed metrics, equal on all ranks.
+        metrics: the newest agreed metrics, equal on all ranks. From an epoch's end to the next
+            report, ``train/...`` are means of that epoch; they stay there as ``epoch/...``.
 
     Ranks: all, local where a method does not say otherwise.
     """
@@ -55,8 +57,10 @@ class Context:
     device: torch.device
     run_dir: Path | None
     has_eval: bool = False
+    in_fit: bool = False
     loss_scaled: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
+    _made_at: dict[str, int] = field(default_factory=dict, repr=False)  # the step of each metric
     _outbox: Outbox = field(default_factory=Outbox, repr=False)
     #: Weak: the engine holds this context.
     _engine: Callable[[], _Engine | None] = field(default=lambda: None, repr=False)
@@ -73,16 +77,35 @@ class Context:
                 the mean over ranks of each rank's last value.
 
         Raises:
-            ConfigError: ``reduce`` is none of these, or another than before.
+            ConfigError: ``reduce`` is none of these, or another than before; or the name is one of
+                dtrain's own (``lr``, ``train/loss``, ...) or an evaluation's (``eval/...``).
         """
         if reduce not in get_args(Reduce):
             raise ConfigError(f"log({name!r}, reduce={reduce!r}): one of {get_args(Reduce)}")
-        logged = self._outbox.logged.setdefault(name, Logged(reduce))
+        logged = self._outbox.logged.get(name)
+        if logged is None:
+            if name.startswith("eval/"):
+                raise ConfigError(
+                    f"log({name!r}): what is logged goes into the next report of the training. Add "
+                    f"it to the evaluation's own figures: metrics[{name!r}] = ... in on_eval_end"
+                )
+            check_name(name)
+            logged = self._outbox.logged[name] = Logged(reduce)
         if logged.reduce != reduce:
             raise ConfigError(
                 f"log({name!r}, reduce={reduce!r}): it was logged with {logged.reduce!r} before"
             )
         logged.values.append(value.detach() if isinstance(value, Tensor) else value)
+
+    def _take(self, figures: dict[str, float]) -> None:
+        """Makes figures of this step the newest ones; they are equal on all ranks."""
+        self.metrics |= figures
+        self._made_at |= dict.fromkeys(figures, self.progress.step)
+
+    def _figures_of_this_step(self) -> dict[str, float]:
+        """Returns the figures that belong to the weights as they are now."""
+        now, made_at = self.progress.step, self._made_at
+        return {name: v for name, v in self.metrics.items() if made_at.get(name) == now}
 
     def is_logged(self, name: str) -> bool:
         """Says whether a value of that name waits for the next report."""

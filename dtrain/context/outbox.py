@@ -8,6 +8,19 @@ from dtrain.errors import ConfigError
 
 Reduce = Literal["mean", "sum", "max", "last"]
 
+#: What dtrain reports, and what comes with each report.
+_OWN = {"train/loss", "lr", "loss_scale", "updates", "vetoed", "skipped"}
+_OWN |= {"step", "epoch", "kind", "seconds", "samples"}
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError where a callback gives a figure a name of dtrain's own."""
+    if name in _OWN or name.startswith(("lr/", "epoch/")):
+        raise ConfigError(
+            f"{name!r} is the name of a figure that dtrain itself reports; call yours otherwise, "
+            f"such as 'my/{name}'"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Shown:
@@ -33,6 +46,10 @@ class Outbox:
     logged: dict[str, Logged] = field(default_factory=dict)  # in the order of their first calls
     notes: list[str] = field(default_factory=list)  # for the person at the terminal
     shown: list[Shown] = field(default_factory=list)
+
+    def add(self, name: str, value: Number, reduce: Reduce) -> None:
+        """Keeps a figure of dtrain's own; callbacks use :meth:`~dtrain.Context.log`."""
+        self.logged.setdefault(name, Logged(reduce)).values.append(value)
 
 
 class Request:

@@ -30,7 +30,9 @@ class Loss:
             even if the mean is NaN. (A weight on the GPU is not read: there a mean that was
             divided by 0 has a gradient of NaN all the same; :meth:`from_sum` has none.)
         metrics: name to value: a number or 0-dim tensor that is a mean over the same units,
-            or a :class:`Mean`.
+            a :class:`Mean`, or a torchmetrics object: made once, outside of the loss function,
+            updated in it (``f1.update(logits, y)``), and handed over itself (``{"f1": f1}``). Each
+            report and evaluation computes it over all ranks' batches, and resets it.
         outputs: anything; reaches ``on_eval_batch``.
     """
 

@@ -53,7 +53,6 @@ class MapFeed(Feed):
         return f"{self.samples} samples in batches of {self._shares.batch_size}"
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
-        """Yields the steps of ``epoch`` from ``first_step`` on."""
         batches = self._batches(epoch, first_step)
         whole = self._shares.sizes(0)  # of all steps but perhaps the last
         for step in range(first_step, self._shares.steps):

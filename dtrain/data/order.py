@@ -43,7 +43,6 @@ class Pointwise(ABC):
         """Returns the samples at ``positions`` of ``epoch``, in their order."""
 
     def indices(self, epoch: int, start: int, stop: int) -> Indices:
-        """Returns the samples at positions ``start`` to ``stop - 1`` of ``epoch``."""
         return self.at(epoch, np.arange(start, stop, dtype=np.int64))
 
 
@@ -51,7 +50,6 @@ class Sequential(Pointwise):
     """The data set's own order, in every epoch, of ``length`` samples."""
 
     def at(self, epoch: int, positions: Indices) -> Indices:
-        """Returns the positions themselves."""
         return positions
 
 
@@ -75,7 +73,6 @@ class Shuffled(Pointwise):
         self._mask = np.uint64((1 << half_bits) - 1)
 
     def at(self, epoch: int, positions: Indices) -> Indices:
-        """Permutes the positions."""
         sequence = np.random.SeedSequence([self._seed, epoch])
         keys = sequence.generate_state(_ROUNDS, np.uint64).astype(np.uint64)
         values = self._permute(positions.astype(np.uint64), keys)
@@ -124,7 +121,6 @@ class Weighted(Pointwise):
         self._seed = seed
 
     def at(self, epoch: int, positions: Indices) -> Indices:
-        """Returns what is drawn at ``positions`` of ``epoch``, in their order."""
         sequence = np.random.SeedSequence([self._seed, epoch, _DRAWS])
         first, second = sequence.generate_state(2, np.uint64).astype(np.uint64)
         bits = _mix(_mix(positions.astype(np.uint64) ^ first) ^ second)
@@ -185,7 +181,6 @@ class Bucketed:
         return np.concatenate(parts)
 
     def _sort(self, epoch: int, number: int) -> Indices:
-        """Returns a window's samples."""
         first = number * self._window
         rows = self._shuffled.indices(epoch, first, min(first + self._window, len(self)))
         random = np.random.default_rng([self._seed, epoch, _BATCHES, number])

@@ -1,7 +1,7 @@
 """What to train on: :class:`Data`, and datasets that are arrays."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -80,6 +80,9 @@ class Data:
         """Returns what was given to ``fit``: as it is if it is Data, else made of all arguments."""
         if not isinstance(given, Data):
             return cls(given, batch_size, shuffle=shuffle)
+        if given.shuffle and not (shuffle or given.is_stream):
+            # True is what stands there if nobody chose.
+            return cls.of(replace(given, shuffle=False), batch_size, shuffle=False)
         if batch_size is None or batch_size == given.batch_size:
             return given
         raise ConfigError(

@@ -53,7 +53,6 @@ class StreamFeed(Feed):
         return f"a stream of each rank's own (when_uneven={self._data.when_uneven!r})"
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
-        """Yields steps without end; whoever calls stops once every rank's stream has ended."""
         looks_ahead = self._data.when_uneven == "stop"
         loaded = self._loaded
         if loaded is not None and loaded["epoch"] == epoch:

@@ -30,7 +30,14 @@ from dtrain.distributed.random_streams import (
     seeded_generator,
 )
 from dtrain.distributed.rendezvous import local_store, serve_store
-from dtrain.distributed.replicas import check_same_call, check_same_model, shapes_of, share_buffers
+from dtrain.distributed.replicas import (
+    check_same_call,
+    check_same_lines,
+    check_same_model,
+    give_rank_0s,
+    shapes_of,
+    share_buffers,
+)
 from dtrain.distributed.transport import DataParallel, TransportOp
 from dtrain.distributed.world import World, current, inhabited, init, on_main
 
@@ -39,6 +46,7 @@ __all__ += ["METRICS", "OWN_BACKWARD", "SAVING", "UPDATE", "Activity", "Heartbea
 __all__ += ["Comm", "DataParallel", "Rule", "TransportOp", "World", "current", "inhabited", "init"]
 __all__ += ["check_same_call", "check_same_model", "digest_of", "on_main", "shapes_of"]
 __all__ += ["heartbeat_key", "local_store", "serve_store", "share_buffers"]
+__all__ += ["check_same_lines", "give_rank_0s"]
 __all__ += ["Process", "end_with", "look_up", "stopped_children", "this_machine"]
 __all__ += ["derive_seed", "random_state", "random_state_kept", "random_state_of_host"]
 __all__ += ["restore_random_state", "seed_everything", "seeded_generator"]

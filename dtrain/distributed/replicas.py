@@ -1,12 +1,13 @@
 """What keeps the replicas of a model equal."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.exchange import digest_of
+from dtrain.distributed.world import World
 from dtrain.errors import RankMismatch
 
 
@@ -31,21 +32,37 @@ def check_same_model(model: nn.Module, comm: Comm) -> None:
     """Raises RankMismatch where the ranks have different models. Ranks: all, communicates."""
     shapes = shapes_of(model)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    if len(set(comm.gather_objects("model", digest_of([*shapes, frozen])))) == 1:
-        return
     mine = [f"{name} {shape} {dtype}" for name, shape, dtype in shapes]
     mine += [f"{name} (frozen)" for name in frozen]
-    models = comm.gather_objects("models", mine)
+    check_same_lines("the ranks have different models", mine, comm)
+
+
+def give_rank_0s(tensors: Iterable[Tensor], world: World) -> bool:
+    """Gives all ranks rank 0's tensors; says if any differed here. Ranks: all, communicates."""
+    differed = False
+    with torch.no_grad():
+        for tensor in tensors if world.size > 1 else ():
+            sent = tensor.detach().clone().contiguous()
+            world.gradients.broadcast(sent)
+            if not torch.equal(sent, tensor):
+                differed = True
+                tensor.copy_(sent)
+    return differed
+
+
+def check_same_lines(what: str, mine: list[str], comm: Comm) -> None:
+    """Raises RankMismatch where the ranks have different lines. Ranks: all, communicates."""
+    if len(set(comm.gather_objects("digests", digest_of(mine)))) == 1:
+        return
+    everyones = comm.gather_objects("lines", mine)
     rows = []
-    for rank, lines in enumerate(models):
-        extra = [line for line in lines if line not in models[0]]
-        lacking = [line for line in models[0] if line not in lines]
+    for rank, lines in enumerate(everyones):
+        extra = [line for line in lines if line not in everyones[0]]
+        lacking = [line for line in everyones[0] if line not in lines]
         words = [f"has {', '.join(extra[:5])}"] * bool(extra)
         words += [f"lacks {', '.join(lacking[:5])}"] * bool(lacking)
         rows.append(f"  rank {rank}: {'; '.join(words) or 'as rank 0'}")
-    raise RankMismatch(
-        "the ranks have different models (compared with rank 0):\n" + "\n".join(rows)
-    )
+    raise RankMismatch(f"{what} (compared with rank 0):\n" + "\n".join(rows))
 
 
 def check_same_call(arguments: Mapping[str, object], comm: Comm) -> None:

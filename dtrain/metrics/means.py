@@ -32,6 +32,7 @@ class Means:
         self._reduce: dict[str, Reduce] = {}
         self._objects = Objects(label)
         self._names = list(names)  # agreed
+        self.pairs: dict[str, list[float]] = {}  # of the newest agreed means: totals and weights
 
     def add(self, name: str, value: "Number | Mean | Metric", weight: Number) -> None:
         """Adds a mean over ``weight`` units; or a :class:`Mean` or torchmetrics object, without.
@@ -41,13 +42,13 @@ class Means:
         if isinstance(value, Mean):
             total, units = value.total, value.weight
         elif isinstance(value, Tensor | Real):
-            _check_number(name, value)
+            check_number(name, value)
             total, units = value * weight, weight
         else:
             self._add_object(name, value)
             return
-        _check_number(name, total)
-        _check_number(name, units)
+        check_number(name, total)
+        check_number(name, units)
         if self._on_cpu or not (isinstance(total, Tensor) or isinstance(units, Tensor)):
             pair = self._sums.setdefault(name, [0.0, 0.0])
             units = float(units)
@@ -62,9 +63,13 @@ class Means:
 
     def add_logged(self, name: str, values: list[Number], reduce: Reduce) -> None:
         """Adds what was logged under a name since the last sync point."""
+        if name in self._sums or name in self._device_sums or name in self._objects.seen:
+            raise LossError(
+                f"{name!r} is logged by a callback and is a metric of the loss function"
+            )
         self._reduce[name] = reduce
         for value in values:
-            _check_number(name, value)
+            check_number(name, value)
         if reduce == "last":
             values = values[-1:]
         if reduce == "max":
@@ -86,7 +91,19 @@ class Means:
                     f"metric {name!r} is {part!r}; a metric is a number, a 0-dim tensor, "
                     "dtrain.Mean(total, weight) or a torchmetrics object"
                 )
-            self._objects.seen[f"{name}/{key}" if key else name] = part
+            label = f"{name}/{key}" if key else name
+            if self._objects.seen.setdefault(label, part) is not part:
+                raise LossError(
+                    f"the metric {label!r} is another torchmetrics object than in the batch "
+                    "before: of objects made anew in each batch only the last batch would be "
+                    "reported. Make it once, outside of the loss function; there, update it and "
+                    "hand over the object itself: Loss(..., metrics={'f1': f1})"
+                )
+
+    def shares_with(self, other: "Means") -> list[str]:
+        """Returns the names of torchmetrics objects that ``other`` has not agreed yet, too."""
+        theirs = [*map(id, other._objects.seen.values())]
+        return [name for name, metric in self._objects.seen.items() if id(metric) in theirs]
 
     def drop(self) -> None:
         """Forgets what was added and not agreed, as after a failure."""
@@ -124,6 +141,7 @@ class Means:
                 news.append(objects)
                 _add_to(agreed, theirs)
             self._names = list(agreed)
+        self.pairs = {n: p for n, p in agreed.items() if self._reduce.get(n, "mean") == "mean"}
         values = {
             name: total if self._reduce.get(name) == "sum" else total / weight
             for name, (total, weight) in agreed.items()
@@ -154,7 +172,8 @@ def _add_to(sums: dict[str, list[float]], more: Mapping[str, Sequence[float]]) -
         pair[1] += weight
 
 
-def _check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """Raises LossError where a metric is not one number."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise LossError(

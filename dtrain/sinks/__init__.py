@@ -8,12 +8,13 @@ from dtrain.sinks.csv_file import CSV
 from dtrain.sinks.dispatcher import Dispatcher
 from dtrain.sinks.history import History, describe_end, describe_start
 from dtrain.sinks.json_lines import JSONLines
-from dtrain.sinks.sink import Report, Sink
+from dtrain.sinks.sink import FIGURES, Report, Sink
 from dtrain.sinks.tensorboard import TensorBoard
 from dtrain.sinks.wandb import WandB
 
 __all__ = [
     "CSV",
+    "FIGURES",
     "Console",
     "Dispatcher",
     "History",

@@ -17,6 +17,7 @@ from rich.text import Text
 from dtrain.sinks.sink import OnError, Report, Sink
 
 _NARROWEST, _WIDEST = 8, 40  # the bar, in columns
+_MOST_RATES = 4  # of parameter groups, in a line; else only the first's
 _REDRAW_S = 0.05  # drawing takes about 1 ms, and the training would wait for it (the GIL)
 
 
@@ -49,15 +50,22 @@ class Console(Sink):
         self._first: Report | None = None
         self._mark = (0, 0.0)  # samples and seconds from which on speed is measured
         self._speed = ""
+        self._told: Mapping[str, float] = {}  # by the newest train report
 
     def write(self, report: Report) -> None:
         if report.kind == "train":
+            self._told = report.values
             place, pace = _place(report), self._pace(report)
             if self._terminal is None:
                 self._print("  ".join([*place, *_figures(report.values, "train/"), *pace]))
             else:
                 loss = {k: v for k, v in report.values.items() if k == "train/loss"}
                 self._show_bar(report, [*place, *_figures(loss, "train/"), *pace])
+        elif report.kind == "epoch":
+            # Where one report was of the whole epoch, that line says it already.
+            told = {name.replace("train/", "epoch/", 1): v for name, v in self._told.items()}
+            if self._terminal is not None or not report.values.items() <= told.items():
+                self._print("  ".join([*_place(report), *_figures(report.values)]))
         elif report.kind == "eval":
             self._print("  ".join([*_place(report), *_figures(report.values)]), style="bold")
             self._mark = (report.samples, report.seconds)
@@ -135,7 +143,10 @@ def _place(report: Report) -> list[str]:
 
 
 def _figures(values: Mapping[str, float], without: str = "") -> list[str]:
-    return [f"{name.removeprefix(without)} {_number(name, v)}" for name, v in values.items()]
+    rates = [name for name in values if name.startswith("lr/")]
+    left_out = rates if len(rates) > _MOST_RATES else ()
+    shown = {name: v for name, v in values.items() if name not in left_out}
+    return [f"{name.removeprefix(without)} {_number(name, v)}" for name, v in shown.items()]
 
 
 def _number(name: str, value: float) -> str:

@@ -15,7 +15,7 @@ _FIXED = ["step", "epoch", "kind", "seconds", "samples"]
 
 
 class CSV(RowFile):
-    """Appends each ``train`` and ``eval`` report as a row to a file in the run's folder.
+    """Appends each ``train``, ``epoch`` and ``eval`` report as a row to a file in the run's folder.
 
     The first columns are ``step``, ``epoch`` (from 0), ``kind``, ``seconds`` and ``samples``
     (both since ``fit`` began); then comes one for each value, in the order in which they were

@@ -10,7 +10,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from dtrain.context import Context, Outbox, Progress
 from dtrain.distributed import World
 from dtrain.sinks.dispatcher import Dispatcher
-from dtrain.sinks.sink import Report, ReportKind
+from dtrain.sinks.sink import FIGURES, Report, ReportKind
 
 
 @dataclass
@@ -46,8 +46,11 @@ class History:
         for shown in self.outbox.shown:
             self._send("sample", text=shown.text, sample=shown)
         self.outbox.shown.clear()
-        if kind in ("train", "eval"):
-            self.rows.append({"step": self.progress.step, "epoch": self.progress.epoch, **values})
+        step, rows = self.progress.step, self.rows
+        if kind == "epoch" and rows and rows[-1]["step"] == step:
+            rows[-1] |= values  # it belongs to the report that ends the epoch
+        elif kind in FIGURES:
+            rows.append({"step": step, "epoch": self.progress.epoch, **values})
         # A copy of the values, because callbacks may keep and change theirs.
         self._send(kind, values=dict(values), text=text, config=config or {})
 

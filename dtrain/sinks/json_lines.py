@@ -9,7 +9,7 @@ from dtrain.sinks.sink import OnError
 
 
 class JSONLines(RowFile):
-    """Appends each ``train`` and ``eval`` report to a file in the run's folder.
+    """Appends each ``train``, ``epoch`` and ``eval`` report to a file in the run's folder.
 
     A line has the keys ``step``, ``epoch`` (from 0), ``kind``, ``seconds`` and ``samples`` (both
     since ``fit`` began), then the report's values under their own names, and is on its way to the

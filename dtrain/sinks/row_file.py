@@ -5,11 +5,11 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, TextIO
 
-from dtrain.sinks.sink import OnError, Report, Sink, place_in
+from dtrain.sinks.sink import FIGURES, OnError, Report, Sink, place_in
 
 
 class RowFile(Sink, ABC):
-    """Appends a row for each ``train`` and ``eval`` report; what CSV and JSONLines share."""
+    """Appends a row for each report of figures; what CSV and JSONLines share."""
 
     def __init__(self, filename: str, on_error: OnError) -> None:
         self.filename = filename
@@ -29,7 +29,7 @@ class RowFile(Sink, ABC):
             raise RuntimeError(f"{type(self).__name__}.write() was called before open()")
         if report.kind == "start":
             self._rewrite(self._upto(report.step))
-        elif report.kind in ("train", "eval"):
+        elif report.kind in FIGURES:
             fixed = {
                 "step": report.step,
                 "epoch": report.epoch,

@@ -10,7 +10,9 @@ from dtrain.context import Shown
 from dtrain.errors import ConfigError
 
 OnError = Literal["warn", "raise"]
-ReportKind = Literal["start", "train", "eval", "sample", "message", "end"]
+ReportKind = Literal["start", "train", "epoch", "eval", "sample", "message", "end"]
+
+FIGURES = ("train", "epoch", "eval")  # the kinds that are rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +20,11 @@ class Report:
     """Numbers for sinks; nothing in it can reach another rank.
 
     Attributes:
-        kind: ``start`` and ``end`` of a run, ``train`` and ``eval`` figures, a ``message``, or
-            a ``sample``: a text or picture.
+        kind: ``start`` and ``end`` of a run, ``train`` and ``eval`` figures, an ``epoch``'s means
+            of training figures, a ``message``, or a ``sample``: a text or picture.
         step: global steps taken.
         epoch: the epoch, from 0.
-        values: name to value, such as ``train/loss``, ``eval/accuracy``, ``lr``.
+        values: name to value, such as ``train/loss``, ``epoch/loss``, ``eval/accuracy``, ``lr``.
         text: for ``start``, ``message`` and ``end``: what to tell a person, in plain words.
         seconds: since ``fit`` began.
         samples: samples all ranks trained on since ``fit`` began.

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dtrain.sinks.sink import OnError, Report, Sink, check_package, place_in
+from dtrain.sinks.sink import FIGURES, OnError, Report, Sink, check_package, place_in
 
 
 class TensorBoard(Sink):
@@ -49,7 +49,7 @@ class TensorBoard(Sink):
             self._writer = self._begin(purge_step=step + 1 if step else 0)
         if report.kind == "start" and report.config:
             self._write_config(report)
-        elif report.kind in ("train", "eval"):
+        elif report.kind in FIGURES:
             for name, value in report.values.items():
                 self._writer.add_scalar(name, value, step)
         elif sample is not None:

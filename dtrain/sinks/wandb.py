@@ -5,7 +5,7 @@ import secrets
 from pathlib import Path
 from typing import Any, Literal
 
-from dtrain.sinks.sink import OnError, Report, Sink, check_package
+from dtrain.sinks.sink import FIGURES, OnError, Report, Sink, check_package
 
 
 class WandB(Sink):
@@ -66,7 +66,7 @@ class WandB(Sink):
             raise RuntimeError("WandB.write() was called before open()")
         if report.kind == "start":
             self._run.config.update(dict(report.config), allow_val_change=True)
-        elif report.kind in ("train", "eval"):
+        elif report.kind in FIGURES:
             self._run.log({**report.values, "step": report.step})
         elif report.sample is not None:
             name, sample = report.sample.name, report.sample

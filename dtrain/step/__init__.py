@@ -2,7 +2,7 @@
 
 from dtrain.step.engine import Engine, take_model, takes_a_veto
 from dtrain.step.lane import Heard, LaneSilent
-from dtrain.step.micro_step import MicroStep, UserLoss, adapt, as_loss
+from dtrain.step.micro_step import MicroStep, UserLoss, adapt, as_loss, of_backward
 from dtrain.step.precision import Autocast, Factor, Precision, PrecisionSlot, ScaledAutocast
 from dtrain.step.strategy import StepResult, Strategy, joint_norm
 from dtrain.step.votes import Agreed
@@ -24,6 +24,7 @@ __all__ = [
     "adapt",
     "as_loss",
     "joint_norm",
+    "of_backward",
     "take_model",
     "takes_a_veto",
 ]

@@ -1,5 +1,6 @@
 """What computes: the model and its loss, and what ranks need to meet in a step."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from dtrain.distributed import (
     check_same_model,
     share_buffers,
 )
-from dtrain.errors import ConfigError
-from dtrain.metrics import Means
+from dtrain.errors import ConfigError, LossError
+from dtrain.metrics import Means, with_added
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Verdict
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
+from dtrain.step.parameters import lacking, note_of
 from dtrain.step.precision import Precision
 from dtrain.step.strategy import Strategy
 from dtrain.step.votes import Agreement
@@ -75,6 +77,9 @@ class Engine:
         self._eval_gathers = Gathers(comm, rank, size)
         self._eval_means: dict[str, Means] = {}  # kept: ranks agree on names only once
         self._loss_sum = self.counted = 0.0  # since the last report: loss and weight, both agreed
+        self.epoch_sums: dict[str, list[float]] = {}  # since the epoch began: of means, and weights
+        self.rates: list[Any] = []  # by group, the learning rates of the newest step
+        self._evaluates = False
         self._warned_nonfinite = False
 
     def restart(self, weight: float) -> None:
@@ -83,6 +88,30 @@ class Engine:
         self._means.drop()
         self.hooks.failed_in = ""
         self._warned_nonfinite = False
+
+    def begin(self, *, first: bool) -> None:
+        """Takes model and optimizer as a fit finds them. Ranks: all, communicates."""
+        self.context.model.to(self.world.device)  # it may have been away
+        self.micro_step.trained.check(begins=True)
+        self.make_equal()
+        if first:
+            self.strategy.wrap(self.micro_step, self.world)
+        else:
+            self.strategy.refresh(begins=True)
+
+    def make_equal(self) -> None:
+        """Gives all ranks rank 0's model, should the script have changed it since, and says so.
+
+        Ranks: all, communicates.
+        """
+        model, comm = self.context.model, self.world.comm
+        check_same_model(model, comm)  # a verb: whoever failed before is met here
+        share_buffers(model, comm)  # each rank's own until now, in some models
+        if comm.vote("models differ", self.strategy.make_equal(model, self.world)):
+            self.context.say(
+                "note: the ranks' models were no longer equal; all have rank 0's now. Load or "
+                "change weights on every rank alike."
+            )
 
     # -- phases of a run: where this rank is, and what becomes of an exception ------------------
 
@@ -116,13 +145,16 @@ class Engine:
         self.lane.observe(verdict)
         # A step that was left out for its loss must not make the whole report's loss NaN.
         if verdict.weight > 0 and not (step.vetoed and verdict.nonfinite):
-            self._loss_sum += verdict.loss_mean * verdict.weight
+            self._loss_sum += (loss_sum := verdict.loss_mean * verdict.weight)
             self.counted += verdict.weight
+            of_epoch = self.epoch_sums.setdefault("train/loss", [0.0, 0.0])
+            of_epoch[0] += loss_sum
+            of_epoch[1] += verdict.weight
         if verdict.nonfinite and not self._warned_nonfinite:
             self._warned_nonfinite = True
             context.say(f"warning: the loss is not finite at step {step.number}")
         if verdict.skipped:
-            context.log("skipped", verdict.skipped / self.world.size, "sum")
+            self.outbox.add("skipped", verdict.skipped / self.world.size, "sum")
 
     def agree_figures(self) -> dict[str, float]:
         """Returns figures since the last report; tells of a straggler. Ranks: all, communicates."""
@@ -134,21 +166,82 @@ class Engine:
         self._loss_sum = self.counted = 0.0
         self._means.add(SECONDS_METRIC, self.clock.seconds, 1)
         values |= self._means.agree(context.comm)
+        for name, (total, weight) in self._means.pairs.items():
+            if name.startswith("train/"):
+                sums = self.epoch_sums.setdefault(name, [0.0, 0.0])
+                self.epoch_sums[name] = [sums[0] + total, sums[1] + weight]
         if straggler := self.clock.compare(values.pop(SECONDS_METRIC)):
             context.say(f"warning: {straggler}")
         if values:
-            values["lr"] = float(context.optimizer.param_groups[0]["lr"])
+            values |= self._learning_rates()
             values |= self.precision.values()
         return values
+
+    def _learning_rates(self) -> dict[str, float]:
+        """Returns each group's, by its name or number; the first's in any case as ``lr``."""
+        rates: dict[str, float] = {}
+        groups = self.context.optimizer.param_groups
+        for number, (group, rate) in enumerate(zip(groups, self.rates, strict=False)):
+            name = f"lr/{group.get('name', number)}"
+            if rate is not None and not number:
+                rates["lr"] = float(rate)
+            if rate is not None and (number or "name" in group) and len(groups) > 1:
+                rates[f"lr/{number}" if name in rates else name] = float(rate)
+        return rates
+
+    def end_epoch(self) -> dict[str, float]:
+        """Returns figures of the epoch, as ``epoch/...``: NaN where only earlier ones had any."""
+        sums, self.epoch_sums = self.epoch_sums, {name: [0.0, 0.0] for name in self.epoch_sums}
+        means = {n: total / weight if weight else math.nan for n, (total, weight) in sums.items()}
+        self.context._take(means)
+        return {_of_epoch(name): mean for name, mean in means.items()}
+
+    def restore_epoch(self, sums: dict[str, list[float]] | None) -> None:
+        """Takes up an epoch's sums; None where older code saved none, and judged by the newest."""
+        if sums is not None:
+            self.epoch_sums = sums
+        else:
+            known = self.context.metrics
+            known |= {_of_epoch(name): v for name, v in known.items() if name.startswith("train/")}
 
     # -- evaluation -----------------------------------------------------------------------------
 
     def evaluate(self, feeds: dict[str, Feed]) -> dict[str, float]:
-        """Returns the metrics of each set, named after it, as in ``eval/loss``.
+        """Returns the metrics of each set, named after it, as in ``eval/loss``, and callbacks'.
 
-        Every sample counts once, and all ranks get the same numbers. Ranks: all, communicates:
-        buffers first, sums once at the end of each set.
+        Every sample counts once, and all ranks get the same numbers. A hook may evaluate something
+        else meanwhile; of that, no hooks fire. Ranks: all, communicates: buffers first, sums once
+        at the end of each set, and whether callbacks left the same on all ranks.
         """
+        if self._evaluates:
+            return self._evaluate_sets(feeds)
+        self._evaluates = True
+        try:
+            self.hooks.fire(Callback.on_eval_start, self.context)
+            metrics = self._evaluate_sets(feeds)
+            left = dict(metrics)
+            self.hooks.fire(Callback.on_eval_end, self.context, left)
+            any_left = self.hooks.has(Callback.on_eval_end)
+            return with_added(metrics, left, self.context.comm) if any_left else metrics
+        finally:
+            self._evaluates = False
+
+    def evaluate_apart(self, feeds: dict[str, Feed]) -> dict[str, float]:
+        """The same as no part of a training: what hooks log or ask for meanwhile is forgotten."""
+        context, outbox, request = self.context, self.outbox, self.context.request
+        logged, pending, in_fit = outbox.logged, request.pending, context.in_fit
+        outbox.logged, request.pending, context.in_fit = {}, {kind: [] for kind in pending}, False
+        try:
+            return self.evaluate(feeds)
+        except BaseException as error:
+            self.hooks.tell(context, error)
+            raise
+        finally:
+            if in_fit:  # a signal's, which comes at any moment
+                pending["preempt"] += request.pending["preempt"]
+            outbox.logged, request.pending, context.in_fit = logged, pending, in_fit
+
+    def _evaluate_sets(self, feeds: dict[str, Feed]) -> dict[str, float]:
         context = self.context
         share_buffers(context.model, context.comm)
         metrics: dict[str, float] = {}
@@ -157,7 +250,15 @@ class Engine:
             means.drop()  # of an evaluation that failed
             with torch.no_grad(), _eval_mode(context.model):
                 self._evaluate_set(feed, label, means)
-            metrics |= means.agree(context.comm)
+            if mixed := means.shares_with(self._means):  # in the middle of a training's report
+                raise LossError(
+                    f"the torchmetrics object {mixed[0]!r} holds batches of the training, too: "
+                    "evaluate at an epoch's end, or with other objects (an eval_fn)"
+                )
+            found = means.agree(context.comm)
+            if twice := ", ".join(sorted(metrics.keys() & found.keys())):
+                raise ConfigError(f"two figures of the evaluation are named {twice}")
+            metrics |= found
         return metrics
 
     def _evaluate_set(self, feed: Feed, label: str, means: Means) -> None:
@@ -207,6 +308,10 @@ class Engine:
         return self.strategy.gradient_norm(self.context.optimizer)
 
 
+def _of_epoch(name: str) -> str:
+    return name.replace("train/", "epoch/", 1)
+
+
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts every submodule in eval mode, and each back into its own mode afterwards."""
@@ -234,7 +339,7 @@ def take_model(
         raise ConfigError("no parameter of the model requires a gradient: nothing to train")
     model = strategy.prepare_model(model.to(world.device), world)
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(model)
-    notes = _check_optimizer(made, model)
+    notes = [note] if (note := note_of(lacking(made, model))) else []
     check_same_model(model, world.comm)
     if world.comm.vote("models differ", strategy.make_equal(model, world)):
         notes.append(
@@ -242,28 +347,6 @@ def take_model(
             "dtrain.init(seed=...) before the model is made, and they are equal from the start."
         )
     return model, made, notes
-
-
-def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
-    """Returns what to tell the user of it; raises ConfigError where it is of another model."""
-    ours = {id(p) for p in model.parameters()}
-    if not isinstance(optimizer, Optimizer):
-        raise ConfigError(f"the optimizer is {optimizer!r}, no torch.optim.Optimizer")
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    strange = [p for p in held if id(p) not in ours]
-    if strange:
-        shapes = ", ".join(str(list(p.shape)) for p in strange[:5])
-        raise ConfigError(
-            f"{len(strange)} of the optimizer's {len(held)} parameters are not the model's (shapes "
-            f"{shapes}). Make the optimizer from this model, after its last change; or pass a "
-            "function: Trainer(model, lambda m: AdamW(m.parameters()), ...)"
-        )
-    ids = {id(p) for p in held}
-    left = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
-    if not left:
-        return []
-    shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-    return [f"note: the optimizer does not have {shown}, which require a gradient"]
 
 
 def takes_a_veto(optimizer: Optimizer) -> bool:

@@ -40,6 +40,7 @@ class Slot(IntEnum):
     ENDING = 12
     STARVED = 13
     LEAVING = 14  # ranks that cannot finish the step because the job is being ended
+    CHANGED = 15  # ranks that found other parameters to train than are reduced
 
 
 # Where these are among the counts.
@@ -66,6 +67,7 @@ class Verdict(NamedTuple):
     ending: int
     starved: int
     leaving: int
+    changed: int
 
 
 class LaneSilent(DtrainError):
@@ -249,7 +251,8 @@ class Heard:
         said, size = self.mean, self.size
         unreduced = (said[Slot.CANARY] * size - (2 * size - 1)).abs() > size / 4
         stays = (said[Slot.ERROR] + said[Slot.LEAVING] > 0) | ~(said[Slot.WEIGHT] > 0)
-        return (stays | unreduced).float()
+        apart = (said[Slot.CHANGED] > 0) & (said[Slot.CHANGED] * size < size - 0.5)
+        return (stays | unreduced | apart).float()
 
     def verdict(self) -> Verdict:
         """Returns it all, once it is on the host; raises LaneSilent if no reduction happened."""
@@ -282,7 +285,7 @@ class _Idle(torch.autograd.Function):
     def forward(ctx: Any, sparse: frozenset[int], *params: Tensor) -> Tensor:
         ctx.sparse = sparse
         ctx.params = params
-        return params[0].new_zeros(())
+        return params[0].new_zeros((), dtype=params[0].dtype.to_real())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

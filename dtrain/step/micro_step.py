@@ -22,12 +22,19 @@ from dtrain.errors import ConfigError, LossError
 from dtrain.metrics import Means, as_metrics
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Slot, idle
+from dtrain.step.parameters import Parameters
 from dtrain.step.precision import Precision
 from dtrain.step.votes import Agreement
 from dtrain.watchdog import StragglerClock
 
 UserLoss = Callable[..., Loss | Tensor]
 LossFn = Callable[[nn.Module, Any, Context], Loss | Tensor]
+
+_OWN_BACKWARD = (
+    "a backward() ran in the loss function or a hook, before dtrain's own, which alone is reduced "
+    "over ranks. Return the loss instead, or the sum of several; for a gradient that the loss is "
+    "made of, use torch.autograd.grad(..., create_graph=True)"
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -55,7 +62,10 @@ class MicroStep(nn.Module):
         self.model = self.context.model
         # Registered here, so that DDP reduces it; the user's model never sees it.
         self.lane_param = self.lane.param
-        self.trainable: list[nn.Parameter] = []  # the model's parameters that require a gradient
+        self.trained = Parameters(self.context)
+        self.trainable: list[nn.Parameter] = []  # the model's parameters that are reduced
+        self.changed = False  # this rank has found others to train, in this step
+        self._tie: Tensor | None = None
         self._sparse: list[Tensor] = []
 
     def restart(self, weight: float) -> None:
@@ -64,18 +74,25 @@ class MicroStep(nn.Module):
         self.weighed = not self.precision.scales_loss
         self.gathers.restart()
 
-    def take_trainable(self) -> list[int]:
-        """Looks up which parameters require a gradient now; returns their places in the model."""
-        places = [i for i, p in enumerate(self.model.parameters()) if p.requires_grad]
-        if not places:
-            raise ConfigError("every parameter of the model is frozen: nothing to train")
-        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+    def take_trainable(self) -> None:
+        """Looks up which parameters require a gradient now."""
+        self.trained.take()
+        self.trainable, self.changed, self._tie = self.trained.trainable, False, None
         self._sparse = [
             module.weight
             for module in self.model.modules()
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
         ]
-        return places
+
+    def tie(self) -> None:
+        """Keeps the way by which a reduction that watches autograd's nodes hears of each parameter.
+
+        Autograd no longer takes it to one that was frozen or replaced, or to one that was cast and
+        back, which has another node.
+        """
+        self.lane.attach()  # before: the lane stays the last that autograd comes to
+        self._tie = idle(self.trainable[::-1], self._sparse)
+        self.trained.watch_nodes()
 
     def forward(self, step: Step, feed: MicroBatches | None, last: bool) -> tuple[Tensor, ...]:
         """Runs a micro-batch; returns what to call backward on: terms of the loss, if any.
@@ -102,8 +119,13 @@ class MicroStep(nn.Module):
             if feed is not None:  # nobody listens to a step that only fixes the buckets
                 self.agreement.say(self.lane)
                 self._look_ahead(feed)
+                self.changed = self.trained.changed()
+            if self.changed:
+                self.lane.say(Slot.CHANGED)
+            if self.changed and self._tie is not None:
+                terms.append(self._tie)
             # With find_unused, gradients of zero would make AdamW decay an unused parameter.
-            if loss is None and not self.find_unused:
+            elif loss is None and not self.find_unused:
                 terms.append(idle(self.trainable[::-1], self._sparse))
             self.clock.forwarded()
         return tuple(terms)
@@ -178,6 +200,9 @@ class MicroStep(nn.Module):
             if hooks.has(Callback.on_loss):  # what it left may be anything
                 step.loss = as_loss(step.loss, step.samples, trains=True)
             where = "loss_fn"
+            for p in self.trainable if step.micro == 0 else ():
+                if p.grad is not None:
+                    raise LossError(_OWN_BACKWARD)
             return self._counted(step.loss)
         except EndOfStream:
             if step.micro == 0 and feed.is_last():
@@ -220,6 +245,15 @@ class MicroStep(nn.Module):
         for name, value in loss.metrics.items():
             self.means.add(f"train/{name}", value, weight)
         return loss
+
+
+def of_backward(error: Exception) -> Exception:
+    """Returns ``error``, or what it means where the loss function has run backward itself."""
+    if "backward through the graph a second time" not in str(error):
+        return error
+    meant = LossError(_OWN_BACKWARD)
+    meant.__cause__ = error
+    return meant.with_traceback(error.__traceback__)
 
 
 def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from dtrain.context import Progress, Step
 from dtrain.data import MicroBatches
-from dtrain.distributed import World, digest_of
-from dtrain.errors import RankMismatch, UnusedParameters
+from dtrain.distributed import World, check_same_lines, digest_of, give_rank_0s
+from dtrain.errors import ConfigError, DtrainError, UnusedParameters
 from dtrain.step.lane import Arriving, Heard, LaneSilent, Verdict
 from dtrain.step.micro_step import MicroStep
 from dtrain.step.precision import Factor
@@ -41,45 +41,92 @@ class Strategy(ABC):
 
     def make_equal(self, model: nn.Module, world: World) -> bool:
         """Gives all ranks rank 0's tensors; says if any differed here. Ranks: all, communicates."""
-        if world.size == 1:
-            return False
-        differed = False
-        with torch.no_grad():
-            for tensor in model.state_dict().values():
-                sent = tensor.detach().clone().contiguous()
-                world.gradients.broadcast(sent)
-                if not torch.equal(sent, tensor):
-                    differed = True
-                    tensor.copy_(sent)
-        return differed
+        return give_rank_0s(model.state_dict().values(), world)
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
         """Takes what is to be run in each micro-step. Ranks: all, communicates."""
         self._micro_step = micro_step
         self._world = world
         self._activity = world.comm.activity
-        self._trainable = micro_step.take_trainable()
+        micro_step.take_trainable()
 
-    def refresh(self) -> None:
-        """Wraps anew where parameters were frozen or unfrozen: what is reduced is of the others.
+    def refresh(self, *, begins: bool = False) -> None:
+        """Looks where a fit or an epoch begins what hooks changed; raises as :meth:`adopt`.
 
-        Raises ConfigError if all are frozen, RankMismatch if ranks froze different ones. Ranks:
-        all, communicates.
+        Ranks: all, communicates.
         """
-        trainable = self._micro_step.take_trainable()
-        comm = self._world.comm
+        trained = self._micro_step.trained
         # A digest: every rank gets what all say, and this is said in every epoch.
-        mine = torch.tensor(int(digest_of(trainable), 16) >> 1)
-        everyones = comm.all_gather("trainable parameters", mine)
-        if bool((everyones != everyones[0]).any()):
-            numbers = comm.gather_objects("numbers of trainable parameters", len(trainable))
-            counts = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(numbers))
-            raise RankMismatch(f"ranks train different parameters: {counts}; freeze alike on all")
-        if trainable == self._trainable:
+        digest = int(digest_of(trained.lines()), 16) >> 1
+        mine = torch.tensor([digest, int(begins or trained.changed())])
+        everyones = self._world.comm.all_gather("what is trained", mine)
+        if bool((everyones != everyones[0]).any() or everyones[0, 1]):
+            self.adopt(begins=begins)
+
+    def adopt(self, *, begins: bool = False, in_step: bool = False, waited: bool = False) -> None:
+        """Agrees on what is trained from now on, and wraps it, where a rank found it changed.
+
+        In a step, after the reduction, gradients stay. Those of parameters that were new in it are
+        reduced now, if all ``waited`` for it, and are dropped if not.
+
+        Raises ConfigError if the optimizer does not have what is to be trained, RankMismatch if
+        ranks are to train different things. Ranks: all, communicates.
+        """
+        step, world, comm = self._micro_step, self._world, self._world.comm
+        error = None
+        try:
+            step.trained.check(begins=begins)
+        except ConfigError as found:
+            error = found
+        comm.raise_failures("what the optimizer has", error, comm.activity.phase.name)
+        check_same_lines(
+            "the ranks do not train the same parameters in the same way: freeze, thaw, add and set "
+            "them alike on all",
+            step.trained.lines(),
+            comm,
+        )
+        mine = torch.tensor([step.trained.changed(), step.trained.added()]).int()
+        changed, added = comm.all_reduce("what changed", mine, "max").tolist()
+        if not changed:
             return
-        for parameter in self._micro_step.parameters():
-            parameter.grad = None  # views into the old buckets
-        self.wrap(self._micro_step, self._world)
+        if added and comm.vote("new ones differ", give_rank_0s(step.model.parameters(), world)):
+            step.context.say(
+                "note: parameters that were added differed between ranks, which draw random "
+                "numbers of their own; all have rank 0's now"
+            )
+        before, now = {*step.trainable}, [p for p in step.model.parameters() if p.requires_grad]
+        if in_step and waited:
+            self._reduce_new([p for p in now if p not in before])
+        kept = [p.grad if in_step and (waited or p in before) else None for p in now]
+        for p in (*before, *now, step.lane_param):
+            p.grad = None  # views into the old buckets
+        self.wrap(step, world)
+        for p, grad in zip(now, kept, strict=True):
+            p.grad = grad
+
+    def _reduce_new(self, params: list[nn.Parameter]) -> None:
+        """Reduces gradients of parameters that this step's reduction did not have."""
+        for p in params if self._world.size > 1 else ():
+            # A rank may have been idle.
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = (grad.to_dense() if grad.is_sparse else grad).mul_(self._share()).contiguous()
+            self._world.gradients.all_reduce(p.grad)
+
+    def _share(self) -> float:
+        """What this rank's own gradients are to be multiplied by, for their sum to be the mean."""
+        return 1 / self._world.size
+
+    def withhold(self) -> None:
+        """Keeps gradients from an update that not all ranks may have; local.
+
+        For a step that is not waited for, in which this rank found other parameters to train.
+        """
+        if not self._micro_step.changed:
+            return
+        reduced = {*self._micro_step.trainable} - {*self._micro_step.trained.gone()}
+        for p in (*self._micro_step.trainable, *self._micro_step.model.parameters()):
+            if p not in reduced:
+                p.grad = None
 
     def clear(self, optimizer: Optimizer) -> None:
         """Forgets the gradients of the step before, those that the optimizer does not have, too."""
@@ -115,16 +162,20 @@ class Strategy(ABC):
     def check_arrived(self) -> None:
         """Raises UnusedParameters for those without a gradient, where nobody waits for the lane."""
 
-    def unused(self) -> UnusedParameters:
+    def unused(self) -> DtrainError:
         """Returns the error for a step that turns out to have met no other rank's."""
-        named = self._micro_step.model.named_parameters()
-        names = [name for name, p in named if p.requires_grad and p.grad is None]
+        kind = type(self).__name__
         return UnusedParameters(
-            f"no gradient reached {', '.join(names) or 'some parameters'}, so the ranks' "
+            f"no gradient reached {', '.join(self.missing()) or 'some parameters'}, so the ranks' "
             "gradients could not be summed and nothing was updated. Use the parameters in every "
-            "loss, freeze them (`p.requires_grad_(False)` before the Trainer is made), or allow "
-            f"it with `strategy={type(self).__name__}(find_unused_parameters=True)`."
+            "loss, freeze them (`p.requires_grad_(False)`), or allow it: `from dtrain.strategies "
+            f"import {kind}`, then `Trainer(strategy={kind}(find_unused_parameters=True))`."
         )
+
+    def missing(self) -> list[str]:
+        """Returns names of the parameters that have no gradient."""
+        named = self._micro_step.model.named_parameters()
+        return [name for name, p in named if p.requires_grad and p.grad is None]
 
 
 class StepResult:
@@ -148,8 +199,11 @@ class StepResult:
         """
         if waits:
             verdict = self.verdict()
+            if verdict.changed and not verdict.undone:
+                self._strategy.adopt(in_step=True, waited=True)
             return verdict.factor, not verdict.weight > 0, verdict.undone
         self._strategy.check_arrived()
+        self._strategy.withhold()
         return self._heard.factor(), self._heard.veto(), False
 
     def verdict(self) -> Verdict:

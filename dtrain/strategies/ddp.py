@@ -1,9 +1,10 @@
 """Torch's DistributedDataParallel: gradients meet in buckets while backward still runs."""
 
 import inspect
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 from weakref import WeakMethod
 
@@ -15,14 +16,16 @@ from torch.optim import Optimizer
 from dtrain.context import Step
 from dtrain.data import MicroBatches
 from dtrain.distributed import BACKWARD, OWN_BACKWARD, DataParallel, World
-from dtrain.errors import ConfigError
-from dtrain.step import Heard, LaneSilent, MicroStep, Strategy, joint_norm
+from dtrain.errors import ConfigError, DtrainError
+from dtrain.step import Heard, LaneSilent, MicroStep, Strategy, joint_norm, of_backward
 
 # 2.13 renamed the argument; 2.11 has only the old name.
 _ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
 _SYNC_BUFFERS = (
     "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers"
 )
+
+_GRAD = attrgetter("grad")
 
 
 class DDP(Strategy):
@@ -65,6 +68,10 @@ class DDP(Strategy):
         self._gradients: list[Tensor] = []  # of the last step, if they are parts of buckets,
         self._places: list[int] = []  # where they are in memory, and
         self._joined: list[Tensor] = []  # the stretches of it that they fill
+        self._seen: list[Tensor | None] = []  # the gradients of the last reduction; of the dense
+        self._views: list[Tensor] = []  # ones, which are views into buckets, where they are, and
+        self._homes: list[int] = []  # the same views, which nobody else has
+        self._twins: list[Tensor] = []
 
     def check(self, *, accumulates: bool) -> None:
         if self._static_graph and accumulates:  # where DDP's own assertion would fail
@@ -108,6 +115,7 @@ class DDP(Strategy):
             init_sync=False,  # the Trainer has made models equal, and said so
             **{_SYNC_BUFFERS: False},
         )
+        micro_step.tie()
         if self._comm_hook is not None:
             ddp.register_comm_hook(*self._comm_hook)
         if not (self.find_unused or self._static_graph):
@@ -125,18 +133,26 @@ class DDP(Strategy):
     def _release(self) -> None:
         self._ddp = None
         self._gradients, self._places, self._joined = [], [], []
+        self._seen, self._views, self._homes, self._twins = [], [], [], []
 
     def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
         ddp = self._ddp
+        if [*map(Tensor.data_ptr, self._views)] != self._homes:
+            # Others are in them: `p.grad.data = ...`, or a model that was moved.
+            for view, twin in zip(self._views, self._twins, strict=True):
+                view.data = twin
         forward = self._micro_step if ddp is None else ddp
         with nullcontext() if last or ddp is None else ddp.no_sync():
             terms = forward(step, feed, last)
             # It works in a last backward, too, but nobody could tell from when on it only waits.
             self._activity.enter(BACKWARD if last and ddp is not None else OWN_BACKWARD)
-            if last:
-                self._micro_step.lane.backward(*terms)
-            elif terms:
-                torch.autograd.backward(terms)
+            try:
+                if last:
+                    self._micro_step.lane.backward(*terms)
+                elif terms:
+                    torch.autograd.backward(terms)
+            except RuntimeError as error:
+                raise of_backward(error)  # noqa: B904 -- the same, or one that has it as its cause
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """Returns the stretches of buckets that gradients fill: a few tensors instead of many."""
@@ -156,7 +172,18 @@ class DDP(Strategy):
         # Parameter by parameter: so it has the bits of a hand-written loop's.
         return joint_norm(super().gradients(optimizer))
 
+    def _keep_views(self, grads: list[Tensor | None]) -> None:
+        """Keeps in mind where the buckets' views are, which DDP hands out and relies on."""
+        self._seen = grads
+        self._views = [g for g in grads if g is not None and g.layout is torch.strided]
+        self._homes = [*map(Tensor.data_ptr, self._views)]
+        self._twins = [view.detach() for view in self._views]
+
     def heard(self) -> Heard:
+        if self._ddp is not None:
+            grads = [*map(_GRAD, self._micro_step.trainable)]
+            if not (self._seen and all(map(is_, grads, self._seen))):
+                self._keep_views(grads)
         reduced = None
         if self._ddp is not None and self._comm_hook is not None:
             # In a bucket the hook may have altered it.
@@ -173,6 +200,29 @@ class DDP(Strategy):
         except LaneSilent as silent:
             raise self.unused() from silent
         return heard
+
+    def missing(self) -> list[str]:
+        names = super().missing()
+        if names or not isinstance(self._ddp, DistributedDataParallel):
+            return names
+        # An earlier micro-batch reached them, and the last did not, as only DDP can tell.
+        named = [n for n, p in self._micro_step.named_parameters() if p.requires_grad]
+        try:
+            self._ddp._check_reducer_finalized()
+        except RuntimeError as unfinished:
+            told = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(unfinished))
+            names = [named[int(place)] for place in told[1].split()] if told else []
+        return [f"{name.removeprefix('model.')} (in the last micro-batch)" for name in names]
+
+    def unused(self) -> DtrainError:
+        if not self._static_graph or super().missing():
+            return super().unused()
+        return ConfigError(
+            "with DDP(static_graph=True) gradients came in another number than in the first step, "
+            "so they could not be summed. A parameter was not used; or a rank had no batch or left "
+            "it out, where a block runs more than once under checkpoint(use_reentrant=True). Pass "
+            "use_reentrant=False, or leave out static_graph"
+        )
 
     def check_arrived(self) -> None:
         params = () if self.find_unused else self._micro_step.model.parameters()

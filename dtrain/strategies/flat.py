@@ -5,6 +5,7 @@ Nothing overlaps with backward, so it is for models of about one bucket of Distr
 """
 
 from itertools import accumulate, chain
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,14 @@ from dtrain.context import Step
 from dtrain.data import MicroBatches
 from dtrain.distributed import BACKWARD, OWN_BACKWARD, World
 from dtrain.errors import ConfigError
-from dtrain.step import Heard, MicroStep, Strategy
+from dtrain.step import Heard, MicroStep, Strategy, of_backward
 from dtrain.strategies.ddp import DDP
 
 #: The size of one of DDP's buckets: below, it has nothing to overlap with backward. Where gradients
 #: are larger, it may; on one rank, flat is quicker (docs/numbers.md).
 FLAT_UP_TO_BYTES = 25 * 2**20
+
+_GRAD = attrgetter("grad")
 
 
 class Flat(Strategy):
@@ -82,7 +85,7 @@ class Flat(Strategy):
             except Exception as error:
                 if micro_step.meets_in_backward:
                     raise  # others may be waiting for this rank in their own backward
-                micro_step.fail(error, "backward")
+                micro_step.fail(of_backward(error), "backward")
         if last:
             self._activity.enter(BACKWARD)
             self._reduce(micro_step)
@@ -97,9 +100,12 @@ class Flat(Strategy):
             self._seeds[loss.dtype] = torch.full_like(loss.detach(), start)
         return self._seeds[loss.dtype]
 
+    def _share(self) -> float:
+        return super()._share() if self._divides_after else 1.0  # backward began with that
+
     def _reduce(self, micro_step: MicroStep) -> None:
         world = self._world
-        grads = [[p.grad for p in flat.params] for flat in self._flats]
+        grads = [[*map(_GRAD, flat.params)] for flat in self._flats]
         if self._spoke and micro_step.trouble is None and (error := self._look(grads)):
             micro_step.fail(error, "backward")
         for flat, given in zip(self._flats, grads, strict=True):
@@ -118,7 +124,8 @@ class Flat(Strategy):
         """Returns what is wrong with this rank's gradients, if something is."""
         for grad in chain.from_iterable(grads):
             if grad is None:
-                if not self._may_be_unused:
+                # None is missing where one was frozen since it was wrapped.
+                if not self._may_be_unused and self.missing():
                     return self.unused()
             elif grad.layout is not torch.strided:
                 return ConfigError(
@@ -135,7 +142,7 @@ class Flat(Strategy):
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """Returns the flat tensors, as long as the gradients are views into them."""
-        if self._holds_all(optimizer) and all(flat.is_handed_out() for flat in self._flats):
+        if self._holds_all(optimizer) and all(map(_Flat.is_handed_out, self._flats)):
             return [flat.gradients for flat in self._flats if flat.params]
         return super().gradients(optimizer)
 
@@ -169,13 +176,18 @@ class _Flat:
         self.whole = torch.zeros(end + flags + tail, dtype=dtype, device=lane.device)
         self.gradients, self.used, self.tail = self.whole.split([end, flags, tail])
         # As dense as the parameter, and in its order: fused optimizers go through both alike.
-        self.views = [
-            self.whole.as_strided(p.shape, torch.empty_like(p, device="meta").stride(), place)
-            for p, place in zip(params, places, strict=True)
-        ]
+        strides = [torch.empty_like(p, device="meta").stride() for p in params]
+        self._forms = [*zip([p.shape for p in params], strides, places, strict=True)]
+        self._make_views()
+        self._homes = [*map(Tensor.data_ptr, self.views)]
+
+    def _make_views(self) -> None:
+        self.views = [self.whole.as_strided(*form) for form in self._forms]
 
     def fill(self, grads: list[Tensor | None], *, silent: bool) -> None:
         """Takes in this rank's gradients; zeros where it has none, or is to say nothing."""
+        if [*map(Tensor.data_ptr, self.views)] != self._homes:
+            self._make_views()  # others are in them: `p.grad.data = ...`, or a model that was moved
         given = [] if silent else [grad for grad in grads if grad is not None]
         if len(given) == len(self.views):
             if given:
@@ -202,7 +214,7 @@ class _Flat:
         for p, view in zip(self.params, self.views, strict=True):
             if (grad := p.grad) is not view and grad is not None:
                 return False
-        return True
+        return [*map(Tensor.data_ptr, self.views)] == self._homes
 
 
 def unsuited(model: nn.Module) -> str:

@@ -31,7 +31,6 @@ class Raise(What):
     error: BaseException
 
     def happen(self) -> None:
-        """Raises it."""
         raise self.error
 
 
@@ -43,7 +42,6 @@ class Signal(What):
     in_threads: ClassVar[bool] = False
 
     def happen(self) -> None:
-        """Sends it."""
         os.kill(os.getpid(), self.number)
 
 

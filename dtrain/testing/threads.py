@@ -140,16 +140,13 @@ class ThreadTransport:
         self.exchange: Callable[[Any], list[Any]] = partial(turns.meet, rank, what)
 
     def all_gather(self, parts: list[Tensor], mine: Tensor) -> None:
-        """Fills ``parts`` with every rank's ``mine``."""
         for part, theirs in zip(parts, self._meet("all_gather", mine), strict=True):
             part.copy_(theirs)
 
     def all_reduce(self, buffer: Tensor, op: TransportOp = "sum") -> None:
-        """Reduces ``buffer`` over all ranks, in place, in the order of ranks."""
         buffer.copy_(reduce(_REDUCE[op], self._meet(f"all_reduce {op}", buffer)))
 
     def broadcast(self, buffer: Tensor) -> None:
-        """Gives every rank rank 0's ``buffer``, in place."""
         buffer.copy_(self._meet("broadcast", buffer)[0])
 
     def data_parallel(self, module: nn.Module, **options: Any) -> "Averaged":
@@ -191,6 +188,7 @@ class Averaged:
         self, micro_step: MicroStep, transport: ThreadTransport, find_unused: bool
     ) -> None:
         self._micro_step, self._transport, self._find_unused = micro_step, transport, find_unused
+        self._params = [p for p in micro_step.parameters() if p.requires_grad]
         # The lane's gradient arrives last, and only in the last backward of a step. The hook must
         # end with this object: another one takes its place where parameters are frozen.
         itself = weakref.ref(self)
@@ -203,20 +201,18 @@ class Averaged:
         weakref.finalize(self, hook.remove).atexit = False
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the micro-step's forward."""
         return self._micro_step(*args)
 
     def no_sync(self) -> nullcontext[None]:
-        """Nothing is reduced before the last backward anyway."""
         return nullcontext()
 
     def register_comm_hook(self, state: Any, hook: Any) -> None:
-        """Refuses with a ConfigError: there are no buckets."""
         raise ConfigError("DDP(comm_hook=...) needs real ranks: test it with run_processes")
 
     def _reduce(self) -> None:
-        params = [p for p in self._micro_step.parameters() if p.requires_grad]
-        if not self._find_unused and any(p.grad is None for p in params):
+        params = self._params
+        # A frozen one is given nothing by autograd; DistributedDataParallel then takes zeros.
+        if not self._find_unused and any(p.grad is None and p.requires_grad for p in params):
             return
         share = 1 / self._transport.size
         shares = [None if p.grad is None else p.grad * share for p in params]

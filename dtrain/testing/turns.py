@@ -117,14 +117,12 @@ class Turns:
                 self._take(rank)
 
     def end(self, why: str) -> None:
-        """Ends all waiting."""
         with self._lock:
             self._over = self._over or why
             for rank in self._ranks:
                 rank.wake.notify()
 
     def seconds_left(self) -> float:
-        """Returns how long it may still take."""
         return max(0.0, self._deadline - time.monotonic())
 
     def where_is(self, rank: int) -> str:
@@ -140,7 +138,6 @@ class Turns:
             self._pass_on()
 
     def _take(self, rank: int) -> None:
-        """Returns once it is this rank's turn, with its random streams in place."""
         mine = self._ranks[rank]
         left_s = self.seconds_left()
         if not mine.wake.wait_for(lambda: self._over or self._turn == rank, left_s):
@@ -152,7 +149,6 @@ class Turns:
         restore_random_state(mine.streams)
 
     def _pass_on(self) -> None:
-        """Gives the turn to the next rank, if one may go on."""
         waiting = [(r, rank) for r, rank in enumerate(self._ranks) if rank.meeting]
         if waiting and not self._ready and not any(rank.away for rank in self._ranks):
             table = "".join(f"\n  rank {r}: {one.meeting}, at {one.place}" for r, one in waiting)

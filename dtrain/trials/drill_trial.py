@@ -16,7 +16,7 @@ from dtrain.context import Context, Progress, Step
 from dtrain.data import Data
 from dtrain.distributed import World
 from dtrain.plan import FitResult, Plan
-from dtrain.sinks import Report
+from dtrain.sinks import FIGURES, Report
 from dtrain.trainer import Trainer
 from dtrain.trials.records import EventLog, digests
 from dtrain.trials.runner import ScriptEnds, Trial
@@ -135,7 +135,7 @@ class DrillTrial(Trial):
 
     def report(self, report: Report) -> None:
         """Tells figures here, not in a sink: what waits in its thread is lost with the process."""
-        if report.kind in ("train", "eval"):
+        if report.kind in FIGURES:
             values = {name: float(value) for name, value in report.values.items()}
             self._log.tell("report", kind=report.kind, step=report.step, values=values)
 

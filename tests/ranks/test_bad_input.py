@@ -408,7 +408,7 @@ REFUSALS = {
     "early stopping by an unknown train metric": Refusal(
         lambda folder: fit(callbacks=[EarlyStopping("train/los")]),
         ConfigError,
-        ("no metric 'train/los'; there are lr, train/loss",),
+        ("no metric 'train/los'; there are train/loss (means of an epoch",),
     ),
     "a plateau of an unknown metric": Refusal(
         lambda folder: plateau("eval/los", eval_set=dataset()),
@@ -1228,4 +1228,4 @@ def test_the_same_trainer_goes_on_after_a_caught_failure(went_on):
 
 
 def test_a_failed_fit_leaves_no_requests_behind(went_on):
-    assert [left for *_, left in went_on] == [(8, ["lr", "train/loss"], True)] * 2
+    assert [left for *_, left in went_on] == [(8, ["epoch/loss", "lr", "train/loss"], True)] * 2

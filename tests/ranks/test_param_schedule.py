@@ -177,7 +177,9 @@ def test_reports_numbers_under_its_name(ranks):
         assert reported == pytest.approx(DECAYS, rel=1e-12)
         assert {"weight_decay/weights", "weight_decay/biases"} <= set(rank["name"][1][0])
         assert rank["module"][1][5]["dropout"] == pytest.approx(0.05)
-        assert not any("lr/" in name for name in rank["place"][1][0])  # log=False
+        # Rates are reported in any case, each group's.
+        used = [[row["lr/weights"], row["lr/biases"]] for row in rank["place"][1]]
+        assert used == rank["place"][0]
         assert "betas" not in rank["betas"][1][0]  # no number
 
 

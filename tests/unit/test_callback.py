@@ -185,6 +185,9 @@ class OwnCheckpoint(Callback):
     def due_after_epoch(self, progress: Any) -> bool:
         return False
 
+    def due_for(self, kind: Any, figures: Any) -> bool:
+        return False
+
     def prune(self, saved: Any) -> list[int]:
         return []
 

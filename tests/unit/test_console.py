@@ -66,6 +66,23 @@ def test_what_is_not_known_is_not_shown() -> None:
     assert show(train(50, steps_per_epoch=23)) == ["step 50  epoch 2  loss 0.8123"]
 
 
+def test_an_epochs_means_make_a_line_unless_the_last_one_said_so() -> None:
+    def means(value: float) -> Report:
+        return Report("epoch", 50, 1, {"epoch/loss": value})
+
+    assert show(train(50), means(0.8123)) == ["step 50  epoch 2  loss 0.8123"]
+    assert show(train(50), means(0.5))[1:] == ["step 50  epoch 2  epoch/loss 0.5"]
+    assert show(means(0.5)) == ["step 50  epoch 2  epoch/loss 0.5"]
+
+
+def test_rates_of_many_groups_are_left_out() -> None:
+    few, many = ({"lr": 0.1} | {f"lr/{i}": 0.2 for i in range(1, n)} for n in (5, 6))
+    assert show(train(1, values=few)) == [
+        "step 1  epoch 2  lr 1.0e-01  lr/1 2.0e-01  lr/2 2.0e-01  lr/3 2.0e-01  lr/4 2.0e-01"
+    ]
+    assert show(train(1, values=many)) == ["step 1  epoch 2  lr 1.0e-01"]
+
+
 def test_reports_without_words_make_no_line() -> None:
     assert show(Report("start", 0, 0), Report("message", 1, 0), Report("end", 1, 0)) == []
 

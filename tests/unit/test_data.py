@@ -158,8 +158,12 @@ def test_what_works() -> None:
     assert not Data(Samples(), 2).is_stream
     assert not Data([1, 2, 3], 2).is_stream  # a list has __len__ and __getitem__
     data = Data(numbers(6), 2)
-    assert Data.of(data, None, shuffle=False) is data
-    assert Data.of(data, 2, shuffle=False) is data
+    assert Data.of(data, None, shuffle=True) is data
+    assert Data.of(data, 2, shuffle=True) is data
+    assert not Data.of(data, 2, shuffle=False).shuffle
+    assert data.shuffle
+    stream = Data(Batches())
+    assert Data.of(stream, None, shuffle=False) is stream
     assert not Data.of(numbers(6), 4, shuffle=False).shuffle
 
 

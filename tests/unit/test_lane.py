@@ -104,6 +104,7 @@ def test_the_lane_travels_with_backward() -> None:
         ending=0,
         starved=0,
         leaving=0,
+        changed=0,
     )
     # Normalised, the gradient is that of the mean.
     assert weight.grad.item() * verdict.factor == 5
@@ -131,6 +132,7 @@ def test_the_message_is_what_was_said_and_not_a_view() -> None:
         (Slot.ENDING, "ending"),
         (Slot.STARVED, "starved"),
         (Slot.LEAVING, "leaving"),
+        (Slot.CHANGED, "changed"),
     ],
 )
 def test_each_slot_has_its_place_in_the_verdict(slot: Slot, field: str) -> None:

@@ -1,0 +1,226 @@
+"""What is trained: the model's parameters, and whether the optimizer still has them."""
+
+from collections.abc import Callable
+from itertools import chain
+from operator import attrgetter, is_, itemgetter, methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.context import Context
+from dtrain.errors import ConfigError
+
+_FLAG, _PARAMS = attrgetter("requires_grad"), itemgetter("params")
+
+
+class Parameters:
+    """The parameters that are reduced, and a quick look whether they are still those to train.
+
+    A hook may freeze, thaw, replace or add some at any moment; ranks agree on that in
+    :meth:`dtrain.step.Strategy.adopt`, once a look has found it.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context, self._model = context, context.model
+        # What was told of when the Trainer was made. By name: it may be replaced.
+        self._lacking = {*lacking(context.optimizer, context.model)}
+        self._optimizer: Optimizer | None = None
+        self.trainable: list[nn.Parameter] = []
+        #: How many updates there were before the newest parameters came, which have no state yet.
+        self.since = 0
+        self._params: list[nn.Parameter] = []  # the model's
+        self._values: Callable[[Any], Any] = dict.values
+        self._nodes: list[object] = []
+        self._parts: list[Any] = []  # all that must stay the same objects
+        self._forms: dict[nn.Parameter, tuple[Any, ...]] = {}  # in which they were first taken
+
+    def take(self) -> None:
+        """Takes what is to be trained from now on; raises ConfigError if nothing is."""
+        context, model = self._context, self._model
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if not trainable:
+            raise ConfigError("every parameter of the model is frozen: nothing to train")
+        self.since = context.progress.updates if self.trainable else 0
+        self.trainable, self._optimizer = trainable, context.optimizer
+        self._held = _held(context.optimizer)
+        # Of a subclass the memory may be hidden, or in several places.
+        plain = [p for p in trainable if type(p) is nn.Parameter]
+        self._forms = {p: self._forms.get(p) or _form(p) for p in plain}
+        self._nodes = []
+        self._places = [*map(Tensor.data_ptr, self._forms)]
+        self._params = [*model.parameters()]
+        self._flags = [*map(_FLAG, self._params)]
+        self._take_parts()
+
+    def changed(self) -> bool:
+        """Says whether others are to be trained than were taken; that costs some microseconds.
+
+        Raises ConfigError where the tensors in them have another form.
+        """
+        context = self._context
+        parts = [
+            context.model,
+            context.optimizer,
+            *chain.from_iterable(map(self._values, self._dicts)),
+            *chain.from_iterable(map(_PARAMS, context.optimizer.param_groups)),
+        ]
+        self._parts = self._parts or parts
+        if not (len(parts) == len(self._parts) and all(map(is_, parts, self._parts))):
+            # Other parameters; or modules only, as where a forward sets some.
+            if parts[:2] != self._parts[:2] or not self._are_all():
+                return True
+            self._take_parts()
+        if [*map(_FLAG, self._params)] != self._flags:
+            return True
+        places = [*map(Tensor.data_ptr, self._forms)]
+        if places != self._places:  # moved and back, or `p.data = ...`
+            self._check_forms()
+            if not all(map(is_, map(_node, self._forms), self._nodes)):
+                return True
+            self._places = places
+        return False
+
+    def _take_parts(self) -> None:
+        # The dicts in which modules keep their parameters and one another.
+        modules = self._model.modules()
+        self._dicts = [d for m in modules for d in (m._parameters, m._modules)]
+        plain = all(isinstance(d, dict) for d in self._dicts)  # not so in a ScriptModule
+        self._values = dict.values if plain else methodcaller("values")
+        self._parts = []
+        self.changed()  # takes the parts that there are
+
+    def _are_all(self) -> bool:
+        now = [*self._model.parameters(), *_held(self._context.optimizer)]
+        then = [*self._params, *self._held]
+        return len(now) == len(then) and all(map(is_, now, then))
+
+    def watch_nodes(self) -> None:
+        """Has a parameter count as changed that autograd has another node of, as after a cast."""
+        self._nodes = [*map(_node, self._forms)]
+
+    def added(self) -> bool:
+        """Says whether the model has parameters that it did not have when they were taken."""
+        return not {*self._model.parameters()} <= {*self._params}
+
+    def gone(self) -> list[nn.Parameter]:
+        """Returns those of ``trainable`` that are not to be trained any more."""
+        now = {id(p) for p in self._model.parameters() if p.requires_grad}
+        return [p for p in self.trainable if id(p) not in now]
+
+    def check(self, *, begins: bool) -> None:
+        """Raises ConfigError where the optimizer cannot train what is to be trained.
+
+        Another optimizer is taken where a fit ``begins``.
+        """
+        context, optimizer = self._context, self._context.optimizer
+        if context.model is not self._model:
+            raise ConfigError("ctx.model was set to another model: change parts of it instead")
+        if not (begins or optimizer is self._optimizer):
+            raise ConfigError(
+                "another optimizer was set in the middle of fit, which schedules would not know: "
+                "set trainer.optimizer between two fits"
+            )
+        self._check_forms()
+        if begins and self._optimizer is not None and optimizer is not self._optimizer:
+            self._lacking = {*(left := lacking(optimizer, self._model))}
+            context.say(note_of(left) or "note: trained by another optimizer from now on")
+            self._optimizer = optimizer
+        left = [n for n in lacking(optimizer, self._model) if n not in self._lacking]
+        if left:
+            raise ConfigError(
+                f"the optimizer does not have {_some(left)}, which were added or thawed since the "
+                "Trainer was made: they would never move. Put them into it, too "
+                "(`ctx.optimizer.add_param_group({'params': [...]})`), or freeze them by "
+                "requires_grad_(False)"
+            )
+        # Of parameters that were replaced: it could not be saved.
+        held = {id(p) for p in _held(optimizer)}
+        for p in [p for p in optimizer.state if isinstance(p, Tensor) and id(p) not in held]:
+            del optimizer.state[p]
+
+    def lines(self) -> list[str]:
+        """Returns what must be equal on all ranks: what is trained, and how."""
+        named: dict[int, str] = {}
+        lines: list[str] = []
+        known = {*self._params} or {*self._model.parameters()}
+        for name, p in self._model.named_parameters():
+            named[id(p)] = name
+            what = " frozen" * (not p.requires_grad) + " new" * (p not in known)
+            lines.append(f"{name} {list(p.shape)} {p.dtype}{what}")
+        for number, group in enumerate(self._context.optimizer.param_groups):
+            values = {k: _number(v) for k, v in group.items() if k != "params"}
+            lines += [f"{k}={v} in group {number}" for k, v in values.items() if v is not None]
+            names = ", ".join(named.get(id(p), "none of the model's") for p in group["params"])
+            lines.append(f"group {number} of {names}")
+        return lines
+
+    def _check_forms(self) -> None:
+        changed = [p for p, form in self._forms.items() if _form(p) != form]
+        if not changed:
+            return
+        names = {p: name for name, p in self._model.named_parameters()}
+        words = [
+            f"{names.get(p, 'one that was replaced')} was {' '.join(map(str, self._forms[p]))}, "
+            f"and is {' '.join(map(str, _form(p)))}"
+            for p in changed
+        ]
+        raise ConfigError(
+            f"the form of parameters changed since training began: {_some(words, 2)} (dtype, "
+            "device, shape, strides). The optimizer's state is of the old form: give them the new "
+            "one before the Trainer is made, or change them back"
+        )
+
+
+def lacking(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    """Returns names of parameters that require a gradient and that the optimizer does not have.
+
+    Raises ConfigError where it is none, or of another model.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"the optimizer is {optimizer!r}, no torch.optim.Optimizer")
+    held = _held(optimizer)
+    ids, ours = {id(p) for p in held}, {id(p) for p in model.parameters()}
+    left = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
+    if strange := [p for p in held if id(p) not in ours]:
+        shapes = ", ".join(str(list(p.shape)) for p in strange[:5])
+        lacks = f"; it lacks {_some(left)}" if left else ""
+        raise ConfigError(
+            f"{len(strange)} of the optimizer's {len(held)} parameters are not the model's (shapes "
+            f"{shapes}{lacks}). Make the optimizer from this model, after its last change; or pass "
+            "a function: Trainer(model, lambda m: AdamW(m.parameters()), ...)"
+        )
+    return left
+
+
+def note_of(left: list[str]) -> str:
+    """Returns what to tell the user of parameters that the optimizer lacks, if there are any."""
+    return f"note: the optimizer does not have {_some(left)}, which require a gradient" * bool(left)
+
+
+def _held(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [*chain.from_iterable(map(_PARAMS, optimizer.param_groups))]
+
+
+def _some(names: list[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _number(value: object) -> object:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return value if isinstance(value, int | float | str | tuple) else None
+
+
+def _node(p: nn.Parameter) -> object:
+    """Autograd's node of a parameter, which has DDP's hooks; a cast puts another in its place."""
+    with torch.enable_grad():
+        made = p.view_as(p).grad_fn
+    assert made is not None
+    return made.next_functions[0][0]
+
+
+def _form(p: nn.Parameter) -> tuple[Any, ...]:
+    return p.dtype, p.device, list(p.shape), p.stride()
