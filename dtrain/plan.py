@@ -85,6 +85,8 @@ class FitResult:
         metrics: the newest agreed metrics, such as ``train/loss`` and ``eval/accuracy``.
         history: one dict a report of this call, with ``step`` and ``epoch``.
         preempted: the run was told to leave and is to be continued by another start.
+        updates: steps whose update was applied: not one that a loss scale, a callback or every
+            rank left out.
     """
 
     steps: int
@@ -93,3 +95,4 @@ class FitResult:
     metrics: dict[str, float]
     history: list[dict[str, float]]
     preempted: bool = False
+    updates: int = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from dtrain.distributed import some_of as some_of
 from dtrain.errors import ConfigError
 
 
@@ -36,9 +37,3 @@ def find_metric(owner: str, name: str, metrics: Mapping[str, float]) -> float:
         known = ", ".join(sorted(metrics)) or "none"
         raise ConfigError(f"{owner}: no metric {name!r}; there are {known}")
     return metrics[name]
-
-
-def some_of(names: Sequence[str], most: int) -> str:
-    """Returns the first ``most`` names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more

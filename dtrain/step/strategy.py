@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from dtrain.context import Progress, Step
 from dtrain.data import MicroBatches
-from dtrain.distributed import World, digest_of
+from dtrain.distributed import World, as_bytes, digest_of, tensors_of_state
 from dtrain.errors import RankMismatch, UnusedParameters
 from dtrain.step.lane import Arriving, Heard, LaneSilent, Verdict
 from dtrain.step.micro_step import MicroStep
@@ -45,12 +45,13 @@ class Strategy(ABC):
             return False
         differed = False
         with torch.no_grad():
-            for tensor in model.state_dict().values():
-                sent = tensor.detach().clone().contiguous()
+            for name, tensor in tensors_of_state(model).items():
+                mine = as_bytes(name, tensor)  # not every dtype can be sent, or compared
+                sent = mine.clone()
                 world.gradients.broadcast(sent)
-                if not torch.equal(sent, tensor):
+                if not torch.equal(sent, mine):
                     differed = True
-                    tensor.copy_(sent)
+                    tensor.copy_(sent.view(tensor.dtype).view(tensor.shape))
         return differed
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
