@@ -54,14 +54,12 @@ def weights_in(folder):
     return found
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize(("size", "background"), [(1, False), (2, False), (2, True)])
 def test_weights_of_nan_do_not_displace_finite_ones(size, background, tmp_path):
-    run = run_processes if background and size == 2 else run_ranks
+    run = run_processes if background else run_ranks
     saves = partial(breaks, every_epochs=1, keep=1, background=background)
     for words, step in run(saves, size, tmp_path, 4, 9):
         assert step == 24
-    assert len(words) == 3 if size == 1 else True
     assert weights_in(tmp_path / "checkpoints") == {6: True}
     assert weights_in(tmp_path / "not-finite") == {24: False}
 
@@ -74,7 +72,7 @@ def test_a_new_start_goes_on_from_the_last_finite_weights(tmp_path):
     assert f"kept aside, in {tmp_path}/not-finite" in words[0]
     (words, step), _ = run_ranks(breaks, 2, tmp_path, 4, -1)
     assert (words, step) == ([], 24)
-    assert weights_in(tmp_path / "checkpoints") == {6: True, 12: True, 18: True, 24: True}
+    assert weights_in(tmp_path / "checkpoints") == {12: True, 18: True, 24: True}
 
 
 def begins_broken(run_dir):
@@ -281,7 +279,7 @@ def scaled(steps, broken, init_scale=65536.0):
         data=tiny.dataset(),
     )
     ends = [r.text for r in says.reports if r.kind == "end"]
-    updates = [r.updates for r in says.reports if r.kind == "train"]
+    updates = {r.step: r.updates for r in says.reports if r.kind == "train" and r.step % 5 == 0}
     return [w for w in says.words if "overflowed" in w], ends, updates, made.precision.values()
 
 
@@ -302,10 +300,10 @@ def test_overflows_in_a_row_are_told_and_counted():
     assert "in 10 steps in a row the float16 autocast gradients overflowed" in words[0]
     assert "the loss scale is 64 now" in words[0]
     assert ends[0].startswith("finished after 20 steps (8 of them applied), ")
-    assert updates == [0, 0, 3, 8]
+    assert updates == {5: 0, 10: 0, 15: 3, 20: 8}
     assert values == {"loss_scale": 16.0}
     words, ends, updates, _ = run_ranks(scaled, 1, 20, lambda step: step in (1, 2, 9))[0]
-    assert (words, updates) == ([], [3, 7, 12, 17])
+    assert (words, updates) == ([], {5: 3, 10: 7, 15: 12, 20: 17})
 
 
 # ------------------------------------------------------- steps that are waited for, and others

@@ -232,23 +232,25 @@ class Averages(nn.Sequential):
         return super().forward(x)
 
 
-def moves(kind, samples, **options):
+def moves(kind, samples, log_every):
     net = kind()
-    says, _ = fit(net, data=tiny.dataset(samples), batch_size=7, **options)
+    says, _ = fit(net, data=tiny.dataset(samples), batch_size=7, log_every=log_every)
     return [[b.tolist() for b in net.buffers()], [p.tolist() for p in net.parameters()], says.words]
 
 
-@pytest.mark.parametrize("kind", [Spectral, Normed, Averages])
-@pytest.mark.parametrize("samples", [29, 28])
+# With 29, rank 1 is idle in an epoch's last step, which BatchNorm's one sample would not bear.
+@pytest.mark.parametrize(
+    ("kind", "samples"), [(Spectral, 29), (Averages, 29), (Averages, 28), (Normed, 28)]
+)
 def test_buffers_are_equal_after_fit_where_nothing_shared_them(kind, samples):
-    (*one, words), (*two, _) = run_ranks(moves, 2, kind, samples, log_every=1000)
+    (*one, words), (*two, _) = run_ranks(moves, 2, kind, samples, 1000)
     assert one == two
     assert not [w for w in words if "buffers" in w] or kind is Averages
 
 
 def test_buffers_that_ranks_write_differently_are_named_once():
     for kind in (Spectral, Normed, Averages):
-        (*one, words), (*two, _) = run_ranks(moves, 2, kind, 29, log_every=1)
+        (*one, words), (*two, _) = run_ranks(moves, 2, kind, 28 if kind is Normed else 29, 1)
         assert one == two
         told = [word for word in words if "buffers" in word]
         assert len(told) == (kind is Averages)
