@@ -10,14 +10,7 @@ from typing import Any
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import status
 from dtrain.checkpoint.format import Saved
-from dtrain.checkpoint.resume import (
-    EMERGENCY,
-    NOT_FINITE,
-    Decision,
-    ResumeMode,
-    check_mode,
-    decide,
-)
+from dtrain.checkpoint.resume import EMERGENCY, NOT_FINITE, Decision, ResumeMode, check_mode, decide
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.run_state import RunState
 from dtrain.checkpoint.saver import Saver
@@ -97,7 +90,9 @@ class RunFiles:
 
     def start(self) -> None:
         """Writes that the run is under way, and the user's settings."""
-        self._broken = set() if self._run_dir is None else {*not_finite(self._run_state.context.model)}
+        self._broken = (
+            set() if self._run_dir is None else {*not_finite(self._run_state.context.model)}
+        )
 
         def write() -> None:
             self._write_status("running")
@@ -186,7 +181,13 @@ class RunFiles:
                     loop_state(), data_state(), device_is_well=not failed_here
                 )
                 sharers = [rank for rank, well in enumerate(healthy) if well]
-                self.saver.save(folder, content, then=partial(_keep_only, folder, step), wait=True, sharers=sharers or None)
+                self.saver.save(
+                    folder,
+                    content,
+                    then=partial(_keep_only, folder, step),
+                    wait=True,
+                    sharers=sharers or None,
+                )
             if self.saver.failure is not None:
                 raise self.saver.failure
             if self._world.is_main:

@@ -155,9 +155,7 @@ class Replicas:
         buffers = dict(self.model.named_buffers())
         every = parameters | buffers
         everyones = self.comm.gather_objects("model, by name", digests(every.values()))
-        apart = [
-            name for name, *each in zip(every, *everyones, strict=True) if len(set(each)) > 1
-        ]
+        apart = [name for name, *each in zip(every, *everyones, strict=True) if len(set(each)) > 1]
         if changed := {name: parameters[name] for name in apart if name in parameters}:
             raise RankMismatch(self._describe(changed, when))
         share_buffers(self.model, self.comm)
@@ -178,7 +176,7 @@ class Replicas:
             gap = (self.comm.broadcast(name, mine) - mine.detach()).abs().max().item()
             gaps = self.comm.gather_objects(name, float(gap))
             ranks = ", ".join(f"{gap:.1e} on rank {r}" for r, gap in enumerate(gaps) if gap != 0)
-            parted.append(f"  {name}: {ranks}")
+            parted.append(f"  {name}: {ranks or 'other bits of equal value'}")
         if len(apart) > _SHOWN:
             parted.append(f"  and {len(apart) - _SHOWN} more")
         return (
@@ -207,10 +205,10 @@ class Replicas:
 
 _CAUSES = (
     "Likely causes: a forward that writes parameters by what its own rank sees (clamping, "
-    "initialisation by the first batch); a hook that changes them, their gradients or the optimizer "
-    "on one rank, or by random numbers of its own. Change them alike on all ranks, in on_step_end, "
-    "or before the Trainer is made, which gives all ranks rank 0's. Machines of different kinds may "
-    "round differently: if that is all, pass Trainer(check_ranks=False)."
+    "initialisation by the first batch); a hook that changes them, their gradients or the "
+    "optimizer on one rank, or by random numbers of its own. Change them alike on all ranks, in "
+    "on_step_end, or before the Trainer is made, which gives all ranks rank 0's. Machines of "
+    "different kinds may round differently: if that is all, pass Trainer(check_ranks=False)."
 )
 
 

@@ -127,7 +127,9 @@ def describe_end(state: str, context: Context, stop_reason: str) -> str:
     step, epoch, metrics = context.progress.step, context.progress.epoch, context.metrics
     updates = context.progress.updates
     applied = f" ({updates:,} of them applied)" if updates != step else ""
-    lines = [f"{state} after {step:,} steps{applied}, {epoch} epoch{'s' * (epoch != 1)}: {stop_reason}"]
+    lines = [
+        f"{state} after {step:,} steps{applied}, {epoch} epoch{'s' * (epoch != 1)}: {stop_reason}"
+    ]
     if evaluated := [f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")]:
         lines.append("  ".join(evaluated))
     if context.run_dir is not None:

@@ -124,9 +124,9 @@ class Engine:
         if verdict.nonfinite and not self._warned_nonfinite:
             self._warned_nonfinite = True
             context.say(f"warning: the loss is not finite at step {step.number}")
-        if self.precision.scales_loss and verdict.weight > 0 and not step.vetoed:
-            if note := self.precision.watch(applied=step.applied):
-                context.say(note)
+        looked_at = self.precision.scales_loss and verdict.weight > 0 and not step.vetoed
+        if looked_at and (note := self.precision.watch(applied=step.applied)):
+            context.say(note)
         if verdict.skipped:
             context.log("skipped", verdict.skipped / self.world.size, "sum")
 

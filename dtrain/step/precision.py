@@ -134,8 +134,8 @@ class ScaledAutocast(Autocast):
         if self._overflows > _MANY_OVERFLOWS:
             return ""
         return (
-            f"warning: in {self._overflows} steps in a row the {self.name} gradients overflowed, so "
-            f"that none of these was applied; the loss scale is {scale:g} now, and below "
+            f"warning: in {self._overflows} steps in a row the {self.name} gradients overflowed, "
+            f"so that none of these was applied; the loss scale is {scale:g} now, and below "
             f"{self._least_scale:g} the run ends. If the loss or a gradient is NaN or infinite by "
             "itself, NonFiniteGuard and bf16 help to find it."
         )

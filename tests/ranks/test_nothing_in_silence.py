@@ -4,12 +4,14 @@ import math
 from functools import partial
 
 import pytest
+import test_alike
 import tiny
 import torch
 from test_replicas import fit
 from torch.nn import functional as F
 
 import dtrain
+import dtrain.trainer
 from dtrain.callbacks import (
     Checkpoint,
     ClipGradients,
@@ -20,7 +22,7 @@ from dtrain.callbacks import (
 )
 from dtrain.checkpoint import format as files
 from dtrain.errors import LossError, RankMismatch
-from dtrain.testing import run_processes, run_ranks, try_ranks
+from dtrain.testing import run_processes, run_ranks, tiny_fit, try_ranks
 
 # ----------------------------------------------------------------------------- weights of NaN
 
@@ -58,7 +60,7 @@ def weights_in(folder):
 def test_weights_of_nan_do_not_displace_finite_ones(size, background, tmp_path):
     run = run_processes if background else run_ranks
     saves = partial(breaks, every_epochs=1, keep=1, background=background)
-    for words, step in run(saves, size, tmp_path, 4, 9):
+    for _, step in run(saves, size, tmp_path, 4, 9):
         assert step == 24
     assert weights_in(tmp_path / "checkpoints") == {6: True}
     assert weights_in(tmp_path / "not-finite") == {24: False}
@@ -66,8 +68,9 @@ def test_weights_of_nan_do_not_displace_finite_ones(size, background, tmp_path):
 
 def test_a_new_start_goes_on_from_the_last_finite_weights(tmp_path):
     (words, _), _ = run_ranks(breaks, 2, tmp_path, 2, 9)
-    assert "at step 12 weights are NaN or infinite (0.weight, 0.bias, 2.weight and 1 more)" in (
-        words[0]
+    assert (
+        "at step 12 weights are NaN or infinite (0.weight, 0.bias, 2.weight and 1 more)"
+        in (words[0])
     )
     assert f"kept aside, in {tmp_path}/not-finite" in words[0]
     (words, step), _ = run_ranks(breaks, 2, tmp_path, 4, -1)
@@ -128,7 +131,8 @@ def counts(run_dir, own, epochs):
 
 def test_state_that_differs_between_ranks_is_told_once_by_name(tmp_path):
     (_, words), (_, none) = run_ranks(counts, 2, tmp_path, False, 2)
-    assert not none and len(words) == 1
+    assert not none
+    assert len(words) == 1
     assert "the state of Counts differs between ranks" in words[0]
     assert "rank_state_dict() and load_rank_state_dict(state)" in words[0]
 
@@ -185,18 +189,22 @@ def logs(first, second=()):
     return [report.values["odd"] for report in says.reports if "odd" in report.values]
 
 
-@pytest.mark.parametrize("kinds", [("mean", "sum"), ("max", "mean"), ("sum", "max"), ("last", "sum")])
+@pytest.mark.parametrize(
+    "kinds", [("mean", "sum"), ("max", "mean"), ("sum", "max"), ("last", "sum")]
+)
 def test_a_name_that_ranks_reduce_differently_is_an_error(kinds):
     for outcome in try_ranks(logs, 2, kinds):
         assert type(outcome.error) is RankMismatch
-        told = f"ctx.log('odd'): the ranks reduce it differently: '{kinds[0]}' on rank 0, '{kinds[1]}' on"
-        assert told in str(outcome.error)
+        assert "ctx.log('odd'): the ranks reduce it differently: " in str(outcome.error)
+        assert "'{}' on rank 0, '{}' on rank 1".format(*kinds) in str(outcome.error)
 
 
 def test_a_name_that_is_reduced_in_another_way_later_is_an_error():
     for size in (1, 2):
         outcomes = try_ranks(logs, size, ("sum",), ("max",))
-        assert all("log('odd', reduce='max'): it was 'sum' before" in str(o.error) for o in outcomes)
+        assert all(
+            "log('odd', reduce='max'): it was 'sum' before" in str(o.error) for o in outcomes
+        )
     outcomes = try_ranks(logs, 2, ("sum", ""), ("", "max"))  # on the other rank
     assert all("it was 'sum' before" in str(outcome.error) for outcome in outcomes)
 
@@ -291,7 +299,8 @@ def test_a_scale_that_falls_to_nothing_is_an_error(size):
         assert "in the last 30 steps in a row" in str(outcome.error)
         assert "MixedPrecision('bf16')" in str(outcome.error)
     [outcome] = try_ranks(scaled, 1, 80, lambda step: step % 2 == 0)  # never many in a row
-    assert type(outcome.error) is LossError and "has fallen to" in str(outcome.error)
+    assert type(outcome.error) is LossError
+    assert "has fallen to" in str(outcome.error)
 
 
 def test_overflows_in_a_row_are_told_and_counted():
@@ -310,55 +319,71 @@ def test_overflows_in_a_row_are_told_and_counted():
 
 
 class Skips(dtrain.Callback):
-    """All ranks skip two steps in the middle and the first; rank 0 skips another."""
+    """All ranks skip three steps, the first among them; rank 0 skips another."""
 
     def on_batch(self, ctx, step):
         if step.number in (0, 4, 5) or (step.number == 7 and dtrain.init(seed=0).rank == 0):
             ctx.request.skip("planted")
 
 
+class Vetoes(dtrain.Callback):
+    """Vetoes a step that all ranks skip, and another."""
+
+    def on_grads_ready(self, ctx, step):
+        if step.number in (5, 8):
+            step.veto("planted")
+
+
 def nan_at_nine(net, batch, ctx):
-    found = tiny.loss_fn(net, batch)
+    logits = net(batch[0])
+    labels = batch[1] if batch[1].dim() == 1 else batch[1].argmax(-1)
+    mean = F.cross_entropy(logits, labels)
     if ctx.progress.step == 9 and net.training and dtrain.init(seed=0).rank == 0:
-        found.mean = found.mean * math.nan
-    return found
+        mean = mean * math.nan
+    return dtrain.Loss(mean, outputs=logits)
 
 
-def in_a_mode(callbacks, waits):
-    import dtrain.trainer
-
-    dtrain.trainer.may_delay = lambda device, optimizer, data: not waits
-    record, made = tiny.Record(), callbacks()
-    run = tiny.trainer(
-        [*made, Skips(), record],
-        optimizer=lambda net: torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True),
-        loss=nan_at_nine,
-    )
-    result = run.fit(tiny.dataset(), batch_size=16, epochs=3, log_every=4, eval_set=tiny.dataset(16))
-    state = [c.state_dict() for c in made]
-    figures = [{k: v for k, v in row.items() if not k.startswith(("throughput/", "time/"))}
-               for row in result.history]
-    return repr((record.losses, record.applied, result.updates, state, figures)), tiny.digest(run.model)
-
-
-def spikes():
-    return [LossSpikeGuard(1e-3, window=2, patience=3)]
-
-
-MODES = {
-    "spikes": spikes,
-    "guard": lambda: [NonFiniteGuard("skip")],
-    "guard that tells": lambda: [NonFiniteGuard("ignore"), LossSpikeGuard(2.0, window=3)],
-    "clipped": lambda: [ClipGradients(0.1), NonFiniteGuard("skip")],
+MODES = {name: (make, None) for name, make in test_alike.CALLBACKS.items()} | {
+    "spikes": (lambda: LossSpikeGuard(1e-3, window=2, patience=3), nan_at_nine),
+    "guard": (lambda: NonFiniteGuard("skip"), nan_at_nine),
+    "guard that tells": (lambda: NonFiniteGuard("ignore"), nan_at_nine),
+    "fp16": (lambda: MixedPrecision("fp16", init_scale=2.0**19, growth_interval=2), None),
 }
+del MODES["Checkpoint"], MODES["Profile"]  # which change nothing
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_callbacks_decide_alike_whether_steps_are_waited_for(name, monkeypatch):
+def in_a_mode(names, *, waits):
+    dtrain.trainer.may_delay = lambda device, optimizer, data: not waits
+    told = {}
+    for name in names:
+        make, loss = MODES[name]
+        callback = make()
+        fit = tiny_fit(
+            [callback, Skips(), Vetoes()],
+            epochs=3,
+            log_every=4,
+            loss_fn=loss,
+            optimizer=lambda net: torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True),
+        )
+        rows = [
+            {k: v for k, v in row.items() if not k.startswith(test_alike.TIMED)}
+            for row in fit.result.history
+        ]
+        weights = {key: tensor.tolist() for key, tensor in fit.weights.items()}
+        words = (fit.result.updates, fit.result.stop_reason, callback.state_dict())
+        told[name] = [repr(part) for part in (fit.losses, fit.applied, rows, words, weights)]
+    return told
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_callbacks_decide_alike_whether_steps_are_waited_for(size, monkeypatch):
     monkeypatch.setattr(dtrain.trainer, "may_delay", dtrain.trainer.may_delay)
-    for size in (1, 2):
-        waited = run_ranks(in_a_mode, size, MODES[name], True)
-        assert run_ranks(in_a_mode, size, MODES[name], False) == waited
+    waited, not_waited = (
+        run_ranks(partial(in_a_mode, waits=waits), size, [*MODES]) for waits in (True, False)
+    )
+    for one, other in zip(waited, not_waited, strict=True):
+        for name in MODES:
+            assert one[name] == other[name], name
 
 
 def test_a_step_that_all_ranks_skip_is_no_spike():
