@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, Literal, get_args
 
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, find_metric
-from dtrain.checkpoint import copy_state
 from dtrain.context import Context
 from dtrain.distributed import Rule
 from dtrain.errors import ConfigError
@@ -91,7 +91,7 @@ class EarlyStopping(Callback):
             self.best = self._sign * value
             self.bad_checks = 0
             if self._restore_best:
-                self._weights = copy_state(ctx.model.state_dict())
+                self._weights = deepcopy(ctx.model.state_dict())
         else:
             self.bad_checks += 1  # NaN is no improvement
         enough = self.bad_checks > 0 and self.bad_checks >= self._patience

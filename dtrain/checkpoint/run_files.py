@@ -131,12 +131,16 @@ class RunFiles:
         if comm.vote("weights that are not finite", bool(broken)):
             folder = self._run_dir / NOT_FINITE
             then = partial(_keep_only, folder, at.step)
+            more = (
+                ". The checkpoints of finite weights stay as they are, and a new start goes on "
+                "from the newest of them. NonFiniteGuard leaves such a step out, and says where "
+                "it comes from."
+            )
             run_state.context.say(
                 f"warning: at step {at.step} weights are NaN or infinite ({some_of(broken)}): they "
-                f"are kept aside, in {folder}. The checkpoints of finite weights stay as they are, "
-                "and a new start goes on from the newest of them. NonFiniteGuard leaves such a "
-                "step out, and says where it comes from."
+                f"are kept aside, in {folder}{'' if NOT_FINITE in self._told else more}"
             )
+            self._told.add(NOT_FINITE)
         wait = not self._saves_beside
         self.saver.save(folder, content, then=then, wait=wait, sharers=sharers)
 
