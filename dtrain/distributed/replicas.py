@@ -88,6 +88,15 @@ def _words(tensor: Tensor) -> Tensor:
     return plain.view(torch.int64)
 
 
+def _with_one_nan(tensor: Tensor) -> Tensor:
+    """Returns the tensor; a copy, in which NaN has always the same bits, where there is any."""
+    plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    if not plain.is_floating_point() or plain.element_size() == 1 or not _is_dense(plain):
+        return plain
+    found = plain.isnan()
+    return plain.masked_fill(found, math.nan) if bool(found.any()) else plain
+
+
 def _digest(words: Tensor) -> Tensor:
     """A weighted sum, modulo 2^64; of a long row, of the sums of a table's columns and rows.
 
@@ -154,7 +163,9 @@ class Replicas:
         parameters = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers())
         every = parameters | buffers
-        everyones = self.comm.gather_objects("model, by name", digests(every.values()))
+        # NaN is one thing, whatever its bits.
+        mine = digests(map(_with_one_nan, every.values()))
+        everyones = self.comm.gather_objects("model, by name", mine)
         apart = [name for name, *each in zip(every, *everyones, strict=True) if len(set(each)) > 1]
         if changed := {name: parameters[name] for name in apart if name in parameters}:
             raise RankMismatch(self._describe(changed, when))

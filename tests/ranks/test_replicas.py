@@ -369,3 +369,20 @@ def test_extra_state_is_saved_and_comes_back(size, tmp_path):
     assert second[0] == first[0].replace("6", "12") == second[-1]
     for outcome in try_ranks(scales, size, tmp_path / "b", AnObject, 1):
         assert "0._extra_state is object; a checkpoint holds dicts" in str(outcome.error)
+
+
+class WritesNaN(dtrain.Callback):
+    """All ranks have NaN at the same place, with other bits."""
+
+    def on_step_end(self, ctx, step):
+        weight = ctx.model[2].weight.data
+        weight[0, 0] = torch.tensor([0x7FC00000 + dtrain.init(seed=0).rank]).int().view(torch.float)
+
+
+def has_nan(run_dir):
+    fit(tiny.model(), [WritesNaN(), Checkpoint()], run_dir=run_dir, log_every=1)
+
+
+def test_nan_of_other_bits_is_no_parting(tmp_path):
+    run_ranks(has_nan, 2, tmp_path)
+    assert [path.name for path in (tmp_path / "not-finite").iterdir()] == ["step-00000012"]
