@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, check_counts, some_of
 from dtrain.context import Context, Progress
-from dtrain.distributed import share_buffers
+from dtrain.distributed import own_memory, share_buffers
 from dtrain.errors import CheckpointError
 
 
@@ -67,6 +67,8 @@ class Checkpoint(Callback):
         self._sign = 1.0 if mode == "min" else -1.0
 
     def on_fit_start(self, ctx: Context) -> None:
+        for module in self._modules.values():
+            own_memory(module)
         self._note_trainable(ctx.model)
         self._frozen_sums = self._sums_of_left_out(ctx.model)
 

@@ -21,19 +21,53 @@ _SHOWN = 3
 _EXCEPTIONS = {"_NormBase", "_SpectralNorm", "ObserverBase", "FakeQuantizeBase"}
 
 
-def share_buffers(model: nn.Module, comm: Comm) -> None:
-    """Gives all ranks rank 0's buffers, such as BatchNorm's. Ranks: all, communicates."""
+def share_buffers(model: nn.Module, comm: Comm) -> list[str]:
+    """Gives all ranks rank 0's buffers, such as BatchNorm's; returns their names.
+
+    What is not persistent may have another shape on each rank, as a cache that grows with its
+    batches: that is left alone. Ranks: all, communicates.
+    """
+    buffers = own_memory(model)
+    layout = {
+        n: [list(b.shape), str(b.dtype), b.device.type, keep] for n, (b, keep) in buffers.items()
+    }
+    everyones = comm.all_gather("buffers", torch.tensor(int(digest_of(layout), 16) >> 1))
+    shared = list(layout)
+    if bool((everyones != everyones[0]).any()):
+        shared = _common(comm.gather_objects("buffers, by name", layout))
     by_device: dict[torch.device, dict[str, Tensor]] = {}
-    for name, buffer in model.named_buffers():
-        by_device.setdefault(buffer.device, {})[name] = buffer.detach()
-    for device, buffers in by_device.items():
+    for name in shared:
+        by_device.setdefault(buffers[name][0].device, {})[name] = buffers[name][0]
+    for device, held in by_device.items():
         # As bytes: not every dtype can be joined to others, or sent.
-        flat = torch.cat([as_bytes(name, buffer) for name, buffer in buffers.items()])
+        flat = torch.cat([as_bytes(name, buffer) for name, buffer in held.items()])
         flat = comm.broadcast(f"buffers on {device.type}", flat)
-        parts = flat.split([buffer.nbytes for buffer in buffers.values()])
-        for buffer, values in zip(buffers.values(), parts, strict=True):
+        parts = flat.split([buffer.nbytes for buffer in held.values()])
+        for buffer, values in zip(held.values(), parts, strict=True):
             # A copy, because a part may begin where no number of that dtype may.
             buffer.copy_(values.clone().view(buffer.dtype).view(buffer.shape))
+    return shared
+
+
+def _common(by_rank: list[dict[str, list[Any]]]) -> list[str]:
+    """Returns which buffers look alike on all ranks; RankMismatch names others of the state."""
+    names = {name: None for layout in by_rank for name in layout}
+    for name in names:
+        found = [layout.get(name) for layout in by_rank]
+        if any(one != found[0] for one in found) and any(one and one[-1] for one in found):
+            shapes = ", ".join(
+                f"{one[0] if one else 'none'} on rank {rank}" for rank, one in enumerate(found)
+            )
+            raise RankMismatch(
+                f"the ranks' buffers {name} do not look alike: {shapes}. What grows with a rank's "
+                "own data is no part of the model's state: register_buffer(..., persistent=False)"
+            )
+    return [
+        name
+        for name in names
+        if all(name in layout for layout in by_rank)
+        and len({str(layout[name]) for layout in by_rank}) == 1
+    ]
 
 
 def as_bytes(name: str, tensor: Tensor) -> Tensor:
@@ -57,15 +91,23 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_meta)
 
 
-def own_memory(model: nn.Module) -> None:
-    """Gives expanded buffers a place for each number, without which none can be written.
+def own_memory(model: nn.Module) -> dict[str, tuple[Tensor, bool]]:
+    """Returns the buffers by name, and whether each is persistent.
 
-    A ConfigError names a buffer that cannot be kept equal.
+    Expanded ones get a place for each number, without which none can be written; a ConfigError
+    names a buffer that cannot be kept equal.
     """
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and 0 in as_dense(name, buffer).stride():
-                module._buffers[name] = buffer.contiguous()
+    found: dict[int, tuple[str, Tensor, bool]] = {}
+    for prefix, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            name = f"{prefix}.{key}" if prefix else key
+            if 0 in as_dense(name, buffer).stride():
+                module._buffers[key] = buffer = buffer.contiguous()
+            keep = key not in module._non_persistent_buffers_set
+            found.setdefault(id(buffer), (name, buffer.detach(), keep))
+    return {name: (buffer, keep) for name, buffer, keep in found.values()}
 
 
 def digests(tensors: Iterable[Tensor]) -> list[int]:
@@ -169,8 +211,8 @@ class Replicas:
         apart = [name for name, *each in zip(every, *everyones, strict=True) if len(set(each)) > 1]
         if changed := {name: parameters[name] for name in apart if name in parameters}:
             raise RankMismatch(self._describe(changed, when))
-        share_buffers(self.model, self.comm)
-        new = [n for n in apart if n not in self._told and not self._is_exception(n)]
+        shared = [name for name in share_buffers(self.model, self.comm) if name in apart]
+        new = [n for n in shared if n not in self._told and not self._is_exception(n)]
         self._told |= {*new}
         if not new:
             return ""

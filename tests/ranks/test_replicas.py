@@ -361,12 +361,46 @@ def scales(run_dir, kind, epochs):
     return repr(net[0].extra)
 
 
+class Grows(nn.Sequential):
+    """Keeps a cache as long as the longest batch that its rank has seen, made by the forward."""
+
+    def __init__(self, persistent):
+        torch.manual_seed(3)
+        super().__init__(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+        self.persistent = persistent
+
+    def forward(self, x):
+        if self.training:
+            size = len(x) + dtrain.init(seed=0).rank
+            self.register_buffer("cache", torch.zeros(size), persistent=self.persistent)
+            if dtrain.init(seed=0).rank:
+                self.register_buffer("late", torch.ones(2).expand(3, 2), persistent=False)
+        return super().forward(x)
+
+
+def grows(persistent, run_dir):
+    net = Grows(persistent)
+    says, _ = fit(net, [Checkpoint()], run_dir=run_dir, log_every=1, eval_set=tiny.dataset(16))
+    return list(net.cache.shape), len([word for word in says.words if "buffers" in word])
+
+
+def test_caches_of_each_ranks_own_length_are_left_alone(tmp_path):
+    assert run_ranks(grows, 2, False, tmp_path / "a") == [([8], 0), ([9], 0)]
+    for outcome in try_ranks(grows, 2, True, tmp_path / "b"):
+        assert type(outcome.error) is RankMismatch
+        told = "the ranks' buffers cache do not look alike: [8] on rank 0, [9] on rank 1"
+        assert told in str(outcome.error)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_extra_state_is_saved_and_comes_back(size, tmp_path):
     first = run_ranks(scales, size, tmp_path / "a", Scaled, 1)
     second = run_ranks(scales, size, tmp_path / "a", Scaled, 2)
     assert "'calls': 6, 'words': ('a', None), 'scale': tensor([6., 6.]), 3: 1.5" in first[0]
     assert second[0] == first[0].replace("6", "12") == second[-1]
+    again = nn.Sequential(Scaled(8, 16), nn.Tanh(), nn.Linear(16, 2))
+    dtrain.load_model(tmp_path / "a", again)
+    assert repr(again[0].extra) == second[0]
     for outcome in try_ranks(scales, size, tmp_path / "b", AnObject, 1):
         assert "0._extra_state is object; a checkpoint holds dicts" in str(outcome.error)
 
