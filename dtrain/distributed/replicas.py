@@ -206,9 +206,10 @@ class Replicas:
         buffers = dict(self.model.named_buffers())
         every = parameters | buffers
         # NaN is one thing, whatever its bits.
-        mine = digests(map(_with_one_nan, every.values()))
+        mine = dict(zip(every, digests(map(_with_one_nan, every.values())), strict=True))
         everyones = self.comm.gather_objects("model, by name", mine)
-        apart = [name for name, *each in zip(every, *everyones, strict=True) if len(set(each)) > 1]
+        names = {name: None for one in everyones for name in one}
+        apart = [name for name in names if len({one.get(name) for one in everyones}) > 1]
         if changed := {name: parameters[name] for name in apart if name in parameters}:
             raise RankMismatch(self._describe(changed, when))
         shared = [name for name in share_buffers(self.model, self.comm) if name in apart]
