@@ -22,6 +22,7 @@ from dtrain.distributed import (
     random_state,
     random_state_of_host,
     restore_random_state,
+    some_of,
 )
 from dtrain.errors import CheckpointError, ConfigError
 
@@ -174,8 +175,14 @@ class RunState:
         if mine is None:
             new_rank()
             return None
+        own = mine.get("callbacks", {})
+        if own and (ranks := state["loop"]["ranks"]) != self.world.size:  # rank 0 says it
+            context.say(
+                f"the checkpoint is of {ranks} ranks, not of {self.world.size}: of what "
+                f"{some_of([*own])} kept for each, a rank takes up what the rank of its number left"
+            )
         for callback in self.callbacks:
-            if callback.name in (own := mine.get("callbacks", {})):
+            if callback.name in own:
                 callback.load_rank_state_dict(own[callback.name])
         restore_random_state(mine["rng"])
         context.rng.set_state(mine["own_rng"])
