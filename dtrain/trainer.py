@@ -200,6 +200,7 @@ class Trainer:
             DataError: the data cannot be trained on.
             ResumeError: the run in ``run_dir`` cannot be continued as asked.
             RunTaken: another start of this run writes to ``run_dir``.
+            RankMismatch: the ranks' parameters are no longer equal; it names them.
             RemoteError: another rank failed.
 
         Ranks: all, communicates. Where a rank hangs, the process ends (docs/hangs.md).
