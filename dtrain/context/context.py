@@ -67,7 +67,7 @@ class Context:
         The value is not read here, so a CUDA tensor costs no sync.
 
         Args:
-            name: what to report it as; the same name always, and on all ranks, with the same ``reduce``.
+            name: what to report it as; the same name always has the same ``reduce``, on all ranks.
             value: a number or a 0-dim tensor.
             reduce: over calls and ranks: their ``"mean"``, ``"sum"`` or ``"max"`` (NaN wins);
                 ``"last"`` is the mean over ranks of each rank's last value.
