@@ -56,7 +56,10 @@ def weights_in(folder):
     return found
 
 
-@pytest.mark.parametrize(("size", "background"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("size", "background"),
+    [(1, False), (2, False), pytest.param(2, True, marks=pytest.mark.slow)],
+)
 def test_weights_of_nan_do_not_displace_finite_ones(size, background, tmp_path):
     run = run_processes if background else run_ranks
     saves = partial(breaks, every_epochs=1, keep=1, background=background)
