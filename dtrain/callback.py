@@ -102,11 +102,24 @@ class Callback:
         """``fit`` (or ``Trainer.evaluate``) is about to raise ``error``."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs: JSON values and tensors, nested at will."""
+        """Returns what a resumed run needs: JSON values and tensors, nested at will.
+
+        Equal on all ranks: rank 0's is saved, and a warning names it if others differ.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned; called after ``on_fit_start``."""
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """Returns what is this rank's own, such as what it has seen of its data; of that form."""
+        return {}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`rank_state_dict` returned on the rank of the same number.
+
+        Not called where there was none, nor on a rank that the saved run did not have.
+        """
 
 
 HOOK_NAMES = tuple(name for name in vars(Callback) if name.startswith("on_"))

@@ -95,7 +95,8 @@ class Loop:
 
     def run(self) -> None:
         """Trains until the plan is fulfilled or a stop is agreed."""
-        progress = self.context.progress
+        progress, replicas = self.context.progress, self.engine.replicas
+        replicas.step = progress.step
         if self.plan.eval_first and not progress.step and self.plan.eval_every:
             self._evaluate()
             if self._save_asked:
@@ -109,6 +110,7 @@ class Loop:
         self._log(final=True)
         with self.engine.together(Phase("the end of fit", slow=True)):
             self.hooks.fire(Callback.on_fit_end, self.context)
+            replicas.settle("at the end of fit")
 
     def _finished(self) -> bool:
         self.stop_reason = self.stop_reason or self.plan.fulfilled_by(self.context.progress)

@@ -86,6 +86,8 @@ class FitResult:
         history: one dict a report of this call, with ``step`` and ``epoch``. An epoch's means are
             with its last report, as ``epoch/...``.
         preempted: the run was told to leave and is to be continued by another start.
+        updates: steps whose update was applied: not one that a loss scale, a callback or every
+            rank left out.
     """
 
     steps: int
@@ -94,3 +96,4 @@ class FitResult:
     metrics: dict[str, float]
     history: list[dict[str, float]]
     preempted: bool = False
+    updates: int = 0

@@ -23,6 +23,7 @@ from dtrain.cluster import Deadline, Signals
 from dtrain.context import Context, Outbox, Progress, Request
 from dtrain.data import AccumulationSlot, Data, Feed, open_feed
 from dtrain.distributed import (
+    Replicas,
     check_same_call,
     current,
     derive_seed,
@@ -71,6 +72,9 @@ class Trainer:
             the run ends; see docs/hangs.md. Elsewhere, and in the first step, it is 300 seconds
             at least. A hook that takes longer says so by ``ctx.heartbeat()``. None switches it off,
             for a debugger or a job that is suspended. At one rank it is off.
+        check_ranks: compare the ranks' parameters at reports (every 50 steps at most), at each
+            checkpoint and at the end of ``fit``, by a digest: what they are read for takes
+            (docs/numbers.md). False is for machines that round differently.
 
     Raises:
         ConfigError: what was asked for cannot work.
@@ -93,6 +97,7 @@ class Trainer:
         eval_fn: UserLoss | None = None,
         config: Mapping[str, Any] | None = None,
         hang_after_s: float | None = HANG_AFTER_S,
+        check_ranks: bool = True,
     ) -> None:
         self.world = world = current() or init(seed=seed or 0)
         self._seed = world.seed if seed is None else seed
@@ -132,6 +137,7 @@ class Trainer:
         self._run_state = RunState(
             self.context, self.precision, self.hooks.callbacks, world, settings, self._checkpoint
         )
+        replicas = Replicas(self.model, world.comm, active=check_ranks and world.size > 1)
         self._engine = Engine(
             context=self.context,
             outbox=self._outbox,
@@ -141,10 +147,11 @@ class Trainer:
             precision=self.precision,
             strategy=strategy,
             hooks=self.hooks,
+            replicas=replicas,
         )
         # Weakly: a model must not wait for the garbage collector to be freed.
         self.context._engine = weakref.ref(self._engine)
-        self._files = RunFiles(self.context.run_dir, world, self._run_state)
+        self._files = RunFiles(self.context.run_dir, world, self._run_state, replicas)
         self.recorder = Recorder()  # what a trial of the script changes, and is told
         self._live = False  # a fit has begun in this process
 
@@ -207,6 +214,7 @@ class Trainer:
             DataError: the data cannot be trained on.
             ResumeError: the run in ``run_dir`` cannot be continued as asked.
             RunTaken: another start of this run writes to ``run_dir``.
+            RankMismatch: the ranks' parameters are no longer equal; it names them.
             RemoteError: another rank failed.
 
         Ranks: all, communicates. Where a rank hangs, the process ends (docs/hangs.md).
@@ -259,6 +267,7 @@ class Trainer:
             metrics=dict(self.context.metrics),
             history=loop.history.rows,
             preempted=loop.preempted,
+            updates=progress.updates,
         )
 
     def evaluate(self, data: Any, *, batch_size: int | None = None) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from dtrain.distributed import some_of as some_of
 from dtrain.errors import ConfigError
 
 
@@ -56,9 +57,3 @@ def find_metric(owner: str, monitor: str, metrics: Mapping[str, float]) -> float
     raise ConfigError(
         f"{owner}: no metric {monitor!r}; there are {', '.join(known) or 'none'} ({hint})"
     )
-
-
-def some_of(names: Sequence[str], most: int) -> str:
-    """Returns the first ``most`` names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more

@@ -16,7 +16,7 @@ from dtrain.callbacks.argument_checks import (
     some_of,
 )
 from dtrain.context import Context, Progress
-from dtrain.distributed import share_buffers
+from dtrain.distributed import own_memory, share_buffers
 from dtrain.errors import CheckpointError
 
 
@@ -78,6 +78,8 @@ class Checkpoint(Callback):
         self._sign = 1.0 if mode == "min" else -1.0
 
     def on_fit_start(self, ctx: Context) -> None:
+        for module in self._modules.values():
+            own_memory(module)
         self._note_trainable(ctx.model)
         self._frozen_sums = self._sums_of_left_out(ctx.model)
 

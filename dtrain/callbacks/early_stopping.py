@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, Literal, get_args
-
-from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, find_metric
@@ -65,7 +64,7 @@ class EarlyStopping(Callback):
         self._vote: Rule = vote
         self.best = math.inf  # of sign * value: less is better
         self.bad_checks = 0
-        self._weights: dict[str, Tensor] = {}
+        self._weights: dict[str, Any] = {}
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         if self._after_evaluation and ctx.in_fit:
@@ -90,7 +89,7 @@ class EarlyStopping(Callback):
             self.best = self._sign * value
             self.bad_checks = 0
             if self._restore_best:
-                self._weights = {n: t.detach().clone() for n, t in ctx.model.state_dict().items()}
+                self._weights = deepcopy(ctx.model.state_dict())
         else:
             self.bad_checks += 1  # NaN is no improvement
         enough = self.bad_checks > 0 and self.bad_checks >= self._patience
@@ -101,8 +100,18 @@ class EarlyStopping(Callback):
             ctx.request.stop(f"early stopping: {what} has not improved {self.bad_checks} times")
 
     def state_dict(self) -> dict[str, Any]:
+        if self._judge is not None:
+            return {}
         return {"best": self.best, "bad_checks": self.bad_checks, "weights": self._weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.best, self.bad_checks = state["best"], state["bad_checks"]
+            self._weights = state["weights"]
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        judged = {"best": self.best, "bad_checks": self.bad_checks}
+        return {} if self._judge is None else judged  # each rank by its own value
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.bad_checks = state["best"], state["bad_checks"]
-        self._weights = state["weights"]

@@ -50,6 +50,8 @@ class LossSpikeGuard(Callback):
         self.spikes_in_a_row = 0
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        if not step.weight:
+            return  # every rank skipped: there is no loss to judge
         loss, bound = step.loss_mean, self.bound()
         if loss <= bound:
             self.spikes_in_a_row = 0

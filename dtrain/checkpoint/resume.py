@@ -16,6 +16,8 @@ ResumeMode = Literal["auto", "never", "must", "emergency"]
 
 #: The folder within ``run_dir`` of what was saved when a step failed.
 EMERGENCY = "emergency"
+#: And of checkpoints whose weights are NaN or infinite; no start goes on from there.
+NOT_FINITE = "not-finite"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,19 +3,21 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import status
 from dtrain.checkpoint.format import Saved
-from dtrain.checkpoint.resume import EMERGENCY, Decision, ResumeMode, check_mode, decide
+from dtrain.checkpoint.resume import EMERGENCY, NOT_FINITE, Decision, ResumeMode, check_mode, decide
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.run_state import RunState
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.status import Failures, State, Status
+from dtrain.checkpoint.writer import Content
 from dtrain.context import Progress
-from dtrain.distributed import SAVING, World, share_buffers
+from dtrain.distributed import SAVING, Replicas, World, not_finite, share_buffers, some_of
 from dtrain.errors import ConfigError, DtrainError, RunTaken
 
 #: How long a failed run waits for the checkpoint under way, in seconds.
@@ -37,13 +39,18 @@ class RunFiles:
     Ranks: all, communicates; but for :meth:`fail` and :meth:`release`.
     """
 
-    def __init__(self, run_dir: Path | None, world: World, run_state: RunState) -> None:
+    def __init__(
+        self, run_dir: Path | None, world: World, run_state: RunState, replicas: Replicas
+    ) -> None:
         self.saver = Saver(world)
         self._run_dir = run_dir
         self._world = world
         self._run_state = run_state
+        self._replicas = replicas
         self._progress = run_state.context.progress
         self._failures = Failures()  # of earlier starts; known on rank 0
+        self._broken: set[str] = set()  # weights that were not finite when the fit began
+        self._told: set[str] = set()  # whose state differs between ranks
 
     def find(self, mode: ResumeMode, *, epochs: int | None, max_steps: int | None) -> Saved | None:
         """Takes the run's folder, and returns the checkpoint to go on from, if any."""
@@ -83,6 +90,9 @@ class RunFiles:
 
     def start(self) -> None:
         """Writes that the run is under way, and the user's settings."""
+        self._broken = (
+            set() if self._run_dir is None else {*not_finite(self._run_state.context.model)}
+        )
 
         def write() -> None:
             self._write_status("running")
@@ -103,7 +113,6 @@ class RunFiles:
             )
             comm.barrier("nothing to save")
             return
-        folder = self._run_dir / "checkpoints"
         at = replace(self._progress)  # as it is now
 
         def tidy() -> None:
@@ -114,9 +123,38 @@ class RunFiles:
                     files.remove(folder, step)
             self._write_status("running", at=at)
 
-        share_buffers(run_state.context.model, comm)
+        self._replicas.settle(f"before the checkpoint of step {at.step}")
         content = run_state.take(loop_state, data_state)
-        self.saver.save(folder, content, then=tidy, wait=not self._saves_beside)
+        sharers = [0] if self._tell_differing(content) else None
+        folder, then = self._run_dir / "checkpoints", tidy
+        broken = [n for n in not_finite(run_state.context.model) if n not in self._broken]
+        if comm.vote("weights that are not finite", bool(broken)):
+            folder = self._run_dir / NOT_FINITE
+            then = partial(_keep_only, folder, at.step)
+            more = (
+                ". The checkpoints of finite weights stay as they are, and a new start goes on "
+                "from the newest of them. NonFiniteGuard leaves such a step out, and says where "
+                "it comes from."
+            )
+            run_state.context.say(
+                f"warning: at step {at.step} weights are NaN or infinite ({some_of(broken)}): they "
+                f"are kept aside, in {folder}{'' if NOT_FINITE in self._told else more}"
+            )
+            self._told.add(NOT_FINITE)
+        wait = not self._saves_beside
+        self.saver.save(folder, content, then=then, wait=wait, sharers=sharers)
+
+    def _tell_differing(self, content: Content) -> bool:
+        """Says whose state is not the same on all ranks; returns whether any is."""
+        differing = self._run_state.differing(content) if self._replicas.active else []
+        if new := [name for name in differing if name not in self._told]:
+            self._told |= {*new}
+            self._run_state.context.say(
+                f"warning: the state of {some_of(new)} differs between ranks, and a checkpoint "
+                "holds rank 0's. What is a rank's own belongs in a callback's rank_state_dict() "
+                "and load_rank_state_dict(state); all else must change alike on all ranks."
+            )
+        return bool(differing)
 
     def save_emergency(
         self,
@@ -138,11 +176,6 @@ class RunFiles:
         comm = self._world.comm
         comm.activity.enter(SAVING)
 
-        def tidy() -> None:
-            for older in files.listed(folder):
-                if older.step != step:
-                    files.remove(folder, older.step)
-
         try:
             with comm.lockstep("saving what was before the failed step"):
                 share_buffers(self._run_state.context.model, comm)
@@ -152,7 +185,13 @@ class RunFiles:
                     loop_state(), data_state(), device_is_well=not failed_here
                 )
                 sharers = [rank for rank, well in enumerate(healthy) if well]
-                self.saver.save(folder, content, then=tidy, wait=True, sharers=sharers or None)
+                self.saver.save(
+                    folder,
+                    content,
+                    then=partial(_keep_only, folder, step),
+                    wait=True,
+                    sharers=sharers or None,
+                )
             if self.saver.failure is not None:
                 raise self.saver.failure
             if self._world.is_main:
@@ -214,3 +253,9 @@ def prepare(run_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error}") from error
+
+
+def _keep_only(folder: Path, step: int) -> None:
+    for older in files.listed(folder):
+        if older.step != step:
+            files.remove(folder, older.step)

@@ -15,7 +15,15 @@ from dtrain.checkpoint import tree
 from dtrain.checkpoint.format import Saved
 from dtrain.checkpoint.writer import Content
 from dtrain.context import Context, Progress
-from dtrain.distributed import World, random_state, random_state_of_host, restore_random_state
+from dtrain.distributed import (
+    World,
+    digest_of,
+    digests,
+    random_state,
+    random_state_of_host,
+    restore_random_state,
+    some_of,
+)
 from dtrain.errors import CheckpointError, ConfigError
 
 _PROGRESS = ("step", "updates", "epoch", "step_in_epoch", "samples")
@@ -81,9 +89,11 @@ class RunState:
         """
         context, model = self.context, self.context.model
         capture = random_state if device_is_well else random_state_of_host
+        held = model.state_dict() if self.slot is None else self.slot.select(model)
+        own = {c.name: state for c in self.callbacks if (state := c.rank_state_dict())}
         return Content(
             step=context.progress.step,
-            model=model.state_dict() if self.slot is None else self.slot.select(model),
+            model={name: value for name, value in held.items() if isinstance(value, Tensor)},
             state=tree.split(
                 {
                     "optimizer": context.optimizer.state_dict(),
@@ -93,19 +103,50 @@ class RunState:
                     "loop": loop,
                     "shared_rng": context.shared_rng.get_state(),
                     "metrics": context.metrics,
+                    # What modules return from get_extra_state, if that is no tensor.
+                    "extra": {n: v for n, v in held.items() if not isinstance(v, Tensor)},
                     "config": self.config,
                     "fingerprint": self.fingerprint,
                 }
             ),
             rank_state=tree.split(
-                {"rng": capture(), "own_rng": context.rng.get_state(), "data": data}
+                {
+                    "rng": capture(),
+                    "own_rng": context.rng.get_state(),
+                    "data": data,
+                    "callbacks": own,
+                }
             ),
             metrics=context._figures_of_this_step(),
         )
 
+    def differing(self, content: Content) -> list[str]:
+        """Returns whose state, in ``content``, is not equal on all ranks, though it should be.
+
+        Ranks: all, communicates.
+        """
+        plain, tensors = content.state
+        parts = {f"callbacks/{name}": state for name, state in plain["callbacks"].items()}
+        parts |= {f"extra/{name}": state for name, state in plain["extra"].items()}
+        mine = {}
+        for path, state in parts.items():
+            held = digests(t for name, t in tensors.items() if f"{name}/".startswith(f"{path}/"))
+            mine[path] = digest_of([json.dumps(state, sort_keys=True), held])
+        comm = self.world.comm
+        summed = torch.tensor(int(digest_of(list(mine.items())), 16) >> 1)
+        everyones = comm.all_gather("states of callbacks", summed)
+        if not bool((everyones != everyones[0]).any()):
+            return []
+        by_rank = comm.gather_objects("states of callbacks, by name", mine)
+        paths = {path: None for one in by_rank for path in one}
+        return [
+            path.partition("/")[2] for path in paths if len({one.get(path) for one in by_rank}) > 1
+        ]
+
     def restore_model(self, saved: Saved) -> dict[str, Any]:
         """Restores parameters, buffers and progress; returns the rest, for :meth:`restore_rest`."""
-        tensors = files.load_model(saved.path)
+        state = files.load_state(saved.path)
+        tensors: dict[str, Any] = files.load_model(saved.path) | state.get("extra", {})
         missing = [name for name in self.context.model.state_dict() if name not in tensors]
         if missing and not (self.slot is not None and self.slot.trainable_only):
             raise CheckpointError(
@@ -114,7 +155,6 @@ class RunState:
                 "base model before fit."
             )
         self.context.model.load_state_dict(tensors, strict=not missing)
-        state = files.load_state(saved.path)
         for name in _PROGRESS:
             setattr(self.context.progress, name, state["progress"][name])
         return state
@@ -138,6 +178,15 @@ class RunState:
         if mine is None:
             new_rank()
             return None
+        own = mine.get("callbacks", {})
+        if own and (ranks := state["loop"]["ranks"]) != self.world.size:  # rank 0 says it
+            context.say(
+                f"the checkpoint is of {ranks} ranks, not of {self.world.size}: of what "
+                f"{some_of([*own])} kept for each, a rank takes up what the rank of its number left"
+            )
+        for callback in self.callbacks:
+            if callback.name in own:
+                callback.load_rank_state_dict(own[callback.name])
         restore_random_state(mine["rng"])
         context.rng.set_state(mine["own_rng"])
         data: dict[str, Any] | None = mine["data"]

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
             f"{file} does not fit the model ({len(fitting)} of the model's {len(own)} tensors do; "
             "nothing was loaded):\n" + "\n".join(complaints) + f"\nWhat to do: {advice}."
         )
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict(fitting | _extra_state(file, model), strict=False)
     return file
 
 
@@ -101,6 +102,13 @@ def export_model(path: str | Path, file: str | Path) -> int:
     finally:
         aside.unlink(missing_ok=True)
     return len(tensors)
+
+
+def _extra_state(file: Path, model: nn.Module) -> dict[str, Any]:
+    """Returns what the modules' ``get_extra_state`` gave, if ``file`` is a checkpoint's."""
+    folder = file if file.is_dir() else file.parent
+    extra = files.load_state(folder).get("extra", {}) if files.has_manifest(folder) else {}
+    return {name: state for name, state in extra.items() if name in model.state_dict()}
 
 
 def _read(file: Path) -> dict[str, Tensor]:

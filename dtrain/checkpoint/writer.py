@@ -189,7 +189,9 @@ def _write_share(aside: Path, staged: Staged, activity: Activity) -> dict[str, A
 def _check(stem: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not disk.can_hold(tensor.dtype):
-            trouble = f"no file can hold tensors of {tensor.dtype}"
+            trouble = f"no safetensors file can hold {tensor.dtype}"
+            if tensor.is_complex():
+                trouble += "; keep torch.view_as_real(it), and view it as complex in the forward"
         elif tensor.layout != torch.strided:
             trouble = f"it is {tensor.layout}; keep it dense"
         else:

@@ -71,10 +71,10 @@ class Context:
         The value is not read here, so a CUDA tensor costs no sync.
 
         Args:
-            name: what to report it as; the same name always with the same ``reduce``.
+            name: what to report it as; the same name always has the same ``reduce``, on all ranks.
             value: a number or a 0-dim tensor.
-            reduce: over calls and ranks: their ``"mean"``, ``"sum"`` or ``"max"``; ``"last"`` is
-                the mean over ranks of each rank's last value.
+            reduce: over calls and ranks: their ``"mean"``, ``"sum"`` or ``"max"`` (NaN wins);
+                ``"last"`` is the mean over ranks of each rank's last value.
 
         Raises:
             ConfigError: ``reduce`` is none of these, or another than before; or the name is one of

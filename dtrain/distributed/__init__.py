@@ -31,12 +31,19 @@ from dtrain.distributed.random_streams import (
 )
 from dtrain.distributed.rendezvous import local_store, serve_store
 from dtrain.distributed.replicas import (
+    Replicas,
+    as_bytes,
     check_same_call,
     check_same_lines,
     check_same_model,
+    digests,
     give_rank_0s,
+    not_finite,
+    own_memory,
     shapes_of,
     share_buffers,
+    some_of,
+    tensors_of_state,
 )
 from dtrain.distributed.transport import DataParallel, TransportOp
 from dtrain.distributed.world import World, current, inhabited, init, on_main
@@ -45,7 +52,8 @@ __all__ = ["ARRIVAL", "BACKWARD", "BETWEEN", "DATA", "EVALUATION", "EVAL_LOSS_FN
 __all__ += ["METRICS", "OWN_BACKWARD", "SAVING", "UPDATE", "Activity", "Heartbeat", "Phase"]
 __all__ += ["Comm", "DataParallel", "Rule", "TransportOp", "World", "current", "inhabited", "init"]
 __all__ += ["check_same_call", "check_same_model", "digest_of", "on_main", "shapes_of"]
-__all__ += ["heartbeat_key", "local_store", "serve_store", "share_buffers"]
+__all__ += ["Replicas", "as_bytes", "digests", "not_finite", "own_memory", "some_of"]
+__all__ += ["heartbeat_key", "local_store", "serve_store", "share_buffers", "tensors_of_state"]
 __all__ += ["check_same_lines", "give_rank_0s"]
 __all__ += ["Process", "end_with", "look_up", "stopped_children", "this_machine"]
 __all__ += ["derive_seed", "random_state", "random_state_kept", "random_state_of_host"]

@@ -81,7 +81,7 @@ class Comm:
         Args:
             label: names the call; equal on all ranks.
             tensor: any shape, equal on all ranks. It is not changed.
-            op: how values of different ranks become one.
+            op: how values of different ranks become one. NaN on any rank stays NaN.
         """
         if op not in get_args(Op):
             raise ConfigError(
@@ -97,6 +97,10 @@ class Comm:
             reduced = reduce_here(everyones, summed)
         else:
             reduced = self._exchange.all_reduce(label, mine, summed)
+            if summed != "sum" and mine.is_floating_point():
+                # NaN wins, as it does where all is here; gloo's answer hangs on the ranks' order.
+                found = self._exchange.all_reduce(label, mine.isnan().to(torch.uint8), "max")
+                reduced.masked_fill_(found.bool(), float("nan"))
         return (reduced / self._size if op == "mean" else reduced).to(tensor.device)
 
     def all_gather(self, label: str, tensor: Tensor) -> Tensor:

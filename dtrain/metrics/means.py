@@ -1,5 +1,6 @@
 """Weighted means that are summed locally and agreed in one packed reduction."""
 
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from dtrain.context import Mean, Number, Reduce, on_device
 from dtrain.distributed import Comm
-from dtrain.errors import LossError
+from dtrain.errors import ConfigError, LossError, RankMismatch
 from dtrain.metrics.objects import Objects, is_metric
 
 if TYPE_CHECKING:
@@ -29,10 +30,13 @@ class Means:
         self._on_cpu = device.type == "cpu"
         self._sums: dict[str, list[float]] = {}
         self._device_sums: dict[str, Tensor] = {}
-        self._reduce: dict[str, Reduce] = {}
+        self._kinds: dict[str, Reduce] = {}  # how each name is reduced; agreed
+        self._new_kinds: dict[str, Reduce] = {}
         self._objects = Objects(label)
         self._names = list(names)  # agreed
         self.pairs: dict[str, list[float]] = {}  # of the newest agreed means: totals and weights
+        #: Whether the last agreement's ``mark`` was not equal on all ranks. Agreed.
+        self.parted = False
 
     def add(self, name: str, value: "Number | Mean | Metric", weight: Number) -> None:
         """Adds a mean over ``weight`` units; or a :class:`Mean` or torchmetrics object, without.
@@ -67,7 +71,9 @@ class Means:
             raise LossError(
                 f"{name!r} is logged by a callback and is a metric of the loss function"
             )
-        self._reduce[name] = reduce
+        before = self._kinds.get(name) or self._new_kinds.setdefault(name, reduce)
+        if before != reduce:
+            raise ConfigError(f"log({name!r}, reduce={reduce!r}): it was {before!r} before")
         for value in values:
             check_number(name, value)
         if reduce == "last":
@@ -107,11 +113,13 @@ class Means:
 
     def drop(self) -> None:
         """Forgets what was added and not agreed, as after a failure."""
-        self._sums, self._device_sums = {}, {}
+        self._sums, self._device_sums, self._new_kinds = {}, {}, {}
         self._objects.drop()
 
-    def agree(self, comm: Comm) -> dict[str, float]:
+    def agree(self, comm: Comm, mark: int = 0) -> dict[str, float]:
         """Returns each metric over all ranks, in the order of first use, and starts anew.
+
+        ``mark``, of 16 bits, is compared between ranks in passing.
 
         A rank that had no data, or did not report a name, contributes nothing to it. Ranks: all,
         communicates: one packed reduction; an exchange when a name is new, one for maxima, and one
@@ -120,40 +128,61 @@ class Means:
         sums = self._sums
         _add_to(sums, {name: pair.tolist() for name, pair in self._device_sums.items()})
         self._sums, self._device_sums = {}, {}
-        maxima = {name: sums.pop(name)[0] for name in [*sums] if self._reduce.get(name) == "max"}
+        how = self._kinds | self._new_kinds
+        maxima = {name: sums.pop(name)[0] for name in [*sums] if how.get(name) == "max"}
         # Names are agreed once; after that a sync point is one packed reduction, which also
         # says whether some rank has a name that the others have not seen.
         new = {name: pair for name, pair in sums.items() if name not in self._names}
         states, new_objects, unsummed = self._objects.collect()
         known = [number for name in self._names for number in sums.get(name, (0.0, 0.0))]
-        flags = [bool(new or new_objects), bool(maxima), unsummed, True]
+        kinds = {n: how.get(n, "mean") for n in [*new, *maxima] if n not in self._kinds}
+        flags = [bool(kinds or new_objects), bool(maxima), unsummed, True, mark, mark * mark]
         figures = torch.tensor([*flags, *known], dtype=torch.float64)
         packed = comm.all_reduce(f"{self._label}: sums", torch.cat([figures, states]))
-        any_new, any_maxima, any_unsummed, ranks = map(int, packed[:4].tolist())
-        pairs = packed[4 : len(figures)].view(-1, 2).tolist()
+        any_new, any_maxima, any_unsummed, ranks, *marks = map(int, packed[:6].tolist())
+        # By Cauchy and Schwarz only where all are equal; all ranks compute it from the same sums.
+        self.parted = ranks * marks[1] != marks[0] ** 2
+        pairs = packed[6 : len(figures)].view(-1, 2).tolist()
         agreed = dict(zip(self._names, pairs, strict=True))
         news: list[dict[str, Any]] = []
         if any_new:
-            kinds = {name: self._reduce.get(name, "mean") for name in new}
             everyones = comm.gather_objects(f"{self._label}: new names", (new, kinds, new_objects))
-            for theirs, how, objects in everyones:
-                self._reduce = how | self._reduce
+            self._agree_kinds([theirs for _, theirs, _ in everyones])
+            for theirs, _, objects in everyones:
                 news.append(objects)
                 _add_to(agreed, theirs)
             self._names = list(agreed)
-        self.pairs = {n: p for n, p in agreed.items() if self._reduce.get(n, "mean") == "mean"}
+        self.pairs = {n: p for n, p in agreed.items() if self._kinds.get(n, "mean") == "mean"}
         values = {
-            name: total if self._reduce.get(name) == "sum" else total / weight
+            name: total if self._kinds.get(name) == "sum" else total / weight
             for name, (total, weight) in agreed.items()
             if weight
         }
         if any_maxima:
             largest: dict[str, float] = {}
             for found in comm.gather_objects(f"{self._label}: maxima", maxima):
-                largest |= {n: max(value, largest.get(n, value)) for n, value in found.items()}
+                for name, value in found.items():
+                    seen = largest.get(name)
+                    if seen is None or value > seen or math.isnan(value):  # NaN wins, and stays
+                        largest[name] = value
             values |= largest
         states, unsummed = packed[len(figures) :], bool(any_unsummed)
         return values | self._objects.agree(comm, states, news, exchange=unsummed, ranks=ranks)
+
+    def _agree_kinds(self, everyones: list[dict[str, Reduce]]) -> None:
+        """Takes how each rank reduces what is new; raises RankMismatch where they differ."""
+        for name in {name: None for kinds in everyones for name in kinds}:
+            said = {rank: kinds[name] for rank, kinds in enumerate(everyones) if name in kinds}
+            before = self._kinds.get(name)
+            if len({*said.values()} | ({before} - {None})) > 1:
+                table = ", ".join(f"{kind!r} on rank {rank}" for rank, kind in said.items())
+                raise RankMismatch(
+                    f"ctx.log({name!r}): the ranks reduce it differently: {table}"
+                    + (f", {before!r} before" if before else "")
+                    + "; log it alike on all ranks, or under another name"
+                )
+            self._kinds[name] = next(iter(said.values()))
+        self._new_kinds = {}
 
 
 def as_metrics(metrics: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -62,6 +62,7 @@ class History:
             progress.epoch,
             seconds=time.perf_counter() - self._began,
             samples=progress.samples - self._samples_before,
+            updates=progress.updates,
             total_steps=progress.total_steps,
             steps_per_epoch=progress.steps_per_epoch,
             **what,
@@ -127,7 +128,11 @@ def _fusable(optimizer: Optimizer) -> bool:
 def describe_end(state: str, context: Context, stop_reason: str) -> str:
     """Returns the end block: why it ended, the evaluation's figures, where the files are."""
     step, epoch, metrics = context.progress.step, context.progress.epoch, context.metrics
-    lines = [f"{state} after {step:,} steps, {epoch} epoch{'s' * (epoch != 1)}: {stop_reason}"]
+    updates = context.progress.updates
+    applied = f" ({updates:,} of them applied)" if updates != step else ""
+    lines = [
+        f"{state} after {step:,} steps{applied}, {epoch} epoch{'s' * (epoch != 1)}: {stop_reason}"
+    ]
     if evaluated := [f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")]:
         lines.append("  ".join(evaluated))
     if context.run_dir is not None:

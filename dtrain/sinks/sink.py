@@ -28,6 +28,7 @@ class Report:
         text: for ``start``, ``message`` and ``end``: what to tell a person, in plain words.
         seconds: since ``fit`` began.
         samples: samples all ranks trained on since ``fit`` began.
+        updates: steps whose update was applied, since the run began.
         total_steps: steps planned, or None.
         steps_per_epoch: steps planned in an epoch, or None.
         config: for ``start``: the user's own settings.
@@ -41,6 +42,7 @@ class Report:
     text: str = ""
     seconds: float = 0.0
     samples: int = 0
+    updates: int = 0
     total_steps: int | None = None
     steps_per_epoch: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -18,8 +18,10 @@ from dtrain.distributed import (
     EVAL_LOSS_FN,
     EVALUATION,
     Phase,
+    Replicas,
     World,
     check_same_model,
+    own_memory,
     share_buffers,
 )
 from dtrain.errors import ConfigError, LossError
@@ -52,6 +54,7 @@ class Engine:
     precision: Precision
     strategy: Strategy
     hooks: Hooks
+    replicas: Replicas
 
     def __post_init__(self) -> None:
         context, hooks, precision = self.context, self.hooks, self.precision
@@ -153,6 +156,9 @@ class Engine:
         if verdict.nonfinite and not self._warned_nonfinite:
             self._warned_nonfinite = True
             context.say(f"warning: the loss is not finite at step {step.number}")
+        looked_at = self.precision.scales_loss and verdict.weight > 0 and not step.vetoed
+        if looked_at and (note := self.precision.watch(applied=step.applied)):
+            context.say(note)
         if verdict.skipped:
             self.outbox.add("skipped", verdict.skipped / self.world.size, "sum")
 
@@ -165,16 +171,21 @@ class Engine:
         values = {"train/loss": self._loss_sum / self.counted} if self.counted else {}
         self._loss_sum = self.counted = 0.0
         self._means.add(SECONDS_METRIC, self.clock.seconds, 1)
-        values |= self._means.agree(context.comm)
+        mark = self.replicas.mark(context.progress.step)
+        values |= self._means.agree(context.comm, mark)
         for name, (total, weight) in self._means.pairs.items():
             if name.startswith("train/"):
                 sums = self.epoch_sums.setdefault(name, [0.0, 0.0])
                 self.epoch_sums[name] = [sums[0] + total, sums[1] + weight]
+        if self._means.parted and (note := self.replicas.tell(f"at step {context.progress.step}")):
+            context.say(note)
         if straggler := self.clock.compare(values.pop(SECONDS_METRIC)):
             context.say(f"warning: {straggler}")
         if values:
             values |= self._learning_rates()
             values |= self.precision.values()
+            if self.precision.scales_loss:  # some steps are not applied
+                values["updates"] = context.progress.updates
         return values
 
     def _learning_rates(self) -> dict[str, float]:
@@ -337,6 +348,7 @@ def take_model(
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("no parameter of the model requires a gradient: nothing to train")
+    own_memory(model)
     model = strategy.prepare_model(model.to(world.device), world)
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(model)
     notes = [note] if (note := note_of(lacking(made, model))) else []

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dtrain.errors import LossError
+
 Factor = float | Tensor
+
+_MANY_OVERFLOWS = 10  # in a row: more than the search for a first scale takes
+_LEAST_SCALE = 1e-4  # as fairseq's ``--min-loss-scale``
 
 
 class Precision:
@@ -45,6 +50,10 @@ class Precision:
 
     def skip(self) -> None:
         """Ends a step whose update is not applied; an overflow still adapts the scale."""
+
+    def watch(self, *, applied: bool) -> str:
+        """Is told what became of a step; returns what to tell the user, or nothing."""
+        return ""
 
     def values(self) -> dict[str, float]:
         """Returns figures worth reporting."""
@@ -84,6 +93,8 @@ class ScaledAutocast(Autocast):
     ) -> None:
         super().__init__(device_type, dtype)
         self._scaler = _Scaler(device_type, init_scale=init_scale, growth_interval=growth_interval)
+        self._overflows = 0  # in a row
+        self._least_scale = min(_LEAST_SCALE, init_scale * _LEAST_SCALE)
 
     def scale(self, loss: Tensor) -> Tensor:
         return self._scaler.scale(loss)
@@ -115,8 +126,30 @@ class ScaledAutocast(Autocast):
     def skip(self) -> None:
         self._scaler.update()
 
+    def watch(self, *, applied: bool) -> str:
+        self._overflows = 0 if applied else self._overflows + 1
+        if self._overflows < _MANY_OVERFLOWS:
+            return ""
+        scale = self.values()["loss_scale"]  # waits for the device, which is no loss here
+        if self._overflows > _MANY_OVERFLOWS:
+            return ""
+        return (
+            f"warning: in {self._overflows} steps in a row the {self.name} gradients overflowed, "
+            f"so that none of these was applied; the loss scale is {scale:g} now, and below "
+            f"{self._least_scale:g} the run ends. If the loss or a gradient is NaN or infinite by "
+            "itself, NonFiniteGuard and bf16 help to find it."
+        )
+
     def values(self) -> dict[str, float]:
-        return {"loss_scale": self._scaler.get_scale()}
+        scale = float(self._scaler.get_scale())
+        if scale < self._least_scale:
+            raise LossError(
+                f"the loss scale has fallen to {scale:g}: gradients in {self.name} are NaN or "
+                f"infinite at any scale (in the last {self._overflows} steps in a row), and no "
+                "such step is applied. Look for the cause in bf16 or full precision, where "
+                "NonFiniteGuard names the module; or pass MixedPrecision('bf16')"
+            )
+        return {"loss_scale": scale}
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._scaler.state_dict())

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from dtrain.context import Progress, Step
 from dtrain.data import MicroBatches
-from dtrain.distributed import World, check_same_lines, digest_of, give_rank_0s
+from dtrain.distributed import World, check_same_lines, digest_of, give_rank_0s, tensors_of_state
 from dtrain.errors import ConfigError, DtrainError, UnusedParameters
 from dtrain.step.lane import Arriving, Heard, LaneSilent, Verdict
 from dtrain.step.micro_step import MicroStep
@@ -41,7 +41,7 @@ class Strategy(ABC):
 
     def make_equal(self, model: nn.Module, world: World) -> bool:
         """Gives all ranks rank 0's tensors; says if any differed here. Ranks: all, communicates."""
-        return give_rank_0s(model.state_dict().values(), world)
+        return give_rank_0s(tensors_of_state(model), world)
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
         """Takes what is to be run in each micro-step. Ranks: all, communicates."""
@@ -89,7 +89,8 @@ class Strategy(ABC):
         changed, added = comm.all_reduce("what changed", mine, "max").tolist()
         if not changed:
             return
-        if added and comm.vote("new ones differ", give_rank_0s(step.model.parameters(), world)):
+        params = dict(step.model.named_parameters())
+        if added and comm.vote("new ones differ", give_rank_0s(params, world)):
             step.context.say(
                 "note: parameters that were added differed between ranks, which draw random "
                 "numbers of their own; all have rank 0's now"

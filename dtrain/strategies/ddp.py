@@ -31,8 +31,8 @@ _GRAD = attrgetter("grad")
 class DDP(Strategy):
     """Reduces gradients with DistributedDataParallel. In a world of one it wraps nothing.
 
-    Buffers (such as BatchNorm's running statistics) are not sent in each step; rank 0's go
-    to all ranks before an evaluation and before a checkpoint.
+    Buffers (such as BatchNorm's running statistics) are not sent in each step; rank 0's go to all
+    ranks before an evaluation and a checkpoint, at the end, and with reports where they differ.
 
     Args:
         find_unused_parameters: set it where a step may leave parameters without gradient.

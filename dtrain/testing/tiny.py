@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from dtrain.callback import Callback
 from dtrain.context import Context, Loss, Step
 from dtrain.data import Data
-from dtrain.distributed import init
+from dtrain.distributed import init, tensors_of_state
 from dtrain.plan import FitResult
 from dtrain.sinks import Sink
 from dtrain.trainer import Trainer
@@ -103,7 +103,7 @@ def tiny_fit(
     )
     fit |= {"batch_size": batch_size, "max_steps": steps, "epochs": epochs}
     result = trainer.fit(data, eval_set=data if evaluate else None, **fit)
-    weights = {name: t.detach().clone() for name, t in trainer.model.state_dict().items()}
+    weights = {n: t.detach().clone() for n, t in tensors_of_state(trainer.model).items()}
     return TinyFit(result, losses, applied, weights)
 
 

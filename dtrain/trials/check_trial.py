@@ -14,7 +14,7 @@ from dtrain.callbacks import GradientAccumulation, Mixup
 from dtrain.checkpoint import CheckpointSlot
 from dtrain.context import Context, Step
 from dtrain.data import AccumulationSlot, Data
-from dtrain.distributed import World, seed_everything
+from dtrain.distributed import World, seed_everything, tensors_of_state
 from dtrain.plan import FitResult, Plan
 from dtrain.step import PrecisionSlot, adapt
 from dtrain.trainer import Trainer
@@ -82,7 +82,7 @@ class CheckTrial(Trial):
         setup, model = self.setup, given["model"]
         if setup.double:
             model.double()  # in place: an optimizer that holds the parameters still does
-        self.record.given_model = of.digest_of_tensors(model.state_dict())
+        self.record.given_model = of.digest_of_tensors(tensors_of_state(model))
         self._rank = world.rank
         self._loss_fn = adapt(given["loss_fn"])
         seed = given.get("seed")
@@ -99,6 +99,7 @@ class CheckTrial(Trial):
             "callbacks": [*callbacks, _Last(self)],
             "sinks": [],
             "hang_after_s": None,  # a check has a time limit, and says where ranks were
+            "check_ranks": False,  # it compares them itself, and tells more
             # Callbacks may want a place for their files; it is not the user's.
             "run_dir": None if given.get("run_dir") is None else self.folder / "run",
         }
