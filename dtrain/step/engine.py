@@ -21,7 +21,7 @@ from dtrain.distributed import (
     check_same_model,
     share_buffers,
 )
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, DataError
 from dtrain.metrics import Means
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Verdict
@@ -157,7 +157,13 @@ class Engine:
             means.drop()  # of an evaluation that failed
             with torch.no_grad(), _eval_mode(context.model):
                 self._evaluate_set(feed, label, means)
-            metrics |= means.agree(context.comm)
+            if not (figures := means.agree(context.comm)):
+                raise DataError(
+                    f"the evaluation ({label}) weighs nothing: no rank's data gave a batch (a "
+                    "generator gives its batches once: pass an object whose __iter__ begins anew), "
+                    "or every loss had weight 0"
+                )
+            metrics |= figures
         return metrics
 
     def _evaluate_set(self, feed: Feed, label: str, means: Means) -> None:
@@ -173,7 +179,7 @@ class Engine:
                     fetched = None if ended else micro_batches.next()
                 except EndOfStream:
                     fetched, ended = None, True
-                if fetched is not None:
+                if fetched is not None and fetched[0] is not None:
                     step.batch, step.samples = fetched
                     activity.enter(EVAL_LOSS_FN)
                     comm.serve_gathers(self._eval_gathers)
@@ -188,7 +194,11 @@ class Engine:
                     for name, value in loss.metrics.items():
                         means.add(f"{label}/{name}", value, loss.weight)
                     self.hooks.fire(Callback.on_eval_batch, context, step)
+                    del returned, loss
+                del fetched
                 done = self._eval_gathers.finish(completed=step.loss is not None, ended=ended)
+                # Let go of, before the next batch is made: it may be as large as memory allows.
+                step.batch = step.loss = None
                 activity.end_lap(EVALUATION)
             # Where loss functions gather, a rank whose stream has ended waits for the others.
             if ended and all(one.ended for one in done):

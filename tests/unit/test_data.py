@@ -437,7 +437,10 @@ def test_workers_leave_with_their_feed() -> None:
     gc.disable()
     before = set(active_children())
     try:
-        feed = MapFeed(Data(numbers(12), 4, num_workers=2), world(), whole, SEED)
+        rows(MapFeed(Data(numbers(12), 4, num_workers=2), world(), whole, SEED))
+        assert set(active_children()) <= before  # with each epoch, by default
+        data = Data(numbers(12), 4, num_workers=2, persistent_workers=True)
+        feed = MapFeed(data, world(), whole, SEED)
         rows(feed)
         assert len(set(active_children()) - before) == 2
         del feed
@@ -617,7 +620,7 @@ def test_the_end_of_a_stream_is_told_each_time() -> None:
     "batch",
     [
         torch.ones(5, 2),
-        [torch.ones(5), torch.ones(1)],
+        [torch.ones(5), torch.ones(5, 1), torch.tensor(3.0)],
         {"x": (torch.ones(5),), "name": ["a"]},
         {"name": ["a", "b", "c", "d", "e"], "x": torch.ones(5)},  # the tensor comes last
     ],
