@@ -232,8 +232,8 @@ def as_order(given: Any) -> Order:
     name = type(given).__name__
     if isinstance(given, Sampler):
         raise ConfigError(
-            f"order={name}: torch's samplers draw from a generator that ranks do not share, and a "
-            f"resumed run cannot begin in the middle of one. {_instead_of(given)}"
+            f"order={name}: {_instead_of(given)}. (A sampler draws from a generator that ranks do "
+            "not share, and cannot begin in the middle, as a resumed run does)"
         )
     if not (callable(getattr(given, "indices", None)) and hasattr(given, "__len__")):
         raise ConfigError(
@@ -248,22 +248,22 @@ def _instead_of(sampler: Sampler[Any]) -> str:
     """Says what to pass instead of one of torch's samplers."""
     kind, size = type(sampler).__name__, getattr(sampler, "num_samples", None)
     if kind == "WeightedRandomSampler" and getattr(sampler, "replacement", True):
-        return f"Pass order=dtrain.data.Weighted(sampler.weights, seed=0, length={size})"
+        return f"pass order=dtrain.data.Weighted(sampler.weights, seed=0, length={size})"
     if kind == "SubsetRandomSampler":
         return (
-            "Pass torch.utils.data.Subset(dataset, sampler.indices) as the dataset, and no order: "
+            "pass torch.utils.data.Subset(dataset, sampler.indices) as the dataset, and no order: "
             "it is shuffled anew in each epoch"
         )
     if kind == "RandomSampler" and not getattr(sampler, "replacement", False):
-        return "Leave it out: samples are shuffled anew in each epoch"
+        return "leave it out: samples are shuffled anew in each epoch"
     if kind == "SequentialSampler":
-        return "Pass shuffle=False instead"
+        return "pass shuffle=False instead"
     if kind == "DistributedSampler":
-        return "Leave it out: each rank gets its share of every batch"
+        return "leave it out: each rank gets its share of every batch"
     if kind == "BatchSampler":
-        return "Batches are made by batch_size; order is that of single rows"
+        return "leave it out: batches are made by batch_size, of an order of single rows"
     return (
-        "Pass an object with __len__ and indices(epoch, start, stop), or list(sampler) for the "
+        "pass an object with __len__ and indices(epoch, start, stop), or list(sampler) for the "
         "same rows in every epoch"
     )
 
