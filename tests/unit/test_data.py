@@ -907,6 +907,7 @@ def test_workers_hold_the_users_dataset(persistent: bool) -> None:
     assert len({*seeds}) == (2 if persistent else 4)
 
 
+@pytest.mark.slow
 def test_workers_are_started_as_asked() -> None:
     data = Data(InWorkers(), 4, num_workers=1, multiprocessing_context="spawn")
     ((((_, _, epoch), _),),) = take(MapFeed(data, world(), whole, 0))
