@@ -74,8 +74,8 @@ def tell_epoch(data: Any, epoch: int) -> None:
         tell(epoch)
         return
     several = getattr(data, "datasets", None)  # as in a ConcatDataset
-    for inner in (getattr(data, "dataset", None), *(several if type(several) is list else ())):
-        if inner is not None:
+    for inner in [getattr(data, "dataset", None), *(several if type(several) is list else [])]:
+        if inner is not None and inner is not data:
             tell_epoch(inner, epoch)
 
 
