@@ -53,18 +53,17 @@ class MapFeed(Feed):
         self._device = world.device
         # Not of this rank: which one has a sample must not matter.
         of_samples = derive_seed(seed, _SAMPLE_STREAM) if data.seed_samples else None
-        self._measure()
-        self._tasks = _Tasks(
-            self._shares, derive_seed(seed, _WORKER_STREAM, world.rank), of_samples
-        )
         self._fetcher = _Fetcher(data.dataset, data.collate_fn, data.count)
+        self._measure()
+        seed_of_rank = derive_seed(seed, _WORKER_STREAM, world.rank)
+        self._tasks = _Tasks(self._shares, seed_of_rank, of_samples)
         self._loader: DataLoader[Any] | None = None
 
     def __str__(self) -> str:
         return f"{self.samples} samples in batches of {self._shares.batch_size}"
 
     def _measure(self) -> None:
-        """Looks how long dataset and order are: a callback, or ``set_epoch``, may change that."""
+        """Takes dataset and order as they are now: a callback or ``set_epoch`` may change them."""
         data, world = self._data, self._world
         assert data.batch_size is not None
         order, size = data.positions(self._seed), data.batch_size
@@ -72,17 +71,23 @@ class MapFeed(Feed):
         of = len(data.dataset)
         self._shares = Shares(order, self.samples, size, world.rank, world.size, self._split, of)
         self.steps_per_epoch = self._shares.steps
+        fetcher = self._fetcher
+        fetcher.dataset, fetcher.collate, fetcher.count = data.dataset, data.collate_fn, data.count
 
     def begin(self, epoch: int) -> None:
         """Tells the dataset of ``epoch``, and looks how long it is. Ranks: all, communicates."""
         tell_epoch(self._data.dataset, epoch)
         self._tasks.told = self._fetcher.told = epoch
         self._measure()
-        everyones = self._world.comm.all_gather("samples of an epoch", torch.tensor(self.samples))
+        mine = torch.tensor([self.samples, self._shares.batch_size])
+        everyones = self._world.comm.all_gather("samples of an epoch", mine)
         if (everyones != everyones[0]).any():
+            told = (
+                f"{n} in batches of {size} on rank {i}" for i, (n, size) in enumerate(everyones)
+            )
             raise RankMismatch(
-                f"ranks have data of other lengths in epoch {epoch}: {everyones.tolist()} samples, "
-                "by rank. Change a dataset or its order alike on all of them."
+                f"ranks have other numbers of samples in epoch {epoch}: {', '.join(told)}. Change "
+                "a dataset or its order alike on all of them."
             )
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:

@@ -375,7 +375,7 @@ def test_an_order_that_grows_on_one_rank_is_told_to_all():
 
     for found, words in errors(grow):
         assert found is RankMismatch
-        assert "data of other lengths in epoch 1: [4, 8] samples, by rank" in words
+        assert "epoch 1: 4 in batches of 2 on rank 0, 8 in batches of 2 on rank 1. Change" in words
 
 
 # ----------------------------------------------------------------------------- failures, and words

@@ -914,6 +914,17 @@ def test_workers_are_started_as_asked() -> None:
     assert epoch.tolist() == [-1] * 4  # told of none in an evaluation
 
 
+def test_data_that_a_callback_exchanged_are_taken() -> None:
+    data = Data(numbers(4), 4, shuffle=False)
+    feed = MapFeed(data, world(), whole, 0)
+    data.dataset, data.collate_fn = numbers(5), lambda samples: torch.stack([s[0] for s in samples])
+    feed.begin(1)
+    assert [batch.tolist() for micros in take(feed, 1) for batch, _ in micros] == [
+        [0, 1, 2, 3],
+        [4],
+    ]
+
+
 def test_workers_that_do_not_stay_see_a_changed_dataset() -> None:
     for persistent, expected in ((False, 7.0), (True, 0.0)):
         dataset = numbers(4)
