@@ -46,7 +46,7 @@ def count_ready(batch: Any, count: Count | None) -> int:
 
     Raises DataError where they have not all the same, or there is none.
     """
-    if count is not None and batch is not None:
+    if count is not None and (batch is not None or _counts_none(count)):
         return _told(count, batch)
     lengths = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim()}
     if len(lengths) == 1:
@@ -69,12 +69,11 @@ def count_made(batch: Any, given: int, count: Count | None) -> int:
     Raises DataError otherwise: some may have been left out, or what was counted was none.
     """
     if batch is None:
-        if not given:
+        if not given or (count is not None and _counts_none(count)):
             return 0
         raise DataError(
-            f"collate_fn returned None for {given} samples: does it lack a `return`? To leave a "
-            "micro-batch out, ask for ctx.request.skip(why) in on_batch, or return "
-            "Loss(..., weight=0)"
+            f"collate_fn returned None for {given} samples: does it lack a `return`? Where it "
+            "may leave all of them out, pass Data(..., count=...), a function that makes 0 of None"
         )
     if count is not None:
         return _told(count, batch)
@@ -88,6 +87,14 @@ def count_made(batch: Any, given: int, count: Count | None) -> int:
         f"({_shapes_of(batch) or 'no tensor'}), in which they cannot be counted: some may have "
         f"been left out, or they do not lie in the first dimension. {_ASK[0].upper()}{_ASK[1:]}"
     )
+
+
+def _counts_none(count: Count) -> bool:
+    """Says whether the user's function knows that a batch may be None: nothing left."""
+    try:
+        return count(None) == 0
+    except (TypeError, AttributeError):
+        return False
 
 
 def _readings(value: Any, *, lists: bool) -> set[int] | None:

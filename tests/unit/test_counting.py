@@ -136,8 +136,13 @@ def test_what_does_not_show_is_asked_for(name: str) -> None:
 
 def test_no_batch_is_right_only_where_no_sample_is_left() -> None:
     assert count_made(None, 0, None) == 0
-    with pytest.raises(DataError, match="None for 4 samples: does it lack a `return`"):
-        count_made(None, 4, None)
+    assert count_made(None, 4, lambda batch: 0 if batch is None else len(batch)) == 0
+    assert count_ready(None, lambda batch: 0 if batch is None else len(batch)) == 0
+    for count in (None, len, lambda batch: batch.size(0), lambda batch: 4):
+        with pytest.raises(DataError, match="None for 4 samples: does it lack a `return`"):
+            count_made(None, 4, count)
+        with pytest.raises(DataError, match="yielded NoneType without"):
+            count_ready(None, count)
 
 
 def test_a_dataclass_is_looked_into_and_moved(monkeypatch: pytest.MonkeyPatch) -> None:
