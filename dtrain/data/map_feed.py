@@ -71,6 +71,7 @@ class MapFeed(Feed):
         of = len(data.dataset)
         self._shares = Shares(order, self.samples, size, world.rank, world.size, self._split, of)
         self.steps_per_epoch = self._shares.steps
+        self._sizes, self._last_sizes = map(self._shares.sizes, (0, self._shares.steps - 1))
         fetcher = self._fetcher
         fetcher.dataset, fetcher.collate, fetcher.count = data.dataset, data.collate_fn, data.count
 
@@ -93,12 +94,10 @@ class MapFeed(Feed):
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
         """Yields the steps of ``epoch`` from ``first_step`` on."""
         self._measure()  # evaluations have no `begin`
-        shares = self._shares
         batches = self._batches(epoch, first_step)
-        whole = shares.sizes(0)  # of all steps but perhaps the last
-        for step in range(first_step, shares.steps):
-            last = step == shares.steps - 1
-            sizes, micros = shares.sizes(step) if last else whole
+        for step in range(first_step, self._shares.steps):
+            last = step == self._shares.steps - 1
+            sizes, micros = self._last_sizes if last else self._sizes
             yield _MapStep(micros, batches, iter(sizes), self._device)
 
     def _batches(self, epoch: int, first_step: int) -> Iterator[MicroBatch]:

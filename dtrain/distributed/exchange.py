@@ -44,7 +44,7 @@ class Failures:
     def describe(self, error: BaseException, where: str) -> Failure:
         """Says in words that can be sent what went wrong on this rank."""
         kind = type(error).__name__
-        message = "\n".join([str(error), *getattr(error, "__notes__", ())])
+        message = " ".join([str(error), *getattr(error, "__notes__", ())])
         return Failure(self.rank, self.host, where, self.step, kind, message, locate(error))
 
     def is_told(self, error: BaseException) -> bool:

@@ -258,7 +258,10 @@ def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
 
 def _is_nothing(weight: Number) -> bool:
     """Says whether a weight is 0. On the GPU it is waited for, but where else there is an error."""
-    return not (isinstance(weight, Tensor) and weight.numel() != 1) and float(weight) == 0
+    try:
+        return float(weight) == 0
+    except (TypeError, ValueError, RuntimeError):
+        return False  # not one number, which is told elsewhere
 
 
 def adapt(loss_fn: UserLoss) -> LossFn:
