@@ -124,6 +124,9 @@ class Loop:
         if not self.epoch_evaluated:
             with self.engine.together(Phase("the start of an epoch", slow=True)):
                 self.hooks.fire(Callback.on_epoch_start, context)
+                self.feed.begin(progress.epoch)
+                if changed := self.plan.take_length(progress, self.feed.steps_per_epoch):
+                    context.say(changed)
                 self.engine.strategy.refresh()  # a callback may have frozen or added something
             # Resumed from a checkpoint of an epoch's last step, there is none left to take.
             left = self.feed.epoch(progress.epoch, progress.step_in_epoch)

@@ -49,6 +49,23 @@ class Plan:
             totals.append(self.epochs * steps_per_epoch)
         return min(totals, default=None)
 
+    def take_length(self, progress: Progress, steps_per_epoch: int | None) -> str:
+        """Takes notice of how long the epoch is that begins; returns what to tell of a change."""
+        before = progress.steps_per_epoch
+        if steps_per_epoch is None or steps_per_epoch == before:
+            return ""
+        progress.steps_per_epoch = steps_per_epoch
+        totals = [] if self.max_steps is None else [self.max_steps]
+        if self.epochs is not None:
+            done = progress.step - progress.step_in_epoch
+            totals.append(done + (self.epochs - progress.epoch) * steps_per_epoch)
+        progress.total_steps = min(totals)
+        return (
+            f"note: epoch {progress.epoch} has {steps_per_epoch} steps, where {before} were "
+            "planned: the data, or their order, has another length now. Schedules keep the plan "
+            "that they were made for"
+        )
+
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -21,7 +21,7 @@ from dtrain.checkpoint import (
 )
 from dtrain.cluster import Deadline, Signals
 from dtrain.context import Context, Outbox, Progress, Request
-from dtrain.data import AccumulationSlot, Data, Feed, open_feed
+from dtrain.data import AccumulationSlot, Data, Feed, eval_sets, open_feed
 from dtrain.distributed import (
     Replicas,
     check_same_call,
@@ -192,7 +192,8 @@ class Trainer:
                 ranks; where ``train`` is a dataset.
             epochs: how many epochs the run has in all, those before a restart included.
             max_steps: how many global steps the run has in all.
-            eval_set: what to evaluate on, like ``train``; or a dict of several.
+            eval_set: what to evaluate on, like ``train``; or a dict of several (one of columns is
+                taken for one set where ``train`` has the same columns).
             eval_every: ``"epoch"``, or every so many steps.
             eval_first: evaluate before the first step, too.
             log_every: training figures are agreed and reported every so many steps.
@@ -243,7 +244,8 @@ class Trainer:
             with Signals(preempt), Deadline(preempt, active=self.world.is_main):
                 with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan, data = take()
-                    loop = self._assemble(plan, data, self._eval_feeds(eval_set, data.batch_size))
+                    evals = self._eval_feeds(eval_set, data.batch_size, data)
+                    loop = self._assemble(plan, data, evals)
                     self._begin(loop, data, dispatcher, resume)
                 loop.run()
                 with comm.lockstep("the end of fit"):
@@ -296,19 +298,14 @@ class Trainer:
     def _split(self, share: int) -> list[int]:
         return [share] if self._accumulation is None else self._accumulation.split(share)
 
-    def _eval_feeds(self, eval_set: Any, batch_size: int | None) -> dict[str, Feed]:
+    def _eval_feeds(
+        self, eval_set: Any, batch_size: int | None, train: Data | None = None
+    ) -> dict[str, Feed]:
         """Returns a feed for each evaluation set, by the prefix of its metrics."""
-        if eval_set is None:
-            return {}
-        sets = eval_set if isinstance(eval_set, Mapping) else {"": eval_set}
-        feeds: dict[str, Feed] = {}
-        for name, one in sets.items():
-            # An iterable of ready batches has no use for a batch size; a dataset needs one.
-            ready = isinstance(one, Data) or not hasattr(one, "__getitem__")
-            data = Data.of(one, None if ready else batch_size, shuffle=False)
-            label = f"eval/{name}" if name else "eval"
-            feeds[label] = open_feed(data, self.world, self._split)
-        return feeds
+        return {
+            f"eval/{name}" if name else "eval": open_feed(data, self.world, self._split)
+            for name, data in eval_sets(eval_set, batch_size, train).items()
+        }
 
     def _assemble(self, plan: Plan, data: Data, evals: dict[str, Feed]) -> Loop:
         context, engine, slot = self.context, self._engine, self._accumulation

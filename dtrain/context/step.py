@@ -27,8 +27,9 @@ class Loss:
         mean: 0-dim tensor with a gradient; a mean over ``weight`` units.
         weight: how many units (samples, tokens) the mean was over; a number or a 0-dim tensor.
             None means the samples of the micro-batch. With weight 0 nothing is contributed,
-            even if the mean is NaN. (A weight on the GPU is not read: there a mean that was
-            divided by 0 has a gradient of NaN all the same; :meth:`from_sum` has none.)
+            even if the mean is NaN or has no gradient. (A weight on the GPU is not read: there a
+            mean that was divided by 0 has a gradient of NaN all the same; :meth:`from_sum` has
+            none.)
         metrics: name to value: a number or 0-dim tensor that is a mean over the same units,
             a :class:`Mean`, or a torchmetrics object: made once, outside of the loss function,
             updated in it (``f1.update(logits, y)``), and handed over itself (``{"f1": f1}``). Each

@@ -1,11 +1,12 @@
 """What to train on, in which order, and who gets which part."""
 
-from dtrain.data.feed import EndOfStream, Feed, MicroBatches, tensors_of
+from dtrain.data.counting import tensors_of
+from dtrain.data.feed import EndOfStream, Feed, MicroBatches
 from dtrain.data.map_feed import fetch
 from dtrain.data.opening import open_feed
 from dtrain.data.order import Bucketed, Order, Sequential, Shuffled, Weighted
 from dtrain.data.shares import AccumulationSlot, split_share
-from dtrain.data.source import Data
+from dtrain.data.source import Data, eval_sets
 
 __all__ = [
     "AccumulationSlot",
@@ -18,6 +19,7 @@ __all__ = [
     "Sequential",
     "Shuffled",
     "Weighted",
+    "eval_sets",
     "fetch",
     "open_feed",
     "split_share",

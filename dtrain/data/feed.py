@@ -4,15 +4,20 @@ The loop runs by the plan of global steps. A rank whose share of a step is empty
 without micro-batches, and takes part idle.
 """
 
-from collections.abc import Iterator, Mapping
-from functools import cache
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-MicroBatch = tuple[Any, int]  # on the device, and its number of samples
+from dtrain.data.counting import tensors_of
+
+# On the device, and its number of samples. A batch of None has nothing left: all were left out.
+MicroBatch = tuple[Any, int]
 
 
 class EndOfStream(Exception):
@@ -37,6 +42,12 @@ class Feed(Protocol):
 
     steps_per_epoch: int | None  # None where nobody can know
 
+    def begin(self, epoch: int) -> None:
+        """Tells the data that an epoch of training begins, and looks how long it is now.
+
+        Raises RankMismatch where that is not equal on all ranks. Ranks: all, communicates.
+        """
+
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
         """Yields the steps of ``epoch`` from ``first_step`` on; a stream's without end."""
 
@@ -57,16 +68,29 @@ class Feed(Protocol):
         return ""
 
 
+def tell_epoch(data: Any, epoch: int) -> None:
+    """Calls ``set_epoch`` of what shuffles or augments by it: a dataset, or one that it wraps."""
+    if callable(tell := getattr(data, "set_epoch", None)):
+        tell(epoch)
+        return
+    several = getattr(data, "datasets", None)  # as in a ConcatDataset
+    for inner in [getattr(data, "dataset", None), *(several if type(several) is list else [])]:
+        if inner is not None and inner is not data:
+            tell_epoch(inner, epoch)
+
+
 def ship(batch: Any, device: torch.device) -> Any:
     """Returns a batch on the device; on CUDA the copy is on its way while the host goes on.
 
     There it has a stream of its own, beside what the device still computes for the step before.
     """
     if device.type != "cuda" or not _is_of_host(batch := pinned(batch)):
-        return send_to_device(batch, device, non_blocking=True)
+        if not is_dataclass(batch):
+            return send_to_device(batch, device, non_blocking=True)
+        return _sent(batch, device)
     beside, here = _stream_of_copies(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(beside):
-        shipped = send_to_device(batch, device, non_blocking=True)
+        shipped = _sent(batch, device)
     here.wait_stream(beside)
     for tensor in tensors_of(shipped):
         # Its memory belongs to the other stream, which may fill it again once it is let go of.
@@ -75,6 +99,25 @@ def ship(batch: Any, device: torch.device) -> Any:
 
 
 _stream_of_copies = cache(torch.cuda.Stream)  # one for each device
+
+
+def _sent(batch: Any, device: torch.device) -> Any:
+    if _is_plain_dataclass(batch):  # which accelerate leaves where it is
+        return _of_fields(batch, partial(_sent, device=device))
+    return send_to_device(batch, device, non_blocking=True)
+
+
+def _is_plain_dataclass(value: Any) -> bool:
+    return is_dataclass(value) and not (isinstance(value, Mapping) or hasattr(value, "to"))
+
+
+def _of_fields(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """Returns a copy of a dataclass with ``function`` of each field."""
+    made = copy.copy(batch)
+    for field in fields(batch):
+        if hasattr(batch, field.name):
+            object.__setattr__(made, field.name, function(getattr(batch, field.name)))  # if frozen
+    return made
 
 
 def _is_of_host(batch: Any) -> bool:
@@ -86,23 +129,17 @@ def _is_of_host(batch: Any) -> bool:
         return all(map(_is_of_host, batch.values()))
     if kind is Tensor:
         return bool(batch.device.type == "cpu" and batch.layout == torch.strided)
+    if _is_plain_dataclass(batch):
+        return all(_is_of_host(getattr(batch, field.name, None)) for field in fields(batch))
     return not hasattr(batch, "to")
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors of a batch: those in lists, tuples and mappings, too."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_of(part)
 
 
 def pinned(batch: Any) -> Any:
     """Returns a batch with its tensors in pinned memory; what is pinned already is not copied.
 
     From other memory, CUDA copies only after what the device was given before: the host would wait
-    for that. Looks into lists, tuples and dicts; all else is left as it is, and is then waited for.
+    for that. Looks into lists, tuples, dicts and dataclasses; all else is left as it is, and is
+    then waited for.
     """
     kind = type(batch)
     if isinstance(batch, Tensor):
@@ -112,4 +149,4 @@ def pinned(batch: Any) -> Any:
         return kind(pinned(part) for part in batch)
     if kind is dict:
         return {name: pinned(part) for name, part in batch.items()}
-    return batch
+    return _of_fields(batch, pinned) if _is_plain_dataclass(batch) else batch

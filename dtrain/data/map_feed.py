@@ -4,24 +4,42 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    Sampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+    get_worker_info,
+)
 
-from dtrain.data.feed import Feed, MicroBatch, MicroBatches, ship
-from dtrain.data.order import Indices, Sequential, Shuffled
+from dtrain.data.counting import Count, count_made
+from dtrain.data.feed import Feed, MicroBatch, MicroBatches, ship, tell_epoch
+from dtrain.data.order import Indices
 from dtrain.data.shares import Shares, Split
 from dtrain.data.source import Columns, Data, has_rows
 from dtrain.distributed import World, derive_seed, random_state_kept, seed_everything
+from dtrain.errors import DataError, RankMismatch
 
 _WORKER_STREAM, _SAMPLE_STREAM = 3, 5
 
 Collate = Callable[[list[Any]], Any] | None
 
-# The rows of a micro-batch, the seed of what is drawn for it, and perhaps one for each sample.
-_Task = tuple[list[int], int, list[int] | None]
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A micro-batch to fetch."""
+
+    rows: list[int]
+    seed: int  # of what is drawn for it
+    seeds: list[int] | None  # perhaps one for each sample
+    epoch: int | None  # of which the dataset is to be told
 
 
 class MapFeed(Feed):
@@ -31,41 +49,63 @@ class MapFeed(Feed):
     """
 
     def __init__(self, data: Data, world: World, split: Split, seed: int) -> None:
-        assert data.batch_size is not None
-        self._data = data
+        self._data, self._world, self._split, self._seed = data, world, split, seed
         self._device = world.device
-        if (order := data.order) is None:
-            length = len(data.dataset)
-            order = Shuffled(length, seed) if data.shuffle else Sequential(length)
-        self.samples = len(order) - len(order) % data.batch_size if data.drop_last else len(order)
-        self._shares = Shares(order, self.samples, data.batch_size, world.rank, world.size, split)
-        self.steps_per_epoch = self._shares.steps
-        self._tasks = _Tasks(
-            self._shares,
-            derive_seed(seed, _WORKER_STREAM, world.rank),
-            # Not of this rank: which one has a sample must not matter.
-            derive_seed(seed, _SAMPLE_STREAM) if data.seed_samples else None,
-        )
-        self._fetcher = _Fetcher(data.dataset, data.collate_fn)
+        # Not of this rank: which one has a sample must not matter.
+        of_samples = derive_seed(seed, _SAMPLE_STREAM) if data.seed_samples else None
+        self._fetcher = _Fetcher(data.dataset, data.collate_fn, data.count)
+        self._measure()
+        seed_of_rank = derive_seed(seed, _WORKER_STREAM, world.rank)
+        self._tasks = _Tasks(self._shares, seed_of_rank, of_samples)
         self._loader: DataLoader[Any] | None = None
 
     def __str__(self) -> str:
         return f"{self.samples} samples in batches of {self._shares.batch_size}"
 
+    def _measure(self) -> None:
+        """Takes dataset and order as they are now: a callback or ``set_epoch`` may change them."""
+        data, world = self._data, self._world
+        assert data.batch_size is not None
+        order, size = data.positions(self._seed), data.batch_size
+        self.samples = len(order) - len(order) % size if data.drop_last else len(order)
+        of = len(data.dataset)
+        self._shares = Shares(order, self.samples, size, world.rank, world.size, self._split, of)
+        self.steps_per_epoch = self._shares.steps
+        self._sizes, self._last_sizes = map(self._shares.sizes, (0, self._shares.steps - 1))
+        fetcher = self._fetcher
+        fetcher.dataset, fetcher.collate, fetcher.count = data.dataset, data.collate_fn, data.count
+
+    def begin(self, epoch: int) -> None:
+        """Tells the dataset of ``epoch``, and looks how long it is. Ranks: all, communicates."""
+        tell_epoch(self._data.dataset, epoch)
+        self._tasks.told = self._fetcher.told = epoch
+        self._measure()
+        mine = torch.tensor([self.samples, self._shares.batch_size])
+        everyones = self._world.comm.all_gather("samples of an epoch", mine)
+        if (everyones != everyones[0]).any():
+            told = (
+                f"{n} in batches of {size} on rank {i}" for i, (n, size) in enumerate(everyones)
+            )
+            raise RankMismatch(
+                f"ranks have other numbers of samples in epoch {epoch}: {', '.join(told)}. Change "
+                "a dataset or its order alike on all of them."
+            )
+
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
+        self._measure()  # evaluations have no `begin`
         batches = self._batches(epoch, first_step)
-        whole = self._shares.sizes(0)  # of all steps but perhaps the last
         for step in range(first_step, self._shares.steps):
             last = step == self._shares.steps - 1
-            sizes, micros = self._shares.sizes(step) if last else whole
+            sizes, micros = self._last_sizes if last else self._sizes
             yield _MapStep(micros, batches, iter(sizes), self._device)
 
-    def _batches(self, epoch: int, first_step: int) -> Iterator[Any]:
+    def _batches(self, epoch: int, first_step: int) -> Iterator[MicroBatch]:
         data = self._data
         if data.num_workers == 0 and not data.seed_samples:
             micros = self._shares.rows(epoch, first_step)
-            return (fetch(data.dataset, rows, data.collate_fn) for _, _, _, rows in micros)
-        self._tasks.begin = (epoch, first_step)
+            fetcher = self._fetcher
+            return (fetcher.fetch(rows) for _, _, _, rows in micros)
+        self._tasks.shares, self._tasks.begin = self._shares, (epoch, first_step)
         if data.num_workers == 0:
             return map(self._fetcher.fetch_here, self._tasks)
         if self._loader is None:
@@ -76,26 +116,31 @@ class MapFeed(Feed):
                 collate_fn=_as_it_is,
                 num_workers=data.num_workers,
                 prefetch_factor=data.prefetch,
-                persistent_workers=True,  # they stay for the next epoch
+                persistent_workers=data.persistent_workers,
                 pin_memory=self._device.type == "cuda",
                 # Of its own: starting workers must not draw from this rank's stream.
                 generator=torch.Generator(),
-                worker_init_fn=_outlive_signals,
+                worker_init_fn=partial(_start_worker, data.worker_init_fn),
+                multiprocessing_context=data.multiprocessing_context,
                 timeout=data.timeout_s,
             )
+        # For generators that a worker makes of its own: another one on each rank.
+        self._loader.generator.manual_seed(derive_seed(self._tasks.seed, epoch))
         return iter(self._loader)
 
 
 @dataclass(slots=True)
 class _MapStep(MicroBatches):
     micros: int
-    batches: Iterator[Any]
-    sizes: Iterator[int]
+    batches: Iterator[MicroBatch]
+    sizes: Iterator[int]  # samples that are fetched
     device: torch.device
 
     def next(self) -> MicroBatch | None:
-        size = next(self.sizes, None)
-        return None if size is None else (ship(next(self.batches), self.device), size)
+        if next(self.sizes, None) is None:
+            return None
+        batch, samples = next(self.batches)
+        return ship(batch, self.device), samples
 
 
 @dataclass(eq=False)
@@ -106,6 +151,7 @@ class _Tasks(Sampler[_Task]):
     seed: int  # what is drawn for a micro-batch depends on it, and on its place
     sample_seed: int | None  # the same for each sample, if each is to have a seed of its own
     begin: tuple[int, int] = (0, 0)  # epoch and step
+    told: int | None = None  # the epoch of training, of which workers' copies are told as well
 
     def __iter__(self) -> Iterator[_Task]:
         epoch, first_step = self.begin
@@ -114,7 +160,8 @@ class _Tasks(Sampler[_Task]):
             if self.sample_seed is not None:
                 positions = range(first, first + len(rows))
                 seeds = [derive_seed(self.sample_seed, epoch, at) for at in positions]
-            yield rows.tolist(), derive_seed(self.seed, epoch, step, micro), seeds
+            seed = derive_seed(self.seed, epoch, step, micro)
+            yield _Task(rows.tolist(), seed, seeds, self.told)
 
 
 @dataclass(eq=False)
@@ -126,31 +173,57 @@ class _Fetcher(Dataset[Any]):
 
     dataset: Any
     collate: Collate
+    count: Count | None
+    told: int | None = None  # the epoch that this copy of the dataset was told of
 
-    def __getitem__(self, task: _Task) -> Any:
-        rows, seed_of_all, seeds = task
-        if seeds is None:
-            seed_everything(seed_of_all)
-            return fetch(self.dataset, rows, self.collate)
+    def __getitem__(self, task: _Task) -> MicroBatch:
+        if task.epoch != self.told and get_worker_info() is not None:
+            assert task.epoch is not None
+            tell_epoch(self.dataset, task.epoch)  # a copy, which may have stayed since the last
+            self.told = task.epoch
+        if task.seeds is None:
+            seed_everything(task.seed)
+            return self.fetch(task.rows)
         samples: list[Any] = []
-        for row, seed in zip(rows, seeds, strict=True):
+        for row, seed in zip(task.rows, task.seeds, strict=True):
             seed_everything(seed)
             samples += _samples(self.dataset, [row])
-        return (self.collate or default_collate)(samples)
+        return self._made_of(samples, task.rows)
 
-    def fetch_here(self, task: _Task) -> Any:
+    def fetch_here(self, task: _Task) -> MicroBatch:
         """As a worker would; and the training's own random streams do not notice."""
         with random_state_kept():
             return self[task]
 
+    def fetch(self, rows: Sequence[int] | Indices) -> MicroBatch:
+        """Returns the batch of ``rows``, and its number of samples."""
+        plain = self.collate is None and self.count is None
+        if plain and (batch := fetch_whole(self.dataset, rows)) is not None:
+            return batch, len(rows)
+        rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
+        return self._made_of(_samples(self.dataset, rows), rows)
 
-def _outlive_signals(worker: int) -> None:
+    def _made_of(self, samples: Any, rows: Sequence[int]) -> MicroBatch:
+        batch = _collated(samples, rows, self.collate)
+        if self.collate is None and self.count is None:
+            return batch, len(rows)
+        # Samples that could not be read are often None, for collate_fn to leave out.
+        given = len(rows) - sum(one is None for one in samples if isinstance(samples, list))
+        return batch, count_made(batch, given, self.count)
+
+
+def _start_worker(of_the_user: Callable[[int], Any] | None, worker: int) -> None:
     """Lets a worker go on where a scheduler signals a whole job: its rank is to finish and save.
 
     TERM is left as torch has it: a rank that ends sends it to its workers.
     """
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    # The user's own dataset, which opens its files here; torch knows only what wraps it.
+    info: Any = get_worker_info()
+    object.__setattr__(info, "dataset", info.dataset.dataset)  # it is frozen
+    if of_the_user is not None:
+        of_the_user(worker)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -162,13 +235,64 @@ def fetch(dataset: Any, rows: Sequence[int] | Indices, collate: Collate) -> Any:
     if collate is None and (batch := fetch_whole(dataset, rows)) is not None:
         return batch
     rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
-    return (collate or default_collate)(_samples(dataset, rows))
+    return _collated(_samples(dataset, rows), rows, collate)
 
 
 def _samples(dataset: Any, rows: Sequence[int]) -> Any:
-    if hasattr(dataset, "__getitems__"):
-        return dataset.__getitems__(rows)
-    return [dataset[row] for row in rows]
+    if type(dataset) is Subset:  # an error names the row that the user knows
+        return _samples(dataset.dataset, [dataset.indices[row] for row in rows])
+    row: Any = rows
+    try:
+        if hasattr(dataset, "__getitems__"):
+            samples = dataset.__getitems__(rows)
+        else:
+            samples = []
+            for row in rows:
+                samples.append(dataset[row])
+    except StopIteration as end:
+        raise _no_end(end, row, dataset) from end
+    except Exception as error:
+        _tell_where(error, row, dataset)
+        raise
+    if isinstance(samples, list | tuple) and len(samples) != len(rows):
+        raise DataError(
+            f"{type(dataset).__name__}.__getitems__ gave {len(samples)} samples for {len(rows)} "
+            f"rows ({_shown(rows)})"
+        )
+    return samples
+
+
+def _collated(samples: Any, rows: Sequence[int], collate: Collate) -> Any:
+    collate = collate or default_collate
+    try:
+        return collate(samples)
+    except StopIteration as end:
+        raise _no_end(end, rows, collate) from end
+    except Exception as error:
+        _tell_where(error, rows, collate)
+        raise
+
+
+def _tell_where(error: Exception, rows: Any, source: Any) -> None:
+    """Adds to an error which samples it came from: to its words, where these are all it holds."""
+    where = f"(in {getattr(source, '__name__', type(source).__name__)}, {_shown(rows)})"
+    if type(error).__str__ is BaseException.__str__ and [type(arg) for arg in error.args] == [str]:
+        error.args = (f"{error.args[0]} {where}",)
+    else:
+        error.add_note(where)
+
+
+def _no_end(end: StopIteration, rows: Any, source: Any) -> DataError:
+    """Returns another error for one that would end the epoch without a word."""
+    error = DataError("StopIteration, which means an end and is no error of a sample's")
+    _tell_where(error, rows, source)
+    return error.with_traceback(end.__traceback__)
+
+
+def _shown(rows: Any) -> str:
+    if not isinstance(rows, list | tuple):
+        return f"sample {rows}"
+    return f"samples {', '.join(map(str, rows[:16]))}" + (" ..." if len(rows) > 16 else "")
 
 
 def fetch_whole(dataset: Any, rows: Sequence[int] | Indices) -> Any:
@@ -197,6 +321,8 @@ def _index(column: Any, chosen: torch.Tensor) -> torch.Tensor | None:
             with suppress(IndexError, RuntimeError):
                 return column.index_select(0, chosen)
         return column[chosen.to(column.device)]
+    if not isinstance(column, np.ndarray):
+        return None  # a list
     # Text and objects are collated one by one; so is what torch reads as another dtype, or not.
     if column.dtype.kind not in "biufc" or not column.dtype.isnative or column.dtype == np.uint64:
         return None

@@ -5,12 +5,14 @@ So it takes no memory, is the same at every world size, and begins anywhere in a
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.utils.data import Sampler
 
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, DataError
 
 Indices = NDArray[np.int64]
 
@@ -116,6 +118,7 @@ class Weighted(Pointwise):
         if length is not None and length < 1:
             raise ConfigError(f"Weighted(length={length}): must be 1 or more")
         super().__init__(len(array) if length is None else length)
+        self.samples = len(array)
         self._bounds = np.cumsum(array)
         self._last = int(np.flatnonzero(array)[-1])
         self._seed = seed
@@ -162,7 +165,8 @@ class Bucketed:
                 f"Bucketed(batch_size={batch_size}, window={window}): both must be 1 or more"
             )
         self._shuffled = Shuffled(len(self._lengths), seed)
-        self._batch_size = batch_size
+        self.samples = len(self._lengths)
+        self.batch_size = batch_size
         self._window = window * batch_size
         self._seed = seed
         self._known = -1, -1, np.empty(0, dtype=np.int64)  # a window of an epoch, and its samples
@@ -185,10 +189,100 @@ class Bucketed:
         rows = self._shuffled.indices(epoch, first, min(first + self._window, len(self)))
         random = np.random.default_rng([self._seed, epoch, _BATCHES, number])
         # A ragged batch must stay the epoch's last; its samples are no longer or shorter ones.
-        whole = len(rows) - len(rows) % self._batch_size
+        whole = len(rows) - len(rows) % self.batch_size
         batches = rows[:whole][np.argsort(self._lengths[rows[:whole]], kind="stable")]
-        batches = random.permutation(batches.reshape(-1, self._batch_size))
+        batches = random.permutation(batches.reshape(-1, self.batch_size))
         return np.concatenate((random.permuted(batches, axis=1).ravel(), rows[whole:]))
+
+
+class Listed(Pointwise):
+    """The same rows in every epoch, one after another as they are listed."""
+
+    def __init__(self, rows: ArrayLike) -> None:
+        try:
+            array = np.asarray(rows)
+        except ValueError:  # lists of several lengths
+            array = np.empty((0, 0))
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise ConfigError(
+                f"order=[...]: a list of whole numbers, the rows of the dataset; got shape "
+                f"{list(array.shape)} of {array.dtype}. Batches are made of it by batch_size"
+            )
+        super().__init__(len(array))
+        self.rows = array.astype(np.int64)
+
+    def at(self, epoch: int, positions: Indices) -> Indices:
+        """Returns what is listed at ``positions``."""
+        rows: Indices = self.rows[positions]
+        return rows
+
+
+def as_order(given: Any) -> Order:
+    """Returns what was given as ``order=``: a list of rows as :class:`Listed`, an order as it is.
+
+    Raises ConfigError for anything else, with what to pass instead.
+    """
+    if isinstance(given, list | tuple | range | np.ndarray | Tensor):
+        return Listed(given)
+    name = type(given).__name__
+    if isinstance(given, Sampler):
+        raise ConfigError(
+            f"order={name}: {_instead_of(given)}. (A sampler draws from a generator that ranks do "
+            "not share, and cannot begin in the middle, as a resumed run does)"
+        )
+    if not (callable(getattr(given, "indices", None)) and hasattr(given, "__len__")):
+        raise ConfigError(
+            f"order={name}: pass a list of rows, or an object with __len__ and indices(epoch, "
+            "start, stop), such as dtrain.data.Weighted or Bucketed"
+        )
+    order: Order = given
+    return order
+
+
+def _instead_of(sampler: Sampler[Any]) -> str:
+    """Says what to pass instead of one of torch's samplers."""
+    kind, size = type(sampler).__name__, getattr(sampler, "num_samples", None)
+    if kind == "WeightedRandomSampler" and getattr(sampler, "replacement", True):
+        return f"pass order=dtrain.data.Weighted(sampler.weights, seed=0, length={size})"
+    if kind == "SubsetRandomSampler":
+        return (
+            "pass torch.utils.data.Subset(dataset, sampler.indices) as the dataset, and no order: "
+            "it is shuffled anew in each epoch"
+        )
+    if kind == "RandomSampler" and not getattr(sampler, "replacement", False):
+        return "leave it out: samples are shuffled anew in each epoch"
+    if kind == "SequentialSampler":
+        return "pass shuffle=False instead"
+    if kind == "DistributedSampler":
+        return "leave it out: each rank gets its share of every batch"
+    if kind == "BatchSampler":
+        return "leave it out: batches are made by batch_size, of an order of single rows"
+    return (
+        "pass an object with __len__ and indices(epoch, start, stop), or list(sampler) for the "
+        "same rows in every epoch"
+    )
+
+
+def check_rows(given: Any, asked: int, samples: int, order: Order) -> Indices:
+    """Returns rows that an order gave; raises DataError where they are not those asked for."""
+    rows, name = np.asarray(given), type(order).__name__
+    if rows.ndim != 1 or len(rows) != asked:
+        got = len(rows) if rows.ndim == 1 else f"shape {list(rows.shape)}"
+        raise DataError(f"the order ({name}) was asked for {asked} rows and gave {got}")
+    if not asked:
+        return rows.astype(np.int64)
+    if rows.dtype.kind not in "iu":
+        raise DataError(
+            f"the order ({name}) gave rows that are no whole numbers: {rows.dtype}, such as "
+            f"{rows[0]}"
+        )
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= samples:
+        raise DataError(
+            f"the order ({name}) gave row {low if low < 0 else high}; the dataset has {samples} "
+            f"samples, 0 to {samples - 1}"
+        )
+    return rows.astype(np.int64, copy=False)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from dtrain.data.order import Indices, Order, Pointwise
+from dtrain.data.order import Indices, Order, Pointwise, check_rows
 
 Split = Callable[[int], list[int]]  # from a rank's share to the sizes of its micro-batches
 
@@ -55,6 +55,7 @@ class Shares:
     rank: int
     size: int  # how many ranks there are
     split: Split
+    dataset_length: int  # rows are below it
 
     @property
     def steps(self) -> int:
@@ -90,7 +91,8 @@ class Shares:
             # A user's own: asked only for what comes next.
             for step in range(first_step, self.steps):
                 first, end = self.share(step)
-                yield step, first, np.asarray(order.indices(epoch, first, end), dtype=np.int64)
+                given = order.indices(epoch, first, end)
+                yield step, first, check_rows(given, end - first, self.dataset_length, order)
             return
         begin, at_once = first_step, _AT_FIRST
         while begin < self.steps:
@@ -98,7 +100,8 @@ class Shares:
             steps = range(begin, min(begin + min(count, _STEPS_AT_MOST), self.steps))
             shares = [self.share(step) for step in steps]
             positions = np.concatenate([np.arange(*share, dtype=np.int64) for share in shares])
-            rows, done = order.at(epoch, positions), 0
+            given, done = order.at(epoch, positions), 0
+            rows = check_rows(given, len(positions), self.dataset_length, order)
             for step, (first, end) in zip(steps, shares, strict=True):
                 yield step, first, rows[done : done + end - first]
                 done += end - first

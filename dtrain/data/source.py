@@ -6,9 +6,20 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from dtrain.data.order import Order
+from dtrain.data.counting import Count
+from dtrain.data.order import (
+    Bucketed,
+    Listed,
+    Order,
+    Sequential,
+    Shuffled,
+    Weighted,
+    as_order,
+    check_rows,
+)
 from dtrain.errors import ConfigError, DataError
 
 WhenUneven = Literal["idle", "stop"]
@@ -19,9 +30,10 @@ class Data:
     """What to train on: a map-style dataset, or an iterable of ready batches.
 
     A map-style dataset (``__len__`` and ``__getitem__``) comes with a ``batch_size``; order,
-    sharding and resume are then exact. So does an array, or a dict or tuple of equally long arrays
-    or tensors, of each of which a sample has one row. An iterable yields ready batches, each rank
-    its own stream; one with ``state_dict`` and ``load_state_dict`` is resumed where it was.
+    sharding and resume are then exact. So does an array, or a dict or tuple of equally long arrays,
+    tensors or lists, of each of which a sample has one row. An iterable yields ready batches, each
+    rank its own stream; one with ``state_dict`` and ``load_state_dict`` is resumed where it was. At
+    the start of each epoch of training, a ``set_epoch(epoch)`` of either is called.
 
     Example::
 
@@ -33,12 +45,22 @@ class Data:
         shuffle: a new order in every epoch, the same at every world size.
         drop_last: leave out an epoch's last global batch if it is smaller than the others.
         collate_fn: makes a batch of a list of samples; torch's default if None.
+        count: from a batch to its number of samples, which is the default weight of its loss. Where
+            it shows (all tensors have it in their first dimension, and ``collate_fn`` was given as
+            many) it is counted, and otherwise an error asks for this.
         num_workers: loader processes of each rank; 0 loads in the training process, when a step
             needs its batch, so that samples may be made by the model as it is then.
         prefetch: micro-batches that each worker holds ready, 1 or more: workers hold copies of the
             dataset and fetch ahead.
+        persistent_workers: workers stay for the next epoch, and so do their copies of the dataset:
+            they see no change of it but ``set_epoch``.
+        worker_init_fn: called in each worker with its number, when it starts;
+            ``torch.utils.data.get_worker_info().dataset`` is its copy of the dataset.
+        multiprocessing_context: how workers are started, such as ``"spawn"``; torch's default if
+            None.
         order: your own order of samples, instead of ``shuffle``; such as
-            :class:`~dtrain.data.Weighted` or :class:`~dtrain.data.Bucketed`.
+            :class:`~dtrain.data.Weighted` or :class:`~dtrain.data.Bucketed`; or a list of rows, the
+            same in every epoch.
         seed_samples: a sample's random numbers (Python's, NumPy's and torch's) depend on nothing
             but the seed, the epoch and its position in it. So augmentation is the same at any world
             size, micro-batch size and number of workers, at some ten microseconds a sample.
@@ -58,9 +80,13 @@ class Data:
     shuffle: bool = True
     drop_last: bool = False
     collate_fn: Callable[[list[Any]], Any] | None = None
+    count: Count | None = None
     num_workers: int = 0
     prefetch: int = 2
-    order: Order | None = None
+    persistent_workers: bool = False
+    worker_init_fn: Callable[[int], Any] | None = None
+    multiprocessing_context: Any = None
+    order: Order | ArrayLike | None = None
     seed_samples: bool = False
     timeout_s: float = 300.0
     when_uneven: WhenUneven = "idle"
@@ -69,6 +95,8 @@ class Data:
         _refuse_loader(self.dataset, self.batch_size)
         if self.when_uneven not in get_args(WhenUneven):
             raise ConfigError(f"when_uneven={self.when_uneven!r}: one of {get_args(WhenUneven)}")
+        if self.count is not None and not callable(self.count):
+            raise ConfigError(f"count={self.count!r}: a function from a batch to its samples")
         if self.batch_size is None:
             self._check_stream()
         else:
@@ -97,6 +125,38 @@ class Data:
         """True for an iterable of ready batches."""
         return self.batch_size is None
 
+    def positions(self, seed: int) -> Order:
+        """Returns the order of samples, of an epoch as long as it is just now.
+
+        Raises ConfigError where an order is of another number of samples than the dataset has,
+        DataError where nothing is left.
+        """
+        samples, kind = len(self.dataset), type(self.dataset).__name__
+        if samples == 0:
+            raise DataError(f"the dataset ({kind}) is empty")
+        if self.order is None:
+            order: Order = Shuffled(samples, seed) if self.shuffle else Sequential(samples)
+        else:
+            order = as_order(self.order)
+        name, length = type(order).__name__, len(order)
+        if length == 0:
+            raise DataError(f"the order ({name}) is empty")
+        known = order.samples if isinstance(order, Weighted | Bucketed) else samples
+        if type(order) in (Sequential, Shuffled) and length > samples:
+            known = length
+        if known != samples:
+            raise ConfigError(
+                f"order={name}(...) is of {known} samples; the dataset ({kind}) has {samples}"
+            )
+        if isinstance(order, Listed):
+            check_rows(order.rows, length, samples, order)
+        if self.drop_last and self.batch_size is not None and length < self.batch_size:
+            raise DataError(
+                f"drop_last leaves nothing: the dataset has {length} samples, a batch "
+                f"{self.batch_size}"
+            )
+        return order
+
     def _check_stream(self) -> None:
         dataset, name = self.dataset, type(self.dataset).__name__
         map_style = isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset)
@@ -105,16 +165,27 @@ class Data:
                 f"{name} has samples, not ready batches: pass batch_size (the global batch, over "
                 "all ranks)"
             )
-        if not isinstance(dataset, Iterable):
+        columns = type(dataset) is tuple and _are_columns(dataset)
+        if columns or has_rows(dataset) or isinstance(dataset, Mapping):
+            raise ConfigError(
+                f"{name} is taken for a dataset here, of which each sample has one row: pass "
+                "batch_size (the global batch, over all ranks). Batches that are ready come in a "
+                "list, or another iterable"
+            )
+        if not isinstance(dataset, Iterable) or isinstance(dataset, str | bytes):
             raise DataError(
                 f"cannot train on {name}: neither a dataset (__len__ and __getitem__) nor an "
                 "iterable of batches"
             )
-        needs_samples = self.drop_last or self.collate_fn or self.num_workers or self.seed_samples
-        if self.order is not None or needs_samples:
+        of_samples = (
+            "order drop_last collate_fn num_workers persistent_workers worker_init_fn "
+            "multiprocessing_context seed_samples"
+        )
+        given = [one for one in of_samples.split() if getattr(self, one) is not getattr(Data, one)]
+        if given:
             raise ConfigError(
-                "order, drop_last, collate_fn, num_workers and seed_samples need a map-style "
-                "dataset; an iterable comes as ready batches"
+                f"{', '.join(given)}: only for a map-style dataset (with a batch_size); an "
+                "iterable comes as ready batches"
             )
 
     def _check_map_style(self, batch_size: int) -> None:
@@ -136,30 +207,28 @@ class Data:
             )
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s={self.timeout_s}: must be more than 0 seconds")
-        dataset, order, name = self.dataset, self.order, type(self.dataset).__name__
+        dataset, name = self.dataset, type(self.dataset).__name__
         indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         if not indexed or isinstance(dataset, IterableDataset):
             raise ConfigError(
                 f"batch_size={batch_size} needs a dataset with __len__ and __getitem__; {name} is "
                 "an iterable, which comes as ready batches: leave batch_size out"
             )
-        if len(dataset) == 0:
-            raise DataError(f"the dataset ({name}) is empty")
-        if order is not None and len(order) == 0:
-            raise DataError(f"the order ({type(order).__name__}) is empty")
-        length = len(dataset if order is None else order)
-        if self.drop_last and length < batch_size:
-            raise DataError(
-                f"drop_last leaves nothing: the dataset has {length} samples, a batch {batch_size}"
+        order = self.positions(0)
+        if isinstance(order, Bucketed) and order.batch_size != batch_size:
+            raise ConfigError(
+                f"order=Bucketed(batch_size={order.batch_size}) makes batches of that size; it is "
+                f"{batch_size} here (both mean the global batch)"
             )
 
 
 class Columns:
-    """A map-style dataset of equally long arrays: a sample is a dict or a tuple of their rows."""
+    """A map-style dataset of equally long columns: a sample is a dict or a tuple of their rows."""
 
     def __init__(self, given: Mapping[str, Any] | tuple[Any, ...]) -> None:
         self.names = tuple(given) if isinstance(given, Mapping) else None
-        self.columns = tuple(given.values()) if isinstance(given, Mapping) else given
+        columns = given.values() if isinstance(given, Mapping) else given
+        self.columns = tuple(map(_as_column, columns))
         lengths = [len(column) for column in self.columns]
         if len(set(lengths)) > 1:
             named = zip(self.names or range(len(lengths)), lengths, strict=True)
@@ -179,16 +248,61 @@ def has_rows(value: Any) -> bool:
     return type(value) in (np.ndarray, np.memmap, torch.Tensor) and value.ndim > 0
 
 
+def _are_columns(given: Any) -> bool:
+    """Says whether a dict or tuple is made of arrays, tensors and lists only."""
+    columns = given.values() if isinstance(given, Mapping) else given
+    return bool(given) and all(has_rows(column) or type(column) is list for column in columns)
+
+
+def _as_column(given: Any) -> Any:
+    """Returns a list of numbers, or of equally long lists of them, as a tensor; else as it is."""
+    if type(given) is not list or not given or not isinstance(given[0], int | float | list):
+        return given
+    try:
+        return torch.tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        return given  # lists of text, or of several lengths
+
+
 def _as_dataset(given: Any) -> Any:
-    """Returns a dict or a tuple of arrays as :class:`Columns`; anything else as it is.
+    """Returns a dict or a tuple of arrays or lists as :class:`Columns`; anything else as it is.
 
     A list stays a list of samples, also where these are arrays; a named tuple would lose its type.
     """
-    if type(given) in (dict, tuple) and given:
-        columns = given.values() if isinstance(given, dict) else given
-        if all(has_rows(column) for column in columns):
-            return Columns(given)
+    if type(given) in (dict, tuple) and _are_columns(given):
+        return Columns(given)
+    if isinstance(given, dict) and given and all(isinstance(name, str) for name in given):
+        kinds = ", ".join(f"{name!r} is {type(part).__name__}" for name, part in given.items())
+        raise DataError(
+            f"a dict of columns is made of arrays, tensors or lists, with a row a sample: {kinds}"
+        )
     return given
+
+
+def eval_sets(given: Any, batch_size: int | None, train: Data | None) -> dict[str, Data]:
+    """Returns what to evaluate on, by name; the name is empty where it is one set.
+
+    A dict is one of sets; or one set, of columns, where those of ``train`` have the same names.
+    """
+    if given is None:
+        return {}
+    sets = given if isinstance(given, Mapping) else {"": given}
+    if sets is given and _are_columns(given):
+        learnt = None if train is None else train.dataset
+        if isinstance(learnt, Columns) and {*given} == {*(learnt.names or ())}:
+            sets = {"": given}
+        elif any(map(has_rows, given.values())) and not has_rows(learnt):
+            raise ConfigError(
+                f"the dict to evaluate on may be one set, of the columns {', '.join(given)}, or "
+                "several sets of these names: pass dtrain.Data({...}, batch_size) for columns, "
+                "{'name': dtrain.Data(..., batch_size)} for sets"
+            )
+    found: dict[str, Data] = {}
+    for name, one in sets.items():
+        # An iterable of ready batches has no use for a batch size; a dataset needs one.
+        ready = isinstance(one, Data) or not hasattr(one, "__getitem__")
+        found[name] = Data.of(one, None if ready else batch_size, shuffle=False)
+    return found
 
 
 def _refuse_loader(dataset: Any, batch_size: int | None) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from dtrain.data.feed import EndOfStream, Feed, MicroBatch, MicroBatches, ship, tensors_of
+from dtrain.data.counting import Count, count_ready
+from dtrain.data.feed import EndOfStream, Feed, MicroBatch, MicroBatches, ship, tell_epoch
 from dtrain.data.source import Data
 from dtrain.distributed import World, random_state_kept, random_state_of_host, restore_random_state
-from dtrain.errors import CheckpointError, DataError, ResumeError
+from dtrain.errors import CheckpointError, ResumeError
 
 # After so many batches a stream is asked for its state; so many at most are skipped.
 MARK_EVERY = 16
@@ -52,12 +53,16 @@ class StreamFeed(Feed):
     def __str__(self) -> str:
         return f"a stream of each rank's own (when_uneven={self._data.when_uneven!r})"
 
+    def begin(self, epoch: int) -> None:
+        """Tells the stream of ``epoch``; its length is this rank's alone."""
+        tell_epoch(self._data.dataset, epoch)
+
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
         looks_ahead = self._data.when_uneven == "stop"
         loaded = self._loaded
         if loaded is not None and loaded["epoch"] == epoch:
             with random_state_kept():  # the streams of random numbers are where they were saved
-                current = self._go_on(loaded)
+                current = self._go_on(loaded, epoch)
                 if looks_ahead and first_step:
                     current.ends_before(first_step)
         else:
@@ -65,13 +70,15 @@ class StreamFeed(Feed):
             if loaded is not None and self._stateful is not None:
                 before = loaded
                 with random_state_kept():
-                    self._go_on(loaded).skip()  # ends that pass, as the saved run did
+                    # Ends that pass, as the saved run did.
+                    self._go_on(loaded, loaded["epoch"]).skip()
+                tell_epoch(self._data.dataset, epoch)
             current = self._begin(before)
             current.skip(first_step * self._batches_per_step)
         self._loaded, self._epoch, self._pass = None, epoch, current
         micros, device = self._batches_per_step, self._world.device
         for step in count(first_step):
-            yield _StreamStep(micros, step, current, device, looks_ahead)
+            yield _StreamStep(micros, step, current, device, looks_ahead, self._data.count)
 
     def _begin(self, before: dict[str, Any] | None) -> "_Pass":
         tell = begun = None
@@ -81,17 +88,18 @@ class StreamFeed(Feed):
             begun = random_state_of_host()
         return _Pass(iter(self._data.dataset), tell, before, begun)
 
-    def _go_on(self, place: dict[str, Any]) -> "_Pass":
-        """Returns the pass over the stream that the saved run was in the middle of."""
+    def _go_on(self, place: dict[str, Any], epoch: int) -> "_Pass":
+        """Returns the pass over the stream, of ``epoch``, that the saved run was in."""
         skip = place["skip"]
         if self._stateful is None:
             skip = place["batches"]
             if place["begun"] is not None:
                 restore_random_state(place["begun"])  # for a shuffle, and the seeds of workers
-        elif place["stream"] is not None:
+        elif place["stream"] is None and place["before"] is not None:
+            self._go_on(place["before"], epoch - 1).skip()
+        tell_epoch(self._data.dataset, epoch)
+        if self._stateful is not None and place["stream"] is not None:
             self._stateful.load_state_dict(place["stream"])
-        elif place["before"] is not None:
-            self._go_on(place["before"]).skip()
         current = self._begin(place["before"])
         current.begun, current.given = place["begun"], place["batches"] - skip
         current.skip(skip)
@@ -235,17 +243,12 @@ class _StreamStep(MicroBatches):
     current: _Pass
     device: torch.device
     looks_ahead: bool
+    count: Count | None
 
     def next(self) -> MicroBatch | None:
         self.current.begin(self.number)
         batch = self.current.next()
-        # The length of the first tensor that has one.
-        samples = next((part.shape[0] for part in tensors_of(batch) if part.dim()), None)
-        if samples is None:
-            raise DataError(
-                f"a stream yielded {type(batch).__name__} without a tensor in it, so its number of "
-                "samples is unknown; yield tensors, or lists or dicts of tensors"
-            )
+        samples = count_ready(batch, self.count)
         return ship(batch, self.device), samples
 
     def is_last(self) -> bool:

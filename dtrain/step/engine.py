@@ -24,7 +24,7 @@ from dtrain.distributed import (
     own_memory,
     share_buffers,
 )
-from dtrain.errors import ConfigError, LossError
+from dtrain.errors import ConfigError, DataError, LossError
 from dtrain.metrics import Means, with_added
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Verdict
@@ -266,7 +266,12 @@ class Engine:
                     f"the torchmetrics object {mixed[0]!r} holds batches of the training, too: "
                     "evaluate at an epoch's end, or with other objects (an eval_fn)"
                 )
-            found = means.agree(context.comm)
+            if not (found := means.agree(context.comm)):
+                raise DataError(
+                    f"the evaluation ({label}) weighs nothing: no rank's data gave a batch (a "
+                    "generator gives its batches once: pass an object whose __iter__ begins anew), "
+                    "or every loss had weight 0"
+                )
             if twice := ", ".join(sorted(metrics.keys() & found.keys())):
                 raise ConfigError(f"two figures of the evaluation are named {twice}")
             metrics |= found
@@ -285,7 +290,7 @@ class Engine:
                     fetched = None if ended else micro_batches.next()
                 except EndOfStream:
                     fetched, ended = None, True
-                if fetched is not None:
+                if fetched is not None and fetched[0] is not None:
                     step.batch, step.samples = fetched
                     activity.enter(EVAL_LOSS_FN)
                     comm.serve_gathers(self._eval_gathers)
@@ -300,7 +305,11 @@ class Engine:
                     for name, value in loss.metrics.items():
                         means.add(f"{label}/{name}", value, loss.weight)
                     self.hooks.fire(Callback.on_eval_batch, context, step)
+                    del returned, loss
+                del fetched
                 done = self._eval_gathers.finish(completed=step.loss is not None, ended=ended)
+                # Let go of, before the next batch is made: it may be as large as memory allows.
+                step.batch = step.loss = None
                 activity.end_lap(EVALUATION)
             # Where loss functions gather, a rank whose stream has ended waits for the others.
             if ended and all(one.ended for one in done):

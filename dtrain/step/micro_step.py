@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtrain.callback import Callback, Hooks
-from dtrain.context import Context, Loss, Step
+from dtrain.context import Context, Loss, Number, Step
 from dtrain.data import EndOfStream, MicroBatches
 from dtrain.distributed import DATA, FIRST_DATA
 from dtrain.errors import ConfigError, LossError
@@ -179,6 +179,8 @@ class MicroStep(nn.Module):
             step.batch, step.samples = fetched
             if step.micro == 0:
                 self.lane.say(Slot.FED)
+            if step.batch is None:
+                return None  # its samples were all left out
             request.skippable = True
             where = "on_batch"
             comm.activity.has_data(first=first)
@@ -278,11 +280,22 @@ def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
     if "loss" in loss.metrics:
         raise LossError("a metric is named 'loss', which is the loss itself; name it otherwise")
     if trains and not loss.mean.requires_grad:
+        if _is_nothing(loss.weight):
+            loss.weight = 0.0  # then it needs no gradient
+            return loss
         raise LossError(
             "the loss has no gradient: it was detached, made under no_grad, or does not "
             "depend on any parameter that requires one"
         )
     return loss
+
+
+def _is_nothing(weight: Number) -> bool:
+    """Says whether a weight is 0. On the GPU it is waited for, but where else there is an error."""
+    try:
+        return float(weight) == 0
+    except (TypeError, ValueError, RuntimeError):
+        return False  # not one number, which is told elsewhere
 
 
 def adapt(loss_fn: UserLoss) -> LossFn:

@@ -89,15 +89,15 @@ class SeededByIndex:
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
-        self._dataset, self._seed = dataset, seed
+        self.dataset, self._seed = dataset, seed
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
         with random_state_kept():
             seed_everything(derive_seed(self._seed, int(index)))
-            return self._dataset[index]
+            return self.dataset[index]
 
 
 def _bits(tensor: Tensor) -> bytes:

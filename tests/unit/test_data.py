@@ -4,6 +4,7 @@ import ast
 import gc
 import random
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -23,6 +24,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
     default_collate,
+    get_worker_info,
 )
 
 from dtrain.data import (
@@ -32,6 +34,7 @@ from dtrain.data import (
     Sequential,
     Shuffled,
     Weighted,
+    eval_sets,
     feed,
     fetch,
     split_share,
@@ -441,7 +444,10 @@ def test_workers_leave_with_their_feed() -> None:
     gc.disable()
     before = set(active_children())
     try:
-        feed = MapFeed(Data(numbers(12), 4, num_workers=2), world(), whole, SEED)
+        rows(MapFeed(Data(numbers(12), 4, num_workers=2), world(), whole, SEED))
+        assert set(active_children()) <= before  # with each epoch, by default
+        data = Data(numbers(12), 4, num_workers=2, persistent_workers=True)
+        feed = MapFeed(data, world(), whole, SEED)
         rows(feed)
         assert len(set(active_children()) - before) == 2
         del feed
@@ -621,7 +627,7 @@ def test_the_end_of_a_stream_is_told_each_time() -> None:
     "batch",
     [
         torch.ones(5, 2),
-        [torch.ones(5), torch.ones(1)],
+        [torch.ones(5), torch.ones(5, 1), torch.tensor(3.0)],
         {"x": (torch.ones(5),), "name": ["a"]},
         {"name": ["a", "b", "c", "d", "e"], "x": torch.ones(5)},  # the tensor comes last
     ],
@@ -716,3 +722,218 @@ def test_what_is_not_known_is_copied_where_it_is_used(
     streams = Streams(monkeypatch)
     ship([torch.ones(1), [odd]], torch.device("cuda", 0))
     assert streams.done == [("computes", "copies")]
+
+
+# ----------------------------------------------------------------------------- columns, or sets
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (torch.ones(6, 2), torch.ones(6)),
+        (np.ones(6), [0, 1] * 3),
+        ([[1.0, 2.0]] * 6, [0, 1] * 3),
+        {"x": torch.ones(6, 2), "y": torch.ones(6)},
+        {"x": [1] * 6},
+        torch.ones(6, 2),
+        np.ones((6, 2)),
+    ],
+)
+def test_arrays_without_a_batch_size_are_no_stream(given: Any) -> None:
+    with pytest.raises(ConfigError, match="each sample has one row: pass batch_size"):
+        Data(given)
+    assert len(Data(given, 2).dataset) == 6
+
+
+def test_columns_that_are_lists_are_rows_too() -> None:
+    data = Data(([[0.5, 1.5]] * 6, [0, 1] * 3), 4, shuffle=False).dataset
+    x, y = fetch(data, [1, 4], None)
+    assert (x.dtype, x.tolist(), y.tolist()) == (torch.float32, [[0.5, 1.5]] * 2, [1, 0])
+    data = Data({"text": list("abcdef"), "n": list(range(6)), "ids": [[1], [2, 3]] * 3}, 4).dataset
+    assert fetch(data, [1, 4], list) == [
+        {"text": "b", "n": 1, "ids": [2, 3]},
+        {"text": "e", "n": 4, "ids": [1]},
+    ]
+    pictures = Data({"x": [torch.full((2,), float(n)) for n in range(6)]}, 4).dataset
+    assert fetch(pictures, [1, 4], None)["x"].tolist() == [[1.0, 1.0], [4.0, 4.0]]
+    with pytest.raises(DataError, match="equally long: 0 6, 1 5"):
+        Data(([0] * 6, [0] * 5), 2)
+    with pytest.raises(DataError, match="'x' is ndarray, 'y' is tuple"):
+        Data({"x": np.ones(2), "y": (1, 2)}, 2)
+    assert len(Data(((1, 2), (3, 4), (5, 6)), 2).dataset) == 3  # a tuple of samples
+
+
+def test_which_dict_is_it() -> None:
+    x, y = torch.ones(6, 2), torch.zeros(6)
+    columns, lists = Data({"x": x, "y": y}, 2), Data({"x": [1] * 6}, 2)
+    (one,) = eval_sets({"y": y, "x": x}, 4, columns).items()
+    assert (one[0], one[1].batch_size, one[1].shuffle, len(one[1].dataset)) == ("", 4, False, 6)
+    assert [*eval_sets({"x": [1] * 3}, 4, lists)] == [""]
+    assert [*eval_sets({"a": x, "b": x}, 4, Data(x, 2))] == ["a", "b"]  # trained on an array, too
+    assert [*eval_sets({"a": columns, "b": numbers(3)}, 4, columns)] == ["a", "b"]
+    assert [*eval_sets({"a": [ones := torch.ones(2)], "b": [ones]}, None, None)] == ["a", "b"]
+    assert eval_sets(None, 4, columns) == {}
+    for train in (columns, Data(numbers(3), 2), None):
+        with pytest.raises(ConfigError, match=r"one set, of the columns x, z, or several.*Data\("):
+            eval_sets({"x": x, "z": y}, 4, train)
+
+
+# ----------------------------------------------------------------------------- samples that fail
+
+
+class Broken(Dataset):
+    """The sample 5 fails in one of several ways."""
+
+    def __init__(self, how: Any) -> None:
+        self.how = how
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, row: int) -> Tensor:
+        if row == 5:
+            raise self.how
+        return torch.tensor(float(row))
+
+
+def told(fn: Callable[[], Any]) -> tuple[type, str]:
+    """Returns what it raised, and lets go of its frames, which would keep workers alive."""
+    try:
+        fn()
+    except Exception as error:  # noqa: BLE001 -- looked at by the test
+        traceback.clear_frames(error.__traceback__)
+        return type(error), "\n".join([str(error), *getattr(error, "__notes__", ())])
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize("how", [ValueError("torn"), StopIteration(), KeyError("name")])
+def test_an_error_of_a_sample_names_it(how: Exception) -> None:
+    kind = DataError if isinstance(how, StopIteration) else type(how)
+    for workers in (0, 1):
+        data = Data(Broken(how), 4, shuffle=False, num_workers=workers)
+        found, words = told(lambda data=data: rows(MapFeed(data, world(), whole, 0)))
+        assert (found, "(in Broken, sample 5)" in words) == (kind, True), words
+    found, words = told(lambda: fetch(Subset(Broken(how), [7, 5]), [0, 1], None))
+    assert (found, "(in Broken, sample 5)" in words) == (kind, True), words
+
+
+def test_an_error_of_a_batch_names_its_samples() -> None:
+    def torn(samples: Any) -> Any:
+        raise ValueError("torn")
+
+    with pytest.raises(ValueError, match=r"torn \(in torn, samples 3, 4\)"):
+        fetch(numbers(6), [3, 4], torn)
+    with pytest.raises(RuntimeError, match=r"\(in default_collate, samples 1, 2\)"):
+        fetch([torch.ones(1), torch.ones(2), torch.ones(3)], [1, 2], None)
+
+    class Few(Samples):
+        def __getitems__(self, rows: list[int]) -> list[int]:
+            return rows[1:]
+
+    with pytest.raises(DataError, match=r"Few.__getitems__ gave 2 samples for 3 rows \(samples 0"):
+        fetch(Few(), [0, 1, 2], None)
+
+
+# ----------------------------------------------------------------------------- samples left out
+
+
+class Holes(Samples):
+    """Every third sample cannot be read."""
+
+    def __getitem__(self, row: int) -> Any:
+        return None if row % 3 == 0 else super().__getitem__(row)
+
+
+def without_holes(samples: list[Any]) -> Any:
+    left = [sample for sample in samples if sample is not None]
+    return default_collate(left) if left else None
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"seed_samples": True}])
+def test_samples_that_are_none_are_not_counted(options: Any) -> None:
+    data = Data(Holes(7), 3, shuffle=False, collate_fn=without_holes, **options)
+    steps = take(MapFeed(data, world(), whole, 0))
+    assert [[count for _, count in micros] for micros in steps] == [[2], [2], [0]]
+    assert steps[2][0] == (None, 0)
+
+
+def test_samples_that_a_collate_fn_leaves_out_are_asked_for() -> None:
+    def short(samples: Any) -> Tensor:
+        return torch.stack([x for (x,) in samples if x < 4])
+
+    feed = MapFeed(Data(numbers(6), 3, shuffle=False, collate_fn=short), world(), whole, 0)
+    with pytest.raises(
+        DataError, match=r"given 3 samples and made Tensor of them \(itself \[1\]\)"
+    ):
+        rows(feed)
+    data = Data(numbers(6), 3, shuffle=False, collate_fn=short, count=len)
+    assert [n for micros in take(MapFeed(data, world(), whole, 0)) for _, n in micros] == [3, 1]
+
+
+# ----------------------------------------------------------------------------- workers
+
+
+class InWorkers(Dataset):
+    """Tells who fetched it: the worker's number and seed, and the epoch it was told."""
+
+    epoch, opened = -1, -1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, row: int) -> list[int]:
+        info = get_worker_info()
+        assert info is not None
+        assert info.dataset is self
+        return [self.opened, info.seed, self.epoch]
+
+
+def open_file(worker: int) -> None:
+    get_worker_info().dataset.opened = 10 + worker  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_hold_the_users_dataset(persistent: bool) -> None:
+    options = {"persistent_workers": persistent, "worker_init_fn": open_file}
+    data = Data(InWorkers(), 2, num_workers=1, **options)
+    ranks = [MapFeed(data, world(rank, 2), whole, 0) for rank in (0, 1)]
+    seeds = []
+    for epoch in (0, 1):
+        for one in ranks:
+            one.begin(epoch)
+            batches = [batch for micros in take(one, epoch) for batch, _ in micros]
+            assert [(batch[0].item(), batch[2].item()) for batch in batches] == [(10, epoch)] * 2
+            seeds.append(batches[0][1].item())
+    # Of each rank its own, and in each epoch, as long as workers do not stay.
+    assert len({*seeds}) == (2 if persistent else 4)
+
+
+@pytest.mark.slow
+def test_workers_are_started_as_asked() -> None:
+    data = Data(InWorkers(), 4, num_workers=1, multiprocessing_context="spawn")
+    ((((_, _, epoch), _),),) = take(MapFeed(data, world(), whole, 0))
+    assert epoch.tolist() == [-1] * 4  # told of none in an evaluation
+
+
+def test_data_that_a_callback_exchanged_are_taken() -> None:
+    data = Data(numbers(4), 4, shuffle=False)
+    feed = MapFeed(data, world(), whole, 0)
+    data.dataset, data.collate_fn = numbers(5), lambda samples: torch.stack([s[0] for s in samples])
+    feed.begin(1)
+    assert [batch.tolist() for micros in take(feed, 1) for batch, _ in micros] == [
+        [0, 1, 2, 3],
+        [4],
+    ]
+
+
+def test_workers_that_do_not_stay_see_a_changed_dataset() -> None:
+    for persistent, expected in ((False, 7.0), (True, 0.0)):
+        dataset = numbers(4)
+        data = Data(dataset, 4, num_workers=1, persistent_workers=persistent)
+        feed = MapFeed(data, world(), whole, 0)
+        rows(feed)
+        dataset.tensors = (torch.full((4,), 7),)
+        assert min(rows(feed, 1)[0]) == expected
