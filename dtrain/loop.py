@@ -101,6 +101,7 @@ class Loop:
             self._save_last()
         self._log(final=True)
         with self.engine.together(Phase("the end of fit", slow=True)):
+            self.engine.stand_in.stay()
             self.hooks.fire(Callback.on_fit_end, self.context)
 
     def _finished(self) -> bool:
@@ -272,7 +273,7 @@ class Loop:
     def _evaluate(self) -> None:
         context = self.context
         self._evaluated_at = context.progress.step
-        with self.engine.together(EVALUATION):
+        with self.engine.together(EVALUATION), self.engine.stand_in.evaluated():
             self.hooks.fire(Callback.on_eval_start, context)
             metrics = self.engine.evaluate(self.evals)
             self.hooks.fire(Callback.on_eval_end, context, metrics)
@@ -280,7 +281,7 @@ class Loop:
         self.history.report("eval", metrics)
         self._settle()
 
-    def _save_once(self) -> None:
+    def _save_once(self, *, ended: bool = False) -> None:
         step = self.context.progress.step
         self._save_asked = False
         self.context.comm.activity.enter(SAVING)
@@ -293,14 +294,18 @@ class Loop:
         with self.engine.together(SAVING):
             self.hooks.fire(Callback.on_save, self.context)
             if self.saves:
-                self.files.save(self.state_dict(), self.data_state())
+                self.files.save(self.state_dict(), self.data_state(), ended=ended)
         self._saved_at = step
 
     def _save_last(self) -> None:
         """Saves, and returns once it is written. Here a failure is an error."""
-        self._save_once()
+        if self.engine.stand_in.changes_at_end:
+            self._saved_at = -1  # at this step, but as if the fit went on
+        self._save_once(ended=True)
         if self.files.saver.finish() is not None:
-            self._save_once()  # again: what was wrong may be over, and nothing else can be lost
+            self._save_once(
+                ended=True
+            )  # again: what was wrong may be over, and nothing else can be lost
         if (failure := self.files.saver.finish()) is not None:
             mine = None if isinstance(failure, RemoteError) else failure
             self.context.comm.raise_failures("the last checkpoint", mine, "saving a checkpoint")

@@ -1,6 +1,7 @@
 """What a fit is told and what it tells: its plan, its recorder, its result."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from dtrain.context import Progress
 from dtrain.distributed import World
@@ -85,6 +86,8 @@ class FitResult:
         metrics: the newest agreed metrics, such as ``train/loss`` and ``eval/accuracy``.
         history: one dict a report of this call, with ``step`` and ``epoch``.
         preempted: the run was told to leave and is to be continued by another start.
+        last_checkpoint: the newest one's folder; None where there is none.
+        best_checkpoint: that of the best by ``Checkpoint(best=...)``; None without.
     """
 
     steps: int
@@ -93,3 +96,5 @@ class FitResult:
     metrics: dict[str, float]
     history: list[dict[str, float]]
     preempted: bool = False
+    last_checkpoint: Path | None = None
+    best_checkpoint: Path | None = None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, check_counts, some_of
 from dtrain.context import Context, Progress
-from dtrain.distributed import share_buffers
+from dtrain.distributed import named_parameters, named_state, share_buffers
 from dtrain.errors import CheckpointError
 
 
@@ -64,6 +64,7 @@ class Checkpoint(Callback):
         self._every_epochs = every_epochs
         self._keep = keep
         self._best = best or ""
+        self.best_by = (best, mode) if best else None
         self._sign = 1.0 if mode == "min" else -1.0
 
     def on_fit_start(self, ctx: Context) -> None:
@@ -84,7 +85,7 @@ class Checkpoint(Callback):
 
     def select(self, model: nn.Module) -> dict[str, Tensor]:
         left_out = self._left_out(model)
-        return {name: t for name, t in model.state_dict().items() if name not in left_out}
+        return {name: t for name, t in named_state(model).items() if name not in left_out}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -132,7 +133,7 @@ class Checkpoint(Callback):
 
     def _left_out(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Returns what was not trained so far, by name; a tied one under each of its names."""
-        named = model.named_parameters(remove_duplicate=False) if self.trainable_only else ()
+        named = named_parameters(model, remove_duplicate=False) if self.trainable_only else ()
         return {name: p for name, p in named if name not in self._trained}
 
     def _sums_of_left_out(self, model: nn.Module) -> dict[str, int]:

@@ -9,16 +9,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.callback import Callback
+from dtrain.callback import Callback, CountAs, weights_of
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import tree
 from dtrain.checkpoint.format import Saved
 from dtrain.checkpoint.writer import Content
 from dtrain.context import Context, Progress
-from dtrain.distributed import World, random_state, random_state_of_host, restore_random_state
+from dtrain.distributed import (
+    World,
+    load_named,
+    named_state,
+    random_state,
+    random_state_of_host,
+    restore_random_state,
+)
 from dtrain.errors import CheckpointError, ConfigError
 
 _PROGRESS = ("step", "updates", "epoch", "step_in_epoch", "samples")
+#: As what weights may count in a checkpoint, wherever in the run it was made.
+AS_SAVED: tuple[CountAs, ...] = ("evaluated", "averaged", "best")
 
 
 class _HasState(Protocol):
@@ -35,7 +44,7 @@ class CheckpointSlot(Protocol):
     trainable_only: bool  # a checkpoint may lack weights that were never trained
 
     def select(self, model: nn.Module) -> dict[str, Tensor]:
-        """Returns what to save of the model's state, by name; equal on all ranks."""
+        """Returns what to save of the model's state, by plain name; equal on all ranks."""
 
     def due_after_step(self, progress: Progress) -> bool:
         """Says whether this step is to be saved; equal on all ranks, must not communicate."""
@@ -48,6 +57,13 @@ class CheckpointSlot(Protocol):
 
         Ranks: rank 0 only; perhaps in a thread beside the training.
         """
+
+
+@runtime_checkable
+class BestSlot(Protocol):
+    """Says also by which metric a checkpoint is the best, if it does."""
+
+    best_by: tuple[str, str] | None  # its name, and "min" or "max"
 
 
 @dataclass
@@ -69,18 +85,24 @@ class RunState:
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
     def take(
-        self, loop: dict[str, Any], data: dict[str, Any] | None, *, device_is_well: bool = True
+        self,
+        loop: dict[str, Any],
+        data: dict[str, Any] | None,
+        *,
+        device_is_well: bool = True,
+        ended: bool = False,
     ) -> Content:
         """Returns what a checkpoint of the run must hold; nothing is copied yet.
 
         ``loop`` and ``data`` are the states of the loop and of this rank's stream of data. Where
-        the device is not well, no more of it is touched than names.
+        the device is not well, no more of it is touched than names. Once ``fit`` has ``ended``,
+        other weights may count.
         """
         context, model = self.context, self.context.model
         capture = random_state if device_is_well else random_state_of_host
         return Content(
             step=context.progress.step,
-            model=model.state_dict() if self.slot is None else self.slot.select(model),
+            model=named_state(model) if self.slot is None else self.slot.select(model),
             state=tree.split(
                 {
                     "optimizer": context.optimizer.state_dict(),
@@ -92,6 +114,7 @@ class RunState:
                     "metrics": context.metrics,
                     "config": self.config,
                     "fingerprint": self.fingerprint,
+                    "weights": self._weights(ended),  # last: tensors are named where they first are
                 }
             ),
             rank_state=tree.split(
@@ -100,17 +123,38 @@ class RunState:
             metrics=context.metrics,
         )
 
+    def _weights(self, ended: bool) -> dict[str, Any]:
+        """Returns whose weights count as what, and where among ``held`` these are."""
+        counts = {"final": weights_of(self.callbacks, "final", ended=ended)}
+        counts |= {which: weights_of(self.callbacks, which) for which in AS_SAVED}
+        held: dict[str, Mapping[str, Tensor]] = {}  # by what they first counted as
+        whose: dict[str, list[str]] = {}
+        for which, (name, weights) in counts.items():
+            if name:
+                place = next((at for at, known in held.items() if known is weights), which)
+                held[place], whose[which] = weights, [name, place]
+        return {
+            "whose": whose,
+            "held": {place: dict(weights) for place, weights in held.items()},
+            "best_by": None if self.best_by is None else [*self.best_by],
+        }
+
+    @property
+    def best_by(self) -> tuple[str, str] | None:
+        """By which metric a checkpoint is the best, and whether the least or the most."""
+        return self.slot.best_by if isinstance(self.slot, BestSlot) else None
+
     def restore_model(self, saved: Saved) -> dict[str, Any]:
         """Restores parameters, buffers and progress; returns the rest, for :meth:`restore_rest`."""
         tensors = files.load_model(saved.path)
-        missing = [name for name in self.context.model.state_dict() if name not in tensors]
+        missing = [name for name in named_state(self.context.model) if name not in tensors]
         if missing and not (self.slot is not None and self.slot.trainable_only):
             raise CheckpointError(
                 f"{saved.path} lacks {len(missing)} of the model's tensors, such as {missing[0]}: "
                 "it was made with Checkpoint(trainable_only=True). Pass that again, and load the "
                 "base model before fit."
             )
-        self.context.model.load_state_dict(tensors, strict=not missing)
+        load_named(self.context.model, tensors, strict=not missing)
         state = files.load_state(saved.path)
         for name in _PROGRESS:
             setattr(self.context.progress, name, state["progress"][name])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.exchange import digest_of
+from dtrain.distributed.names import named_parameters, named_state
 from dtrain.errors import RankMismatch
 
 
@@ -24,13 +25,13 @@ def share_buffers(model: nn.Module, comm: Comm) -> None:
 
 def shapes_of(model: nn.Module) -> list[tuple[str, list[int], str]]:
     """Returns name, shape and dtype of each parameter and buffer."""
-    return [(name, list(t.shape), str(t.dtype)) for name, t in model.state_dict().items()]
+    return [(name, list(t.shape), str(t.dtype)) for name, t in named_state(model).items()]
 
 
 def check_same_model(model: nn.Module, comm: Comm) -> None:
     """Raises RankMismatch where the ranks have different models. Ranks: all, communicates."""
     shapes = shapes_of(model)
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    frozen = [name for name, p in named_parameters(model) if not p.requires_grad]
     if len(set(comm.gather_objects("model", digest_of([*shapes, frozen])))) == 1:
         return
     mine = [f"{name} {shape} {dtype}" for name, shape, dtype in shapes]
