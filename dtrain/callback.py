@@ -110,7 +110,7 @@ class Callback:
 
         Args:
             which: ``"evaluated"``, in evaluations in ``fit``; ``"final"``, in the model after
-                ``fit`` and for ``load_model``; ``"averaged"``, ``"best"``, if it is asked for these.
+                ``fit`` and for ``load_model``; ``"averaged"``, ``"best"``, if asked for.
 
         Ranks: all, local; equal on all.
         """

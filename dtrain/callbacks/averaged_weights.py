@@ -29,8 +29,8 @@ class AveragedWeights(Callback):
                 wide = torch.promote_types(p.dtype, torch.float32)
                 self.averages[name] = p.detach().to(wide, copy=True)
         self._params = [named[name] for name in self.averages]
-        for name, p in zip(self.averages, self._params, strict=True):
-            self.averages[name] = self.averages[name].to(p.device)  # from a checkpoint: the CPU
+        for name, average in self.averages.items():
+            self.averages[name] = average.to(named[name].device)  # from a checkpoint: the CPU
 
     def _average(self, formula: Callable[[Any, Any, Any], None], count: int) -> None:
         """Averages by one of torch's formulas, which is told how often that was done before."""
