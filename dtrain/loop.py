@@ -100,8 +100,8 @@ class Loop:
         if self.checkpoint is not None or self.preempted:
             self._save_last()
         self._log(final=True)
-        with self.engine.together(Phase("the end of fit", slow=True)):
-            self.engine.stand_in.stay()
+        ending = Phase("the end of fit", slow=True)
+        with self.engine.together(ending), self.engine.stand_in.stays():
             self.hooks.fire(Callback.on_fit_end, self.context)
 
     def _finished(self) -> bool:

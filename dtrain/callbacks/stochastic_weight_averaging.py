@@ -58,7 +58,8 @@ class StochasticWeightAveraging(AveragedWeights):
         if any(isinstance(module, _BatchNorm) for module in ctx.model.modules()):
             ctx.say(
                 f"the model holds the average of {self.count} sets of weights; its BatchNorm "
-                "statistics are of the last one: call torch.optim.swa_utils.update_bn on every rank"
+                "statistics are of the last one: call torch.optim.swa_utils.update_bn on every "
+                "rank, and after load_model"
             )
 
     def weights(self, which: CountAs) -> Mapping[str, Tensor] | None:

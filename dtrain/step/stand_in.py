@@ -37,12 +37,21 @@ class StandIn:
         ends = weights_of(self._callbacks, "final")
         return ends[0] != weights_of(self._callbacks, "final", ended=False)[0]
 
-    def stay(self) -> None:
-        """Leaves the weights that count in the model, as ``fit`` is about to return."""
+    @contextmanager
+    def stays(self) -> Iterator[None]:
+        """A block at the end of ``fit``: what counts is in the model from there on."""
         name, weights = weights_of(self._callbacks, "final")
         self._put_in(name, weights)
         if name:
             self._context.say(f"the model holds the weights of {name}, not the last step's")
+        versions = {n: t._version for n, t in self._tensors().items()}
+        yield
+        changed = [n for n, t in self._tensors().items() if t._version != versions.get(n)]
+        if changed and self._context.run_dir is not None:
+            self._context.say(
+                f"warning: a callback's on_fit_end changed the model ({changed[0]}), and no "
+                "checkpoint has that: weights that are to count must come from its weights(which)"
+            )
 
     def take_out(self) -> None:
         """Gives the model its own weights back where a further ``fit`` begins; or says why not."""

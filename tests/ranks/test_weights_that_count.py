@@ -199,6 +199,31 @@ def test_weights_of_a_wrong_name_are_refused():
     run_ranks(wrong, 1)
 
 
+class ChangesAtEnd(dtrain.Callback):
+    def on_fit_end(self, ctx):
+        with torch.no_grad():
+            ctx.model[0].bias.add_(1.0)
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_what_changes_after_the_last_checkpoint_is_said(tmp_path, changes):
+    def train():
+        hears = Hears()
+        dtrain.init(seed=0)
+        trainer = dtrain.Trainer(
+            tiny.model(),
+            tiny.adam,
+            tiny.loss_fn,
+            callbacks=[Checkpoint(), *([ChangesAtEnd()] if changes else [EMA(0.9)])],
+            sinks=[hears],
+            run_dir=tmp_path,
+        )
+        trainer.fit(tiny.dataset(), batch_size=24, epochs=1)
+        return "a callback's on_fit_end changed the model (0.bias), and no" in "".join(hears.said)
+
+    assert run_ranks(train, 1) == [changes]
+
+
 # ----------------------------------------------------------------------------- going on
 
 
