@@ -291,7 +291,7 @@ class Loop:
         if self._saved_at == step:
             return
         self._log()  # sums since the last report are in no checkpoint, so none may be open
-        with self.engine.together(SAVING):
+        with self.engine.together(SAVING), self.engine.stand_in.stands_aside():
             self.hooks.fire(Callback.on_save, self.context)
             if self.saves:
                 self.files.save(self.state_dict(), self.data_state(), ended=ended)

@@ -169,7 +169,7 @@ def load_held(path: Path, which: str) -> dict[str, Tensor]:
 def best_of(saved: list[Saved], metric: str, mode: str) -> Saved | None:
     """Returns the checkpoint with the best value of a metric, if any has one."""
     sign = 1 if mode == "min" else -1
-    scored = [one for one in saved if not math.isnan(one.metrics.get(metric, math.nan))]
+    scored = [one for one in saved if math.isfinite(one.metrics.get(metric, math.nan))]
     return min(scored, key=lambda one: (sign * one.metrics[metric], one.step), default=None)
 
 

@@ -31,6 +31,17 @@ class StandIn:
             self._copy(self._own)
             self._own, self._put = {}, {}
 
+    @contextmanager
+    def stands_aside(self) -> Iterator[None]:
+        """A block in which the model holds its own weights, which a checkpoint must hold as such."""
+        now = self._tensors()
+        standing = {name: now[name].detach().clone() for name in self._own}
+        self._copy(self._own)
+        try:
+            yield
+        finally:
+            self._copy(standing)
+
     @property
     def changes_at_end(self) -> bool:
         """Whether other weights count at the end of a fit than in a checkpoint on the way."""

@@ -89,6 +89,9 @@ def each_kind(folder):
     for name, (make, _) in KINDS.items():
         trainer, result, follow = fit(folder / name, make())
         after = tiny.digest(trainer.model)
+        with trainer._engine.stand_in.stands_aside():  # as for a checkpoint
+            assert tiny.digest(trainer.model) == follow.steps[STEPS]
+        assert tiny.digest(trainer.model) == after
         best = min(follow.losses, key=follow.losses.get)
         found[name] = after, follow.evaluated, follow.steps, best, result
     return found
@@ -153,11 +156,12 @@ def test_what_a_run_does_not_have_is_named(tmp_path):
         loaded(tmp_path, "best")
 
 
-def test_nan_is_never_the_best():
+def test_what_is_not_finite_is_never_the_best():
     def saved(step, loss):
         return files.Saved(None, step, {} if loss is None else {"eval/loss": loss})
 
     every = [saved(1, math.nan), saved(2, 0.5), saved(3, 0.2), saved(4, None), saved(5, 0.2)]
+    every += [saved(6, math.inf), saved(7, -math.inf)]
     assert files.best_of(every, "eval/loss", "min").step == 3
     assert files.best_of(every, "eval/loss", "max").step == 2
     assert files.best_of(every, "eval/accuracy", "max") is None
