@@ -33,7 +33,7 @@ class StandIn:
 
     @contextmanager
     def stands_aside(self) -> Iterator[None]:
-        """A block in which the model holds its own weights, which a checkpoint must hold as such."""
+        """A block in which the model holds its own weights, as a checkpoint must."""
         now = self._tensors()
         standing = {name: now[name].detach().clone() for name in self._own}
         self._copy(self._own)
