@@ -18,6 +18,7 @@ from dtrain.context import Context, Progress
 from dtrain.distributed import (
     World,
     load_named,
+    named_parameters,
     named_state,
     random_state,
     random_state_of_host,
@@ -135,9 +136,17 @@ class RunState:
                 held[place], whose[which] = weights, [name, place]
         return {
             "whose": whose,
-            "held": {place: dict(weights) for place, weights in held.items()},
+            "held": {place: self._with_ties(weights) for place, weights in held.items()},
             "best_by": None if self.best_by is None else [*self.best_by],
         }
+
+    def _with_ties(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns weights under each name of their parameters, as the model's own are saved."""
+        names: dict[int, list[str]] = {}
+        for name, p in named_parameters(self.context.model, remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+        held = [(tied, name) for tied in names.values() for name in tied if name in weights]
+        return {other: weights[name] for tied, name in held for other in tied} | dict(weights)
 
     @property
     def best_by(self) -> tuple[str, str] | None:

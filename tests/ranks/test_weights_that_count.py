@@ -203,6 +203,31 @@ def test_weights_of_a_wrong_name_are_refused():
     run_ranks(wrong, 1)
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.one, self.two, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.head(self.two(torch.tanh(self.one(x))))
+
+
+def test_tied_weights_count_under_all_their_names(tmp_path):
+    def train():
+        trainer = tiny.trainer([EMA(0.9), Checkpoint()], net=Tied(), run_dir=tmp_path)
+        trainer.fit(tiny.dataset(), batch_size=24, epochs=1)
+        return tiny.digest(trainer.model)
+
+    [after] = run_ranks(train, 1)
+    dtrain.export_model(tmp_path, tmp_path / "a.safetensors")
+    for path in (tmp_path, tmp_path / "a.safetensors"):
+        net = Tied()
+        dtrain.load_model(path, net)
+        assert tiny.digest(net) == after
+
+
 class ChangesAtEnd(dtrain.Callback):
     def on_fit_end(self, ctx):
         with torch.no_grad():
