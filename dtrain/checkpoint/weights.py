@@ -159,7 +159,7 @@ def _read(path: Path, which: str) -> tuple[Path, dict[str, Tensor]]:
             "StochasticWeightAveraging; best those of Checkpoint(best=...), asked of the run's "
             "folder, or of EarlyStopping(restore_best=True)"
         )
-    # In the model's dtypes: an average is kept in float32 at least. Copied: tied ones are one there.
+    # In the model's dtypes: averages are kept in float32 at least. Copied: tied ones are one there.
     cast = {n: t.to(own[n].dtype if n in own else t.dtype, copy=True) for n, t in held.items()}
     return path if held else files.model_file(path), own | cast
 
