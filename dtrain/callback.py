@@ -2,9 +2,11 @@
 
 import difflib
 import dis
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+
+from torch import Tensor
 
 from dtrain.context import Context, Step
 from dtrain.distributed import Activity, Phase
@@ -12,6 +14,9 @@ from dtrain.errors import ConfigError
 
 P = ParamSpec("P")
 S = TypeVar("S")
+
+#: As what a callback's weights may count; see :meth:`Callback.weights`.
+CountAs = Literal["evaluated", "final", "averaged", "best"]
 
 
 class Callback:
@@ -100,6 +105,21 @@ class Callback:
 
     def on_error(self, ctx: Context, error: BaseException) -> None:
         """``fit`` (or ``Trainer.evaluate``) is about to raise ``error``."""
+
+    def weights(self, which: CountAs) -> Mapping[str, Tensor] | None:
+        """Returns weights that count in place of the model's own, by name; None where those do.
+
+        What is left out is the model's own. Keep the tensors in ``state_dict``, too: checkpoints
+        hold them once. Of several callbacks the last in the list counts; but at the end, weights
+        that are not evaluated as well go first.
+
+        Args:
+            which: ``"evaluated"``, in evaluations in ``fit``; ``"final"``, in the model after
+                ``fit`` and for ``load_model``; ``"averaged"``, ``"best"``, if asked for.
+
+        Ranks: all, local; equal on all.
+        """
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs: JSON values and tensors, nested at will.
@@ -255,3 +275,18 @@ def _added_by(callback: Callback) -> set[str]:
         for key, store in pairs
         if (key.opname, store.opname) == ("LOAD_CONST", "STORE_SUBSCR")
     }
+
+
+def weights_of(
+    callbacks: Iterable[Callback], which: CountAs, *, ended: bool = True
+) -> tuple[str, Mapping[str, Tensor]]:
+    """Returns whose weights count as ``which``, and these; two of nothing for the model's own.
+
+    Before a fit has ``ended``, those that are final only do not count yet.
+    """
+    found = [(callback, held) for callback in callbacks if (held := callback.weights(which))]
+    if which == "final":
+        running = [one for one in found if one[0].weights("evaluated")]
+        at_end = [one for one in found if not one[0].weights("evaluated")]
+        found = (at_end if ended else []) or running
+    return (found[-1][0].name, found[-1][1]) if found else ("", {})

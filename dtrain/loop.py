@@ -109,7 +109,8 @@ class Loop:
             self._save_last()
         self._log(final=True)
         with self.engine.together(Phase("the end of fit", slow=True)):
-            self.hooks.fire(Callback.on_fit_end, self.context)
+            with self.engine.stand_in.stays():
+                self.hooks.fire(Callback.on_fit_end, self.context)
             replicas.settle("at the end of fit")
 
     def _finished(self) -> bool:
@@ -290,7 +291,7 @@ class Loop:
 
     def _evaluate(self) -> None:
         self._evaluated_at = self.context.progress.step
-        with self.engine.together(EVALUATION):
+        with self.engine.together(EVALUATION), self.engine.stand_in.evaluated():
             metrics = self.engine.evaluate(self.evals)
         self._report("eval", metrics)
         self._settle()
@@ -302,7 +303,7 @@ class Loop:
         if self.checkpoint is not None and self.checkpoint.due_for(kind, figures):
             self._save_asked, self._saved_at = True, -1  # one made before lacks these figures
 
-    def _save_once(self) -> None:
+    def _save_once(self, *, ended: bool = False) -> None:
         step = self.context.progress.step
         self._save_asked = False
         self.context.comm.activity.enter(SAVING)
@@ -312,17 +313,19 @@ class Loop:
         if self._saved_at == step:
             return
         self._log()  # sums since the last report are in no checkpoint, so none may be open
-        with self.engine.together(SAVING):
+        with self.engine.together(SAVING), self.engine.stand_in.stands_aside():
             self.hooks.fire(Callback.on_save, self.context)
             if self.saves:
-                self.files.save(self.state_dict(), self.data_state())
+                self.files.save(self.state_dict(), self.data_state(), ended=ended)
         self._saved_at = step
 
     def _save_last(self) -> None:
         """Saves, and returns once it is written. Here a failure is an error."""
-        self._save_once()
+        if self.engine.stand_in.changes_at_end:
+            self._saved_at = -1  # at this step, but as if the fit went on
+        self._save_once(ended=True)
         if self.files.saver.finish() is not None:
-            self._save_once()  # again: what was wrong may be over, and nothing else can be lost
+            self._save_once(ended=True)  # again: what was wrong may be over
         if (failure := self.files.saver.finish()) is not None:
             mine = None if isinstance(failure, RemoteError) else failure
             self.context.comm.raise_failures("the last checkpoint", mine, "saving a checkpoint")

@@ -1,6 +1,7 @@
 """What a fit is told and what it tells: its plan, its recorder, its result."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from dtrain.context import Progress
 from dtrain.distributed import World
@@ -105,6 +106,9 @@ class FitResult:
         preempted: the run was told to leave and is to be continued by another start.
         updates: steps whose update was applied: not one that a loss scale, a callback or every
             rank left out.
+
+        last_checkpoint: the newest one's folder; None where there is none.
+        best_checkpoint: that of the best by ``Checkpoint(best=...)``; None without.
     """
 
     steps: int
@@ -114,3 +118,6 @@ class FitResult:
     history: list[dict[str, float]]
     preempted: bool = False
     updates: int = 0
+
+    last_checkpoint: Path | None = None
+    best_checkpoint: Path | None = None

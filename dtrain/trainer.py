@@ -37,7 +37,16 @@ from dtrain.errors import ConfigError
 from dtrain.loop import Loop
 from dtrain.plan import FitResult, Plan, Recorder
 from dtrain.sinks import Console, Dispatcher, History, Sink, describe_end, describe_start
-from dtrain.step import Engine, Precision, PrecisionSlot, UserLoss, adapt, take_model, takes_a_veto
+from dtrain.step import (
+    Engine,
+    Precision,
+    PrecisionSlot,
+    UserLoss,
+    adapt,
+    take_model,
+    takes_a_veto,
+    unwrapped,
+)
 from dtrain.strategies import Strategy, choose
 from dtrain.watchdog import HANG_AFTER_S, Watchdog
 
@@ -53,7 +62,8 @@ class Trainer:
         result = trainer.fit(train_set, batch_size=64, epochs=10, eval_set=val_set)
 
     Args:
-        model: your module, on any device; it is moved to this rank's.
+        model: your module, on any device; it is moved to this rank's. It may be compiled, whole or
+            in parts; from DistributedDataParallel it is unwrapped.
         optimizer: an optimizer of the model's parameters, or a function from the model to one.
         loss_fn: from ``(model, batch)`` or ``(model, batch, ctx)`` to a scalar mean or a
             :class:`~dtrain.Loss`; runs on every rank, with its own micro-batch.
@@ -116,10 +126,12 @@ class Trainer:
             self._checkpoint = the_only(CheckpointSlot, callbacks)  # type: ignore[type-abstract]
             if self._checkpoint is not None and run_dir is None:
                 raise ConfigError("checkpoints need a place: pass Trainer(run_dir='runs/...')")
+            model, told = unwrapped(model)
             strategy = choose(strategy, model)
             strategy.check(accumulates=self._accumulation is not None)
             taken = take_model(model, optimizer, strategy, world)
             module, made, self._outbox.notes = taken
+            self._outbox.notes[:0] = told
             eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn)
             self.context = Context(
                 model=module,
@@ -254,6 +266,7 @@ class Trainer:
                     loop.history.report("end", {}, words)
                     comm.on_main("close sinks", dispatcher.finish)
                     self._files.finish(loop.stop_reason, preempted=loop.preempted)
+                    last, best = self._files.last_and_best()
         except BaseException as error:
             cause = self._fail(loop, error)
             dispatcher.close()
@@ -270,6 +283,8 @@ class Trainer:
             history=loop.history.rows,
             preempted=loop.preempted,
             updates=progress.updates,
+            last_checkpoint=last,
+            best_checkpoint=best,
         )
 
     def evaluate(self, data: Any, *, batch_size: int | None = None) -> dict[str, float]:
@@ -365,6 +380,7 @@ class Trainer:
                 )
         else:
             saved = files.find(resume, epochs=plan.epochs, max_steps=plan.max_steps)
+        self._engine.stand_in.take_out()
         state = {} if saved is None else self._run_state.restore_model(saved)
         tell = self.recorder.report if self.world.is_main else None
         loop.history = History(context.progress, self._outbox, dispatcher, tell)  # counts from here

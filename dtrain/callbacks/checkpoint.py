@@ -16,7 +16,7 @@ from dtrain.callbacks.argument_checks import (
     some_of,
 )
 from dtrain.context import Context, Progress
-from dtrain.distributed import own_memory, share_buffers
+from dtrain.distributed import named_parameters, named_state, own_memory, share_buffers
 from dtrain.errors import CheckpointError
 
 
@@ -74,6 +74,7 @@ class Checkpoint(Callback):
         self._keep = keep
         self._best = best or ""
         self.monitors = (best,) if best else ()
+        self.best_by = (figure_of(best), mode) if best else None
         self._best_value = math.inf  # of sign * value: less is better
         self._sign = 1.0 if mode == "min" else -1.0
 
@@ -97,7 +98,7 @@ class Checkpoint(Callback):
 
     def select(self, model: nn.Module) -> dict[str, Tensor]:
         left_out = self._left_out(model)
-        return {name: t for name, t in model.state_dict().items() if name not in left_out}
+        return {name: t for name, t in named_state(model).items() if name not in left_out}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -160,7 +161,7 @@ class Checkpoint(Callback):
 
     def _left_out(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Returns what was not trained so far, by name; a tied one under each of its names."""
-        named = model.named_parameters(remove_duplicate=False) if self.trainable_only else ()
+        named = named_parameters(model, remove_duplicate=False) if self.trainable_only else ()
         return {name: p for name, p in named if name not in self._trained}
 
     def _sums_of_left_out(self, model: nn.Module) -> dict[str, int]:

@@ -1,14 +1,15 @@
 """Early stopping, agreed by all ranks."""
 
 import math
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-from dtrain.callback import Callback
+from torch import Tensor
+
+from dtrain.callback import Callback, CountAs
 from dtrain.callbacks.argument_checks import check_choice, find_metric
 from dtrain.context import Context
-from dtrain.distributed import Rule
+from dtrain.distributed import Rule, named_state, plain_name
 from dtrain.errors import ConfigError
 
 
@@ -26,7 +27,8 @@ class EarlyStopping(Callback):
         mode: whether less (``"min"``) or more (``"max"``) is better.
         patience: how many checks without improvement are borne.
         min_delta: what counts as an improvement must be larger than this.
-        restore_best: at the end, the model gets the weights of the best check.
+        restore_best: the weights of the best check count in the end: after ``fit`` the model holds
+            them, and ``load_model`` gives them. Beside ``EMA`` these are averages.
         vote: for a function: stop if ``"any"``, the ``"majority"`` or ``"all"`` ranks would.
 
     Ranks: all, communicates once a check where ``monitor`` is a function.
@@ -81,15 +83,17 @@ class EarlyStopping(Callback):
             ctx.say(
                 "EarlyStopping has judged nothing: it does at the end of an epoch, and none ended"
             )
-        if self._weights:
-            ctx.model.load_state_dict(self._weights)
+
+    def weights(self, which: CountAs) -> Mapping[str, Tensor] | None:
+        return self._weights if which in ("best", "final") else None
 
     def _check(self, ctx: Context, value: float) -> None:
         if self._sign * value < self.best - self._min_delta:
             self.best = self._sign * value
             self.bad_checks = 0
             if self._restore_best:
-                self._weights = deepcopy(ctx.model.state_dict())
+                held = named_state(ctx.model).items()
+                self._weights = {n: t.detach().clone() for n, t in held if isinstance(t, Tensor)}
         else:
             self.bad_checks += 1  # NaN is no improvement
         enough = self.bad_checks > 0 and self.bad_checks >= self._patience
@@ -107,7 +111,7 @@ class EarlyStopping(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self.best, self.bad_checks = state["best"], state["bad_checks"]
-            self._weights = state["weights"]
+            self._weights = {plain_name(name): t for name, t in state["weights"].items()}
 
     def rank_state_dict(self) -> dict[str, Any]:
         judged = {"best": self.best, "bad_checks": self.bad_checks}

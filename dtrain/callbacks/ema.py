@@ -1,10 +1,14 @@
 """An exponential moving average of the weights, evaluated in their place."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 # Not AveragedModel: it deep-copies the model, and reads a counter from the device in each step.
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from dtrain.callback import CountAs
 from dtrain.callbacks.argument_checks import check_counts
 from dtrain.callbacks.averaged_weights import AveragedWeights
 from dtrain.context import Context, Step
@@ -20,20 +24,20 @@ class EMA(AveragedWeights):
     ``t`` updates of the average, as in TensorFlow, so that the first weights are soon forgotten.
 
     Parameters that require a gradient are averaged, in float32 at least; buffers are not: an
-    evaluation sees the model's own. Evaluations in ``fit`` see the averages; the training, its
-    checkpoints (which hold both) and ``Trainer.evaluate`` see the model's own weights. An
-    ``EarlyStopping(restore_best=True)`` that comes before it in the list keeps the averages.
+    evaluation sees the model's own. The averages are what counts: evaluations see them,
+    ``load_model`` gives them, and after ``fit`` the model holds them. The training goes on from its
+    own weights, also in a further ``fit`` or after a resume; checkpoints hold both.
 
     Args:
         decay: ``d``, from 0 to less than 1.
         warmup: begin with a smaller ``d``.
         every: average after every so many applied updates; ``decay`` is for each averaging.
-        use_at_end: the model holds the averages after ``fit``; a further ``fit`` goes on from its
-            own weights.
+        use_at_end: False for averages that only evaluations see: after ``fit`` the model holds its
+            own weights, and ``load_model`` gives these (the averages: ``which="averaged"``).
     """
 
     def __init__(
-        self, decay: float = 0.999, *, warmup: bool = True, every: int = 1, use_at_end: bool = False
+        self, decay: float = 0.999, *, warmup: bool = True, every: int = 1, use_at_end: bool = True
     ) -> None:
         super().__init__()
         if not 0 <= decay < 1:
@@ -53,21 +57,9 @@ class EMA(AveragedWeights):
             self._average(get_ema_multi_avg_fn(self.decay_at(self.updates)), self.updates)
             self.updates += 1
 
-    def on_eval_start(self, ctx: Context) -> None:
-        if ctx.in_fit:
-            self._put_in(ctx.model)
-
-    def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
-        if ctx.in_fit:
-            self._take_out()
-
-    def on_error(self, ctx: Context, error: BaseException) -> None:
-        if ctx.in_fit:
-            self._take_out()  # where an evaluation failed
-
-    def on_fit_end(self, ctx: Context) -> None:
-        if self._use_at_end:
-            self._put_in(ctx.model)
+    def weights(self, which: CountAs) -> Mapping[str, Tensor] | None:
+        counts = which in ("evaluated", "averaged") or (which == "final" and self._use_at_end)
+        return self.averages if counts else None
 
     def decay_at(self, updates: int) -> float:
         """Returns ``d`` after so many updates of the average."""
@@ -77,4 +69,5 @@ class EMA(AveragedWeights):
         return {"averages": self.averages, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.averages, self.updates = dict(state["averages"]), state["updates"]
+        super().load_state_dict(state)
+        self.updates = state["updates"]

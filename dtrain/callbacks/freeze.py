@@ -9,6 +9,7 @@ from torch import nn
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import some_of
 from dtrain.context import Context
+from dtrain.distributed import named_parameters, plain_name
 from dtrain.errors import ConfigError
 
 
@@ -54,7 +55,7 @@ class Freeze(Callback):
         self._resting: list[nn.Module] = []
 
     def on_fit_start(self, ctx: Context) -> None:
-        names = [name for name, _ in ctx.model.named_parameters(remove_duplicate=False)]
+        names = [name for name, _ in named_parameters(ctx.model, remove_duplicate=False)]
         for pattern in self._until:
             if not any(_matches(name, [pattern]) for name in names):
                 close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
@@ -68,7 +69,7 @@ class Freeze(Callback):
         self._thaw()
         now = [pattern for pattern, until in self._until.items() if ctx.progress.epoch < until]
         held: dict[nn.Parameter, bool] = {}
-        for name, p in ctx.model.named_parameters(remove_duplicate=False):
+        for name, p in named_parameters(ctx.model, remove_duplicate=False):
             held[p] = held.get(p, False) or _matches(name, now)
         # Only what requires a gradient now is kept in mind, and thawed again.
         self._frozen = [p for p, frozen in held.items() if frozen and p.requires_grad]
@@ -76,7 +77,7 @@ class Freeze(Callback):
             p.requires_grad_(False)
         for name, module in ctx.model.named_modules() if self._eval_mode else ():
             inside = [held[p] for p in module.parameters()]
-            if module.training and (_matches(name, now) or (inside and all(inside))):
+            if module.training and (_matches(plain_name(name), now) or (inside and all(inside))):
                 self._resting.append(module)
                 module.training = False
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, check_counts
 from dtrain.context import Context, Step
+from dtrain.distributed import named_parameters
 
 
 class GradientStats(Callback):
@@ -34,7 +35,7 @@ class GradientStats(Callback):
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         if (step.number + 1) % self._every:
             return
-        found = {n: _dense(p.grad) for n, p in ctx.model.named_parameters() if p.grad is not None}
+        found = {n: _dense(p.grad) for n, p in named_parameters(ctx.model) if p.grad is not None}
         if not found:
             return
         norms = dict(zip(found, _norms(list(found.values())), strict=True))

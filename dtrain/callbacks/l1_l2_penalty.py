@@ -9,6 +9,7 @@ from torch import nn
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import some_of
 from dtrain.context import Context, Step
+from dtrain.distributed import named_parameters
 from dtrain.errors import ConfigError
 
 
@@ -43,7 +44,7 @@ class L1L2Penalty(Callback):
         self._chosen = params or (lambda name, parameter: parameter.ndim >= 2)
 
     def on_fit_start(self, ctx: Context) -> None:
-        named = list(ctx.model.named_parameters())
+        named = list(named_parameters(ctx.model))
         self._params = [p for name, p in named if self._chosen(name, p)]
         if not self._params:
             raise ConfigError(

@@ -1,10 +1,13 @@
 """Stochastic weight averaging: the mean of the weights that the last epochs ended with."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
+from dtrain.callback import CountAs
 from dtrain.callbacks.argument_checks import check_counts
 from dtrain.callbacks.averaged_weights import AveragedWeights
 from dtrain.context import Context, Step
@@ -17,9 +20,9 @@ class StochasticWeightAveraging(AveragedWeights):
     Wider Optima and Better Generalization", UAI 2018). The paper holds the learning rate
     constant or cyclic meanwhile, as torch's ``SWALR`` does.
 
-    Parameters that require a gradient are averaged, in float32 at least. Evaluations in ``fit`` and
-    checkpoints see the model's own weights; after ``fit`` it holds the average, and
-    ``Trainer.evaluate`` sees that. Its BatchNorm statistics are those of the last weights: first
+    Parameters that require a gradient are averaged, in float32 at least. Evaluations in ``fit`` see
+    the model's own weights; after ``fit`` it holds the average, which ``Trainer.evaluate`` sees and
+    ``load_model`` gives. Its BatchNorm statistics are those of the last weights: first
     call ``torch.optim.swa_utils.update_bn(loader, trainer.model, device)`` on every rank, with the
     same batches.
 
@@ -52,18 +55,22 @@ class StochasticWeightAveraging(AveragedWeights):
                 "(from 0), so nothing was averaged; the model holds its own weights"
             )
             return
-        self._put_in(ctx.model)
         if any(isinstance(module, _BatchNorm) for module in ctx.model.modules()):
             ctx.say(
                 f"the model holds the average of {self.count} sets of weights; its BatchNorm "
-                "statistics are of the last one: call torch.optim.swa_utils.update_bn on every rank"
+                "statistics are of the last one: call torch.optim.swa_utils.update_bn on every "
+                "rank, and after load_model"
             )
+
+    def weights(self, which: CountAs) -> Mapping[str, Tensor] | None:
+        return self.averages if self.count and which in ("averaged", "final") else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"averages": self.averages, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.averages, self.count = dict(state["averages"]), state["count"]
+        super().load_state_dict(state)
+        self.count = state["count"]
 
     def _take_in(self, ctx: Context) -> None:
         if ctx.progress.epoch >= self._start_epoch:

@@ -7,14 +7,16 @@ from dtrain.checkpoint.resume import ResumeMode
 from dtrain.checkpoint.run_files import RunFiles
 from dtrain.checkpoint.run_state import CheckpointSlot, RunState, json_values
 from dtrain.checkpoint.tree import copy_state
-from dtrain.checkpoint.weights import export_model, load_model
+from dtrain.checkpoint.weights import Which, describe_run, export_model, load_model
 
 __all__ = [
     "CheckpointSlot",
     "ResumeMode",
     "RunFiles",
     "RunState",
+    "Which",
     "copy_state",
+    "describe_run",
     "export_model",
     "find_checkpoint",
     "json_values",

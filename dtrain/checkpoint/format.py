@@ -21,6 +21,7 @@ Ranks: all read, rank 0 alone commits, tidies and removes; all local.
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -29,10 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dtrain.checkpoint import disk, tree
+from dtrain.distributed import plain_name
 from dtrain.errors import CheckpointError
 
 FORMAT = 1
@@ -142,7 +145,32 @@ def model_file(path: Path) -> Path:
 
 def load_model(path: Path) -> dict[str, Tensor]:
     """Returns parameters and buffers, on the CPU; a CheckpointError names what cannot be read."""
-    return _load_parts(path, MODEL)
+    return {plain_name(name): tensor for name, tensor in _load_parts(path, MODEL).items()}
+
+
+def whose_weights(path: Path) -> dict[str, Any]:
+    """Returns whose weights count as what in a checkpoint, and by which metric one is the best."""
+    file = path / f"{STATE}.json"
+    with disk.plain_words(file, "cannot be read", CheckpointError, *disk.DAMAGE):
+        known: dict[str, Any] = json.loads(file.read_bytes()).get("weights", {})
+        return {"whose": {}, "held": {}, "best_by": None} | known
+
+
+def load_held(path: Path, which: str) -> dict[str, Tensor]:
+    """Returns the weights that count as ``which``, if these are not the model's own."""
+    known = whose_weights(path)
+    if which not in known["whose"]:
+        return {}
+    part = known["held"][known["whose"][which][1]]
+    held: dict[str, Tensor] = tree.join(part, _load_parts(path, STATE, only=tree.names_in(part)))
+    return held
+
+
+def best_of(saved: list[Saved], metric: str, mode: str) -> Saved | None:
+    """Returns the checkpoint with the best value of a metric, if any has one."""
+    sign = 1 if mode == "min" else -1
+    scored = [one for one in saved if math.isfinite(one.metrics.get(metric, math.nan))]
+    return min(scored, key=lambda one: (sign * one.metrics[metric], one.step), default=None)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -156,10 +184,13 @@ def load_rank_state(path: Path, rank: int) -> dict[str, Any] | None:
     return _join(file, load_tensors(file.with_suffix(".safetensors"))) if file.exists() else None
 
 
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file, on the CPU."""
+def load_tensors(file: Path, only: set[str] | None = None) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file, or only these, on the CPU."""
     with disk.plain_words(file, "cannot be read"):
-        return load_file(file)
+        if only is None:
+            return load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys() if name in only}  # noqa: SIM118
 
 
 def remove(folder: Path, step: int) -> None:
@@ -230,12 +261,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _load_parts(path: Path, stem: str) -> dict[str, Tensor]:
+def _load_parts(path: Path, stem: str, only: set[str] | None = None) -> dict[str, Tensor]:
     part = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
     names = [name for name in _read_manifest(path)["files"] if part.fullmatch(name)]
     tensors: dict[str, Tensor] = {}
     for name in names or [part_name(stem, 0, 1)]:
-        tensors |= load_tensors(path / name)
+        tensors |= load_tensors(path / name, only)
     return tensors
 
 

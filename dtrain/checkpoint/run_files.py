@@ -102,8 +102,11 @@ class RunFiles:
 
         self._world.comm.on_main("status", write)
 
-    def save(self, loop_state: LoopState, data_state: DataState) -> None:
-        """Makes a checkpoint, then deletes what need not be kept."""
+    def save(self, loop_state: LoopState, data_state: DataState, *, ended: bool = False) -> None:
+        """Makes a checkpoint, then deletes what need not be kept.
+
+        Once ``fit`` has ``ended``, other weights may count.
+        """
         if isinstance(self.saver.failure, RunTaken):  # on rank 0; the others are told
             raise self.saver.failure
         comm, run_state = self._world.comm, self._run_state
@@ -124,7 +127,7 @@ class RunFiles:
             self._write_status("running", at=at)
 
         self._replicas.settle(f"before the checkpoint of step {at.step}")
-        content = run_state.take(loop_state, data_state)
+        content = run_state.take(loop_state, data_state, ended=ended)
         sharers = [0] if self._tell_differing(content) else None
         folder, then = self._run_dir / "checkpoints", tidy
         broken = [n for n in not_finite(run_state.context.model) if n not in self._broken]
@@ -206,6 +209,20 @@ class RunFiles:
         """Writes how the run ended."""
         state: State = "preempted" if preempted else "finished"
         self._world.comm.on_main("status", lambda: self._write_status(state, reason))
+
+    def last_and_best(self) -> tuple[Path | None, Path | None]:
+        """Returns the newest checkpoint, and the best, as far as there are such."""
+        run_dir, by = self._run_dir, self._run_state.best_by
+        if run_dir is None:
+            return None, None
+
+        def look() -> tuple[Path | None, Path | None]:
+            every = files.listed(run_dir / "checkpoints")
+            saved = [one for one in every if one.step <= self._progress.step]
+            best = files.best_of(saved, *by) if by else None
+            return saved[-1].path if saved else None, best.path if best else None
+
+        return self._world.comm.on_main("checkpoints", look)
 
     def fail(self, error: BaseException, cause: BaseException | None) -> None:
         """Ends the checkpoint under way, and writes that the run failed, and why.

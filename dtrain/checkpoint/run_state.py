@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.callback import Callback
+from dtrain.callback import Callback, CountAs, weights_of
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import tree
 from dtrain.checkpoint.format import Saved
@@ -19,6 +19,9 @@ from dtrain.distributed import (
     World,
     digest_of,
     digests,
+    load_named,
+    named_parameters,
+    named_state,
     random_state,
     random_state_of_host,
     restore_random_state,
@@ -27,6 +30,8 @@ from dtrain.distributed import (
 from dtrain.errors import CheckpointError, ConfigError
 
 _PROGRESS = ("step", "updates", "epoch", "step_in_epoch", "samples")
+#: As what weights may count in a checkpoint, wherever in the run it was made.
+AS_SAVED: tuple[CountAs, ...] = ("evaluated", "averaged", "best")
 
 
 class _HasState(Protocol):
@@ -43,7 +48,7 @@ class CheckpointSlot(Protocol):
     trainable_only: bool  # a checkpoint may lack weights that were never trained
 
     def select(self, model: nn.Module) -> dict[str, Tensor]:
-        """Returns what to save of the model's state, by name; equal on all ranks."""
+        """Returns what to save of the model's state, by plain name; equal on all ranks."""
 
     def due_after_step(self, progress: Progress) -> bool:
         """Says whether this step is to be saved; equal on all ranks, must not communicate."""
@@ -59,6 +64,13 @@ class CheckpointSlot(Protocol):
 
         Ranks: rank 0 only; perhaps in a thread beside the training.
         """
+
+
+@runtime_checkable
+class BestSlot(Protocol):
+    """Says also by which metric a checkpoint is the best, if it does."""
+
+    best_by: tuple[str, str] | None  # its name, and "min" or "max"
 
 
 @dataclass
@@ -80,16 +92,22 @@ class RunState:
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
     def take(
-        self, loop: dict[str, Any], data: dict[str, Any] | None, *, device_is_well: bool = True
+        self,
+        loop: dict[str, Any],
+        data: dict[str, Any] | None,
+        *,
+        device_is_well: bool = True,
+        ended: bool = False,
     ) -> Content:
         """Returns what a checkpoint of the run must hold; nothing is copied yet.
 
         ``loop`` and ``data`` are the states of the loop and of this rank's stream of data. Where
-        the device is not well, no more of it is touched than names.
+        the device is not well, no more of it is touched than names. Once ``fit`` has ``ended``,
+        other weights may count.
         """
         context, model = self.context, self.context.model
         capture = random_state if device_is_well else random_state_of_host
-        held = model.state_dict() if self.slot is None else self.slot.select(model)
+        held = named_state(model) if self.slot is None else self.slot.select(model)
         own = {c.name: state for c in self.callbacks if (state := c.rank_state_dict())}
         return Content(
             step=context.progress.step,
@@ -107,6 +125,7 @@ class RunState:
                     "extra": {n: v for n, v in held.items() if not isinstance(v, Tensor)},
                     "config": self.config,
                     "fingerprint": self.fingerprint,
+                    "weights": self._weights(ended),  # last: tensors are named where they first are
                 }
             ),
             rank_state=tree.split(
@@ -143,18 +162,47 @@ class RunState:
             path.partition("/")[2] for path in paths if len({one.get(path) for one in by_rank}) > 1
         ]
 
+    def _weights(self, ended: bool) -> dict[str, Any]:
+        """Returns whose weights count as what, and where among ``held`` these are."""
+        counts = {"final": weights_of(self.callbacks, "final", ended=ended)}
+        counts |= {which: weights_of(self.callbacks, which) for which in AS_SAVED}
+        held: dict[str, Mapping[str, Tensor]] = {}  # by what they first counted as
+        whose: dict[str, list[str]] = {}
+        for which, (name, weights) in counts.items():
+            if name:
+                place = next((at for at, known in held.items() if known is weights), which)
+                held[place], whose[which] = weights, [name, place]
+        return {
+            "whose": whose,
+            "held": {place: self._with_ties(weights) for place, weights in held.items()},
+            "best_by": None if self.best_by is None else [*self.best_by],
+        }
+
+    def _with_ties(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns weights under each name of their parameters, as the model's own are saved."""
+        names: dict[int, list[str]] = {}
+        for name, p in named_parameters(self.context.model, remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+        held = [(tied, name) for tied in names.values() for name in tied if name in weights]
+        return {other: weights[name] for tied, name in held for other in tied} | dict(weights)
+
+    @property
+    def best_by(self) -> tuple[str, str] | None:
+        """By which metric a checkpoint is the best, and whether the least or the most."""
+        return self.slot.best_by if isinstance(self.slot, BestSlot) else None
+
     def restore_model(self, saved: Saved) -> dict[str, Any]:
         """Restores parameters, buffers and progress; returns the rest, for :meth:`restore_rest`."""
         state = files.load_state(saved.path)
         tensors: dict[str, Any] = files.load_model(saved.path) | state.get("extra", {})
-        missing = [name for name in self.context.model.state_dict() if name not in tensors]
+        missing = [name for name in named_state(self.context.model) if name not in tensors]
         if missing and not (self.slot is not None and self.slot.trainable_only):
             raise CheckpointError(
                 f"{saved.path} lacks {len(missing)} of the model's tensors, such as {missing[0]}: "
                 "it was made with Checkpoint(trainable_only=True). Pass that again, and load the "
                 "base model before fit."
             )
-        self.context.model.load_state_dict(tensors, strict=not missing)
+        load_named(self.context.model, tensors, strict=not missing)
         for name in _PROGRESS:
             setattr(self.context.progress, name, state["progress"][name])
         return state

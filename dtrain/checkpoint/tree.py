@@ -22,10 +22,10 @@ def split(state: Any) -> Split:
     """Returns ``state`` as JSON values, and the tensors that are in it, by path.
 
     Dicts, lists, tuples, tensors, numbers, text, True, False and None may be nested at will; a
-    CheckpointError names the path of anything else.
+    CheckpointError names the path of anything else. A tensor that is there twice is kept once.
     """
     tensors: dict[str, Tensor] = {}
-    return Split(_encode(state, "", tensors), tensors)
+    return Split(_encode(state, "", tensors, {}), tensors)
 
 
 def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
@@ -45,6 +45,14 @@ def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: join(value, tensors) for key, value in plain.items()}
 
 
+def names_in(plain: Any) -> set[str]:
+    """Returns the names of the tensors that a part of what :func:`split` returned refers to."""
+    if isinstance(plain, dict) and _TENSOR in plain:
+        return {plain[_TENSOR]}
+    inner = plain.values() if isinstance(plain, dict) else plain if isinstance(plain, list) else ()
+    return {name for value in inner for name in names_in(value)}
+
+
 def copy_state(state: dict[str, Any]) -> dict[str, Any]:
     """Returns a copy that shares no memory with ``state``, as a checkpoint would give it back."""
     plain, tensors = split(state)
@@ -52,27 +60,30 @@ def copy_state(state: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: Any, path: str, tensors: dict[str, Tensor], known: dict[int, str]) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | str | int | float):
         return value
     if isinstance(value, Tensor):
+        if id(value) in known:
+            return {_TENSOR: known[id(value)]}
         # Unique, also where a key has a slash in it or is a name that safetensors reserves.
         name = path or "value"
         if name in tensors or name.startswith("__"):
             name = f"{name}~{len(tensors)}"
         tensors[name] = value.detach()
+        known[id(value)] = name
         return {_TENSOR: name}
     under = f"{path}/" if path else ""
     if isinstance(value, tuple | list):
-        items = [_encode(v, f"{under}{i}", tensors) for i, v in enumerate(value)]
+        items = [_encode(v, f"{under}{i}", tensors, known) for i, v in enumerate(value)]
         return {_TUPLE: items} if isinstance(value, tuple) else items
     if isinstance(value, dict):
-        values = {k: _encode(v, f"{under}{k}", tensors) for k, v in value.items()}
+        values = {k: _encode(v, f"{under}{k}", tensors, known) for k, v in value.items()}
         if all(isinstance(k, str) and not k.startswith("__") for k in value):
             return values
-        return {_ITEMS: [[_encode(k, "", tensors), v] for k, v in values.items()]}
+        return {_ITEMS: [[_encode(k, "", tensors, known), v] for k, v in values.items()]}
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
     raise CheckpointError(

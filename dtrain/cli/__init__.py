@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dtrain.checkpoint import export_model
+from dtrain.checkpoint import describe_run, export_model
 from dtrain.cli.submit import submit
 from dtrain.cli.trials import check, drill, refusing
-from dtrain.errors import CheckpointError
+from dtrain.errors import CheckpointError, ConfigError
 
 app = typer.Typer(
     name="dtrain",
@@ -27,14 +27,29 @@ for command in (check, drill, submit):
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
     file: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    which: Annotated[
+        str,
+        typer.Option(help="final (those that count), raw, averaged, best, or a step's number."),
+    ] = "final",
 ) -> None:
     """Write the weights of a run's newest intact checkpoint as one plain safetensors file.
 
     Exit status: 0 if it was written, 2 if not.
     """
-    with refusing("export", CheckpointError):
-        count = export_model(run, file)
+    with refusing("export", CheckpointError, ConfigError):
+        wanted = int(which) if which.isdecimal() else which
+        count = export_model(run, file, which=wanted)  # type: ignore[arg-type]
     typer.echo(f"{file}: {count} tensors")
+
+
+@app.command()
+def show(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Say where a run stands, which checkpoints it has, and which weights count.
+
+    Exit status: 0, or 2 if there is no intact checkpoint.
+    """
+    with refusing("show", CheckpointError):
+        typer.echo(describe_run(run))
 
 
 def main() -> None:

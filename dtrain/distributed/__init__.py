@@ -19,6 +19,7 @@ from dtrain.distributed.activity import (
 )
 from dtrain.distributed.comm import Comm, Rule
 from dtrain.distributed.exchange import digest_of
+from dtrain.distributed.names import load_named, named_parameters, named_state, plain_name
 from dtrain.distributed.processes import Process, end_with, look_up, stopped_children, this_machine
 from dtrain.distributed.random_streams import (
     derive_seed,
@@ -56,5 +57,6 @@ __all__ += ["Replicas", "as_bytes", "digests", "not_finite", "own_memory", "some
 __all__ += ["heartbeat_key", "local_store", "serve_store", "share_buffers", "tensors_of_state"]
 __all__ += ["check_same_lines", "give_rank_0s"]
 __all__ += ["Process", "end_with", "look_up", "stopped_children", "this_machine"]
+__all__ += ["load_named", "named_parameters", "named_state", "plain_name"]
 __all__ += ["derive_seed", "random_state", "random_state_kept", "random_state_of_host"]
 __all__ += ["restore_random_state", "seed_everything", "seeded_generator"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.exchange import digest_of
+from dtrain.distributed.names import named_parameters, named_state
 from dtrain.distributed.world import World
 from dtrain.errors import ConfigError, RankMismatch
 
@@ -203,7 +204,7 @@ class Replicas:
 
         Returns what to tell the user of these, the first time.
         """
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(named_parameters(self.model))
         buffers = dict(self.model.named_buffers())
         every = parameters | buffers
         # NaN is one thing, whatever its bits.
@@ -314,13 +315,13 @@ def shapes_of(model: nn.Module) -> list[tuple[str, list[int], str]]:
 
 def tensors_of_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns a model's state, without what a ``get_extra_state`` returns that is no tensor."""
-    return {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    return {name: t for name, t in named_state(model).items() if isinstance(t, Tensor)}
 
 
 def check_same_model(model: nn.Module, comm: Comm) -> None:
     """Raises RankMismatch where the ranks have different models. Ranks: all, communicates."""
     shapes = shapes_of(model)
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    frozen = [name for name, p in named_parameters(model) if not p.requires_grad]
     mine = [f"{name} {shape} {dtype}" for name, shape, dtype in shapes]
     mine += [f"{name} (frozen)" for name in frozen]
     check_same_lines("the ranks have different models", mine, comm)

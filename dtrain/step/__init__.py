@@ -1,6 +1,6 @@
 """One step of training: what a rank does with a micro-batch, and how ranks agree on it."""
 
-from dtrain.step.engine import Engine, take_model, takes_a_veto
+from dtrain.step.engine import Engine, take_model, takes_a_veto, unwrapped
 from dtrain.step.lane import Heard, LaneSilent
 from dtrain.step.micro_step import MicroStep, UserLoss, adapt, as_loss, of_backward
 from dtrain.step.precision import Autocast, Factor, Precision, PrecisionSlot, ScaledAutocast
@@ -27,4 +27,5 @@ __all__ = [
     "of_backward",
     "take_model",
     "takes_a_veto",
+    "unwrapped",
 ]

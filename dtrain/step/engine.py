@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dtrain.callback import Callback, Hooks
@@ -21,6 +22,7 @@ from dtrain.distributed import (
     Replicas,
     World,
     check_same_model,
+    named_parameters,
     own_memory,
     share_buffers,
 )
@@ -31,9 +33,18 @@ from dtrain.step.lane import Lane, Verdict
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
 from dtrain.step.parameters import lacking, note_of
 from dtrain.step.precision import Precision
+from dtrain.step.stand_in import StandIn
 from dtrain.step.strategy import Strategy
 from dtrain.step.votes import Agreement
 from dtrain.watchdog import SECONDS_METRIC, StragglerClock
+
+#: What else a model may come in, at the top or within: it meets other ranks by its own rules.
+_WRAPPERS = (
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "DeepSpeedEngine",
+)
 
 
 @dataclass(eq=False)
@@ -62,6 +73,7 @@ class Engine:
         shares = 1 if precision.scales_loss else size
         self.lane = Lane(context.model, rank=rank, size=size, shares=shares)
         self.agreement = Agreement(context.request, comm, self.world.host)
+        self.stand_in = StandIn(context, hooks.callbacks)
         self.clock = StragglerClock(comm, host=self.world.host, size=size)
         self._means = Means("train", context.device, names=[SECONDS_METRIC])
         self.micro_step = MicroStep(
@@ -368,6 +380,35 @@ def take_model(
             "dtrain.init(seed=...) before the model is made, and they are equal from the start."
         )
     return model, made, notes
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Returns the user's own module, and what to tell; raises ConfigError for what cannot be."""
+    notes = []
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        # What the loss function calls by another way must not reduce gradients a second time.
+        model.require_backward_grad_sync = model.require_forward_param_sync = False
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        kind = type(model).__name__
+        notes = [
+            f"the model came in {kind}: its module is trained without that, for dtrain reduces "
+            "gradients itself. Pass Trainer(model.module), or leave it out"
+        ]
+        model = model.module
+    for name, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS:
+            raise ConfigError(
+                f"{name or 'the model'!r} is wrapped in {type(module).__name__}, which reduces "
+                "gradients by itself, as dtrain does: pass the module without it (compiled or not)"
+            )
+    named = [*named_parameters(model, remove_duplicate=False), *model.named_buffers()]
+    if lazy := [name for name, tensor in named if is_lazy(tensor)]:
+        raise ConfigError(
+            f"lazy layers do not know their shapes yet ({', '.join(lazy[:5])}), so ranks could not "
+            "agree on them: run one batch through the model before the optimizer and the Trainer "
+            "are made, on every rank: `with torch.no_grad(): model(x)`"
+        )
+    return model, notes
 
 
 def takes_a_veto(optimizer: Optimizer) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.context import Context
+from dtrain.distributed import named_parameters
 from dtrain.errors import ConfigError
 
 _FLAG, _PARAMS = attrgetter("requires_grad"), itemgetter("params")
@@ -145,7 +146,7 @@ class Parameters:
         named: dict[int, str] = {}
         lines: list[str] = []
         known = {*self._params} or {*self._model.parameters()}
-        for name, p in self._model.named_parameters():
+        for name, p in named_parameters(self._model):
             named[id(p)] = name
             what = " frozen" * (not p.requires_grad) + " new" * (p not in known)
             lines.append(f"{name} {list(p.shape)} {p.dtype}{what}")
@@ -160,7 +161,7 @@ class Parameters:
         changed = [p for p, form in self._forms.items() if _form(p) != form]
         if not changed:
             return
-        names = {p: name for name, p in self._model.named_parameters()}
+        names = {p: name for name, p in named_parameters(self._model)}
         words = [
             f"{names.get(p, 'one that was replaced')} was {' '.join(map(str, self._forms[p]))}, "
             f"and is {' '.join(map(str, _form(p)))}"
@@ -182,7 +183,7 @@ def lacking(optimizer: Optimizer, model: nn.Module) -> list[str]:
         raise ConfigError(f"the optimizer is {optimizer!r}, no torch.optim.Optimizer")
     held = _held(optimizer)
     ids, ours = {id(p) for p in held}, {id(p) for p in model.parameters()}
-    left = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
+    left = [n for n, p in named_parameters(model) if p.requires_grad and id(p) not in ids]
     if strange := [p for p in held if id(p) not in ours]:
         shapes = ", ".join(str(list(p.shape)) for p in strange[:5])
         lacks = f"; it lacks {_some(left)}" if left else ""

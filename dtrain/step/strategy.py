@@ -9,7 +9,14 @@ from torch.optim import Optimizer
 
 from dtrain.context import Progress, Step
 from dtrain.data import MicroBatches
-from dtrain.distributed import World, check_same_lines, digest_of, give_rank_0s, tensors_of_state
+from dtrain.distributed import (
+    World,
+    check_same_lines,
+    digest_of,
+    give_rank_0s,
+    named_parameters,
+    tensors_of_state,
+)
 from dtrain.errors import ConfigError, DtrainError, UnusedParameters
 from dtrain.step.lane import Arriving, Heard, LaneSilent, Verdict
 from dtrain.step.micro_step import MicroStep
@@ -89,7 +96,7 @@ class Strategy(ABC):
         changed, added = comm.all_reduce("what changed", mine, "max").tolist()
         if not changed:
             return
-        params = dict(step.model.named_parameters())
+        params = dict(named_parameters(step.model))
         if added and comm.vote("new ones differ", give_rank_0s(params, world)):
             step.context.say(
                 "note: parameters that were added differed between ranks, which draw random "
@@ -175,7 +182,7 @@ class Strategy(ABC):
 
     def missing(self) -> list[str]:
         """Returns names of the parameters that have no gradient."""
-        named = self._micro_step.model.named_parameters()
+        named = named_parameters(self._micro_step.model)
         return [name for name, p in named if p.requires_grad and p.grad is None]
 
 

@@ -100,7 +100,7 @@ def compare(end, run, expected, name, within):
     found = differences(*ends, within)
     found += differences(mine, rows, within, "row")
     net = training.make_net()
-    folder = dtrain.load_model(run, net).parent.name
+    folder = dtrain.load_model(run, net, which="raw").parent.name
     saved = {"folder": folder, "weights_sha256": training.digest(net.state_dict())}
     return found + differences(saved, expected["last_saved"], within, "saved")
 

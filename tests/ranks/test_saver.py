@@ -165,7 +165,9 @@ def wide(run_dir, part_bytes):
     disk.write_tensors = write
     torch.manual_seed(3)
     net = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)], torch.nn.Linear(64, 2))
-    trainer = tiny.trainer([Checkpoint(every_steps=4), EMA(0.9)], net=net, run_dir=run_dir)
+    trainer = tiny.trainer(
+        [Checkpoint(every_steps=4), EMA(0.9, use_at_end=False)], net=net, run_dir=run_dir
+    )
     trainer.fit(tiny.dataset(features=64), batch_size=16, max_steps=4)
     return written, tiny.digest(net)
 

@@ -137,10 +137,19 @@ def test_what_json_has_no_word_for_is_brought_to_the_nearest() -> None:
     assert joined["wide"].tolist() == [1, 1, 1, 1]
 
 
+def test_a_tensor_that_is_there_twice_is_kept_once() -> None:
+    tensor = torch.zeros(2)
+    plain, found = tree.split({"a": [tensor], "b": {"c": tensor, "d": tensor.clone()}})
+    assert list(found) == ["a/0", "b/d"]
+    assert tree.names_in(plain["b"]) == {"a/0", "b/d"}
+    joined = tree.join(plain, found)
+    assert torch.equal(joined["b"]["c"], joined["a"][0])
+
+
 def test_what_is_staged_is_a_copy() -> None:
     tensor = torch.zeros(2)
     stage = Stage(rank=0)
-    split = tree.split({"a": tensor, "b": tensor})
+    split = tree.split({"a": tensor, "b": tensor[:]})
     staged = stage.take(Content(1, {"w": tensor}, split, split, {}), [0])
     tensor += 1
     every = [copy for held in staged.tensors.values() for copy in held.values()]

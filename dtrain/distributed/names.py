@@ -1,0 +1,30 @@
+"""Names of a model's tensors: as the user gave them, also where parts of it are compiled."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def plain_name(name: str) -> str:
+    """Returns a tensor's or module's name without what ``torch.compile`` puts into it."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")
+
+
+def named_state(model: nn.Module) -> dict[str, Any]:
+    """Returns the model's ``state_dict`` by plain names."""
+    return {plain_name(name): value for name, value in model.state_dict().items()}
+
+
+def named_parameters(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the model's parameters by plain names."""
+    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
+        yield plain_name(name), parameter
+
+
+def load_named(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """Loads tensors by plain names; with ``strict`` all of the model's, and no others."""
+    own = {plain_name(name): name for name in model.state_dict()}
+    model.load_state_dict({own.get(n, n): t for n, t in tensors.items()}, strict=strict)

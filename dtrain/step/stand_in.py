@@ -1,0 +1,104 @@
+"""Weights that stand in the model in place of its own: for an evaluation, or after a fit."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dtrain.callback import Callback, weights_of
+from dtrain.context import Context
+from dtrain.distributed import named_parameters, named_state
+from dtrain.errors import ConfigError
+
+
+class StandIn:
+    """Puts callbacks' weights into the model, and gives it its own back, bit for bit."""
+
+    def __init__(self, context: Context, callbacks: tuple[Callback, ...]) -> None:
+        self._context = context
+        self._callbacks = callbacks
+        self._own: dict[str, Tensor] = {}  # the model's, while others are in it
+        self._put: Mapping[str, Tensor] = {}  # these others
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """A block in which the model holds what evaluations look at."""
+        self._put_in(*weights_of(self._callbacks, "evaluated"))
+        try:
+            yield
+        finally:
+            self._copy(self._own)
+            self._own, self._put = {}, {}
+
+    @contextmanager
+    def stands_aside(self) -> Iterator[None]:
+        """A block in which the model holds its own weights, as a checkpoint must."""
+        now = self._tensors()
+        standing = {name: now[name].detach().clone() for name in self._own}
+        self._copy(self._own)
+        try:
+            yield
+        finally:
+            self._copy(standing)
+
+    @property
+    def changes_at_end(self) -> bool:
+        """Whether other weights count at the end of a fit than in a checkpoint on the way."""
+        ends = weights_of(self._callbacks, "final")
+        return ends[0] != weights_of(self._callbacks, "final", ended=False)[0]
+
+    @contextmanager
+    def stays(self) -> Iterator[None]:
+        """A block at the end of ``fit``: what counts is in the model from there on."""
+        name, weights = weights_of(self._callbacks, "final")
+        self._put_in(name, weights)
+        if name:
+            self._context.say(f"the model holds the weights of {name}, not the last step's")
+        versions = {n: t._version for n, t in self._tensors().items()}
+        yield
+        changed = [n for n, t in self._tensors().items() if t._version != versions.get(n)]
+        if changed and self._context.run_dir is not None:
+            self._context.say(
+                f"warning: a callback's on_fit_end changed the model ({changed[0]}), and no "
+                "checkpoint has that: weights that are to count must come from its weights(which)"
+            )
+
+    def take_out(self) -> None:
+        """Gives the model its own weights back where a further ``fit`` begins; or says why not."""
+        own, put, self._own, self._put = self._own, self._put, {}, {}
+        now = self._tensors()
+        changed = [
+            n for n, t in put.items() if n not in now or not torch.equal(now[n], t.to(now[n]))
+        ]
+        if changed:
+            self._context.say(
+                "the model was changed since fit left averaged or best weights in it "
+                f"({len(changed)} tensors, such as {changed[0]}): training goes on from these"
+            )
+        else:
+            self._copy(own)
+
+    def _put_in(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        own = self._tensors()
+        wrong = [n for n, t in weights.items() if n not in own or own[n].shape != t.shape]
+        if wrong:
+            raise ConfigError(
+                f"{name}.weights() has {wrong[0]!r}, and the model has no tensor of this name and "
+                "shape; names are those of model.state_dict()"
+            )
+        self._own = {n: own[n].detach().clone() for n in weights}
+        self._put = weights
+        self._copy(weights)
+
+    @torch.no_grad()
+    def _copy(self, weights: Mapping[str, Tensor]) -> None:
+        into = self._tensors() if weights else {}
+        for name, values in weights.items():
+            into[name].copy_(values)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The model's own, also those that a hook keeps out of its ``state_dict``."""
+        model = self._context.model
+        tensors = {n: t for n, t in named_state(model).items() if isinstance(t, Tensor)}
+        return tensors | dict(named_parameters(model, remove_duplicate=False))
