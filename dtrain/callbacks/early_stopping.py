@@ -72,6 +72,9 @@ class EarlyStopping(Callback):
             )
         if self._after_evaluation and not ctx.has_eval:
             raise ConfigError(f"EarlyStopping({self._metric!r}) needs fit(eval_set=...)")
+        if self.bad_checks and self.bad_checks >= self._patience:  # a further fit of this process
+            ctx.say(f"EarlyStopping had stopped after {self.bad_checks} checks; they count anew")
+            self.bad_checks = 0
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         if self._after_evaluation:

@@ -1,7 +1,7 @@
 """The files of a run: its folder, its checkpoints, and the word on where it stands."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.status import Failures, State, Status
 from dtrain.context import Progress
 from dtrain.distributed import SAVING, World, share_buffers
-from dtrain.errors import ConfigError, DtrainError, RunTaken
+from dtrain.errors import CheckpointError, ConfigError, DtrainError, RunTaken
 
 #: How long a failed run waits for the checkpoint under way, in seconds.
 _LAST_CHANCE_S = 2.0
@@ -45,8 +45,18 @@ class RunFiles:
         self._progress = run_state.context.progress
         self._failures = Failures()  # of earlier starts; known on rank 0
 
-    def find(self, mode: ResumeMode, *, epochs: int | None, max_steps: int | None) -> Saved | None:
-        """Takes the run's folder, and returns the checkpoint to go on from, if any."""
+    def find(
+        self,
+        mode: ResumeMode,
+        own: Iterable[str] = (),
+        *,
+        epochs: int | None,
+        max_steps: int | None,
+    ) -> Saved | None:
+        """Takes the run's folder, and returns the checkpoint to go on from, if any.
+
+        ``own`` are names of files in it that sinks write.
+        """
         run_dir, run_state = self._run_dir, self._run_state
         check_mode(mode)
         if run_dir is None:
@@ -59,7 +69,7 @@ class RunFiles:
             self.saver.run_lock = RunLock(run_dir)
             self.saver.run_lock.take()
             decision = decide(
-                run_dir, mode, run_state.fingerprint, epochs=epochs, max_steps=max_steps
+                run_dir, mode, run_state.fingerprint, epochs=epochs, max_steps=max_steps, own=own
             )
             if self._world.restarted and decision.before is not None:
                 self._failures = status.failures_before(run_dir, decision.before)
@@ -111,7 +121,8 @@ class RunFiles:
                 # Later ones are of an earlier start, and damaged, or we had begun there.
                 saved = [(s.step, s.metrics) for s in files.listed(folder) if s.step <= at.step]
                 for step in run_state.slot.prune(saved):
-                    files.remove(folder, step)
+                    if trouble := files.remove(folder, step):
+                        run_state.context.say(f"warning: {trouble}. Saving goes on.")
             self._write_status("running", at=at)
 
         share_buffers(run_state.context.model, comm)
@@ -166,7 +177,16 @@ class RunFiles:
     def finish(self, reason: str, *, preempted: bool) -> None:
         """Writes how the run ended."""
         state: State = "preempted" if preempted else "finished"
-        self._world.comm.on_main("status", lambda: self._write_status(state, reason))
+
+        def write() -> None:
+            try:
+                self._write_status(state, reason)
+            except RunTaken:
+                raise
+            except CheckpointError as error:  # what was trained is worth more
+                self._run_state.context.say(f"warning: how the run ended is not noted: {error}")
+
+        self._world.comm.on_main("status", write)
 
     def fail(self, error: BaseException, cause: BaseException | None) -> None:
         """Ends the checkpoint under way, and writes that the run failed, and why.

@@ -41,7 +41,7 @@ def load_model(path: str | Path, model: nn.Module, *, strict: bool = True) -> Pa
 
     Ranks: all, local; each reads the file.
     """
-    file = _find(Path(path))
+    file = _find(Path(path).expanduser())
     found = _read(file)
     own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     fitting = {name: t for name, t in found.items() if name in own and _fits(t, own[name])}
@@ -90,8 +90,8 @@ def export_model(path: str | Path, file: str | Path) -> int:
 
     Ranks: rank 0 only.
     """
-    file = Path(file)
-    tensors = _read(_find(Path(path)))
+    file = Path(file).expanduser()
+    tensors = _read(_find(Path(path).expanduser()))
     aside = file.with_name(f".{file.name}.writing")
     try:
         with disk.plain_words(file):
