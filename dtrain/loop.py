@@ -46,6 +46,7 @@ class Loop:
     failed_together: bool = False  # all ranks raise in the same step, of which nothing was applied
     epoch_evaluated: bool = False  # over, but for `on_epoch_end`, which a resumed run still owes
     epoch_is_cut: bool = False  # by the end of a rank's stream (`when_uneven="stop"`)
+    owes_evaluation: bool = False  # the run left before one that was due
 
     def __post_init__(self) -> None:
         self.context, self.hooks = self.engine.context, self.engine.hooks
@@ -61,6 +62,8 @@ class Loop:
         return {
             "epoch_evaluated": self.epoch_evaluated,
             "epoch_is_cut": self.epoch_is_cut,
+            "owes_evaluation": self.owes_evaluation,
+            "evaluated_at": self._evaluated_at,
             "weight": self.engine.lane.expected if self.engine.micro_step.weighed else 0.0,
             "epoch_sums": self.engine.epoch_sums,
             "stop_reason": "" if self.preempted else self.stop_reason,
@@ -84,8 +87,9 @@ class Loop:
         reason = state["stop_reason"]
         self.stop_reason = "" if reason in (ALL_EPOCHS, MAX_STEPS) else reason
         self._saved_at = progress.step
-        if self.epoch_evaluated:
-            self._evaluated_at = progress.step
+        self.owes_evaluation = state.get("owes_evaluation", False)
+        at = progress.step if self.epoch_evaluated else -1
+        self._evaluated_at = state.get("evaluated_at", at)
         at_end = self.epoch_evaluated or self.epoch_is_cut
         epoch, step = progress.epoch + at_end, 0 if at_end else progress.step_in_epoch
         if lost := self.feed.load_state_dict(data, ranks=state["ranks"], epoch=epoch, step=step):
@@ -97,7 +101,8 @@ class Loop:
         """Trains until the plan is fulfilled or a stop is agreed."""
         progress, replicas = self.context.progress, self.engine.replicas
         replicas.step = progress.step
-        if self.plan.eval_first and not progress.step and self.plan.eval_every:
+        due = self.owes_evaluation or (self.plan.eval_first and not progress.step)
+        if self.plan.eval_every and due:
             self._evaluate()
             if self._save_asked:
                 self._save_once()
@@ -105,18 +110,24 @@ class Loop:
             self._run_epoch()
         if not self.preempted and self.plan.eval_every and self._evaluated_at != progress.step:
             self._evaluate()
-        if self.checkpoint is not None or self.preempted:
+        if self.checkpoint is not None or self.preempted or self._save_asked:
             self._save_last()
         self._log(final=True)
         with self.engine.together(Phase("the end of fit", slow=True)):
             with self.engine.stand_in.stays():
                 self.hooks.fire(Callback.on_fit_end, self.context)
             replicas.settle("at the end of fit")
+            late = self.engine.agreement.settle().save
+        if late:
+            self._saved_at = -1  # the weights may be others now
+            self._save_last()
 
     def _finished(self) -> bool:
-        self.stop_reason = self.stop_reason or self.plan.fulfilled_by(self.context.progress)
-        # An epoch that is over is ended in form, also where the run stops with it.
-        return bool(self.stop_reason) and not self.epoch_evaluated
+        progress = self.context.progress
+        self.stop_reason = self.stop_reason or self.plan.fulfilled_by(progress)
+        # An epoch that is over is ended in form, also where the run stops; or by the next start.
+        over = not self.preempted and progress.step_in_epoch == self.feed.steps_per_epoch
+        return bool(self.stop_reason) and not (self.epoch_evaluated or over)
 
     # -- epoch ------------------------------------------------------------------------------
 
@@ -137,7 +148,7 @@ class Loop:
                     self._after_step()
                 if self.epoch_is_cut:
                     break
-                if self._finished() and progress.step_in_epoch != self.feed.steps_per_epoch:
+                if self._finished():
                     self._log()
                     self._settle()
                     return  # in the middle of an epoch
@@ -151,6 +162,8 @@ class Loop:
                 )
             self._log()
             self._settle()
+            if self.preempted:
+                return  # first saved; the next start evaluates
             if means := self.engine.end_epoch():
                 self._report("epoch", means)
             if self.plan.eval_every == "epoch":
@@ -174,9 +187,11 @@ class Loop:
         if isinstance(every, int) and progress.step % every == 0:
             self._log()
             self._settle()
-            self._evaluate()
-        if progress.step_in_epoch == self.feed.steps_per_epoch:
-            return  # saved after the epoch's evaluation
+            self.owes_evaluation = self.preempted
+            if not self.preempted:
+                self._evaluate()
+        if progress.step_in_epoch == self.feed.steps_per_epoch or self._finished():
+            return  # saved after the evaluation
         if (self.checkpoint and self.checkpoint.due_after_step(progress)) or self._save_asked:
             self._settle()
             self._save_once()
@@ -290,7 +305,7 @@ class Loop:
             self.history.report("train", values)
 
     def _evaluate(self) -> None:
-        self._evaluated_at = self.context.progress.step
+        self._evaluated_at, self.owes_evaluation = self.context.progress.step, False
         with self.engine.together(EVALUATION), self.engine.stand_in.evaluated():
             metrics = self.engine.evaluate(self.evals)
         self._report("eval", metrics)

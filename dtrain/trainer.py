@@ -16,6 +16,7 @@ from dtrain.checkpoint import (
     ResumeMode,
     RunFiles,
     RunState,
+    compare_fits,
     copy_state,
     json_values,
 )
@@ -72,7 +73,8 @@ class Trainer:
         strategy: how gradients meet: ``"flat"`` (at once, after backward), ``"ddp"`` (in buckets,
             during it), ``"auto"`` (flat up to 25 MiB of gradients, where DDP has nothing to
             overlap), or a :class:`~dtrain.strategies.Strategy`.
-        run_dir: a folder for checkpoints, metrics and status; None writes nothing.
+        run_dir: a folder for checkpoints, metrics and status (``~`` is expanded); None writes
+            nothing.
         seed: of the order of data and the ranks' random streams; ``dtrain.init``'s if None.
         eval_fn: another function for evaluation, of the same form as ``loss_fn``.
         config: your own settings (JSON values), kept in ``run_dir/config.json``, in checkpoints
@@ -142,7 +144,7 @@ class Trainer:
                 rng=seeded_generator(self._seed, _OWN_STREAM, world.rank),
                 shared_rng=seeded_generator(self._seed, _SHARED_STREAM),
                 device=world.device,
-                run_dir=None if run_dir is None else Path(run_dir),
+                run_dir=None if run_dir is None else Path(run_dir).expanduser().absolute(),
                 loss_scaled=self.precision.scales_loss,
                 _outbox=self._outbox,
             )
@@ -195,6 +197,7 @@ class Trainer:
         eval_first: bool = False,
         log_every: int = 50,
         resume: ResumeMode = "auto",
+        override: Mapping[str, Any] | None = None,
     ) -> FitResult:
         """Trains until ``epochs`` or ``max_steps`` are reached, or a stop is agreed.
 
@@ -213,6 +216,8 @@ class Trainer:
                 on one; ``"never"`` begins anew and moves the old run's files aside;
                 ``"emergency"`` continues from what was saved when the run failed. A second
                 ``fit`` of a live trainer goes on in memory.
+            override: values of the optimizer for this and later starts, such as ``{"lr": 1e-3}``
+                (or a list: one for each group), where a run keeps those that it was begun with.
 
         A TERM, USR1, USR2 or INT (Ctrl-C) to any one rank ends the run in order: all ranks stop
         after the same step and save, and ``status.json`` says ``preempted``. A second INT ends
@@ -240,13 +245,17 @@ class Trainer:
         self.context.in_fit = True
         try:
             with self._watchdog:
-                return self._fit(take, eval_set, resume)
+                return self._fit(take, eval_set, resume, override or {})
         finally:
             self.context.in_fit = False
             self._files.release()
 
     def _fit(
-        self, take: Callable[[], tuple[Plan, Data]], eval_set: Any, resume: ResumeMode
+        self,
+        take: Callable[[], tuple[Plan, Data]],
+        eval_set: Any,
+        resume: ResumeMode,
+        override: Mapping[str, Any],
     ) -> FitResult:
         loop: Loop | None = None
         comm = self.world.comm
@@ -256,16 +265,17 @@ class Trainer:
             with Signals(preempt), Deadline(preempt, active=self.world.is_main):
                 with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan, data = take()
+                    self._run_state.override = dict(override)
                     evals = self._eval_feeds(eval_set, data.batch_size, data)
                     loop = self._assemble(plan, data, evals)
                     self._begin(loop, data, dispatcher, resume)
                 loop.run()
                 with comm.lockstep("the end of fit"):
                     state = "preempted" if loop.preempted else "finished"
+                    self._files.finish(loop.stop_reason, preempted=loop.preempted)
                     words = describe_end(state, self.context, loop.stop_reason)
                     loop.history.report("end", {}, words)
                     comm.on_main("close sinks", dispatcher.finish)
-                    self._files.finish(loop.stop_reason, preempted=loop.preempted)
                     last, best = self._files.last_and_best()
         except BaseException as error:
             cause = self._fail(loop, error)
@@ -336,19 +346,24 @@ class Trainer:
             plan = replace(plan, eval_every=None)
         check_monitors(self.hooks.callbacks, evals, evaluates=bool(plan.eval_every))
         # What must be the same for a run to be continued.
-        fingerprint = self._run_state.fingerprint = {
+        fingerprint = {
             "model": digest_of(shapes_of(self.model)),
             "optimizer": type(self.optimizer).__name__,
             "callbacks": [callback.name for callback in self.hooks.callbacks],
             "precision": self.precision.name,
             "batch size": data.batch_size,
+            "order": data.order_name,
             "samples": _length(data.dataset),
             "seed": self._seed,
         }
         # A stream is each rank's own, and so is its length.
-        same = {k: v for k, v in fingerprint.items() if not (data.is_stream and k == "samples")}
+        same: dict[str, Any] = {"override": self._run_state.override, "plan": plan}
+        same |= {k: v for k, v in fingerprint.items() if not (data.is_stream and k == "samples")}
         sizes = {label: str(one) for label, one in evals.items()}
-        check_same_call(same | {"plan": plan, "evaluation": sizes}, self.world.comm)
+        check_same_call(same | {"evaluation": sizes}, self.world.comm)
+        if self._live:
+            compare_fits(self._run_state.fingerprint, fingerprint, context.say)
+        self._run_state.fingerprint = fingerprint
         engine.restart(data.batch_size or 0)
         progress = context.progress
         progress.steps_per_epoch = feed.steps_per_epoch
@@ -379,7 +394,10 @@ class Trainer:
                     "run's beginning, so ask for more"
                 )
         else:
-            saved = files.find(resume, epochs=plan.epochs, max_steps=plan.max_steps)
+            own = [name for sink in self._sinks for name in sink.files]
+            saved = files.find(resume, own, epochs=plan.epochs, max_steps=plan.max_steps)
+        self._run_state.begin(live=self._live, resumes=saved is not None)
+        files.saver.flush = dispatcher.flush
         self._engine.stand_in.take_out()
         state = {} if saved is None else self._run_state.restore_model(saved)
         tell = self.recorder.report if self.world.is_main else None

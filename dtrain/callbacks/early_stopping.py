@@ -66,7 +66,12 @@ class EarlyStopping(Callback):
         self._vote: Rule = vote
         self.best = math.inf  # of sign * value: less is better
         self.bad_checks = 0
-        self._weights: dict[str, Any] = {}
+        self._weights: dict[str, Tensor] = {}
+
+    def on_fit_start(self, ctx: Context) -> None:
+        if self.bad_checks and self.bad_checks >= self._patience:  # a further fit of this process
+            ctx.say(f"EarlyStopping had stopped after {self.bad_checks} checks; they count anew")
+            self.bad_checks = 0
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         if self._after_evaluation and ctx.in_fit:

@@ -2,7 +2,10 @@
 
 from typing import Any, Literal
 
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, find_metric
@@ -23,9 +26,14 @@ class LRSchedule(Callback):
     Args:
         scheduler: a scheduler of the Trainer's optimizer; or a function from the optimizer and how
             often it will be stepped in all (optimizer steps, or epochs; ConfigError where that is
-            not known, and on resuming where a one-cycle schedule was planned for fewer) to one.
+            not known) to one.
         every: ``"step"`` or ``"epoch"``.
         monitor: the metric for ``ReduceLROnPlateau``, such as ``"eval/loss"``.
+        replan: what becomes of the curve where a run goes on, by a restart or a further ``fit``,
+            for longer or shorter than the function was told, or with another rate
+            (``fit(override={"lr": ...})``). True: a new one, over what is left, from the
+            optimizer's own rate. False: the old one; the rate stays what it is at its end. None:
+            ConfigError, unless the curve is the same for both lengths.
     """
 
     late_step_end = True  # only the next update needs the new rate
@@ -36,6 +44,7 @@ class LRSchedule(Callback):
         *,
         every: Literal["step", "epoch"] = "step",
         monitor: str | None = None,
+        replan: bool | None = None,
     ) -> None:
         check_choice("LRSchedule", "every", every, ("step", "epoch"))
         if not isinstance(scheduler, LRScheduler) and not callable(scheduler):
@@ -46,25 +55,47 @@ class LRSchedule(Callback):
         self._given = scheduler
         self._every = every
         self._monitor = monitor
+        self.replan = replan
         self.monitors = () if monitor is None else (monitor,)
         self._scheduler: LRScheduler | None = None
-        self._total: int | None = None
         self._groups = 0  # of the optimizer, for which the scheduler was made
+        self._total: int | None = None  # how long the run was to be when the curve was made
+        self._began = 0  # where the curve begins
+        self._stepped = 0  # how far on it the scheduler is
+        self._asked: int | None = None  # how long the run is to be now
+        self._rates: list[float] = []  # which it begins with, of each group
+        self._skips = False  # the end of an epoch that was over when the curve was made
 
     def on_fit_start(self, ctx: Context) -> None:
+        by_step, progress = self._every == "step", ctx.progress
+        total = progress.total_steps if by_step else progress.total_epochs
+        # Resumed where an epoch is over but for `on_epoch_end`, which comes next.
+        self._ends = not by_step and progress.step_in_epoch == progress.steps_per_epoch
+        self._done = progress.step if by_step else progress.epoch + self._ends
+        self._say, self._asked = ctx.say, total
         if self._scheduler is not None and self._scheduler.optimizer is ctx.optimizer:
-            return  # a second fit goes on
+            self._go_on(self._total, total, _new_rates(ctx.optimizer))  # a further fit
+            return
         scheduler = self._given
-        if not isinstance(scheduler, LRScheduler):
-            by_step, progress = self._every == "step", ctx.progress
-            self._total = progress.total_steps if by_step else progress.total_epochs
-            if self._total is None:
+        if isinstance(scheduler, LRScheduler):
+            length = getattr(scheduler, "total_steps", None)
+            if length is not None and total is not None and length < total:
+                raise ConfigError(
+                    f"LRSchedule: the {type(scheduler).__name__} is over after {length} "
+                    f"{self._every}s, and the run has {total}: make it longer, or pass a function "
+                    "(optimizer, total_steps) -> scheduler"
+                )
+            self._refuse_rates(_new_rates(ctx.optimizer))
+            self._tell_turn(scheduler)
+        else:
+            if total is None:
                 raise ConfigError(
                     f"LRSchedule(every={self._every!r}) needs to know how many "
                     f"{self._every}s there will be: pass max_steps to fit (for every='epoch', "
                     "epochs), or a scheduler instead of a function"
                 )
-            scheduler = scheduler(ctx.optimizer, self._total)
+            self._total, self._rates = total, _rates_of(ctx.optimizer)
+            scheduler = scheduler(ctx.optimizer, total)
         if not isinstance(scheduler, LRScheduler):
             raise ConfigError(f"LRSchedule: the function returned {scheduler!r}, no scheduler")
         if scheduler.optimizer is not ctx.optimizer:
@@ -81,9 +112,11 @@ class LRSchedule(Callback):
             self._advance()
 
     def on_epoch_end(self, ctx: Context) -> None:
-        if self._every == "epoch":
+        if self._every == "epoch" and not self._skips:
             self._advance()
         self._judge("train/", ctx.metrics)
+
+        self._skips = False
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         if ctx.in_fit:
@@ -104,22 +137,182 @@ class LRSchedule(Callback):
                 f"{self._groups}. Put what is added during a run into a group that there is: "
                 "ctx.optimizer.param_groups[0]['params'].append(parameter)"
             )
-        self._scheduler.step()
+        length = self._total - self._began if self.replan is False and self._total else None
+        if length is None or self._stepped < length - 1:
+            self._scheduler.step()
+            self._stepped += 1
+
+    def _go_on(self, planned: int | None, total: int | None, rates: list[float] | None) -> None:
+        """Decides what becomes of the curve that was planned for another length, or other rates."""
+        scheduler, given = self._scheduler, self._given
+        assert scheduler is not None
+        if isinstance(given, LRScheduler):
+            self._refuse_rates(rates)
+            self._tell_turn(scheduler)
+        if isinstance(given, LRScheduler) or planned is None or self._monitor is not None:
+            return  # nobody planned its length
+        length, what = planned - self._began, f"{self._every}s"
+        if total is None or (rates is None and total == planned):
+            return
+        end = ""
+        if rates is None:
+            longest = max(planned, total) - self._began
+            curve = self._curve(length, longest)
+            if curve == self._curve(total - self._began, longest):
+                self._total = total
+                return
+            end = _in_words(curve[length - 1])
+        left, begins = total - self._done, _in_words(rates or self._rates)
+        if self.replan is None or (rates is not None and not self.replan):
+            other = (
+                f"{total} are asked for" if total != planned else "another lr (or group) is there"
+            )
+            keep = f"; replan=False keeps the old one, and from its end on the rate stays {end}"
+            raise ConfigError(
+                f"LRSchedule: its curve was planned for {planned} {what}, and {other}, at "
+                f"{self._every} {self._done}. Say what becomes of it: LRSchedule(..., replan=True) "
+                f"begins a new curve over the {left} {what} that are left, from lr {begins}"
+                f"{keep * (rates is None)}."
+            )
+        if self.replan and left > 0:
+            self._say(
+                f"LRSchedule: its curve was planned for {planned} {what}; a new one begins, over "
+                f"the {left} that are left of {total}, from lr {begins}"
+            )
+            self._total, self._began, self._rates = total, self._done, rates or self._rates
+            self._skips = self._ends
+            self._begin(left)
+        else:
+            self._say(
+                f"LRSchedule: its curve was planned for {planned} {what}, of {total} now; from its "
+                f"end on the rate stays {end}"
+            )
+            if self._stepped >= length:  # one too far: no step had that rate
+                for _ in range(self._begin(length) - 1):
+                    self._advance()
+
+    def _refuse_rates(self, rates: list[float] | None) -> None:
+        """A scheduler that is made already has its rates; a ReduceLROnPlateau has none."""
+        if rates is not None and self._monitor is None:
+            raise ConfigError(
+                f"fit(override=...) sets lr {_in_words(rates)}, and LRSchedule's scheduler goes on "
+                "from another: make it of an optimizer with that rate, or pass a function "
+                "(optimizer, total_steps) -> scheduler, and replan=True"
+            )
+
+    def _tell_turn(self, scheduler: LRScheduler) -> None:
+        """A cosine that was made for fewer steps comes back up."""
+        turn, total = getattr(scheduler, "T_max", None), self._asked
+        if turn is not None and total is not None and turn < total:
+            self._say(
+                f"LRSchedule: the {type(scheduler).__name__} is at its lowest after {turn} "
+                f"{self._every}s of {total}, and climbs back from there"
+            )
+
+    def _curve(self, length: int, upto: int) -> list[list[float]]:
+        """Returns the groups' rates at each step of a curve of ``length``, until it raises."""
+        assert self._scheduler is not None
+        assert not isinstance(self._given, LRScheduler)
+        optimizer = self._scheduler.optimizer
+        twin = SGD([torch.zeros(1)], lr=0.0)
+        twin.param_groups = [
+            {k: v for k, v in group.items() if k[-2:] != "lr"}
+            | {"params": [torch.zeros(1)], "lr": rate}
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True)
+        ]
+        twin.defaults = optimizer.defaults
+        _has_stepped(twin)
+        scheduler, rates = self._given(twin, length), []
+        for _ in range(upto + 1):
+            rates.append([float(group["lr"]) for group in twin.param_groups])
+            try:
+                scheduler.step()
+            except ValueError:  # a one-cycle schedule is over
+                break
+        return rates
+
+    def _begin(self, length: int) -> int:
+        """Makes the scheduler anew, at the beginning of a curve of ``length``, which it returns."""
+        assert self._scheduler is not None
+        assert not isinstance(self._given, LRScheduler)
+        optimizer = self._scheduler.optimizer
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group.pop("initial_lr", None)
+            _put(group, "lr", rate)
+        self._scheduler, self._stepped = self._given(optimizer, length), 0
+        _has_stepped(optimizer)
+        return length
+
+    def _load(self, state: dict[str, Any], length: int | None = None) -> None:
+        """Takes up a scheduler's state, of a curve of ``length``; leaves the optimizer as it is."""
+        assert self._scheduler is not None
+        groups = self._scheduler.optimizer.param_groups
+        kept = [
+            {k: v.clone() if isinstance(v, Tensor) else v for k, v in _plain(g)} for g in groups
+        ]
+        if length is not None:
+            self._begin(length)
+        for group, values in zip(groups, kept, strict=True):
+            for name, value in values.items():
+                _put(group, name, value)
+        self._scheduler.load_state_dict(state)
+        # The optimizer has stepped, in the process that made the checkpoint; torch would warn.
+        _has_stepped(self._scheduler.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         if self._scheduler is None:
             return {}
-        return {"scheduler": self._scheduler.state_dict(), "total": self._total}
+        return {
+            "scheduler": self._scheduler.state_dict(),
+            "total": self._total,
+            "began": self._began,
+            "rates": self._rates,
+            "stepped": self._stepped,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        planned, total = state.get("total") or 0, self._total or 0
-        if 0 < planned < total and isinstance(self._scheduler, OneCycleLR):
-            raise ConfigError(
-                f"LRSchedule: the one-cycle schedule was planned for {planned} {self._every}s and "
-                f"cannot go on for {total}: its cycle is over. Begin anew "
-                "(resume='never'), or continue with the epochs it was planned for"
-            )
-        if "scheduler" in state and self._scheduler is not None:
-            self._scheduler.load_state_dict(state["scheduler"])
-            # The optimizer has stepped, in the process that made the checkpoint; torch would warn.
-            self._scheduler.optimizer._opt_called = True  # type: ignore[attr-defined]
+        if "scheduler" not in state or self._scheduler is None:
+            return
+        planned, total = state.get("total"), self._total
+        if not isinstance(self._given, LRScheduler) and planned is not None and total is not None:
+            self._began, self._rates = state.get("began", 0), state.get("rates") or self._rates
+            self._total, rates = planned, _new_rates(self._scheduler.optimizer)
+            length = planned - self._began
+            self._load(state["scheduler"], None if length == total else length)
+            self._stepped = state.get("stepped", state["scheduler"].get("last_epoch", 0))
+            self._go_on(planned, total, rates)
+        else:
+            rates = _new_rates(self._scheduler.optimizer)
+            self._load(state["scheduler"])
+            self._go_on(None, None, rates)
+
+
+def _rates_of(optimizer: Optimizer) -> list[float]:
+    """Returns each group's rate, before any schedule."""
+    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+
+
+def _new_rates(optimizer: Optimizer) -> list[float] | None:
+    """Returns the rates that ``fit`` was told to set since a schedule was made, if it was."""
+    known = all("initial_lr" in group for group in optimizer.param_groups)
+    return None if known else _rates_of(optimizer)
+
+
+def _plain(group: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in group.items() if name != "params"]
+
+
+def _put(group: dict[str, Any], name: str, value: Any) -> None:
+    """Sets a value; a tensor stays the same tensor, which others may hold."""
+    if isinstance(old := group.get(name), Tensor):
+        old.fill_(value)
+    else:
+        group[name] = value
+
+
+def _has_stepped(optimizer: Optimizer) -> None:
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _in_words(rates: list[float]) -> str:
+    return ", ".join(f"{rate:.4g}" for rate in (rates if len(set(rates)) > 1 else rates[:1]))

@@ -3,7 +3,7 @@
 from dtrain.checkpoint.format import find as find_checkpoint
 from dtrain.checkpoint.format import load_model as load_tensors
 from dtrain.checkpoint.format import load_state
-from dtrain.checkpoint.resume import ResumeMode
+from dtrain.checkpoint.resume import ResumeMode, compare_fits
 from dtrain.checkpoint.run_files import RunFiles
 from dtrain.checkpoint.run_state import CheckpointSlot, RunState, json_values
 from dtrain.checkpoint.tree import copy_state
@@ -15,6 +15,7 @@ __all__ = [
     "RunFiles",
     "RunState",
     "Which",
+    "compare_fits",
     "copy_state",
     "describe_run",
     "export_model",

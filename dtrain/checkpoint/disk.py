@@ -49,6 +49,25 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(path: Path) -> str:
+    """Deletes as :func:`delete` does, as much as can be; returns why not all, or nothing."""
+    try:
+        delete(path)
+    except OSError as error:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        return f"{path} cannot be deleted: {error}"
+    return ""
+
+
+def overwrite(file: Path, content: bytes) -> None:
+    """Writes into a file that is there: where a disk is full, its place is still its own."""
+    with file.open("r+b") as handle:
+        handle.write(content)
+        handle.truncate()
+    sync(file)
+
+
 def digest(file: Path) -> str:
     """Returns the sha256 of a file's content."""
     with file.open("rb") as handle:

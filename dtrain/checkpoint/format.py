@@ -27,6 +27,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,11 @@ def tidy(folder: Path) -> None:
     for replaced in folder.glob(f"{_REPLACED}step-*"):
         final = folder / replaced.name.removeprefix(_REPLACED)
         if final.exists():
-            disk.delete(replaced)
+            _retire(replaced)
         else:
             replaced.rename(final)
     for leftover in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
-        disk.delete(leftover)
+        disk.discard(leftover)
 
 
 def find(folder: Path) -> tuple[Saved | None, list[str]]:
@@ -193,14 +194,22 @@ def load_tensors(file: Path, only: set[str] | None = None) -> dict[str, Tensor]:
             return {name: opened.get_tensor(name) for name in opened.keys() if name in only}  # noqa: SIM118
 
 
-def remove(folder: Path, step: int) -> None:
-    """Deletes the checkpoint of ``step``; renamed first, so that half of one is never found."""
-    path, _ = place(folder, step)
-    aside = folder / f".removing-{path.name}"
-    if aside.exists():  # killed while it removed, and the step was saved again
-        shutil.rmtree(aside)
-    path.rename(aside)
-    shutil.rmtree(aside)
+def remove(folder: Path, step: int) -> str:
+    """Deletes the checkpoint of ``step``; returns why not, or why some of it is left."""
+    return _retire(place(folder, step)[0])
+
+
+def _retire(path: Path) -> str:
+    """Deletes a checkpoint; renamed first, so that half of one is never found."""
+    # What nobody could delete may be left of an earlier one: a file that is open, on NFS.
+    name = f".removing-{path.name.lstrip('.')}"
+    asides = (path.with_name(f"{name}-{n}" if n else name) for n in count())
+    aside = next(one for one in asides if not one.exists())
+    try:
+        path.rename(aside)
+    except OSError as error:
+        return f"{path} cannot be deleted: {error}"
+    return disk.discard(aside)
 
 
 def _by_step(folder: Path) -> list[Path]:

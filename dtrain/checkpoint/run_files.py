@@ -1,7 +1,7 @@
 """The files of a run: its folder, its checkpoints, and the word on where it stands."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from dtrain.checkpoint.status import Failures, State, Status
 from dtrain.checkpoint.writer import Content
 from dtrain.context import Progress
 from dtrain.distributed import SAVING, Replicas, World, not_finite, share_buffers, some_of
-from dtrain.errors import ConfigError, DtrainError, RunTaken
+from dtrain.errors import CheckpointError, ConfigError, DtrainError, RunTaken
 
 #: How long a failed run waits for the checkpoint under way, in seconds.
 _LAST_CHANCE_S = 2.0
@@ -52,8 +52,18 @@ class RunFiles:
         self._broken: set[str] = set()  # weights that were not finite when the fit began
         self._told: set[str] = set()  # whose state differs between ranks
 
-    def find(self, mode: ResumeMode, *, epochs: int | None, max_steps: int | None) -> Saved | None:
-        """Takes the run's folder, and returns the checkpoint to go on from, if any."""
+    def find(
+        self,
+        mode: ResumeMode,
+        own: Iterable[str] = (),
+        *,
+        epochs: int | None,
+        max_steps: int | None,
+    ) -> Saved | None:
+        """Takes the run's folder, and returns the checkpoint to go on from, if any.
+
+        ``own`` are names of files in it that sinks write.
+        """
         run_dir, run_state = self._run_dir, self._run_state
         check_mode(mode)
         if run_dir is None:
@@ -66,7 +76,7 @@ class RunFiles:
             self.saver.run_lock = RunLock(run_dir)
             self.saver.run_lock.take()
             decision = decide(
-                run_dir, mode, run_state.fingerprint, epochs=epochs, max_steps=max_steps
+                run_dir, mode, run_state.fingerprint, epochs=epochs, max_steps=max_steps, own=own
             )
             if self._world.restarted and decision.before is not None:
                 self._failures = status.failures_before(run_dir, decision.before)
@@ -122,8 +132,7 @@ class RunFiles:
             if run_state.slot is not None:
                 # Later ones are of an earlier start, and damaged, or we had begun there.
                 saved = [(s.step, s.metrics) for s in files.listed(folder) if s.step <= at.step]
-                for step in run_state.slot.prune(saved):
-                    files.remove(folder, step)
+                self._remove(folder, run_state.slot.prune(saved))
             self._write_status("running", at=at)
 
         self._replicas.settle(f"before the checkpoint of step {at.step}")
@@ -133,7 +142,7 @@ class RunFiles:
         broken = [n for n in not_finite(run_state.context.model) if n not in self._broken]
         if comm.vote("weights that are not finite", bool(broken)):
             folder = self._run_dir / NOT_FINITE
-            then = partial(_keep_only, folder, at.step)
+            then = partial(self._keep_only, folder, at.step)
             more = (
                 ". The checkpoints of finite weights stay as they are, and a new start goes on "
                 "from the newest of them. NonFiniteGuard leaves such a step out, and says where "
@@ -146,6 +155,14 @@ class RunFiles:
             self._told.add(NOT_FINITE)
         wait = not self._saves_beside
         self.saver.save(folder, content, then=then, wait=wait, sharers=sharers)
+
+    def _keep_only(self, folder: Path, step: int) -> None:
+        self._remove(folder, [one.step for one in files.listed(folder) if one.step != step])
+
+    def _remove(self, folder: Path, steps: Iterable[int]) -> None:
+        for step in steps:
+            if trouble := files.remove(folder, step):
+                self._run_state.context.say(f"warning: {trouble}. Saving goes on.")
 
     def _tell_differing(self, content: Content) -> bool:
         """Says whose state is not the same on all ranks; returns whether any is."""
@@ -208,7 +225,16 @@ class RunFiles:
     def finish(self, reason: str, *, preempted: bool) -> None:
         """Writes how the run ended."""
         state: State = "preempted" if preempted else "finished"
-        self._world.comm.on_main("status", lambda: self._write_status(state, reason))
+
+        def write() -> None:
+            try:
+                self._write_status(state, reason)
+            except RunTaken:
+                raise
+            except CheckpointError as error:  # what was trained is worth more
+                self._run_state.context.say(f"warning: how the run ended is not noted: {error}")
+
+        self._world.comm.on_main("status", write)
 
     def last_and_best(self) -> tuple[Path | None, Path | None]:
         """Returns the newest checkpoint, and the best, as far as there are such."""
@@ -270,9 +296,3 @@ def prepare(run_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error}") from error
-
-
-def _keep_only(folder: Path, step: int) -> None:
-    for older in files.listed(folder):
-        if older.step != step:
-            files.remove(folder, older.step)

@@ -13,6 +13,15 @@ from dtrain.callback import Callback, CountAs, weights_of
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import tree
 from dtrain.checkpoint.format import Saved
+from dtrain.checkpoint.optimizer_state import (
+    Group,
+    arrange,
+    check_override,
+    differences,
+    groups_of,
+    put_override,
+)
+from dtrain.checkpoint.status import renamed
 from dtrain.checkpoint.writer import Content
 from dtrain.context import Context, Progress
 from dtrain.distributed import (
@@ -90,6 +99,27 @@ class RunState:
     slot: CheckpointSlot | None
     # What must be the same for the run to be continued.
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    # The optimizer's groups, with the values that are in force before any schedule.
+    groups: list[Group] = field(default_factory=list)
+    override: dict[str, Any] = field(default_factory=dict)  # of the optimizer's values, by ``fit``
+
+    def begin(self, *, live: bool, resumes: bool) -> None:
+        """Notes what the optimizer was made with, and sets in it what ``fit`` was told to."""
+        now, override = groups_of(self.context.optimizer, self.context.model), self.override
+        check_override(override, now)
+        if live:  # schedules have changed values since: what was noted is in force
+            by_names = {tuple(group["params"]): group for group in self.groups}
+            now = [by_names.get(tuple(group["params"]), group) for group in now]
+        self.groups = now
+        if not resumes:  # else in what was saved
+            in_force, lines = differences(now, now, override)
+            put_override(override, self.context.optimizer.param_groups, now)
+            self._tell(in_force, lines)
+
+    def _tell(self, in_force: dict[str, Any], lines: list[str]) -> None:
+        self.config = self.config | in_force
+        for line in lines:
+            self.context.say(line)
 
     def take(
         self,
@@ -115,6 +145,7 @@ class RunState:
             state=tree.split(
                 {
                     "optimizer": context.optimizer.state_dict(),
+                    "groups": self.groups,
                     "precision": self.precision.state_dict(),
                     "callbacks": {c.name: c.state_dict() for c in self.callbacks},
                     "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
@@ -194,6 +225,11 @@ class RunState:
     def restore_model(self, saved: Saved) -> dict[str, Any]:
         """Restores parameters, buffers and progress; returns the rest, for :meth:`restore_rest`."""
         state = files.load_state(saved.path)
+        run = str(saved.path.parent.parent)
+        there, here = state.get("groups"), self.groups
+        state["optimizer"], state["groups"] = arrange(state["optimizer"], there, here, run)
+        if there is None:  # compared with the optimizer once schedules are made, as it was saved
+            self.groups = []
         tensors: dict[str, Any] = files.load_model(saved.path) | state.get("extra", {})
         missing = [name for name in named_state(self.context.model) if name not in tensors]
         if missing and not (self.slot is not None and self.slot.trainable_only):
@@ -215,11 +251,20 @@ class RunState:
         ``new_rank`` is called on a rank that the saved run did not have, to seed its streams.
         """
         context = self.context
+        there, here = state["groups"], self.groups or groups_of(context.optimizer, context.model)
+        self._tell(*differences(there, here, self.override))
+        put_override(self.override, state["optimizer"]["param_groups"], there)
+        self.groups = there
         context.optimizer.load_state_dict(state["optimizer"])
         _undo_casts(context.optimizer, state["optimizer"])
-        self.precision.load_state_dict(state["precision"])
+        if renamed(state)["fingerprint"].get("precision") == self.fingerprint.get("precision"):
+            self.precision.load_state_dict(state["precision"])
+        kept = dict(state["callbacks"])
         for callback in self.callbacks:
-            callback.load_state_dict(state["callbacks"][callback.name])
+            if callback.name in kept:
+                callback.load_state_dict(kept.pop(callback.name))
+        for name in (name for name, held in kept.items() if held):
+            context.say(f"{name} is not among the callbacks any more: its state is dropped")
         context.shared_rng.set_state(state["shared_rng"])
         context.metrics.update(state["metrics"])
         mine = files.load_rank_state(saved.path, self.world.rank)

@@ -37,6 +37,8 @@ class Saver:
         self.failure: Exception | None = None
         self.failures = 0  # how many in a row could not be written
         self.run_lock: RunLock | None = None  # rank 0's right to write; None on the others
+        #: Has rows of figures written: none is to be lost that a checkpoint is newer than.
+        self.flush: Callable[[], None] = lambda: None
 
     def open(self) -> None:
         """Makes it possible to write beside the training. Ranks: all, communicates."""
@@ -120,7 +122,15 @@ class Saver:
 
         try:
             main, lock = self._world.is_main, self.run_lock
-            writing.write(folder, staged, comm, is_main=main, then=unless_left, run_lock=lock)
+            writing.write(
+                folder,
+                staged,
+                comm,
+                is_main=main,
+                then=unless_left,
+                before=self.flush,
+                run_lock=lock,
+            )
         except Exception as error:
             # What one rank raises is a RemoteError on the others, of whatever kind it was.
             if comm is self._world.comm and isinstance(error, CommError | RankMismatch):

@@ -1,5 +1,6 @@
 """``run_dir/status.json``: where a run stands, and whether it fails again and again."""
 
+import errno
 import json
 import os
 import sys
@@ -44,8 +45,14 @@ def write(run_dir: Path, status: Status) -> None:
     for path in (run_dir / "status.json", *([Path(copy)] if copy else ())):
         aside = path.with_name(f".{path.name}.writing")
         with disk.plain_words(path, "cannot be written"):
-            disk.write_bytes(aside, text.encode())  # or a power cut might leave an empty file
-            os.replace(aside, path)
+            try:
+                disk.write_bytes(aside, text.encode())  # or a power cut might leave an empty file
+                os.replace(aside, path)
+            except OSError as error:
+                aside.unlink(missing_ok=True)
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                disk.overwrite(path, text.encode())
 
 
 def read(run_dir: Path) -> Status | None:

@@ -57,7 +57,7 @@ def load_model(
 
     Ranks: all, local; each reads the file.
     """
-    file, found = _read(*_choose(Path(path), which))
+    file, found = _read(*_choose(Path(path).expanduser(), which))
     own = {name: t for name, t in named_state(model).items() if isinstance(t, Tensor)}
     fitting = {name: t for name, t in found.items() if name in own and _fits(t, own[name])}
     # Of weights that are tied, a file may hold one only; it fills all of them.
@@ -107,8 +107,8 @@ def export_model(path: str | Path, file: str | Path, *, which: Which = "final") 
 
     Ranks: rank 0 only.
     """
-    file = Path(file)
-    _, tensors = _read(*_choose(Path(path), which))
+    file = Path(file).expanduser()
+    _, tensors = _read(*_choose(Path(path).expanduser(), which))
     aside = file.with_name(f".{file.name}.writing")
     try:
         with disk.plain_words(file):

@@ -130,12 +130,13 @@ def write(
     *,
     is_main: bool,
     then: Callable[[], None],
+    before: Callable[[], None] = lambda: None,
     run_lock: RunLock | None = None,
 ) -> None:
     """Writes a checkpoint, of which ``staged`` is this rank's share: whole, or not at all.
 
-    ``then`` is called on rank 0 once it is in place. ``run_lock`` is rank 0's right to write to
-    ``folder``, which all ranks share. Ranks: all, communicates.
+    ``before`` is called on rank 0 before it is put in its place, ``then`` after. ``run_lock`` is
+    rank 0's right to write to ``folder``, which all ranks share. Ranks: all, communicates.
     """
     final, aside = files.place(folder, staged.step, run_lock.token if run_lock else "")
     check = run_lock.check if run_lock else lambda: None
@@ -145,11 +146,12 @@ def write(
     def begin() -> Path:
         check()
         files.tidy(folder)
-        aside.mkdir(parents=True)
+        aside.mkdir(parents=True, exist_ok=True)  # of a save that failed, and could not be deleted
         return aside
 
     @disk.plain_words(final)
     def commit() -> None:
+        before()
         facts = {name: fact for one in written for name, fact in sorted(one.items())}
         files.commit(aside, final, staged.step, staged.metrics, facts, check)
 

@@ -157,6 +157,13 @@ class Data:
             )
         return order
 
+    @property
+    def order_name(self) -> str:
+        """Names the order in which samples come."""
+        if self.is_stream or self.order is None:
+            return "stream" if self.is_stream else "shuffled" if self.shuffle else "as they are"
+        return type(self.order).__name__
+
     def _check_stream(self) -> None:
         dataset, name = self.dataset, type(self.dataset).__name__
         map_style = isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset)

@@ -93,6 +93,12 @@ class Dispatcher:
                     "reports begin to be left out of it. Training goes on."
                 )
 
+    def flush(self, timeout_s: float = 10.0) -> None:
+        """Returns once all that was sent is on the disk, of sinks that can tell; or in time."""
+        deadline = time.monotonic() + timeout_s
+        for worker in self._workers if self._is_open else ():
+            worker.flush(deadline)
+
     def close(self, timeout_s: float = 10.0) -> None:
         """Returns once all is written and closed, or in time: who is late is named and left."""
         self._is_open = False
@@ -128,7 +134,7 @@ class _Worker(threading.Thread):
         self.label, self.must_work = label, sink.on_error == "raise"
         self.error: BaseException | None = None
         self.dropped = 0
-        self.left_behind = self._finishing = False
+        self.left_behind = self._finishing = self._flushing = False
         self._sink, self._capacity = sink, capacity
         self._waiting: deque[Report] = deque()
         self._changed = threading.Condition()  # guards everything above
@@ -140,7 +146,7 @@ class _Worker(threading.Thread):
             if self.error is not None:
                 return False
             self._waiting.append(report)
-            self._changed.notify()
+            self._changed.notify_all()
             if len(self._waiting) <= self._capacity:
                 return False
             trains = (i for i, waiting in enumerate(self._waiting) if waiting.kind == "train")
@@ -148,11 +154,23 @@ class _Worker(threading.Thread):
             self.dropped += 1
             return self.dropped == 1
 
+    def flush(self, deadline: float) -> None:
+        """Returns once the sink has written and flushed all that was put, or has failed."""
+        if type(self._sink).flush is Sink.flush:
+            return
+        with self._changed:
+            self._flushing = True
+            self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: not self._flushing or self.error is not None or not self.is_alive(),
+                max(0.0, deadline - time.monotonic()),
+            )
+
     def finish(self) -> None:
         """Lets the thread end once nothing waits any more."""
         with self._changed:
             self._finishing = True
-            self._changed.notify()
+            self._changed.notify_all()
 
     def leave_behind(self, timeout_s: float) -> str:
         """Hands the sink nothing more; returns what to tell a person."""
@@ -180,6 +198,7 @@ class _Worker(threading.Thread):
                 with self._changed:
                     self.error = error if self.error is None else self.error
                     self._waiting.clear()
+                    self._changed.notify_all()
         if failed:
             (where, first), *others = failed
             for _, other in others:
@@ -193,11 +212,17 @@ class _Worker(threading.Thread):
     def _write_all(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._finishing)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._waiting or self._finishing or self._flushing)
+                report = self._waiting.popleft() if self._waiting else None
+                if report is None and not self._flushing:
                     return
-                report = self._waiting.popleft()
-            self._sink.write(report)
+            if report is not None:
+                self._sink.write(report)
+                continue
+            self._sink.flush()
+            with self._changed:
+                self._flushing = False
+                self._changed.notify_all()
 
 
 def _say(text: str) -> None:

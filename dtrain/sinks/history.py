@@ -40,9 +40,8 @@ class History:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Sends figures or a text to the sinks, after what callbacks had to say."""
-        for note in self.outbox.notes:
-            self._send("message", text=note)
-        self.outbox.notes.clear()
+        while self.outbox.notes:  # one by one: a thread that saves may add another
+            self._send("message", text=self.outbox.notes.pop(0))
         for shown in self.outbox.shown:
             self._send("sample", text=shown.text, sample=shown)
         self.outbox.shown.clear()

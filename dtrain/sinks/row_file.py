@@ -13,6 +13,7 @@ class RowFile(Sink, ABC):
 
     def __init__(self, filename: str, on_error: OnError) -> None:
         self.filename = filename
+        self.files = [filename]
         self.on_error = on_error
         self._file: TextIO | None = None
 
@@ -40,6 +41,10 @@ class RowFile(Sink, ABC):
             row = self._row(fixed, {name: float(value) for name, value in report.values.items()})
             self._file.write(row)
             self._file.flush()  # on its way to the disk before the next report is taken
+
+    def flush(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:

@@ -1,7 +1,7 @@
 """What a sink is, what it is handed, and what it cannot do without: a folder, or a package."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,17 +57,22 @@ class Sink:
     Attributes:
         on_error: ``"warn"``: a failure is reported once, the sink left out, and the training
             goes on; ``"raise"``: the run ends on all ranks at the next sync point.
+        files: names of what it keeps in the run's folder, which ``resume="never"`` moves aside.
 
     Ranks: rank 0 only.
     """
 
     on_error: OnError = "warn"
+    files: Sequence[str] = ()
 
     def open(self, run_dir: Path | None) -> None:
         """The run begins; ``run_dir`` is its folder, or None where it keeps no files."""
 
     def write(self, report: Report) -> None:
         """One report: see :class:`dtrain.Report` for its kinds."""
+
+    def flush(self) -> None:
+        """A checkpoint is being made: what was written so far must be on the disk."""
 
     def close(self) -> None:
         """The run is over, well or badly; what is buffered must be written now."""

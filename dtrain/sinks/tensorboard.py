@@ -27,6 +27,7 @@ class TensorBoard(Sink):
     def __init__(self, folder: str = "tensorboard", *, on_error: OnError = "warn") -> None:
         check_package("tensorboard", sink="TensorBoard")
         self.folder = folder
+        self.files = [folder]
         self.on_error = on_error
         self._begin: Any = None
         self._writer: Any = None

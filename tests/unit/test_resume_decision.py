@@ -140,8 +140,11 @@ def test_a_finished_run_is_continued_by_a_larger_plan_only(
         choose(tmp_path, mode, epochs, max_steps)
     text = str(raised.value)
     assert f"the run in {tmp_path} is finished ({reason}; step 30, 3 epochs)" in text
-    for choice in ("larger epochs or max_steps", "another run_dir", "resume='never'"):
+    for choice in ("another run_dir", "resume='never'"):
         assert choice in text
+    # True advice: what stopped by itself is not revived by a larger plan.
+    assert ("a larger epochs or max_steps" in text) == (not reason.startswith("early stopping"))
+    assert ("load_model" in text) == reason.startswith("early stopping")
 
 
 @pytest.mark.parametrize("epochs", [3, 9])
@@ -156,19 +159,32 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(tmp_path: Path, e
 
 @pytest.mark.parametrize("state", ["running", "finished"])
 def test_another_make_up_is_refused_with_the_differences(tmp_path: Path, state: str) -> None:
-    there = {"model": "abd", "batch size": 64, "callbacks": ["Checkpoint", "EarlyStopping"]}
+    there = {"model": "abd", "batch size": 32, "callbacks": ["Checkpoint", "EarlyStopping"]}
     old_run(tmp_path, state, fingerprint=there)
     with pytest.raises(ResumeError) as raised:
-        decide(tmp_path, "auto", MAKE_UP | {"seed": 1}, epochs=9, max_steps=None)
+        decide(tmp_path, "auto", MAKE_UP, epochs=9, max_steps=None)
     first, *differences, last = str(raised.value).splitlines()
     assert first == f"the run in {tmp_path} is of another make-up:"
     assert differences == [
         "  model: 'abd' there, 'abc' here",
-        "  callbacks: ['Checkpoint', 'EarlyStopping'] there, ['Checkpoint'] here",
-        "  seed: None there, 1 here",
+        "  batch size: 32 there, 64 here",
     ]
     assert "another run_dir" in last
     assert "resume='never'" in last
+
+
+def test_what_may_differ_is_told_and_gone_on_with(tmp_path: Path) -> None:
+    there = MAKE_UP | {"callbacks": ["EarlyStopping"], "precision": "bf16", "seed": 1}
+    old_run(tmp_path, fingerprint=there)
+    here = MAKE_UP | {"precision": "float32", "order": "shuffled", "seed": 1}
+    decision = decide(tmp_path, "auto", here, epochs=9, max_steps=None)
+    assert decision.saved is not None
+    # "order" is younger than that run.
+    assert decision.notes[0].endswith("(the same make-up: model, batch size, seed)")
+    assert decision.notes[1:] == (
+        "callbacks: ['EarlyStopping'] there, ['Checkpoint'] here (those here are used)",
+        "precision: 'bf16' there, 'float32' here (what is here is used)",
+    )
 
 
 # ----------------------------------------------------------------------------- never

@@ -1,0 +1,174 @@
+"""An optimizer's state in a checkpoint: matched by parameters' names, and told where it differs.
+
+Its groups are noted as the script made them, before any schedule: ``{"params": [names],
+"values": {"lr": 0.1, ...}}``, one a group.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.distributed import named_parameters
+from dtrain.errors import ConfigError, ResumeError
+
+Group = dict[str, Any]
+_NO_VALUES = ("params", "param_names", "initial_lr")
+_NAMED = 4
+
+
+def groups_of(optimizer: Optimizer, model: nn.Module) -> list[Group]:
+    """Returns of each group the names of its parameters, and its plain values."""
+    named = {id(p): name for name, p in named_parameters(model)}
+    return [
+        {
+            # What is not the model's goes by its place.
+            "params": [named.get(id(p), f"? {i}.{j}") for j, p in enumerate(group["params"])],
+            "values": _values(group),
+        }
+        for i, group in enumerate(optimizer.param_groups)
+    ]
+
+
+def _values(group: Group) -> dict[str, Any]:
+    first = group | {"lr": group.get("initial_lr", group.get("lr"))}  # before a schedule
+    plain = {
+        name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        for name, value in first.items()
+        if name not in _NO_VALUES
+    }
+    kinds = (bool, int, float, str, tuple, type(None))
+    return {name: value for name, value in plain.items() if isinstance(value, kinds)}
+
+
+def check_override(override: Mapping[str, Any], groups: list[Group]) -> None:
+    """Raises ConfigError where a value is of no group, or not one for each."""
+    for name, value in override.items():
+        known = {key for group in groups for key in group["values"]} - {"name"}
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(
+                f"fit(override={{{name!r}: ...}}): the optimizer has no such value{hint} There are "
+                f"{', '.join(sorted(known))}"
+            )
+        if isinstance(value, list) and len(value) != len(groups):
+            raise ConfigError(
+                f"fit(override={{{name!r}: {value!r}}}): a list has one value for each parameter "
+                f"group, and there are {len(groups)}"
+            )
+
+
+def put_override(override: Mapping[str, Any], groups: list[Group], noted: list[Group]) -> None:
+    """Sets values in ``groups``, an optimizer's or saved ones, where others are in force.
+
+    A group that is given a new rate has no ``initial_lr`` any more: so a schedule finds out.
+    """
+    for name, value in override.items():
+        for place, (group, note) in enumerate(zip(groups, noted, strict=True)):
+            mine = value[place] if isinstance(value, list) else value
+            if note["values"].get(name) == mine or name not in group:
+                continue
+            old = group[name]
+            group[name] = old.fill_(mine) if isinstance(old, Tensor) else mine
+            note["values"][name] = mine
+            if name == "lr":
+                group.pop("initial_lr", None)
+
+
+def arrange(
+    state: dict[str, Any], there: list[Group] | None, here: list[Group], run: str
+) -> tuple[dict[str, Any], list[Group]]:
+    """Returns an optimizer's saved state, and its groups, in the order of the groups ``here``.
+
+    A ResumeError tells where parameters are grouped otherwise. Where no names were saved (until
+    0.1), places count.
+    """
+    saved = state["param_groups"]
+    if there is None:
+        counts = [len(group["params"]) for group in saved]
+        if counts != [len(group["params"]) for group in here]:
+            raise _regrouped([{"params": ["?"] * count} for count in counts], here, run)
+        pairs = zip(here, saved, strict=True)
+        there = [{"params": note["params"], "values": _values(group)} for note, group in pairs]
+    places: list[int] = []
+    for group in here:
+        same = [i for i, g in enumerate(there) if sorted(g["params"]) == sorted(group["params"])]
+        places += [place for place in same if place not in places][:1]
+    if not len(places) == len(here) == len(there):
+        raise _regrouped(there, here, run)
+    numbers = {
+        (place, name): number
+        for place, (note, group) in enumerate(zip(there, saved, strict=True))
+        for name, number in zip(note["params"], group["params"], strict=True)
+    }
+    order = [numbers[place, n] for place, g in zip(places, here, strict=True) for n in g["params"]]
+    there = [
+        {"params": group["params"], "values": there[place]["values"]}
+        for place, group in zip(places, here, strict=True)
+    ]
+    if order == [number for group in saved for number in group["params"]]:
+        return {**state, "param_groups": [dict(group) for group in saved]}, there
+    new = {old: number for number, old in enumerate(order)}
+    groups = [
+        {k: v for k, v in saved[place].items() if k != "param_names"}
+        | {"params": [new[numbers[place, name]] for name in group["params"]]}
+        for place, group in zip(places, here, strict=True)
+    ]
+    moved = {new.get(key, key): value for key, value in state["state"].items()}
+    return {**state, "state": moved, "param_groups": groups}, there
+
+
+def _regrouped(there: list[Group], here: list[Group], run: str) -> ResumeError:
+    differing = "\n".join(
+        f"  {where}, group {place}: {_some(group['params'])}"
+        for where, groups, others in (("there", there, here), ("here", here, there))
+        for place, group in enumerate(groups)
+        if sorted(group["params"]) not in [sorted(other["params"]) for other in others]
+    )
+    return ResumeError(
+        f"the run in {run} cannot go on with this optimizer: it has {_groups(there)} there, "
+        f"{_groups(here)} here, and they hold other parameters:\n{differing}\n"
+        "Make groups of the same parameters (their order does not count; what was added later, add "
+        "before fit), choose another run_dir, or pass resume='never' to begin anew here."
+    )
+
+
+def _groups(groups: list[Group]) -> str:
+    count = sum(len(group["params"]) for group in groups)
+    return f"{len(groups)} parameter group{'s' * (len(groups) != 1)} of {count} parameters"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{len(names)} parameters ({', '.join(names[:_NAMED])}{more})"
+
+
+def differences(
+    there: list[Group], here: list[Group], override: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns values that are in force though the script made others; and what to tell of them."""
+    in_force: dict[str, Any] = {}
+    lines: list[str] = []
+    names = dict.fromkeys(name for group in here for name in group["values"] if name != "name")
+    for name in names:
+        old, new = ([g["values"].get(name) for g in groups] for groups in (there, here))
+        if name in override:
+            in_force[name] = override[name]
+            taken = override[name] if isinstance(override[name], list) else [override[name]]
+            if _one(old) != _one(taken):
+                lines.append(f"{name} {_one(taken)} is taken, not {_one(old)} (override)")
+        elif any(name in g["values"] and a != b for g, a, b in zip(there, old, new, strict=True)):
+            in_force[name] = _one(old)
+            lines.append(
+                f"{name} {_one(old)} there, {_one(new)} here: {_one(old)} is kept; "
+                f"fit(override={{{name!r}: {_one(new)!r}}}) takes the new one"
+            )
+    return in_force, lines
+
+
+def _one(values: list[Any]) -> Any:
+    """Returns the one value that all groups have; or a list of each group's."""
+    return values[0] if all(value == values[0] for value in values) else values
