@@ -114,8 +114,10 @@ class Loop:
         progress, context = self.context.progress, self.context
         if not self.epoch_evaluated:
             with self.engine.together(Phase("the start of an epoch", slow=True)):
+                self.engine.modes.mend()
                 self.hooks.fire(Callback.on_epoch_start, context)
                 self.engine.strategy.refresh()  # a callback may have frozen something
+                self.engine.modes.note()
             # Resumed from a checkpoint of an epoch's last step, there is none left to take.
             left = self.feed.epoch(progress.epoch, progress.step_in_epoch)
             for step_feed in () if self.epoch_is_cut else left:
@@ -172,6 +174,8 @@ class Loop:
         """Takes one global step; returns False where a step had to be left undone."""
         context, progress = self.context, self.context.progress
         with self.engine.in_step(progress.step):
+            if not context.model.training:
+                self.engine.modes.mend()
             step = Step(number=progress.step, micros=feed.micros)
             result = self._accumulate(step, feed)
             if not self._finish():  # what is in flight: by now it has arrived
@@ -272,7 +276,7 @@ class Loop:
     def _evaluate(self) -> None:
         context = self.context
         self._evaluated_at = context.progress.step
-        with self.engine.together(EVALUATION):
+        with self.engine.together(EVALUATION), self.engine.apart():
             self.hooks.fire(Callback.on_eval_start, context)
             metrics = self.engine.evaluate(self.evals)
             self.hooks.fire(Callback.on_eval_end, context, metrics)

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from dtrain.checkpoint import (
     copy_state,
     json_values,
 )
-from dtrain.cluster import Deadline, Signals
+from dtrain.cluster import Deadline, Launcher, Signals
 from dtrain.context import Context, Outbox, Progress, Request
 from dtrain.data import AccumulationSlot, Data, Feed, open_feed
 from dtrain.distributed import (
@@ -27,7 +27,8 @@ from dtrain.distributed import (
     current,
     derive_seed,
     digest_of,
-    init,
+    init_late,
+    launcher_gone,
     seed_everything,
     seeded_generator,
     shapes_of,
@@ -71,6 +72,10 @@ class Trainer:
             the run ends; see docs/hangs.md. Elsewhere, and in the first step, it is 300 seconds
             at least. A hook that takes longer says so by ``ctx.heartbeat()``. None switches it off,
             for a debugger or a job that is suspended. At one rank it is off.
+        keep_modes: leave each part of the model in train or eval mode as it is. Else a model that
+            is in eval mode, as pretrained ones come, is trained in train mode, but for parts in
+            eval mode that have no parameter which requires a gradient; parts in eval mode of a
+            model that is in train mode stay so, too. After ``fit``, modes are as before.
 
     Raises:
         ConfigError: what was asked for cannot work.
@@ -93,8 +98,9 @@ class Trainer:
         eval_fn: UserLoss | None = None,
         config: Mapping[str, Any] | None = None,
         hang_after_s: float | None = HANG_AFTER_S,
+        keep_modes: bool = False,
     ) -> None:
-        self.world = world = current() or init(seed=seed or 0)
+        self.world = world = current() or init_late(seed or 0)
         self._seed = world.seed if seed is None else seed
         self._sinks = tuple(sinks) if sinks is not None else (Console(),)
         self._outbox = Outbox()
@@ -141,12 +147,19 @@ class Trainer:
             precision=self.precision,
             strategy=strategy,
             hooks=self.hooks,
+            keep_modes=keep_modes,
         )
         # Weakly: a model must not wait for the garbage collector to be freed.
         self.context._engine = weakref.ref(self._engine)
         self._files = RunFiles(self.context.run_dir, world, self._run_state)
         self.recorder = Recorder()  # what a trial of the script changes, and is told
         self._live = False  # a fit has begun in this process
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a Trainer cannot be pickled or copied (it holds connections to other ranks), nor what "
+            "holds one, such as a dataset with workers: send what it is made from, or its model"
+        )
 
     # -- the two things a user calls ------------------------------------------------------------
 
@@ -161,6 +174,7 @@ class Trainer:
         eval_every: int | str | None = "epoch",
         eval_first: bool = False,
         log_every: int = 50,
+        history: int | None = None,
         resume: ResumeMode = "auto",
     ) -> FitResult:
         """Trains until ``epochs`` or ``max_steps`` are reached, or a stop is agreed.
@@ -175,6 +189,7 @@ class Trainer:
             eval_every: ``"epoch"``, or every so many steps.
             eval_first: evaluate before the first step, too.
             log_every: training figures are agreed and reported every so many steps.
+            history: how many of the newest reports the result keeps; all of them if None.
             resume: ``"auto"`` continues an unfinished run in ``run_dir``; ``"must"`` insists
                 on one; ``"never"`` begins anew and moves the old run's files aside;
                 ``"emergency"`` continues from what was saved when the run failed. A second
@@ -199,11 +214,11 @@ class Trainer:
         """
 
         def take() -> tuple[Plan, Data]:
-            plan = Plan(epochs, max_steps, eval_every, log_every, eval_first)
+            plan = Plan(epochs, max_steps, eval_every, log_every, eval_first, history)
             return plan, Data.of(train, batch_size, shuffle=True)
 
         try:
-            with self._watchdog:
+            with self._watchdog, self._engine.in_fit():
                 return self._fit(take, eval_set, resume)
         finally:
             self._files.release()
@@ -216,7 +231,8 @@ class Trainer:
         dispatcher = Dispatcher(self._sinks, self.context.run_dir, active=self.world.is_main)
         preempt = self.context.request.preempt
         try:
-            with Signals(preempt), Deadline(preempt, active=self.world.is_main):
+            main, gone = self.world.is_main, launcher_gone(self.world)
+            with Signals(preempt), Deadline(preempt, active=main), Launcher(preempt, gone):
                 with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan, data = take()
                     loop = self._assemble(plan, data, self._eval_feeds(eval_set, data.batch_size))
@@ -241,7 +257,7 @@ class Trainer:
             epochs=progress.epoch,
             stop_reason=loop.stop_reason,
             metrics=dict(self.context.metrics),
-            history=loop.history.rows,
+            history=list(loop.history.rows),
             preempted=loop.preempted,
         )
 
@@ -258,7 +274,7 @@ class Trainer:
 
         Ranks: all, communicates.
         """
-        with self._watchdog, self.world.comm.lockstep("evaluate"):
+        with self._watchdog, self.world.comm.lockstep("evaluate"), self._engine.apart():
             return self._engine.evaluate(self._eval_feeds(data, batch_size))
 
     # -- assembling -----------------------------------------------------------------------------
@@ -339,9 +355,12 @@ class Trainer:
             saved = files.find(resume, epochs=plan.epochs, max_steps=plan.max_steps)
         state = {} if saved is None else self._run_state.restore_model(saved)
         tell = self.recorder.report if self.world.is_main else None
-        loop.history = History(context.progress, self._outbox, dispatcher, tell)  # counts from here
+        # Counts from here.
+        loop.history = History(context.progress, self._outbox, dispatcher, tell, plan.history)
         comm.on_main("open sinks", dispatcher.open)
+        self._engine.modes.wake()
         self.hooks.fire(Callback.on_fit_start, context)
+        self._engine.streams.begin()  # what is drawn from here on is the training's
         if saved is not None:
             mine = self._run_state.restore_rest(saved, state, self._seed_rank)
             loop.load_state_dict(state["loop"], mine)

@@ -150,7 +150,7 @@ def _outlive_signals(worker: int) -> None:
 
     TERM is left as torch has it: a rank that ends sends it to its workers.
     """
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -17,16 +17,20 @@ from dtrain.distributed import (
     EVAL_LOSS_FN,
     EVALUATION,
     Phase,
+    StreamsOfFits,
     World,
     check_same_model,
+    check_seeded,
     share_buffers,
+    streams_apart,
 )
 from dtrain.errors import ConfigError
 from dtrain.metrics import Means
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Verdict
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
-from dtrain.step.precision import Precision
+from dtrain.step.modes import Modes
+from dtrain.step.precision import Precision, fresh_casts
 from dtrain.step.strategy import Strategy
 from dtrain.step.votes import Agreement
 from dtrain.watchdog import SECONDS_METRIC, StragglerClock
@@ -50,6 +54,7 @@ class Engine:
     precision: Precision
     strategy: Strategy
     hooks: Hooks
+    keep_modes: bool  # the user means the modes that the model is in
 
     def __post_init__(self) -> None:
         context, hooks, precision = self.context, self.hooks, self.precision
@@ -72,6 +77,8 @@ class Engine:
             find_unused=self.strategy.find_unused,
             may_idle=self.strategy.may_idle,
         )
+        self.modes = Modes(context.model, context.say, keep=self.keep_modes)
+        self.streams = StreamsOfFits()
         self._eval_gathers = Gathers(comm, rank, size)
         self._eval_means: dict[str, Means] = {}  # kept: ranks agree on names only once
         self._loss_sum = self.counted = 0.0  # since the last report: loss and weight, both agreed
@@ -140,6 +147,23 @@ class Engine:
             values["lr"] = float(context.optimizer.param_groups[0]["lr"])
             values |= self.precision.values()
         return values
+
+    # -- what a fit and an evaluation leave as they found it ------------------------------------
+
+    @contextmanager
+    def in_fit(self) -> Iterator[None]:
+        """A fit: random streams and modes are then as before, and weights are cast as they are."""
+        with self.streams, self.modes.in_fit(), fresh_casts():
+            yield
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """An evaluation, with its hooks: what they draw at random changes nothing elsewhere."""
+        context = self.context
+        number, rank = context.progress.step, self.world.rank
+        own = streams_apart(context.rng, context.shared_rng, number=number, rank=rank)
+        with own, fresh_casts():
+            yield
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -241,7 +265,7 @@ def take_model(
             "the ranks' models were not equal; all have rank 0's now. Call "
             "dtrain.init(seed=...) before the model is made, and they are equal from the start."
         )
-    return model, made, notes
+    return model, made, notes + check_seeded(world)
 
 
 def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
