@@ -106,6 +106,7 @@ class Callback:
 
 HOOK_NAMES = tuple(name for name in vars(Callback) if name.startswith("on_"))
 _QUICK = ("on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end", "on_eval_batch")
+_AMID = ("on_step_start", "on_grads_ready", "on_step_end")  # beside a reduction of gradients
 _PHASES = {name: Phase(name, slow=name not in _QUICK) for name in HOOK_NAMES}
 
 
@@ -117,6 +118,8 @@ class Hooks:
         self._activity = activity or Activity()
         self.error: BaseException | None = None  # what a hook raised
         self.failed_in = ""  # which hook, for messages
+        #: Takes what a hook beside a reduction raises, or raises it: other ranks may wait there.
+        self.carry: Callable[[Exception], None] | None = None
         self._bound: dict[Any, tuple[Callable[..., None], ...]] = {}
         for name in HOOK_NAMES:
             base = vars(Callback)[name]
@@ -152,7 +155,10 @@ class Hooks:
         except BaseException as error:
             self.failed_in = hook
             self.error = error
-            raise
+            if self.carry is None or hook not in _AMID or not isinstance(error, Exception):
+                raise
+            self.carry(error)
+            self._activity.enter(before)
 
     def has(self, hook: Callable[Concatenate[Callback, P], None]) -> bool:
         """Says whether any callback overrides ``hook``."""

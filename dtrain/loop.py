@@ -218,7 +218,11 @@ class Loop:
             engine.precision.skip()
             context.log("vetoed", 1 / engine.world.size, "sum")
             return True
-        return engine.precision.step(optimizer, closed)
+        try:
+            return engine.precision.step(optimizer, closed)
+        except Exception as error:  # noqa: BLE001 -- every rank learns of it
+            engine.carry(error)
+            return True
 
     def _finish(self) -> bool:
         """Looks what became of the steps in flight; returns False where one was left undone.

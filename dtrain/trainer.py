@@ -344,6 +344,7 @@ class Trainer:
         comm, context, files, plan = self.world.comm, self.context, self._files, loop.plan
         saved = None
         if self._live:
+            self._engine.check_whole()
             files.take_again()
             if plan.fulfilled_by(context.progress):
                 raise ConfigError(

@@ -65,8 +65,11 @@ class StoreProcess:
         if os.environ["RANK"] != "0":
             return
         script = Path(__file__).with_name("store_process.py")
+        # Told that others serve it, torch would take a port that is taken for theirs.
+        env = {name: v for name, v in os.environ.items() if name != _SERVED_ELSEWHERE}
         self._process = subprocess.Popen(
             [sys.executable, str(script), os.environ["MASTER_PORT"], str(timeout_s)],
+            env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -86,6 +89,10 @@ class StoreProcess:
                     )
             _come_in(self._timeout_s)
         except LaunchError:
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+                self._process = None
             del os.environ[_SERVED_ELSEWHERE]  # as it was: the script may try another port
             raise
 

@@ -16,6 +16,7 @@ from dtrain.distributed import (
     BETWEEN,
     EVAL_LOSS_FN,
     EVALUATION,
+    UPDATE,
     Phase,
     StreamsOfFits,
     World,
@@ -24,7 +25,7 @@ from dtrain.distributed import (
     share_buffers,
     streams_apart,
 )
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, RankMismatch, RemoteError
 from dtrain.metrics import Means
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Verdict
@@ -83,6 +84,8 @@ class Engine:
         self._eval_means: dict[str, Means] = {}  # kept: ranks agree on names only once
         self._loss_sum = self.counted = 0.0  # since the last report: loss and weight, both agreed
         self._warned_nonfinite = False
+        self._parted = False  # a step was ended by a failure on this rank only
+        hooks.carry = self.carry
 
     def restart(self, weight: float) -> None:
         """Begins a fit on all ranks, whose steps weigh so much over all ranks; 0: nobody knows."""
@@ -111,8 +114,33 @@ class Engine:
         comm = self.context.comm
         comm.activity.enter(phase)
         with comm.lockstep(lambda: self.hooks.failed_in or phase.name):
+            if self.micro_step.trouble is not None:
+                error, self.hooks.failed_in = self.micro_step.trouble
+                raise error
             yield
         comm.activity.enter(BETWEEN)
+
+    def carry(self, error: Exception) -> None:
+        """Has all ranks raise what a hook, or the optimizer, raised on this one beside a reduction.
+
+        They do so in the next reduction, or where they meet next. Raises it where that cannot be.
+        """
+        comm, where = self.context.comm, self.hooks.failed_in or UPDATE.name
+        all_know = isinstance(error, RemoteError | RankMismatch) or comm.may_be_broken(error)
+        if self.world.size == 1 or all_know or not self.strategy.may_idle:
+            raise error
+        if self.micro_step.trouble is None:
+            comm.record(error, where)  # for ranks that wait for this one in a verb of their hooks
+            self.micro_step.fail(error, where)
+            self._parted |= where != "on_step_start"
+
+    def check_whole(self) -> None:
+        """Refuses to go on after a failure on one rank only. Ranks: all, communicates."""
+        if self.context.comm.vote("a step failed on one rank", self._parted):
+            raise ConfigError(
+                "a callback or the optimizer failed on one rank in the fit before: the ranks may "
+                "differ: make a new Trainer, with a new optimizer, or start the run again"
+            )
 
     # -- training figures, from one report to the next ------------------------------------------
 
