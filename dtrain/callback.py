@@ -119,7 +119,8 @@ class Hooks:
         self.error: BaseException | None = None  # what a hook raised
         self.failed_in = ""  # which hook, for messages
         #: Takes what a hook beside a reduction raises, or raises it: other ranks may wait there.
-        self.carry: Callable[[Exception], None] | None = None
+        #: Weak: whoever takes it holds these hooks.
+        self.carry: Callable[[], Callable[[Exception], None] | None] = lambda: None
         self._bound: dict[Any, tuple[Callable[..., None], ...]] = {}
         for name in HOOK_NAMES:
             base = vars(Callback)[name]
@@ -155,9 +156,10 @@ class Hooks:
         except BaseException as error:
             self.failed_in = hook
             self.error = error
-            if self.carry is None or hook not in _AMID or not isinstance(error, Exception):
+            carry = self.carry()
+            if carry is None or hook not in _AMID or not isinstance(error, Exception):
                 raise
-            self.carry(error)
+            carry(error)
             self._activity.enter(before)
 
     def has(self, hook: Callable[Concatenate[Callback, P], None]) -> bool:

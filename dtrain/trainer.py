@@ -195,10 +195,13 @@ class Trainer:
                 ``"emergency"`` continues from what was saved when the run failed. A second
                 ``fit`` of a live trainer goes on in memory.
 
-        A TERM, USR1, USR2 or INT (Ctrl-C) to any one rank ends the run in order: all ranks stop
-        after the same step and save, and ``status.json`` says ``preempted``. A second INT ends
+        A TERM, HUP, USR1, USR2 or INT (Ctrl-C) to any one rank ends the run in order: all ranks
+        stop after the same step and save, and ``status.json`` says ``preempted``. A second INT ends
         the process at once. Signals that the script handles itself are left alone. So does the
-        approaching end of a SLURM job (docs/launching.md).
+        approaching end of a SLURM job (docs/launching.md), or of a torchrun that was killed.
+
+        What is drawn at random comes from streams of the Trainer's own, by its seed; the script's
+        are as before, afterwards.
 
         Returns:
             What happened. The model holds the trained weights.
@@ -263,6 +266,9 @@ class Trainer:
 
     def evaluate(self, data: Any, *, batch_size: int | None = None) -> dict[str, float]:
         """Returns ``eval/loss`` and the other metrics over all of ``data``, each sample once.
+
+        What it draws at random follows the script's seed, and moves no stream: the same in two
+        calls between which nothing was drawn or trained.
 
         Args:
             data: like ``fit``'s ``eval_set``.

@@ -1,9 +1,12 @@
 """What computes: the model and its loss, and what ranks need to meet in a step."""
 
+import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +38,10 @@ from dtrain.step.precision import Precision, fresh_casts
 from dtrain.step.strategy import Strategy
 from dtrain.step.votes import Agreement
 from dtrain.watchdog import SECONDS_METRIC, StragglerClock
+
+# Torch's first optimizer in a process imports torch._dynamo, and what is left of that holds the
+# frames of all that called it, and so their models, until the garbage collector comes by.
+_frames_are_held = ["torch._dynamo"] * ("torch._dynamo" not in sys.modules)
 
 
 @dataclass(eq=False)
@@ -85,7 +92,7 @@ class Engine:
         self._loss_sum = self.counted = 0.0  # since the last report: loss and weight, both agreed
         self._warned_nonfinite = False
         self._parted = False  # a step was ended by a failure on this rank only
-        hooks.carry = self.carry
+        hooks.carry = WeakMethod(self.carry)
 
     def restart(self, weight: float) -> None:
         """Begins a fit on all ranks, whose steps weigh so much over all ranks; 0: nobody knows."""
@@ -286,6 +293,8 @@ def take_model(
         raise ConfigError("no parameter of the model requires a gradient: nothing to train")
     model = strategy.prepare_model(model.to(world.device), world)
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(model)
+    if _frames_are_held and _frames_are_held.pop() in sys.modules:
+        gc.collect()
     notes = _check_optimizer(made, model)
     check_same_model(model, world.comm)
     if world.comm.vote("models differ", strategy.make_equal(model, world)):
