@@ -37,7 +37,7 @@ def has_seeded() -> bool:
 def random_state() -> dict[str, Any]:
     """Returns the state of Python's, NumPy's and torch's global generators."""
     state = random_state_of_host()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # else nobody has drawn there, and asking would take its memory
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
