@@ -144,6 +144,7 @@ class Callback:
 
 HOOK_NAMES = tuple(name for name in vars(Callback) if name.startswith("on_"))
 _QUICK = ("on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end", "on_eval_batch")
+_AMID = ("on_step_start", "on_grads_ready", "on_step_end")  # beside a reduction of gradients
 _PHASES = {name: Phase(name, slow=name not in _QUICK) for name in HOOK_NAMES}
 
 
@@ -155,6 +156,9 @@ class Hooks:
         self._activity = activity or Activity()
         self.error: BaseException | None = None  # what a hook raised
         self.failed_in = ""  # which hook, for messages
+        #: Takes what a hook beside a reduction raises, or raises it: other ranks may wait there.
+        #: Weak: whoever takes it holds these hooks.
+        self.carry: Callable[[], Callable[[Exception], None] | None] = lambda: None
         self._bound: dict[Any, tuple[Callable[..., None], ...]] = {}
         for name in HOOK_NAMES:
             base = vars(Callback)[name]
@@ -190,7 +194,11 @@ class Hooks:
         except BaseException as error:
             self.failed_in = hook
             self.error = error
-            raise
+            carry = self.carry()
+            if carry is None or hook not in _AMID or not isinstance(error, Exception):
+                raise
+            carry(error)
+            self._activity.enter(before)
 
     def tell(self, context: Context, error: BaseException) -> None:
         """Calls ``on_error`` of all callbacks; what one raises is a note on ``error``."""

@@ -135,11 +135,13 @@ class Loop:
         progress, context = self.context.progress, self.context
         if not self.epoch_evaluated:
             with self.engine.together(Phase("the start of an epoch", slow=True)):
+                self.engine.modes.mend()
                 self.hooks.fire(Callback.on_epoch_start, context)
                 self.feed.begin(progress.epoch)
                 if changed := self.plan.take_length(progress, self.feed.steps_per_epoch):
                     context.say(changed)
                 self.engine.strategy.refresh()  # a callback may have frozen or added something
+                self.engine.modes.note()
             # Resumed from a checkpoint of an epoch's last step, there is none left to take.
             left = self.feed.epoch(progress.epoch, progress.step_in_epoch)
             for step_feed in () if self.epoch_is_cut else left:
@@ -202,6 +204,8 @@ class Loop:
         """Takes one global step; returns False where a step had to be left undone."""
         context, progress = self.context, self.context.progress
         with self.engine.in_step(progress.step):
+            if not context.model.training:
+                self.engine.modes.mend()
             step = Step(number=progress.step, micros=feed.micros)
             result = self._accumulate(step, feed)
             if not self._finish():  # what is in flight: by now it has arrived
@@ -247,7 +251,11 @@ class Loop:
             engine.precision.skip()
             engine.outbox.add("vetoed", 1 / engine.world.size, "sum")
             return True
-        return engine.precision.step(optimizer, closed)
+        try:
+            return engine.precision.step(optimizer, closed)
+        except Exception as error:  # noqa: BLE001 -- every rank learns of it
+            engine.carry(error)
+            return True
 
     def _finish(self) -> bool:
         """Looks what became of the steps in flight; returns False where one was left undone.
@@ -306,8 +314,9 @@ class Loop:
 
     def _evaluate(self) -> None:
         self._evaluated_at, self.owes_evaluation = self.context.progress.step, False
-        with self.engine.together(EVALUATION), self.engine.stand_in.evaluated():
-            metrics = self.engine.evaluate(self.evals)
+        engine = self.engine
+        with engine.together(EVALUATION), engine.apart(), engine.stand_in.evaluated():
+            metrics = engine.evaluate(self.evals)
         self._report("eval", metrics)
         self._settle()
 

@@ -21,13 +21,14 @@ class Plan:
     eval_every: int | str | None  # "epoch", or so many steps; None never evaluates
     log_every: int
     eval_first: bool = False
+    history: int | None = None  # how many rows of figures the result has; all if None
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.max_steps is None:
             raise ConfigError(
                 "how long? pass epochs, max_steps, or both (the first reached counts)"
             )
-        for name in ("epochs", "max_steps", "log_every"):
+        for name in ("epochs", "max_steps", "log_every", "history"):
             value = getattr(self, name)
             if not (value is None or _is_count(value)):
                 raise ConfigError(f"{name}={value!r}: must be a whole number of 1 or more")
@@ -101,8 +102,9 @@ class FitResult:
         epochs: epochs finished.
         stop_reason: why it ended, in plain words.
         metrics: the newest agreed metrics, such as ``train/loss`` and ``eval/accuracy``.
-        history: one dict a report of this call, with ``step`` and ``epoch``. An epoch's means are
-            with its last report, as ``epoch/...``.
+        history: one dict a report of this call, with ``step`` and ``epoch``; at most as many as
+            ``fit(history=...)`` says, the newest. An epoch's means are with its last report, as
+            ``epoch/...``.
         preempted: the run was told to leave and is to be continued by another start.
         updates: steps whose update was applied: not one that a loss scale, a callback or every
             rank left out.

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from dtrain.checkpoint import (
     copy_state,
     json_values,
 )
-from dtrain.cluster import Deadline, Signals
+from dtrain.cluster import Deadline, Launcher, Signals
 from dtrain.context import Context, Outbox, Progress, Request
 from dtrain.data import AccumulationSlot, Data, Feed, eval_sets, open_feed
 from dtrain.distributed import (
@@ -29,7 +29,8 @@ from dtrain.distributed import (
     current,
     derive_seed,
     digest_of,
-    init,
+    init_late,
+    launcher_gone,
     seed_everything,
     seeded_generator,
     shapes_of,
@@ -88,6 +89,11 @@ class Trainer:
             checkpoint and at the end of ``fit``, by a digest: what they are read for takes
             (docs/numbers.md). False is for machines that round differently.
 
+        keep_modes: leave each part of the model in train or eval mode as it is. Else a model that
+            is in eval mode, as pretrained ones come, is trained in train mode, but for parts in
+            eval mode that have no parameter which requires a gradient; parts in eval mode of a
+            model that is in train mode stay so, too. After ``fit``, modes are as before.
+
     Raises:
         ConfigError: what was asked for cannot work.
         RankMismatch: the ranks have different models.
@@ -110,8 +116,9 @@ class Trainer:
         config: Mapping[str, Any] | None = None,
         hang_after_s: float | None = HANG_AFTER_S,
         check_ranks: bool = True,
+        keep_modes: bool = False,
     ) -> None:
-        self.world = world = current() or init(seed=seed or 0)
+        self.world = world = current() or init_late(seed or 0)
         self._seed = world.seed if seed is None else seed
         self._sinks = tuple(sinks) if sinks is not None else (Console(),)
         self._outbox = Outbox()
@@ -162,6 +169,7 @@ class Trainer:
             strategy=strategy,
             hooks=self.hooks,
             replicas=replicas,
+            keep_modes=keep_modes,
         )
         # Weakly: a model must not wait for the garbage collector to be freed.
         self.context._engine = weakref.ref(self._engine)
@@ -183,6 +191,12 @@ class Trainer:
     def optimizer(self, optimizer: Optimizer) -> None:
         self.context.optimizer = optimizer  # looked at when fit begins, or in the next step
 
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a Trainer cannot be pickled or copied (it holds connections to other ranks), nor what "
+            "holds one, such as a dataset with workers: send what it is made from, or its model"
+        )
+
     # -- the two things a user calls ------------------------------------------------------------
 
     def fit(
@@ -196,6 +210,7 @@ class Trainer:
         eval_every: int | str | None = "epoch",
         eval_first: bool = False,
         log_every: int = 50,
+        history: int | None = None,
         resume: ResumeMode = "auto",
         override: Mapping[str, Any] | None = None,
     ) -> FitResult:
@@ -212,6 +227,7 @@ class Trainer:
             eval_every: ``"epoch"``, or every so many steps.
             eval_first: evaluate before the first step, too.
             log_every: training figures are agreed and reported every so many steps.
+            history: how many of the newest reports the result keeps; all of them if None.
             resume: ``"auto"`` continues an unfinished run in ``run_dir``; ``"must"`` insists
                 on one; ``"never"`` begins anew and moves the old run's files aside;
                 ``"emergency"`` continues from what was saved when the run failed. A second
@@ -219,10 +235,13 @@ class Trainer:
             override: values of the optimizer for this and later starts, such as ``{"lr": 1e-3}``
                 (or a list: one for each group), where a run keeps those that it was begun with.
 
-        A TERM, USR1, USR2 or INT (Ctrl-C) to any one rank ends the run in order: all ranks stop
-        after the same step and save, and ``status.json`` says ``preempted``. A second INT ends
+        A TERM, HUP, USR1, USR2 or INT (Ctrl-C) to any one rank ends the run in order: all ranks
+        stop after the same step and save, and ``status.json`` says ``preempted``. A second INT ends
         the process at once. Signals that the script handles itself are left alone. So does the
-        approaching end of a SLURM job (docs/launching.md).
+        approaching end of a SLURM job (docs/launching.md), or of a torchrun that was killed.
+
+        What is drawn at random comes from streams of the Trainer's own, by its seed; the script's
+        are as before, afterwards.
 
         Returns:
             What happened. The model holds the trained weights.
@@ -239,12 +258,12 @@ class Trainer:
         """
 
         def take() -> tuple[Plan, Data]:
-            plan = Plan(epochs, max_steps, eval_every, log_every, eval_first)
+            plan = Plan(epochs, max_steps, eval_every, log_every, eval_first, history)
             return plan, Data.of(train, batch_size, shuffle=True)
 
         self.context.in_fit = True
         try:
-            with self._watchdog:
+            with self._watchdog, self._engine.in_fit():
                 return self._fit(take, eval_set, resume, override or {})
         finally:
             self.context.in_fit = False
@@ -262,7 +281,8 @@ class Trainer:
         dispatcher = Dispatcher(self._sinks, self.context.run_dir, active=self.world.is_main)
         preempt = self.context.request.preempt
         try:
-            with Signals(preempt), Deadline(preempt, active=self.world.is_main):
+            main, gone = self.world.is_main, launcher_gone(self.world)
+            with Signals(preempt), Deadline(preempt, active=main), Launcher(preempt, gone):
                 with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan, data = take()
                     self._run_state.override = dict(override)
@@ -290,7 +310,7 @@ class Trainer:
             epochs=progress.epoch,
             stop_reason=loop.stop_reason,
             metrics=dict(self.context.metrics),
-            history=loop.history.rows,
+            history=list(loop.history.rows),
             preempted=loop.preempted,
             updates=progress.updates,
             last_checkpoint=last,
@@ -302,7 +322,8 @@ class Trainer:
 
         It is of the model as it is. Evaluation hooks fire as in ``fit``, with ``ctx.in_fit`` False,
         so what callbacks add is there, too; what they log or ask for is forgotten, and nothing
-        judges by it.
+        judges by it. What it draws at random follows the script's seed, and moves no stream: the
+        same in two calls between which nothing was drawn or trained.
 
         Args:
             data: like ``fit``'s ``eval_set``.
@@ -314,7 +335,11 @@ class Trainer:
 
         Ranks: all, communicates.
         """
-        with self._watchdog, self.world.comm.lockstep(lambda: self.hooks.failed_in or "evaluate"):
+        with (
+            self._watchdog,
+            self.world.comm.lockstep(lambda: self.hooks.failed_in or "evaluate"),
+            self._engine.apart(),
+        ):
             self._engine.make_equal()
             return self._engine.evaluate_apart(self._eval_feeds(data, batch_size))
 
@@ -386,6 +411,7 @@ class Trainer:
         comm, context, files, plan = self.world.comm, self.context, self._files, loop.plan
         saved = None
         if self._live:
+            self._engine.check_whole()
             files.take_again()
             if plan.fulfilled_by(context.progress):
                 raise ConfigError(
@@ -401,9 +427,12 @@ class Trainer:
         self._engine.stand_in.take_out()
         state = {} if saved is None else self._run_state.restore_model(saved)
         tell = self.recorder.report if self.world.is_main else None
-        loop.history = History(context.progress, self._outbox, dispatcher, tell)  # counts from here
+        # Counts from here.
+        loop.history = History(context.progress, self._outbox, dispatcher, tell, plan.history)
         comm.on_main("open sinks", dispatcher.open)
+        self._engine.modes.wake()
         self.hooks.fire(Callback.on_fit_start, context)
+        self._engine.streams.begin()  # what is drawn from here on is the training's
         if saved is not None:
             mine = self._run_state.restore_rest(saved, state, self._seed_rank)
             loop.load_state_dict(state["loop"], mine)

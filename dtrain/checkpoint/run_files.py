@@ -208,7 +208,7 @@ class RunFiles:
                 self.saver.save(
                     folder,
                     content,
-                    then=partial(_keep_only, folder, step),
+                    then=partial(self._keep_only, folder, step),
                     wait=True,
                     sharers=sharers or None,
                 )

@@ -1,6 +1,6 @@
 """What schedulers want of a run, and a run of them: batch scripts, signals, deadlines."""
 
 from dtrain.cluster.batch import Kind, render
-from dtrain.cluster.signals import Deadline, Signals
+from dtrain.cluster.signals import Deadline, Launcher, Signals
 
-__all__ = ["Deadline", "Kind", "Signals", "render"]
+__all__ = ["Deadline", "Kind", "Launcher", "Signals", "render"]

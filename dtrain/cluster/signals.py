@@ -1,4 +1,4 @@
-"""Signals, and the end of a SLURM job, ask a run to leave: it saves, and ends in order."""
+"""Signals, the end of a SLURM job, or of a launcher, ask a run to leave: it saves, and ends."""
 
 import os
 import re
@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
 from subprocess import DEVNULL
 from types import FrameType
 from typing import Any
@@ -17,25 +18,27 @@ from dtrain.errors import ConfigError
 
 # They ask for nothing else, and would by default kill the process.
 _SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)
-#: What schedulers send before they take a machine away, and Ctrl-C.
-SIGNALS = (signal.SIGTERM, *_SCHEDULERS, signal.SIGINT)
+#: What schedulers send before they take a machine away, a terminal that closes, and Ctrl-C.
+SIGNALS = (signal.SIGTERM, *_SCHEDULERS, signal.SIGHUP, signal.SIGINT)
 
 # A job is left so many seconds before its end, unless that is more than a tenth of its time.
 _MARGIN_S = 120.0
 _SHARE = 0.1
 _MARGIN_VARIABLE = "DTRAIN_LEAVE_BEFORE_END_S"  # a margin of one's own, in seconds
 _PATIENCE_S = 20.0  # scontrol itself gives a controller that is away longer
+_LOOK_S = 1.0  # how often to look whether the launcher is there
 
 
 class Signals:
     """Turns each signal into one call of ``ask`` with its name, and puts the old handlers back.
 
-    USR1 and USR2 stay harmless: a scheduler may have sent one while the run came to its end, and
-    a run that is finished must not be killed for it.
+    In a SLURM job, USR1 and USR2 stay harmless: it may have sent one while the run came to its
+    end, and a run that is finished must not be killed for it.
 
     ``ask`` must do no more than take note: the main thread may be anywhere. A second Ctrl-C ends
     the process at once, with exit code 130. A signal for which the script has a handler of its
-    own, or which it ignores, is left alone.
+    own, or which it ignores, is left alone. Children that are forked meanwhile die of a TERM, as
+    they would without this; the other signals are their parent's business.
 
     Ranks: all, local; one rank's signal suffices.
     """
@@ -54,11 +57,16 @@ class Signals:
                 if before in (signal.SIG_DFL, signal.default_int_handler, _too_late):
                     self._before[number] = before
                     signal.signal(number, self._handle)
+        if signal.SIGTERM in self._before:
+            _taken.append(self._before[signal.SIGTERM])
         return self
 
     def __exit__(self, *error: object) -> None:
+        if signal.SIGTERM in self._before:
+            _taken.clear()
+        in_slurm = "SLURM_JOB_ID" in os.environ
         for number, before in self._before.items():
-            late = number in _SCHEDULERS and before is signal.SIG_DFL
+            late = number in _SCHEDULERS and before is signal.SIG_DFL and in_slurm
             signal.signal(number, _too_late if late else before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -75,6 +83,63 @@ class Signals:
 
 def _too_late(number: int, frame: FrameType | None) -> None:
     """What a scheduler has asked for is done already: the run has ended."""
+
+
+# What a TERM did before it was taken; and, in a thread that forks just now, that it waits.
+_taken: list[Any] = []
+_forks = threading.local()
+
+
+def _before_fork() -> None:
+    # Else one that comes before the child has given back the handler would be lost in it.
+    _forks.waits = False
+    if _taken:
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        _forks.waits = signal.SIGTERM not in held
+
+
+def _after_fork() -> None:
+    if _forks.waits:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _after_fork_in_child() -> None:
+    for before in _taken:
+        signal.signal(signal.SIGTERM, before)
+    _taken.clear()
+    _after_fork()
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child
+)
+
+
+class Launcher:
+    """Calls ``ask`` once the launcher is ``gone``, of which the kernel tells nobody.
+
+    Killed outright, torchrun leaves its ranks behind: they would train on, and hold their GPUs. A
+    thread looks once a second; not where nobody knows (None).
+    """
+
+    def __init__(self, ask: Callable[[str], None], gone: Callable[[], bool] | None) -> None:
+        self._ask, self._gone = ask, gone
+        self._over = threading.Event()
+
+    def __enter__(self) -> "Launcher":
+        if self._gone is not None:
+            run = partial(self._run, self._gone)
+            threading.Thread(target=run, name="launcher", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+
+    def _run(self, gone: Callable[[], bool]) -> None:
+        while not self._over.wait(_LOOK_S):
+            if gone():
+                self._ask("the launcher (torchrun) is gone")
+                return
 
 
 class Deadline:

@@ -217,7 +217,7 @@ def _start_worker(of_the_user: Callable[[int], Any] | None, worker: int) -> None
 
     TERM is left as torch has it: a rank that ends sends it to its workers.
     """
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     # The user's own dataset, which opens its files here; torch knows only what wraps it.
     info: Any = get_worker_info()

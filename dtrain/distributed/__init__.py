@@ -22,6 +22,7 @@ from dtrain.distributed.exchange import digest_of
 from dtrain.distributed.names import load_named, named_parameters, named_state, plain_name
 from dtrain.distributed.processes import Process, end_with, look_up, stopped_children, this_machine
 from dtrain.distributed.random_streams import (
+    StreamsOfFits,
     derive_seed,
     random_state,
     random_state_kept,
@@ -29,6 +30,7 @@ from dtrain.distributed.random_streams import (
     restore_random_state,
     seed_everything,
     seeded_generator,
+    streams_apart,
 )
 from dtrain.distributed.rendezvous import local_store, serve_store
 from dtrain.distributed.replicas import (
@@ -47,16 +49,26 @@ from dtrain.distributed.replicas import (
     tensors_of_state,
 )
 from dtrain.distributed.transport import DataParallel, TransportOp
-from dtrain.distributed.world import World, current, inhabited, init, on_main
+from dtrain.distributed.world import (
+    World,
+    check_seeded,
+    current,
+    inhabited,
+    init,
+    init_late,
+    launcher_gone,
+    on_main,
+)
 
 __all__ = ["ARRIVAL", "BACKWARD", "BETWEEN", "DATA", "EVALUATION", "EVAL_LOSS_FN", "FIRST_DATA"]
 __all__ += ["METRICS", "OWN_BACKWARD", "SAVING", "UPDATE", "Activity", "Heartbeat", "Phase"]
 __all__ += ["Comm", "DataParallel", "Rule", "TransportOp", "World", "current", "inhabited", "init"]
 __all__ += ["check_same_call", "check_same_model", "digest_of", "on_main", "shapes_of"]
 __all__ += ["Replicas", "as_bytes", "digests", "not_finite", "own_memory", "some_of"]
-__all__ += ["heartbeat_key", "local_store", "serve_store", "share_buffers", "tensors_of_state"]
-__all__ += ["check_same_lines", "give_rank_0s"]
+__all__ += ["heartbeat_key", "launcher_gone", "local_store", "serve_store", "share_buffers"]
+__all__ += ["check_same_lines", "give_rank_0s", "tensors_of_state"]
 __all__ += ["Process", "end_with", "look_up", "stopped_children", "this_machine"]
 __all__ += ["load_named", "named_parameters", "named_state", "plain_name"]
 __all__ += ["derive_seed", "random_state", "random_state_kept", "random_state_of_host"]
-__all__ += ["restore_random_state", "seed_everything", "seeded_generator"]
+__all__ += ["StreamsOfFits", "restore_random_state", "seed_everything", "seeded_generator"]
+__all__ += ["check_seeded", "init_late", "streams_apart"]

@@ -266,6 +266,7 @@ class Comm:
         everyones = self.gather_objects(label, mine)
         if error is not None:
             self._failures.told = error
+            self._failures.forget()
             raise error
         if any(everyones):
             raise remote_error(everyones)

@@ -45,7 +45,9 @@ class Failures:
         """Says in words that can be sent what went wrong on this rank."""
         kind = type(error).__name__
         message = " ".join([str(error), *getattr(error, "__notes__", ())])
-        return Failure(self.rank, self.host, where, self.step, kind, message, locate(error))
+        # Where it is told of again later, the first time counts.
+        step: int = vars(error).setdefault("_dtrain_step", self.step)
+        return Failure(self.rank, self.host, where, step, kind, message, locate(error))
 
     def is_told(self, error: BaseException) -> bool:
         """Says whether all ranks know of ``error``, or of what it was made from."""

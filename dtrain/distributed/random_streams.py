@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,15 @@ def seeded_generator(seed: int, *stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, *stream))
 
 
+def has_seeded() -> bool:
+    """Says whether the script has seeded torch, whose own choice of a seed is of 53 bits."""
+    return torch.initial_seed() < 2**32
+
+
 def random_state() -> dict[str, Any]:
     """Returns the state of Python's, NumPy's and torch's global generators."""
     state = random_state_of_host()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # else nobody has drawn there, and asking would take its memory
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -63,5 +68,60 @@ def random_state_kept() -> Iterator[None]:
     before = random_state()
     try:
         yield
-    finally:
-        restore_random_state(before)
+    except BaseException:
+        with suppress(RuntimeError):  # of a device that has failed: the first error counts
+            restore_random_state(before)
+        raise
+    restore_random_state(before)
+
+
+@contextmanager
+def streams_apart(*generators: torch.Generator, number: int, rank: int) -> Iterator[None]:
+    """Gives the block streams of its own, made of the present ones, which stay as they are.
+
+    So whether and how often one draws there changes nothing elsewhere. The ``generators`` are
+    treated alike, but for the ``rank``: one that is equal on all ranks stays so.
+    """
+    states = [generator.get_state() for generator in generators]
+    with random_state_kept():
+        for generator in generators:
+            generator.manual_seed(derive_seed(_draw(generator), number))
+        seed_everything(_draw(None), number, rank)
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+def _draw(generator: torch.Generator | None) -> int:
+    return int(torch.randint(2**62, (), generator=generator, device="cpu"))
+
+
+class StreamsOfFits:
+    """The global streams as all fits of one Trainer draw from them; the script's stay as they are.
+
+    While it is entered, and after :meth:`begin`, what is drawn is the fits'.
+    """
+
+    def __init__(self) -> None:
+        self._ours: dict[str, Any] | None = None  # where the fit before has left them
+        self._begun = False
+
+    def __enter__(self) -> "StreamsOfFits":
+        self._scripts, self._begun = random_state(), False
+        return self
+
+    def begin(self) -> None:
+        """From here on the streams are the fits'; a first one seeds or restores them next."""
+        self._begun = True
+        if self._ours is not None:
+            restore_random_state(self._ours)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # A device that has failed may fail here as well; then the first error counts.
+        with suppress(RuntimeError) if kind else nullcontext():
+            if self._begun:
+                self._ours = random_state()
+        with suppress(RuntimeError) if kind else nullcontext():
+            restore_random_state(self._scripts)

@@ -21,6 +21,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 END, ELSEWHERE = "end", "elsewhere"  # what it is told besides process numbers
+SERVED = "dtrain/served"  # a key that only such a store has
 _LINGER_S = 15.0  # how long it outlives a parent that did not end it, at most
 _LOOK_S = 0.25
 
@@ -43,6 +44,7 @@ def serve(port: int, timeout_s: float) -> int:
     except RuntimeError as error:
         _say(f"cannot serve at port {port}: {error}".replace("\n", " "))
         return 1
+    store.set(SERVED, "yes")
     _say("serving")
     _linger(_wait_for(parent))
     del store

@@ -5,7 +5,7 @@ import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,7 +20,7 @@ from dtrain.distributed.activity import Heartbeat, heartbeat_key
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.environment import allow_files, find_launcher, has_gpu, share_cores
 from dtrain.distributed.processes import is_failing, this_machine
-from dtrain.distributed.random_streams import seed_everything
+from dtrain.distributed.random_streams import has_seeded, random_state_kept, seed_everything
 from dtrain.distributed.rendezvous import own_store, serve_apart
 from dtrain.distributed.transport import GroupTransport, Transport, open_default, open_gloo
 from dtrain.errors import ConfigError
@@ -67,6 +67,12 @@ class World:
     idle_connections: list[Store] = field(default_factory=list, repr=False)
     _opened: bool = field(default=False, repr=False)
     _closers: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    #: A Trainer has made it, and the script had seeded nothing.
+    _by_chance: bool = field(default=False, repr=False)
+    #: This process and its parent, as the world was made.
+    _family: tuple[int, int] = field(
+        default_factory=lambda: (os.getpid(), os.getppid()), repr=False
+    )
 
     @property
     def is_main(self) -> bool:
@@ -157,9 +163,47 @@ def init(*, seed: int = 0, timeout_s: float = 600.0) -> World:
     return world
 
 
+def init_late(seed: int) -> World:
+    """Does what :func:`init` does, for a Trainer whose script has not.
+
+    What the script has seeded itself goes on as it would without us.
+    """
+    seeded = has_seeded()
+    with random_state_kept() if seeded else nullcontext():
+        world = init(seed=seed)
+    world._by_chance = not seeded
+    return world
+
+
+def check_seeded(world: World) -> list[str]:
+    """Returns what to tell the user where a rank drew by chance; once. Ranks: all, communicates."""
+    everyones = world.comm.gather_objects("seeded", world._by_chance)
+    world._by_chance = False
+    if not any(everyones):
+        return []
+    ranks = ", ".join(str(rank) for rank, by_chance in enumerate(everyones) if by_chance)
+    return [
+        f"note: rank {ranks} called neither dtrain.init(seed=...) nor torch.manual_seed before the "
+        "Trainer was made: what was drawn until then, such as weights or a split of the data, is "
+        "another in each run. Call dtrain.init first."
+    ]
+
+
 def current() -> World | None:
     """Returns the world that :func:`init` made, or None before it was called."""
     return _of_thread.get() or _current
+
+
+def launcher_gone(world: World) -> Callable[[], bool] | None:
+    """Returns what says whether the torchrun that started this process is gone.
+
+    None where something else did, whose end need not mean anything.
+    """
+    own, parent = world._family
+    by_torchrun = world.launcher == "torchrun" and "TORCHELASTIC_RUN_ID" in os.environ
+    if not by_torchrun or os.getpid() != own:  # a child of a rank's has another parent
+        return None
+    return lambda: os.getppid() != parent
 
 
 @contextmanager
@@ -214,7 +258,7 @@ def _open(seed: int, timeout_s: float) -> World:
     device = PartialState(cpu=not has_gpu()).device
     rank, transport, store = dist.get_rank(), open_gloo(timeout), own_store(timeout, life)
     store.set(heartbeat_key(rank), Heartbeat(rank, host, os.getpid(), this_machine(), 0).to_json())
-    if store_process is not None:
+    if store_process is not None and rank == 0:
         keys = [heartbeat_key(one) for one in range(size)]
         store_process.tell([Heartbeat.from_json(one) for one in store.multi_get(keys)])
     if device.type == "cpu":

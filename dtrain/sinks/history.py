@@ -1,6 +1,7 @@
 """What a run reports, to the sinks and to whoever called ``fit``; its first and last words."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,10 @@ class History:
     outbox: Outbox
     dispatcher: Dispatcher
     tell: Callable[[Report], None] | None = None  # is told each report as well
+    keep: int | None = None  # so many of the newest rows; all if None
 
     def __post_init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
+        self.rows: deque[dict[str, float]] = deque(maxlen=self.keep)
         self._began = time.perf_counter()
         self._samples_before = self.progress.samples
 

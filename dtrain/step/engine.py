@@ -1,10 +1,13 @@
 """What computes: the model and its loss, and what ranks need to meet in a step."""
 
+import gc
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +21,26 @@ from dtrain.distributed import (
     BETWEEN,
     EVAL_LOSS_FN,
     EVALUATION,
+    UPDATE,
     Phase,
     Replicas,
+    StreamsOfFits,
     World,
     check_same_model,
+    check_seeded,
     named_parameters,
     own_memory,
     share_buffers,
+    streams_apart,
 )
-from dtrain.errors import ConfigError, DataError, LossError
+from dtrain.errors import ConfigError, DataError, LossError, RankMismatch, RemoteError
 from dtrain.metrics import Means, with_added
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Verdict
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
+from dtrain.step.modes import Modes
 from dtrain.step.parameters import lacking, note_of
-from dtrain.step.precision import Precision
+from dtrain.step.precision import Precision, fresh_casts
 from dtrain.step.stand_in import StandIn
 from dtrain.step.strategy import Strategy
 from dtrain.step.votes import Agreement
@@ -45,6 +53,10 @@ _WRAPPERS = (
     "FullyShardedDataParallel",
     "DeepSpeedEngine",
 )
+
+# Torch's first optimizer in a process imports torch._dynamo, and what is left of that holds the
+# frames of all that called it, and so their models, until the garbage collector comes by.
+_frames_are_held = ["torch._dynamo"] * ("torch._dynamo" not in sys.modules)
 
 
 @dataclass(eq=False)
@@ -66,6 +78,7 @@ class Engine:
     strategy: Strategy
     hooks: Hooks
     replicas: Replicas
+    keep_modes: bool  # the user means the modes that the model is in
 
     def __post_init__(self) -> None:
         context, hooks, precision = self.context, self.hooks, self.precision
@@ -89,6 +102,8 @@ class Engine:
             find_unused=self.strategy.find_unused,
             may_idle=self.strategy.may_idle,
         )
+        self.modes = Modes(context.model, context.say, keep=self.keep_modes)
+        self.streams = StreamsOfFits()
         self._eval_gathers = Gathers(comm, rank, size)
         self._eval_means: dict[str, Means] = {}  # kept: ranks agree on names only once
         self._loss_sum = self.counted = 0.0  # since the last report: loss and weight, both agreed
@@ -96,6 +111,8 @@ class Engine:
         self.rates: list[Any] = []  # by group, the learning rates of the newest step
         self._evaluates = False
         self._warned_nonfinite = False
+        self._parted = False  # a step was ended by a failure on this rank only
+        hooks.carry = WeakMethod(self.carry)
 
     def restart(self, weight: float) -> None:
         """Begins a fit on all ranks, whose steps weigh so much over all ranks; 0: nobody knows."""
@@ -148,8 +165,33 @@ class Engine:
         comm = self.context.comm
         comm.activity.enter(phase)
         with comm.lockstep(lambda: self.hooks.failed_in or phase.name):
+            if self.micro_step.trouble is not None:
+                error, self.hooks.failed_in = self.micro_step.trouble
+                raise error
             yield
         comm.activity.enter(BETWEEN)
+
+    def carry(self, error: Exception) -> None:
+        """Has all ranks raise what a hook, or the optimizer, raised on this one beside a reduction.
+
+        They do so in the next reduction, or where they meet next. Raises it where that cannot be.
+        """
+        comm, where = self.context.comm, self.hooks.failed_in or UPDATE.name
+        all_know = isinstance(error, RemoteError | RankMismatch) or comm.may_be_broken(error)
+        if self.world.size == 1 or all_know or not self.strategy.may_idle:
+            raise error
+        if self.micro_step.trouble is None:
+            comm.record(error, where)  # for ranks that wait for this one in a verb of their hooks
+            self.micro_step.fail(error, where)
+            self._parted |= where != "on_step_start"
+
+    def check_whole(self) -> None:
+        """Refuses to go on after a failure on one rank only. Ranks: all, communicates."""
+        if self.context.comm.vote("a step failed on one rank", self._parted):
+            raise ConfigError(
+                "a callback or the optimizer failed on one rank in the fit before: the ranks may "
+                "differ: make a new Trainer, with a new optimizer, or start the run again"
+            )
 
     # -- training figures, from one report to the next ------------------------------------------
 
@@ -226,6 +268,23 @@ class Engine:
         else:
             known = self.context.metrics
             known |= {_of_epoch(name): v for name, v in known.items() if name.startswith("train/")}
+
+    # -- what a fit and an evaluation leave as they found it ------------------------------------
+
+    @contextmanager
+    def in_fit(self) -> Iterator[None]:
+        """A fit: random streams and modes are then as before, and weights are cast as they are."""
+        with self.streams, self.modes.in_fit(), fresh_casts():
+            yield
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """An evaluation, with its hooks: what they draw at random changes nothing elsewhere."""
+        context = self.context
+        number, rank = context.progress.step, self.world.rank
+        own = streams_apart(context.rng, context.shared_rng, number=number, rank=rank)
+        with own, fresh_casts():
+            yield
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -372,6 +431,8 @@ def take_model(
     own_memory(model)
     model = strategy.prepare_model(model.to(world.device), world)
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(model)
+    if _frames_are_held and _frames_are_held.pop() in sys.modules:
+        gc.collect()
     notes = [note] if (note := note_of(lacking(made, model))) else []
     check_same_model(model, world.comm)
     if world.comm.vote("models differ", strategy.make_equal(model, world)):
@@ -379,7 +440,7 @@ def take_model(
             "the ranks' models were not equal; all have rank 0's now. Call "
             "dtrain.init(seed=...) before the model is made, and they are equal from the start."
         )
-    return model, made, notes
+    return model, made, notes + check_seeded(world)
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:

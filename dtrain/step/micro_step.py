@@ -164,6 +164,7 @@ class MicroStep(nn.Module):
     def _try(self, step: Step, feed: MicroBatches) -> Loss | None:
         """Runs the loss function; returns None where this rank has nothing to say."""
         if self.trouble is not None:
+            self.lane.say(Slot.ERROR)  # it may be from before this step
             return None
         context, hooks = self.context, self.hooks
         request, comm = context.request, context.comm

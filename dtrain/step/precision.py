@@ -1,6 +1,7 @@
 """The precision slot: in which numbers the model computes. Full precision is the null object."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -206,3 +207,23 @@ class PrecisionSlot(Protocol):
 
     def make_precision(self, device_type: str) -> Precision:
         """Returns what computes in the wanted precision on ``"cpu"`` or ``"cuda"``."""
+
+
+@contextmanager
+def fresh_casts() -> Iterator[None]:
+    """Inside of the script's own ``torch.autocast``, has weights be cast as they are now.
+
+    Torch keeps casts of weights until its outermost autocast ends: they would be those of weights
+    that were updated, loaded or averaged since.
+    """
+    inside = torch.autocast_increment_nesting() > 1
+    torch.autocast_decrement_nesting()
+    before = torch.is_autocast_cache_enabled()
+    if inside:
+        torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        if inside:
+            torch.clear_autocast_cache()
+            torch.set_autocast_cache_enabled(before)

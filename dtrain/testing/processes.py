@@ -78,8 +78,8 @@ def run_outcomes(
     # Processes are forked from a server that has imported torch once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        # The first optimizer imports the last of these, for more than two seconds.
-        ["dtrain.testing.processes", "dtrain", "torch.nn.parallel", "torch._dynamo"]
+        # The first optimizer imports the first of these, for more than two seconds.
+        ["torch._dynamo", "dtrain.testing.processes", "dtrain", "torch.nn.parallel"]
     )
     payload = pickle.dumps((fn, args, list(warnings.filters)))
     deadline = time.monotonic() + timeout_s

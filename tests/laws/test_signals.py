@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def fit(run_dir, *sends, **options):
 
 def signalled(folder, cases):
     world = dtrain.init(seed=0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it
     found = []
     # Of the same make-up as the others: a callback that sends nothing.
     _, whole = fit(folder / "whole", Sends(0, "", 0, mine=False))
@@ -256,12 +258,11 @@ def test_handlers_are_restored_after_an_error():
     with pytest.raises(ValueError, match="planted"), Signals(asked.append):
         hit_and_fail()
     assert asked == ["SIGUSR2"]
-    after = [signal.getsignal(number) for number in SIGNALS]
-    kept = [number in (signal.SIGTERM, signal.SIGINT) for number in SIGNALS]
-    assert [one == two for one, two in zip(before, after, strict=True)] == kept
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_a_schedulers_signal_after_the_run_does_not_kill_it():
+def test_slurms_signal_after_the_run_does_not_kill_it(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     before = signal.getsignal(signal.SIGUSR1)
     asked = []
     try:
@@ -319,3 +320,31 @@ def test_under_torchrun_the_job_ends_well(tmp_path):
         assert told in done.stdout
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "preempted"
     assert files.find(tmp_path / "run" / "checkpoints")[0].step == 7
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_ends_its_ranks(tmp_path):
+    script = SCRIPT.replace("world.rank == 1 and", "world.is_main and").replace(
+        "os.kill(os.getpid(), signal.SIGUSR1)", "os.kill(os.getppid(), signal.SIGKILL)"
+    )
+    script = f"import os; print('pid', os.getpid(), flush=True)\n{script}"
+    (tmp_path / "train.py").write_text(script.replace("epochs=10)", "epochs=10**6)"))
+    launcher = subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "torchrun.sh"), "train.py"],
+        cwd=tmp_path,
+        env=os.environ | {"RANKS": "2", "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    ranks = [int(launcher.stdout.readline().split()[1]) for _ in range(2)]
+    try:
+        assert launcher.wait(60) == -signal.SIGKILL
+        told, _ = launcher.communicate(timeout=15)  # its ranks hold the pipe until they end
+    finally:
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+    assert told.count("the launcher (torchrun) is gone (asked by rank") == 2
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["status"] == "preempted"

@@ -1,6 +1,8 @@
 """A Trainer that nobody holds is gone at once, and its model with it: nobody waits for garbage."""
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -34,3 +36,24 @@ def test_model_and_optimizer_go_with_the_trainer(world_size, strategy):
     for before, after in run_processes(left_over, world_size, strategy):
         assert before == [False, False]
         assert after == [True, True]
+
+
+FIRST = """
+import gc, weakref
+import torch, dtrain
+gc.disable()
+
+def made():
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer = dtrain.Trainer(model, optimizer, lambda model, batch: model(batch).sum(), sinks=[])
+    return [weakref.ref(one) for one in (model, optimizer, trainer)]
+
+dtrain.init(seed=0)
+print([one() for one in made()])
+"""
+
+
+def test_the_first_optimizer_of_a_process_holds_nobodys_frames():
+    said = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=60)
+    assert said.stdout == "[None, None, None]\n", said.stderr
