@@ -1,8 +1,11 @@
 """Callbacks, and the order in which their hooks fire."""
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from torch.optim.lr_scheduler import LRScheduler
 
 from dtrain.context import Context, Step
 from dtrain.distributed import Activity, Phase
@@ -46,6 +49,8 @@ class Callback:
         if "name" not in vars(cls):
             cls.name = cls.__name__
         for attribute, value in vars(cls).items():
+            if attribute in _TAKES and inspect.isfunction(value):
+                _check_method(cls.__name__, attribute, value)
             if attribute.startswith("on_") and callable(value) and attribute not in HOOK_NAMES:
                 close = difflib.get_close_matches(attribute, HOOK_NAMES, n=1)
                 hint = f"did you mean `{close[0]}`? " if close else ""
@@ -107,6 +112,25 @@ class Callback:
 HOOK_NAMES = tuple(name for name in vars(Callback) if name.startswith("on_"))
 _QUICK = ("on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end", "on_eval_batch")
 _PHASES = {name: Phase(name, slow=name not in _QUICK) for name in HOOK_NAMES}
+#: What each method of a callback is called with.
+_TAKES = {
+    name: list(inspect.signature(method).parameters)
+    for name, method in vars(Callback).items()
+    if name in (*HOOK_NAMES, "state_dict", "load_state_dict")
+}
+
+
+def _check_method(owner: str, name: str, method: Callable[..., Any]) -> None:
+    """Raises TypeError where a hook could not be called as it will be, or its body would not run."""
+    right = f"write `def {name}({', '.join(_TAKES[name])})`"
+    flags = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+    if method.__code__.co_flags & flags:
+        raise TypeError(f"{owner}.{name} is async or has a yield, so it would never run: {right}")
+    signature = inspect.signature(method)
+    try:
+        signature.bind(*_TAKES[name])
+    except TypeError:
+        raise TypeError(f"{owner}.{name}{signature} takes other arguments: {right}") from None
 
 
 class Hooks:
@@ -120,9 +144,9 @@ class Hooks:
         self._bound: dict[Any, tuple[Callable[..., None], ...]] = {}
         for name in HOOK_NAMES:
             base = vars(Callback)[name]
-            overriding = [c for c in self.callbacks if getattr(type(c), name) is not base]
+            overriding = [c for c in self.callbacks if _overrides(c, name)]
             self._bound[base] = tuple(getattr(callback, name) for callback in overriding)
-        ends = [c for c in self.callbacks if type(c).on_step_end is not Callback.on_step_end]
+        ends = [c for c in self.callbacks if _overrides(c, "on_step_end")]
         self._prompt = tuple(c.on_step_end for c in ends if not c.late_step_end)
         self._late = tuple(c.on_step_end for c in ends if c.late_step_end)
 
@@ -159,6 +183,11 @@ class Hooks:
         return bool(self._bound[hook])
 
 
+def _overrides(callback: Callback, name: str) -> bool:
+    """Says whether a callback has a hook of its own, be it given to the object only."""
+    return getattr(type(callback), name) is not vars(Callback)[name] or name in vars(callback)
+
+
 def the_only(slot: type[S], callbacks: Iterable[Callback]) -> S | None:
     """Returns the callback that fills ``slot``, or None; raises ConfigError if several do."""
     # By shape, so that the loop knows no concrete callback.
@@ -170,12 +199,16 @@ def the_only(slot: type[S], callbacks: Iterable[Callback]) -> S | None:
     return found[0] if found else None
 
 
-def check_names(callbacks: Iterable[Callback]) -> None:
-    """Raises ConfigError where two callbacks share a name, or one is none."""
+def check_names(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
+    """Returns them; raises ConfigError where two callbacks share a name, or one is none."""
+    if not isinstance(callbacks, Iterable):
+        raise ConfigError(f"callbacks is {callbacks!r}, and must be a list: `callbacks=[...]`")
     seen: dict[str, Callback] = {}
     for callback in callbacks:
         if not isinstance(callback, Callback):
             hint = f"; did you mean `{callback.__name__}()`?" if isinstance(callback, type) else ""
+            if isinstance(callback, LRScheduler):
+                hint = "; did you mean `dtrain.callbacks.LRSchedule(scheduler)`?"
             raise ConfigError(f"callbacks: {callback!r} is no dtrain.Callback{hint}")
         if callback.name in seen:
             raise ConfigError(
@@ -183,3 +216,4 @@ def check_names(callbacks: Iterable[Callback]) -> None:
                 f"apart. Remove one, or name it: `second.name = '{callback.name}2'`"
             )
         seen[callback.name] = callback
+    return tuple(seen.values())

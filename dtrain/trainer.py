@@ -21,7 +21,7 @@ from dtrain.checkpoint import (
 )
 from dtrain.cluster import Deadline, Signals
 from dtrain.context import Context, Outbox, Progress, Request
-from dtrain.data import AccumulationSlot, Data, Feed, open_feed
+from dtrain.data import AccumulationSlot, Data, Feed, open_feed, sizes_of
 from dtrain.distributed import (
     check_same_call,
     current,
@@ -102,7 +102,7 @@ class Trainer:
         with world.comm.lockstep("Trainer(...)"):
             settings = json_values(config)
             self._watchdog = Watchdog(world, hang_after_s)
-            check_names(callbacks)
+            callbacks = check_names(callbacks)
             self.hooks = Hooks(callbacks, world.comm.activity)
             slot = the_only(PrecisionSlot, callbacks)  # type: ignore[type-abstract]
             kind = world.device.type
@@ -115,7 +115,7 @@ class Trainer:
             strategy.check(accumulates=self._accumulation is not None)
             taken = take_model(model, optimizer, strategy, world)
             self.model, self.optimizer, self._outbox.notes = taken
-            eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn)
+            eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn, self.model)
             self.context = Context(
                 model=self.model,
                 optimizer=self.optimizer,
@@ -264,7 +264,7 @@ class Trainer:
     # -- assembling -----------------------------------------------------------------------------
 
     def _split(self, share: int) -> list[int]:
-        return [share] if self._accumulation is None else self._accumulation.split(share)
+        return [share] if (slot := self._accumulation) is None else sizes_of(slot, share)
 
     def _eval_feeds(self, eval_set: Any, batch_size: int | None) -> dict[str, Feed]:
         """Returns a feed for each evaluation set, by the prefix of its metrics."""

@@ -4,7 +4,7 @@ from dtrain.data.feed import EndOfStream, Feed, MicroBatches, tensors_of
 from dtrain.data.map_feed import fetch
 from dtrain.data.opening import open_feed
 from dtrain.data.order import Bucketed, Order, Sequential, Shuffled, Weighted
-from dtrain.data.shares import AccumulationSlot, split_share
+from dtrain.data.shares import AccumulationSlot, sizes_of, split_share
 from dtrain.data.source import Data
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Weighted",
     "fetch",
     "open_feed",
+    "sizes_of",
     "split_share",
     "tensors_of",
 ]

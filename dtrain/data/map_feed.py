@@ -40,6 +40,8 @@ class MapFeed(Feed):
         self.samples = len(order) - len(order) % data.batch_size if data.drop_last else len(order)
         self._shares = Shares(order, self.samples, data.batch_size, world.rank, world.size, split)
         self.steps_per_epoch = self._shares.steps
+        # Asked here, so that a split that cannot be is found before a step is taken.
+        self._sizes, self._last_sizes = map(self._shares.sizes, (0, self._shares.steps - 1))
         self._tasks = _Tasks(
             self._shares,
             derive_seed(seed, _WORKER_STREAM, world.rank),
@@ -55,11 +57,14 @@ class MapFeed(Feed):
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
         """Yields the steps of ``epoch`` from ``first_step`` on."""
         batches = self._batches(epoch, first_step)
-        whole = self._shares.sizes(0)  # of all steps but perhaps the last
         for step in range(first_step, self._shares.steps):
             last = step == self._shares.steps - 1
-            sizes, micros = self._shares.sizes(step) if last else whole
+            sizes, micros = self._last_sizes if last else self._sizes
             yield _MapStep(micros, batches, iter(sizes), self._device)
+
+    def rows(self, epoch: int, step: int) -> list[int]:
+        """Returns the dataset's rows that this rank has in a step."""
+        return self._shares.rows_of(epoch, step)
 
     def _batches(self, epoch: int, first_step: int) -> Iterator[Any]:
         data = self._data

@@ -43,7 +43,8 @@ class Failures:
 
     def describe(self, error: BaseException, where: str) -> Failure:
         """Says in words that can be sent what went wrong on this rank."""
-        kind, message = type(error).__name__, str(error)
+        kind = type(error).__name__
+        message = " ".join([str(error), *getattr(error, "__notes__", ())])
         return Failure(self.rank, self.host, where, self.step, kind, message, locate(error))
 
     def is_told(self, error: BaseException) -> bool:

@@ -1,9 +1,11 @@
 """Weighted means that are summed locally and agreed in one packed reduction."""
 
+import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from numbers import Complex, Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,23 +41,24 @@ class Means:
         A value with weight 0 counts for nothing, even if it is NaN.
         """
         if isinstance(value, Mean):
-            total, units = value.total, value.weight
-        elif isinstance(value, Tensor | Real):
-            _check_number(name, value)
-            total, units = value * weight, weight
+            total, units = _number(name, value.total), _number(name, value.weight)
+            times: Number = 1
+        elif isinstance(value, Tensor | Complex | np.ndarray | np.generic):
+            total, times = _number(name, value), _number(name, weight)
+            units = times
         else:
             self._add_object(name, value)
             return
-        _check_number(name, total)
-        _check_number(name, units)
+        # Multiplied in float64: a metric may be of a type that is short of digits, or ends at 255.
         if self._on_cpu or not (isinstance(total, Tensor) or isinstance(units, Tensor)):
             pair = self._sums.setdefault(name, [0.0, 0.0])
             units = float(units)
             if units != 0:
-                pair[0] += float(total.detach() if isinstance(total, Tensor) else total)
+                pair[0] += float(total.detach() if isinstance(total, Tensor) else total) * float(times)
                 pair[1] += units
             return
-        both = torch.stack([self._as_double(total), self._as_double(units)])
+        total = self._as_double(total) * self._as_double(times)
+        both = torch.stack([total, self._as_double(units)])
         both = torch.where(both[1] == 0, torch.zeros_like(both), both)
         seen = self._device_sums.get(name)
         self._device_sums[name] = both if seen is None else seen + both
@@ -63,8 +66,7 @@ class Means:
     def add_logged(self, name: str, values: list[Number], reduce: Reduce) -> None:
         """Adds what was logged under a name since the last sync point."""
         self._reduce[name] = reduce
-        for value in values:
-            _check_number(name, value)
+        values = [_number(name, value) for value in values]
         if reduce == "last":
             values = values[-1:]
         if reduce == "max":
@@ -154,12 +156,19 @@ def _add_to(sums: dict[str, list[float]], more: Mapping[str, Sequence[float]]) -
         pair[1] += weight
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
+def _number(name: str, value: object) -> Number:
+    """Returns the one real number that a metric must be; else raises LossError."""
+    if isinstance(value, Tensor | np.ndarray):
+        if math.prod(value.shape) != 1:
+            what = "a tensor" if isinstance(value, Tensor) else "an array"
             raise LossError(
-                f"metric {name!r} is a tensor of shape {list(value.shape)}; a metric is one "
+                f"metric {name!r} is {what} of shape {list(value.shape)}; a metric is one "
                 "number: average it, or return it in Loss(outputs=...)"
             )
-    elif not isinstance(value, Real):
-        raise LossError(f"metric {name!r} is {value!r}; a metric is a number or a 0-dim tensor")
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.item()
+    if isinstance(value, Real) or (isinstance(value, Tensor) and not value.is_complex()):
+        return value
+    raise LossError(
+        f"metric {name!r} is {value!r}; a metric is a real number or a 0-dim tensor of one"
+    )

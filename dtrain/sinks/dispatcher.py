@@ -66,7 +66,7 @@ class Dispatcher:
                 ) from error
 
     def open(self) -> None:
-        """Opens every sink, here and now; raises what one raises, and closes those before it."""
+        """Opens every sink, one by one; raises what one raises, and closes those before it."""
         if not self._active or self._is_open:
             return
         self._workers, self._is_open = [], True
@@ -75,13 +75,14 @@ class Dispatcher:
             kind = type(sink).__name__
             count[kind] += 1
             name = kind if count[kind] == 1 else f"{kind} ({count[kind]})"
+            worker = _Worker(name, sink, self._capacity, self._run_dir)
+            self._workers.append(worker)
             try:
-                sink.open(self._run_dir)
+                worker.wait_until_open()
             except BaseException as error:
                 error.add_note(f"(while the sink {name} was opened)")
                 self.close()
                 raise
-            self._workers.append(_Worker(name, sink, self._capacity))
 
     def send(self, report: Report) -> None:
         """Hands ``report`` to every sink; the oldest ``train`` report is left out of full ones."""
@@ -120,16 +121,18 @@ class Dispatcher:
 
 
 class _Worker(threading.Thread):
-    """One sink, the reports that wait for it, and the thread that feeds it."""
+    """One sink, the reports that wait for it, and the thread that opens, feeds and closes it."""
 
-    def __init__(self, label: str, sink: Sink, capacity: int) -> None:
+    def __init__(self, label: str, sink: Sink, capacity: int, run_dir: Path | None) -> None:
         # A daemon, so that a sink that hangs cannot keep the interpreter from ending.
         super().__init__(name=f"dtrain-sink-{label}", daemon=True)
         self.label, self.must_work = label, sink.on_error == "raise"
         self.error: BaseException | None = None
         self.dropped = 0
         self.left_behind = self._finishing = False
-        self._sink, self._capacity = sink, capacity
+        self._sink, self._capacity, self._run_dir = sink, capacity, run_dir
+        self._opened = threading.Event()
+        self._unopened: BaseException | None = None  # what its open() raised
         self._waiting: deque[Report] = deque()
         self._changed = threading.Condition()  # guards everything above
         self.start()
@@ -147,6 +150,12 @@ class _Worker(threading.Thread):
             del self._waiting[next(trains, 0)]
             self.dropped += 1
             return self.dropped == 1
+
+    def wait_until_open(self) -> None:
+        """Returns once the sink is open; raises what its open() raised."""
+        self._opened.wait()
+        if self._unopened is not None:
+            raise self._unopened
 
     def finish(self) -> None:
         """Lets the thread end once nothing waits any more."""
@@ -167,7 +176,17 @@ class _Worker(threading.Thread):
             return text
 
     def run(self) -> None:
-        """Writes what comes until it is finished, fails or is left behind; then closes the sink."""
+        """Opens the sink, writes until it is finished, fails or is left behind, and closes it.
+
+        All in this thread: a database's connection, say, is of use only where it was made.
+        """
+        try:
+            self._sink.open(self._run_dir)
+        except BaseException as error:  # noqa: BLE001 -- raised by whoever waits for it
+            self._unopened = error
+            return
+        finally:
+            self._opened.set()
         failed: list[tuple[str, BaseException]] = []
         # Closed also after a failure, and before that is told: a sink may have redirected stderr.
         for where, action in (("write()", self._write_all), ("close()", self._sink.close)):

@@ -1,5 +1,6 @@
 """What computes: the model and its loss, and what ranks need to meet in a step."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from dtrain.errors import ConfigError
 from dtrain.metrics import Means
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Verdict
+from dtrain.step.loss_words import explain
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
 from dtrain.step.precision import Precision
 from dtrain.step.strategy import Strategy
@@ -180,6 +182,9 @@ class Engine:
                     try:
                         with self.precision.autocast():
                             returned = self.eval_fn(context.model, step.batch, context)
+                    except Exception as error:
+                        explain(error)
+                        raise
                     finally:
                         comm.serve_gathers(None)
                     step.loss = loss = as_loss(returned, step.samples)
@@ -233,7 +238,7 @@ def take_model(
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("no parameter of the model requires a gradient: nothing to train")
     model = strategy.prepare_model(model.to(world.device), world)
-    made = optimizer if isinstance(optimizer, Optimizer) else optimizer(model)
+    made = _made(optimizer, model)
     notes = _check_optimizer(made, model)
     check_same_model(model, world.comm)
     if world.comm.vote("models differ", strategy.make_equal(model, world)):
@@ -244,11 +249,39 @@ def take_model(
     return model, made, notes
 
 
+def _made(given: Any, model: nn.Module) -> Any:
+    """Returns the optimizer, made by the function if one is given; raises ConfigError if it cannot.
+
+    It need not be one; see `_check_optimizer`.
+    """
+    kind = getattr(given, "func", given)  # a class, or a partial one
+    if isinstance(kind, type) and issubclass(kind, Optimizer):
+        raise ConfigError(
+            f"the optimizer is {given!r}, which takes parameters, not a model: pass "
+            f"`lambda m: {kind.__name__}(m.parameters(), ...)`"
+        )
+    made = given if isinstance(given, Optimizer) or not callable(given) else given(model)
+    if isinstance(made, list | tuple | dict):
+        parts = made.values() if isinstance(made, dict) else made
+        raise ConfigError(
+            f"the optimizer is several ({', '.join(type(one).__name__ for one in parts)}), and a "
+            "Trainer steps one: give it groups of parameters, such as AdamW([{'params': ..., "
+            "'lr': ...}, ...]). A scheduler is a callback: dtrain.callbacks.LRSchedule"
+        )
+    return made
+
+
 def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """Returns what to tell the user of it; raises ConfigError where it is of another model."""
     ours = {id(p) for p in model.parameters()}
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"the optimizer is {optimizer!r}, no torch.optim.Optimizer")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigError(
+            f"{type(optimizer).__name__} cannot be used yet: it evaluates the loss several times in "
+            "a step, by a closure, and a Trainer takes one gradient a step. Use another optimizer"
+        )
     held = [p for group in optimizer.param_groups for p in group["params"]]
     strange = [p for p in held if id(p) not in ours]
     if strange:

@@ -16,9 +16,10 @@ from typing import Any
 import dtrain
 import dtrain.trainer
 from dtrain.callback import Callback
-from dtrain.data import Data
+from dtrain.data import Data, Feed
 from dtrain.distributed import World, current
-from dtrain.plan import FitResult, Recorder
+from dtrain.loop import Loop
+from dtrain.plan import FitResult, Plan, Recorder
 from dtrain.trainer import Trainer
 
 #: Exit codes of a rank.
@@ -36,6 +37,7 @@ class Trial(Recorder, Callback):
     """
 
     done = False  # all that was wanted is recorded; it no longer matters how the script ends
+    feed: Feed  # what ``fit`` trains on, once it is known
 
     def trainer_arguments(self, given: dict[str, Any], world: World) -> dict[str, Any]:
         """Returns what the Trainer is made of, from what the script gives it."""
@@ -97,5 +99,10 @@ def _following(trial: Trial) -> type[Trainer]:
                 result = super().fit(data, **arguments)
             trial.finish(self, result)
             raise ScriptEnds
+
+        def _assemble(self, plan: Plan, data: Data, evals: dict[str, Feed]) -> Loop:
+            loop = super()._assemble(plan, data, evals)
+            trial.feed = loop.feed
+            return loop
 
     return TrialTrainer
