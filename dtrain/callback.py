@@ -121,7 +121,7 @@ _TAKES = {
 
 
 def _check_method(owner: str, name: str, method: Callable[..., Any]) -> None:
-    """Raises TypeError where a hook could not be called as it will be, or its body would not run."""
+    """Raises TypeError where it could not be called as it will be, or its body would not run."""
     right = f"write `def {name}({', '.join(_TAKES[name])})`"
     flags = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
     if method.__code__.co_flags & flags:

@@ -55,7 +55,8 @@ class Trainer:
         model: your module, on any device; it is moved to this rank's.
         optimizer: an optimizer of the model's parameters, or a function from the model to one.
         loss_fn: from ``(model, batch)`` or ``(model, batch, ctx)`` to a scalar mean or a
-            :class:`~dtrain.Loss`; runs on every rank, with its own micro-batch.
+            :class:`~dtrain.Loss`; runs on every rank, with its own micro-batch. A ``ctx`` may
+            be optional, by that name.
         callbacks: tweaks; within a hook they run in this order.
         sinks: where figures go; ``[Console()]`` if None.
         strategy: how gradients meet: ``"flat"`` (at once, after backward), ``"ddp"`` (in buckets,

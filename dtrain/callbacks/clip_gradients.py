@@ -17,7 +17,8 @@ class ClipGradients(Callback):
 
     Args:
         max_norm: largest joint norm.
-        max_value: largest absolute value of each entry; a complex one keeps its direction. One of the two must be given.
+        max_value: largest absolute value of each entry; a complex one keeps its direction. One
+            of the two must be given.
     """
 
     def __init__(self, max_norm: float | None = None, *, max_value: float | None = None) -> None:

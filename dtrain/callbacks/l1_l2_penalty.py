@@ -57,7 +57,7 @@ class L1L2Penalty(Callback):
         }
         if names := [sparse[id(p)] for p in self._params if id(p) in sparse]:
             raise ConfigError(
-                f"L1L2Penalty: gradients of {some_of(names, 5)} are sparse, and those of a penalty are "
+                f"L1L2Penalty: gradients of {some_of(names, 5)} are sparse, and a penalty's are "
                 "not. Make it with sparse=False, or leave it out: L1L2Penalty(params=lambda name, "
                 f"p: p.ndim >= 2 and not name.startswith({names[0]!r}))"
             )

@@ -62,6 +62,6 @@ def _check_inputs(inputs: list[Tensor], count: int) -> None:
     found = ", ".join(f"{part.dtype} {list(part.shape)}" for part in inputs) or "none"
     if not inputs or not all(part.is_floating_point() and len(part) == count for part in inputs):
         raise DataError(
-            f"Mixup: the inputs that come with {count} targets must be tensors of as many rows, and of "
-            f"floats; they are {found}. What cannot be mixed must not be in the batch"
+            f"Mixup: the inputs that come with {count} targets must be tensors of as many rows, "
+            f"and of floats; they are {found}. What cannot be mixed must not be in the batch"
         )

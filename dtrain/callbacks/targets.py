@@ -67,8 +67,8 @@ def soft_targets(owner: str, batch: Any, y: object, num_classes: int) -> Tensor:
         return F.one_hot(y.long(), num_classes).to(wide)
     except RuntimeError as error:
         raise DataError(
-            f"{owner}(num_classes={num_classes}): targets must be from 0 to {num_classes - 1}; these "
-            f"are from {y.min()} to {y.max()}"
+            f"{owner}(num_classes={num_classes}): targets must be from 0 to {num_classes - 1}; "
+            f"these are from {y.min()} to {y.max()}"
         ) from error
 
 
@@ -78,8 +78,8 @@ def put(batch: Any, place: tuple[str | int, ...], value: Any) -> Any:
         return value
     inner = put(batch[place[0]], place[1:], value)
     if isinstance(batch, tuple):
-        parts = [*batch]
-        parts[place[0]] = inner
+        at = range(len(batch))[int(place[0])]
+        parts = [inner if i == at else part for i, part in enumerate(batch)]
         return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
     new = copy.copy(batch)
     new[place[0]] = inner

@@ -87,14 +87,14 @@ class Shares:
         mine, most = self._split(end - first), self.split(-(-whole // self.size))
         if len(mine) > len(most):
             raise ConfigError(
-                f"the accumulation splits {end - first} samples into {len(mine)} micro-batches, but "
-                f"another rank's {sum(most)} into {len(most)}: more samples need as many, or more"
+                f"accumulation splits {end - first} samples into {len(mine)} micro-batches, but "
+                f"another rank's {sum(most)} into {len(most)}: more samples need no fewer"
             )
         return mine, len(most)
 
     def rows_of(self, epoch: int, step: int) -> list[int]:
         """Returns this rank's samples of one step."""
-        return np.asarray(self.order.indices(epoch, *self.share(step)), dtype=np.int64).tolist()
+        return [int(row) for row in self.order.indices(epoch, *self.share(step))]
 
     def rows(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, int, Indices]]:
         """Yields step, number, first position and samples of each micro-batch."""

@@ -54,7 +54,9 @@ class Means:
             pair = self._sums.setdefault(name, [0.0, 0.0])
             units = float(units)
             if units != 0:
-                pair[0] += float(total.detach() if isinstance(total, Tensor) else total) * float(times)
+                pair[0] += float(total.detach() if isinstance(total, Tensor) else total) * float(
+                    times
+                )
                 pair[1] += units
             return
         total = self._as_double(total) * self._as_double(times)
@@ -158,17 +160,18 @@ def _add_to(sums: dict[str, list[float]], more: Mapping[str, Sequence[float]]) -
 
 def _number(name: str, value: object) -> Number:
     """Returns the one real number that a metric must be; else raises LossError."""
-    if isinstance(value, Tensor | np.ndarray):
-        if math.prod(value.shape) != 1:
-            what = "a tensor" if isinstance(value, Tensor) else "an array"
-            raise LossError(
-                f"metric {name!r} is {what} of shape {list(value.shape)}; a metric is one "
-                "number: average it, or return it in Loss(outputs=...)"
-            )
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) != 1:
+        what = "a tensor" if isinstance(value, Tensor) else "an array"
+        raise LossError(
+            f"metric {name!r} is {what} of shape {list(value.shape)}; a metric is one "
+            "number: average it, or return it in Loss(outputs=...)"
+        )
     if isinstance(value, np.ndarray | np.generic):
         value = value.item()
-    if isinstance(value, Real) or (isinstance(value, Tensor) and not value.is_complex()):
+    if isinstance(value, Tensor) and not value.is_complex():
         return value
+    if isinstance(value, Real):
+        return float(value)
     raise LossError(
         f"metric {name!r} is {value!r}; a metric is a real number or a 0-dim tensor of one"
     )

@@ -279,8 +279,8 @@ def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ConfigError(
-            f"{type(optimizer).__name__} cannot be used yet: it evaluates the loss several times in "
-            "a step, by a closure, and a Trainer takes one gradient a step. Use another optimizer"
+            f"{type(optimizer).__name__} cannot be used yet: its step evaluates the loss several "
+            "times, by a closure, and a Trainer takes one gradient a step. Use another optimizer"
         )
     held = [p for group in optimizer.param_groups for p in group["params"]]
     strange = [p for p in held if id(p) not in ours]

@@ -16,7 +16,9 @@ def explain(error: Exception) -> None:
         name = frame.f_code.co_name
         words = f"(F.{name}: the input is {_form(given)}, the target {_form(target)}"
         if target.numel():
-            with suppress(RuntimeError, NotImplementedError):  # complex, or a device that has failed
+            with suppress(
+                RuntimeError, NotImplementedError
+            ):  # complex, or a device that has failed
                 words += f" from {target.min().item():g} to {target.max().item():g}"
         if name in ("cross_entropy", "nll_loss") and given.dim():
             classes = given.shape[min(given.dim(), 2) - 1]

@@ -263,7 +263,7 @@ def adapt(loss_fn: UserLoss, model: nn.Module | None = None) -> LossFn:
 
     One that is a module must have no parameters that would be trained, but were not the model's.
     """
-    written = loss_fn
+    given = written = loss_fn
     if isinstance(loss_fn, nn.Module):
         ours = set(map(id, model.parameters())) if model is not None else set()
         own = [n for n, p in loss_fn.named_parameters() if p.requires_grad and id(p) not in ours]
@@ -277,11 +277,11 @@ def adapt(loss_fn: UserLoss, model: nn.Module | None = None) -> LossFn:
     try:
         parameters = list(inspect.signature(written).parameters.values())
     except (TypeError, ValueError):
-        raise LossError(f"loss_fn must be a function that takes {_FORMS}, not {loss_fn!r}") from None
+        raise LossError(f"loss_fn must be a function that takes {_FORMS}, not {given!r}") from None
     by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if [p.name for p in by_place[:2]] == ["input", "target"]:
         raise LossError(
-            f"loss_fn must take {_FORMS}, and {written!r} takes (input, target): call it in a "
+            f"loss_fn must take {_FORMS}, and {given!r} takes (input, target): call it in a "
             "function of your own, such as `lambda model, batch: criterion(model(batch[0]), "
             "batch[1])`"
         )
@@ -300,7 +300,7 @@ def adapt(loss_fn: UserLoss, model: nn.Module | None = None) -> LossFn:
         name = wants.name
         return lambda model, batch, ctx: loss_fn(model, batch, **{name: ctx})
     raise LossError(
-        f"loss_fn must take {_FORMS}; {loss_fn!r} takes "
+        f"loss_fn must take {_FORMS}; {given!r} takes "
         f"{', '.join(p.name for p in parameters) or 'nothing'}"
     )
 

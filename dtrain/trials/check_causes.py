@@ -104,8 +104,8 @@ _WORDS = {
     ),
     "not found": (
         "It is none of: dropout, BatchNorm, Mixup, random augmentation, a ragged mean, padding, "
-        "random numbers in the loss function, data or a loss that depend on the rank, other initial "
-        "parameters, other settings of the optimizer; and the run repeats itself.",
+        "random numbers in the loss function, data or a loss that depend on the rank, other "
+        "initial parameters, other settings of the optimizer; and the run repeats itself.",
         "look at the first step that parts, and at the tensors above. Suspects: a callback that "
         "draws random numbers in on_batch, or changes gradients or parameters by what one rank "
         "sees, state that the model keeps between micro-batches, and a loss function that scales "

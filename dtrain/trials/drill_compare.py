@@ -29,7 +29,9 @@ class RankRecord:
 
     began_at: int | None = None  # the step it went on from; None if it did not come that far
     samples: dict[int, list[str]] = field(default_factory=dict)  # by step, a digest of each
-    rows: dict[int, list[int] | None] = field(default_factory=dict)  # the same, as the dataset's rows
+    rows: dict[int, list[int] | None] = field(
+        default_factory=dict
+    )  # the same, as the dataset's rows
     #: Rank 0's figures, by kind, step, and how many of that kind came before at that step.
     reports: dict[tuple[str, int, int], dict[str, float]] = field(default_factory=dict)
     disturbed: str = ""  # what befell it here, in words
@@ -208,7 +210,8 @@ def _samples(reference: DrilledRun, drilled: DrilledRun, *, together: bool) -> I
                 else:
                     words = (
                         f"step {step + 1} consumed other samples{_again(number)}: the first that "
-                        f"differs is {at}, and {len({*theirs} - {*mine})} are not of this step at all"
+                        f"differs is {at}, and {len({*theirs} - {*mine})} are not of this step at "
+                        "all"
                     )
                 yield Difference("samples", "samples", step + 1, words)
     for step in sorted({*expected} - seen):

@@ -72,7 +72,8 @@ def _try_parts(
         if found.mean_gap is None or gap > found.mean_gap:
             found.mean_gap = gap
             found.mean_evidence = (
-                f"{words} So the loss is no mean over its weight. (In {mode} mode, without dropout.)"
+                f"{words} So the loss is no mean over its weight. (In {mode} mode, without "
+                "dropout.)"
             )
 
 
@@ -118,8 +119,8 @@ def _gaps(
         apart = abs(mean - whole)
         yield (
             0.0 if not apart else apart / abs(whole) if whole else math.inf,
-            f"The loss of the {samples} samples of {where} is {whole:.6g}. Of the same samples in two "
-            f"parts ({cut} and {samples - cut}), the mean weighted as the loss function says "
+            f"The loss of the {samples} samples of {where} is {whole:.6g}. Of the same samples in "
+            f"two parts ({cut} and {samples - cut}), the mean weighted as the loss function says "
             f"({a[1]:g} and {b[1]:g}) is {mean:.6g}.",
         )
 

@@ -259,7 +259,7 @@ def test_a_script_that_cannot_be_checked_says_why(check, fault, told):
     assert told in str(caught.value)
 
 
-PADS = '''
+PADS = """
 import sys
 
 import torch
@@ -295,7 +295,7 @@ model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
 trainer = dtrain.Trainer(model, optimizer, loss_fn)
 trainer.fit(dtrain.Data(Texts(), 6, collate_fn=collate), epochs=1)
-'''
+"""
 
 
 def test_padding_that_counts_is_found(folder, launcher):

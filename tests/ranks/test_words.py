@@ -16,7 +16,6 @@ from torch.utils.data import TensorDataset
 import dtrain
 from dtrain.callbacks import (
     ClipGradients,
-    EarlyStopping,
     GradientAccumulation,
     GradientNoise,
     GradientStats,
@@ -245,7 +244,11 @@ def test_a_complex_loss_is_refused():
     ("hook", "method", "words"),
     [
         ("on_step_end", lambda self, ctx: None, "on_step_end(self, ctx) takes other arguments"),
-        ("on_eval_end", lambda self, ctx, a, b: None, "write `def on_eval_end(self, ctx, metrics)`"),
+        (
+            "on_eval_end",
+            lambda self, ctx, a, b: None,
+            "write `def on_eval_end(self, ctx, metrics)`",
+        ),
         ("on_save", lambda: None, "write `def on_save(self, ctx)`"),
         ("state_dict", lambda self, ctx: {}, "write `def state_dict(self)`"),
         ("load_state_dict", lambda self: None, "write `def load_state_dict(self, state)`"),
@@ -266,7 +269,9 @@ def test_a_hook_that_would_never_run_is_refused():
         yield
 
     for hook, method in (("on_save", waits), ("on_step_end", yields)):
-        with pytest.raises(TypeError, match=f"Mine.{hook} is async or has a yield, so it would never"):
+        with pytest.raises(
+            TypeError, match=f"Mine.{hook} is async or has a yield, so it would never"
+        ):
             type("Mine", (dtrain.Callback,), {hook: method})
 
 
@@ -340,7 +345,6 @@ def test_all_callbacks_are_there_after_a_mere_import():
         lambda count: GradientAccumulation(count),
         lambda count: GradientAccumulation(micro_batch_size=count),
         lambda count: GradientStats(count),
-        lambda count: EarlyStopping("eval/loss", patience=count),
     ],
 )
 def test_counts_are_whole_numbers(make):
@@ -576,7 +580,10 @@ def test_a_metric_of_few_bits_is_weighted_in_double_precision(size):
 
     def metrics():
         def loss(net, batch):
-            small = {"bytes": torch.tensor(200, dtype=torch.uint8), "halves": torch.tensor(0.1).half()}
+            small = {
+                "bytes": torch.tensor(200, dtype=torch.uint8),
+                "halves": torch.tensor(0.1).half(),
+            }
             return dtrain.Loss(plain(net, batch), weight=2**20, metrics=small)
 
         return fit(loss=loss).metrics
@@ -673,8 +680,8 @@ def test_targets_that_are_not_there_are_told(owner, batch, target, words):
     ],
 )
 def test_mixup_refuses_what_it_cannot_mix(batch, words):
+    context = SimpleNamespace(rng=torch.Generator())
     with pytest.raises(DataError) as caught:
-        context = SimpleNamespace(rng=torch.Generator())
         Mixup(0.5, 3, target="labels").on_batch(context, dtrain.Step(0, batch=batch))
     assert words in str(caught.value)
 
@@ -763,4 +770,6 @@ def test_on_real_ranks():
     for found in (one, two):
         kind, _, notes = found["labels"]
         assert kind == "IndexError"
-        assert notes[0].startswith("(F.cross_entropy: the input is float32 [12, 2], the target int64 [12]")
+        assert notes[0].startswith(
+            "(F.cross_entropy: the input is float32 [12, 2], the target int64 [12]"
+        )
