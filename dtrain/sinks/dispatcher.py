@@ -15,6 +15,8 @@ from pathlib import Path
 from dtrain.errors import ConfigError, SinkError, locate
 from dtrain.sinks.sink import Report, Sink
 
+_PATIENCE_S = 30.0  # how long a sink may take to open before somebody is told
+
 
 class Dispatcher:
     """Hands each report to every sink, in order; never blocks, and never raises once it is open.
@@ -78,7 +80,12 @@ class Dispatcher:
             worker = _Worker(name, sink, self._capacity, self._run_dir)
             self._workers.append(worker)
             try:
-                worker.wait_until_open()
+                if not worker.is_open(_PATIENCE_S):
+                    self._notify(
+                        f"dtrain: the sink {name} is not open after {_PATIENCE_S:g} s, and the run "
+                        f"waits for it; it is at {_where_is(worker)}"
+                    )
+                    worker.is_open()
             except BaseException as error:
                 error.add_note(f"(while the sink {name} was opened)")
                 self.close()
@@ -151,11 +158,12 @@ class _Worker(threading.Thread):
             self.dropped += 1
             return self.dropped == 1
 
-    def wait_until_open(self) -> None:
-        """Returns once the sink is open; raises what its open() raised."""
-        self._opened.wait()
+    def is_open(self, timeout_s: float | None = None) -> bool:
+        """Waits until the sink is open, and says whether it is; raises what its open() raised."""
+        opened = self._opened.wait(timeout_s)
         if self._unopened is not None:
             raise self._unopened
+        return opened
 
     def finish(self) -> None:
         """Lets the thread end once nothing waits any more."""

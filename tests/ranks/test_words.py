@@ -21,6 +21,7 @@ from dtrain.callbacks import (
     GradientStats,
     L1L2Penalty,
     LabelSmoothing,
+    MixedPrecision,
     Mixup,
 )
 from dtrain.errors import ConfigError, DataError, LossError, RemoteError
@@ -508,6 +509,14 @@ def test_gradients_of_all_kinds_against_their_formulas(sparse):
     (alone,) = run_ranks(check, 1)
     if not sparse:  # ranks that are threads do not sum sparse ones
         assert run_ranks(check, 2) == [pytest.approx(alone)] * 2
+
+
+@SIZES
+def test_a_loss_scale_for_complex_weights_is_refused(size):
+    def train():
+        return fit([MixedPrecision("fp16")], net=Spectral(), optimizer=sgd)
+
+    refused(train, size, ConfigError, "cannot unscale gradients of complex parameters")
 
 
 def test_the_penalty_of_complex_weights():
