@@ -279,11 +279,12 @@ def adapt(loss_fn: UserLoss, model: nn.Module | None = None) -> LossFn:
     except (TypeError, ValueError):
         raise LossError(f"loss_fn must be a function that takes {_FORMS}, not {given!r}") from None
     by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if [p.name for p in by_place[:2]] == ["input", "target"]:
+    first, second = [*(p.name for p in by_place), "", ""][:2]
+    if first == "batch" or second in ("target", "targets", "labels", "y_true"):
         raise LossError(
-            f"loss_fn must take {_FORMS}, and {given!r} takes (input, target): call it in a "
-            "function of your own, such as `lambda model, batch: criterion(model(batch[0]), "
-            "batch[1])`"
+            f"loss_fn must take {_FORMS}, in this order, and {given!r} takes ({first}, {second}). "
+            "A loss of outputs and targets is called in a function of your own, such as `lambda "
+            "model, batch: criterion(model(batch[0]), batch[1])`"
         )
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return loss_fn if by_place else _of_any(loss_fn)

@@ -181,6 +181,8 @@ def bare_decorator(loss):
     [
         (nn.CrossEntropyLoss(), ("CrossEntropyLoss() takes (input, target)", "criterion(model(")),
         (F.mse_loss, ("takes (input, target)",)),
+        (lambda pred, targets: 0, ("takes (pred, targets)",)),
+        (lambda batch, batch_idx: 0, ("in this order", "takes (batch, batch_idx)")),
         (nn.CrossEntropyLoss, ("must take (model, batch)",)),
         (lambda net, batch, *, scale: 0, ("takes net, batch, scale",)),
         (lambda net, batch, scale, ctx=None: 0, ("takes net, batch, scale, ctx",)),
@@ -229,6 +231,16 @@ def test_other_losses_of_torch_are_described_as_well():
 
     words = "F.binary_cross_entropy: the input is float32 [24], the target float32 [24] from 0 to 3"
     refused(lambda: fit(loss=broken), 1, RuntimeError, words)
+
+
+def test_indices_beyond_a_table_are_described():
+    def looks_up(net, batch):
+        return F.embedding(batch[1] + 2, net[2].weight).mean()
+
+    words = (
+        "the indices are int64 [12] from 2 to 3; the table has 2 rows, so they must be from 0 to 1"
+    )
+    refused(lambda: fit(loss=looks_up), 2, IndexError, words)
 
 
 def test_a_complex_loss_is_refused():
