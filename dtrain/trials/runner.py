@@ -18,8 +18,7 @@ import dtrain.trainer
 from dtrain.callback import Callback
 from dtrain.data import Data, Feed
 from dtrain.distributed import World, current
-from dtrain.loop import Loop
-from dtrain.plan import FitResult, Plan, Recorder
+from dtrain.plan import FitResult, Recorder
 from dtrain.trainer import Trainer
 
 #: Exit codes of a rank.
@@ -100,8 +99,8 @@ def _following(trial: Trial) -> type[Trainer]:
             trial.finish(self, result)
             raise ScriptEnds
 
-        def _assemble(self, plan: Plan, data: Data, evals: dict[str, Feed]) -> Loop:
-            loop = super()._assemble(plan, data, evals)
+        def _assemble(self, *args: Any) -> Any:
+            loop = super()._assemble(*args)
             trial.feed = loop.feed
             return loop
 
