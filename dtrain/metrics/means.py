@@ -17,6 +17,9 @@ from dtrain.metrics.objects import Objects, is_metric
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+_OF_NUMPY = (np.ndarray, np.generic)
+_NUMBERS = (Tensor, Complex, *_OF_NUMPY)
+
 
 class Means:
     """Named metrics over micro-batches and, once agreed, over ranks.
@@ -43,7 +46,7 @@ class Means:
         if isinstance(value, Mean):
             total, units = _number(name, value.total), _number(name, value.weight)
             times: Number = 1
-        elif isinstance(value, Tensor | Complex | np.ndarray | np.generic):
+        elif isinstance(value, _NUMBERS):
             total, times = _number(name, value), _number(name, weight)
             units = times
         else:
@@ -160,18 +163,20 @@ def _add_to(sums: dict[str, list[float]], more: Mapping[str, Sequence[float]]) -
 
 def _number(name: str, value: object) -> Number:
     """Returns the one real number that a metric must be; else raises LossError."""
-    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) != 1:
-        what = "a tensor" if isinstance(value, Tensor) else "an array"
-        raise LossError(
-            f"metric {name!r} is {what} of shape {list(value.shape)}; a metric is one "
-            "number: average it, or return it in Loss(outputs=...)"
-        )
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex():
+            return value
+    elif isinstance(value, _OF_NUMPY) and value.size == 1:
         value = value.item()
-    if isinstance(value, Tensor) and not value.is_complex():
-        return value
     if isinstance(value, Real):
         return float(value)
+    shape = getattr(value, "shape", ())
+    if math.prod(shape) != 1:
+        kind = "a tensor" if isinstance(value, Tensor) else "an array"
+        raise LossError(
+            f"metric {name!r} is {kind} of shape {list(shape)}; a metric is one number: average "
+            "it, or return it in Loss(outputs=...)"
+        )
     raise LossError(
         f"metric {name!r} is {value!r}; a metric is a real number or a 0-dim tensor of one"
     )

@@ -215,6 +215,10 @@ class MicroStep(nn.Module):
                 raise LossError(f"the loss has a weight of shape {shape}, not one number")
             loss.weight = weight = float(weight)  # no sync: it is here already
         if not isinstance(weight, Tensor):
+            try:
+                loss.weight = weight = float(weight)  # NumPy's may be short of digits
+            except (TypeError, ValueError):
+                raise LossError(f"the loss has weight {weight!r}, not one number") from None
             if not 0 <= weight < float("inf"):
                 raise LossError(f"the loss has weight {weight}; it must be 0 or more, and finite")
             if weight == 0:

@@ -632,6 +632,27 @@ def test_a_metric_that_is_no_number_is_refused(metric, words):
     refused(lambda: fit(loss=loss), 2, LossError, words)
 
 
+@pytest.mark.parametrize("weight", [1j, [24], np.ones(2)], ids=repr)
+def test_a_weight_that_is_no_number_is_refused(weight):
+    def loss(net, batch):
+        return dtrain.Loss(plain(net, batch), weight=weight)
+
+    refused(lambda: fit(loss=loss), 2, LossError, f"the loss has weight {weight!r}, not one number")
+
+
+def test_a_weight_of_numpy_counts_with_all_digits():
+    def losses(kind):
+        def loss(net, batch):
+            units = 1 + batch[1].sum().item() / 7
+            return dtrain.Loss(plain(net, batch), weight=kind(units))
+
+        return fit(loss=loss, batch_size=20).metrics["train/loss"]
+
+    expected = run_ranks(losses, 2, float)
+    assert run_ranks(losses, 2, np.float64) == run_ranks(losses, 2, np.array) == expected
+    assert run_ranks(losses, 2, np.float32) == pytest.approx(expected, rel=1e-6)
+
+
 # -- targets in any place --------------------------------------------------------------------------
 
 Pair = namedtuple("Pair", "x y")
