@@ -199,12 +199,17 @@ def the_only(slot: type[S], callbacks: Iterable[Callback]) -> S | None:
     return found[0] if found else None
 
 
+def listed(name: str, given: Any) -> tuple[Any, ...]:
+    """Returns what is in a list that was given under that name; ConfigError if it is none."""
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"{name} is {given!r}, and must be a list: `{name}=[...]`")
+    return tuple(given)
+
+
 def check_names(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
     """Returns them; raises ConfigError where two callbacks share a name, or one is none."""
-    if not isinstance(callbacks, Iterable):
-        raise ConfigError(f"callbacks is {callbacks!r}, and must be a list: `callbacks=[...]`")
     seen: dict[str, Callback] = {}
-    for callback in callbacks:
+    for callback in listed("callbacks", callbacks):
         if not isinstance(callback, Callback):
             hint = f"; did you mean `{callback.__name__}()`?" if isinstance(callback, type) else ""
             if isinstance(callback, LRScheduler):

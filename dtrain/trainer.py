@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.callback import Callback, Hooks, check_names, the_only
+from dtrain.callback import Callback, Hooks, check_names, listed, the_only
 from dtrain.checkpoint import (
     CheckpointSlot,
     ResumeMode,
@@ -97,7 +97,7 @@ class Trainer:
     ) -> None:
         self.world = world = current() or init(seed=seed or 0)
         self._seed = world.seed if seed is None else seed
-        self._sinks = tuple(sinks) if sinks is not None else (Console(),)
+        self._sinks = (Console(),) if sinks is None else listed("sinks", sinks)
         self._outbox = Outbox()
         # What fails on one rank only (its own data, its own code) reaches all of them.
         with world.comm.lockstep("Trainer(...)"):

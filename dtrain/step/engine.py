@@ -260,7 +260,13 @@ def _made(given: Any, model: nn.Module) -> Any:
             f"the optimizer is {given!r}, which takes parameters, not a model: pass "
             f"`lambda m: {kind.__name__}(m.parameters(), ...)`"
         )
-    made = given if isinstance(given, Optimizer) or not callable(given) else given(model)
+    made = given
+    if callable(given) and not isinstance(given, Optimizer):
+        try:
+            made = given(model)
+        except Exception as error:
+            error.add_note(f"(while the optimizer was made: {given!r} was called with the model)")
+            raise
     if isinstance(made, list | tuple | dict):
         parts = made.values() if isinstance(made, dict) else made
         raise ConfigError(

@@ -71,6 +71,12 @@ def test_what_is_no_optimizer_for_a_trainer_is_refused(size, optimizer, words):
     refused(lambda: tiny.trainer(optimizer=optimizer), size, ConfigError, *words)
 
 
+@SIZES
+def test_a_function_that_fails_to_make_the_optimizer_is_named(size):
+    swapped = functools.partial(tiny.trainer, optimizer=plain, loss=tiny.adam)
+    refused(swapped, size, TypeError, "(while the optimizer was made: <function plain at ")
+
+
 # -- the loss function -----------------------------------------------------------------------------
 
 
@@ -330,6 +336,12 @@ def test_callbacks_that_are_none_or_no_list_are_told(size):
     for no_list in (None, ClipGradients(1.0)):
         words = "must be a list: `callbacks=[...]`"
         refused(functools.partial(tiny.trainer, no_list), size, ConfigError, words)
+
+
+def test_sinks_that_are_no_list_are_told():
+    dtrain.init(seed=0)
+    with pytest.raises(ConfigError, match=r"must be a list: `sinks=\[...\]`"):
+        dtrain.Trainer(tiny.model(), tiny.adam, plain, sinks=dtrain.Sink())
 
 
 def test_a_generator_of_callbacks_is_heeded():
