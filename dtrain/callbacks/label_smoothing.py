@@ -36,6 +36,5 @@ class LabelSmoothing(Callback):
 
     def on_batch(self, ctx: Context, step: Step) -> None:
         classes = self._num_classes
-        found = with_soft_targets("LabelSmoothing", step.batch, self._target, classes)
-        batch, place, y = found
+        batch, place, y = with_soft_targets("LabelSmoothing", step.batch, self._target, classes)
         step.batch = put(batch, place, (1 - self._eps) * y + self._eps / classes)

@@ -11,9 +11,8 @@ def explain(error: Exception) -> None:
     for frame, _ in walk_tb(error.__traceback__):
         name, values = frame.f_code.co_name, frame.f_locals
         given, target, table = (values.get(key) for key in ("input", "target", "weight"))
-        if frame.f_globals.get("__name__") != "torch.nn.functional" or not isinstance(
-            given, Tensor
-        ):
+        of_torch = frame.f_globals.get("__name__") == "torch.nn.functional"
+        if not of_torch or not isinstance(given, Tensor):
             continue
         if name.startswith("embedding") and isinstance(table, Tensor):
             rows = len(table)

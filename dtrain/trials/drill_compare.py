@@ -29,9 +29,8 @@ class RankRecord:
 
     began_at: int | None = None  # the step it went on from; None if it did not come that far
     samples: dict[int, list[str]] = field(default_factory=dict)  # by step, a digest of each
-    rows: dict[int, list[int] | None] = field(
-        default_factory=dict
-    )  # the same, as the dataset's rows
+    #: The same as rows of the dataset; None for a stream.
+    rows: dict[int, list[int] | None] = field(default_factory=dict)
     #: Rank 0's figures, by kind, step, and how many of that kind came before at that step.
     reports: dict[tuple[str, int, int], dict[str, float]] = field(default_factory=dict)
     disturbed: str = ""  # what befell it here, in words
