@@ -48,9 +48,11 @@ class Callback:
         super().__init_subclass__(**kwargs)
         if "name" not in vars(cls):
             cls.name = cls.__name__
+        for name in _TAKES:
+            method = inspect.getattr_static(cls, name)  # it may come from a class that is mixed in
+            if inspect.isfunction(method) and method is not vars(Callback)[name]:
+                _check_method(cls.__name__, name, method)
         for attribute, value in vars(cls).items():
-            if attribute in _TAKES and inspect.isfunction(value):
-                _check_method(cls.__name__, attribute, value)
             if attribute.startswith("on_") and callable(value) and attribute not in HOOK_NAMES:
                 close = difflib.get_close_matches(attribute, HOOK_NAMES, n=1)
                 hint = f"did you mean `{close[0]}`? " if close else ""

@@ -293,6 +293,18 @@ def test_a_hook_with_other_arguments_is_refused_when_the_class_is_made(hook, met
     assert words in str(caught.value)
 
 
+def test_a_hook_that_is_mixed_in_is_looked_at_as_well():
+    class Other:
+        def on_epoch_end(self, trainer, module):
+            pass
+
+    with pytest.raises(
+        TypeError, match=r"^Mine\.on_epoch_end\(self, trainer, module\) takes other"
+    ):
+        type("Mine", (Other, dtrain.Callback), {})
+    type("Fine", (dtrain.Callback, Other), {})  # dtrain's own comes first
+
+
 def test_a_hook_that_would_never_run_is_refused():
     async def waits(self, ctx):
         pass
