@@ -45,25 +45,22 @@ class Means:
         """
         if isinstance(value, Mean):
             total, units = _number(name, value.total), _number(name, value.weight)
-            times: Number = 1
         elif isinstance(value, _NUMBERS):
-            total, times = _number(name, value), _number(name, weight)
-            units = times
+            mean, units = _number(name, value), _number(name, weight)
+            if isinstance(mean, Tensor) and mean.dtype not in (torch.float32, torch.float64):
+                mean = mean.double()  # its own type may end at 255, or at 65504
+            total = mean * units
         else:
             self._add_object(name, value)
             return
-        # Multiplied in float64: a metric may be of a type that is short of digits, or ends at 255.
         if self._on_cpu or not (isinstance(total, Tensor) or isinstance(units, Tensor)):
             pair = self._sums.setdefault(name, [0.0, 0.0])
             units = float(units)
             if units != 0:
-                pair[0] += float(total.detach() if isinstance(total, Tensor) else total) * float(
-                    times
-                )
+                pair[0] += float(total.detach() if isinstance(total, Tensor) else total)
                 pair[1] += units
             return
-        total = self._as_double(total) * self._as_double(times)
-        both = torch.stack([total, self._as_double(units)])
+        both = torch.stack([self._as_double(total), self._as_double(units)])
         both = torch.where(both[1] == 0, torch.zeros_like(both), both)
         seen = self._device_sums.get(name)
         self._device_sums[name] = both if seen is None else seen + both
