@@ -1,5 +1,12 @@
 """dtrain: a small training loop for PyTorch that behaves on a thousand ranks as on one."""
 
+# Rooms that users name: `dtrain.callbacks.EMA` after a mere `import dtrain`.
+from dtrain import callbacks as callbacks
+from dtrain import data as data
+from dtrain import schedules as schedules
+from dtrain import sinks as sinks
+from dtrain import strategies as strategies
+from dtrain import testing as testing
 from dtrain.callback import Callback
 from dtrain.checkpoint import ResumeMode, export_model, load_model
 from dtrain.context import Context, Loss, Mean, Number, Progress, Reduce, Request, Shown, Step

@@ -2,11 +2,13 @@
 
 import difflib
 import dis
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from dtrain.context import Context, Step
 from dtrain.distributed import Activity, Phase
@@ -55,6 +57,10 @@ class Callback:
         super().__init_subclass__(**kwargs)
         if "name" not in vars(cls):
             cls.name = cls.__name__
+        for name in _TAKES:
+            method = inspect.getattr_static(cls, name)  # it may come from a class that is mixed in
+            if inspect.isfunction(method) and method is not vars(Callback)[name]:
+                _check_method(cls.__name__, name, method)
         for attribute, value in vars(cls).items():
             if attribute.startswith("on_") and callable(value) and attribute not in HOOK_NAMES:
                 close = difflib.get_close_matches(attribute, HOOK_NAMES, n=1)
@@ -146,6 +152,25 @@ HOOK_NAMES = tuple(name for name in vars(Callback) if name.startswith("on_"))
 _QUICK = ("on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end", "on_eval_batch")
 _AMID = ("on_step_start", "on_grads_ready", "on_step_end")  # beside a reduction of gradients
 _PHASES = {name: Phase(name, slow=name not in _QUICK) for name in HOOK_NAMES}
+#: What each method of a callback is called with.
+_TAKES = {
+    name: list(inspect.signature(method).parameters)
+    for name, method in vars(Callback).items()
+    if name in (*HOOK_NAMES, "state_dict", "load_state_dict")
+}
+
+
+def _check_method(owner: str, name: str, method: Callable[..., Any]) -> None:
+    """Raises TypeError where it could not be called as it will be, or its body would not run."""
+    right = f"write `def {name}({', '.join(_TAKES[name])})`"
+    flags = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+    if method.__code__.co_flags & flags:
+        raise TypeError(f"{owner}.{name} is async or has a yield, so it would never run: {right}")
+    signature = inspect.signature(method)
+    try:
+        signature.bind(*_TAKES[name])
+    except TypeError:
+        raise TypeError(f"{owner}.{name}{signature} takes other arguments: {right}") from None
 
 
 class Hooks:
@@ -162,9 +187,9 @@ class Hooks:
         self._bound: dict[Any, tuple[Callable[..., None], ...]] = {}
         for name in HOOK_NAMES:
             base = vars(Callback)[name]
-            overriding = [c for c in self.callbacks if getattr(type(c), name) is not base]
+            overriding = [c for c in self.callbacks if _overrides(c, name)]
             self._bound[base] = tuple(getattr(callback, name) for callback in overriding)
-        ends = [c for c in self.callbacks if type(c).on_step_end is not Callback.on_step_end]
+        ends = [c for c in self.callbacks if _overrides(c, "on_step_end")]
         self._prompt = tuple(c.on_step_end for c in ends if not c.late_step_end)
         self._late = tuple(c.on_step_end for c in ends if c.late_step_end)
 
@@ -213,6 +238,11 @@ class Hooks:
         return bool(self._bound[hook])
 
 
+def _overrides(callback: Callback, name: str) -> bool:
+    """Says whether a callback has a hook of its own, be it given to the object only."""
+    return getattr(type(callback), name) is not vars(Callback)[name] or name in vars(callback)
+
+
 def the_only(slot: type[S], callbacks: Iterable[Callback]) -> S | None:
     """Returns the callback that fills ``slot``, or None; raises ConfigError if several do."""
     # By shape, so that the loop knows no concrete callback.
@@ -224,12 +254,21 @@ def the_only(slot: type[S], callbacks: Iterable[Callback]) -> S | None:
     return found[0] if found else None
 
 
-def check_names(callbacks: Iterable[Callback]) -> None:
-    """Raises ConfigError where two callbacks share a name, or one is none."""
+def listed(name: str, given: Any) -> tuple[Any, ...]:
+    """Returns what is in a list that was given under that name; ConfigError if it is none."""
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"{name} is {given!r}, and must be a list: `{name}=[...]`")
+    return tuple(given)
+
+
+def check_names(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
+    """Returns them; raises ConfigError where two callbacks share a name, or one is none."""
     seen: dict[str, Callback] = {}
-    for callback in callbacks:
+    for callback in listed("callbacks", callbacks):
         if not isinstance(callback, Callback):
             hint = f"; did you mean `{callback.__name__}()`?" if isinstance(callback, type) else ""
+            if isinstance(callback, LRScheduler):
+                hint = "; did you mean `dtrain.callbacks.LRSchedule(scheduler)`?"
             raise ConfigError(f"callbacks: {callback!r} is no dtrain.Callback{hint}")
         if callback.name in seen:
             raise ConfigError(
@@ -237,6 +276,7 @@ def check_names(callbacks: Iterable[Callback]) -> None:
                 f"apart. Remove one, or name it: `second.name = '{callback.name}2'`"
             )
         seen[callback.name] = callback
+    return tuple(seen.values())
 
 
 def check_monitors(callbacks: Iterable[Callback], sets: Iterable[str], *, evaluates: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.callback import Callback, Hooks, check_monitors, check_names, the_only
+from dtrain.callback import Callback, Hooks, check_monitors, check_names, listed, the_only
 from dtrain.checkpoint import (
     CheckpointSlot,
     ResumeMode,
@@ -22,7 +22,7 @@ from dtrain.checkpoint import (
 )
 from dtrain.cluster import Deadline, Launcher, Signals
 from dtrain.context import Context, Outbox, Progress, Request
-from dtrain.data import AccumulationSlot, Data, Feed, eval_sets, open_feed
+from dtrain.data import AccumulationSlot, Data, Feed, eval_sets, open_feed, sizes_of
 from dtrain.distributed import (
     Replicas,
     check_same_call,
@@ -68,7 +68,8 @@ class Trainer:
             in parts; from DistributedDataParallel it is unwrapped.
         optimizer: an optimizer of the model's parameters, or a function from the model to one.
         loss_fn: from ``(model, batch)`` or ``(model, batch, ctx)`` to a scalar mean or a
-            :class:`~dtrain.Loss`; runs on every rank, with its own micro-batch.
+            :class:`~dtrain.Loss`; runs on every rank, with its own micro-batch. A ``ctx`` may
+            be optional, by that name.
         callbacks: tweaks; within a hook they run in this order.
         sinks: where figures go; ``[Console()]`` if None.
         strategy: how gradients meet: ``"flat"`` (at once, after backward), ``"ddp"`` (in buckets,
@@ -120,13 +121,13 @@ class Trainer:
     ) -> None:
         self.world = world = current() or init_late(seed or 0)
         self._seed = world.seed if seed is None else seed
-        self._sinks = tuple(sinks) if sinks is not None else (Console(),)
+        self._sinks = (Console(),) if sinks is None else listed("sinks", sinks)
         self._outbox = Outbox()
         # What fails on one rank only (its own data, its own code) reaches all of them.
         with world.comm.lockstep("Trainer(...)"):
             settings = json_values(config)
             self._watchdog = Watchdog(world, hang_after_s)
-            check_names(callbacks)
+            callbacks = check_names(callbacks)
             self.hooks = Hooks(callbacks, world.comm.activity)
             slot = the_only(PrecisionSlot, callbacks)  # type: ignore[type-abstract]
             kind = world.device.type
@@ -141,7 +142,7 @@ class Trainer:
             taken = take_model(model, optimizer, strategy, world)
             module, made, self._outbox.notes = taken
             self._outbox.notes[:0] = told
-            eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn)
+            eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn, module)
             self.context = Context(
                 model=module,
                 optimizer=made,
@@ -346,7 +347,7 @@ class Trainer:
     # -- assembling -----------------------------------------------------------------------------
 
     def _split(self, share: int) -> list[int]:
-        return [share] if self._accumulation is None else self._accumulation.split(share)
+        return [share] if (slot := self._accumulation) is None else sizes_of(slot, share)
 
     def _eval_feeds(
         self, eval_set: Any, batch_size: int | None, train: Data | None = None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 from dtrain.distributed import some_of as some_of
 from dtrain.errors import ConfigError
@@ -10,12 +11,12 @@ from dtrain.errors import ConfigError
 def check_counts(
     owner: str, least: int = 1, *, or_none: bool = False, **values: float | None
 ) -> None:
-    """Raises ConfigError where a value is below ``least``, or is None and may not be."""
+    """Raises ConfigError where a value is no whole number from ``least`` on, nor None if it may."""
     for name, value in values.items():
-        good = or_none if value is None else not isinstance(value, bool) and value >= least
-        if not good:
-            hint = ", or None" * or_none
-            raise ConfigError(f"{owner}({name}={value!r}): must be {least} or more{hint}")
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not (or_none if value is None else whole and value >= least):
+            kind, hint = "" if whole or value is None else "a whole number, ", ", or None" * or_none
+            raise ConfigError(f"{owner}({name}={value!r}): must be {kind}{least} or more{hint}")
 
 
 def check_positive(owner: str, **values: float | None) -> None:

@@ -17,7 +17,8 @@ class ClipGradients(Callback):
 
     Args:
         max_norm: largest joint norm.
-        max_value: largest absolute value of each entry. One of the two must be given.
+        max_value: largest absolute value of each entry; a complex one keeps its direction. One
+            of the two must be given.
     """
 
     def __init__(self, max_norm: float | None = None, *, max_value: float | None = None) -> None:
@@ -33,7 +34,7 @@ class ClipGradients(Callback):
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         if self._max_value is not None:
             for grad in ctx.gradients():
-                grad.clamp_(-self._max_value, self._max_value)
+                _clamp(grad, self._max_value)
         elif self._max_norm is not None:
             norm = ctx.gradient_norm()
             ctx.log("grad_norm", norm)
@@ -45,3 +46,14 @@ def _clip(ctx: Context, norm: Tensor, max_norm: float) -> None:
         return  # no multiplication by 1; on the CPU nothing is waited for
     # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
     torch._foreach_mul_(ctx.gradients(), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _clamp(grad: Tensor, largest: float) -> None:
+    if grad.is_sparse:
+        whole = grad.coalesce()  # an entry may be in it several times
+        _clamp(whole.values(), largest)
+        grad.copy_(whole)
+    elif grad.is_complex():
+        grad.mul_((largest / grad.abs()).clamp(max=1.0))
+    else:
+        grad.clamp_(-largest, largest)

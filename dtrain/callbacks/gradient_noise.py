@@ -16,8 +16,9 @@ class GradientNoise(Callback):
     for very deep networks", arXiv:1511.06807). The noise is added once a step, to the gradient
     of the global batch, and all ranks draw the same, from ``ctx.shared_rng``: the parameters
     stay equal, and the variance is not divided by the number of ranks. It is drawn on the CPU,
-    because two kinds of GPU would not draw the same: a second or so for 10^8 parameters. Put it
-    after ``ClipGradients`` in the list, or it is clipped as well.
+    because two kinds of GPU would not draw the same: a second or so for 10^8 parameters. Of a
+    sparse gradient, the rows that it has get noise. Put it after ``ClipGradients`` in the list, or
+    it is clipped as well.
 
     Args:
         eta: the variance at the first step, above 0; the paper chose from 0.01, 0.3 and 1.
@@ -36,6 +37,10 @@ class GradientNoise(Callback):
         sigma = math.sqrt(self._eta / (1 + ctx.progress.updates) ** self._gamma)
         for group in ctx.optimizer.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    noise = torch.randn(p.shape, generator=ctx.shared_rng, dtype=p.grad.dtype)
-                    p.grad.add_(noise.to(p.device, non_blocking=True), alpha=sigma)
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    p.grad = p.grad.coalesce()
+                grad = p.grad.values() if p.grad.is_sparse else p.grad
+                noise = torch.randn(grad.shape, generator=ctx.shared_rng, dtype=grad.dtype)
+                grad.add_(noise.to(grad.device, non_blocking=True), alpha=sigma)

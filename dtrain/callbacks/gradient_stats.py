@@ -35,7 +35,7 @@ class GradientStats(Callback):
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         if (step.number + 1) % self._every:
             return
-        found = {n: _dense(p.grad) for n, p in named_parameters(ctx.model) if p.grad is not None}
+        found = {n: _numbers(p.grad) for n, p in named_parameters(ctx.model) if p.grad is not None}
         if not found:
             return
         norms = dict(zip(found, _norms(list(found.values())), strict=True))
@@ -55,5 +55,6 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(tensors, 2, dtype=dtype))
 
 
-def _dense(grad: Tensor) -> Tensor:
-    return grad.coalesce().values() if grad.is_sparse else grad
+def _numbers(grad: Tensor) -> Tensor:
+    given = grad.coalesce().values() if grad.is_sparse else grad
+    return torch.view_as_real(given.resolve_conj()) if given.is_complex() else given

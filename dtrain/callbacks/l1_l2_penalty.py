@@ -51,6 +51,17 @@ class L1L2Penalty(Callback):
                 f"L1L2Penalty(params=...) chose none of the model's {len(named)} parameters: "
                 f"{some_of([name for name, _ in named], 20)}"
             )
+        sparse = {
+            id(module.weight): name
+            for name, module in ctx.model.named_modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+        }
+        if names := [sparse[id(p)] for p in self._params if id(p) in sparse]:
+            raise ConfigError(
+                f"L1L2Penalty: gradients of {some_of(names, 5)} are sparse, and a penalty's are "
+                "not. Make it with sparse=False, or leave it out: L1L2Penalty(params=lambda name, "
+                f"p: p.ndim >= 2 and not name.startswith({names[0]!r}))"
+            )
 
     def on_loss(self, ctx: Context, step: Step) -> None:
         assert step.loss is not None
@@ -60,7 +71,8 @@ class L1L2Penalty(Callback):
                 if self._l1:
                     penalty = penalty + self._l1 * p.abs().sum()
                 if self._l2:
-                    penalty = penalty + self._l2 * p.square().sum()
+                    real = torch.view_as_real(p) if p.is_complex() else p
+                    penalty = penalty + self._l2 * real.square().sum()
         step.loss.mean = step.loss.mean + penalty
         # A metric is weighted as the loss is, so that their difference is the loss without it.
         step.loss.metrics = {**step.loss.metrics, "penalty": penalty.detach()}

@@ -1,13 +1,13 @@
 """Label smoothing: targets that leave some doubt."""
 
 from dtrain.callback import Callback
-from dtrain.callbacks.targets import soft_targets
+from dtrain.callbacks.targets import Place, put, with_soft_targets
 from dtrain.context import Context, Step
-from dtrain.errors import ConfigError, DataError
+from dtrain.errors import ConfigError
 
 
 class LabelSmoothing(Callback):
-    """Mixes the targets of training batches ``(x, y)`` with the uniform distribution over classes.
+    """Mixes the targets of training batches with the uniform distribution over classes.
 
     ``y = (1 - eps) * onehot(y) + eps / C`` (Szegedy et al., "Rethinking the Inception
     architecture", CVPR 2016). The loss function gets soft targets ``[B, C]``. That is linear in
@@ -20,9 +20,11 @@ class LabelSmoothing(Callback):
     Args:
         eps: the part of the uniform distribution.
         num_classes: ``C``.
+        target: where a batch has its targets, if it is no pair ``(x, y)``: a key such as
+            ``"labels"``, a place in a tuple, or several, for what is nested: ``(1, "labels")``.
     """
 
-    def __init__(self, eps: float, num_classes: int) -> None:
+    def __init__(self, eps: float, num_classes: int, *, target: Place | None = None) -> None:
         if not 0 <= eps < 1 or num_classes < 2:
             raise ConfigError(
                 f"LabelSmoothing(eps={eps}, num_classes={num_classes}): eps must be from 0 to "
@@ -30,10 +32,9 @@ class LabelSmoothing(Callback):
             )
         self._eps = eps
         self._num_classes = num_classes
+        self._target = target
 
     def on_batch(self, ctx: Context, step: Step) -> None:
-        if not isinstance(step.batch, list | tuple) or len(step.batch) != 2:
-            raise DataError("LabelSmoothing: a batch must be a pair (x, y)")
-        x, y = step.batch
-        y = soft_targets("LabelSmoothing", x, y, self._num_classes)
-        step.batch = (x, (1 - self._eps) * y + self._eps / self._num_classes)
+        classes = self._num_classes
+        batch, place, y = with_soft_targets("LabelSmoothing", step.batch, self._target, classes)
+        step.batch = put(batch, place, (1 - self._eps) * y + self._eps / classes)

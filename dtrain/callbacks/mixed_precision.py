@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 
 from dtrain.callback import Callback
+from dtrain.context import Context
 from dtrain.errors import ConfigError
 from dtrain.step import Autocast, Precision, ScaledAutocast
 
@@ -40,6 +41,13 @@ class MixedPrecision(Callback):
         self._dtype = dtype
         self._init_scale = init_scale
         self._growth_interval = growth_interval
+
+    def on_fit_start(self, ctx: Context) -> None:
+        trained = (p for p in ctx.model.parameters() if p.requires_grad)
+        if ctx.loss_scaled and any(p.is_complex() for p in trained):
+            raise ConfigError(
+                "MixedPrecision('fp16') cannot unscale gradients of complex parameters: use 'bf16'"
+            )
 
     def make_precision(self, device_type: str) -> Precision:
         if self._dtype == "bf16":

@@ -5,7 +5,7 @@ from dtrain.data.feed import EndOfStream, Feed, MicroBatches
 from dtrain.data.map_feed import fetch
 from dtrain.data.opening import open_feed
 from dtrain.data.order import Bucketed, Order, Sequential, Shuffled, Weighted
-from dtrain.data.shares import AccumulationSlot, split_share
+from dtrain.data.shares import AccumulationSlot, sizes_of, split_share
 from dtrain.data.source import Data, eval_sets
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "eval_sets",
     "fetch",
     "open_feed",
+    "sizes_of",
     "split_share",
     "tensors_of",
 ]

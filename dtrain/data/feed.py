@@ -51,6 +51,10 @@ class Feed(Protocol):
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
         """Yields the steps of ``epoch`` from ``first_step`` on; a stream's without end."""
 
+    def rows(self, epoch: int, step: int) -> list[int] | None:
+        """Returns the dataset's rows that this rank has in a step; None where it has no rows."""
+        return None
+
     def state_dict(self, epoch: int, step: int) -> dict[str, Any] | None:
         """Returns what the plan does not tell of this rank's place, ``step`` steps into ``epoch``.
 

@@ -71,6 +71,7 @@ class MapFeed(Feed):
         of = len(data.dataset)
         self._shares = Shares(order, self.samples, size, world.rank, world.size, self._split, of)
         self.steps_per_epoch = self._shares.steps
+        # Asked here, so that a split that cannot be is found before a step is taken.
         self._sizes, self._last_sizes = map(self._shares.sizes, (0, self._shares.steps - 1))
         fetcher = self._fetcher
         fetcher.dataset, fetcher.collate, fetcher.count = data.dataset, data.collate_fn, data.count
@@ -98,6 +99,10 @@ class MapFeed(Feed):
             last = step == self._shares.steps - 1
             sizes, micros = self._last_sizes if last else self._sizes
             yield _MapStep(micros, batches, iter(sizes), self._device)
+
+    def rows(self, epoch: int, step: int) -> list[int]:
+        """Returns the dataset's rows that this rank has in a step."""
+        return self._shares.rows_of(epoch, step)
 
     def _batches(self, epoch: int, first_step: int) -> Iterator[MicroBatch]:
         data = self._data

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from dtrain.data.order import Indices, Order, Pointwise, check_rows
+from dtrain.errors import ConfigError
 
 Split = Callable[[int], list[int]]  # from a rank's share to the sizes of its micro-batches
 
@@ -24,6 +26,17 @@ class AccumulationSlot(Protocol):
 
     def batches_per_step(self) -> int:
         """Returns how many ready-made batches of a stream make a step."""
+
+
+def sizes_of(slot: AccumulationSlot, share: int) -> list[int]:
+    """Returns a share's micro-batches' sizes; raises ConfigError where they are not all of it."""
+    sizes = list(slot.split(share))
+    if sum(sizes) != share or not all(isinstance(n, Integral) and n > 0 for n in sizes):
+        raise ConfigError(
+            f"{type(slot).__name__}.split({share}) returned {sizes}: sizes of micro-batches are "
+            f"whole numbers from 1 on, and sum to the share, {share}"
+        )
+    return sizes
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
@@ -72,7 +85,17 @@ class Shares:
         """Returns this rank's micro-batches' sizes, and how many the largest share has."""
         first, end = self.share(step)
         whole = min(self.batch_size, self.samples - step * self.batch_size)
-        return self._split(end - first), len(self.split(-(-whole // self.size)))
+        mine, most = self._split(end - first), self.split(-(-whole // self.size))
+        if len(mine) > len(most):
+            raise ConfigError(
+                f"accumulation splits {end - first} samples into {len(mine)} micro-batches, but "
+                f"another rank's {sum(most)} into {len(most)}: more samples need no fewer"
+            )
+        return mine, len(most)
+
+    def rows_of(self, epoch: int, step: int) -> list[int]:
+        """Returns this rank's samples of one step."""
+        return [int(row) for row in self.order.indices(epoch, *self.share(step))]
 
     def rows(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, int, Indices]]:
         """Yields step, number, first position and samples of each micro-batch."""

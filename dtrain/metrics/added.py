@@ -6,7 +6,7 @@ from typing import Any
 from dtrain.context import check_name
 from dtrain.distributed import Comm, digest_of
 from dtrain.errors import ConfigError, RankMismatch
-from dtrain.metrics.means import check_number
+from dtrain.metrics.means import number_of
 
 _SHOWN = 8  # ranks in a message
 
@@ -21,8 +21,7 @@ def with_added(
     """
     metrics: dict[str, float] = {}
     for name, value in left.items():
-        check_number(name, value)
-        metrics[name] = float(value)
+        metrics[name] = float(number_of(name, value))
         is_own = name in agreed and name.endswith("/loss")
         if is_own and repr(metrics[name]) != repr(agreed[name]):
             raise ConfigError(

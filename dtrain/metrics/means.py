@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from numbers import Complex, Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,9 @@ from dtrain.metrics.objects import Objects, is_metric
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
+
+_OF_NUMPY = (np.ndarray, np.generic)
+_NUMBERS = (Tensor, Complex, *_OF_NUMPY)
 
 
 class Means:
@@ -44,15 +48,15 @@ class Means:
         A value with weight 0 counts for nothing, even if it is NaN.
         """
         if isinstance(value, Mean):
-            total, units = value.total, value.weight
-        elif isinstance(value, Tensor | Real):
-            check_number(name, value)
-            total, units = value * weight, weight
+            total, units = number_of(name, value.total), number_of(name, value.weight)
+        elif isinstance(value, _NUMBERS):
+            mean, units = number_of(name, value), number_of(name, weight)
+            if isinstance(mean, Tensor) and mean.dtype not in (torch.float32, torch.float64):
+                mean = mean.double()  # its own type may end at 255, or at 65504
+            total = mean * units
         else:
             self._add_object(name, value)
             return
-        check_number(name, total)
-        check_number(name, units)
         if self._on_cpu or not (isinstance(total, Tensor) or isinstance(units, Tensor)):
             pair = self._sums.setdefault(name, [0.0, 0.0])
             units = float(units)
@@ -74,8 +78,7 @@ class Means:
         before = self._kinds.get(name) or self._new_kinds.setdefault(name, reduce)
         if before != reduce:
             raise ConfigError(f"log({name!r}, reduce={reduce!r}): it was {before!r} before")
-        for value in values:
-            check_number(name, value)
+        values = [number_of(name, value) for value in values]
         if reduce == "last":
             values = values[-1:]
         if reduce == "max":
@@ -201,13 +204,22 @@ def _add_to(sums: dict[str, list[float]], more: Mapping[str, Sequence[float]]) -
         pair[1] += weight
 
 
-def check_number(name: str, value: object) -> None:
-    """Raises LossError where a metric is not one number."""
+def number_of(name: str, value: object) -> Number:
+    """Returns the one real number that a metric must be; else raises LossError."""
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise LossError(
-                f"metric {name!r} is a tensor of shape {list(value.shape)}; a metric is one "
-                "number: average it, or return it in Loss(outputs=...)"
-            )
-    elif not isinstance(value, Real):
-        raise LossError(f"metric {name!r} is {value!r}; a metric is a number or a 0-dim tensor")
+        if value.numel() == 1 and not value.is_complex():
+            return value
+    elif isinstance(value, _OF_NUMPY) and value.size == 1:
+        value = value.item()
+    if isinstance(value, Real):
+        return float(value)
+    shape = getattr(value, "shape", ())
+    if math.prod(shape) != 1:
+        kind = "a tensor" if isinstance(value, Tensor) else "an array"
+        raise LossError(
+            f"metric {name!r} is {kind} of shape {list(shape)}; a metric is one number: average "
+            "it, or return it in Loss(outputs=...)"
+        )
+    raise LossError(
+        f"metric {name!r} is {value!r}; a metric is a real number or a 0-dim tensor of one"
+    )

@@ -15,6 +15,8 @@ from pathlib import Path
 from dtrain.errors import ConfigError, SinkError, locate
 from dtrain.sinks.sink import Report, Sink
 
+_PATIENCE_S = 30.0  # how long a sink may take to open before somebody is told
+
 
 class Dispatcher:
     """Hands each report to every sink, in order; never blocks, and never raises once it is open.
@@ -66,7 +68,7 @@ class Dispatcher:
                 ) from error
 
     def open(self) -> None:
-        """Opens every sink, here and now; raises what one raises, and closes those before it."""
+        """Opens every sink, one by one; raises what one raises, and closes those before it."""
         if not self._active or self._is_open:
             return
         self._workers, self._is_open = [], True
@@ -75,13 +77,19 @@ class Dispatcher:
             kind = type(sink).__name__
             count[kind] += 1
             name = kind if count[kind] == 1 else f"{kind} ({count[kind]})"
+            worker = _Worker(name, sink, self._capacity, self._run_dir)
+            self._workers.append(worker)
             try:
-                sink.open(self._run_dir)
+                if not worker.is_open(_PATIENCE_S):
+                    self._notify(
+                        f"dtrain: the sink {name} is not open after {_PATIENCE_S:g} s, and the run "
+                        f"waits for it; it is at {_where_is(worker)}"
+                    )
+                    worker.is_open()
             except BaseException as error:
                 error.add_note(f"(while the sink {name} was opened)")
                 self.close()
                 raise
-            self._workers.append(_Worker(name, sink, self._capacity))
 
     def send(self, report: Report) -> None:
         """Hands ``report`` to every sink; the oldest ``train`` report is left out of full ones."""
@@ -126,16 +134,18 @@ class Dispatcher:
 
 
 class _Worker(threading.Thread):
-    """One sink, the reports that wait for it, and the thread that feeds it."""
+    """One sink, the reports that wait for it, and the thread that opens, feeds and closes it."""
 
-    def __init__(self, label: str, sink: Sink, capacity: int) -> None:
+    def __init__(self, label: str, sink: Sink, capacity: int, run_dir: Path | None) -> None:
         # A daemon, so that a sink that hangs cannot keep the interpreter from ending.
         super().__init__(name=f"dtrain-sink-{label}", daemon=True)
         self.label, self.must_work = label, sink.on_error == "raise"
         self.error: BaseException | None = None
         self.dropped = 0
         self.left_behind = self._finishing = self._flushing = False
-        self._sink, self._capacity = sink, capacity
+        self._sink, self._capacity, self._run_dir = sink, capacity, run_dir
+        self._opened = threading.Event()
+        self._unopened: BaseException | None = None  # what its open() raised
         self._waiting: deque[Report] = deque()
         self._changed = threading.Condition()  # guards everything above
         self.start()
@@ -166,6 +176,13 @@ class _Worker(threading.Thread):
                 max(0.0, deadline - time.monotonic()),
             )
 
+    def is_open(self, timeout_s: float | None = None) -> bool:
+        """Waits until the sink is open, and says whether it is; raises what its open() raised."""
+        opened = self._opened.wait(timeout_s)
+        if self._unopened is not None:
+            raise self._unopened
+        return opened
+
     def finish(self) -> None:
         """Lets the thread end once nothing waits any more."""
         with self._changed:
@@ -185,7 +202,17 @@ class _Worker(threading.Thread):
             return text
 
     def run(self) -> None:
-        """Writes what comes until it is finished, fails or is left behind; then closes the sink."""
+        """Opens the sink, writes until it is finished, fails or is left behind, and closes it.
+
+        All in this thread: a database's connection, say, is of use only where it was made.
+        """
+        try:
+            self._sink.open(self._run_dir)
+        except BaseException as error:  # noqa: BLE001 -- raised by whoever waits for it
+            self._unopened = error
+            return
+        finally:
+            self._opened.set()
         failed: list[tuple[str, BaseException]] = []
         # Closed also after a failure, and before that is told: a sink may have redirected stderr.
         for where, action in (("write()", self._write_all), ("close()", self._sink.close)):

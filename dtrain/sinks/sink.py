@@ -52,7 +52,12 @@ class Report:
 class Sink:
     """Takes a run's figures somewhere, in a thread of its own.
 
-    Override :meth:`write`; it is handed frozen numbers and can reach no other rank.
+    Override :meth:`write`; it is handed frozen numbers and can reach no other rank. All three
+    methods run in the same thread.
+
+    A run that is continued takes steps again. Its first report but for messages is a ``start`` with
+    the step it goes on from: what was written about later ones is then to be dropped. (``CSV`` and
+    ``JSONLines`` do so; what cannot be taken back, as with wandb, is there twice.)
 
     Attributes:
         on_error: ``"warn"``: a failure is reported once, the sink left out, and the training
@@ -66,7 +71,7 @@ class Sink:
     files: Sequence[str] = ()
 
     def open(self, run_dir: Path | None) -> None:
-        """The run begins; ``run_dir`` is its folder, or None where it keeps no files."""
+        """The run begins, once this returns; ``run_dir`` is its folder, or None if it has none."""
 
     def write(self, report: Report) -> None:
         """One report: see :class:`dtrain.Report` for its kinds."""

@@ -34,7 +34,7 @@ class TensorBoard(Sink):
         self._session_end: Any = None
 
     def open(self, run_dir: Path | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # in the main thread, where it may raise
+        from torch.utils.tensorboard import SummaryWriter  # here, where it may raise
 
         path = place_in(run_dir, f"{self.folder}/", sink="TensorBoard")
         path.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ from dtrain.errors import ConfigError, DataError, LossError, RankMismatch, Remot
 from dtrain.metrics import Means, with_added
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Verdict
+from dtrain.step.loss_words import explain
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
 from dtrain.step.modes import Modes
 from dtrain.step.parameters import lacking, note_of
@@ -368,6 +369,9 @@ class Engine:
                     try:
                         with self.precision.autocast():
                             returned = self.eval_fn(context.model, step.batch, context)
+                    except Exception as error:
+                        explain(error)
+                        raise
                     finally:
                         comm.serve_gathers(None)
                     step.loss = loss = as_loss(returned, step.samples)
@@ -430,7 +434,7 @@ def take_model(
         raise ConfigError("no parameter of the model requires a gradient: nothing to train")
     own_memory(model)
     model = strategy.prepare_model(model.to(world.device), world)
-    made = optimizer if isinstance(optimizer, Optimizer) else optimizer(model)
+    made = _made(optimizer, model)
     if _frames_are_held and _frames_are_held.pop() in sys.modules:
         gc.collect()
     notes = [note] if (note := note_of(lacking(made, model))) else []
@@ -441,6 +445,34 @@ def take_model(
             "dtrain.init(seed=...) before the model is made, and they are equal from the start."
         )
     return model, made, notes + check_seeded(world)
+
+
+def _made(given: Any, model: nn.Module) -> Any:
+    """Returns the optimizer, made by the function if one is given; raises ConfigError if it cannot.
+
+    It need not be one; see `_check_optimizer`.
+    """
+    kind = getattr(given, "func", given)  # a class, or a partial one
+    if isinstance(kind, type) and issubclass(kind, Optimizer):
+        raise ConfigError(
+            f"the optimizer is {given!r}, which takes parameters, not a model: pass "
+            f"`lambda m: {kind.__name__}(m.parameters(), ...)`"
+        )
+    made = given
+    if callable(given) and not isinstance(given, Optimizer):
+        try:
+            made = given(model)
+        except Exception as error:
+            error.add_note(f"(while the optimizer was made: {given!r} was called with the model)")
+            raise
+    if isinstance(made, list | tuple | dict):
+        parts = made.values() if isinstance(made, dict) else made
+        raise ConfigError(
+            f"the optimizer is several ({', '.join(type(one).__name__ for one in parts)}), and a "
+            "Trainer steps one: give it groups of parameters, such as AdamW([{'params': ..., "
+            "'lr': ...}, ...]). A scheduler is a callback: dtrain.callbacks.LRSchedule"
+        )
+    return made
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:

@@ -112,7 +112,7 @@ class Lane:
     def __init__(self, model: nn.Module, rank: int, size: int, shares: int | None = None) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
         device = parameters[0].device if parameters else torch.device("cpu")
-        double = any(p.dtype == torch.float64 for p in parameters)
+        double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
         dtype = torch.float64 if double else torch.float32
         self.param = nn.Parameter(torch.zeros(len(Slot), dtype=dtype, device=device))
         self._size = size

@@ -22,6 +22,7 @@ from dtrain.errors import ConfigError, LossError
 from dtrain.metrics import Means, as_metrics
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Slot, idle
+from dtrain.step.loss_words import explain
 from dtrain.step.parameters import Parameters
 from dtrain.step.precision import Precision
 from dtrain.step.votes import Agreement
@@ -132,6 +133,7 @@ class MicroStep(nn.Module):
 
     def fail(self, error: Exception, where: str) -> None:
         """Keeps what went wrong until the step in which all ranks learn of it."""
+        explain(error)
         self.trouble = error, where
         self.lane.say(Slot.ERROR)
 
@@ -241,6 +243,10 @@ class MicroStep(nn.Module):
                 raise LossError(f"the loss has a weight of shape {shape}, not one number")
             loss.weight = weight = float(weight)  # no sync: it is here already
         if not isinstance(weight, Tensor):
+            try:
+                loss.weight = weight = float(weight)  # NumPy's may be short of digits
+            except (TypeError, ValueError):
+                raise LossError(f"the loss has weight {weight!r}, not one number") from None
             if not 0 <= weight < float("inf"):
                 raise LossError(f"the loss has weight {weight}; it must be 0 or more, and finite")
             if weight == 0:
@@ -268,6 +274,8 @@ def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
         )
     if not isinstance(loss.mean, Tensor):
         raise LossError(f"Loss.mean is {type(loss.mean).__name__}, not a tensor")
+    if loss.mean.is_complex():
+        raise LossError(f"the loss is complex ({loss.mean.dtype}); take its .real, or its .abs()")
     if loss.mean.numel() != 1:
         raise LossError(
             f"the loss has shape {list(loss.mean.shape)}, not one number: use reduction='mean', "
@@ -299,17 +307,69 @@ def _is_nothing(weight: Number) -> bool:
         return False  # not one number, which is told elsewhere
 
 
-def adapt(loss_fn: UserLoss) -> LossFn:
-    """Returns ``loss_fn`` with three arguments, whether it was written with two or three."""
-    parameters = inspect.signature(loss_fn).parameters.values()
+_FORMS = "(model, batch) or (model, batch, ctx)"
+
+
+def adapt(loss_fn: UserLoss, model: nn.Module | None = None) -> LossFn:
+    """Returns ``loss_fn`` with three arguments, whether it was written with two or three.
+
+    One that is a module must have no parameters that would be trained, but were not the model's.
+    """
+    given = written = loss_fn
+    if isinstance(loss_fn, nn.Module):
+        ours = set(map(id, model.parameters())) if model is not None else set()
+        own = [n for n, p in loss_fn.named_parameters() if p.requires_grad and id(p) not in ours]
+        if model is not None and own:
+            raise LossError(
+                f"loss_fn has parameters of its own, which nobody would train: {', '.join(own)}. "
+                "Make them a part of the model, or freeze them (`requires_grad_(False)`)"
+            )
+        # How a module is called tells nothing: its `__call__` takes anything.
+        written, loss_fn = loss_fn.forward, loss_fn.__call__
+    try:
+        parameters = list(inspect.signature(written).parameters.values())
+    except (TypeError, ValueError):
+        raise LossError(f"loss_fn must be a function that takes {_FORMS}, not {given!r}") from None
     by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = sum(p.default is p.empty for p in by_place)
-    if needed == 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        # A module's call only: MicroStep must not register what is no part of the model.
-        return loss_fn.__call__ if isinstance(loss_fn, nn.Module) else loss_fn
-    if needed == 2:
-        return lambda model, batch, ctx: loss_fn(model, batch)
+    first, second = [*(p.name for p in by_place), "", ""][:2]
+    if first == "batch" or second in ("target", "targets", "labels", "y_true"):
+        raise LossError(
+            f"loss_fn must take {_FORMS}, in this order, and {given!r} takes ({first}, {second}). "
+            "A loss of outputs and targets is called in a function of your own, such as `lambda "
+            "model, batch: criterion(model(batch[0]), batch[1])`"
+        )
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return loss_fn if by_place else _of_any(loss_fn)
+    # An optional context is known by its name: a third argument may as well be a number.
+    wants = next((p for p in parameters if p.name == "ctx" or p.annotation is Context), None)
+    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if needed == by_place[:3] and len(needed) == 3 and (wants is None or wants in needed):
+        return loss_fn
+    if needed in (by_place[:2], [*by_place[:2], wants]) and len(by_place) >= 2:
+        if wants is None or not (wants.default is None or wants.default is wants.empty):
+            return lambda model, batch, ctx: loss_fn(model, batch)
+        if wants in by_place[2:3]:
+            return loss_fn
+        name = wants.name
+        return lambda model, batch, ctx: loss_fn(model, batch, **{name: ctx})
     raise LossError(
-        f"loss_fn must take (model, batch) or (model, batch, ctx); {loss_fn!r} takes "
+        f"loss_fn must take {_FORMS}; {given!r} takes "
         f"{', '.join(p.name for p in parameters) or 'nothing'}"
     )
+
+
+def _of_any(loss_fn: UserLoss) -> LossFn:
+    """Returns a function of any arguments with words for what it may pass them on to."""
+
+    def called(model: nn.Module, batch: Any, ctx: Context) -> Loss | Tensor:
+        try:
+            return loss_fn(model, batch, ctx)
+        except TypeError as error:
+            if "positional argument" in str(error):
+                error.add_note(
+                    "(loss_fn takes any arguments, so it was given model, batch and ctx. If that "
+                    "is a decorator's doing, let it say what it wraps: functools.wraps)"
+                )
+            raise
+
+    return called

@@ -1,6 +1,7 @@
 """What is trained: the model's parameters, and whether the optimizer still has them."""
 
 from collections.abc import Callable
+from inspect import signature
 from itertools import chain
 from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import Any
@@ -181,6 +182,12 @@ def lacking(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"the optimizer is {optimizer!r}, no torch.optim.Optimizer")
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigError(
+            f"{type(optimizer).__name__} cannot be used yet: its step evaluates the loss several "
+            "times, by a closure, and a Trainer takes one gradient a step. Use another optimizer"
+        )
     held = _held(optimizer)
     ids, ours = {id(p) for p in held}, {id(p) for p in model.parameters()}
     left = [n for n, p in named_parameters(model) if p.requires_grad and id(p) not in ids]

@@ -49,6 +49,13 @@ _WORDS = {
         "If instead samples see one another (in-batch negatives, statistics or the size of the "
         "batch), the numbers cannot be the same on other ranks.",
     ),
+    "padding": (
+        "{evidence} Each part was collated by itself, and so padded to its own longest sample: the "
+        "loss depends on the padding, and that on who shares a micro-batch.",
+        "leave the padding out: of attention and pooling by a mask, of the loss by its weight, "
+        "dtrain.Loss.from_sum(total, weight=count). Or let the collate function pad to a fixed "
+        "length.",
+    ),
     "data that depend on the rank": (
         "Asked for the same {asked} samples, with the same random streams, rank 0 and rank {rank} "
         "got different values for {count} of them (in step {step}).",
@@ -96,9 +103,9 @@ _WORDS = {
         "call dtrain.init(seed=...) first, and seed every generator of your own.",
     ),
     "not found": (
-        "It is none of: dropout, BatchNorm, Mixup, random augmentation, a ragged mean, random "
-        "numbers in the loss function, data or a loss that depend on the rank, other initial "
-        "parameters, other settings of the optimizer; and the run repeats itself.",
+        "It is none of: dropout, BatchNorm, Mixup, random augmentation, a ragged mean, padding, "
+        "random numbers in the loss function, data or a loss that depend on the rank, other "
+        "initial parameters, other settings of the optimizer; and the run repeats itself.",
         "look at the first step that parts, and at the tensors above. Suspects: a callback that "
         "draws random numbers in on_batch, or changes gradients or parameters by what one rank "
         "sees, state that the model keeps between micro-batches, and a loss function that scales "
@@ -138,6 +145,8 @@ def sure(
         yield cause("ranks that drift apart", run=found.title, strays=strays)
     if not truth.main.draws and (truth.main.mean_gap or 0.0) > tolerance.loss:
         yield cause("ragged mean", evidence=truth.main.mean_evidence)
+    elif not truth.main.draws and (truth.main.padding_gap or 0.0) > tolerance.loss:
+        yield cause("padding", evidence=truth.main.padding_evidence)
     if twins is not None:
         yield from _rank_dependent(twins, truth.main.draws)
     if other := other_start(truth, run):

@@ -39,6 +39,8 @@ class Record:
     # that is farthest (None where it is not known), and in words; and more.
     mean_gap: float | None = None
     mean_evidence: str = ""
+    padding_gap: float | None = None  # the same, where each part is collated by itself
+    padding_evidence: str = ""
     draws: str = ""  # what in the loss function draws random numbers, dropout aside, in words
     data_draws: bool = False  # the same sample comes out otherwise from other random streams
     data_wanders: bool = False  # ... from the same streams, fetched again

@@ -13,7 +13,7 @@ from dtrain.callback import Callback
 from dtrain.callbacks import GradientAccumulation, Mixup
 from dtrain.checkpoint import CheckpointSlot
 from dtrain.context import Context, Step
-from dtrain.data import AccumulationSlot, Data
+from dtrain.data import AccumulationSlot, Data, fetch
 from dtrain.distributed import World, seed_everything, tensors_of_state
 from dtrain.plan import FitResult, Plan
 from dtrain.step import PrecisionSlot, adapt
@@ -77,6 +77,7 @@ class CheckTrial(Trial):
         self.record = Record()
         self.overrides = CallOverrides(double=setup.double, without=frozenset(setup.without))
         self.batches: list[tuple[Any, int]] = []
+        self.rows: list[list[int]] = []  # of each step, if they are to be looked at
 
     def trainer_arguments(self, given: dict[str, Any], world: World) -> dict[str, Any]:
         setup, model = self.setup, given["model"]
@@ -135,7 +136,13 @@ class CheckTrial(Trial):
                     return self._loss_fn(model, batch, trainer.context)
 
             data = None if self._data.is_stream else self._data
-            examine(model, loss_of, self.batches, data, record)
+
+            def fetched(rows: list[int]) -> Any:
+                assert data is not None
+                batch = fetch(data.dataset, rows, data.collate_fn)
+                return of.placed(batch, trainer.context.device, double=self.setup.double)
+
+            examine(model, loss_of, self.batches, data, record, fetched, self.rows)
         record.steps = result.steps
         record.seen = sorted({*record.seen, *self.overrides.seen})
         parameters = dict(model.named_parameters())
@@ -150,6 +157,9 @@ class CheckTrial(Trial):
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
         self.record.samples.append([])
+        if self.setup.examine:
+            rows = self.feed.rows(ctx.progress.epoch, ctx.progress.step_in_epoch)
+            self.rows += [] if rows is None else [rows]
         # Asked here, this step's reduction carries it.
         if step.number + 1 >= self.setup.steps:
             ctx.request.stop("the check has seen enough")

@@ -1,7 +1,7 @@
 """What a drilled training leaves behind, and where it is not what the undisturbed one was."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -29,6 +29,8 @@ class RankRecord:
 
     began_at: int | None = None  # the step it went on from; None if it did not come that far
     samples: dict[int, list[str]] = field(default_factory=dict)  # by step, a digest of each
+    #: The same as rows of the dataset; None for a stream.
+    rows: dict[int, list[int] | None] = field(default_factory=dict)
     #: Rank 0's figures, by kind, step, and how many of that kind came before at that step.
     reports: dict[tuple[str, int, int], dict[str, float]] = field(default_factory=dict)
     disturbed: str = ""  # what befell it here, in words
@@ -46,8 +48,9 @@ class RankRecord:
                     record.facts |= facts
                 case {"event": "began", "step": step}:
                     record.began_at = step
-                case {"event": "step", "step": step, "samples": samples}:
+                case {"event": "step", "step": step, "samples": samples, **more}:
                     record.samples[step] = samples
+                    record.rows[step] = more.get("rows")
                 case {"event": "report", "kind": kind, "step": step, "values": values}:
                     before = [key for key in record.reports if key[:2] == (kind, step)]
                     record.reports[kind, step, len(before)] = values
@@ -87,10 +90,16 @@ class StartRecord:
         """All ranks left in order, to be started again."""
         return all(rank.preempted for rank in self.ranks)
 
-    def batches(self) -> dict[int, list[list[str]]]:
-        """Returns for each step that all ranks have done, each rank's samples."""
+    def batches(self, *, by_row: bool = False) -> dict[int, list[Sequence[object]]]:
+        """Returns for each step that all ranks have done, each rank's samples.
+
+        By their rows, what they came as does not count: padding depends on who is in a batch.
+        """
         done = set.intersection(*({*rank.samples} for rank in self.ranks))
-        return {step: [rank.samples[step] for rank in self.ranks] for step in sorted(done)}
+        return {
+            step: [(by_row and rank.rows.get(step)) or rank.samples[step] for rank in self.ranks]
+            for step in sorted(done)
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +186,11 @@ def tolerance_of(model: Mapping[str, Tensor]) -> float:
 
 
 def _samples(reference: DrilledRun, drilled: DrilledRun, *, together: bool) -> Iterator[Difference]:
-    expected = reference.starts[0].batches()
+    expected = reference.starts[0].batches(by_row=together)
+    rows = reference.starts[0].batches(by_row=True)
     seen: set[int] = set()
     for number, start in enumerate(drilled.starts):
-        for step, ranks in start.batches().items():
+        for step, ranks in start.batches(by_row=together).items():
             seen.add(step)
             shares = expected.get(step, [])
             # Ranks' shares lie one after the other, so this is the global batch in its order.
@@ -190,12 +200,18 @@ def _samples(reference: DrilledRun, drilled: DrilledRun, *, together: bool) -> I
             if wrong is None and not together and [*map(len, shares)] != [*map(len, ranks)]:
                 wrong = 0
             if wrong is not None:
-                strange = len({*theirs} - {*mine})
-                words = (
-                    f"step {step + 1} consumed other samples{_again(number)}: the first that "
-                    f"differs is number {wrong + 1} of the global batch of {len(mine)}, and "
-                    f"{strange} are not of this step at all"
-                )
+                at = f"number {wrong + 1} of the global batch of {len(mine)}"
+                if rows.get(step) == start.batches(by_row=True)[step]:
+                    words = (
+                        f"step {step + 1} consumed the same samples{_again(number)}, but what they "
+                        f"hold differs, first in {at}: random numbers of the dataset, say"
+                    )
+                else:
+                    words = (
+                        f"step {step + 1} consumed other samples{_again(number)}: the first that "
+                        f"differs is {at}, and {len({*theirs} - {*mine})} are not of this step at "
+                        "all"
+                    )
                 yield Difference("samples", "samples", step + 1, words)
     for step in sorted({*expected} - seen):
         yield Difference("samples", "samples", step + 1, f"step {step + 1} was never done")

@@ -148,12 +148,14 @@ class DrillTrial(Trial):
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
         self._samples: list[str] = []  # without those of a step that was broken off
+        progress = ctx.progress
+        self._rows = self.feed.rows(progress.epoch, progress.step_in_epoch)
 
     def on_batch(self, ctx: Context, step: Step) -> None:
         self._samples += digests(step.batch, step.samples)
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
-        self._log.tell("step", step=step.number, samples=self._samples)
+        self._log.tell("step", step=step.number, samples=self._samples, rows=self._rows)
 
 
 class _Injector(Callback):

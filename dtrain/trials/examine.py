@@ -4,14 +4,14 @@ Nothing here can disturb what was compared: it comes after the last step.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtrain.data import Data, fetch
+from dtrain.data import Data, fetch, tensors_of
 from dtrain.distributed import random_state, seed_everything
 from dtrain.step import as_loss
 from dtrain.trials import records as of
@@ -27,10 +27,13 @@ def examine(
     batches: Sequence[tuple[Any, int]],
     data: Data | None,
     found: Record,
+    fetched: Callable[[list[int]], Any] | None = None,
+    rows: Sequence[list[int]] = (),
 ) -> None:
     """Records what the loss function does with batches, and the data (if any) with a sample.
 
-    ``batches`` are each step's, as the loss function got it, and its samples.
+    ``batches`` are each step's, as the loss function got it, and its samples; ``rows`` are each
+    step's, too, of which ``fetched`` makes a batch.
     """
     if data is not None:
         _look_at_data(data, found)
@@ -44,6 +47,9 @@ def examine(
                     model.eval()
                 for step, (batch, samples) in enumerate(batches, start=1):
                     _try_parts(loss_of, batch, samples, f"step {step}", mode, found)
+            if fetched is not None and not (found.data_draws or found.data_wanders):
+                for step, of_step in enumerate(rows, start=1):
+                    _try_padding(loss_of, fetched, of_step, f"step {step}", found)
         except Exception as error:  # noqa: BLE001 -- a user's function, called as never before
             found.failures.append(f"the loss of parts of a batch ({type(error).__name__}: {error})")
         finally:
@@ -56,32 +62,67 @@ def _try_parts(
 ) -> None:
     """Is the loss of a batch the weighted mean of its parts'? Keeps what is farthest from it."""
 
-    def loss(part: Any, size: int) -> tuple[float, float]:
-        seed_everything(0)
-        # A copy: some loss functions write into their batch.
-        one = as_loss(loss_of(of.copy(part)), size)
-        return float(one.mean), float(size if one.weight is None else one.weight)
+    def loss(start: int, stop: int) -> tuple[float, float]:
+        # Copies: some loss functions write into their batch.
+        whole = stop - start == samples
+        part = of.copy(batch) if whole else of.copy(of.part(batch, samples, start, stop))
+        return _mean_and_weight(loss_of, part, stop - start)
 
-    whole, _ = loss(batch, samples)
+    for gap, words in _gaps(loss, samples, where):
+        if found.mean_gap is None or gap > found.mean_gap:
+            found.mean_gap = gap
+            found.mean_evidence = (
+                f"{words} So the loss is no mean over its weight. (In {mode} mode, without "
+                "dropout.)"
+            )
+
+
+def _try_padding(
+    loss_of: LossOf,
+    fetched: Callable[[list[int]], Any],
+    rows: list[int],
+    where: str,
+    found: Record,
+) -> None:
+    """Is it so where each part is collated by itself, and comes in other shapes?"""
+    shapes: set[tuple[torch.Size, ...]] = set()
+
+    def loss(start: int, stop: int) -> tuple[float, float]:
+        batch = fetched(rows[start:stop])
+        shapes.add(tuple(tensor.shape[1:] for tensor in tensors_of(batch)))
+        return _mean_and_weight(loss_of, batch, stop - start)
+
+    for gap, words in _gaps(loss, len(rows), where):
+        if len(shapes) > 1 and (found.padding_gap is None or gap > found.padding_gap):
+            found.padding_gap, found.padding_evidence = gap, words
+
+
+def _mean_and_weight(loss_of: LossOf, batch: Any, samples: int) -> tuple[float, float]:
+    seed_everything(0)
+    one = as_loss(loss_of(batch), samples)
+    return float(one.mean), float(samples if one.weight is None else one.weight)
+
+
+def _gaps(
+    loss: Callable[[int, int], tuple[float, float]], samples: int, where: str
+) -> Iterator[tuple[float, str]]:
+    """Yields how far the loss of all samples is from the mean of two parts', and that in words."""
+    whole, _ = loss(0, samples)
     # Halves may happen to weigh alike, so uneven parts are tried as well.
     for cut in sorted({samples // 2, 1} & set(range(1, samples))):
-        a = loss(of.part(batch, samples, 0, cut), cut)
-        b = loss(of.part(batch, samples, cut, samples), samples - cut)
+        a, b = loss(0, cut), loss(cut, samples)
         weight = a[1] + b[1]
         if not weight:
             continue
         # What weighs nothing counts for nothing, even if its mean is NaN.
         mean = sum(mean * weight for mean, weight in (a, b) if weight) / weight
         apart = abs(mean - whole)
-        gap = 0.0 if not apart else apart / abs(whole) if whole else math.inf
-        if found.mean_gap is None or gap > found.mean_gap:
-            found.mean_gap = gap
-            found.mean_evidence = (
-                f"The loss of the {samples} samples of {where} is {whole:.6g}. Of the same "
-                f"samples in two parts ({cut} and {samples - cut}), the mean weighted as the loss "
-                f"function says ({a[1]:g} and {b[1]:g}) is {mean:.6g}. So the loss is no mean "
-                f"over its weight. (In {mode} mode, without dropout.)"
-            )
+        yield (
+            0.0 if not apart else apart / abs(whole) if whole else math.inf,
+            f"The loss of the {samples} samples of {where} is {whole:.6g}. Of the same samples in "
+            f"two parts ({cut} and {samples - cut}), the mean weighted as the loss function says "
+            f"({a[1]:g} and {b[1]:g}) is {mean:.6g}.",
+        )
 
 
 def _look_at_draws(loss_of: LossOf, batch: Any, found: Record) -> None:

@@ -70,6 +70,12 @@ def widen(batch: Any) -> Any:
     return recursively_apply(lambda t: t.double() if t.is_floating_point() else t, batch)
 
 
+def placed(batch: Any, device: torch.device, *, double: bool) -> Any:
+    """Returns the batch on the device; with its floating tensors in float64 if asked for."""
+    batch = recursively_apply(lambda t: t.to(device), batch)
+    return widen(batch) if double else batch
+
+
 def copy(batch: Any) -> Any:
     """Returns the batch with copies of its tensors."""
     return recursively_apply(lambda t: t.detach().clone(), batch)

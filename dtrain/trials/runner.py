@@ -16,7 +16,7 @@ from typing import Any
 import dtrain
 import dtrain.trainer
 from dtrain.callback import Callback
-from dtrain.data import Data
+from dtrain.data import Data, Feed
 from dtrain.distributed import World, current
 from dtrain.plan import FitResult, Recorder
 from dtrain.trainer import Trainer
@@ -36,6 +36,7 @@ class Trial(Recorder, Callback):
     """
 
     done = False  # all that was wanted is recorded; it no longer matters how the script ends
+    feed: Feed  # what ``fit`` trains on, once it is known
 
     def trainer_arguments(self, given: dict[str, Any], world: World) -> dict[str, Any]:
         """Returns what the Trainer is made of, from what the script gives it."""
@@ -97,5 +98,10 @@ def _following(trial: Trial) -> type[Trainer]:
                 result = super().fit(data, **arguments)
             trial.finish(self, result)
             raise ScriptEnds
+
+        def _assemble(self, *args: Any) -> Any:
+            loop = super()._assemble(*args)
+            trial.feed = loop.feed
+            return loop
 
     return TrialTrainer

@@ -259,6 +259,57 @@ def test_a_script_that_cannot_be_checked_says_why(check, fault, told):
     assert told in str(caught.value)
 
 
+PADS = """
+import sys
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dtrain
+
+
+class Texts(torch.utils.data.Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return torch.randint(1, 9, (1 + index % 5,), generator=generator), index % 2
+
+
+def collate(samples):
+    texts, labels = zip(*samples)
+    return nn.utils.rnn.pad_sequence(texts, batch_first=True), torch.tensor(labels)
+
+
+def loss_fn(model, batch):
+    texts, labels = batch
+    found, real = model[0](texts), (texts > 0)[..., None]
+    pooled = (found * real).sum(1) / real.sum(1) if sys.argv[1] == "masked" else found.mean(1)
+    return F.cross_entropy(model[1](pooled), labels)
+
+
+dtrain.init(seed=0)
+model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+trainer = dtrain.Trainer(model, optimizer, loss_fn)
+trainer.fit(dtrain.Data(Texts(), 6, collate_fn=collate), epochs=1)
+"""
+
+
+def test_padding_that_counts_is_found(folder, launcher):
+    (folder / "pads.py").write_text(PADS)
+
+    def check(pooling):
+        return Check(launcher, folder / "pads.py", [pooling], 2, 2, 60).run([1])
+
+    found = check("mean")
+    assert causes(found) == ["padding"]
+    assert "in two parts (1 and 5)" in found.causes[0].evidence or "(3 and 3)" in str(found)
+    assert check("masked").passed
+
+
 def test_gpt_passes(launcher):
     args = ["--size", "tiny", "--batch-size", "6"]
     found = Check(launcher, ROOT / "examples" / "gpt.py", args, 2, 2, 60).run([1, 2])

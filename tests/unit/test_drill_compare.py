@@ -140,3 +140,35 @@ def test_a_start_comes_back_from_json(tmp_path):
     for one in (None, Disturbance("kill writing", step=4, rank=1, place=1)):
         start = Start("somewhere", 20, 4, one)
         assert make_trial(json.loads(json.dumps(asdict(start))), tmp_path).start == start
+
+
+def padded(steps, *, samples, rows):
+    record = one_rank(steps, samples=samples)
+    record.rows = {step: [10 * step + row for row in rows] for step in steps}
+    return record
+
+
+def test_other_padding_on_other_ranks_is_no_other_sample():
+    reference = a_run((padded(range(4), samples="abcd", rows=range(4)),))
+    halves = (
+        padded(range(4), samples="aB", rows=[0, 1]),
+        padded(range(4), samples="Cd", rows=[2, 3]),
+    )
+    assert compare_resized(reference, a_run(halves)) == []
+    found = compare_resized(reference, a_run(halves[::-1]))
+    assert [one.step for one in found] == [1, 2, 3, 4]
+    assert found[0].words.endswith(
+        "number 1 of the global batch of 4, and 0 are not of this step at all"
+    )
+
+
+def test_what_the_same_samples_hold_is_compared_as_well():
+    reference = a_run((padded(range(4), samples="abcd", rows=range(4)),))
+    redrawn = padded(range(2, 4), samples="abXd", rows=range(4))
+    first, *_ = compare(
+        reference, a_run((padded(range(2), samples="abcd", rows=range(4)),), (redrawn,))
+    )
+    assert first.words == (
+        "step 3 consumed the same samples after 1 restart, but what they hold differs, first in "
+        "number 3 of the global batch of 4: random numbers of the dataset, say"
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.errors import ConfigError
+from dtrain.sinks import dispatcher as module
 from dtrain.sinks.dispatcher import Dispatcher
 from dtrain.sinks.sink import Report, ReportKind, Sink
 
@@ -32,6 +33,7 @@ class Recorder(Sink):
 
     def open(self, run_dir: Path | None) -> None:
         self.calls.append(("open", run_dir))
+        self.threads.add(threading.get_ident())
 
     def write(self, report: Report) -> None:
         self.calls.append(report)
@@ -119,7 +121,7 @@ def test_every_sink_gets_all_reports_in_order_before_close_returns(tmp_path: Pat
     assert sink_threads() == []
 
 
-def test_each_sink_writes_and_closes_in_one_thread_of_its_own() -> None:
+def test_each_sink_opens_writes_and_closes_in_one_thread_of_its_own() -> None:
     first, second = Recorder(), Recorder()
     dispatcher = Dispatcher([first, second], None)
     dispatcher.open()
@@ -160,6 +162,31 @@ def test_reports_sent_before_open_or_after_close_go_nowhere() -> None:
     dispatcher.close()
     assert sink.steps == [2]
     assert sink.calls.count("close") == 1
+
+
+def test_a_sink_that_is_slow_to_open_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    told = threading.Event()
+
+    class Slow(Sink):
+        def open(self, run_dir: Path | None) -> None:
+            told.wait(WAIT_S)
+
+    def notify(self: Dispatcher, text: str) -> None:
+        said.append(text)
+        told.set()
+
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(Dispatcher, "_notify", notify)
+    dispatcher = Dispatcher([Slow()], None)
+    dispatcher.open()
+    dispatcher.close()
+    (text,) = said
+    told_by = line_of(Slow.open, "told.wait(WAIT_S)")
+    assert text == (
+        "dtrain: the sink Slow is not open after 0.01 s, and the run waits for it; it is at "
+        f"{told_by}"
+    )
 
 
 def test_it_can_be_opened_again() -> None:

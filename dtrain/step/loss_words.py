@@ -1,0 +1,45 @@
+"""Words for what a function of torch's could not take, where torch names no shape or range."""
+
+from contextlib import suppress
+from traceback import walk_tb
+
+from torch import Tensor
+
+
+def explain(error: Exception) -> None:
+    """Adds a note where one of torch's losses raised ``error``, or a table of embeddings did."""
+    for frame, _ in walk_tb(error.__traceback__):
+        name, values = frame.f_code.co_name, frame.f_locals
+        given, target, table = (values.get(key) for key in ("input", "target", "weight"))
+        of_torch = frame.f_globals.get("__name__") == "torch.nn.functional"
+        if not of_torch or not isinstance(given, Tensor):
+            continue
+        if name.startswith("embedding") and isinstance(table, Tensor):
+            rows = len(table)
+            error.add_note(
+                f"(F.{name}: the indices are {_form(given)}{_range(given)}; the table has {rows} "
+                f"rows, so they must be from 0 to {rows - 1})"
+            )
+        elif isinstance(target, Tensor):
+            words = f"(F.{name}: the input is {_form(given)}, the target {_form(target)}"
+            words += _range(target)
+            if name in ("cross_entropy", "nll_loss") and given.dim():
+                classes = given.shape[min(given.dim(), 2) - 1]
+                words += f"; class indices must be int64 from 0 to {classes - 1}"
+                if name == "cross_entropy":
+                    words += f", or else floats {list(given.shape)}"
+            error.add_note(words + ")")
+        else:
+            continue
+        return
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _range(tensor: Tensor) -> str:
+    if tensor.numel():
+        with suppress(RuntimeError):  # complex; or its device has failed
+            return f" from {tensor.min().item():g} to {tensor.max().item():g}"
+    return ""
