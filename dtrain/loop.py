@@ -6,23 +6,17 @@ that is what keeps them together.
 
 from collections import deque
 from dataclasses import dataclass, field
-from operator import methodcaller
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.checkpoint import CheckpointSlot, RunFiles
 from dtrain.context import Step
 from dtrain.data import Feed, MicroBatches
-from dtrain.distributed import ARRIVAL, EVALUATION, METRICS, SAVING, UPDATE, Phase
+from dtrain.distributed import ARRIVAL, EVALUATION, METRICS, SAVING, Phase
 from dtrain.errors import DataError, RemoteError
 from dtrain.plan import ALL_EPOCHS, MAX_STEPS, Plan
 from dtrain.sinks import History
-from dtrain.step import Agreed, Engine, Factor, StepResult
-
-_RATE = methodcaller("get", "lr")
+from dtrain.step import Agreed, Engine, StepResult
 
 
 @dataclass
@@ -55,7 +49,6 @@ class Loop:
         #: had waited for it before the update.
         self._in_flight: deque[tuple[Step, StepResult, bool]] = deque()
         self._save_asked = False
-        self._failed_save: Exception | None = None  # the last one that was told of
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint must hold of the loop itself."""
@@ -65,7 +58,7 @@ class Loop:
             "owes_evaluation": self.owes_evaluation,
             "evaluated_at": self._evaluated_at,
             "weight": self.engine.lane.expected if self.engine.micro_step.weighed else 0.0,
-            "epoch_sums": self.engine.epoch_sums,
+            "epoch_sums": self.engine.figures.epoch_sums,
             "stop_reason": "" if self.preempted else self.stop_reason,
             "ranks": self.engine.world.size,
         }
@@ -82,7 +75,7 @@ class Loop:
         if state["weight"]:
             self.engine.lane.expect(state["weight"])
             self.engine.micro_step.weighed = True
-        self.engine.restore_epoch(state.get("epoch_sums"))
+        self.engine.figures.restore_epoch(state.get("epoch_sums"))
         # A run that had fulfilled its plan is continued by a larger one.
         reason = state["stop_reason"]
         self.stop_reason = "" if reason in (ALL_EPOCHS, MAX_STEPS) else reason
@@ -166,7 +159,7 @@ class Loop:
             self._settle()
             if self.preempted:
                 return  # first saved; the next start evaluates
-            if means := self.engine.end_epoch():
+            if means := self.engine.figures.end_epoch():
                 self._report("epoch", means)
             if self.plan.eval_every == "epoch":
                 self._evaluate()
@@ -214,7 +207,7 @@ class Loop:
             waits = not self.runs_ahead or progress.updates <= self.engine.micro_step.trained.since
             factor, closed, undone = result.gate(waits=waits)
             if not undone:
-                result.settle(self._update(step, factor, closed))
+                result.settle(self.engine.update(step, factor, closed))
                 progress.step += 1
                 progress.step_in_epoch += 1
                 if not waits:
@@ -235,27 +228,6 @@ class Loop:
         context.comm.activity.enter(ARRIVAL)
         step.result = result = StepResult(strategy, context.progress)
         return result
-
-    def _update(self, step: Step, factor: Factor, closed: bool | Tensor) -> bool | Tensor:
-        """Updates the parameters by the gradient of the global mean; returns whether it was not."""
-        engine, context, optimizer = self.engine, self.context, self.context.optimizer
-        context.comm.activity.enter(UPDATE)
-        factor = engine.precision.unscale(optimizer, factor)
-        if not (isinstance(factor, float) and factor == 1.0):
-            torch._foreach_mul_(engine.strategy.gradients(optimizer), factor)
-        self.hooks.fire(Callback.on_grads_ready, context, step)
-        engine.rates = [*map(_RATE, optimizer.param_groups)]
-        if Tensor in map(type, engine.rates):  # its owner writes the next step's into it
-            engine.rates = [r.clone() if isinstance(r, Tensor) else r for r in engine.rates]
-        if step.vetoed:
-            engine.precision.skip()
-            engine.outbox.add("vetoed", 1 / engine.world.size, "sum")
-            return True
-        try:
-            return engine.precision.step(optimizer, closed)
-        except Exception as error:  # noqa: BLE001 -- every rank learns of it
-            engine.carry(error)
-            return True
 
     def _finish(self) -> bool:
         """Looks what became of the steps in flight; returns False where one was left undone.
@@ -302,21 +274,20 @@ class Loop:
         """
         self._finish()
         if not final:
-            self._retry_failed_save()
-        if not (final or self.engine.counted):
+            self.files.retry_failed_save()
+        if not (final or self.engine.figures.counted):
             return
         with self.engine.together(METRICS):
             self.history.check()
-            values = self.engine.agree_figures()
+            values = self.engine.figures.agree()
         if values:
             self.context._take(values)
             self.history.report("train", values)
 
     def _evaluate(self) -> None:
         self._evaluated_at, self.owes_evaluation = self.context.progress.step, False
-        engine = self.engine
-        with engine.together(EVALUATION), engine.apart(), engine.stand_in.evaluated():
-            metrics = engine.evaluate(self.evals)
+        with self.engine.together(EVALUATION), self.engine.stand_in.evaluated():
+            metrics = self.engine.evaluation.run(self.evals)
         self._report("eval", metrics)
         self._settle()
 
@@ -332,7 +303,7 @@ class Loop:
         self._save_asked = False
         self.context.comm.activity.enter(SAVING)
         if self.files.saver.finish() is not None:
-            self._tell_failed_save("now")
+            self.files.tell_failed_save("now")
             self._saved_at = -1
         if self._saved_at == step:
             return
@@ -353,22 +324,6 @@ class Loop:
         if (failure := self.files.saver.finish()) is not None:
             mine = None if isinstance(failure, RemoteError) else failure
             self.context.comm.raise_failures("the last checkpoint", mine, "saving a checkpoint")
-
-    def _retry_failed_save(self) -> None:
-        """Asks for another where a checkpoint could not be written; not where that failed, too."""
-        if self.files.saver.failures > 1:
-            self._tell_failed_save("when the next one is due")
-        elif self._tell_failed_save("soon"):
-            self.context.request.save("the last checkpoint could not be written")
-
-    def _tell_failed_save(self, again: str) -> bool:
-        """Tells of a checkpoint that could not be written, once; returns whether it did."""
-        failure = self.files.saver.failure
-        if failure is None or failure is self._failed_save:
-            return False
-        self._failed_save = failure
-        self.context.say(f"warning: {failure}. Training goes on; it is tried again {again}.")
-        return True
 
     def _settle(self) -> None:
         """Agrees on what was requested since the last backward."""

@@ -44,6 +44,19 @@ class Plan:
             return ALL_EPOCHS
         return ""
 
+    def check_left(self, progress: Progress) -> None:
+        """Raises ConfigError where ``progress`` is all that was planned."""
+        if self.fulfilled_by(progress):
+            raise ConfigError(
+                f"this trainer has done {progress.epoch} epochs and {progress.step} steps already: "
+                "epochs and max_steps count from the run's beginning, so ask for more"
+            )
+
+    def begin(self, progress: Progress, steps_per_epoch: int | None) -> None:
+        """Notes in ``progress`` how much is planned."""
+        progress.steps_per_epoch, progress.total_epochs = steps_per_epoch, self.epochs
+        progress.total_steps = self.total_steps(steps_per_epoch)
+
     def total_steps(self, steps_per_epoch: int | None) -> int | None:
         """Returns how many global steps are planned in all; None where nobody can know."""
         totals = [] if self.max_steps is None else [self.max_steps]
@@ -108,7 +121,6 @@ class FitResult:
         preempted: the run was told to leave and is to be continued by another start.
         updates: steps whose update was applied: not one that a loss scale, a callback or every
             rank left out.
-
         last_checkpoint: the newest one's folder; None where there is none.
         best_checkpoint: that of the best by ``Checkpoint(best=...)``; None without.
     """
@@ -120,6 +132,5 @@ class FitResult:
     history: list[dict[str, float]]
     preempted: bool = False
     updates: int = 0
-
     last_checkpoint: Path | None = None
     best_checkpoint: Path | None = None

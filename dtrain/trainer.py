@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,18 +21,16 @@ from dtrain.checkpoint import (
 )
 from dtrain.cluster import Deadline, Launcher, Signals
 from dtrain.context import Context, Outbox, Progress, Request
-from dtrain.data import AccumulationSlot, Data, Feed, eval_sets, open_feed, sizes_of
+from dtrain.data import AccumulationSlot, Data, Feed, open_evals, open_feed, sizes_of
 from dtrain.distributed import (
     Replicas,
     check_same_call,
     current,
     derive_seed,
-    digest_of,
     init_late,
     launcher_gone,
     seed_everything,
     seeded_generator,
-    shapes_of,
 )
 from dtrain.errors import ConfigError
 from dtrain.loop import Loop
@@ -45,8 +42,8 @@ from dtrain.step import (
     PrecisionSlot,
     UserLoss,
     adapt,
+    may_delay,
     take_model,
-    takes_a_veto,
     unwrapped,
 )
 from dtrain.strategies import Strategy, choose
@@ -89,7 +86,6 @@ class Trainer:
         check_ranks: compare the ranks' parameters at reports (every 50 steps at most), at each
             checkpoint and at the end of ``fit``, by a digest: what they are read for takes
             (docs/numbers.md). False is for machines that round differently.
-
         keep_modes: leave each part of the model in train or eval mode as it is. Else a model that
             is in eval mode, as pretrained ones come, is trained in train mode, but for parts in
             eval mode that have no parameter which requires a gradient; parts in eval mode of a
@@ -130,8 +126,7 @@ class Trainer:
             callbacks = check_names(callbacks)
             self.hooks = Hooks(callbacks, world.comm.activity)
             slot = the_only(PrecisionSlot, callbacks)  # type: ignore[type-abstract]
-            kind = world.device.type
-            self.precision = Precision() if slot is None else slot.make_precision(kind)
+            self.precision = slot.make_precision(world.device.type) if slot else Precision()
             self._accumulation = the_only(AccumulationSlot, callbacks)  # type: ignore[type-abstract]
             self._checkpoint = the_only(CheckpointSlot, callbacks)  # type: ignore[type-abstract]
             if self._checkpoint is not None and run_dir is None:
@@ -139,9 +134,8 @@ class Trainer:
             model, told = unwrapped(model)
             strategy = choose(strategy, model)
             strategy.check(accumulates=self._accumulation is not None)
-            taken = take_model(model, optimizer, strategy, world)
-            module, made, self._outbox.notes = taken
-            self._outbox.notes[:0] = told
+            module, made, notes = take_model(model, optimizer, strategy, world)
+            self._outbox.notes = told + notes
             eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn, module)
             self.context = Context(
                 model=module,
@@ -287,7 +281,7 @@ class Trainer:
                 with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan, data = take()
                     self._run_state.override = dict(override)
-                    evals = self._eval_feeds(eval_set, data.batch_size, data)
+                    evals = open_evals(eval_set, data.batch_size, self.world, self._split, data)
                     loop = self._assemble(plan, data, evals)
                     self._begin(loop, data, dispatcher, resume)
                 loop.run()
@@ -336,27 +330,16 @@ class Trainer:
 
         Ranks: all, communicates.
         """
-        with (
-            self._watchdog,
-            self.world.comm.lockstep(lambda: self.hooks.failed_in or "evaluate"),
-            self._engine.apart(),
-        ):
+        with self._watchdog, self.world.comm.lockstep(lambda: self.hooks.failed_in or "evaluate"):
             self._engine.make_equal()
-            return self._engine.evaluate_apart(self._eval_feeds(data, batch_size))
+            return self._engine.evaluation.run_apart(
+                open_evals(data, batch_size, self.world, self._split)
+            )
 
     # -- assembling -----------------------------------------------------------------------------
 
     def _split(self, share: int) -> list[int]:
         return [share] if (slot := self._accumulation) is None else sizes_of(slot, share)
-
-    def _eval_feeds(
-        self, eval_set: Any, batch_size: int | None, train: Data | None = None
-    ) -> dict[str, Feed]:
-        """Returns a feed for each evaluation set, by the prefix of its metrics."""
-        return {
-            f"eval/{name}" if name else "eval": open_feed(data, self.world, self._split)
-            for name, data in eval_sets(eval_set, batch_size, train).items()
-        }
 
     def _assemble(self, plan: Plan, data: Data, evals: dict[str, Feed]) -> Loop:
         context, engine, slot = self.context, self._engine, self._accumulation
@@ -371,30 +354,18 @@ class Trainer:
         if not evals:
             plan = replace(plan, eval_every=None)
         check_monitors(self.hooks.callbacks, evals, evaluates=bool(plan.eval_every))
-        # What must be the same for a run to be continued.
-        fingerprint = {
-            "model": digest_of(shapes_of(self.model)),
-            "optimizer": type(self.optimizer).__name__,
-            "callbacks": [callback.name for callback in self.hooks.callbacks],
-            "precision": self.precision.name,
-            "batch size": data.batch_size,
-            "order": data.order_name,
-            "samples": _length(data.dataset),
-            "seed": self._seed,
-        }
+        about = {"batch size": data.batch_size, "order": data.order_name, "samples": data.length}
+        fingerprint = self._run_state.describe(about, self._seed)
         # A stream is each rank's own, and so is its length.
-        same: dict[str, Any] = {"override": self._run_state.override, "plan": plan}
-        same |= {k: v for k, v in fingerprint.items() if not (data.is_stream and k == "samples")}
+        same = {k: v for k, v in fingerprint.items() if not (data.is_stream and k == "samples")}
         sizes = {label: str(one) for label, one in evals.items()}
-        check_same_call(same | {"evaluation": sizes}, self.world.comm)
+        same |= {"override": self._run_state.override, "plan": plan, "evaluation": sizes}
+        check_same_call(same, self.world.comm)
         if self._live:
             compare_fits(self._run_state.fingerprint, fingerprint, context.say)
         self._run_state.fingerprint = fingerprint
         engine.restart(data.batch_size or 0)
-        progress = context.progress
-        progress.steps_per_epoch = feed.steps_per_epoch
-        progress.total_epochs = plan.epochs
-        progress.total_steps = plan.total_steps(feed.steps_per_epoch)
+        plan.begin(context.progress, feed.steps_per_epoch)
         context.has_eval = bool(evals)
         return Loop(
             plan=self.recorder.plan(plan),
@@ -414,12 +385,7 @@ class Trainer:
         if self._live:
             self._engine.check_whole()
             files.take_again()
-            if plan.fulfilled_by(context.progress):
-                raise ConfigError(
-                    f"this trainer has done {context.progress.epoch} epochs and "
-                    f"{context.progress.step} steps already: epochs and max_steps count from the "
-                    "run's beginning, so ask for more"
-                )
+            plan.check_left(context.progress)
         else:
             own = [name for sink in self._sinks for name in sink.files]
             saved = files.find(resume, own, epochs=plan.epochs, max_steps=plan.max_steps)
@@ -428,7 +394,6 @@ class Trainer:
         self._engine.stand_in.take_out()
         state = {} if saved is None else self._run_state.restore_model(saved)
         tell = self.recorder.report if self.world.is_main else None
-        # Counts from here.
         loop.history = History(context.progress, self._outbox, dispatcher, tell, plan.history)
         comm.on_main("open sinks", dispatcher.open)
         self._engine.modes.wake()
@@ -483,19 +448,3 @@ class Trainer:
                 self._files.save_emergency(state, data, failed_here=here, error=error)
             self._files.fail(error, cause)
         return cause
-
-
-def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:
-    """Says whether steps need not be waited for.
-
-    The optimizer can be told on the device to change nothing, and which steps there are does not
-    hang on what ranks say.
-    """
-    return device.type == "cuda" and takes_a_veto(optimizer) and not data.is_stream
-
-
-def _length(dataset: Any) -> int | None:
-    try:
-        return len(dataset)
-    except TypeError:  # a DataLoader has __len__ and may have no length
-        return None

@@ -51,6 +51,7 @@ class RunFiles:
         self._failures = Failures()  # of earlier starts; known on rank 0
         self._broken: set[str] = set()  # weights that were not finite when the fit began
         self._told: set[str] = set()  # whose state differs between ranks
+        self._failed: Exception | None = None  # the last save that was told of
 
     def find(
         self,
@@ -155,6 +156,24 @@ class RunFiles:
             self._told.add(NOT_FINITE)
         wait = not self._saves_beside
         self.saver.save(folder, content, then=then, wait=wait, sharers=sharers)
+
+    def retry_failed_save(self) -> None:
+        """Asks for another where a checkpoint could not be written; not where that failed, too."""
+        if self.saver.failures > 1:
+            self.tell_failed_save("when the next one is due")
+        elif self.tell_failed_save("soon"):
+            self._run_state.context.request.save("the last checkpoint could not be written")
+
+    def tell_failed_save(self, again: str) -> bool:
+        """Tells of a checkpoint that could not be written, once; returns whether it did. Local."""
+        failure = self.saver.failure
+        if failure is None or failure is self._failed:
+            return False
+        self._failed = failure
+        self._run_state.context.say(
+            f"warning: {failure}. Training goes on; it is tried again {again}."
+        )
+        return True
 
     def _keep_only(self, folder: Path, step: int) -> None:
         self._remove(folder, [one.step for one in files.listed(folder) if one.step != step])

@@ -34,6 +34,7 @@ from dtrain.distributed import (
     random_state,
     random_state_of_host,
     restore_random_state,
+    shapes_of,
     some_of,
 )
 from dtrain.errors import CheckpointError, ConfigError
@@ -44,6 +45,8 @@ AS_SAVED: tuple[CountAs, ...] = ("evaluated", "averaged", "best")
 
 
 class _HasState(Protocol):
+    name: str
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -102,6 +105,17 @@ class RunState:
     # The optimizer's groups, with the values that are in force before any schedule.
     groups: list[Group] = field(default_factory=list)
     override: dict[str, Any] = field(default_factory=dict)  # of the optimizer's values, by ``fit``
+
+    def describe(self, data: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """Returns what of the run is compared when it is continued. Ranks: all, local."""
+        return {
+            "model": digest_of(shapes_of(self.context.model)),
+            "optimizer": type(self.context.optimizer).__name__,
+            "callbacks": [callback.name for callback in self.callbacks],
+            "precision": self.precision.name,
+            **data,
+            "seed": seed,
+        }
 
     def begin(self, *, live: bool, resumes: bool) -> None:
         """Notes what the optimizer was made with, and sets in it what ``fit`` was told to."""

@@ -3,10 +3,10 @@
 from dtrain.data.counting import tensors_of
 from dtrain.data.feed import EndOfStream, Feed, MicroBatches
 from dtrain.data.map_feed import fetch
-from dtrain.data.opening import open_feed
+from dtrain.data.opening import open_evals, open_feed
 from dtrain.data.order import Bucketed, Order, Sequential, Shuffled, Weighted
 from dtrain.data.shares import AccumulationSlot, sizes_of, split_share
-from dtrain.data.source import Data, eval_sets
+from dtrain.data.source import Data
 
 __all__ = [
     "AccumulationSlot",
@@ -19,8 +19,8 @@ __all__ = [
     "Sequential",
     "Shuffled",
     "Weighted",
-    "eval_sets",
     "fetch",
+    "open_evals",
     "open_feed",
     "sizes_of",
     "split_share",

@@ -158,6 +158,14 @@ class Data:
         return order
 
     @property
+    def length(self) -> int | None:
+        """How many samples, or batches of a stream, there are; None where it has no length."""
+        try:
+            return len(self.dataset)
+        except TypeError:  # a DataLoader has __len__ and may have no length
+            return None
+
+    @property
     def order_name(self) -> str:
         """Names the order in which samples come."""
         if self.is_stream or self.order is None:

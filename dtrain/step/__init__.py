@@ -1,10 +1,11 @@
 """One step of training: what a rank does with a micro-batch, and how ranks agree on it."""
 
-from dtrain.step.engine import Engine, take_model, takes_a_veto, unwrapped
+from dtrain.step.engine import Engine
 from dtrain.step.lane import Heard, LaneSilent
 from dtrain.step.micro_step import MicroStep, UserLoss, adapt, as_loss, of_backward
 from dtrain.step.precision import Autocast, Factor, Precision, PrecisionSlot, ScaledAutocast
 from dtrain.step.strategy import StepResult, Strategy, joint_norm
+from dtrain.step.take_model import may_delay, take_model, unwrapped
 from dtrain.step.votes import Agreed
 
 __all__ = [
@@ -24,8 +25,8 @@ __all__ = [
     "adapt",
     "as_loss",
     "joint_norm",
+    "may_delay",
     "of_backward",
     "take_model",
-    "takes_a_veto",
     "unwrapped",
 ]

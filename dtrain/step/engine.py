@@ -1,63 +1,41 @@
 """What computes: the model and its loss, and what ranks need to meet in a step."""
 
-import gc
-import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any
 from weakref import WeakMethod
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
+from torch import Tensor
 
 from dtrain.callback import Callback, Hooks
 from dtrain.context import Context, Loss, Outbox, Step
-from dtrain.data import EndOfStream, Feed
 from dtrain.distributed import (
     BETWEEN,
-    EVAL_LOSS_FN,
-    EVALUATION,
     UPDATE,
     Phase,
     Replicas,
     StreamsOfFits,
     World,
     check_same_model,
-    check_seeded,
-    named_parameters,
-    own_memory,
     share_buffers,
-    streams_apart,
 )
-from dtrain.errors import ConfigError, DataError, LossError, RankMismatch, RemoteError
-from dtrain.metrics import Means, with_added
+from dtrain.errors import ConfigError, RankMismatch, RemoteError
+from dtrain.step.evaluation import Evaluation
+from dtrain.step.figures import Figures
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Verdict
-from dtrain.step.loss_words import explain
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
 from dtrain.step.modes import Modes
-from dtrain.step.parameters import lacking, note_of
-from dtrain.step.precision import Precision, fresh_casts
+from dtrain.step.precision import Factor, Precision, fresh_casts
 from dtrain.step.stand_in import StandIn
 from dtrain.step.strategy import Strategy
 from dtrain.step.votes import Agreement
-from dtrain.watchdog import SECONDS_METRIC, StragglerClock
+from dtrain.watchdog import StragglerClock
 
-#: What else a model may come in, at the top or within: it meets other ranks by its own rules.
-_WRAPPERS = (
-    "DataParallel",
-    "DistributedDataParallel",
-    "FullyShardedDataParallel",
-    "DeepSpeedEngine",
-)
-
-# Torch's first optimizer in a process imports torch._dynamo, and what is left of that holds the
-# frames of all that called it, and so their models, until the garbage collector comes by.
-_frames_are_held = ["torch._dynamo"] * ("torch._dynamo" not in sys.modules)
+_RATE = methodcaller("get", "lr")
 
 
 @dataclass(eq=False)
@@ -89,7 +67,9 @@ class Engine:
         self.agreement = Agreement(context.request, comm, self.world.host)
         self.stand_in = StandIn(context, hooks.callbacks)
         self.clock = StragglerClock(comm, host=self.world.host, size=size)
-        self._means = Means("train", context.device, names=[SECONDS_METRIC])
+        self.figures = Figures(
+            context, self.outbox, self.world, precision, self.replicas, self.clock
+        )
         self.micro_step = MicroStep(
             context=context,
             loss_fn=self.loss_fn,
@@ -98,29 +78,24 @@ class Engine:
             hooks=hooks,
             agreement=self.agreement,
             gathers=Gathers(comm, rank, size),
-            means=self._means,
+            means=self.figures.means,
             clock=self.clock,
             find_unused=self.strategy.find_unused,
             may_idle=self.strategy.may_idle,
         )
         self.modes = Modes(context.model, context.say, keep=self.keep_modes)
         self.streams = StreamsOfFits()
-        self._eval_gathers = Gathers(comm, rank, size)
-        self._eval_means: dict[str, Means] = {}  # kept: ranks agree on names only once
-        self._loss_sum = self.counted = 0.0  # since the last report: loss and weight, both agreed
-        self.epoch_sums: dict[str, list[float]] = {}  # since the epoch began: of means, and weights
-        self.rates: list[Any] = []  # by group, the learning rates of the newest step
-        self._evaluates = False
-        self._warned_nonfinite = False
+        self.evaluation = Evaluation(
+            context, self.outbox, self.world, self.eval_fn, precision, hooks, self.figures.means
+        )
         self._parted = False  # a step was ended by a failure on this rank only
         hooks.carry = WeakMethod(self.carry)
 
     def restart(self, weight: float) -> None:
         """Begins a fit on all ranks, whose steps weigh so much over all ranks; 0: nobody knows."""
         self.micro_step.restart(weight)
-        self._means.drop()
+        self.figures.restart()
         self.hooks.failed_in = ""
-        self._warned_nonfinite = False
 
     def begin(self, *, first: bool) -> None:
         """Takes model and optimizer as a fit finds them. Ranks: all, communicates."""
@@ -194,201 +169,40 @@ class Engine:
                 "differ: make a new Trainer, with a new optimizer, or start the run again"
             )
 
-    # -- training figures, from one report to the next ------------------------------------------
+    def update(self, step: Step, factor: Factor, closed: bool | Tensor) -> bool | Tensor:
+        """Updates the parameters by the gradient of the global mean; returns whether it was not."""
+        context, optimizer, precision = self.context, self.context.optimizer, self.precision
+        context.comm.activity.enter(UPDATE)
+        factor = precision.unscale(optimizer, factor)
+        if not (isinstance(factor, float) and factor == 1.0):
+            torch._foreach_mul_(self.strategy.gradients(optimizer), factor)
+        self.hooks.fire(Callback.on_grads_ready, context, step)
+        rates = [*map(_RATE, optimizer.param_groups)]
+        if Tensor in map(type, rates):  # its owner writes the next step's into it
+            rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        self.figures.rates = rates
+        if step.vetoed:
+            precision.skip()
+            self.outbox.add("vetoed", 1 / self.world.size, "sum")
+            return True
+        try:
+            return precision.step(optimizer, closed)
+        except Exception as error:  # noqa: BLE001 -- every rank learns of it
+            self.carry(error)
+            return True
 
     def count(self, step: Step, verdict: Verdict) -> None:
         """Counts a step, of which all ranks know now what became."""
-        context = self.context
-        context.progress.samples += verdict.samples
         self.lane.observe(verdict)
-        # A step that was left out for its loss must not make the whole report's loss NaN.
-        if verdict.weight > 0 and not (step.vetoed and verdict.nonfinite):
-            self._loss_sum += (loss_sum := verdict.loss_mean * verdict.weight)
-            self.counted += verdict.weight
-            of_epoch = self.epoch_sums.setdefault("train/loss", [0.0, 0.0])
-            of_epoch[0] += loss_sum
-            of_epoch[1] += verdict.weight
-        if verdict.nonfinite and not self._warned_nonfinite:
-            self._warned_nonfinite = True
-            context.say(f"warning: the loss is not finite at step {step.number}")
-        looked_at = self.precision.scales_loss and verdict.weight > 0 and not step.vetoed
-        if looked_at and (note := self.precision.watch(applied=step.applied)):
-            context.say(note)
-        if verdict.skipped:
-            self.outbox.add("skipped", verdict.skipped / self.world.size, "sum")
+        self.figures.count(step, verdict)
 
-    def agree_figures(self) -> dict[str, float]:
-        """Returns figures since the last report; tells of a straggler. Ranks: all, communicates."""
-        context = self.context
-        for name, logged in self.outbox.logged.items():
-            self._means.add_logged(name, logged.values, logged.reduce)
-        self.outbox.logged.clear()
-        values = {"train/loss": self._loss_sum / self.counted} if self.counted else {}
-        self._loss_sum = self.counted = 0.0
-        self._means.add(SECONDS_METRIC, self.clock.seconds, 1)
-        mark = self.replicas.mark(context.progress.step)
-        values |= self._means.agree(context.comm, mark)
-        for name, (total, weight) in self._means.pairs.items():
-            if name.startswith("train/"):
-                sums = self.epoch_sums.setdefault(name, [0.0, 0.0])
-                self.epoch_sums[name] = [sums[0] + total, sums[1] + weight]
-        if self._means.parted and (note := self.replicas.tell(f"at step {context.progress.step}")):
-            context.say(note)
-        if straggler := self.clock.compare(values.pop(SECONDS_METRIC)):
-            context.say(f"warning: {straggler}")
-        if values:
-            values |= self._learning_rates()
-            values |= self.precision.values()
-            if self.precision.scales_loss:  # some steps are not applied
-                values["updates"] = context.progress.updates
-        return values
-
-    def _learning_rates(self) -> dict[str, float]:
-        """Returns each group's, by its name or number; the first's in any case as ``lr``."""
-        rates: dict[str, float] = {}
-        groups = self.context.optimizer.param_groups
-        for number, (group, rate) in enumerate(zip(groups, self.rates, strict=False)):
-            name = f"lr/{group.get('name', number)}"
-            if rate is not None and not number:
-                rates["lr"] = float(rate)
-            if rate is not None and (number or "name" in group) and len(groups) > 1:
-                rates[f"lr/{number}" if name in rates else name] = float(rate)
-        return rates
-
-    def end_epoch(self) -> dict[str, float]:
-        """Returns figures of the epoch, as ``epoch/...``: NaN where only earlier ones had any."""
-        sums, self.epoch_sums = self.epoch_sums, {name: [0.0, 0.0] for name in self.epoch_sums}
-        means = {n: total / weight if weight else math.nan for n, (total, weight) in sums.items()}
-        self.context._take(means)
-        return {_of_epoch(name): mean for name, mean in means.items()}
-
-    def restore_epoch(self, sums: dict[str, list[float]] | None) -> None:
-        """Takes up an epoch's sums; None where older code saved none, and judged by the newest."""
-        if sums is not None:
-            self.epoch_sums = sums
-        else:
-            known = self.context.metrics
-            known |= {_of_epoch(name): v for name, v in known.items() if name.startswith("train/")}
-
-    # -- what a fit and an evaluation leave as they found it ------------------------------------
+    # -- what a fit leaves as it found it ------------------------------------
 
     @contextmanager
     def in_fit(self) -> Iterator[None]:
         """A fit: random streams and modes are then as before, and weights are cast as they are."""
         with self.streams, self.modes.in_fit(), fresh_casts():
             yield
-
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """An evaluation, with its hooks: what they draw at random changes nothing elsewhere."""
-        context = self.context
-        number, rank = context.progress.step, self.world.rank
-        own = streams_apart(context.rng, context.shared_rng, number=number, rank=rank)
-        with own, fresh_casts():
-            yield
-
-    # -- evaluation -----------------------------------------------------------------------------
-
-    def evaluate(self, feeds: dict[str, Feed]) -> dict[str, float]:
-        """Returns the metrics of each set, named after it, as in ``eval/loss``, and callbacks'.
-
-        Every sample counts once, and all ranks get the same numbers. A hook may evaluate something
-        else meanwhile; of that, no hooks fire. Ranks: all, communicates: buffers first, sums once
-        at the end of each set, and whether callbacks left the same on all ranks.
-        """
-        if self._evaluates:
-            return self._evaluate_sets(feeds)
-        self._evaluates = True
-        try:
-            self.hooks.fire(Callback.on_eval_start, self.context)
-            metrics = self._evaluate_sets(feeds)
-            left = dict(metrics)
-            self.hooks.fire(Callback.on_eval_end, self.context, left)
-            any_left = self.hooks.has(Callback.on_eval_end)
-            return with_added(metrics, left, self.context.comm) if any_left else metrics
-        finally:
-            self._evaluates = False
-
-    def evaluate_apart(self, feeds: dict[str, Feed]) -> dict[str, float]:
-        """The same as no part of a training: what hooks log or ask for meanwhile is forgotten."""
-        context, outbox, request = self.context, self.outbox, self.context.request
-        logged, pending, in_fit = outbox.logged, request.pending, context.in_fit
-        outbox.logged, request.pending, context.in_fit = {}, {kind: [] for kind in pending}, False
-        try:
-            return self.evaluate(feeds)
-        except BaseException as error:
-            self.hooks.tell(context, error)
-            raise
-        finally:
-            if in_fit:  # a signal's, which comes at any moment
-                pending["preempt"] += request.pending["preempt"]
-            outbox.logged, request.pending, context.in_fit = logged, pending, in_fit
-
-    def _evaluate_sets(self, feeds: dict[str, Feed]) -> dict[str, float]:
-        context = self.context
-        share_buffers(context.model, context.comm)
-        metrics: dict[str, float] = {}
-        for label, feed in feeds.items():
-            means = self._eval_means.setdefault(label, Means(label, context.device))
-            means.drop()  # of an evaluation that failed
-            with torch.no_grad(), _eval_mode(context.model):
-                self._evaluate_set(feed, label, means)
-            if mixed := means.shares_with(self._means):  # in the middle of a training's report
-                raise LossError(
-                    f"the torchmetrics object {mixed[0]!r} holds batches of the training, too: "
-                    "evaluate at an epoch's end, or with other objects (an eval_fn)"
-                )
-            if not (found := means.agree(context.comm)):
-                raise DataError(
-                    f"the evaluation ({label}) weighs nothing: no rank's data gave a batch (a "
-                    "generator gives its batches once: pass an object whose __iter__ begins anew), "
-                    "or every loss had weight 0"
-                )
-            if twice := ", ".join(sorted(metrics.keys() & found.keys())):
-                raise ConfigError(f"two figures of the evaluation are named {twice}")
-            metrics |= found
-        return metrics
-
-    def _evaluate_set(self, feed: Feed, label: str, means: Means) -> None:
-        context, comm, activity = self.context, self.context.comm, self.context.comm.activity
-        activity.restart_batches()
-        for number, micro_batches in enumerate(feed.epoch(0, 0)):
-            step = Step(number=number, micros=micro_batches.micros)
-            ended = False
-            for micro in range(step.micros):
-                step.micro, step.loss = micro, None
-                activity.begin_batch()
-                try:
-                    fetched = None if ended else micro_batches.next()
-                except EndOfStream:
-                    fetched, ended = None, True
-                if fetched is not None and fetched[0] is not None:
-                    step.batch, step.samples = fetched
-                    activity.enter(EVAL_LOSS_FN)
-                    comm.serve_gathers(self._eval_gathers)
-                    try:
-                        with self.precision.autocast():
-                            returned = self.eval_fn(context.model, step.batch, context)
-                    except Exception as error:
-                        explain(error)
-                        raise
-                    finally:
-                        comm.serve_gathers(None)
-                    step.loss = loss = as_loss(returned, step.samples)
-                    assert loss.weight is not None
-                    means.add(f"{label}/loss", loss.mean, loss.weight)
-                    for name, value in loss.metrics.items():
-                        means.add(f"{label}/{name}", value, loss.weight)
-                    self.hooks.fire(Callback.on_eval_batch, context, step)
-                    del returned, loss
-                del fetched
-                done = self._eval_gathers.finish(completed=step.loss is not None, ended=ended)
-                # Let go of, before the next batch is made: it may be as large as memory allows.
-                step.batch = step.loss = None
-                activity.end_lap(EVALUATION)
-            # Where loss functions gather, a rank whose stream has ended waits for the others.
-            if ended and all(one.ended for one in done):
-                break
 
     # -- what computes for hooks; see :class:`dtrain.Context` -----------------------------------
 
@@ -401,109 +215,3 @@ class Engine:
 
     def gradient_norm(self) -> Tensor:
         return self.strategy.gradient_norm(self.context.optimizer)
-
-
-def _of_epoch(name: str) -> str:
-    return name.replace("train/", "epoch/", 1)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every submodule in eval mode, and each back into its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        # Not `model.train()`: that would wake parts that the user keeps in eval mode.
-        for module in training:
-            module.training = True
-
-
-def take_model(
-    model: nn.Module,
-    optimizer: Optimizer | Callable[[nn.Module], Optimizer],
-    strategy: Strategy,
-    world: World,
-) -> tuple[nn.Module, Optimizer, list[str]]:
-    """Returns the model as it is trained, its optimizer, and what to tell the user of them.
-
-    Ranks: all, communicates.
-    """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("no parameter of the model requires a gradient: nothing to train")
-    own_memory(model)
-    model = strategy.prepare_model(model.to(world.device), world)
-    made = _made(optimizer, model)
-    if _frames_are_held and _frames_are_held.pop() in sys.modules:
-        gc.collect()
-    notes = [note] if (note := note_of(lacking(made, model))) else []
-    check_same_model(model, world.comm)
-    if world.comm.vote("models differ", strategy.make_equal(model, world)):
-        notes.append(
-            "the ranks' models were not equal; all have rank 0's now. Call "
-            "dtrain.init(seed=...) before the model is made, and they are equal from the start."
-        )
-    return model, made, notes + check_seeded(world)
-
-
-def _made(given: Any, model: nn.Module) -> Any:
-    """Returns the optimizer, made by the function if one is given; raises ConfigError if it cannot.
-
-    It need not be one; see `_check_optimizer`.
-    """
-    kind = getattr(given, "func", given)  # a class, or a partial one
-    if isinstance(kind, type) and issubclass(kind, Optimizer):
-        raise ConfigError(
-            f"the optimizer is {given!r}, which takes parameters, not a model: pass "
-            f"`lambda m: {kind.__name__}(m.parameters(), ...)`"
-        )
-    made = given
-    if callable(given) and not isinstance(given, Optimizer):
-        try:
-            made = given(model)
-        except Exception as error:
-            error.add_note(f"(while the optimizer was made: {given!r} was called with the model)")
-            raise
-    if isinstance(made, list | tuple | dict):
-        parts = made.values() if isinstance(made, dict) else made
-        raise ConfigError(
-            f"the optimizer is several ({', '.join(type(one).__name__ for one in parts)}), and a "
-            "Trainer steps one: give it groups of parameters, such as AdamW([{'params': ..., "
-            "'lr': ...}, ...]). A scheduler is a callback: dtrain.callbacks.LRSchedule"
-        )
-    return made
-
-
-def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """Returns the user's own module, and what to tell; raises ConfigError for what cannot be."""
-    notes = []
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        # What the loss function calls by another way must not reduce gradients a second time.
-        model.require_backward_grad_sync = model.require_forward_param_sync = False
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        kind = type(model).__name__
-        notes = [
-            f"the model came in {kind}: its module is trained without that, for dtrain reduces "
-            "gradients itself. Pass Trainer(model.module), or leave it out"
-        ]
-        model = model.module
-    for name, module in model.named_modules():
-        if type(module).__name__ in _WRAPPERS:
-            raise ConfigError(
-                f"{name or 'the model'!r} is wrapped in {type(module).__name__}, which reduces "
-                "gradients by itself, as dtrain does: pass the module without it (compiled or not)"
-            )
-    named = [*named_parameters(model, remove_duplicate=False), *model.named_buffers()]
-    if lazy := [name for name, tensor in named if is_lazy(tensor)]:
-        raise ConfigError(
-            f"lazy layers do not know their shapes yet ({', '.join(lazy[:5])}), so ranks could not "
-            "agree on them: run one batch through the model before the optimizer and the Trainer "
-            "are made, on every rank: `with torch.no_grad(): model(x)`"
-        )
-    return model, notes
-
-
-def takes_a_veto(optimizer: Optimizer) -> bool:
-    """Says whether the optimizer can be told on the device to change nothing, as fused ones can."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dtrain.trainer
 from dtrain.callbacks import clip_gradients
 from dtrain.metrics.means import Means
-from dtrain.step import takes_a_veto
+from dtrain.step.take_model import takes_a_veto
 from dtrain.step.lane import Lane
 
 #: What copies a number from the device to the host, or a size that hangs on numbers.

@@ -34,7 +34,6 @@ from dtrain.data import (
     Sequential,
     Shuffled,
     Weighted,
-    eval_sets,
     feed,
     fetch,
     split_share,
@@ -42,6 +41,7 @@ from dtrain.data import (
 from dtrain.data.feed import pinned, ship
 from dtrain.data.map_feed import MapFeed, fetch_whole
 from dtrain.data.shares import Split
+from dtrain.data.source import eval_sets
 from dtrain.data.streams import StreamFeed
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.world import World
