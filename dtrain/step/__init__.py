@@ -5,7 +5,7 @@ from dtrain.step.lane import Heard, LaneSilent
 from dtrain.step.micro_step import MicroStep, UserLoss, adapt, as_loss, of_backward
 from dtrain.step.precision import Autocast, Factor, Precision, PrecisionSlot, ScaledAutocast
 from dtrain.step.strategy import StepResult, Strategy, joint_norm
-from dtrain.step.take_model import may_delay, take_model, unwrapped
+from dtrain.step.taking import may_delay, take_model, unwrapped
 from dtrain.step.votes import Agreed
 
 __all__ = [

@@ -5,8 +5,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dtrain.trainer
 from dtrain.callbacks import clip_gradients
 from dtrain.metrics.means import Means
-from dtrain.step.take_model import takes_a_veto
 from dtrain.step.lane import Lane
+from dtrain.step.taking import takes_a_veto
 
 #: What copies a number from the device to the host, or a size that hangs on numbers.
 _READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
