@@ -279,7 +279,7 @@ class Loop:
             return
         with self.engine.together(METRICS):
             self.history.check()
-            values = self.engine.figures.agree()
+            values = self.engine.figures.agree(self.engine.strategy.check_alike)
         if values:
             self.context._take(values)
             self.history.report("train", values)

@@ -240,6 +240,7 @@ class LRSchedule(Callback):
             group.pop("initial_lr", None)
             _put(group, "lr", rate)
         self._scheduler, self._stepped = self._given(optimizer, length), 0
+        self._groups = len(optimizer.param_groups)
         _has_stepped(optimizer)
         return length
 

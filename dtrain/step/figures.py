@@ -1,6 +1,7 @@
 """Training figures, from one report to the next, and from one epoch's beginning to its end."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +56,11 @@ class Figures:
         if verdict.skipped:
             self.outbox.add("skipped", verdict.skipped / self.world.size, "sum")
 
-    def agree(self) -> dict[str, float]:
-        """Returns figures since the last report; tells of a straggler. Ranks: all, communicates."""
+    def agree(self, check_alike: Callable[[], None]) -> dict[str, float]:
+        """Returns figures since the last report; tells of a straggler. Ranks: all, communicates.
+
+        Where the models differ, ``check_alike`` may know why, and raise that.
+        """
         context = self.context
         for name, logged in self.outbox.logged.items():
             self.means.add_logged(name, logged.values, logged.reduce)
@@ -70,8 +74,10 @@ class Figures:
             if name.startswith("train/"):
                 sums = self.epoch_sums.setdefault(name, [0.0, 0.0])
                 self.epoch_sums[name] = [sums[0] + total, sums[1] + weight]
-        if self.means.parted and (note := self.replicas.tell(f"at step {context.progress.step}")):
-            context.say(note)
+        if self.means.parted:
+            check_alike()
+            if note := self.replicas.tell(f"at step {context.progress.step}"):
+                context.say(note)
         if straggler := self.clock.compare(values.pop(SECONDS_METRIC)):
             context.say(f"warning: {straggler}")
         if values:

@@ -70,6 +70,15 @@ class Strategy(ABC):
         if bool((everyones != everyones[0]).any() or everyones[0, 1]):
             self.adopt(begins=begins)
 
+    def check_alike(self) -> None:
+        """Raises RankMismatch where ranks are to train other things. Ranks: all, communicates."""
+        check_same_lines(
+            "the ranks do not train the same parameters in the same way: freeze, thaw, add and set "
+            "them alike on all",
+            self._micro_step.trained.lines(),
+            self._world.comm,
+        )
+
     def adopt(self, *, begins: bool = False, in_step: bool = False, waited: bool = False) -> None:
         """Agrees on what is trained from now on, and wraps it, where a rank found it changed.
 
@@ -86,12 +95,7 @@ class Strategy(ABC):
         except ConfigError as found:
             error = found
         comm.raise_failures("what the optimizer has", error, comm.activity.phase.name)
-        check_same_lines(
-            "the ranks do not train the same parameters in the same way: freeze, thaw, add and set "
-            "them alike on all",
-            step.trained.lines(),
-            comm,
-        )
+        self.check_alike()
         mine = torch.tensor([step.trained.changed(), step.trained.added()]).int()
         changed, added = comm.all_reduce("what changed", mine, "max").tolist()
         if not changed:

@@ -366,9 +366,12 @@ def test_profile(watched):
     for path in folder.glob("*/profile/*"):
         events = json.loads(path.read_text())["traceEvents"]
         names = sorted({e["name"] for e in events if e.get("name", "").startswith("step ")})
-        # The model has two layers, and nothing else is recorded than these steps.
-        assert [e.get("name") for e in events].count("aten::addmm") == 2 * len(names)
-        traces[path.parent.parent.name, path.name] = names
+        run = path.parent.parent.name
+        # The model has two layers, and nothing else is recorded than these steps. In the last one
+        # of a run that failed, all ranks only hear of that.
+        idle = run == "failed" and world_size == 2
+        assert [e.get("name") for e in events].count("aten::addmm") == 2 * (len(names) - idle)
+        traces[run, path.name] = names
     expected = {
         ("chosen", "rank-00000-step-00000002.json"): ["step 2", "step 3"],
         ("all", "rank-00000-step-00000002.json"): ["step 2"],
@@ -379,7 +382,8 @@ def test_profile(watched):
     }
     if world_size == 2:
         expected["all", "rank-00001-step-00000002.json"] = ["step 2"]
-        expected["failed", "rank-00001-step-00000001.json"] = ["step 1", "step 2"]
+        expected["failed", "rank-00000-step-00000001.json"] = ["step 1", "step 2", "step 3"]
+        expected["failed", "rank-00001-step-00000001.json"] = ["step 1", "step 2", "step 3"]
     assert traces == expected
     both = "s 0, 1" if world_size == 2 else " 0"
     assert said == [
