@@ -94,8 +94,12 @@ class LRSchedule(Callback):
                     f"{self._every}s there will be: pass max_steps to fit (for every='epoch', "
                     "epochs), or a scheduler instead of a function"
                 )
+            if self._scheduler is not None:  # of another optimizer, that of an earlier fit
+                self._began, self._stepped = self._done, 0
+                left = f"{total - self._done} {self._every}s of {total}"
+                ctx.say(f"LRSchedule: another optimizer, and a new curve, over the {left} left")
             self._total, self._rates = total, _rates_of(ctx.optimizer)
-            scheduler = scheduler(ctx.optimizer, total)
+            scheduler = scheduler(ctx.optimizer, total - self._began)
         if not isinstance(scheduler, LRScheduler):
             raise ConfigError(f"LRSchedule: the function returned {scheduler!r}, no scheduler")
         if scheduler.optimizer is not ctx.optimizer:

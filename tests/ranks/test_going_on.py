@@ -396,6 +396,29 @@ def test_a_group_that_was_added_between_two_fits_gets_a_new_curve():
     assert told.words[-1].endswith("over the 4 that are left of 8, from lr 0.1, 0.2")
 
 
+@pytest.mark.parametrize("every", ["step", "epoch"])
+def test_another_optimizer_gets_a_new_curve_over_what_is_left(every):
+    net, told, rates = tiny.model(), Words(), []
+
+    class Notes(dtrain.Callback):
+        def on_step_start(self, ctx, step):
+            rates.append(ctx.optimizer.param_groups[0]["lr"])
+
+    dtrain.init(seed=0)
+    first = torch.optim.SGD(net.parameters(), lr=0.1)
+    callbacks = [LRSchedule(lambda o, n: LinearLR(o, 1.0, 0.1, n), every=every), Notes()]
+    trainer = dtrain.Trainer(net, first, tiny.loss_fn, callbacks=callbacks, sinks=[told])
+    trainer.fit(tiny.dataset(32), batch_size=8, epochs=1)
+    trainer.optimizer = torch.optim.SGD(net.parameters(), lr=0.4)
+    trainer.fit(tiny.dataset(32), batch_size=8, epochs=3)
+    left = {"step": "8 steps of 12", "epoch": "2 epochs of 3"}[every]
+    assert f"LRSchedule: another optimizer, and a new curve, over the {left} left" in told.words
+    curve = [0.4 * (1 - 0.9 * step / 8) for step in range(8)]
+    assert rates[4:] == pytest.approx(curve if every == "step" else [0.4] * 4 + [0.22] * 4)
+    ends = pytest.approx(0.04)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [ends]
+
+
 @HOW
 def test_a_curve_by_epochs_is_planned_anew_alike(tmp_path, how):
     curve = CURVES["cosine"]
