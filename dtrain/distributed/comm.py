@@ -228,20 +228,15 @@ class Comm:
             self.fail(error, where if isinstance(where, str) else where())
             raise
 
-    @contextmanager
-    def alone(self, where: Where) -> Iterator[None]:
-        """Leaves an exception in the block in the store, for ranks that wait in a reduction.
+    def leave(self, error: Exception, where: str) -> None:
+        """Leaves an exception in the store, for ranks that wait in a reduction.
 
-        Once this rank has left, that explains their broken collective. Ranks: all, local.
+        Once this rank has left, that explains their broken collective. Ranks: this one, local.
         """
-        try:
-            yield
-        except Exception as error:
-            # What only follows from another rank's end must not pass for the cause. With a
-            # watchdog, fit finds out which of the two it is.
-            if not (self.activity.watched and self.may_be_broken(error)):
-                self.record(error, where if isinstance(where, str) else where())
-            raise
+        # What only follows from another rank's end must not pass for the cause. With a watchdog,
+        # fit finds out which of the two it is.
+        if not (self.activity.watched and self.may_be_broken(error)):
+            self.record(error, where)
 
     def fail(self, error: BaseException, where: str) -> None:
         """Tells the other ranks, in the verb that they are in or enter next, that this one failed.

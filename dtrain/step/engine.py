@@ -123,17 +123,9 @@ class Engine:
 
     # -- phases of a run: where this rank is, and what becomes of an exception ------------------
 
-    @contextmanager
-    def in_step(self, number: int) -> Iterator[None]:
+    def in_step(self, number: int) -> "_InStep":
         """A step: others may be anywhere, so a failure is left where they look for it."""
-        comm = self.context.comm
-        comm.mark_step(number)
-        self.clock.begin_step()
-        comm.activity.begin_step(number)
-        with comm.alone(lambda: self.hooks.failed_in or "a training step"):
-            yield
-        self.clock.end_step()
-        comm.activity.end_lap(BETWEEN)
+        return _InStep(self, number)
 
     @contextmanager
     def together(self, phase: Phase) -> Iterator[None]:
@@ -215,3 +207,24 @@ class Engine:
 
     def gradient_norm(self) -> Tensor:
         return self.strategy.gradient_norm(self.context.optimizer)
+
+
+class _InStep:
+    """What :meth:`Engine.in_step` returns; a generator would take a microsecond more a step."""
+
+    def __init__(self, engine: Engine, number: int) -> None:
+        self._engine, self._number = engine, number
+
+    def __enter__(self) -> None:
+        comm = self._engine.context.comm
+        comm.mark_step(self._number)
+        self._engine.clock.begin_step()
+        comm.activity.begin_step(self._number)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        engine, comm = self._engine, self._engine.context.comm
+        if isinstance(error, Exception):
+            comm.leave(error, engine.hooks.failed_in or "a training step")
+        elif error is None:
+            engine.clock.end_step()
+            comm.activity.end_lap(BETWEEN)

@@ -58,11 +58,15 @@ class MicroStep(nn.Module):
     has_loss: bool = False  # this rank had a loss in this micro-batch
     meets_in_backward: bool = False  # backward of this micro-batch takes part in a gather
 
+    # A module's own looks for parameters in whatever is set: a microsecond for each, in each step.
+    __setattr__ = object.__setattr__  # type: ignore[assignment]
+
     def __post_init__(self) -> None:
-        super().__init__()  # only now: no field above is a module or a tensor, which need it first
+        super().__init__()
+        self.add_module("model", self.context.model)
         self.model = self.context.model
         # Registered here, so that DDP reduces it; the user's model never sees it.
-        self.lane_param = self.lane.param
+        self.register_parameter("lane_param", self.lane.param)
         self.trained = Parameters(self.context)
         self.trainable: list[nn.Parameter] = []  # the model's parameters that are reduced
         self.changed = False  # this rank has found others to train, in this step

@@ -110,7 +110,7 @@ class Strategy(ABC):
         if in_step and waited:
             self._reduce_new([p for p in now if p not in before])
         kept = [p.grad if in_step and (waited or p in before) else None for p in now]
-        for p in (*before, *now, step.lane_param):
+        for p in (*before, *now, step.lane.param):
             p.grad = None  # views into the old buckets
         self.wrap(step, world)
         for p, grad in zip(now, kept, strict=True):

@@ -5,7 +5,7 @@ Nothing overlaps with backward, so it is for models of about one bucket of Distr
 """
 
 from itertools import accumulate, chain
-from operator import attrgetter
+from operator import attrgetter, is_, itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from dtrain.strategies.ddp import DDP
 #: are larger, it may; on one rank, flat is quicker (docs/numbers.md).
 FLAT_UP_TO_BYTES = 25 * 2**20
 
-_GRAD = attrgetter("grad")
+_GRAD, _PARAMS = attrgetter("grad"), itemgetter("params")
 
 
 class Flat(Strategy):
@@ -74,7 +74,7 @@ class Flat(Strategy):
         micro_step = self._micro_step
         if step.micro == 0:
             self._spoke = False
-        terms = micro_step(step, feed, last)
+        terms = micro_step.forward(step, feed, last)  # not called as a module: nobody hooks into it
         self._activity.enter(OWN_BACKWARD)
         losses = terms[1:] if last else terms  # the lane does not come by way of backward
         # A rank without a loss may have its share in others', who gather from it.
@@ -148,7 +148,7 @@ class Flat(Strategy):
 
     def _holds_all(self, optimizer: Optimizer) -> bool:
         """Says whether the optimizer has all parameters that are trained; others' do not count."""
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        count = sum(map(len, map(_PARAMS, optimizer.param_groups)))
         if self._held != (optimizer, count):
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if not all(id(p) in held for flat in self._flats for p in flat.params):
@@ -184,10 +184,14 @@ class _Flat:
     def _make_views(self) -> None:
         self.views = [self.whole.as_strided(*form) for form in self._forms]
 
+    def _are_home(self) -> bool:
+        """Says whether views are what they were: a hook may do ``p.grad.data = ...``."""
+        return [*map(Tensor.data_ptr, self.views)] == self._homes
+
     def fill(self, grads: list[Tensor | None], *, silent: bool) -> None:
         """Takes in this rank's gradients; zeros where it has none, or is to say nothing."""
-        if [*map(Tensor.data_ptr, self.views)] != self._homes:
-            self._make_views()  # others are in them: `p.grad.data = ...`, or a model that was moved
+        if not self._are_home():
+            self._make_views()
         given = [] if silent else [grad for grad in grads if grad is not None]
         if len(given) == len(self.views):
             if given:
@@ -205,16 +209,21 @@ class _Flat:
 
     def hand_out(self) -> None:
         """Gives each parameter its view; none where no rank had a gradient, and that may be."""
-        used = self.used.tolist() if self.has_flags else [1] * len(self.params)
-        for p, view, is_used in zip(self.params, self.views, used, strict=True):
-            p.grad = view if is_used else None
+        for p, view in zip(self.params, self.views, strict=True):
+            p.grad = view
+        if self.has_flags:
+            for p, is_used in zip(self.params, self.used.tolist(), strict=True):
+                if not is_used:
+                    p.grad = None
 
     def is_handed_out(self) -> bool:
         """Says whether all gradients are views, or nothing: a callback may have replaced one."""
-        for p, view in zip(self.params, self.views, strict=True):
-            if (grad := p.grad) is not view and grad is not None:
+        grads = [*map(_GRAD, self.params)]
+        if not all(map(is_, grads, self.views)):
+            pairs = zip(grads, self.views, strict=True)
+            if not all(grad is view or grad is None for grad, view in pairs):
                 return False
-        return [*map(Tensor.data_ptr, self.views)] == self._homes
+        return self._are_home()
 
 
 def unsuited(model: nn.Module) -> str:

@@ -197,7 +197,7 @@ class Averaged:
             if (wrapped := itself()) is not None:
                 wrapped._reduce()
 
-        hook = micro_step.lane_param.register_post_accumulate_grad_hook(arrived)
+        hook = micro_step.lane.param.register_post_accumulate_grad_hook(arrived)
         weakref.finalize(self, hook.remove).atexit = False
 
     def __call__(self, *args: Any) -> Any:

@@ -103,9 +103,9 @@ def leaves_early():
 
 def raises_alone():
     world = dtrain.init()
-    with world.comm.alone("backward"):
-        if world.rank == 1:
-            raise ValueError("planted")
+    if world.rank == 1:
+        world.comm.leave(error := ValueError("planted"), "backward")
+        raise error
     world.comm.vote("all there", True)
 
 

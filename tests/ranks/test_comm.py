@@ -595,8 +595,8 @@ def leaves(how):
         comm.mark_step(4)
         if world.rank == 1:
             if how == "raises":
-                with comm.alone("backward"):
-                    raise ValueError("planted")
+                comm.leave(error := ValueError("planted"), "backward")
+                raise error
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             os._exit(3)
@@ -638,8 +638,7 @@ def test_in_a_world_of_one_errors_are_left_as_they_are():
     comm = Comm()
     with pytest.raises(ValueError, match="planted"), comm.lockstep("the phase"):
         raise ValueError("planted")
-    with pytest.raises(ValueError, match="planted"), comm.alone("the phase"):
-        raise ValueError("planted")
+    comm.leave(ValueError("planted"), "the phase")
     with pytest.raises(ZeroDivisionError):
         comm.on_main("m", lambda: 1 / 0)
     with pytest.raises(KeyError):

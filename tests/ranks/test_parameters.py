@@ -1,5 +1,7 @@
 """What is trained may change at any moment: alike on all ranks, as in one process, or refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -11,6 +13,7 @@ import dtrain
 import dtrain.trainer
 from dtrain.callbacks import Checkpoint, ClipGradients, GradientAccumulation, LRSchedule
 from dtrain.errors import ConfigError, LossError, RankMismatch, RemoteError, UnusedParameters
+from dtrain.step.parameters import Parameters
 from dtrain.testing import run_processes, run_ranks, try_ranks
 
 LR, STEPS, AT = 0.5, 8, 3
@@ -151,6 +154,66 @@ def set_modules():
 def test_modules_without_parameters_are_nobodys_business(monkeypatch):
     monkeypatch.setattr(dtrain.strategies.Strategy, "adopt", None)
     assert run_ranks(set_modules, 2) == [16, 16]
+
+
+def remove(net, optimizer):
+    net.head = None
+    del optimizer.param_groups[0]["params"][2:]
+
+
+def add_to_an_empty_part(net, optimizer):
+    net.act.register_parameter("scale", nn.Parameter(torch.ones(1)))
+
+
+def append_to_the_last_group(net, optimizer):
+    optimizer.param_groups[-1]["params"].append(nn.Parameter(torch.ones(1)))
+
+
+def drop_the_last_of_a_group(net, optimizer):
+    del optimizer.param_groups[-1]["params"][-1]
+
+
+def assign_equal_ones(net, optimizer):
+    net.head.bias = nn.Parameter(net.head.bias.detach().clone())
+
+
+def set_data(net, optimizer):
+    net.head.weight.data = net.head.weight.data.clone()
+
+
+def set_a_module(net, optimizer):
+    net.cache = nn.Identity()
+    net.act.inner = nn.Tanh()
+
+
+def finds(net, edit):
+    context = SimpleNamespace(model=net, optimizer=sgd(net), progress=dtrain.Progress())
+    trained = Parameters(context)
+    trained.take()
+    assert not trained.changed()
+    edit(net, context.optimizer)
+    found = trained.changed()
+    assert trained.changed() == found  # also when it is asked again
+    trained.take()
+    assert not trained.changed()
+    return found
+
+
+def test_a_look_finds_what_was_changed():
+    edits = [thaw, freeze, grow, replace, remove, add_to_an_empty_part, assign_equal_ones]
+    edits += [append_to_the_last_group, drop_the_last_of_a_group, set_data, set_a_module]
+    for edit in edits:
+        net = model_for(edit.__name__)
+        net.act = nn.Tanh()
+        assert finds(net, edit) == (edit not in (set_data, set_a_module)), edit
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_look_finds_what_was_changed_in_a_scripted_module():
+    net = torch.jit.script(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2)))
+    assert finds(net, lambda net, optimizer: net[2].bias.requires_grad_(False))
+    assert finds(net, drop_the_last_of_a_group)
+    assert not finds(net, lambda net, optimizer: None)
 
 
 # ------------------------------------------------------------------------------ on one rank only

@@ -658,6 +658,13 @@ def test_what_goes_to_a_gpu_is_pinned_first(monkeypatch: pytest.MonkeyPatch) -> 
     assert pinned((sparse, elsewhere)) == (sparse, elsewhere)
     assert asked == [1, 2]
     assert ship(batch, torch.device("cpu"))["x"].item() == 1
+    for kind in (list, tuple):  # what is left where it is, in a list of its own
+        rows = kind([torch.ones(1), torch.zeros(1)])
+        shipped = ship(rows, torch.device("cpu"))
+        assert type(shipped) is kind
+        assert shipped is not rows or kind is tuple
+        assert [*map(id, shipped)] == [*map(id, rows)]
+    assert ship((elsewhere,), torch.device("meta"))[0].device.type == "meta"
     assert asked == [1, 2]
 
 
