@@ -185,9 +185,9 @@ class Loop:
             self.owes_evaluation = self.preempted
             if not self.preempted:
                 self._evaluate()
-        if progress.step_in_epoch == self.feed.steps_per_epoch or self._finished():
-            return  # saved after the evaluation
-        if (self.checkpoint and self.checkpoint.due_after_step(progress)) or self._save_asked:
+        due = self._save_asked or (self.checkpoint and self.checkpoint.due_after_step(progress))
+        is_last = progress.step_in_epoch == self.feed.steps_per_epoch  # saved after the evaluation
+        if due and not (is_last or self._finished()):
             self._settle()
             self._save_once()
 
@@ -256,11 +256,11 @@ class Loop:
             if verdict.undone:
                 return False
             if waited:
-                self.engine.count(step, verdict)
+                self.engine.figures.count(step, verdict)
                 self.hooks.fire(Callback.on_step_end, self.context, step)
             else:
                 result.arrive()
-                self.engine.count(step, verdict)
+                self.engine.figures.count(step, verdict)
                 self.hooks.fire_step_end(self.context, step, late=True)
                 self.context.comm.mark_step(progress.step)
         return True

@@ -26,7 +26,7 @@ from dtrain.errors import ConfigError, RankMismatch, RemoteError
 from dtrain.step.evaluation import Evaluation
 from dtrain.step.figures import Figures
 from dtrain.step.gather_with_grad import Gathers
-from dtrain.step.lane import Lane, Verdict
+from dtrain.step.lane import Lane
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
 from dtrain.step.modes import Modes
 from dtrain.step.precision import Factor, Precision, fresh_casts
@@ -68,7 +68,7 @@ class Engine:
         self.stand_in = StandIn(context, hooks.callbacks)
         self.clock = StragglerClock(comm, host=self.world.host, size=size)
         self.figures = Figures(
-            context, self.outbox, self.world, precision, self.replicas, self.clock
+            context, self.outbox, self.world, self.lane, precision, self.replicas, self.clock
         )
         self.micro_step = MicroStep(
             context=context,
@@ -182,11 +182,6 @@ class Engine:
         except Exception as error:  # noqa: BLE001 -- every rank learns of it
             self.carry(error)
             return True
-
-    def count(self, step: Step, verdict: Verdict) -> None:
-        """Counts a step, of which all ranks know now what became."""
-        self.lane.observe(verdict)
-        self.figures.count(step, verdict)
 
     # -- what a fit leaves as it found it ------------------------------------
 

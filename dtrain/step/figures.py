@@ -8,7 +8,7 @@ from typing import Any
 from dtrain.context import Context, Outbox, Step
 from dtrain.distributed import Replicas, World
 from dtrain.metrics import Means
-from dtrain.step.lane import Verdict
+from dtrain.step.lane import Lane, Verdict
 from dtrain.step.precision import Precision
 from dtrain.watchdog import SECONDS_METRIC, StragglerClock
 
@@ -20,6 +20,7 @@ class Figures:
     context: Context
     outbox: Outbox  # what hooks have logged
     world: World
+    lane: Lane
     precision: Precision
     replicas: Replicas
     clock: StragglerClock
@@ -40,6 +41,7 @@ class Figures:
         """Counts a step, of which all ranks know now what became."""
         context = self.context
         context.progress.samples += verdict.samples
+        self.lane.observe(verdict)
         # A step that was left out for its loss must not make the whole report's loss NaN.
         if verdict.weight > 0 and not (step.vetoed and verdict.nonfinite):
             self._loss_sum += (loss_sum := verdict.loss_mean * verdict.weight)
