@@ -119,7 +119,6 @@ class LRSchedule(Callback):
         if self._every == "epoch" and not self._skips:
             self._advance()
         self._judge("train/", ctx.metrics)
-
         self._skips = False
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
