@@ -26,29 +26,72 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: The tests of each part of the core, quick ones first. All of `COMMON` come after them.
+#: The tests of each part of the core, of the first that a path begins with; quick ones first. All
+#: of `COMMON` come after them.
 COMMON = ["tests/ranks/test_one_line_changed.py", "tests/ranks/test_alike.py"]
+_AVERAGES = ["test_averages", "test_weights_that_count"]
+_GUARDS = ["test_callback", "test_guards", "test_nothing_in_silence"]
+_REGULAR = ["test_regularisation", "test_words"]
 TESTS = {
     "dtrain/loop.py": [
-        "test_votes",
-        "test_resume",
-        "test_ending",
-        "test_streams",
-        "test_emergency",
+        *("test_votes", "test_going_on", "test_figures", "test_resume", "test_ending"),
+        *("test_streams", "test_emergency", "test_caught", "test_delay", "test_what_is_saved"),
     ],
-    "dtrain/step/": ["test_lane", "test_precision", "test_votes", "test_flat", "test_delay"],
-    "dtrain/strategies/": ["test_flat", "test_ddp_gradients", "test_bad_input"],
-    "dtrain/distributed/comm": ["test_comm", "test_bad_input"],
-    "dtrain/distributed/exchange": ["test_comm", "test_bad_input"],
+    "dtrain/step/parameters": ["test_parameters", "test_delay"],
+    "dtrain/step/stand_in": ["test_weights_that_count", "test_averages"],
+    "dtrain/step/modes": ["test_global_state", "test_regularisation"],
+    "dtrain/step/figures": ["test_figures", "test_metrics", "test_nothing_in_silence"],
+    "dtrain/step/evaluation": [
+        *("test_figures", "test_global_state", "test_metric_objects", "test_gathers"),
+        *("test_data_in_fit", "test_words"),
+    ],
+    "dtrain/step/gather": ["test_gathers"],
+    "dtrain/step/loss_words": ["test_words"],
+    "dtrain/step/taking": ["test_words", "test_parameters", "test_weights_that_count"],
+    "dtrain/step/precision": ["test_precision", "test_votes", "test_delay", "test_guards"],
+    "dtrain/step/": [
+        *("test_lane", "test_precision", "test_words", "test_parameters", "test_votes"),
+        *("test_flat", "test_delay", "test_lane_cases", "test_caught", "test_bad_input"),
+    ],
+    "dtrain/strategies/": [
+        *("test_flat", "test_parameters", "test_ddp_gradients", "test_words", "test_bad_input"),
+    ],
+    "dtrain/distributed/comm": ["test_comm", "test_caught", "test_bad_input"],
+    "dtrain/distributed/exchange": ["test_comm", "test_caught", "test_bad_input"],
+    "dtrain/distributed/replicas": ["test_replicas", "test_nothing_in_silence", "test_parameters"],
+    "dtrain/checkpoint/optimizer_state": ["test_going_on"],
+    "dtrain/checkpoint/weights": ["test_load_model", "test_weights_that_count"],
     "dtrain/checkpoint/": [
         *("test_format", "test_status", "test_run_lock", "test_resume_decision", "test_load_model"),
-        *("test_saver", "test_resume", "test_what_is_saved", "test_crash_loop"),
+        *("test_going_on", "test_saver", "test_weights_that_count", "test_nothing_in_silence"),
+        *("test_resume", "test_what_is_saved", "test_crash_loop", "test_emergency"),
     ],
-    "dtrain/data/": ["test_order", "test_shares", "test_data", "test_streams", "test_live_data"],
-    "dtrain/callbacks/": [
-        *("test_schedules", "test_callback", "test_guards", "test_regularisation"),
-        *("test_averages", "test_param_schedule", "test_votes", "test_saver"),
+    "dtrain/data/counting": ["test_counting", "test_data_in_fit", "test_streams"],
+    "dtrain/data/": [
+        *("test_order", "test_order_checks", "test_shares", "test_data", "test_batch"),
+        *("test_streams", "test_live_data", "test_data_in_fit"),
     ],
+    "dtrain/callbacks/lr_schedule": ["test_schedules", "test_going_on", "test_figures"],
+    "dtrain/callbacks/param_schedule": ["test_param_schedule"],
+    "dtrain/callbacks/averaged_weights": _AVERAGES,
+    "dtrain/callbacks/ema": _AVERAGES,
+    "dtrain/callbacks/stochastic_weight": _AVERAGES,
+    "dtrain/callbacks/early_stopping": [*_AVERAGES, "test_votes", "test_figures", "test_going_on"],
+    "dtrain/callbacks/checkpoint": ["test_figures", "test_what_is_saved", "test_saver"],
+    "dtrain/callbacks/clip": ["test_votes", "test_flat", "test_words", "test_ddp_gradients"],
+    "dtrain/callbacks/gradient_acc": ["test_callback", "test_live_data", "test_flat"],
+    "dtrain/callbacks/gradient_stats": ["test_callback", "test_watching", "test_words"],
+    "dtrain/callbacks/gradient_noise": _REGULAR,
+    "dtrain/callbacks/freeze": ["test_regularisation", "test_flat"],
+    "dtrain/callbacks/l1": _REGULAR,
+    "dtrain/callbacks/label": _REGULAR,
+    "dtrain/callbacks/mixup": _REGULAR,
+    "dtrain/callbacks/targets": _REGULAR,
+    "dtrain/callbacks/mixed": ["test_precision", "test_callback", "test_guards"],
+    "dtrain/callbacks/log_samples": ["test_watching"],
+    "dtrain/callbacks/profile": ["test_watching"],
+    "dtrain/callbacks/throughput": ["test_watching"],
+    "dtrain/callbacks/": [*_GUARDS, "test_figures", "test_words", "test_watching"],
 }
 COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Lt: "<=",
