@@ -223,7 +223,8 @@ def test_a_host_that_was_given_up_harms_nothing(hosts, tmp_path, unbroken):
     old.go()
     assert old.wait() == [1]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == left
-    taken = r"RunTaken: another start of this run \(pid \d+ on right, since .*\) writes to run now"
+    taken = r"RunTaken: another start of this run \(pid \d+ on right, since .*\) writes to "
+    taken += f"{re.escape(str(run))} now"
     assert re.search(taken, old.said(LEFT))
 
 
