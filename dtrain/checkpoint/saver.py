@@ -120,6 +120,8 @@ class Saver:
                 if not self._left:
                     then()
 
+        if comm is self._apart:
+            comm.mark_step(staged.step)  # which an error names
         try:
             main, lock = self._world.is_main, self.run_lock
             writing.write(

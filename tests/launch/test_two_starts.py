@@ -154,7 +154,7 @@ def test_a_second_start_by_mistake_is_refused_and_harms_nothing(tmp_path, start,
     second = start("second")
     assert second.ends() == 1
     assert "RunTaken: another start of this run (pid " in second.said()
-    assert f"is alive and writes to {'run'}" in second.said()
+    assert f"is alive and writes to {tmp_path / 'run'}" in second.said()
     (tmp_path / "go").touch()
     assert first.ends() == 0
     assert first.models() == unbroken
@@ -177,4 +177,5 @@ def test_an_old_start_that_was_cut_off_harms_nothing(
     assert old.ends() == 1
     assert digests(tmp_path / "run") == left
     assert "RunTaken: another start of this run (pid " in old.said()
-    assert "writes to run now, so this one ends, and leaves it as it is" in old.said()
+    folder = tmp_path / "run"
+    assert f"writes to {folder} now, so this one ends, and leaves it as it is" in old.said()
