@@ -1,5 +1,6 @@
 """What a figure belongs to: its weights, its epoch, its step; and whose name it bears."""
 
+import io
 import json
 import math
 
@@ -12,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 import dtrain
 from dtrain.callbacks import EMA, Checkpoint, EarlyStopping, LRSchedule, ParamSchedule, TimeLimit
-from dtrain.sinks import CSV, JSONLines
+from dtrain.sinks import CSV, Console, JSONLines
 from dtrain.testing import run_processes, run_ranks, try_ranks
 
 NAN = math.nan
@@ -673,6 +674,56 @@ def test_a_hook_may_evaluate_another_set():
         assert metrics["eval/test/loss"] == metrics["eval/loss"] == found["eval/loss"]
         assert "eval/test/seen" not in metrics
         assert calls == [("start", True), ("end", True), ("start", False), ("end", False)]
+
+
+def fit_within():
+    class Fits(dtrain.Callback):
+        def on_epoch_end(self, ctx):
+            run.fit(DATA, batch_size=8, epochs=1)
+
+    run = tiny.trainer([Fits()], optimizer=sgd)
+    run.fit(DATA, batch_size=8, epochs=1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_fit_within_a_fit_is_refused(ranks):
+    for words in told(try_ranks(fit_within, ranks)):
+        assert "ConfigError: fit was called in a hook or a loss function" in words
+
+
+def evaluate_alone(stream):
+    dtrain.init(seed=0)
+    sinks = [Console(stream)]
+    run = dtrain.Trainer(tiny.model(), sgd, tiny.loss_fn, sinks=sinks)
+    if dtrain.init().rank:
+        run.model[0].bias.data += 1
+    run.evaluate(DATA, batch_size=8)
+
+
+def test_what_is_said_where_nothing_is_trained_is_printed():
+    stream = io.StringIO()
+    run_ranks(evaluate_alone, 2, stream)
+    assert stream.getvalue().count("the ranks' models were no longer equal") == 1
+
+
+class SaysAndFails(dtrain.Callback):
+    def on_step_end(self, ctx, step):
+        ctx.say("about to fail")
+        raise ValueError("planted")
+
+    def on_error(self, ctx, error):
+        ctx.say("failed")
+
+
+def test_what_was_said_before_a_failure_is_told():
+    stream = io.StringIO()
+    sinks = [Console(stream)]
+    dtrain.init(seed=0)
+    says = [SaysAndFails()]
+    run = dtrain.Trainer(tiny.model(), sgd, tiny.loss_fn, callbacks=says, sinks=sinks)
+    with pytest.raises(ValueError, match="planted"):
+        run.fit(DATA, batch_size=8, epochs=1)
+    assert stream.getvalue().endswith("about to fail\nfailed\n")
 
 
 class FailsOutside(dtrain.Callback):
