@@ -257,21 +257,27 @@ def test_figures_of_an_epoch_reach_sinks_as_such(tmp_path):
 
 
 class SkipAll(dtrain.Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
     def on_batch(self, ctx, step):
-        if ctx.progress.epoch == 1:
+        if ctx.progress.epoch == self.epoch:
             ctx.request.skip("all of it")
 
 
-def stop_by_nothing():
-    stops = EarlyStopping("train/accuracy", mode="max", patience=1)
-    run = tiny.trainer([SkipAll(), stops], optimizer=sgd)
+def stop_by_nothing(metric, mode, epoch):
+    stops = EarlyStopping(metric, mode=mode, patience=1)
+    run = tiny.trainer([SkipAll(epoch), stops], optimizer=sgd)
     return run.fit(DATA, batch_size=16, epochs=5), stops.bad_checks
 
 
-def test_an_epoch_without_a_figure_is_no_improvement():
-    for result, bad in run_ranks(stop_by_nothing, 2):
-        assert (result.epochs, bad) == (2, 1)
-        assert "train/accuracy has not improved 1 times" in result.stop_reason
+@pytest.mark.parametrize(
+    ("metric", "mode", "epoch"), [("train/accuracy", "max", 1), ("train/loss", "min", 0)]
+)
+def test_an_epoch_without_a_figure_is_no_improvement(metric, mode, epoch):
+    for result, bad in run_ranks(stop_by_nothing, 2, metric, mode, epoch):
+        assert (result.epochs, bad) == (epoch + 1, 1)
+        assert f"{metric} has not improved 1 times" in result.stop_reason
 
 
 def plateau_of_training():
