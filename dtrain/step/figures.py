@@ -72,6 +72,8 @@ class Figures:
         self.means.add(SECONDS_METRIC, self.clock.seconds, 1)
         mark = self.replicas.mark(context.progress.step)
         values |= self.means.agree(context.comm, mark)
+        if missed := self.means.missed():
+            context.say(missed)
         for name, (total, weight) in self.means.pairs.items():
             if name.startswith("train/"):
                 sums = self.epoch_sums.setdefault(name, [0.0, 0.0])

@@ -557,6 +557,42 @@ def epoch_of_an_object():
     run.fit(DATA, batch_size=8, epochs=2)
 
 
+class Hears(dtrain.Sink):
+    def __init__(self):
+        self.words = []
+
+    def open(self, run_dir): ...
+    def close(self): ...
+    def write(self, report):
+        self.words.append(report.text)
+
+
+def hand_over_an_idle_object(kind):
+    hears = Hears()
+    metric = {
+        "forgotten": torchmetrics.MeanMetric,
+        "running": lambda: torchmetrics.RunningMean(window=3),
+    }[kind]()
+
+    def loss(net, batch):
+        if kind == "running":
+            metric.update(1.0)
+        return dtrain.Loss(tiny.loss_fn(net, batch).mean, metrics={"m": metric})
+
+    dtrain.init(seed=0)
+    run = dtrain.Trainer(tiny.model(), sgd, loss, sinks=[hears])
+    result = run.fit(DATA, batch_size=16, epochs=2, eval_set=DATA)
+    assert not {"train/m", "eval/m"} & {*result.metrics}
+    return hears.words
+
+
+@pytest.mark.parametrize("kind", ["forgotten", "running"])
+def test_a_metric_object_that_was_not_updated_is_named_once(kind):
+    told = " ".join(run_ranks(hand_over_an_idle_object, 2, kind)[0])
+    for name in ("train/m", "eval/m"):
+        assert told.count(f"no rank had updated the torchmetrics object {name}, so there was") == 1
+
+
 def test_a_metric_object_has_no_figure_of_an_epoch():
     for error in told(try_ranks(epoch_of_an_object, 2)):
         assert "no metric 'train/f1'; there are train/loss (means of an epoch, which a" in error
