@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LinearLR, StepLR
 
 import dtrain
 import dtrain.trainer
@@ -451,6 +451,21 @@ def exchanged_in_fit():
                 ctx.optimizer = sgd(ctx.model)
 
     tiny.trainer([Exchanges()]).fit(tiny.dataset(), batch_size=12, epochs=1)
+
+
+def exchanged_under_a_scheduler():
+    net = Net()
+    optimizer = sgd(net)
+    run = tiny.trainer([LRSchedule(StepLR(optimizer, 1))], net=net, optimizer=lambda _: optimizer)
+    run.fit(tiny.dataset(), batch_size=12, epochs=1)
+    run.optimizer = sgd(net)
+    run.fit(tiny.dataset(), batch_size=12, epochs=2)
+
+
+def test_a_scheduler_of_the_optimizer_before_is_refused_as_such():
+    for outcome in try_ranks(exchanged_under_a_scheduler, 2):
+        assert type(outcome.error) is ConfigError
+        assert "the scheduler must be of the Trainer's own optimizer" in str(outcome.error)
 
 
 def test_an_exchanged_optimizer_is_taken_over_between_two_fits_only():
