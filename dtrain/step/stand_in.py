@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dtrain.callback import Callback, weights_of
 from dtrain.context import Context
-from dtrain.distributed import named_parameters, named_state
+from dtrain.distributed import digests, named_parameters, named_state
 from dtrain.errors import ConfigError
 
 
@@ -29,16 +29,18 @@ class StandIn:
         self._put_in(name, weights)
         own = {n: t for n, t in self._tensors().items() if n in weights}
         # Buffers are shared anew by the evaluation itself.
-        held = {n: (t, t._version) for n, t in own.items() if isinstance(t, nn.Parameter)}
+        held = {n: t for n, t in own.items() if isinstance(t, nn.Parameter)}
+        before = digests(held.values()) if held else []
         try:
             yield
             now = self._tensors()
-            if gone := [n for n, (t, _) in held.items() if not _is_same(now.get(n), t)]:
+            if gone := [n for n, t in held.items() if not _is_same(now.get(n), t)]:
                 raise ConfigError(
                     f"a hook of an evaluation replaced {gone[0]} while the model held the weights "
                     f"of {name}: do that in on_epoch_end, or where a step or an epoch begins"
                 )
-            changed = [n for n, (_, version) in held.items() if now[n]._version != version]
+            after = digests(held.values()) if held else []
+            changed = [n for n, a, b in zip(held, before, after, strict=True) if a != b]
             if changed and not self._told:
                 self._told = True
                 self._context.say(
