@@ -26,20 +26,24 @@ class AveragedWeights(Callback):
     def __init__(self) -> None:
         self.averages: dict[str, Tensor] = {}  # by the parameter's name
         self._params: list[Tensor] = []  # in the order of `averages`
-        self._held: list[Tensor] = []  # the optimizer's, when these were taken
+        self._held: list[Tensor] = []  # the optimizer's, in the newest averaging
+        self._equal: set[Tensor] = set()  # what is equal on all ranks by now, as new ones are not
+
+    def on_fit_start(self, ctx: Context) -> None:
+        self._equal = {*ctx.model.parameters()}  # by the end of the fit's start
 
     def _begin(self, ctx: Context) -> None:
         """Begins an average of every parameter that requires a gradient and has none yet.
 
-        Those of parameters that are gone, or have another shape, are dropped.
+        Those of parameters that are gone, or have another shape, are dropped. One that a hook has
+        just made may differ between ranks: its average begins after its first step.
         """
         named = dict(named_parameters(ctx.model))
-        self._held = [*chain.from_iterable(map(_PARAMS, ctx.optimizer.param_groups))]
         for name, average in [*self.averages.items()]:
             if name not in named or named[name].shape != average.shape:
                 del self.averages[name]
         for name, p in named.items():
-            if p.requires_grad and name not in self.averages:
+            if p.requires_grad and name not in self.averages and p in self._equal:
                 wide = torch.promote_types(p.dtype, torch.float32)
                 self.averages[name] = p.detach().to(wide, copy=True)
         self._params = [named[name] for name in self.averages]
@@ -50,7 +54,8 @@ class AveragedWeights(Callback):
         """Averages by one of torch's formulas, which is told how often that was done before."""
         held = [*chain.from_iterable(map(_PARAMS, ctx.optimizer.param_groups))]
         if len(held) != len(self._held) or not all(map(is_, held, self._held)):
-            self._begin(ctx)  # a hook has replaced or added some
+            self._held, self._equal = held, {*ctx.model.parameters()}
+            self._begin(ctx)  # a hook has replaced or added some, and the step made them equal
         averages = list(self.averages.values())
         current = [p.detach().to(a.dtype) for p, a in zip(self._params, averages, strict=True)]
         formula(averages, current, count)

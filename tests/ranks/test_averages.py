@@ -393,6 +393,26 @@ class ByHand(Follow):
         self.average = {k: 0.5 * same.get(k, p) + 0.5 * p for k, p in new.items()}
 
 
+class NewHeadOfEachRank(NewHead):
+    def replace(self, ctx):
+        super().replace(ctx)
+        with torch.no_grad():
+            for p in ctx.model[2].parameters():
+                p.add_(dtrain.init().rank)
+
+
+def replaced_by_each_rank(order):
+    head = NewHeadOfEachRank((16, 4), (4, 2), at=(1, None))
+    cast = {"ema": EMA(0.5), "head": head}
+    trainer, _ = fit([cast[name] for name in order])
+    return tiny.digest(trainer.model)
+
+
+def test_averages_of_new_parameters_are_equal_on_all_ranks():
+    for order in (("ema", "head"), ("head", "ema")):
+        assert len(set(run_ranks(replaced_by_each_rank, 2, order))) == 1
+
+
 def replaced(order, at, *parts):
     cast = {"ema": EMA(0.5, warmup=False), "head": NewHead(*parts, at=at), "hand": ByHand()}
     fit([cast[name] for name in order], strategy="flat")
