@@ -256,13 +256,8 @@ class Trainer:
             plan = Plan(epochs, max_steps, eval_every, log_every, eval_first, history)
             return plan, Data.of(train, batch_size, shuffle=True)
 
-        self.context.in_fit = True
-        try:
-            with self._watchdog, self._engine.in_fit():
-                return self._fit(take, eval_set, resume, override or {})
-        finally:
-            self.context.in_fit = False
-            self._files.release()
+        with self._watchdog, self._engine.in_fit(), self._files.in_fit():
+            return self._fit(take, eval_set, resume, override or {})
 
     def _fit(
         self,
@@ -332,9 +327,11 @@ class Trainer:
         """
         with self._watchdog, self.world.comm.lockstep(lambda: self.hooks.failed_in or "evaluate"):
             self._engine.make_equal()
-            return self._engine.evaluation.run_apart(
-                open_evals(data, batch_size, self.world, self._split)
-            )
+            evals = open_evals(data, batch_size, self.world, self._split)
+            metrics = self._engine.evaluation.run_apart(evals)
+        if not self.context.in_fit:  # no sink is open that could tell
+            History.say_apart(self._outbox, self._sinks, active=self.world.is_main)
+        return metrics
 
     # -- assembling -----------------------------------------------------------------------------
 
@@ -447,4 +444,6 @@ class Trainer:
                 state, data = loop.state_dict, loop.data_state
                 self._files.save_emergency(state, data, failed_here=here, error=error)
             self._files.fail(error, cause)
+        if history := getattr(loop, "history", None):  # there is none before sinks are open
+            history.say()
         return cause

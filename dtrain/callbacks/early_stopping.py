@@ -93,12 +93,17 @@ class EarlyStopping(Callback):
         return self._weights if which in ("best", "final") else None
 
     def _check(self, ctx: Context, value: float) -> None:
+        held = _tensors(ctx) if self._restore_best else {}
+        if self._weights and _shapes(held) != _shapes(self._weights):
+            ctx.say(
+                "EarlyStopping: the model has other tensors than at its best check, whose weights "
+                "cannot be restored any more: the best counts anew"
+            )
+            self.best, self._weights = math.inf, {}
         if self._sign * value < self.best - self._min_delta:
             self.best = self._sign * value
             self.bad_checks = 0
-            if self._restore_best:
-                held = named_state(ctx.model).items()
-                self._weights = {n: t.detach().clone() for n, t in held if isinstance(t, Tensor)}
+            self._weights = {name: t.detach().clone() for name, t in held.items()}
         else:
             self.bad_checks += 1  # NaN is no improvement
         enough = self.bad_checks > 0 and self.bad_checks >= self._patience
@@ -124,3 +129,11 @@ class EarlyStopping(Callback):
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.bad_checks = state["best"], state["bad_checks"]
+
+
+def _tensors(ctx: Context) -> dict[str, Tensor]:
+    return {n: t for n, t in named_state(ctx.model).items() if isinstance(t, Tensor)}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(t.shape) for name, t in tensors.items()}

@@ -45,8 +45,7 @@ class L1L2Penalty(Callback):
 
     def on_fit_start(self, ctx: Context) -> None:
         named = list(named_parameters(ctx.model))
-        self._params = [p for name, p in named if self._chosen(name, p)]
-        if not self._params:
+        if not (params := [p for name, p in named if self._chosen(name, p)]):
             raise ConfigError(
                 f"L1L2Penalty(params=...) chose none of the model's {len(named)} parameters: "
                 f"{some_of([name for name, _ in named], 20)}"
@@ -56,7 +55,7 @@ class L1L2Penalty(Callback):
             for name, module in ctx.model.named_modules()
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
         }
-        if names := [sparse[id(p)] for p in self._params if id(p) in sparse]:
+        if names := [sparse[id(p)] for p in params if id(p) in sparse]:
             raise ConfigError(
                 f"L1L2Penalty: gradients of {some_of(names, 5)} are sparse, and a penalty's are "
                 "not. Make it with sparse=False, or leave it out: L1L2Penalty(params=lambda name, "
@@ -66,8 +65,9 @@ class L1L2Penalty(Callback):
     def on_loss(self, ctx: Context, step: Step) -> None:
         assert step.loss is not None
         penalty = torch.zeros_like(step.loss.mean)
-        for p in self._params:
-            if p.requires_grad:  # asked each time: it may be frozen for some epochs
+        # Asked each time: a hook may freeze, replace or add some.
+        for name, p in named_parameters(ctx.model):
+            if p.requires_grad and self._chosen(name, p):
                 if self._l1:
                     penalty = penalty + self._l1 * p.abs().sum()
                 if self._l2:

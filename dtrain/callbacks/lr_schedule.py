@@ -78,6 +78,7 @@ class LRSchedule(Callback):
             return
         scheduler = self._given
         if isinstance(scheduler, LRScheduler):
+            _check_owner(scheduler, ctx.optimizer)
             length = getattr(scheduler, "total_steps", None)
             if length is not None and total is not None and length < total:
                 raise ConfigError(
@@ -102,8 +103,7 @@ class LRSchedule(Callback):
             scheduler = scheduler(ctx.optimizer, total - self._began)
         if not isinstance(scheduler, LRScheduler):
             raise ConfigError(f"LRSchedule: the function returned {scheduler!r}, no scheduler")
-        if scheduler.optimizer is not ctx.optimizer:
-            raise ConfigError("LRSchedule: the scheduler must be of the Trainer's own optimizer")
+        _check_owner(scheduler, ctx.optimizer)
         if isinstance(scheduler, ReduceLROnPlateau) != (self._monitor is not None):
             raise ConfigError(
                 "LRSchedule: ReduceLROnPlateau needs monitor='eval/loss' or another metric, and no "
@@ -289,6 +289,14 @@ class LRSchedule(Callback):
             rates = _new_rates(self._scheduler.optimizer)
             self._load(state["scheduler"])
             self._go_on(None, None, rates)
+
+
+def _check_owner(scheduler: LRScheduler, optimizer: Optimizer) -> None:
+    if scheduler.optimizer is not optimizer:
+        raise ConfigError(
+            "LRSchedule: the scheduler must be of the Trainer's own optimizer. Where that was set "
+            "to another one, pass a function: LRSchedule(lambda opt, steps: StepLR(opt, 30))"
+        )
 
 
 def _rates_of(optimizer: Optimizer) -> list[float]:

@@ -1,7 +1,8 @@
 """The files of a run: its folder, its checkpoints, and the word on where it stands."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -284,10 +285,14 @@ class RunFiles:
         except DtrainError as another:
             error.add_note(f"({another})")
 
-    def release(self) -> None:
-        """Lets another start of the run begin; a second call does nothing. Ranks: all, local."""
-        if self.saver.run_lock is not None:
-            self.saver.run_lock.release()
+    @contextmanager
+    def in_fit(self) -> Iterator[None]:
+        """A fit, after which another start of the run may begin. Ranks: all, local."""
+        try:
+            yield
+        finally:
+            if self.saver.run_lock is not None:
+                self.saver.run_lock.release()
 
     @property
     def _saves_beside(self) -> bool:

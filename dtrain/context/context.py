@@ -95,7 +95,10 @@ class Context:
             raise ConfigError(
                 f"log({name!r}, reduce={reduce!r}): it was logged with {logged.reduce!r} before"
             )
-        logged.values.append(value.detach() if isinstance(value, Tensor) else value)
+        if isinstance(value, Tensor):
+            # A copy: its owner may go on to write into it, as into a parameter or a running mean.
+            value = (value.detach() if value.requires_grad else value).clone()
+        logged.values.append(value)
 
     def _take(self, figures: dict[str, float]) -> None:
         """Makes figures of this step the newest ones; they are equal on all ranks."""

@@ -301,6 +301,13 @@ def eval_sets(given: Any, batch_size: int | None, train: Data | None) -> dict[st
     """
     if given is None:
         return {}
+    if isinstance(given, list | tuple) and any(
+        isinstance(one, Dataset | DataLoader | Data) for one in given
+    ):
+        raise ConfigError(
+            f"{len(given)} sets to evaluate on have no names: pass a dict such as "
+            "{'easy': one, 'hard': another}; their metrics are then eval/easy/loss and so on"
+        )
     sets = given if isinstance(given, Mapping) else {"": given}
     if sets is given and _are_columns(given):
         learnt = None if train is None else train.dataset

@@ -221,15 +221,16 @@ class Replicas:
             return ""
         return (
             f"warning: the ranks' buffers {some_of(new)} differed {when}, as each rank's forward "
-            "writes them by its own samples; all have rank 0's now, and will with each report, "
-            "evaluation and checkpoint. Reduce what is written over all ranks (ctx.comm, in "
-            "on_step_end), or see docs/one-is-many.md"
+            "writes them by its own samples, or a hook by random numbers of its own; all have rank "
+            "0's now, and will with each report, evaluation and checkpoint. Reduce what is written "
+            "over all ranks (ctx.comm, in on_step_end), or see docs/one-is-many.md"
         )
 
     def _describe(self, apart: Mapping[str, Tensor], when: str) -> str:
         parted = []
         for name, mine in [*apart.items()][:_SHOWN]:
-            gap = (self.comm.broadcast(name, mine) - mine.detach()).abs().max().item()
+            wide = mine.detach().to(torch.complex128 if mine.is_complex() else torch.float64)
+            gap = (self.comm.broadcast(name, wide) - wide).abs().max().item()
             gaps = self.comm.gather_objects(name, float(gap))
             ranks = ", ".join(f"{gap:.1e} on rank {r}" for r, gap in enumerate(gaps) if gap != 0)
             parted.append(f"  {name}: {ranks or 'other bits of equal value'}")

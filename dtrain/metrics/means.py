@@ -37,6 +37,7 @@ class Means:
         self._kinds: dict[str, Reduce] = {}  # how each name is reduced; agreed
         self._new_kinds: dict[str, Reduce] = {}
         self._objects = Objects(label)
+        self._told: set[str] = set()  # names of objects without an update
         self._names = list(names)  # agreed
         self.pairs: dict[str, list[float]] = {}  # of the newest agreed means: totals and weights
         #: Whether the last agreement's ``mark`` was not equal on all ranks. Agreed.
@@ -113,6 +114,18 @@ class Means:
         """Returns the names of torchmetrics objects that ``other`` has not agreed yet, too."""
         theirs = [*map(id, other._objects.seen.values())]
         return [name for name, metric in self._objects.seen.items() if id(metric) in theirs]
+
+    def missed(self) -> str:
+        """Returns what to tell the user, once, of objects of which the last agreement had none."""
+        new = [name for name in self._objects.idle if name not in self._told]
+        self._told |= {*new}
+        if not new:
+            return ""
+        return (
+            f"warning: no rank had updated the torchmetrics object {', '.join(new)}, so there was "
+            "no figure of it: call its update(...) in the loss function, before it is handed over. "
+            "(A Running one keeps nothing that ranks could share: hand over what it wraps.)"
+        )
 
     def drop(self) -> None:
         """Forgets what was added and not agreed, as after a failure."""

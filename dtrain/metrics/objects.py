@@ -49,7 +49,8 @@ class Objects:
 
     def __init__(self, label: str) -> None:
         self._label = label  # names the exchanges
-        self.seen: dict[str, Metric] = {}  # updated since the last agreement
+        self.seen: dict[str, Metric] = {}  # handed over since the last agreement
+        self.idle: list[str] = []  # of these, at the last one: those that no rank had updated
         self._others: dict[str, Others] = {}
         self._layouts: dict[str, tuple[StateKey, ...]] = {}  # agreed
 
@@ -106,6 +107,7 @@ class Objects:
             if name in self.seen:
                 theirs = [states[name] for states in others if name in states]
                 values |= _flatten(name, _compute(self.seen[name], sums, theirs))
+        self.idle = [name for name in self.seen if name not in totals]
         self.drop()
         if all(count == ranks for count in counts.values()):
             return values

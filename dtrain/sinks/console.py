@@ -82,6 +82,10 @@ class Console(Sink):
                 self._mark = (report.samples, report.seconds)
                 self._show_bar(report, _place(report))
 
+    def say(self, text: str) -> None:
+        """Prints a line, at any time."""
+        print(text, file=self._stream or sys.stdout, flush=True)
+
     def close(self) -> None:
         live, self._live = self._live, None
         if live is not None:

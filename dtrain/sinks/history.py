@@ -2,16 +2,18 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from torch.optim import Adam, AdamW, Optimizer
 
 from dtrain.context import Context, Outbox, Progress
 from dtrain.distributed import World
+from dtrain.sinks.console import Console
 from dtrain.sinks.dispatcher import Dispatcher
-from dtrain.sinks.sink import FIGURES, Report, ReportKind
+from dtrain.sinks.sink import FIGURES, Report, ReportKind, Sink
 
 
 @dataclass
@@ -42,8 +44,7 @@ class History:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Sends figures or a text to the sinks, after what callbacks had to say."""
-        while self.outbox.notes:  # one by one: a thread that saves may add another
-            self._send("message", text=self.outbox.notes.pop(0))
+        self.say()
         for shown in self.outbox.shown:
             self._send("sample", text=shown.text, sample=shown)
         self.outbox.shown.clear()
@@ -54,6 +55,19 @@ class History:
             rows.append({"step": step, "epoch": self.progress.epoch, **values})
         # A copy of the values, because callbacks may keep and change theirs.
         self._send(kind, values=dict(values), text=text, config=config or {})
+
+    def say(self) -> None:
+        """Sends what callbacks had to say."""
+        while self.outbox.notes:  # one by one: a thread that saves may add another
+            self._send("message", text=self.outbox.notes.pop(0))
+
+    @staticmethod
+    def say_apart(outbox: Outbox, sinks: Iterable[Sink], *, active: bool) -> None:
+        """Has consoles print what there is to say where no sink is open; or leaves it to a fit."""
+        if consoles := [sink for sink in sinks if isinstance(sink, Console)]:
+            notes, outbox.notes = outbox.notes, []
+            for console, note in product(consoles if active else (), notes):
+                console.say(note)
 
     def _send(self, kind: ReportKind, **what: Any) -> None:
         progress = self.progress

@@ -187,9 +187,21 @@ class Engine:
 
     @contextmanager
     def in_fit(self) -> Iterator[None]:
-        """A fit: random streams and modes are then as before, and weights are cast as they are."""
-        with self.streams, self.modes.in_fit(), fresh_casts():
-            yield
+        """A fit: random streams and modes are then as before, and weights are cast as they are.
+
+        Raises ConfigError within another one of the same Trainer.
+        """
+        if self.context.in_fit:
+            raise ConfigError(
+                "fit was called in a hook or a loss function of this Trainer's own fit: call it "
+                "when that has returned, or use another Trainer"
+            )
+        self.context.in_fit = True
+        try:
+            with self.streams, self.modes.in_fit(), fresh_casts():
+                yield
+        finally:
+            self.context.in_fit = False
 
     # -- what computes for hooks; see :class:`dtrain.Context` -----------------------------------
 

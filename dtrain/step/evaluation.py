@@ -92,6 +92,8 @@ class Evaluation:
                     "generator gives its batches once: pass an object whose __iter__ begins anew), "
                     "or every loss had weight 0"
                 )
+            if missed := means.missed():
+                context.say(missed)
             if twice := ", ".join(sorted(metrics.keys() & found.keys())):
                 raise ConfigError(f"two figures of the evaluation are named {twice}")
             metrics |= found

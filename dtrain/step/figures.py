@@ -72,6 +72,8 @@ class Figures:
         self.means.add(SECONDS_METRIC, self.clock.seconds, 1)
         mark = self.replicas.mark(context.progress.step)
         values |= self.means.agree(context.comm, mark)
+        if missed := self.means.missed():
+            context.say(missed)
         for name, (total, weight) in self.means.pairs.items():
             if name.startswith("train/"):
                 sums = self.epoch_sums.setdefault(name, [0.0, 0.0])
@@ -102,7 +104,8 @@ class Figures:
         return rates
 
     def end_epoch(self) -> dict[str, float]:
-        """Returns figures of the epoch, as ``epoch/...``: NaN where only earlier ones had any."""
+        """Returns figures of the epoch, as ``epoch/...``: NaN where nothing weighed anything."""
+        self.epoch_sums.setdefault("train/loss", [0.0, 0.0])
         sums, self.epoch_sums = self.epoch_sums, {name: [0.0, 0.0] for name in self.epoch_sums}
         means = {n: total / weight if weight else math.nan for n, (total, weight) in sums.items()}
         self.context._take(means)

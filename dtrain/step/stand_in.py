@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtrain.callback import Callback, weights_of
 from dtrain.context import Context
-from dtrain.distributed import named_parameters, named_state
+from dtrain.distributed import digests, named_parameters, named_state
 from dtrain.errors import ConfigError
 
 
@@ -20,16 +20,38 @@ class StandIn:
         self._callbacks = callbacks
         self._own: dict[str, Tensor] = {}  # the model's, while others are in it
         self._put: Mapping[str, Tensor] = {}  # these others
+        self._told = False  # that a hook wrote into these
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
         """A block in which the model holds what evaluations look at."""
-        self._put_in(*weights_of(self._callbacks, "evaluated"))
+        name, weights = weights_of(self._callbacks, "evaluated")
+        self._put_in(name, weights)
+        own = {n: t for n, t in self._tensors().items() if n in weights}
+        # Buffers are shared anew by the evaluation itself.
+        held = {n: t for n, t in own.items() if isinstance(t, nn.Parameter)}
+        before = digests(held.values()) if held else []
         try:
             yield
+            now = self._tensors()
+            if gone := [n for n, t in held.items() if not _is_same(now.get(n), t)]:
+                raise ConfigError(
+                    f"a hook of an evaluation replaced {gone[0]} while the model held the weights "
+                    f"of {name}: do that in on_epoch_end, or where a step or an epoch begins"
+                )
+            after = digests(held.values()) if held else []
+            changed = [n for n, a, b in zip(held, before, after, strict=True) if a != b]
+            if changed and not self._told:
+                self._told = True
+                self._context.say(
+                    f"warning: a hook of an evaluation (or the model's forward) wrote {changed[0]} "
+                    f"while the model held the weights of {name}, and its own have come back: "
+                    "what is to stay must be written in on_epoch_end, or in a step"
+                )
         finally:
-            self._copy(self._own)
-            self._own, self._put = {}, {}
+            own, self._own, self._put = self._own, {}, {}
+            now = self._tensors()
+            self._copy({n: t for n, t in own.items() if n in now and now[n].shape == t.shape})
 
     @contextmanager
     def stands_aside(self) -> Iterator[None]:
@@ -102,3 +124,8 @@ class StandIn:
         model = self._context.model
         tensors = {n: t for n, t in named_state(model).items() if isinstance(t, Tensor)}
         return tensors | dict(named_parameters(model, remove_duplicate=False))
+
+
+def _is_same(now: Tensor | None, then: Tensor) -> bool:
+    """Says whether it is in the same memory: a ``state_dict`` makes other objects of it."""
+    return now is not None and now.data_ptr() == then.data_ptr() and now.shape == then.shape

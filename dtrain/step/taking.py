@@ -11,7 +11,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dtrain.data import Data
-from dtrain.distributed import World, check_same_model, check_seeded, named_parameters, own_memory
+from dtrain.distributed import (
+    World,
+    check_same_model,
+    check_seeded,
+    named_parameters,
+    own_memory,
+    some_of,
+)
 from dtrain.errors import ConfigError
 from dtrain.step.parameters import lacking, note_of
 from dtrain.step.strategy import Strategy
@@ -47,6 +54,13 @@ def take_model(
     if _frames_are_held and _frames_are_held.pop() in sys.modules:
         gc.collect()
     notes = [note] if (note := note_of(lacking(made, model))) else []
+    hooked = [name for name, p in named_parameters(model) if p._backward_hooks]
+    if hooked and world.size > 1:
+        notes.append(
+            f"note: hooks on gradients ({some_of(hooked)}: register_hook) see those of their own "
+            "rank, before these are summed. One that is not linear, as a clamp, makes other "
+            "numbers than on one rank: do that in a callback's on_grads_ready (or ClipGradients)"
+        )
     check_same_model(model, world.comm)
     if world.comm.vote("models differ", strategy.make_equal(model, world)):
         notes.append(

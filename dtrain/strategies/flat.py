@@ -180,6 +180,7 @@ class _Flat:
         self._forms = [*zip([p.shape for p in params], strides, places, strict=True)]
         self._make_views()
         self._homes = [*map(Tensor.data_ptr, self.views)]
+        self._given: list[Tensor | None] = [*self.views]  # to each parameter
 
     def _make_views(self) -> None:
         self.views = [self.whole.as_strided(*form) for form in self._forms]
@@ -209,21 +210,16 @@ class _Flat:
 
     def hand_out(self) -> None:
         """Gives each parameter its view; none where no rank had a gradient, and that may be."""
-        for p, view in zip(self.params, self.views, strict=True):
-            p.grad = view
+        self._given = [*self.views]
         if self.has_flags:
-            for p, is_used in zip(self.params, self.used.tolist(), strict=True):
-                if not is_used:
-                    p.grad = None
+            pairs = zip(self.views, self.used.tolist(), strict=True)
+            self._given = [view if is_used else None for view, is_used in pairs]
+        for p, view in zip(self.params, self._given, strict=True):
+            p.grad = view
 
     def is_handed_out(self) -> bool:
-        """Says whether all gradients are views, or nothing: a callback may have replaced one."""
-        grads = [*map(_GRAD, self.params)]
-        if not all(map(is_, grads, self.views)):
-            pairs = zip(grads, self.views, strict=True)
-            if not all(grad is view or grad is None for grad, view in pairs):
-                return False
-        return self._are_home()
+        """Says whether gradients are those given: a callback may have replaced or removed one."""
+        return all(map(is_, map(_GRAD, self.params), self._given)) and self._are_home()
 
 
 def unsuited(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from dtrain.callbacks import Checkpoint, EarlyStopping, GradientAccumulation
 from dtrain.callbacks.ema import EMA
 from dtrain.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
 from dtrain.errors import ConfigError, RemoteError
-from dtrain.testing import run_outcomes, run_processes
+from dtrain.testing import run_outcomes, run_processes, run_ranks
 
 BATCH = 24
 EPOCHS = 3
@@ -355,3 +355,76 @@ def test_warmup_as_documented():
     assert EMA(0.999).decay_at(90) == 91 / 100
     assert EMA(0.999).decay_at(10**6) == 0.999
     assert EMA(0.999, warmup=False).decay_at(0) == 0.999
+
+
+# --------------------------------------------------------------------------- replaced parameters
+
+
+class NewHead(dtrain.Callback):
+    """Replaces the last layer, in a step or where an epoch begins; ``parts`` are new layers."""
+
+    def __init__(self, *parts, at=(1, 1)):
+        self.parts, self.at = parts, at
+
+    def on_epoch_start(self, ctx):
+        if (ctx.progress.epoch, None) == self.at:
+            self.replace(ctx)
+
+    def on_step_start(self, ctx, step):
+        if (ctx.progress.epoch, ctx.progress.step_in_epoch) == self.at:
+            self.replace(ctx)
+
+    def replace(self, ctx):
+        torch.manual_seed(5)
+        group, old = ctx.optimizer.param_groups[0], {*ctx.model[2].parameters()}
+        layers = [nn.Linear(*sizes, dtype=torch.float64) for sizes in self.parts]
+        ctx.model[2] = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+        kept = [p for p in group["params"] if p not in old]
+        group["params"] = [*kept, *ctx.model[2].parameters()]
+
+
+class ByHand(Follow):
+    """The average, as one would write it; of a new name, from the end of its first step on."""
+
+    def on_step_end(self, ctx, step):
+        old = getattr(self, "average", {}) or self.steps[0]
+        new = weights(ctx.model)
+        same = {k: old[k] for k in new if k in old and old[k].shape == new[k].shape}
+        self.average = {k: 0.5 * same.get(k, p) + 0.5 * p for k, p in new.items()}
+
+
+class NewHeadOfEachRank(NewHead):
+    def replace(self, ctx):
+        super().replace(ctx)
+        with torch.no_grad():
+            for p in ctx.model[2].parameters():
+                p.add_(dtrain.init().rank)
+
+
+def replaced_by_each_rank(order):
+    head = NewHeadOfEachRank((16, 4), (4, 2), at=(1, None))
+    cast = {"ema": EMA(0.5), "head": head}
+    trainer, _ = fit([cast[name] for name in order])
+    return tiny.digest(trainer.model)
+
+
+def test_averages_of_new_parameters_are_equal_on_all_ranks():
+    for order in (("ema", "head"), ("head", "ema")):
+        assert len(set(run_ranks(replaced_by_each_rank, 2, order))) == 1
+
+
+def replaced(order, at, *parts):
+    cast = {"ema": EMA(0.5, warmup=False), "head": NewHead(*parts, at=at), "hand": ByHand()}
+    fit([cast[name] for name in order], strategy="flat")
+    ours, theirs = cast["ema"].averages, cast["hand"].average
+    assert ours.keys() == theirs.keys()
+    # A new name's average begins before its first step where EMA has seen it by then.
+    known = [k for k in theirs if k.startswith("0.") or len(parts) == 1]
+    return distance({k: ours[k] for k in known}, {k: theirs[k] for k in known})
+
+
+@pytest.mark.parametrize("at", [(1, 1), (1, None)], ids=["in a step", "in an epoch's beginning"])
+@pytest.mark.parametrize("parts", [[(16, 2)], [(16, 4), (4, 2)]], ids=["same names", "others"])
+def test_an_average_follows_parameters_that_are_replaced(at, parts):
+    for order in (("ema", "head", "hand"), ("head", "ema", "hand")):
+        assert all(far < 1e-12 for far in run_ranks(replaced, 2, order, at, *parts))

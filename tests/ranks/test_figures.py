@@ -1,5 +1,6 @@
 """What a figure belongs to: its weights, its epoch, its step; and whose name it bears."""
 
+import io
 import json
 import math
 
@@ -12,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 import dtrain
 from dtrain.callbacks import EMA, Checkpoint, EarlyStopping, LRSchedule, ParamSchedule, TimeLimit
-from dtrain.sinks import CSV, JSONLines
+from dtrain.sinks import CSV, Console, JSONLines
 from dtrain.testing import run_processes, run_ranks, try_ranks
 
 NAN = math.nan
@@ -256,21 +257,27 @@ def test_figures_of_an_epoch_reach_sinks_as_such(tmp_path):
 
 
 class SkipAll(dtrain.Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
     def on_batch(self, ctx, step):
-        if ctx.progress.epoch == 1:
+        if ctx.progress.epoch == self.epoch:
             ctx.request.skip("all of it")
 
 
-def stop_by_nothing():
-    stops = EarlyStopping("train/accuracy", mode="max", patience=1)
-    run = tiny.trainer([SkipAll(), stops], optimizer=sgd)
+def stop_by_nothing(metric, mode, epoch):
+    stops = EarlyStopping(metric, mode=mode, patience=1)
+    run = tiny.trainer([SkipAll(epoch), stops], optimizer=sgd)
     return run.fit(DATA, batch_size=16, epochs=5), stops.bad_checks
 
 
-def test_an_epoch_without_a_figure_is_no_improvement():
-    for result, bad in run_ranks(stop_by_nothing, 2):
-        assert (result.epochs, bad) == (2, 1)
-        assert "train/accuracy has not improved 1 times" in result.stop_reason
+@pytest.mark.parametrize(
+    ("metric", "mode", "epoch"), [("train/accuracy", "max", 1), ("train/loss", "min", 0)]
+)
+def test_an_epoch_without_a_figure_is_no_improvement(metric, mode, epoch):
+    for result, bad in run_ranks(stop_by_nothing, 2, metric, mode, epoch):
+        assert (result.epochs, bad) == (epoch + 1, 1)
+        assert f"{metric} has not improved 1 times" in result.stop_reason
 
 
 def plateau_of_training():
@@ -550,6 +557,42 @@ def epoch_of_an_object():
     run.fit(DATA, batch_size=8, epochs=2)
 
 
+class Hears(dtrain.Sink):
+    def __init__(self):
+        self.words = []
+
+    def open(self, run_dir): ...
+    def close(self): ...
+    def write(self, report):
+        self.words.append(report.text)
+
+
+def hand_over_an_idle_object(kind):
+    hears = Hears()
+    metric = {
+        "forgotten": torchmetrics.MeanMetric,
+        "running": lambda: torchmetrics.RunningMean(window=3),
+    }[kind]()
+
+    def loss(net, batch):
+        if kind == "running":
+            metric.update(1.0)
+        return dtrain.Loss(tiny.loss_fn(net, batch).mean, metrics={"m": metric})
+
+    dtrain.init(seed=0)
+    run = dtrain.Trainer(tiny.model(), sgd, loss, sinks=[hears])
+    result = run.fit(DATA, batch_size=16, epochs=2, eval_set=DATA)
+    assert not {"train/m", "eval/m"} & {*result.metrics}
+    return hears.words
+
+
+@pytest.mark.parametrize("kind", ["forgotten", "running"])
+def test_a_metric_object_that_was_not_updated_is_named_once(kind):
+    told = " ".join(run_ranks(hand_over_an_idle_object, 2, kind)[0])
+    for name in ("train/m", "eval/m"):
+        assert told.count(f"no rank had updated the torchmetrics object {name}, so there was") == 1
+
+
 def test_a_metric_object_has_no_figure_of_an_epoch():
     for error in told(try_ranks(epoch_of_an_object, 2)):
         assert "no metric 'train/f1'; there are train/loss (means of an epoch, which a" in error
@@ -673,6 +716,56 @@ def test_a_hook_may_evaluate_another_set():
         assert metrics["eval/test/loss"] == metrics["eval/loss"] == found["eval/loss"]
         assert "eval/test/seen" not in metrics
         assert calls == [("start", True), ("end", True), ("start", False), ("end", False)]
+
+
+def fit_within():
+    class Fits(dtrain.Callback):
+        def on_epoch_end(self, ctx):
+            run.fit(DATA, batch_size=8, epochs=1)
+
+    run = tiny.trainer([Fits()], optimizer=sgd)
+    run.fit(DATA, batch_size=8, epochs=1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_fit_within_a_fit_is_refused(ranks):
+    for words in told(try_ranks(fit_within, ranks)):
+        assert "ConfigError: fit was called in a hook or a loss function" in words
+
+
+def evaluate_alone(stream):
+    dtrain.init(seed=0)
+    sinks = [Console(stream)]
+    run = dtrain.Trainer(tiny.model(), sgd, tiny.loss_fn, sinks=sinks)
+    if dtrain.init().rank:
+        run.model[0].bias.data += 1
+    run.evaluate(DATA, batch_size=8)
+
+
+def test_what_is_said_where_nothing_is_trained_is_printed():
+    stream = io.StringIO()
+    run_ranks(evaluate_alone, 2, stream)
+    assert stream.getvalue().count("the ranks' models were no longer equal") == 1
+
+
+class SaysAndFails(dtrain.Callback):
+    def on_step_end(self, ctx, step):
+        ctx.say("about to fail")
+        raise ValueError("planted")
+
+    def on_error(self, ctx, error):
+        ctx.say("failed")
+
+
+def test_what_was_said_before_a_failure_is_told():
+    stream = io.StringIO()
+    sinks = [Console(stream)]
+    dtrain.init(seed=0)
+    says = [SaysAndFails()]
+    run = dtrain.Trainer(tiny.model(), sgd, tiny.loss_fn, callbacks=says, sinks=sinks)
+    with pytest.raises(ValueError, match="planted"):
+        run.fit(DATA, batch_size=8, epochs=1)
+    assert stream.getvalue().endswith("about to fail\nfailed\n")
 
 
 class FailsOutside(dtrain.Callback):

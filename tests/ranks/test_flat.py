@@ -155,6 +155,26 @@ def test_callbacks_see_the_same_gradients(names):
                 assert torch.allclose(value, ddp[name], rtol=1e-4, atol=1e-6), name
 
 
+class Cancels(dtrain.Callback):
+    """Takes a layer's gradients away, as self-distillation does with its last layer."""
+
+    def __init__(self):
+        self.norms = []
+
+    def on_grads_ready(self, ctx, step):
+        ctx.model[2].zero_grad()
+        left = [p.grad for p in ctx.model[0].parameters()]
+        self.norms.append((float(ctx.gradient_norm()), float(torch.nn.utils.get_total_norm(left))))
+
+
+@pytest.mark.parametrize("strategy", [Flat(), Flat(find_unused_parameters=True), DDP()])
+def test_gradients_that_a_hook_took_away_are_none(strategy):
+    cancels = Cancels()
+    tiny.trainer([cancels], strategy=strategy).fit(tiny.dataset(), batch_size=12, max_steps=2)
+    for found, left in cancels.norms:
+        assert found == pytest.approx(left, rel=1e-6)
+
+
 def train_a_part(strategy):
     """The optimizer has the first layer only; the second one's gradient is far larger."""
     dtrain.init(seed=0)

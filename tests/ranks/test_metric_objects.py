@@ -485,6 +485,24 @@ def test_values_logged_by_callbacks(at_two_ranks):
         assert set(row) == {"step", "epoch", "lr"}
 
 
+class LogsLive(dtrain.Callback):
+    """Logs a tensor that it goes on to write into: 1, 2, 3, 4."""
+
+    def __init__(self):
+        self.count = torch.zeros(())
+
+    def on_step_end(self, ctx, step):
+        self.count += 1
+        for reduce in ("mean", "sum", "max", "last"):
+            ctx.log(f"count_{reduce}", self.count, reduce)
+
+
+def test_what_is_logged_is_what_it_was_then():
+    figures = tiny.trainer([LogsLive()]).fit(tiny.dataset(), batch_size=12, max_steps=4).metrics
+    found = [figures[f"count_{reduce}"] for reduce in ("mean", "sum", "max", "last")]
+    assert found == [2.5, 10, 4, 4]
+
+
 def test_a_maximum_is_exact(at_two_ranks):
     for row in at_two_ranks["logged"][0][1:-1]:
         assert {name: row[name] for name in EXACT} == EXACT

@@ -122,6 +122,7 @@ def test_a_disk_that_stays_full_is_tried_once_more_and_then_when_due(tmp_path):
     assert [text.rpartition(" tried again ")[2] for text in said] == [
         "soon.",
         "when the next one is due.",
+        "now.",  # the run's last, which ends it
     ]
 
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LinearLR, StepLR
 
 import dtrain
 import dtrain.trainer
@@ -453,6 +453,21 @@ def exchanged_in_fit():
     tiny.trainer([Exchanges()]).fit(tiny.dataset(), batch_size=12, epochs=1)
 
 
+def exchanged_under_a_scheduler():
+    net = Net()
+    optimizer = sgd(net)
+    run = tiny.trainer([LRSchedule(StepLR(optimizer, 1))], net=net, optimizer=lambda _: optimizer)
+    run.fit(tiny.dataset(), batch_size=12, epochs=1)
+    run.optimizer = sgd(net)
+    run.fit(tiny.dataset(), batch_size=12, epochs=2)
+
+
+def test_a_scheduler_of_the_optimizer_before_is_refused_as_such():
+    for outcome in try_ranks(exchanged_under_a_scheduler, 2):
+        assert type(outcome.error) is ConfigError
+        assert "the scheduler must be of the Trainer's own optimizer" in str(outcome.error)
+
+
 def test_an_exchanged_optimizer_is_taken_over_between_two_fits_only():
     run_ranks(exchanged, 2)
     for outcome in try_ranks(exchanged_in_fit, 2):
@@ -463,17 +478,20 @@ def test_an_exchanged_optimizer_is_taken_over_between_two_fits_only():
 # ------------------------------------------------------------------------------ before a fit
 
 
+class Hears(dtrain.Sink):
+    def __init__(self):
+        self.words = []
+
+    def open(self, run_dir): ...
+    def close(self): ...
+    def write(self, report):
+        self.words.append(report.text)
+
+
 def loaded_on_rank_0(strategy):
-    says = []
-
-    class Hears(dtrain.Sink):
-        def open(self, run_dir): ...
-        def close(self): ...
-        def write(self, report):
-            says.append(report.text)
-
+    hears = Hears()
     dtrain.init(seed=0)
-    run = dtrain.Trainer(Net(), sgd, loss_of, sinks=[Hears()], strategy=strategy)
+    run = dtrain.Trainer(Net(), sgd, loss_of, sinks=[hears], strategy=strategy)
     if dtrain.init().rank == 0:
         run.model.head.load_state_dict(new(9).state_dict())
     figures = [run.evaluate(tiny.dataset(), batch_size=12)["eval/loss"]]
@@ -481,7 +499,7 @@ def loaded_on_rank_0(strategy):
         run.model.head.load_state_dict(new(8).state_dict())
     run.fit(tiny.dataset(), batch_size=12, epochs=1)
     figures.append(run.evaluate(tiny.dataset(), batch_size=12)["eval/loss"])
-    return flat(run.model), figures, says
+    return flat(run.model), figures, hears.words
 
 
 @pytest.mark.parametrize("strategy", ["flat", "ddp"])
@@ -495,6 +513,22 @@ def test_weights_loaded_on_one_rank_reach_all_and_it_is_said(strategy):
 
 
 # ------------------------------------------------------------------------------ backward
+
+
+def hooked():
+    says = Hears()
+    dtrain.init(seed=0)
+    net = Net()
+    net.head.weight.register_hook(lambda grad: grad.clamp(-1, 1))
+    run = dtrain.Trainer(net, sgd, loss_of, sinks=[says])
+    run.fit(tiny.dataset(), batch_size=12, max_steps=1)
+    return says.words
+
+
+def test_hooks_on_gradients_of_one_rank_are_told():
+    for ranks, told in ((1, False), (2, True)):
+        words = " ".join(run_ranks(hooked, ranks)[0])
+        assert ("hooks on gradients (head.weight: register_hook)" in words) == told
 
 
 def with_a_backward(strategy, kind):

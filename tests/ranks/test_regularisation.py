@@ -460,6 +460,16 @@ def test_frozen_weights_and_biases_are_not_penalised():
     assert [name for name, p in net.named_parameters() if p.grad is not None] == ["2.weight"]
 
 
+def test_weights_that_were_replaced_are_penalised():
+    net, penalty = tiny.model(), L1L2Penalty(l1=2.0)
+    penalty.on_fit_start(SimpleNamespace(model=net))
+    net[2] = nn.Linear(16, 3)
+    step = dtrain.Step(0, loss=dtrain.Loss(torch.zeros((), requires_grad=True)))
+    penalty.on_loss(SimpleNamespace(model=net), step)
+    expected = 2 * (net[0].weight.abs().sum() + net[2].weight.abs().sum())
+    assert step.loss.mean.item() == pytest.approx(expected.item())
+
+
 def test_hard_labels_of_hard_and_of_soft():
     y = torch.tensor([[2, 0], [1, 1]])
     soft = F.one_hot(y, 3).movedim(-1, 1) * 0.7 + 0.1

@@ -156,6 +156,32 @@ def parts_before_a_save(run_dir):
     fit(tiny.model(), [Parts(8), Checkpoint(every_steps=6)], run_dir=run_dir, log_every=1000)
 
 
+class Masked(nn.Sequential):
+    """Has a parameter with whose numbers nothing can be computed."""
+
+    def __init__(self, dtype):
+        torch.manual_seed(3)
+        super().__init__(nn.Linear(8, 2))
+        self.mask = nn.Parameter(torch.zeros(8).to(dtype), requires_grad=False)
+
+
+class Masks(dtrain.Callback):
+    def on_step_end(self, ctx, step):
+        if dtrain.init().rank:
+            ctx.model.mask.data.view(torch.uint8)[0] = 1
+
+
+def masks(dtype):
+    fit(Masked(dtype), [Masks()], log_every=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float8_e4m3fn])
+def test_a_parameter_of_any_dtype_that_parted_is_named(dtype):
+    for outcome in try_ranks(masks, 2, dtype):
+        assert type(outcome.error) is RankMismatch
+        assert "  mask: " in str(outcome.error)
+
+
 def test_no_checkpoint_is_made_of_ranks_that_parted(tmp_path):
     for outcome in try_ranks(parts_before_a_save, 2, tmp_path):
         assert type(outcome.error) is RankMismatch

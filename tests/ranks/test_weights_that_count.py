@@ -203,6 +203,63 @@ def test_weights_of_a_wrong_name_are_refused():
     run_ranks(wrong, 1)
 
 
+class Writes(dtrain.Callback):
+    """Changes the model where an evaluation ends."""
+
+    def __init__(self, replaces):
+        self.replaces = replaces
+
+    def on_eval_end(self, ctx, metrics):
+        if self.replaces:
+            ctx.model[2] = nn.Linear(16, 2)
+        else:
+            ctx.model[2].weight.data.zero_()
+
+
+def test_what_a_hook_of_an_evaluation_writes_under_averages_is_told():
+    hears = Hears()
+    dtrain.init(seed=0)
+    callbacks = [Writes(False), EMA(0.5)]
+    run = dtrain.Trainer(tiny.model(), tiny.adam, tiny.loss_fn, callbacks=callbacks, sinks=[hears])
+    run.fit(tiny.dataset(), batch_size=24, epochs=2, eval_set=tiny.dataset())
+    told = [one for one in hears.said if "wrote 2.weight while the model held" in one]
+    assert len(told) == 1
+    run = tiny.trainer([Writes(True), EMA(0.5)])
+    with pytest.raises(ConfigError, match=r"a hook of an evaluation replaced 2\.weight while"):
+        run.fit(tiny.dataset(), batch_size=24, epochs=2, eval_set=tiny.dataset())
+
+
+class Grows(dtrain.Callback):
+    """Puts one more layer on top, where the second epoch begins."""
+
+    def on_epoch_start(self, ctx):
+        if ctx.progress.epoch == 1:
+            torch.manual_seed(1)
+            ctx.model.append(nn.Linear(2, 2))
+            ctx.optimizer.add_param_group({"params": [*ctx.model[3].parameters()]})
+
+
+class Falls(dtrain.Callback):
+    def on_eval_end(self, ctx, metrics):
+        metrics["eval/score"] = -ctx.progress.epoch
+
+
+def test_the_best_of_a_model_that_has_grown_since_is_no_mixture():
+    hears, follow = Hears(), Follow()
+    stops = EarlyStopping("eval/score", mode="max", patience=9, restore_best=True)
+    dtrain.init(seed=0)
+    run = dtrain.Trainer(
+        tiny.model(),
+        tiny.adam,
+        tiny.loss_fn,
+        callbacks=[Grows(), follow, Falls(), stops],
+        sinks=[hears],
+    )
+    run.fit(tiny.dataset(), batch_size=24, epochs=3, eval_set=tiny.dataset())
+    assert tiny.digest(run.model) == follow.steps[8]  # the first evaluation of what it is now
+    assert any("the model has other tensors than at its best check" in one for one in hears.said)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()

@@ -780,6 +780,8 @@ def test_which_dict_is_it() -> None:
     assert [*eval_sets({"a": columns, "b": numbers(3)}, 4, columns)] == ["a", "b"]
     assert [*eval_sets({"a": [ones := torch.ones(2)], "b": [ones]}, None, None)] == ["a", "b"]
     assert eval_sets(None, 4, columns) == {}
+    with pytest.raises(ConfigError, match=r"2 sets to evaluate on have no names: pass a dict"):
+        eval_sets([numbers(3), numbers(4)], 4, columns)
     for train in (columns, Data(numbers(3), 2), None):
         with pytest.raises(ConfigError, match=r"one set, of the columns x, z, or several.*Data\("):
             eval_sets({"x": x, "z": y}, 4, train)
