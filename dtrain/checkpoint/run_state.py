@@ -281,6 +281,7 @@ class RunState:
             context.say(f"{name} is not among the callbacks any more: its state is dropped")
         context.shared_rng.set_state(state["shared_rng"])
         context.metrics.update(state["metrics"])
+        context._take(saved.metrics)  # of these weights: another save at this step holds them, too
         mine = files.load_rank_state(saved.path, self.world.rank)
         if mine is None:
             new_rank()

@@ -19,7 +19,14 @@ from torch.optim.lr_scheduler import (
 )
 
 import dtrain
-from dtrain.callbacks import Checkpoint, EarlyStopping, LRSchedule, ParamSchedule
+from dtrain.callbacks import (
+    EMA,
+    Checkpoint,
+    EarlyStopping,
+    LRSchedule,
+    ParamSchedule,
+    StochasticWeightAveraging,
+)
 from dtrain.checkpoint import disk
 from dtrain.errors import ConfigError, RankMismatch, ResumeError
 from dtrain.schedules import one_cycle, warmup_cosine
@@ -625,6 +632,31 @@ def test_the_last_evaluation_is_not_repeated(tmp_path, every, samples):
     rows = (tmp_path / "metrics.jsonl").read_text()
     assert run(lambda ctx: None) == []
     assert (tmp_path / "metrics.jsonl").read_text() == rows
+
+
+def test_the_first_evaluation_is_not_repeated(tmp_path):
+    def run(run_dir, do=lambda ctx: None):
+        look, early = At("eval_end", 0, do), EarlyStopping("eval/loss", patience=9)
+        how = {"eval_set": tiny.dataset(8), "eval_first": True}
+        fit(run_dir, [look, early, Checkpoint()], sinks=[JSONLines()], **how)
+        return look.evaluated, early.state_dict(), (run_dir / "metrics.jsonl").read_text()
+
+    whole, patience, _ = run(tmp_path / "whole")
+    first, _, _ = run(tmp_path / "run", lambda ctx: ctx.request.preempt("leave"))
+    second, end, rows = run(tmp_path / "run")
+    assert (first, first + second, end) == ([0], whole, patience)
+    assert [json.loads(row)["step"] for row in rows.splitlines() if '"eval"' in row] == [0, 4]
+
+
+def test_a_checkpoint_made_again_after_a_resume_keeps_its_figures(tmp_path):
+    def run(do=lambda ctx: None):
+        averages = StochasticWeightAveraging(0)  # count at the end, so the last one is made again
+        saves = Checkpoint(best="eval/loss")
+        callbacks = [At("epoch_end", 4, do), averages, saves]
+        return fit(tmp_path, callbacks, eval_set=tiny.dataset(8))[1]
+
+    assert run(lambda ctx: ctx.request.preempt("leave")).preempted
+    assert run().best_checkpoint == tmp_path / "checkpoints" / "step-00000004"
 
 
 # ----------------------------------------------------------------------------------- the files
