@@ -50,9 +50,11 @@ class EMA(AveragedWeights):
         self.updates = 0
 
     def on_epoch_start(self, ctx: Context) -> None:
-        self._begin(ctx.model)
+        self._begin(ctx)
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
+        if ctx._taken != self._taken:  # parameters were thawed, replaced or added
+            self._begin(ctx)
         if step.applied and ctx.progress.updates % self._every == 0:
             self._average(get_ema_multi_avg_fn(self.decay_at(self.updates)), self.updates)
             self.updates += 1

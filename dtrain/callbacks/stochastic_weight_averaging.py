@@ -74,6 +74,6 @@ class StochasticWeightAveraging(AveragedWeights):
 
     def _take_in(self, ctx: Context) -> None:
         if ctx.progress.epoch >= self._start_epoch:
-            self._begin(ctx.model)
+            self._begin(ctx)
             self._average(get_swa_multi_avg_fn(), self.count)
             self.count += 1

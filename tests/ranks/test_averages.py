@@ -14,7 +14,7 @@ from dtrain.callbacks import Checkpoint, EarlyStopping, GradientAccumulation
 from dtrain.callbacks.ema import EMA
 from dtrain.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
 from dtrain.errors import ConfigError, RemoteError
-from dtrain.testing import run_outcomes, run_processes
+from dtrain.testing import run_outcomes, run_processes, run_ranks
 
 BATCH = 24
 EPOCHS = 3
@@ -295,6 +295,49 @@ def cases():
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_evaluations_see_the_averages_and_the_training_does_not(world_size):
     run_processes(cases, world_size, timeout_s=60)
+
+
+class NewHead(dtrain.Callback):
+    """Puts another head into the model in the middle of an epoch."""
+
+    def __init__(self, at, classes):
+        self.at, self.classes = at, classes
+
+    def on_step_start(self, ctx, step):
+        if step.number == self.at:
+            old, new = ctx.model[2], nn.Linear(16, self.classes)
+            ctx.model[2] = new
+            group = ctx.optimizer.param_groups[0]
+            gone = {*old.parameters()}
+            group["params"] = [p for p in group["params"] if p not in gone] + [*new.parameters()]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_average_of_what_was_replaced_begins_anew(world_size, classes):
+    def replace():
+        ema, follow = EMA(0.5, warmup=False), Follow()
+        callbacks = [ema, NewHead(2, classes), follow]
+        trainer = tiny.trainer(callbacks, optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.1))
+        trainer.fit(tiny.dataset(48), batch_size=12, epochs=1)
+        hand = ema_by_hand(follow.steps[3:], 0.5, False, 1)
+        for name in ("2.weight", "2.bias"):
+            assert torch.allclose(ema.averages[name], hand[name], rtol=1e-6)
+
+    run_ranks(replace, world_size)
+
+
+@pytest.mark.parametrize("make", [lambda: EMA(0.5), lambda: StochasticWeightAveraging(0)])
+def test_a_part_of_another_name_or_shape_between_two_fits(make):
+    for name in ("2", "other"):
+        averaged = make()
+        trainer = tiny.trainer([averaged], optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.1))
+        trainer.fit(tiny.dataset(48), batch_size=12, epochs=1)
+        del trainer.model[2]
+        trainer.model.add_module(name, nn.Linear(16, 3))
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
+        trainer.fit(tiny.dataset(48), batch_size=12, epochs=2)
+        assert averaged.averages.keys() == dict(trainer.model.named_parameters()).keys()
 
 
 class Die(dtrain.Callback):
