@@ -20,7 +20,6 @@ from torch.optim.lr_scheduler import (
 
 import dtrain
 from dtrain.callbacks import (
-    EMA,
     Checkpoint,
     EarlyStopping,
     LRSchedule,
@@ -254,6 +253,45 @@ def test_what_must_be_the_same_is_refused_by_a_restart_and_by_a_further_fit(tmp_
         with pytest.raises(ConfigError, match=words):
             trainer.fit(data, epochs=2, **again)
     assert trainer.fit(tiny.dataset(32), batch_size=8, epochs=2).steps == 8
+
+
+class Scores(dtrain.Callback):
+    """Adds one figure that rises with each evaluation, and one that falls."""
+
+    def on_eval_end(self, ctx, metrics):
+        metrics |= {"eval/up": 0.1 * ctx.progress.epoch, "eval/down": 9.0 - ctx.progress.epoch}
+
+
+def judge(ctx):
+    return 9.0 - ctx.progress.epoch
+
+
+def test_what_judged_by_something_else_judges_anew(tmp_path):
+    asks = {"up": ("eval/up", "max"), "down": ("eval/down", "min"), "by hand": (judge, "min")}
+    for before, after in (("up", "down"), ("up", "by hand"), ("by hand", "up")):
+        run_dir = tmp_path / f"{before} {after}"
+
+        def run(which, do, run_dir=run_dir):
+            monitor, mode = asks[which]
+            early = EarlyStopping(monitor, mode=mode, patience=2)
+            how = {"best": monitor, "mode": mode} if monitor is not judge else {}
+            leaves = At("step_start", 7, do)
+            callbacks = [Scores(), early, Checkpoint(every_epochs=9, keep=1, **how), leaves]
+            return fit(run_dir, callbacks, epochs=6, eval_set=tiny.dataset(8), eval_every="epoch")
+
+        run(before, lambda ctx: ctx.request.preempt("leave"))
+        _, result, told = run(after, lambda ctx: None)
+        assert (result.epochs, result.stop_reason) == (6, "all epochs done")
+        line = f"EarlyStopping: {'a function' if before == 'by hand' else f'eval/{before}'} ("
+        assert sum(word.startswith(line) and word.endswith("anew") for word in told.words) == 1
+
+
+def test_the_best_by_another_metric_is_the_best_from_there_on(tmp_path):
+    for best, mode, at in (("eval/up", "max", 7), ("eval/down", "min", 13)):
+        leaves = At("step_start", at, lambda ctx: ctx.request.preempt("leave"))
+        saves = Checkpoint(every_epochs=9, keep=None, best=best, mode=mode)
+        fit(tmp_path, [Scores(), saves, leaves], epochs=6, eval_set=tiny.dataset(8))
+    assert steps_of(tmp_path) == [4, 8, 12, 14]  # of the second, each evaluation was the best
 
 
 class Fails(dtrain.Callback):
