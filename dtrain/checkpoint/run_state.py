@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.callback import Callback, CountAs, weights_of
+from dtrain.callback import Callback, CountAs, take_on, weights_of
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import tree
 from dtrain.checkpoint.format import Saved
@@ -105,6 +105,7 @@ class RunState:
     # The optimizer's groups, with the values that are in force before any schedule.
     groups: list[Group] = field(default_factory=list)
     override: dict[str, Any] = field(default_factory=dict)  # of the optimizer's values, by ``fit``
+    _mark: object = field(default_factory=object)  # that callbacks bear: no reference to the run
 
     def describe(self, data: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """Returns what of the run is compared when it is continued. Ranks: all, local."""
@@ -119,6 +120,7 @@ class RunState:
 
     def begin(self, *, live: bool, resumes: bool) -> None:
         """Notes what the optimizer was made with, and sets in it what ``fit`` was told to."""
+        take_on(self.callbacks, self._mark, anew=not (live or resumes))
         now, override = groups_of(self.context.optimizer, self.context.model), self.override
         check_override(override, now)
         if live:  # schedules have changed values since: what was noted is in force

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import (
 
 import dtrain
 from dtrain.callbacks import (
+    EMA,
     Checkpoint,
     EarlyStopping,
     LRSchedule,
@@ -27,7 +28,7 @@ from dtrain.callbacks import (
     StochasticWeightAveraging,
 )
 from dtrain.checkpoint import disk
-from dtrain.errors import ConfigError, RankMismatch, ResumeError
+from dtrain.errors import ConfigError, RankMismatch, RemoteError, ResumeError
 from dtrain.schedules import one_cycle, warmup_cosine
 from dtrain.sinks import CSV, Dispatcher, JSONLines, Report
 from dtrain.testing import run_ranks
@@ -253,6 +254,26 @@ def test_what_must_be_the_same_is_refused_by_a_restart_and_by_a_further_fit(tmp_
         with pytest.raises(ConfigError, match=words):
             trainer.fit(data, epochs=2, **again)
     assert trainer.fit(tiny.dataset(32), batch_size=8, epochs=2).steps == 8
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_callbacks_of_another_trainer_take_nothing_along(tmp_path, world_size):
+    def study():
+        def refused(make):
+            with pytest.raises((ConfigError, RemoteError), match="Make new callbacks"):
+                make()
+
+        data, base, saves = tiny.dataset(8), tmp_path / str(world_size), Checkpoint()
+        for kept in (EMA(), StochasticWeightAveraging(0), EarlyStopping("eval/loss"), saves):
+            fit(base / kept.name, [kept], eval_set=data)
+            refused(lambda kept=kept: fit(base / "another", [kept], eval_set=data))
+        own = Rates()
+        for _ in range(2):  # what has no state has nothing to take along but what is meant
+            fit(None, [own])
+        assert len(own.rates) == 8
+        fit(base / "Checkpoint", [saves], epochs=2, eval_set=data)  # a resume
+
+    run_ranks(study, world_size)
 
 
 class Scores(dtrain.Callback):
