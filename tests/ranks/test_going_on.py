@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import (
     ExponentialLR,
     LinearLR,
     OneCycleLR,
+    ReduceLROnPlateau,
     SequentialLR,
     StepLR,
 )
@@ -518,7 +519,104 @@ def test_a_cosine_that_climbs_back_is_told(tmp_path):
 
     assert run(1, 4) == []
     climbs = "is at its lowest after 4 steps of 8, and climbs back from there"
-    assert run(2, 8) == [f"LRSchedule: the CosineAnnealingLR {climbs}"]  # the old one goes on
+    kept = "LRSchedule: T_max 4 there, 8 here: the old one is kept"
+    assert run(2, 8) == [kept, f"LRSchedule: the CosineAnnealingLR {climbs}"]
+
+
+OTHERS = {
+    "gamma": (lambda o, n: StepLR(o, 4, 0.5), lambda o, n: StepLR(o, 4, 0.1), "gamma 0.5 there"),
+    "kind": (CosineAnnealingLR, CURVES["OneCycleLR"], "kind CosineAnnealingLR there, OneCycleLR"),
+    "of others": (CosineAnnealingLR, sequential, "kind CosineAnnealingLR there, SequentialLR here"),
+    "parts": (chained, sequential, "kind ChainedScheduler there, SequentialLR here"),
+    "limits": (
+        lambda o, n: OneCycleLR(o, 0.1, n),
+        lambda o, n: OneCycleLR(o, 0.2, n),
+        "max_lr 0.1 there, 0.2 here",
+    ),
+    "a function": (warmup_cosine(2), warmup_cosine(4), "factor 0 "),
+    "its own length": (
+        lambda o, n: CosineAnnealingLR(o, 4),
+        lambda o, n: CosineAnnealingLR(o, 8),
+        "T_max 4 there, 8 here",
+    ),
+}
+
+
+def leave_and_go_on(run_dir, before, after, *, given=False, first=None, epochs=2, **second):
+    """Trains 3 steps of 8 with one schedule, the rest with another; returns rates and words."""
+
+    def run(make, callbacks, epochs, **options):
+        net, rates = tiny.model(), Rates()
+        optimizer = SGD["optimizer"](net)
+        if make is not None:
+            scheduler = make(optimizer, 4 * epochs) if given else make
+            callbacks = [LRSchedule(scheduler, **options), *callbacks]
+        how = {"optimizer": optimizer, "net": net, "epochs": epochs, "eval_set": tiny.dataset(8)}
+        _, _, told = fit(run_dir, [*callbacks, Checkpoint(), rates], **how)
+        return rates.rates, [line for line in told.words if line.startswith("LRSchedule")]
+
+    leaves = At("step_start", 2, lambda ctx: ctx.request.preempt("leave"))
+    run(before, [leaves], 2, **(first or {}))
+    return run(after, [], epochs, **second)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_scheduler_needs_another_curve(tmp_path, name):
+    before, after, words = OTHERS[name]
+    for replan in (None, False):
+        with pytest.raises(ConfigError, match="Say what becomes of it") as raised:
+            leave_and_go_on(tmp_path / str(replan), before, after, replan=replan)
+        assert f"another scheduler is here ({words}" in str(raised.value)
+    rates, told = leave_and_go_on(tmp_path / "anew", before, after, replan=True)
+    optimizer = SGD["optimizer"](tiny.model())
+    scheduler, curve = after(optimizer, 5), []
+    for _ in range(5):
+        curve.append(round(float(optimizer.param_groups[0]["lr"]), 6))
+        optimizer.step()
+        scheduler.step()
+    assert rates == curve
+    assert told[0].endswith("a new one begins, over the 5 that are left of 8, from lr 0.1")
+
+
+def test_a_given_scheduler_of_other_values_keeps_the_old_and_another_kind_is_refused(tmp_path):
+    before, after, _ = OTHERS["gamma"]
+    rates, told = leave_and_go_on(tmp_path / "values", before, after, given=True)
+    assert told == ["LRSchedule: gamma 0.5 there, 0.1 here: the old one is kept"]
+    assert rates == [0.1, 0.05, 0.05, 0.05, 0.05]
+    with pytest.raises(ConfigError, match="make it as it was, or pass a function"):
+        leave_and_go_on(tmp_path / "kind", before, sequential, given=True)
+    cycle = CURVES["OneCycleLR"]
+    with pytest.raises(ConfigError, match="OneCycleLR is over after 8 steps, and the run has 12"):
+        leave_and_go_on(tmp_path / "longer", cycle, cycle, given=True, epochs=3)
+
+
+def test_another_plateau_judges_anew(tmp_path):
+    _, (told,) = leave_and_go_on(
+        tmp_path,
+        lambda o, n: ReduceLROnPlateau(o, patience=0),
+        lambda o, n: ReduceLROnPlateau(o, "max", patience=0),
+        first={"monitor": "eval/loss"},
+        monitor="eval/accuracy",
+    )
+    assert told.endswith(
+        "eval/loss there, eval/accuracy here: the one here is used, and judges anew"
+    )
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("name", ["cosine", "OneCycleLR", "sequential"])
+def test_a_schedule_that_is_new_begins_where_the_run_is(tmp_path, name, given):
+    make = {**CURVES, "sequential": sequential}[name]
+    rates, (told,) = leave_and_go_on(tmp_path, None, make, given=given)
+    assert told.startswith("LRSchedule is new in this run: its ")
+    assert told.endswith("begins here" + ", over the 5 steps that are left" * (not given))
+    optimizer = SGD["optimizer"](tiny.model())
+    scheduler, curve = make(optimizer, 8 if given else 5), []
+    for _ in range(5):
+        curve.append(round(float(optimizer.param_groups[0]["lr"]), 6))
+        optimizer.step()
+        scheduler.step()
+    assert rates == curve
 
 
 def test_a_scheduler_that_is_made_already_has_its_rate(tmp_path):
