@@ -129,7 +129,8 @@ class RunState:
         self.groups = now
         if not resumes:  # else in what was saved
             in_force, lines = differences(now, now, override)
-            put_override(override, self.context.optimizer.param_groups, now)
+            optimizer = self.context.optimizer
+            put_override(override, optimizer.param_groups, now, begun=bool(optimizer.state))
             self._tell(in_force, lines)
 
     def _tell(self, in_force: dict[str, Any], lines: list[str]) -> None:
@@ -269,7 +270,8 @@ class RunState:
         context = self.context
         there, here = state["groups"], self.groups or groups_of(context.optimizer, context.model)
         self._tell(*differences(there, here, self.override))
-        put_override(self.override, state["optimizer"]["param_groups"], there)
+        saved_groups, begun = state["optimizer"]["param_groups"], bool(state["optimizer"]["state"])
+        put_override(self.override, saved_groups, there, begun=begun)
         self.groups = there
         context.optimizer.load_state_dict(state["optimizer"])
         _undo_casts(context.optimizer, state["optimizer"])

@@ -154,6 +154,31 @@ def overridden(run_dir):
     return of(trainer.optimizer, "lr"), told.words[1:]
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"lr": "0.1"}, "cannot take the place of 0.01"),
+        ({"lr": float("nan")}, "cannot take the place of 0.01"),
+        ({"lr": torch.tensor(0.1)}, "cannot take the place of 0.01"),
+        ({"lr": [True]}, "cannot take the place of 0.01"),
+        ({"betas": 0.9}, "cannot take the place of (0.9, 0.999)"),
+        ({"betas": (0.9,)}, "cannot take the place of (0.9, 0.999)"),
+        ({"amsgrad": 1}, "cannot take the place of False"),
+        ({"amsgrad": True}, "keeps a state from its first step on"),
+    ],
+)
+def test_an_override_that_cannot_be_taken_is_refused(tmp_path, override, words):
+    trainer, _, _ = fit(tmp_path, [Checkpoint()])
+    with pytest.raises(ConfigError, match="override"):
+        trainer.fit(tiny.dataset(32), batch_size=8, epochs=2, override=override)
+    with pytest.raises(ConfigError, match="override") as raised:
+        fit(tmp_path, [Checkpoint()], epochs=2, override=override)
+    assert words in str(raised.value)
+    if override == {"amsgrad": True}:  # before the first step it can
+        fit(None, override=override)
+    fit(tmp_path, [Checkpoint()], epochs=2, override={"betas": (0.8, 0.99), "foreach": False})
+
+
 def test_an_override_is_of_all_ranks(tmp_path):
     said = ["lr 0.0001 is taken, not 0.01 (override)"]
     assert run_ranks(overridden, 2, tmp_path) == [([1e-4], said), ([1e-4], [])]
