@@ -116,6 +116,7 @@ class LRSchedule(Callback):
             return
         # The run that goes on had no schedule: nothing was loaded.
         made, self._new, total = self._new, [], self._total
+        self._skips = self._ends and ctx.progress.epoch < self._done
         where = "begins here"
         if isinstance(self._given, LRScheduler):
             for group, held in zip(ctx.optimizer.param_groups, made, strict=True):
@@ -131,7 +132,7 @@ class LRSchedule(Callback):
             self._advance()
 
     def on_epoch_end(self, ctx: Context) -> None:
-        if self._every == "epoch" and not self._skips:
+        if self._every == "epoch" and not (self._skips or self._new):
             self._advance()
         self._judge("train/", ctx.metrics)
         self._skips = False

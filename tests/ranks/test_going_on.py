@@ -644,6 +644,19 @@ def test_a_schedule_that_is_new_begins_where_the_run_is(tmp_path, name, given):
     assert rates == curve
 
 
+@pytest.mark.parametrize("hook", ["step_start", "epoch_end"])  # the next start owes it, or not
+def test_a_schedule_by_epochs_that_is_new_begins_with_the_next_epoch(tmp_path, hook):
+    step = {"step_start": 3, "epoch_end": 4}[hook]
+    leaves = At(hook, step, lambda ctx: ctx.request.preempt("leave"))
+    fit(tmp_path, [leaves, Checkpoint(every_steps=4)], epochs=3, eval_set=tiny.dataset(8), **SGD)
+    rates = Rates()
+    schedule = LRSchedule(lambda o, n: LinearLR(o, 1.0, 0.0, n), every="epoch")
+    callbacks = [schedule, Checkpoint(), rates]
+    *_, told = fit(tmp_path, callbacks, epochs=3, eval_set=tiny.dataset(8), **SGD)
+    assert rates.rates == [0.1] * 4 + [0.05] * 4
+    assert any(line.endswith("over the 2 epochs that are left") for line in told.words)
+
+
 def test_a_scheduler_that_is_made_already_has_its_rate(tmp_path):
     def run(epochs, override):
         net = tiny.model()
