@@ -279,6 +279,22 @@ def check_names(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
     return tuple(seen.values())
 
 
+def take_on(callbacks: Iterable[Callback], run: object, *, anew: bool) -> None:
+    """Notes in callbacks of which run they are from now on.
+
+    Raises ConfigError where one has state of another run, and this one begins ``anew``. Ranks: all,
+    local.
+    """
+    for callback in callbacks:
+        other = vars(callback).get("_run", run) is not run
+        if anew and other and (callback.state_dict() or callback.rank_state_dict()):
+            raise ConfigError(
+                f"{callback.name} was in another Trainer's fit, and holds what it kept there: a "
+                "new run would go on with that. Make new callbacks for each Trainer"
+            )
+        vars(callback)["_run"] = run
+
+
 def check_monitors(callbacks: Iterable[Callback], sets: Iterable[str], *, evaluates: bool) -> None:
     """Raises ConfigError where a callback is to judge by what cannot be there when it does.
 

@@ -94,8 +94,8 @@ class Loop:
         """Trains until the plan is fulfilled or a stop is agreed."""
         progress, replicas = self.context.progress, self.engine.replicas
         replicas.step = progress.step
-        due = self.owes_evaluation or (self.plan.eval_first and not progress.step)
-        if self.plan.eval_every and due:
+        first = self.plan.eval_first and not progress.step and self._evaluated_at != 0
+        if self.plan.eval_every and (self.owes_evaluation or first):
             self._evaluate()
             if self._save_asked:
                 self._save_once()

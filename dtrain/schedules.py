@@ -15,6 +15,7 @@ Example::
 """
 
 import math
+import zlib
 from collections.abc import Callable
 
 from torch.optim import Optimizer
@@ -23,6 +24,11 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from dtrain.errors import ConfigError
 
 Schedule = Callable[[Optimizer, int], LRScheduler]
+
+
+#: What a scheduler takes from the optimizer, and what it gives it beside the rate.
+_RATES = ("base_lrs", "_last_lr")
+_LIMITS = ("max_lr", "min_lr", "max_momentum", "base_momentum")
 
 
 def time_based(decay: float) -> Schedule:
@@ -137,6 +143,34 @@ def one_cycle(
         )
 
     return make
+
+
+def made_of(scheduler: LRScheduler, length: int) -> dict[str, str]:
+    """Returns of what a scheduler was made that has not stepped, but for the rates that it takes.
+
+    Functions are asked for some of their values on a curve of ``length``; 0 leaves them out.
+    """
+    groups = scheduler.optimizer.param_groups
+    held = dict(scheduler.state_dict())
+    held |= {name: [group.get(name) for group in groups] for name in _LIMITS if name in groups[0]}
+    times = [0, *(2**n for n in range(length.bit_length()) if 2**n < length)] if length else []
+    for number, factor in enumerate(getattr(scheduler, "lr_lambdas", ())):
+        held[f"factor {number}"] = ", ".join(f"{factor(t):.6g}" for t in times)
+    words = {"kind": type(scheduler).__name__}
+    return words | {name: text for name, value in held.items() if (text := _word(name, value))}
+
+
+def _word(name: str, value: object) -> str:
+    """Returns a value in words; "" for a rate, and an object, which may be another each time."""
+    if name in _RATES:
+        return ""
+    if isinstance(value, dict):
+        text = ", ".join(f"{k}: {word}" for k, v in value.items() if (word := _word(str(k), v)))
+    elif isinstance(value, list | tuple):
+        text = ", ".join(_word("", one) for one in value)
+    else:
+        text = str(value) if isinstance(value, bool | int | float | str) else ""
+    return text if len(text) < 200 else f"{text[:100]}... ({zlib.crc32(text.encode()):x})"
 
 
 def _times(factor: Callable[[int, int], float]) -> Schedule:

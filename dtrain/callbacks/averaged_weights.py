@@ -1,8 +1,6 @@
 """Averages of the weights, which count in place of the model's own."""
 
 from collections.abc import Callable
-from itertools import chain
-from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -12,21 +10,18 @@ from dtrain.callback import Callback
 from dtrain.context import Context
 from dtrain.distributed import named_parameters, plain_name
 
-_PARAMS = itemgetter("params")
-
 
 class AveragedWeights(Callback):
     """What averages of the parameters share, whatever their formula.
 
     Parameters that require a gradient are averaged, in float32 at least. While one is frozen, it
-    is what it is: its average begins later. That of one that was replaced goes on; it begins anew
-    where the new one has another name or shape.
+    is what it is: its average begins later. That of one that was replaced begins anew.
     """
 
     def __init__(self) -> None:
         self.averages: dict[str, Tensor] = {}  # by the parameter's name
-        self._params: list[Tensor] = []  # in the order of `averages`
-        self._held: list[Tensor] = []  # the optimizer's, in the newest averaging
+        self._params: list[Tensor] = []  # in the order of `averages`; none if these were loaded
+        self._taken = 0  # how often the context had been given others by then
         self._equal: set[Tensor] = set()  # what is equal on all ranks by now, as new ones are not
 
     def on_fit_start(self, ctx: Context) -> None:
@@ -35,12 +30,14 @@ class AveragedWeights(Callback):
     def _begin(self, ctx: Context) -> None:
         """Begins an average of every parameter that requires a gradient and has none yet.
 
-        Those of parameters that are gone, or have another shape, are dropped. One that a hook has
-        just made may differ between ranks: its average begins after its first step.
+        Those of parameters that are gone or were replaced are dropped. One that a hook has just
+        made may differ between ranks: its average begins after its first step.
         """
         named = dict(named_parameters(ctx.model))
+        then = dict(zip(self.averages, self._params, strict=False))
         for name, average in [*self.averages.items()]:
-            if name not in named or named[name].shape != average.shape:
+            now = named.get(name)
+            if now is None or now.shape != average.shape or then.get(name, now) is not now:
                 del self.averages[name]
         for name, p in named.items():
             if p.requires_grad and name not in self.averages and p in self._equal:
@@ -50,15 +47,17 @@ class AveragedWeights(Callback):
         for name, average in self.averages.items():
             self.averages[name] = average.to(named[name].device)  # from a checkpoint: the CPU
 
-    def _average(self, ctx: Context, formula: Callable[[Any, Any, Any], None], count: int) -> None:
+    def _follow(self, ctx: Context) -> None:
+        """After a step before which hooks thawed, replaced or added some, which it made equal."""
+        self._taken, self._equal = ctx._taken, {*ctx.model.parameters()}
+        self._begin(ctx)
+
+    def _average(self, formula: Callable[[Any, Any, Any], None], count: int) -> None:
         """Averages by one of torch's formulas, which is told how often that was done before."""
-        held = [*chain.from_iterable(map(_PARAMS, ctx.optimizer.param_groups))]
-        if len(held) != len(self._held) or not all(map(is_, held, self._held)):
-            self._held, self._equal = held, {*ctx.model.parameters()}
-            self._begin(ctx)  # a hook has replaced or added some, and the step made them equal
         averages = list(self.averages.values())
         current = [p.detach().to(a.dtype) for p, a in zip(self._params, averages, strict=True)]
         formula(averages, current, count)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.averages = {plain_name(name): t for name, t in state["averages"].items()}
+        self._params = []

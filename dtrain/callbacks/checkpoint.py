@@ -106,6 +106,7 @@ class Checkpoint(Callback):
             "trained": sorted(self._trained) if self.trainable_only else [],
             "frozen": {n: bits for n, bits in self._frozen_sums.items() if n not in self._trained},
             "best_value": self._best_value,
+            "best_by": [*self.best_by] if self.best_by else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,7 +117,9 @@ class Checkpoint(Callback):
             )
         for name, module in self._modules.items():
             module.load_state_dict(state["modules"][name])
-        self._best_value = state.get("best_value", math.inf)
+        mine = [*self.best_by] if self.best_by else None
+        if state.get("best_by", mine) == mine:  # else a value of another metric, or the worst
+            self._best_value = state.get("best_value", math.inf)
         self._trained |= set(state["trained"])
         sums = self._frozen_sums
         if changed := [name for name, bits in state["frozen"].items() if sums.get(name) != bits]:

@@ -60,6 +60,7 @@ class EarlyStopping(Callback):
         self._judge = None if isinstance(monitor, str) else monitor
         self._after_evaluation = self._metric.startswith("eval/")
         self._sign = 1.0 if mode == "min" else -1.0
+        self._judges_by = [self._metric, mode]  # what `best` is the best of
         self._patience = patience
         self._min_delta = min_delta
         self._restore_best = restore_best
@@ -67,11 +68,17 @@ class EarlyStopping(Callback):
         self.best = math.inf  # of sign * value: less is better
         self.bad_checks = 0
         self._weights: dict[str, Tensor] = {}
+        self._told_later = ""
 
     def on_fit_start(self, ctx: Context) -> None:
         if self.bad_checks and self.bad_checks >= self._patience:  # a further fit of this process
             ctx.say(f"EarlyStopping had stopped after {self.bad_checks} checks; they count anew")
             self.bad_checks = 0
+
+    def on_epoch_start(self, ctx: Context) -> None:
+        if self._told_later:
+            ctx.say(self._told_later)
+            self._told_later = ""
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         if self._after_evaluation and ctx.in_fit:
@@ -114,21 +121,32 @@ class EarlyStopping(Callback):
             ctx.request.stop(f"early stopping: {what} has not improved {self.bad_checks} times")
 
     def state_dict(self) -> dict[str, Any]:
-        if self._judge is not None:
-            return {}
-        return {"best": self.best, "bad_checks": self.bad_checks, "weights": self._weights}
+        return {} if self._judge is not None else self._judged() | {"weights": self._weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            self.best, self.bad_checks = state["best"], state["bad_checks"]
+        if state and self._take_up(state):
             self._weights = {plain_name(name): t for name, t in state["weights"].items()}
 
     def rank_state_dict(self) -> dict[str, Any]:
-        judged = {"best": self.best, "bad_checks": self.bad_checks}
-        return {} if self._judge is None else judged  # each rank by its own value
+        return {} if self._judge is None else self._judged()  # each rank by its own value
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        self._take_up(state)
+
+    def _judged(self) -> dict[str, Any]:
+        return {"best": self.best, "bad_checks": self.bad_checks, "judges_by": self._judges_by}
+
+    def _take_up(self, state: dict[str, Any]) -> bool:
+        """Takes up what was judged, unless by something else: numbers that do not compare."""
+        then = state.get("judges_by", self._judges_by)
+        if then != self._judges_by:
+            there, here = (
+                f"{what or 'a function'} ({mode})" for what, mode in (then, self._judges_by)
+            )
+            self._told_later = f"EarlyStopping: {there} there, {here} here: it judges anew"
+            return False
         self.best, self.bad_checks = state["best"], state["bad_checks"]
+        return True
 
 
 def _tensors(ctx: Context) -> dict[str, Tensor]:

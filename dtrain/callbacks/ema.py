@@ -53,8 +53,10 @@ class EMA(AveragedWeights):
         self._begin(ctx)
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
+        if self._taken != ctx._taken:
+            self._follow(ctx)
         if step.applied and ctx.progress.updates % self._every == 0:
-            self._average(ctx, get_ema_multi_avg_fn(self.decay_at(self.updates)), self.updates)
+            self._average(get_ema_multi_avg_fn(self.decay_at(self.updates)), self.updates)
             self.updates += 1
 
     def weights(self, which: CountAs) -> Mapping[str, Tensor] | None:

@@ -11,7 +11,7 @@ from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, find_metric
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
-from dtrain.schedules import Schedule
+from dtrain.schedules import Schedule, made_of
 
 
 class LRSchedule(Callback):
@@ -30,10 +30,10 @@ class LRSchedule(Callback):
         every: ``"step"`` or ``"epoch"``.
         monitor: the metric for ``ReduceLROnPlateau``, such as ``"eval/loss"``.
         replan: what becomes of the curve where a run goes on, by a restart or a further ``fit``,
-            for longer or shorter than the function was told, or with another rate
-            (``fit(override={"lr": ...})``). True: a new one, over what is left, from the
-            optimizer's own rate. False: the old one; the rate stays what it is at its end. None:
-            ConfigError, unless the curve is the same for both lengths.
+            for longer or shorter than the function was told, with another rate
+            (``fit(override={"lr": ...})``) or with another scheduler. True: a new one, over what is
+            left, from the optimizer's own rate. False: the old one; the rate stays what it is at
+            its end. None: ConfigError, unless the curve is the same for both lengths.
     """
 
     late_step_end = True  # only the next update needs the new rate
@@ -65,6 +65,9 @@ class LRSchedule(Callback):
         self._asked: int | None = None  # how long the run is to be now
         self._rates: list[float] = []  # which it begins with, of each group
         self._skips = False  # the end of an epoch that was over when the curve was made
+        self._made: dict[str, str] = {}  # of what, in words
+        # The groups as the scheduler made them, where a run may go on that had none.
+        self._new: list[dict[str, Any]] = []
 
     def on_fit_start(self, ctx: Context) -> None:
         by_step, progress = self._every == "step", ctx.progress
@@ -79,13 +82,7 @@ class LRSchedule(Callback):
         scheduler = self._given
         if isinstance(scheduler, LRScheduler):
             _check_owner(scheduler, ctx.optimizer)
-            length = getattr(scheduler, "total_steps", None)
-            if length is not None and total is not None and length < total:
-                raise ConfigError(
-                    f"LRSchedule: the {type(scheduler).__name__} is over after {length} "
-                    f"{self._every}s, and the run has {total}: make it longer, or pass a function "
-                    "(optimizer, total_steps) -> scheduler"
-                )
+            self._refuse_short(scheduler)
             self._refuse_rates(_new_rates(ctx.optimizer))
             self._tell_turn(scheduler)
         else:
@@ -110,13 +107,32 @@ class LRSchedule(Callback):
                 "other scheduler takes one"
             )
         self._scheduler, self._groups = scheduler, len(ctx.optimizer.param_groups)
+        self._made = self._words_of(scheduler)
+        if progress.step:
+            self._new = [dict(_plain(group)) for group in ctx.optimizer.param_groups]
+
+    def on_epoch_start(self, ctx: Context) -> None:
+        if not self._new:
+            return
+        # The run that goes on had no schedule: nothing was loaded.
+        made, self._new, total = self._new, [], self._total
+        self._skips = self._ends and ctx.progress.epoch < self._done
+        where = "begins here"
+        if isinstance(self._given, LRScheduler):
+            for group, held in zip(ctx.optimizer.param_groups, made, strict=True):
+                _put(group, "lr", held["lr"])
+                group |= {name: held[name] for name in held.keys() - group.keys()}
+        elif self._monitor is None and total is not None and total > self._done:
+            self._began, self._rates = self._done, _rates_of(ctx.optimizer)
+            where += f", over the {self._begin(total - self._done)} {self._every}s that are left"
+        ctx.say(f"LRSchedule is new in this run: its {type(self._scheduler).__name__} {where}")
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
         if self._every == "step" and step.applied:
             self._advance()
 
     def on_epoch_end(self, ctx: Context) -> None:
-        if self._every == "epoch" and not self._skips:
+        if self._every == "epoch" and not (self._skips or self._new):
             self._advance()
         self._judge("train/", ctx.metrics)
         self._skips = False
@@ -145,20 +161,27 @@ class LRSchedule(Callback):
             self._scheduler.step()
             self._stepped += 1
 
-    def _go_on(self, planned: int | None, total: int | None, rates: list[float] | None) -> None:
-        """Decides what becomes of the curve that was planned for another length, or other rates."""
+    def _go_on(
+        self,
+        planned: int | None,
+        total: int | None,
+        rates: list[float] | None,
+        other: str = "",
+    ) -> None:
+        """Decides what becomes of a curve planned for another length, other rates, or otherwise."""
         scheduler, given = self._scheduler, self._given
         assert scheduler is not None
         if isinstance(given, LRScheduler):
             self._refuse_rates(rates)
+            self._refuse_short(scheduler)
             self._tell_turn(scheduler)
         if isinstance(given, LRScheduler) or planned is None or self._monitor is not None:
             return  # nobody planned its length
         length, what = planned - self._began, f"{self._every}s"
-        if total is None or (rates is None and total == planned):
+        if total is None or (rates is None and not other and total == planned):
             return
-        end = ""
-        if rates is None:
+        end, must_begin = "", rates is not None or bool(other)
+        if not must_begin:
             longest = max(planned, total) - self._began
             curve = self._curve(length, longest)
             if curve == self._curve(total - self._began, longest):
@@ -166,21 +189,29 @@ class LRSchedule(Callback):
                 return
             end = _in_words(curve[length - 1])
         left, begins = total - self._done, _in_words(rates or self._rates)
-        if self.replan is None or (rates is not None and not self.replan):
-            other = (
-                f"{total} are asked for" if total != planned else "another lr (or group) is there"
-            )
+        if other and left <= 0:
+            return  # nothing is trained
+        if self.replan is None or (must_begin and not self.replan):
+            head = f"its curve was planned for {planned} {what}, and "
+            if other:
+                head = f"another scheduler is here ({other})"
+            else:
+                head += (
+                    f"{total} are asked for"
+                    if total != planned
+                    else "another lr (or group) is there"
+                )
             keep = f"; replan=False keeps the old one, and from its end on the rate stays {end}"
             raise ConfigError(
-                f"LRSchedule: its curve was planned for {planned} {what}, and {other}, at "
-                f"{self._every} {self._done}. Say what becomes of it: LRSchedule(..., replan=True) "
-                f"begins a new curve over the {left} {what} that are left, from lr {begins}"
-                f"{keep * (rates is None)}."
+                f"LRSchedule: {head}, at {self._every} {self._done}. Say what becomes of it: "
+                f"LRSchedule(..., replan=True) begins a new curve over the {left} {what} that are "
+                f"left, from lr {begins}{keep * (not must_begin)}."
             )
         if self.replan and left > 0:
+            was = f"another scheduler is here ({other})" if other else ""
             self._say(
-                f"LRSchedule: its curve was planned for {planned} {what}; a new one begins, over "
-                f"the {left} that are left of {total}, from lr {begins}"
+                f"LRSchedule: {was or f'its curve was planned for {planned} {what}'}; a new one "
+                f"begins, over the {left} that are left of {total}, from lr {begins}"
             )
             self._total, self._began, self._rates = total, self._done, rates or self._rates
             self._skips = self._ends
@@ -201,6 +232,16 @@ class LRSchedule(Callback):
                 f"fit(override=...) sets lr {_in_words(rates)}, and LRSchedule's scheduler goes on "
                 "from another: make it of an optimizer with that rate, or pass a function "
                 "(optimizer, total_steps) -> scheduler, and replan=True"
+            )
+
+    def _refuse_short(self, scheduler: LRScheduler) -> None:
+        """A one-cycle that is given, or an old one of it that is kept, may be over too soon."""
+        length, total = getattr(scheduler, "total_steps", None), self._asked
+        if length is not None and total is not None and length < total:
+            raise ConfigError(
+                f"LRSchedule: the {type(scheduler).__name__} is over after {length} "
+                f"{self._every}s, and the run has {total}: make it longer, or pass a function "
+                "(optimizer, total_steps) -> scheduler"
             )
 
     def _tell_turn(self, scheduler: LRScheduler) -> None:
@@ -243,12 +284,17 @@ class LRSchedule(Callback):
             group.pop("initial_lr", None)
             _put(group, "lr", rate)
         self._scheduler, self._stepped = self._given(optimizer, length), 0
+        self._made = self._words_of(self._scheduler)
         self._groups = len(optimizer.param_groups)
         _has_stepped(optimizer)
         return length
 
-    def _load(self, state: dict[str, Any], length: int | None = None) -> None:
-        """Takes up a scheduler's state, of a curve of ``length``; leaves the optimizer as it is."""
+    def _load(self, state: dict[str, Any], length: int | None = None) -> str:
+        """Takes up a scheduler's state, of a curve of ``length``; leaves the optimizer as it is.
+
+        Returns in words what is another there, and then leaves that state; but that of a scheduler
+        that was given, and is of other values: the old ones are kept.
+        """
         assert self._scheduler is not None
         groups = self._scheduler.optimizer.param_groups
         kept = [
@@ -259,9 +305,31 @@ class LRSchedule(Callback):
         for group, values in zip(groups, kept, strict=True):
             for name, value in values.items():
                 _put(group, name, value)
-        self._scheduler.load_state_dict(state)
+        there, here = state.get("made", self._made), self._made
+        other = ", ".join(
+            f"{name} {there[name]} there, {here[name]} here"
+            for name in (there if there["kind"] == here["kind"] else ("kind",))
+            if name in here and there[name] != here[name]
+        )
+        if other and self._monitor is not None:
+            self._say(f"LRSchedule: {other}: the one here is used, and judges anew")
+        elif other and length is None:
+            if there["kind"] != here["kind"]:
+                raise ConfigError(
+                    f"LRSchedule: another scheduler is here ({other}): make it as it was, or pass "
+                    "a function (optimizer, total_steps) -> scheduler, and replan=True"
+                )
+            self._say(f"LRSchedule: {other}: the old one is kept")
+        if not other or (self._monitor is None and length is None):
+            self._scheduler.load_state_dict(state["scheduler"])
         # The optimizer has stepped, in the process that made the checkpoint; torch would warn.
         _has_stepped(self._scheduler.optimizer)
+        return other
+
+    def _words_of(self, scheduler: LRScheduler) -> dict[str, str]:
+        given, total = isinstance(self._given, LRScheduler), self._total
+        made = made_of(scheduler, 0 if given or total is None else total - self._began)
+        return made | {"every": self._every} | ({"monitor": self._monitor} if self._monitor else {})
 
     def state_dict(self) -> dict[str, Any]:
         if self._scheduler is None:
@@ -272,22 +340,23 @@ class LRSchedule(Callback):
             "began": self._began,
             "rates": self._rates,
             "stepped": self._stepped,
+            "made": self._made,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "scheduler" not in state or self._scheduler is None:
             return
+        self._new = []
         planned, total = state.get("total"), self._total
         if not isinstance(self._given, LRScheduler) and planned is not None and total is not None:
             self._began, self._rates = state.get("began", 0), state.get("rates") or self._rates
             self._total, rates = planned, _new_rates(self._scheduler.optimizer)
-            length = planned - self._began
-            self._load(state["scheduler"], None if length == total else length)
+            other = self._load(state, planned - self._began)
             self._stepped = state.get("stepped", state["scheduler"].get("last_epoch", 0))
-            self._go_on(planned, total, rates)
+            self._go_on(planned, total, rates, other)
         else:
             rates = _new_rates(self._scheduler.optimizer)
-            self._load(state["scheduler"])
+            self._load(state)
             self._go_on(None, None, rates)
 
 

@@ -74,6 +74,8 @@ class StochasticWeightAveraging(AveragedWeights):
 
     def _take_in(self, ctx: Context) -> None:
         if ctx.progress.epoch >= self._start_epoch:
+            if self._taken != ctx._taken:
+                self._follow(ctx)
             self._begin(ctx)
-            self._average(ctx, get_swa_multi_avg_fn(), self.count)
+            self._average(get_swa_multi_avg_fn(), self.count)
             self.count += 1

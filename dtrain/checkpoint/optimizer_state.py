@@ -5,6 +5,7 @@ Its groups are noted as the script made them, before any schedule: ``{"params": 
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ from dtrain.errors import ConfigError, ResumeError
 Group = dict[str, Any]
 _NO_VALUES = ("params", "param_names", "initial_lr")
 _NAMED = 4
+_PLAIN = (bool, int, float, str, tuple, type(None))
+#: Values for which torch's optimizers keep a state that they make with a parameter's first step.
+_OF_FIRST_STEP = ("amsgrad", "centered")
 
 
 def groups_of(optimizer: Optimizer, model: nn.Module) -> list[Group]:
@@ -39,8 +43,7 @@ def _values(group: Group) -> dict[str, Any]:
         for name, value in first.items()
         if name not in _NO_VALUES
     }
-    kinds = (bool, int, float, str, tuple, type(None))
-    return {name: value for name, value in plain.items() if isinstance(value, kinds)}
+    return {name: value for name, value in plain.items() if isinstance(value, _PLAIN)}
 
 
 def check_override(override: Mapping[str, Any], groups: list[Group]) -> None:
@@ -59,12 +62,32 @@ def check_override(override: Mapping[str, Any], groups: list[Group]) -> None:
                 f"fit(override={{{name!r}: {value!r}}}): a list has one value for each parameter "
                 f"group, and there are {len(groups)}"
             )
+        for place, group in enumerate(groups):
+            mine, held = (value[place] if isinstance(value, list) else value), group["values"]
+            if name in held and not _is_kind_of(mine, held[name]):
+                raise ConfigError(
+                    f"fit(override={{{name!r}: {mine!r}}}): cannot take the place of {held[name]!r}"
+                )
 
 
-def put_override(override: Mapping[str, Any], groups: list[Group], noted: list[Group]) -> None:
+def _is_kind_of(value: Any, old: Any) -> bool:
+    """Says whether a value may take an old one's place, of which None may be any plain one."""
+    if isinstance(old, tuple):
+        same = isinstance(value, tuple) and len(value) == len(old)
+        return same and all(map(_is_kind_of, value, old))
+    if isinstance(old, int | float) and not isinstance(old, bool):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    return isinstance(value, _PLAIN) and (old is None or value is None or type(value) is type(old))
+
+
+def put_override(
+    override: Mapping[str, Any], groups: list[Group], noted: list[Group], *, begun: bool
+) -> None:
     """Sets values in ``groups``, an optimizer's or saved ones, where others are in force.
 
-    A group that is given a new rate has no ``initial_lr`` any more: so a schedule finds out.
+    A group that is given a new rate has no ``initial_lr`` any more: so a schedule finds out. Once
+    the optimizer has ``begun``, ConfigError is raised where a value needs another state.
     """
     for name, value in override.items():
         for place, (group, note) in enumerate(zip(groups, noted, strict=True)):
@@ -72,6 +95,12 @@ def put_override(override: Mapping[str, Any], groups: list[Group], noted: list[G
             if note["values"].get(name) == mine or name not in group:
                 continue
             old = group[name]
+            lazy = name in _OF_FIRST_STEP or (name == "momentum" and "alpha" in group)  # RMSprop
+            if begun and lazy and mine and not old:
+                raise ConfigError(
+                    f"fit(override={{{name!r}: {mine!r}}}): for that the optimizer keeps a state "
+                    "from its first step on, which the run has not: leave it, or begin another run"
+                )
             group[name] = old.fill_(mine) if isinstance(old, Tensor) else mine
             note["values"][name] = mine
             if name == "lr":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.callback import Callback, CountAs, weights_of
+from dtrain.callback import Callback, CountAs, take_on, weights_of
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import tree
 from dtrain.checkpoint.format import Saved
@@ -105,6 +105,7 @@ class RunState:
     # The optimizer's groups, with the values that are in force before any schedule.
     groups: list[Group] = field(default_factory=list)
     override: dict[str, Any] = field(default_factory=dict)  # of the optimizer's values, by ``fit``
+    _mark: object = field(default_factory=object)  # that callbacks bear: no reference to the run
 
     def describe(self, data: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """Returns what of the run is compared when it is continued. Ranks: all, local."""
@@ -119,6 +120,7 @@ class RunState:
 
     def begin(self, *, live: bool, resumes: bool) -> None:
         """Notes what the optimizer was made with, and sets in it what ``fit`` was told to."""
+        take_on(self.callbacks, self._mark, anew=not (live or resumes))
         now, override = groups_of(self.context.optimizer, self.context.model), self.override
         check_override(override, now)
         if live:  # schedules have changed values since: what was noted is in force
@@ -127,7 +129,8 @@ class RunState:
         self.groups = now
         if not resumes:  # else in what was saved
             in_force, lines = differences(now, now, override)
-            put_override(override, self.context.optimizer.param_groups, now)
+            optimizer = self.context.optimizer
+            put_override(override, optimizer.param_groups, now, begun=bool(optimizer.state))
             self._tell(in_force, lines)
 
     def _tell(self, in_force: dict[str, Any], lines: list[str]) -> None:
@@ -267,7 +270,8 @@ class RunState:
         context = self.context
         there, here = state["groups"], self.groups or groups_of(context.optimizer, context.model)
         self._tell(*differences(there, here, self.override))
-        put_override(self.override, state["optimizer"]["param_groups"], there)
+        saved_groups, begun = state["optimizer"]["param_groups"], bool(state["optimizer"]["state"])
+        put_override(self.override, saved_groups, there, begun=begun)
         self.groups = there
         context.optimizer.load_state_dict(state["optimizer"])
         _undo_casts(context.optimizer, state["optimizer"])
@@ -281,6 +285,7 @@ class RunState:
             context.say(f"{name} is not among the callbacks any more: its state is dropped")
         context.shared_rng.set_state(state["shared_rng"])
         context.metrics.update(state["metrics"])
+        context._take(saved.metrics)  # of these weights: another save at this step holds them, too
         mine = files.load_rank_state(saved.path, self.world.rank)
         if mine is None:
             new_rank()

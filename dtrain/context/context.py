@@ -61,6 +61,7 @@ class Context:
     loss_scaled: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     _made_at: dict[str, int] = field(default_factory=dict, repr=False)  # the step of each metric
+    _taken: int = field(default=0, repr=False)  # how often parameters were taken to be trained
     _outbox: Outbox = field(default_factory=Outbox, repr=False)
     #: Weak: the engine holds this context.
     _engine: Callable[[], _Engine | None] = field(default=lambda: None, repr=False)

@@ -146,7 +146,10 @@ class Engine:
         """
         comm, where = self.context.comm, self.hooks.failed_in or UPDATE.name
         all_know = isinstance(error, RemoteError | RankMismatch) or comm.may_be_broken(error)
-        if self.world.size == 1 or all_know or not self.strategy.may_idle:
+        # Alone, a rank raises at once; but where nothing of a step was done, that one is left, and
+        # what was before it is saved, as where a loss function fails.
+        alone = self.world.size == 1 and where != "on_step_start"
+        if alone or all_know or not self.strategy.may_idle:
             raise error
         if self.micro_step.trouble is None:
             comm.record(error, where)  # for ranks that wait for this one in a verb of their hooks

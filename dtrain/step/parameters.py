@@ -48,6 +48,7 @@ class Parameters:
         if not trainable:
             raise ConfigError("every parameter of the model is frozen: nothing to train")
         self.since = context.progress.updates if self.trainable else 0
+        context._taken += 1
         self.trainable, self._optimizer = trainable, context.optimizer
         self._held = _held(context.optimizer)
         # Of a subclass the memory may be hidden, or in several places.

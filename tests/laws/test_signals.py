@@ -345,6 +345,6 @@ def test_a_launcher_that_is_killed_ends_its_ranks(tmp_path):
         for rank in ranks:
             with suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGKILL)
-    assert told.count("the launcher (torchrun) is gone") == 2
+    assert told.count("the launcher (torchrun) is gone") == 2  # found by one rank, or in one step
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["status"] == "preempted"

@@ -297,6 +297,49 @@ def test_evaluations_see_the_averages_and_the_training_does_not(world_size):
     run_processes(cases, world_size, timeout_s=60)
 
 
+class HeadInTheMiddle(dtrain.Callback):
+    """Puts another head into the model in the middle of an epoch."""
+
+    def __init__(self, at, classes):
+        self.at, self.classes = at, classes
+
+    def on_step_start(self, ctx, step):
+        if step.number == self.at:
+            old, new = ctx.model[2], nn.Linear(16, self.classes)
+            ctx.model[2] = new
+            group = ctx.optimizer.param_groups[0]
+            gone = {*old.parameters()}
+            group["params"] = [p for p in group["params"] if p not in gone] + [*new.parameters()]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_average_of_what_was_replaced_begins_anew(world_size, classes):
+    def replace():
+        ema, follow = EMA(0.5, warmup=False), Follow()
+        callbacks = [ema, HeadInTheMiddle(2, classes), follow]
+        trainer = tiny.trainer(callbacks, optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.1))
+        trainer.fit(tiny.dataset(48), batch_size=12, epochs=1)
+        hand = ema_by_hand(follow.steps[3:], 0.5, False, 1)
+        for name in ("2.weight", "2.bias"):
+            assert torch.allclose(ema.averages[name], hand[name], rtol=1e-6)
+
+    run_ranks(replace, world_size)
+
+
+@pytest.mark.parametrize("make", [lambda: EMA(0.5), lambda: StochasticWeightAveraging(0)])
+def test_a_part_of_another_name_or_shape_between_two_fits(make):
+    for name in ("2", "other"):
+        averaged = make()
+        trainer = tiny.trainer([averaged], optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.1))
+        trainer.fit(tiny.dataset(48), batch_size=12, epochs=1)
+        del trainer.model[2]
+        trainer.model.add_module(name, nn.Linear(16, 3))
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
+        trainer.fit(tiny.dataset(48), batch_size=12, epochs=2)
+        assert averaged.averages.keys() == dict(trainer.model.named_parameters()).keys()
+
+
 class Die(dtrain.Callback):
     """Ends the process at a place in the run, as kill -9 would."""
 
@@ -384,12 +427,12 @@ class NewHead(dtrain.Callback):
 
 
 class ByHand(Follow):
-    """The average, as one would write it; of a new name, from the end of its first step on."""
+    """The average, as one would write it; of a new parameter, from the end of its first step on."""
 
     def on_step_end(self, ctx, step):
-        old = getattr(self, "average", {}) or self.steps[0]
-        new = weights(ctx.model)
-        same = {k: old[k] for k in new if k in old and old[k].shape == new[k].shape}
+        old, before = getattr(self, "average", {}) or self.steps[0], getattr(self, "before", {})
+        new, self.before = weights(ctx.model), dict(ctx.model.named_parameters())
+        same = {k: old[k] for k, p in self.before.items() if k in old and before.get(k, p) is p}
         self.average = {k: 0.5 * same.get(k, p) + 0.5 * p for k, p in new.items()}
 
 

@@ -14,7 +14,7 @@ from dtrain.errors import ResumeError
 from dtrain.testing import run_processes
 
 STEPS, FAILS_AT = 10, 2  # before the first epoch has ended
-WHERE = ["dataset", "on_batch", "loss_fn", "on_loss", "weight"]
+WHERE = ["on_step_start", "dataset", "on_batch", "loss_fn", "on_loss", "weight"]
 
 
 class Broken(dtrain.Callback):
@@ -32,6 +32,7 @@ class Broken(dtrain.Callback):
 
     def on_step_start(self, ctx, step):
         self.step = step.number
+        self.check("on_step_start")
 
     def on_batch(self, ctx, step):
         self.check("on_batch")

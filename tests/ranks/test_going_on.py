@@ -14,14 +14,22 @@ from torch.optim.lr_scheduler import (
     ExponentialLR,
     LinearLR,
     OneCycleLR,
+    ReduceLROnPlateau,
     SequentialLR,
     StepLR,
 )
 
 import dtrain
-from dtrain.callbacks import Checkpoint, EarlyStopping, LRSchedule, ParamSchedule
+from dtrain.callbacks import (
+    EMA,
+    Checkpoint,
+    EarlyStopping,
+    LRSchedule,
+    ParamSchedule,
+    StochasticWeightAveraging,
+)
 from dtrain.checkpoint import disk
-from dtrain.errors import ConfigError, RankMismatch, ResumeError
+from dtrain.errors import ConfigError, RankMismatch, RemoteError, ResumeError
 from dtrain.schedules import one_cycle, warmup_cosine
 from dtrain.sinks import CSV, Dispatcher, JSONLines, Report
 from dtrain.testing import run_ranks
@@ -146,6 +154,31 @@ def overridden(run_dir):
     return of(trainer.optimizer, "lr"), told.words[1:]
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"lr": "0.1"}, "cannot take the place of 0.01"),
+        ({"lr": float("nan")}, "cannot take the place of 0.01"),
+        ({"lr": torch.tensor(0.1)}, "cannot take the place of 0.01"),
+        ({"lr": [True]}, "cannot take the place of 0.01"),
+        ({"betas": 0.9}, "cannot take the place of (0.9, 0.999)"),
+        ({"betas": (0.9,)}, "cannot take the place of (0.9, 0.999)"),
+        ({"amsgrad": 1}, "cannot take the place of False"),
+        ({"amsgrad": True}, "keeps a state from its first step on"),
+    ],
+)
+def test_an_override_that_cannot_be_taken_is_refused(tmp_path, override, words):
+    trainer, _, _ = fit(tmp_path, [Checkpoint()])
+    with pytest.raises(ConfigError, match="override"):
+        trainer.fit(tiny.dataset(32), batch_size=8, epochs=2, override=override)
+    with pytest.raises(ConfigError, match="override") as raised:
+        fit(tmp_path, [Checkpoint()], epochs=2, override=override)
+    assert words in str(raised.value)
+    if override.get("amsgrad") is True:  # before the first step it can
+        fit(None, override=override)
+    fit(tmp_path, [Checkpoint()], epochs=2, override={"betas": (0.8, 0.99), "foreach": False})
+
+
 def test_an_override_is_of_all_ranks(tmp_path):
     said = ["lr 0.0001 is taken, not 0.01 (override)"]
     assert run_ranks(overridden, 2, tmp_path) == [([1e-4], said), ([1e-4], [])]
@@ -247,6 +280,65 @@ def test_what_must_be_the_same_is_refused_by_a_restart_and_by_a_further_fit(tmp_
         with pytest.raises(ConfigError, match=words):
             trainer.fit(data, epochs=2, **again)
     assert trainer.fit(tiny.dataset(32), batch_size=8, epochs=2).steps == 8
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_callbacks_of_another_trainer_take_nothing_along(tmp_path, world_size):
+    def study():
+        def refused(make):
+            with pytest.raises((ConfigError, RemoteError), match="Make new callbacks"):
+                make()
+
+        data, base, saves = tiny.dataset(8), tmp_path / str(world_size), Checkpoint()
+        for kept in (EMA(), StochasticWeightAveraging(0), EarlyStopping("eval/loss"), saves):
+            fit(base / kept.name, [kept], eval_set=data)
+            refused(lambda kept=kept: fit(base / "another", [kept], eval_set=data))
+        own = Rates()
+        for _ in range(2):  # what has no state has nothing to take along but what is meant
+            fit(None, [own])
+        assert len(own.rates) == 8
+        fit(base / "Checkpoint", [saves], epochs=2, eval_set=data)  # a resume
+
+    run_ranks(study, world_size)
+
+
+class Scores(dtrain.Callback):
+    """Adds one figure that rises with each evaluation, and one that falls."""
+
+    def on_eval_end(self, ctx, metrics):
+        metrics |= {"eval/up": 0.1 * ctx.progress.epoch, "eval/down": 9.0 - ctx.progress.epoch}
+
+
+def judge(ctx):
+    return 9.0 - ctx.progress.epoch
+
+
+def test_what_judged_by_something_else_judges_anew(tmp_path):
+    asks = {"up": ("eval/up", "max"), "down": ("eval/down", "min"), "by hand": (judge, "min")}
+    for before, after in (("up", "down"), ("up", "by hand"), ("by hand", "up")):
+        run_dir = tmp_path / f"{before} {after}"
+
+        def run(which, do, run_dir=run_dir):
+            monitor, mode = asks[which]
+            early = EarlyStopping(monitor, mode=mode, patience=2)
+            how = {"best": monitor, "mode": mode} if monitor is not judge else {}
+            leaves = At("step_start", 7, do)
+            callbacks = [Scores(), early, Checkpoint(every_epochs=9, keep=1, **how), leaves]
+            return fit(run_dir, callbacks, epochs=6, eval_set=tiny.dataset(8), eval_every="epoch")
+
+        run(before, lambda ctx: ctx.request.preempt("leave"))
+        _, result, told = run(after, lambda ctx: None)
+        assert (result.epochs, result.stop_reason) == (6, "all epochs done")
+        line = f"EarlyStopping: {'a function' if before == 'by hand' else f'eval/{before}'} ("
+        assert sum(word.startswith(line) and word.endswith("anew") for word in told.words) == 1
+
+
+def test_the_best_by_another_metric_is_the_best_from_there_on(tmp_path):
+    for best, mode, at in (("eval/up", "max", 7), ("eval/down", "min", 13)):
+        leaves = At("step_start", at, lambda ctx: ctx.request.preempt("leave"))
+        saves = Checkpoint(every_epochs=9, keep=None, best=best, mode=mode)
+        fit(tmp_path, [Scores(), saves, leaves], epochs=6, eval_set=tiny.dataset(8))
+    assert steps_of(tmp_path) == [4, 8, 12, 14]  # of the second, each evaluation was the best
 
 
 class Fails(dtrain.Callback):
@@ -452,7 +544,117 @@ def test_a_cosine_that_climbs_back_is_told(tmp_path):
 
     assert run(1, 4) == []
     climbs = "is at its lowest after 4 steps of 8, and climbs back from there"
-    assert run(2, 8) == [f"LRSchedule: the CosineAnnealingLR {climbs}"]  # the old one goes on
+    kept = "LRSchedule: T_max 4 there, 8 here: the old one is kept"
+    assert run(2, 8) == [kept, f"LRSchedule: the CosineAnnealingLR {climbs}"]
+
+
+OTHERS = {
+    "gamma": (lambda o, n: StepLR(o, 4, 0.5), lambda o, n: StepLR(o, 4, 0.1), "gamma 0.5 there"),
+    "kind": (CosineAnnealingLR, CURVES["OneCycleLR"], "kind CosineAnnealingLR there, OneCycleLR"),
+    "of others": (CosineAnnealingLR, sequential, "kind CosineAnnealingLR there, SequentialLR here"),
+    "parts": (chained, sequential, "kind ChainedScheduler there, SequentialLR here"),
+    "limits": (
+        lambda o, n: OneCycleLR(o, 0.1, n),
+        lambda o, n: OneCycleLR(o, 0.2, n),
+        "max_lr 0.1 there, 0.2 here",
+    ),
+    "a function": (warmup_cosine(2), warmup_cosine(4), "factor 0 "),
+    "its own length": (
+        lambda o, n: CosineAnnealingLR(o, 4),
+        lambda o, n: CosineAnnealingLR(o, 8),
+        "T_max 4 there, 8 here",
+    ),
+}
+
+
+def leave_and_go_on(run_dir, before, after, *, given=False, first=None, epochs=2, **second):
+    """Trains 3 steps of 8 with one schedule, the rest with another; returns rates and words."""
+
+    def run(make, callbacks, epochs, **options):
+        net, rates = tiny.model(), Rates()
+        optimizer = SGD["optimizer"](net)
+        if make is not None:
+            scheduler = make(optimizer, 4 * epochs) if given else make
+            callbacks = [LRSchedule(scheduler, **options), *callbacks]
+        how = {"optimizer": optimizer, "net": net, "epochs": epochs, "eval_set": tiny.dataset(8)}
+        _, _, told = fit(run_dir, [*callbacks, Checkpoint(), rates], **how)
+        return rates.rates, [line for line in told.words if line.startswith("LRSchedule")]
+
+    leaves = At("step_start", 2, lambda ctx: ctx.request.preempt("leave"))
+    run(before, [leaves], 2, **(first or {}))
+    return run(after, [], epochs, **second)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_scheduler_needs_another_curve(tmp_path, name):
+    before, after, words = OTHERS[name]
+    for replan in (None, False):
+        with pytest.raises(ConfigError, match="Say what becomes of it") as raised:
+            leave_and_go_on(tmp_path / str(replan), before, after, replan=replan)
+        assert f"another scheduler is here ({words}" in str(raised.value)
+    rates, told = leave_and_go_on(tmp_path / "anew", before, after, replan=True)
+    optimizer = SGD["optimizer"](tiny.model())
+    scheduler, curve = after(optimizer, 5), []
+    for _ in range(5):
+        curve.append(round(float(optimizer.param_groups[0]["lr"]), 6))
+        optimizer.step()
+        scheduler.step()
+    assert rates == curve
+    assert told[0].endswith("a new one begins, over the 5 that are left of 8, from lr 0.1")
+
+
+def test_a_given_scheduler_of_other_values_keeps_the_old_and_another_kind_is_refused(tmp_path):
+    before, after, _ = OTHERS["gamma"]
+    rates, told = leave_and_go_on(tmp_path / "values", before, after, given=True)
+    assert told == ["LRSchedule: gamma 0.5 there, 0.1 here: the old one is kept"]
+    assert rates == [0.1, 0.05, 0.05, 0.05, 0.05]
+    with pytest.raises(ConfigError, match="make it as it was, or pass a function"):
+        leave_and_go_on(tmp_path / "kind", before, sequential, given=True)
+    cycle = CURVES["OneCycleLR"]
+    with pytest.raises(ConfigError, match="OneCycleLR is over after 8 steps, and the run has 12"):
+        leave_and_go_on(tmp_path / "longer", cycle, cycle, given=True, epochs=3)
+
+
+def test_another_plateau_judges_anew(tmp_path):
+    _, (told,) = leave_and_go_on(
+        tmp_path,
+        lambda o, n: ReduceLROnPlateau(o, patience=0),
+        lambda o, n: ReduceLROnPlateau(o, "max", patience=0),
+        first={"monitor": "eval/loss"},
+        monitor="eval/accuracy",
+    )
+    assert told.endswith(
+        "eval/loss there, eval/accuracy here: the one here is used, and judges anew"
+    )
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("name", ["cosine", "OneCycleLR", "sequential"])
+def test_a_schedule_that_is_new_begins_where_the_run_is(tmp_path, name, given):
+    make = {**CURVES, "sequential": sequential}[name]
+    rates, (told,) = leave_and_go_on(tmp_path, None, make, given=given)
+    assert told.startswith("LRSchedule is new in this run: its ")
+    assert told.endswith("begins here" + ", over the 5 steps that are left" * (not given))
+    optimizer = SGD["optimizer"](tiny.model())
+    scheduler, curve = make(optimizer, 8 if given else 5), []
+    for _ in range(5):
+        curve.append(round(float(optimizer.param_groups[0]["lr"]), 6))
+        optimizer.step()
+        scheduler.step()
+    assert rates == curve
+
+
+@pytest.mark.parametrize("hook", ["step_start", "epoch_end"])  # the next start owes it, or not
+def test_a_schedule_by_epochs_that_is_new_begins_with_the_next_epoch(tmp_path, hook):
+    step = {"step_start": 3, "epoch_end": 4}[hook]
+    leaves = At(hook, step, lambda ctx: ctx.request.preempt("leave"))
+    fit(tmp_path, [leaves, Checkpoint(every_steps=4)], epochs=3, eval_set=tiny.dataset(8), **SGD)
+    rates = Rates()
+    schedule = LRSchedule(lambda o, n: LinearLR(o, 1.0, 0.0, n), every="epoch")
+    callbacks = [schedule, Checkpoint(), rates]
+    *_, told = fit(tmp_path, callbacks, epochs=3, eval_set=tiny.dataset(8), **SGD)
+    assert rates.rates == [0.1] * 4 + [0.05] * 4
+    assert any(line.endswith("over the 2 epochs that are left") for line in told.words)
 
 
 def test_a_scheduler_that_is_made_already_has_its_rate(tmp_path):
@@ -625,6 +827,31 @@ def test_the_last_evaluation_is_not_repeated(tmp_path, every, samples):
     rows = (tmp_path / "metrics.jsonl").read_text()
     assert run(lambda ctx: None) == []
     assert (tmp_path / "metrics.jsonl").read_text() == rows
+
+
+def test_the_first_evaluation_is_not_repeated(tmp_path):
+    def run(run_dir, do=lambda ctx: None):
+        look, early = At("eval_end", 0, do), EarlyStopping("eval/loss", patience=9)
+        how = {"eval_set": tiny.dataset(8), "eval_first": True}
+        fit(run_dir, [look, early, Checkpoint()], sinks=[JSONLines()], **how)
+        return look.evaluated, early.state_dict(), (run_dir / "metrics.jsonl").read_text()
+
+    whole, patience, _ = run(tmp_path / "whole")
+    first, _, _ = run(tmp_path / "run", lambda ctx: ctx.request.preempt("leave"))
+    second, end, rows = run(tmp_path / "run")
+    assert (first, first + second, end) == ([0], whole, patience)
+    assert [json.loads(row)["step"] for row in rows.splitlines() if '"eval"' in row] == [0, 4]
+
+
+def test_a_checkpoint_made_again_after_a_resume_keeps_its_figures(tmp_path):
+    def run(do=lambda ctx: None):
+        averages = StochasticWeightAveraging(0)  # count at the end, so the last one is made again
+        saves = Checkpoint(best="eval/loss")
+        callbacks = [At("epoch_end", 4, do), averages, saves]
+        return fit(tmp_path, callbacks, eval_set=tiny.dataset(8))[1]
+
+    assert run(lambda ctx: ctx.request.preempt("leave")).preempted
+    assert run().best_checkpoint == tmp_path / "checkpoints" / "step-00000004"
 
 
 # ----------------------------------------------------------------------------------- the files

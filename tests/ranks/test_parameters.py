@@ -187,7 +187,8 @@ def set_a_module(net, optimizer):
 
 
 def finds(net, edit):
-    context = SimpleNamespace(model=net, optimizer=sgd(net), progress=dtrain.Progress())
+    progress = dtrain.Progress()
+    context = SimpleNamespace(model=net, optimizer=sgd(net), progress=progress, _taken=0)
     trained = Parameters(context)
     trained.take()
     assert not trained.changed()
