@@ -1,5 +1,6 @@
 """Learning-rate schedules: torch's own schedulers, stepped once and only once."""
 
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,8 @@ class LRSchedule(Callback):
                 f"LRSchedule: {scheduler!r} is neither a scheduler nor a function (optimizer, "
                 "total_steps) -> scheduler"
             )
+        if not isinstance(scheduler, LRScheduler):
+            _check_takes_length(scheduler)
         self._given = scheduler
         self._every = every
         self._monitor = monitor
@@ -85,7 +88,8 @@ class LRSchedule(Callback):
                     f"{self._every}s, and the run has {total}: make it longer, or pass a function "
                     "(optimizer, total_steps) -> scheduler"
                 )
-            self._refuse_rates(_new_rates(ctx.optimizer))
+            if scheduler.optimizer is ctx.optimizer:
+                self._refuse_rates(_new_rates(ctx.optimizer))
             self._tell_turn(scheduler)
         else:
             if total is None:
@@ -289,6 +293,25 @@ class LRSchedule(Callback):
             rates = _new_rates(self._scheduler.optimizer)
             self._load(state["scheduler"])
             self._go_on(None, None, rates)
+
+
+def _check_takes_length(given: Any) -> None:
+    """Raises ConfigError where the total would be an error, or be taken for another argument."""
+    try:
+        names = list(inspect.signature(given).parameters)
+        inspect.signature(given).bind(None, 1)
+    except ValueError:
+        return  # written in C
+    except TypeError:
+        names = []
+    if not names or (isinstance(given, type) and names[1] not in ("T_max", "total_iters")):
+        name = getattr(given, "__name__", "...")
+        given_as = f"it takes {names[1]!r} there" if names else "this does not take two"
+        raise ConfigError(
+            f"LRSchedule({name}): a function is called with the optimizer and how often it will be "
+            f"stepped in all, and {given_as}: pass `lambda opt, total: "
+            f"{name if isinstance(given, type) else '...'}(opt, ...)`"
+        )
 
 
 def _rates_of(optimizer: Optimizer) -> list[float]:

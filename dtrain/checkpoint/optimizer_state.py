@@ -5,7 +5,9 @@ Its groups are noted as the script made them, before any schedule: ``{"params": 
 """
 
 import difflib
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,21 +46,46 @@ def _values(group: Group) -> dict[str, Any]:
 
 
 def check_override(override: Mapping[str, Any], groups: list[Group]) -> None:
-    """Raises ConfigError where a value is of no group, or not one for each."""
+    """Raises ConfigError where a value is of no group, of another kind, or not one for each."""
+    if not isinstance(override, Mapping):
+        raise ConfigError(f"fit(override={override!r}): a dict, such as {{'lr': 1e-4}}")
     for name, value in override.items():
         known = {key for group in groups for key in group["values"]} - {"name"}
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(
-                f"fit(override={{{name!r}: ...}}): the optimizer has no such value{hint} There are "
-                f"{', '.join(sorted(known))}"
+                f"fit(override={{{name!r}: ...}}): the optimizer has no such value{hint}. There "
+                f"are {', '.join(sorted(known))}"
             )
         if isinstance(value, list) and len(value) != len(groups):
             raise ConfigError(
                 f"fit(override={{{name!r}: {value!r}}}): a list has one value for each parameter "
                 f"group, and there are {len(groups)}"
             )
+        for place, group in enumerate(groups):
+            mine, old = (
+                value[place] if isinstance(value, list) else value,
+                group["values"].get(name),
+            )
+            if not _is_like(mine, old):
+                raise ConfigError(
+                    f"fit(override={{{name!r}: {mine!r}}}): it is {old!r} in group {place}, and "
+                    "takes another value of that kind"
+                )
+
+
+def _is_like(value: object, old: object) -> bool:
+    """Says whether ``value`` can take the place of ``old``."""
+    if isinstance(old, tuple):
+        if not isinstance(value, tuple) or len(value) != len(old):
+            return False
+        return all(_is_like(mine, its) for mine, its in zip(value, old, strict=True))
+    if isinstance(old, bool) or old is None:
+        return old is None or isinstance(value, bool)
+    if isinstance(old, int | float):
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, type(old))
 
 
 def put_override(override: Mapping[str, Any], groups: list[Group], noted: list[Group]) -> None:
