@@ -3,7 +3,6 @@
 from typing import Any
 from zlib import crc32
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
@@ -19,24 +18,23 @@ POSITIONS, ROWS_READ, _NUMBERS = 1024, 4, 4096
 _ROUNDING = 1e-4
 
 
-def rows_within(dataset: Any, rows: Indices) -> tuple[Any, list[int]]:
-    """Returns what a Subset is of, and the rows there; of all else the same."""
-    chosen = [int(row) for row in rows]
+def rows_within(dataset: Any, rows: Indices) -> tuple[Any, list[Any]]:
+    """Returns what a Subset is of, and the rows there, which may be keys; of all else the same."""
+    chosen: list[Any] = rows.tolist()
     while type(dataset) is Subset:
-        chosen = [int(dataset.indices[row]) for row in chosen]
+        chosen = [dataset.indices[row] for row in chosen]
         dataset = dataset.dataset
     return dataset, chosen
 
 
-def check_alike(comm: Comm, where: str, sizes: tuple[int, int], rows: list[int], read: Any) -> None:
+def check_alike(comm: Comm, where: str, sizes: tuple[int, int], rows: list[Any], read: Any) -> None:
     """Raises RankMismatch where ranks differ in ``rows``, or in what is ``read`` of the first.
 
     Or in ``sizes``: the samples, and the batch.
     Ranks: all, communicates.
     """
-    digest = crc32(np.array(rows, dtype=np.int64).tobytes())
-    first = rows[0] if rows else -1
-    mine = [*sizes, digest, first, *_figure_of(read)]
+    digest = crc32("\n".join(map(str, rows)).encode())
+    mine = [*sizes, digest, *_figure_of(read)]
     gathered = comm.all_gather(f"samples of {where}", torch.tensor(mine, dtype=torch.float64))
     everyones = [one.tolist() for one in gathered]
     numbers = [(int(one[0]), int(one[1])) for one in everyones]
@@ -55,17 +53,16 @@ def check_alike(comm: Comm, where: str, sizes: tuple[int, int], rows: list[int],
         "Samples of a rank's own come as an iterable of ready batches."
     )
     if len({one[2] for one in everyones}) > 1:
-        told = (f"row {int(one[3])} on rank {rank}" for rank, one in enumerate(everyones))
         raise RankMismatch(
-            f"ranks have other samples in {where}, or another order of them, which begins with "
-            f"{', '.join(told)}. {remedy}"
+            f"ranks have other samples in {where}, or another order of them, which begins here "
+            f"with row {rows[0]}. {remedy}"
         )
-    scale = max(one[5] for one in everyones)
-    values = [one[4] for one in everyones]
+    values, scales = [one[3] for one in everyones], [one[4] for one in everyones]
+    scale = max(scales)
     if max(values) - min(values) > _ROUNDING * scale:
         raise RankMismatch(
-            f"ranks have other samples in {where}: row {first} and those that follow hold other "
-            f"numbers on rank {_odd_one(values)} than on rank 0. {remedy}"
+            f"ranks have other samples in {where}: row {rows[0]} and those that follow hold "
+            f"other numbers on rank {_odd_one(values)} than on rank 0. {remedy}"
         )
 
 
@@ -77,6 +74,8 @@ def _figure_of(read: Any) -> tuple[float, float]:
     """Returns a number that hardly any other data have, and how large it might be."""
     figure = scale = 0.0
     for tensor in tensors_of(read):
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+            continue
         numbers = _some(tensor)
         weights = torch.cos(torch.arange(1, len(numbers) + 1, dtype=torch.float64))
         figure += float(weights @ numbers)

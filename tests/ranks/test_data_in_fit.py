@@ -459,7 +459,7 @@ OTHER_SAMPLES = {
     ),
     "an order of its own": (
         lambda rank: dtrain.Data(X, 4, order=np.random.default_rng(rank).permutation(16)),
-        "begins with row 2 on rank 0, row 1 on rank 1",
+        "or another order of them, which begins here with row",
     ),
     "draws of its own": (
         lambda rank: dtrain.Data(X, 4, order=dtrain.data.Weighted(X, seed=rank)),
@@ -493,6 +493,34 @@ def test_ranks_with_other_samples_or_another_order_are_told(how):
         for kind, said in errors(part):
             assert kind is RankMismatch
             assert "ranks have other samples in the evaluation (eval)" in said
+
+
+class Named(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, name):
+        return X["abcd".index(name)]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.utils.data.Subset(Named(), "abcd"),
+        X.diag().to_sparse(),
+        X.view(16, 1)[:, :0],
+        X.bool(),
+    ],
+    ids=["keys", "sparse", "empty", "bool"],
+)
+def test_the_same_samples_of_any_kind_are_the_same(given):
+    def train():
+        def loss(net, batch):
+            return net(batch.to_dense().sum())
+
+        return trainer(loss=loss).fit(given, batch_size=4, epochs=1).steps
+
+    assert run_ranks(train, 2) == [len(given) // 4] * 2
 
 
 def test_an_order_that_parts_in_a_later_epoch_is_told():
