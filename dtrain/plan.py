@@ -1,6 +1,7 @@
 """What a fit is told and what it tells: its plan, its recorder, its result."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 from dtrain.context import Progress
@@ -33,8 +34,11 @@ class Plan:
             if not (value is None or _is_count(value)):
                 raise ConfigError(f"{name}={value!r}: must be a whole number of 1 or more")
         every = self.eval_every
-        if not (every is None or every == "epoch" or _is_count(every)):
+        if not (every is None or _is_count(every) or (isinstance(every, str) and every == "epoch")):
             raise ConfigError(f"eval_every={every!r}: 'epoch', a number of steps, or None")
+        for name in ("epochs", "max_steps", "log_every", "history", "eval_every"):
+            if isinstance(value := getattr(self, name), Integral):  # NumPy's are no JSON
+                object.__setattr__(self, name, int(value))
 
     def fulfilled_by(self, progress: Progress) -> str:
         """Returns why ``progress`` is all that was planned, or nothing where it is not."""
@@ -83,7 +87,7 @@ class Plan:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 class Recorder:

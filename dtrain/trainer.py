@@ -275,7 +275,7 @@ class Trainer:
             with Signals(preempt), Deadline(preempt, active=main), Launcher(preempt, gone):
                 with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan, data = take()
-                    self._run_state.override = dict(override)
+                    self._run_state.override = override
                     evals = open_evals(eval_set, data.batch_size, self.world, self._split, data)
                     loop = self._assemble(plan, data, evals)
                     self._begin(loop, data, dispatcher, resume)

@@ -4,11 +4,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, find_metric
+from dtrain.callbacks.schedulers import (
+    check_owner,
+    check_takes_length,
+    has_stepped,
+    in_words,
+    new_rates,
+    plain,
+    put,
+    rates_of,
+)
 from dtrain.context import Context, Step
 from dtrain.errors import ConfigError
 from dtrain.schedules import Schedule, made_of
@@ -52,6 +62,8 @@ class LRSchedule(Callback):
                 f"LRSchedule: {scheduler!r} is neither a scheduler nor a function (optimizer, "
                 "total_steps) -> scheduler"
             )
+        if not isinstance(scheduler, LRScheduler):
+            check_takes_length(scheduler)
         self._given = scheduler
         self._every = every
         self._monitor = monitor
@@ -77,13 +89,13 @@ class LRSchedule(Callback):
         self._done = progress.step if by_step else progress.epoch + self._ends
         self._say, self._asked = ctx.say, total
         if self._scheduler is not None and self._scheduler.optimizer is ctx.optimizer:
-            self._go_on(self._total, total, _new_rates(ctx.optimizer))  # a further fit
+            self._go_on(self._total, total, new_rates(ctx.optimizer))  # a further fit
             return
         scheduler = self._given
         if isinstance(scheduler, LRScheduler):
-            _check_owner(scheduler, ctx.optimizer)
+            check_owner(scheduler, ctx.optimizer)
             self._refuse_short(scheduler)
-            self._refuse_rates(_new_rates(ctx.optimizer))
+            self._refuse_rates(new_rates(ctx.optimizer))
             self._tell_turn(scheduler)
         else:
             if total is None:
@@ -96,11 +108,11 @@ class LRSchedule(Callback):
                 self._began, self._stepped = self._done, 0
                 left = f"{total - self._done} {self._every}s of {total}"
                 ctx.say(f"LRSchedule: another optimizer, and a new curve, over the {left} left")
-            self._total, self._rates = total, _rates_of(ctx.optimizer)
+            self._total, self._rates = total, rates_of(ctx.optimizer)
             scheduler = scheduler(ctx.optimizer, total - self._began)
         if not isinstance(scheduler, LRScheduler):
             raise ConfigError(f"LRSchedule: the function returned {scheduler!r}, no scheduler")
-        _check_owner(scheduler, ctx.optimizer)
+        check_owner(scheduler, ctx.optimizer)
         if isinstance(scheduler, ReduceLROnPlateau) != (self._monitor is not None):
             raise ConfigError(
                 "LRSchedule: ReduceLROnPlateau needs monitor='eval/loss' or another metric, and no "
@@ -109,7 +121,7 @@ class LRSchedule(Callback):
         self._scheduler, self._groups = scheduler, len(ctx.optimizer.param_groups)
         self._made = self._words_of(scheduler)
         if progress.step:
-            self._new = [dict(_plain(group)) for group in ctx.optimizer.param_groups]
+            self._new = [dict(plain(group)) for group in ctx.optimizer.param_groups]
 
     def on_epoch_start(self, ctx: Context) -> None:
         if not self._new:
@@ -120,10 +132,10 @@ class LRSchedule(Callback):
         where = "begins here"
         if isinstance(self._given, LRScheduler):
             for group, held in zip(ctx.optimizer.param_groups, made, strict=True):
-                _put(group, "lr", held["lr"])
+                put(group, "lr", held["lr"])
                 group |= {name: held[name] for name in held.keys() - group.keys()}
         elif self._monitor is None and total is not None and total > self._done:
-            self._began, self._rates = self._done, _rates_of(ctx.optimizer)
+            self._began, self._rates = self._done, rates_of(ctx.optimizer)
             where += f", over the {self._begin(total - self._done)} {self._every}s that are left"
         ctx.say(f"LRSchedule is new in this run: its {type(self._scheduler).__name__} {where}")
 
@@ -187,8 +199,8 @@ class LRSchedule(Callback):
             if curve == self._curve(total - self._began, longest):
                 self._total = total
                 return
-            end = _in_words(curve[length - 1])
-        left, begins = total - self._done, _in_words(rates or self._rates)
+            end = in_words(curve[length - 1])
+        left, begins = total - self._done, in_words(rates or self._rates)
         if other and left <= 0:
             return  # nothing is trained
         if self.replan is None or (must_begin and not self.replan):
@@ -229,7 +241,7 @@ class LRSchedule(Callback):
         """A scheduler that is made already has its rates; a ReduceLROnPlateau has none."""
         if rates is not None and self._monitor is None:
             raise ConfigError(
-                f"fit(override=...) sets lr {_in_words(rates)}, and LRSchedule's scheduler goes on "
+                f"fit(override=...) sets lr {in_words(rates)}, and LRSchedule's scheduler goes on "
                 "from another: make it of an optimizer with that rate, or pass a function "
                 "(optimizer, total_steps) -> scheduler, and replan=True"
             )
@@ -265,7 +277,7 @@ class LRSchedule(Callback):
             for group, rate in zip(optimizer.param_groups, self._rates, strict=True)
         ]
         twin.defaults = optimizer.defaults
-        _has_stepped(twin)
+        has_stepped(twin)
         scheduler, rates = self._given(twin, length), []
         for _ in range(upto + 1):
             rates.append([float(group["lr"]) for group in twin.param_groups])
@@ -282,11 +294,11 @@ class LRSchedule(Callback):
         optimizer = self._scheduler.optimizer
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group.pop("initial_lr", None)
-            _put(group, "lr", rate)
+            put(group, "lr", rate)
         self._scheduler, self._stepped = self._given(optimizer, length), 0
         self._made = self._words_of(self._scheduler)
         self._groups = len(optimizer.param_groups)
-        _has_stepped(optimizer)
+        has_stepped(optimizer)
         return length
 
     def _load(self, state: dict[str, Any], length: int | None = None) -> str:
@@ -297,14 +309,12 @@ class LRSchedule(Callback):
         """
         assert self._scheduler is not None
         groups = self._scheduler.optimizer.param_groups
-        kept = [
-            {k: v.clone() if isinstance(v, Tensor) else v for k, v in _plain(g)} for g in groups
-        ]
+        kept = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in plain(g)} for g in groups]
         if length is not None:
             self._begin(length)
         for group, values in zip(groups, kept, strict=True):
             for name, value in values.items():
-                _put(group, name, value)
+                put(group, name, value)
         there, here = state.get("made", self._made), self._made
         other = ", ".join(
             f"{name} {there[name]} there, {here[name]} here"
@@ -323,7 +333,7 @@ class LRSchedule(Callback):
         if not other or (self._monitor is None and length is None):
             self._scheduler.load_state_dict(state["scheduler"])
         # The optimizer has stepped, in the process that made the checkpoint; torch would warn.
-        _has_stepped(self._scheduler.optimizer)
+        has_stepped(self._scheduler.optimizer)
         return other
 
     def _words_of(self, scheduler: LRScheduler) -> dict[str, str]:
@@ -350,50 +360,11 @@ class LRSchedule(Callback):
         planned, total = state.get("total"), self._total
         if not isinstance(self._given, LRScheduler) and planned is not None and total is not None:
             self._began, self._rates = state.get("began", 0), state.get("rates") or self._rates
-            self._total, rates = planned, _new_rates(self._scheduler.optimizer)
+            self._total, rates = planned, new_rates(self._scheduler.optimizer)
             other = self._load(state, planned - self._began)
             self._stepped = state.get("stepped", state["scheduler"].get("last_epoch", 0))
             self._go_on(planned, total, rates, other)
         else:
-            rates = _new_rates(self._scheduler.optimizer)
+            rates = new_rates(self._scheduler.optimizer)
             self._load(state)
             self._go_on(None, None, rates)
-
-
-def _check_owner(scheduler: LRScheduler, optimizer: Optimizer) -> None:
-    if scheduler.optimizer is not optimizer:
-        raise ConfigError(
-            "LRSchedule: the scheduler must be of the Trainer's own optimizer. Where that was set "
-            "to another one, pass a function: LRSchedule(lambda opt, steps: StepLR(opt, 30))"
-        )
-
-
-def _rates_of(optimizer: Optimizer) -> list[float]:
-    """Returns each group's rate, before any schedule."""
-    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-
-
-def _new_rates(optimizer: Optimizer) -> list[float] | None:
-    """Returns the rates that ``fit`` was told to set since a schedule was made, if it was."""
-    known = all("initial_lr" in group for group in optimizer.param_groups)
-    return None if known else _rates_of(optimizer)
-
-
-def _plain(group: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in group.items() if name != "params"]
-
-
-def _put(group: dict[str, Any], name: str, value: Any) -> None:
-    """Sets a value; a tensor stays the same tensor, which others may hold."""
-    if isinstance(old := group.get(name), Tensor):
-        old.fill_(value)
-    else:
-        group[name] = value
-
-
-def _has_stepped(optimizer: Optimizer) -> None:
-    optimizer._opt_called = True  # type: ignore[attr-defined]
-
-
-def _in_words(rates: list[float]) -> str:
-    return ", ".join(f"{rate:.4g}" for rate in (rates if len(set(rates)) > 1 else rates[:1]))

@@ -47,15 +47,17 @@ def _values(group: Group) -> dict[str, Any]:
 
 
 def check_override(override: Mapping[str, Any], groups: list[Group]) -> None:
-    """Raises ConfigError where a value is of no group, or not one for each."""
+    """Raises ConfigError where a value is of no group, of another kind, or not one for each."""
+    if not isinstance(override, Mapping):
+        raise ConfigError(f"fit(override={override!r}): a dict, such as {{'lr': 1e-4}}")
     for name, value in override.items():
         known = {key for group in groups for key in group["values"]} - {"name"}
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(
-                f"fit(override={{{name!r}: ...}}): the optimizer has no such value{hint} There are "
-                f"{', '.join(sorted(known))}"
+                f"fit(override={{{name!r}: ...}}): the optimizer has no such value{hint}. There "
+                f"are {', '.join(sorted(known))}"
             )
         if isinstance(value, list) and len(value) != len(groups):
             raise ConfigError(

@@ -104,7 +104,7 @@ class RunState:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     # The optimizer's groups, with the values that are in force before any schedule.
     groups: list[Group] = field(default_factory=list)
-    override: dict[str, Any] = field(default_factory=dict)  # of the optimizer's values, by ``fit``
+    override: Mapping[str, Any] = field(default_factory=dict)  # of the optimizer's, by ``fit``
     _mark: object = field(default_factory=object)  # that callbacks bear: no reference to the run
 
     def describe(self, data: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def describe_run(run_dir: Path) -> str:
     for one in saved:
         figures = [f"{n} {v:.4g}" for n, v in one.metrics.items() if n.startswith("eval/")]
         marks = ["last"] * (one.path == newest)
-        marks += [f"best by {by[0]} ({by[1]})"] * (one == best)
+        marks += [f"best by {by[0]} ({by[1]})"] if by and one == best else []
         lines.append("  ".join([f"  {one.path.name}", *figures, *marks]))
     whose = {which: name for which, (name, _) in known["whose"].items()}
     lines.append(f"the weights that count: {whose.get('final', 'the model')}'s, of {newest.name}")

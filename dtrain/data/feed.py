@@ -48,8 +48,16 @@ class Feed(Protocol):
     def begin(self, epoch: int) -> None:
         """Tells the data that an epoch of training begins, and looks how long it is now.
 
-        Raises RankMismatch where that is not equal on all ranks. Ranks: all, communicates.
+        Raises RankMismatch where ranks have other samples, or another order of them. Ranks: all,
+        communicates.
         """
+
+    def compare(self, label: str) -> None:
+        """Raises RankMismatch, before an evaluation, where ranks have other samples in it.
+
+        Ranks: all, communicates, once.
+        """
+        return
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
         """Yields the steps of ``epoch`` from ``first_step`` on; a stream's without end."""

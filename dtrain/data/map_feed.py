@@ -19,13 +19,14 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from dtrain.data.alike import POSITIONS, ROWS_READ, check_alike, rows_within
 from dtrain.data.counting import Count, count_made
 from dtrain.data.feed import Feed, MicroBatch, MicroBatches, ship, tell_epoch
-from dtrain.data.order import Indices
+from dtrain.data.order import Indices, check_rows
 from dtrain.data.shares import Shares, Split
 from dtrain.data.source import Columns, Data, has_rows
 from dtrain.distributed import World, derive_seed, random_state_kept, seed_everything
-from dtrain.errors import DataError, RankMismatch
+from dtrain.errors import DataError
 
 _WORKER_STREAM, _SAMPLE_STREAM = 3, 5
 
@@ -58,6 +59,7 @@ class MapFeed(Feed):
         seed_of_rank = derive_seed(seed, _WORKER_STREAM, world.rank)
         self._tasks = _Tasks(self._shares, seed_of_rank, of_samples)
         self._loader: DataLoader[Any] | None = None
+        self._compared = False  # what is evaluated on; the training's is, with each epoch
 
     def __str__(self) -> str:
         return f"{self.samples} samples in batches of {self._shares.batch_size}"
@@ -81,16 +83,23 @@ class MapFeed(Feed):
         tell_epoch(self._data.dataset, epoch)
         self._tasks.told = self._fetcher.told = epoch
         self._measure()
-        mine = torch.tensor([self.samples, self._shares.batch_size])
-        everyones = self._world.comm.all_gather("samples of an epoch", mine)
-        if (everyones != everyones[0]).any():
-            told = (
-                f"{n} in batches of {size} on rank {i}" for i, (n, size) in enumerate(everyones)
-            )
-            raise RankMismatch(
-                f"ranks have other numbers of samples in epoch {epoch}: {', '.join(told)}. Change "
-                "a dataset or its order alike on all of them."
-            )
+        self._check_alike(f"epoch {epoch}", epoch)
+
+    def compare(self, label: str) -> None:
+        """Looks whether an evaluation is of the same on all ranks. Ranks: all, communicates."""
+        if not self._compared:
+            self._compared = True
+            self._measure()
+            self._check_alike(f"the evaluation ({label})", 0)
+
+    def _check_alike(self, where: str, epoch: int) -> None:
+        shares, size = self._shares, self._shares.batch_size
+        asked = min(self.samples, size, POSITIONS) if self._world.size > 1 else 0
+        given = shares.order.indices(epoch, 0, asked)
+        rows = check_rows(given, asked, shares.dataset_length, shares.order)
+        dataset, chosen = rows_within(self._data.dataset, rows)
+        read = fetch_whole(dataset, chosen[:ROWS_READ]) if chosen else None
+        check_alike(self._world.comm, where, (self.samples, size), chosen, read)
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
         self._measure()  # evaluations have no `begin`

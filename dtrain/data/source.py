@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -93,6 +94,7 @@ class Data:
 
     def __post_init__(self) -> None:
         _refuse_loader(self.dataset, self.batch_size)
+        _refuse_several(self.dataset)
         if self.when_uneven not in get_args(WhenUneven):
             raise ConfigError(f"when_uneven={self.when_uneven!r}: one of {get_args(WhenUneven)}")
         if self.count is not None and not callable(self.count):
@@ -100,6 +102,8 @@ class Data:
         if self.batch_size is None:
             self._check_stream()
         else:
+            if isinstance(self.batch_size, Integral) and not isinstance(self.batch_size, bool):
+                self.batch_size = int(self.batch_size)  # NumPy's are no JSON
             self.dataset = _as_dataset(self.dataset)
             self._check_map_style(self.batch_size)
 
@@ -174,6 +178,8 @@ class Data:
 
     def _check_stream(self) -> None:
         dataset, name = self.dataset, type(self.dataset).__name__
+        if isinstance(dataset, type):
+            _refuse_other(dataset)
         map_style = isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset)
         if map_style or (hasattr(dataset, "__getitem__") and not isinstance(dataset, Iterable)):
             raise ConfigError(
@@ -187,11 +193,7 @@ class Data:
                 "batch_size (the global batch, over all ranks). Batches that are ready come in a "
                 "list, or another iterable"
             )
-        if not isinstance(dataset, Iterable) or isinstance(dataset, str | bytes):
-            raise DataError(
-                f"cannot train on {name}: neither a dataset (__len__ and __getitem__) nor an "
-                "iterable of batches"
-            )
+        _refuse_other(dataset)
         of_samples = (
             "order drop_last collate_fn num_workers persistent_workers worker_init_fn "
             "multiprocessing_context seed_samples"
@@ -224,10 +226,13 @@ class Data:
             raise ConfigError(f"timeout_s={self.timeout_s}: must be more than 0 seconds")
         dataset, name = self.dataset, type(self.dataset).__name__
         indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        if not indexed or isinstance(dataset, IterableDataset):
+        if not indexed or isinstance(dataset, IterableDataset | str | bytes | type):
+            _refuse_other(dataset)
             raise ConfigError(
                 f"batch_size={batch_size} needs a dataset with __len__ and __getitem__; {name} is "
-                "an iterable, which comes as ready batches: leave batch_size out"
+                "an iterable, which comes as ready batches: leave batch_size out. (If it yields "
+                "single samples, torch's DataLoader makes batches of them, on each rank its own: "
+                f"Data(DataLoader({name.lower()}, batch_size=...)), without a batch_size here)"
             )
         order = self.positions(0)
         if isinstance(order, Bucketed) and order.batch_size != batch_size:
@@ -327,6 +332,29 @@ def eval_sets(given: Any, batch_size: int | None, train: Data | None) -> dict[st
     return found
 
 
+def _refuse_other(given: Any) -> None:
+    """Raises DataError for what is neither samples nor batches."""
+    kind = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+    if isinstance(given, str | bytes | type) or not isinstance(given, Iterable):
+        raise DataError(
+            f"cannot train on {kind}: neither a dataset (__len__ and __getitem__) nor an iterable "
+            "of batches"
+        )
+
+
+def _refuse_several(given: Any) -> None:
+    """A list of datasets would be taken for one, of which each sample is a dataset."""
+    if type(given) not in (list, tuple) or not given:
+        return
+    if all(isinstance(one, Dataset | DataLoader | Data) for one in given):
+        kinds = ", ".join(type(one).__name__ for one in given)
+        raise ConfigError(
+            f"a {type(given).__name__} of datasets ({kinds}) is no dataset. To train on all of "
+            "them, pass torch.utils.data.ConcatDataset([...]); to evaluate on each, a dict of "
+            "them: {'name': ...}"
+        )
+
+
 def _refuse_loader(dataset: Any, batch_size: int | None) -> None:
     """A loader over a map-style dataset would give every rank all of the data."""
     if not isinstance(dataset, DataLoader):
@@ -341,7 +369,7 @@ def _refuse_loader(dataset: Any, batch_size: int | None) -> None:
         arguments.append("shuffle=False")
     if dataset.drop_last:
         arguments.append("drop_last=True")
-    elif sampler != "RandomSampler" and dataset.batch_size is not None:
+    elif sampler not in ("RandomSampler", "SequentialSampler") and dataset.batch_size is not None:
         arguments.append("order=...")
     if dataset.collate_fn is not default_collate:
         name = getattr(dataset.collate_fn, "__name__", "...")

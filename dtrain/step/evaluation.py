@@ -79,6 +79,7 @@ class Evaluation:
         for label, feed in feeds.items():
             means = self._means.setdefault(label, Means(label, context.device))
             means.drop()  # of an evaluation that failed
+            feed.compare(label)
             with torch.no_grad(), _eval_mode(context.model):
                 self._set(feed, label, means)
             if mixed := means.shares_with(self.training):  # in the middle of a training's report

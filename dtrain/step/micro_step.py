@@ -238,23 +238,11 @@ class MicroStep(nn.Module):
             self.fail(error, "data")
 
     def _counted(self, loss: Loss) -> Loss | None:
-        """Checks the weight and counts the metrics; returns None where the loss weighs nothing."""
+        """Counts the metrics; returns None where the loss weighs nothing."""
         weight = loss.weight
         assert weight is not None
-        if isinstance(weight, Tensor) and weight.device.type == "cpu":
-            if weight.numel() != 1:
-                shape = list(weight.shape)
-                raise LossError(f"the loss has a weight of shape {shape}, not one number")
-            loss.weight = weight = float(weight)  # no sync: it is here already
-        if not isinstance(weight, Tensor):
-            try:
-                loss.weight = weight = float(weight)  # NumPy's may be short of digits
-            except (TypeError, ValueError):
-                raise LossError(f"the loss has weight {weight!r}, not one number") from None
-            if not 0 <= weight < float("inf"):
-                raise LossError(f"the loss has weight {weight}; it must be 0 or more, and finite")
-            if weight == 0:
-                return None  # not `0 * mean`: the mean may be NaN
+        if not isinstance(weight, Tensor) and weight == 0:
+            return None  # not `0 * mean`: the mean may be NaN
         for name, value in loss.metrics.items():
             self.means.add(f"train/{name}", value, weight)
         return loss
@@ -287,8 +275,18 @@ def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
         )
     if loss.mean.dim():
         loss.mean = loss.mean.reshape(())
-    if loss.weight is None:
-        loss.weight = samples
+    weight = samples if loss.weight is None else loss.weight
+    if isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.numel() != 1:
+        shape = list(weight.shape)
+        raise LossError(f"the loss has a weight of shape {shape}, not one number")
+    if not isinstance(weight, Tensor) or weight.device.type == "cpu":
+        try:
+            weight = float(weight)  # no sync: it is here already. NumPy's may be short of digits
+        except (TypeError, ValueError, RuntimeError):
+            raise LossError(f"the loss has weight {weight!r}, not one number") from None
+        if not 0 <= weight < float("inf"):
+            raise LossError(f"the loss has weight {weight}; it must be 0 or more, and finite")
+    loss.weight = weight
     as_metrics(loss.metrics)
     if "loss" in loss.metrics:
         raise LossError("a metric is named 'loss', which is the loss itself; name it otherwise")

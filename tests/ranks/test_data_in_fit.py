@@ -440,3 +440,109 @@ def test_outputs_are_let_go_of_before_the_next_batch_is_made():
         return max(most), sum(one() is not None for one in alive)
 
     assert run_ranks(run, 1) == [(0, 0)]
+
+
+# ------------------------------------------------------------- each rank has other samples
+
+
+def splits(rank):
+    generator = torch.Generator().manual_seed(rank)
+    return torch.utils.data.random_split(X, [8, 8], generator=generator)[0]
+
+
+OTHER_SAMPLES = {
+    "a split without a seed": (splits, "epoch 0, or another order of them"),
+    "rows of its own": (lambda rank: torch.utils.data.Subset(X, range(rank, 16, 2)), "row"),
+    "arrays of its own": (
+        lambda rank: X[rank::2],
+        "and those that follow hold other numbers on rank 1",
+    ),
+    "an order of its own": (
+        lambda rank: dtrain.Data(X, 4, order=np.random.default_rng(rank).permutation(16)),
+        "or another order of them, which begins here with row",
+    ),
+    "draws of its own": (
+        lambda rank: dtrain.Data(X, 4, order=dtrain.data.Weighted(X, seed=rank)),
+        "another order of them",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", OTHER_SAMPLES)
+def test_ranks_with_other_samples_or_another_order_are_told(how):
+    """Each would train on a part of its own part, and nobody would notice."""
+    given, words = OTHER_SAMPLES[how]
+
+    def train():
+        run = trainer()
+        run.fit(given(run.world.rank), batch_size=4, epochs=1)
+
+    def judge():
+        run = trainer()
+        run.evaluate(given(run.world.rank), batch_size=4)
+
+    def judge_in_fit():
+        run = trainer()
+        run.fit(X, batch_size=4, epochs=1, eval_set=given(run.world.rank))
+
+    for kind, said in errors(train):
+        assert kind is RankMismatch
+        assert words in said
+        assert "come several times" in said
+    for part in (judge, judge_in_fit):
+        for kind, said in errors(part):
+            assert kind is RankMismatch
+            assert "ranks have other samples in the evaluation (eval)" in said
+
+
+class Named(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, name):
+        return X["abcd".index(name)]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.utils.data.Subset(Named(), "abcd"),
+        X.diag().to_sparse(),
+        X.view(16, 1)[:, :0],
+        X.bool(),
+    ],
+    ids=["keys", "sparse", "empty", "bool"],
+)
+def test_the_same_samples_of_any_kind_are_the_same(given):
+    def train():
+        def loss(net, batch):
+            return net(batch.to_dense().sum())
+
+        return trainer(loss=loss).fit(given, batch_size=4, epochs=1).steps
+
+    assert run_ranks(train, 2) == [len(given) // 4] * 2
+
+
+def test_an_order_that_parts_in_a_later_epoch_is_told():
+    class Parts(Growing):
+        def indices(self, epoch, start, stop):
+            rank = dtrain.init().rank if epoch else 0
+            return (np.arange(start, stop) + rank) % 16
+
+    def train():
+        trainer().fit(dtrain.Data(X, 2, order=Parts()), epochs=2)
+
+    for kind, said in errors(train):
+        assert kind is RankMismatch
+        assert "other samples in epoch 1" in said
+
+
+def test_the_same_data_rounded_otherwise_are_the_same():
+    def train():
+        run = trainer()
+        x = X * (1 + 1e-7 * run.world.rank)
+        assert not run.world.rank or not torch.equal(x, X)
+        run.evaluate(x, batch_size=4)
+        return run.fit(x, batch_size=4, epochs=1).steps
+
+    assert run_ranks(train, 2) == [4, 4]

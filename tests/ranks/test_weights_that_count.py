@@ -366,6 +366,10 @@ def test_the_show_and_export_commands(tmp_path):
         "it holds also which='averaged': EMA's",
         "it holds also which='best': EarlyStopping's",
     ]
+    run_ranks(lambda: fit(tmp_path / "plain", [])[1], 1)
+    done = CliRunner().invoke(app, ["show", str(tmp_path / "plain")])
+    assert done.exit_code == 0, done.output
+    assert "best" not in done.output  # no `Checkpoint(best=...)`, as in most runs
     file = str(tmp_path / "a.safetensors")
     for which, good in (("raw", 0), ("8", 0), ("averaged", 0), ("5", 2), ("ema", 2)):
         done = CliRunner().invoke(app, ["export", "--which", which, run, file])

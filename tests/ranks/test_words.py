@@ -21,6 +21,7 @@ from dtrain.callbacks import (
     GradientStats,
     L1L2Penalty,
     LabelSmoothing,
+    LRSchedule,
     MixedPrecision,
     Mixup,
 )
@@ -404,6 +405,120 @@ def test_counts_are_whole_numbers(make):
     make(np.int64(2))
 
 
+def test_counts_of_a_fit_may_be_numpys(tmp_path):
+    def both():
+        trainer = tiny.trainer(run_dir=tmp_path)
+        counts = dict.fromkeys(("epochs", "max_steps", "log_every", "history", "eval_every"), 2)
+        numbers = {name: np.int64(count) for name, count in counts.items()}
+        data = tiny.dataset()
+        result = trainer.fit(data, batch_size=np.int32(24), eval_set=data, **numbers)
+        return result.steps, len(result.history)
+
+    assert run_ranks(both, 2) == [(2, 2)] * 2
+    for wrong in (np.float64(2), np.int64(0), np.bool_(True), np.array([2])):
+        words = "must be a whole number of 1 or more"
+        refused(functools.partial(fit, epochs=wrong), 2, ConfigError, words)
+
+
+# -- the learning rate -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.optim.lr_scheduler.ExponentialLR, "it takes 'gamma' there: pass `lambda opt, total"),
+        (torch.optim.lr_scheduler.OneCycleLR, "it takes 'max_lr' there"),
+        (torch.optim.lr_scheduler.StepLR, "it takes 'step_size' there"),
+        (lambda opt: torch.optim.lr_scheduler.StepLR(opt, 1), "this does not take two"),
+        (functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1), "does not take two"),
+    ],
+)
+def test_a_schedule_that_would_take_the_total_for_another_number_is_told(given, words):
+    """A factor of 400 a step, or a rate of 400, ran without a word."""
+    with pytest.raises(ConfigError, match="how often it will be stepped in all") as told:
+        LRSchedule(given)
+    assert words in str(told.value)
+
+
+def test_a_schedule_of_torchs_that_takes_the_total_first_is_taken():
+    for given in (
+        torch.optim.lr_scheduler.CosineAnnealingLR,
+        torch.optim.lr_scheduler.PolynomialLR,
+    ):
+        result = fit([LRSchedule(given)], batch_size=24)
+        assert result.metrics["lr"] < 1e-2
+
+
+def test_a_scheduler_of_another_optimizer_is_told():
+    def other():
+        schedule = torch.optim.lr_scheduler.StepLR(tiny.adam(tiny.model()), 1)
+        fit([LRSchedule(schedule)])
+
+    refused(other, 2, ConfigError, "the scheduler must be of the Trainer's own optimizer")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lr", "a dict, such as {'lr': 1e-4}"),
+        ([1], "a dict, such as {'lr': 1e-4}"),
+        ({"lr": "1e-4"}, "it is 0.01 in group 0, and takes another value of that kind"),
+        ({"lr": float("nan")}, "it is 0.01 in group 0"),
+        ({"betas": 0.9}, "it is (0.9, 0.999) in group 0"),
+        ({"amsgrad": 1}, "it is False in group 0"),
+    ],
+)
+def test_an_override_of_another_kind_is_told(override, words):
+    def start():
+        tiny.trainer().fit(tiny.dataset(), batch_size=24, epochs=1, override=override)
+
+    refused(start, 2, ConfigError, words)
+
+
+# -- the data --------------------------------------------------------------------------------------
+
+
+class Unbounded(torch.utils.data.Dataset):
+    def __getitem__(self, row):
+        return row
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 8}])
+@pytest.mark.parametrize("given", ["a/path", None, TensorDataset, tiny.dataset])
+def test_what_is_no_data_is_told(given, options):
+    with pytest.raises(DataError, match=r"cannot train on .*: neither a dataset \(__len__ and"):
+        dtrain.Data(given, **options)
+
+
+def test_a_dataset_without_a_length_is_no_iterable():
+    with pytest.raises(DataError, match="cannot train on Unbounded: neither a dataset"):
+        dtrain.Data(Unbounded(), 8)
+
+
+def test_an_iterable_with_a_batch_size_is_told_of_single_samples():
+    """Who only left the batch size out trained on single samples, one at a time."""
+    with pytest.raises(ConfigError, match=r"single samples, torch's DataLoader makes batches"):
+        dtrain.Data(iter([1]), 8)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_several_datasets_are_told(kind):
+    several = kind([tiny.dataset(), tiny.dataset()])
+    words = f"a {kind.__name__} of datasets (TensorDataset, TensorDataset) is no dataset"
+
+    def judge():
+        tiny.trainer().fit(tiny.dataset(), batch_size=24, epochs=1, eval_set=several)
+
+    for start in (judge, lambda: fit(trains=several)):
+        refused(start, 2, ConfigError, words, "ConcatDataset", "{'name': ...}")
+
+
+def test_a_loader_in_order_is_told_of_no_other_order():
+    with pytest.raises(ConfigError, match="over a map-style dataset") as told:
+        dtrain.Data(torch.utils.data.DataLoader(tiny.dataset(), 8))
+    assert "shuffle=False)" in str(told.value)
+
+
 # -- accumulation ----------------------------------------------------------------------------------
 
 
@@ -685,6 +800,28 @@ def test_a_weight_that_is_no_number_is_refused(weight):
         return dtrain.Loss(plain(net, batch), weight=weight)
 
     refused(lambda: fit(loss=loss), 2, LossError, f"the loss has weight {weight!r}, not one number")
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (-1, "weight -1.0; it must be 0 or more"),
+        (float("nan"), "weight nan; it must be 0 or more, and finite"),
+        (torch.tensor(float("inf")), "weight inf; it must be 0 or more, and finite"),
+        (torch.ones(2), "the loss has a weight of shape [2], not one number"),
+        ("many", "the loss has weight 'many', not one number"),
+    ],
+)
+def test_a_weight_in_an_evaluation_is_looked_at_too(weight, words):
+    """Losses of weights below 0 were taken off from the mean."""
+
+    def judge():
+        def loss(net, batch):
+            return dtrain.Loss(plain(net, batch), weight=weight)
+
+        tiny.trainer(loss=loss).evaluate(tiny.dataset(), batch_size=24)
+
+    refused(judge, 2, LossError, words)
 
 
 def test_a_weight_of_numpy_counts_with_all_digits():
