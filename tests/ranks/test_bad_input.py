@@ -1071,11 +1071,11 @@ def no_weight():
     trainer = make_trainer(as_loss(weight=0), model=model)
     result = trainer.fit(dataset(), batch_size=4, epochs=1)
     assert equal(before, model.parameters())
-    return result.steps, trainer.context.progress.updates, "train/loss" in result.metrics
+    return result.steps, trainer.context.progress.updates, repr(result.metrics["train/loss"])
 
 
 def test_steps_without_weight_change_nothing(worked):
-    assert [found["no_weight"] for found in worked[1:]] == [(4, 0, False)] * 2
+    assert [found["no_weight"] for found in worked[1:]] == [(4, 0, "nan")] * 2
 
 
 class Listen(dtrain.Sink):
