@@ -278,6 +278,8 @@ class Loop:
         if not (final or self.engine.figures.counted):
             return
         with self.engine.together(METRICS):
+            if note := self.feed.look_apart():
+                self.context.say(note)
             self.history.check()
             values = self.engine.figures.agree(self.engine.strategy.check_alike)
         if values:

@@ -233,6 +233,9 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="a module, or what its path begins with")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each")
+    parser.add_argument(
+        "--trust", action="store_true", help="the tests are known to pass as it is: not run first"
+    )
     parser.add_argument("--list", action="store_true", help="only name them")
     asked = parser.parse_args()
 
@@ -263,7 +266,7 @@ def main() -> None:
                 copies.put(copy)
 
         # A test that fails anyway would kill everything.
-        by_tests = {tuple(tests_of(m.file)): m.file for m in drawn}
+        by_tests = {tuple(tests_of(m.file)): m.file for m in drawn if not asked.trust}
         for file, passes in zip(
             by_tests.values(), pool.map(lambda f: judge(None, f), by_tests.values()), strict=True
         ):

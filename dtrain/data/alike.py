@@ -34,7 +34,7 @@ def check_alike(comm: Comm, where: str, sizes: tuple[int, int], rows: list[Any],
     Ranks: all, communicates.
     """
     digest = crc32("\n".join(map(str, rows)).encode())
-    mine = [*sizes, digest, *_figure_of(read)]
+    mine = [*sizes, digest, *figure_of(read)]
     gathered = comm.all_gather(f"samples of {where}", torch.tensor(mine, dtype=torch.float64))
     everyones = [one.tolist() for one in gathered]
     numbers = [(int(one[0]), int(one[1])) for one in everyones]
@@ -70,7 +70,7 @@ def _odd_one(values: list[float]) -> int:
     return max(range(len(values)), key=lambda rank: abs(values[rank] - values[0]))
 
 
-def _figure_of(read: Any) -> tuple[float, float]:
+def figure_of(read: Any) -> tuple[float, float]:
     """Returns a number that hardly any other data have, and how large it might be."""
     figure = scale = 0.0
     for tensor in tensors_of(read):

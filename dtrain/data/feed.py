@@ -59,6 +59,13 @@ class Feed(Protocol):
         """
         return
 
+    def look_apart(self) -> str:
+        """Returns what to tell where streams that are to be each rank's own are the same.
+
+        Ranks: all, communicates, once.
+        """
+        return ""
+
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
         """Yields the steps of ``epoch`` from ``first_step`` on; a stream's without end."""
 

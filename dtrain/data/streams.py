@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dtrain.data.alike import figure_of
 from dtrain.data.counting import Count, count_ready
 from dtrain.data.feed import EndOfStream, Feed, MicroBatch, MicroBatches, ship, tell_epoch
 from dtrain.data.source import Data
@@ -49,6 +50,8 @@ class StreamFeed(Feed):
         self._epoch = -1
         self._pass: _Pass | None = None
         self._loaded: dict[str, Any] | None = None  # until the first epoch begins
+        self._first: tuple[float, float] | None = None  # a figure of the first batch
+        self._looked = False
 
     def __str__(self) -> str:
         return f"a stream of each rank's own (when_uneven={self._data.when_uneven!r})"
@@ -56,6 +59,25 @@ class StreamFeed(Feed):
     def begin(self, epoch: int) -> None:
         """Tells the stream of ``epoch``; its length is this rank's alone."""
         tell_epoch(self._data.dataset, epoch)
+
+    def look_apart(self) -> str:
+        if self._looked or self._world.size == 1:
+            return ""
+        self._looked = True
+        mine = torch.tensor(self._first or (0.0, 0.0), dtype=torch.float64)
+        everyones = self._world.comm.all_gather("first batches", mine)
+        _, scale = everyones[0].tolist()
+        if not scale or bool((everyones != everyones[0]).any()):
+            return ""
+        return (
+            "warning: all ranks' streams gave the same first batch: each rank seems to train on "
+            "all of the data, as from a DataLoader in a wrapper. Pass the dataset itself with the "
+            "global batch_size, or have each rank's stream give its own part"
+        )
+
+    def _note_first(self, batch: Any) -> None:
+        if self._first is None:
+            self._first = figure_of(batch)
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[MicroBatches]:
         looks_ahead = self._data.when_uneven == "stop"
@@ -78,7 +100,8 @@ class StreamFeed(Feed):
         self._loaded, self._epoch, self._pass = None, epoch, current
         micros, device = self._batches_per_step, self._world.device
         for step in count(first_step):
-            yield _StreamStep(micros, step, current, device, looks_ahead, self._data.count)
+            of = self._data.count, self._note_first
+            yield _StreamStep(micros, step, current, device, looks_ahead, *of)
 
     def _begin(self, before: dict[str, Any] | None) -> "_Pass":
         tell = begun = None
@@ -244,10 +267,11 @@ class _StreamStep(MicroBatches):
     device: torch.device
     looks_ahead: bool
     count: Count | None
+    note: Callable[[Any], None]
 
     def next(self) -> MicroBatch | None:
         self.current.begin(self.number)
-        batch = self.current.next()
+        self.note(batch := self.current.next())
         samples = count_ready(batch, self.count)
         return ship(batch, self.device), samples
 

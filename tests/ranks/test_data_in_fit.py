@@ -546,3 +546,39 @@ def test_the_same_data_rounded_otherwise_are_the_same():
         return run.fit(x, batch_size=4, epochs=1).steps
 
     assert run_ranks(train, 2) == [4, 4]
+
+
+# ----------------------------------------------------------------- streams that are all the same
+
+
+class Wrapped:
+    """Hides a loader, as a progress bar does."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+class Words(dtrain.Sink):
+    def __init__(self):
+        self.words = []
+
+    def write(self, report):
+        self.words += [report.text] if report.kind == "message" else []
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("own", [True, False])
+def test_streams_that_are_the_same_on_all_ranks_are_told_of_once(ranks, own):
+    def stream():
+        rank, told = dtrain.init(seed=0).rank, Words()
+        dataset = X[rank :: dtrain.init().size] if own else X
+        loader = Wrapped(torch.utils.data.DataLoader(dataset, batch_size=2))
+        run = dtrain.Trainer(Line(), sgd, mean, sinks=[told])
+        run.fit(loader, epochs=3, log_every=2)
+        return [words for words in told.words if "the same first batch" in words]
+
+    for rank, words in enumerate(run_ranks(stream, ranks)):
+        assert len(words) == (0 if own or ranks == 1 or rank else 1)
