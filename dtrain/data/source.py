@@ -222,6 +222,11 @@ class Data:
                 "of the dataset, and of a model in it, as they were when the workers started. "
                 "For samples that the live model makes use num_workers=0; else prefetch=1 or more"
             )
+        if not self.num_workers and (self.persistent_workers or self.multiprocessing_context):
+            raise ConfigError(
+                "persistent_workers and multiprocessing_context are for loader workers: pass "
+                "num_workers=1 or more, too"
+            )
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s={self.timeout_s}: must be more than 0 seconds")
         dataset, name = self.dataset, type(self.dataset).__name__

@@ -125,6 +125,12 @@ class SizedBatches(Batches):
         (lambda: Data(numbers(6), 1.5), ConfigError, ["batch_size=1.5", "whole number"]),
         (lambda: Data(numbers(6), 2, num_workers=-1), ConfigError, ["num_workers=-1"]),
         (lambda: Data(numbers(6), 2, timeout_s=0), ConfigError, ["timeout_s=0"]),
+        (lambda: Data(numbers(6), 2, persistent_workers=True), ConfigError, ["num_workers=1"]),
+        (
+            lambda: Data(numbers(6), 2, multiprocessing_context="fork"),
+            ConfigError,
+            ["multiprocessing_context", "num_workers=1"],
+        ),
         (lambda: Data([1], seed_samples=True), ConfigError, ["seed_samples", "map-style"]),
         (lambda: Data(numbers(6), 2, prefetch=-1), ConfigError, ["prefetch=-1"]),
         (
