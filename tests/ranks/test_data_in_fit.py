@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, default_co
 
 import dtrain
 from dtrain.callbacks import Checkpoint, GradientAccumulation
+from dtrain.distributed.comm import Comm
 from dtrain.errors import ConfigError, DataError, RankMismatch, RemoteError
 from dtrain.testing import run_ranks, try_ranks
 
@@ -582,3 +583,21 @@ def test_streams_that_are_the_same_on_all_ranks_are_told_of_once(ranks, own):
 
     for rank, words in enumerate(run_ranks(stream, ranks)):
         assert len(words) == (0 if own or ranks == 1 or rank else 1)
+
+
+def test_what_is_evaluated_on_is_compared_once(monkeypatch):
+    asked, gather = [], Comm.all_gather
+
+    def noted(self, label, mine):
+        asked.append(label)
+        return gather(self, label, mine)
+
+    monkeypatch.setattr(Comm, "all_gather", noted)
+
+    def fit():
+        run = dtrain.Trainer(Line(), sgd, mean, sinks=[])
+        run.fit(X, batch_size=4, epochs=3, eval_set=X[:8])
+
+    run_ranks(fit, 2)
+    assert asked.count("samples of the evaluation (eval)") == 2  # one for each rank
+    assert asked.count("samples of epoch 2") == 2

@@ -442,6 +442,14 @@ def test_the_old_curve_kept_stays_at_its_end(tmp_path, how, name):
     assert words.startswith("LRSchedule: its curve was planned for 4 steps, of 8 now; from its end")
 
 
+@pytest.mark.parametrize("name", CURVES)
+def test_the_old_curve_is_kept_at_its_end_also_where_it_was_stepped_beyond(tmp_path, name):
+    rates = Rates()
+    fit(tmp_path, [LRSchedule(CURVES[name]), Checkpoint()], **SGD)
+    fit(tmp_path, [LRSchedule(CURVES[name], replan=False), Checkpoint(), rates], epochs=2, **SGD)
+    assert rates.rates == whole(CURVES[name])[-1:] * 4
+
+
 def chained(opt, n):
     return ChainedScheduler([CosineAnnealingLR(opt, n), ExponentialLR(opt, 0.9)], opt)
 

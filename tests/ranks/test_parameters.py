@@ -220,6 +220,21 @@ def test_a_look_finds_what_was_changed_in_a_scripted_module():
 # ------------------------------------------------------------------------------ on one rank only
 
 
+def test_a_rate_that_is_a_tensor_is_compared_by_its_value():
+    def on_one():
+        def turn(net, optimizer):
+            optimizer.param_groups[0]["lr"].fill_(0.25)
+
+        dtrain.init(seed=0)
+        turns = At("on_step_end", turn, ranks=1)
+        make = lambda net: torch.optim.SGD(net.parameters(), torch.tensor(0.5))  # noqa: E731
+        run = dtrain.Trainer(Net(), make, loss_of, callbacks=[turns], sinks=[], check_ranks=False)
+        run.fit(tiny.dataset(), batch_size=12, epochs=2)
+
+    for outcome in try_ranks(on_one, 2):
+        assert "rank 1: has lr=0.25 in group 0; lacks lr=0.5" in str(outcome.error), outcome.trace
+
+
 def set_rate(net, optimizer):
     optimizer.param_groups[0]["lr"] = 0.25
 

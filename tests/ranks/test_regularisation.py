@@ -223,6 +223,31 @@ def thaw(eval_mode, run_dir=None, leave_at=-1, until_epoch=2):
     )
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_a_tied_parameter_is_frozen_under_each_of_its_names():
+    for name in ("first.weight", "second.weight"):
+        net = Tied()
+        before = net.first.weight.detach().clone()
+        trainer = tiny.trainer(
+            [Freeze(name, until_epoch=9)],
+            net=net,
+            optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.1),
+            loss=lambda net, batch: net(batch[0][:, :5].float()).square().mean(),
+        )
+        trainer.fit(tiny.dataset(), batch_size=24, epochs=1)
+        assert torch.equal(net.second.weight, before)
+        assert net.first.bias.grad is not None
+
+
 def said(callback, pairs):
     """What this rank is told where a callback cannot work."""
     trainer = tiny.trainer([callback], net=blocks(), loss=lambda net, batch: net(batch[0]).mean())
