@@ -543,6 +543,18 @@ def samples(folder):
     return world.rank, calls, shown, kinds, steps, wrong
 
 
+def test_log_samples_counts_evaluations_over_a_resume(tmp_path):
+    for epochs in (1, 3):
+        looks = LogSamples(lambda outputs, batch: {"words": "some"}, every=2)
+        run = trainer(looks, Checkpoint(), run_dir=tmp_path)
+        run.fit(tiny.dataset(8), batch_size=4, epochs=epochs, eval_set=tiny.dataset(8))
+    # The first and the third: two steps each.
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "step-00000002",
+        "step-00000006",
+    ]
+
+
 def test_log_samples(watched):
     world_size, results = watched.world_size, watched.of("samples")
     _, calls, shown, kinds, steps, wrong = results[0]

@@ -253,6 +253,15 @@ def test_other_losses_of_torch_are_described_as_well():
     refused(lambda: fit(loss=broken), 1, RuntimeError, words)
 
 
+def test_labels_of_pictures_are_described_by_their_classes():
+    def segments(net, batch):
+        scores = net(batch[0])[:, :, None, None].expand(-1, -1, 5, 4)
+        return F.cross_entropy(scores, batch[1][:, None, None].expand(-1, 5, 4) + 2)
+
+    words = "the input is float32 [24, 2, 5, 4], the target int64 [24, 5, 4]"
+    refused(lambda: fit(loss=segments), 1, IndexError, words, "from 0 to 1")
+
+
 def test_indices_beyond_a_table_are_described():
     def looks_up(net, batch):
         return F.embedding(batch[1] + 2, net[2].weight).mean()
