@@ -64,7 +64,7 @@ TESTS = {
     "dtrain/distributed/comm": ["test_comm", "test_caught", "test_bad_input"],
     "dtrain/distributed/exchange": ["test_comm", "test_caught", "test_bad_input"],
     "dtrain/distributed/replicas": ["test_replicas", "test_nothing_in_silence", "test_parameters"],
-    "dtrain/checkpoint/optimizer_state": ["test_going_on"],
+    "dtrain/checkpoint/optimizer_state": ["test_going_on", "test_older_runs"],
     "dtrain/checkpoint/weights": ["test_load_model", "test_weights_that_count"],
     "dtrain/checkpoint/": [
         *("test_format", "test_status", "test_run_lock", "test_resume_decision", "test_load_model"),

@@ -427,13 +427,24 @@ def exchanged():
         def on_step_end(self, ctx, step):
             rates.append(ctx.optimizer.param_groups[0]["lr"])
 
+    class Words(dtrain.Sink):
+        def write(self, report):
+            told.append(report.text)
+
+    told = []
+    dtrain.init(seed=0)
     schedule = LRSchedule(lambda opt, steps: LinearLR(opt, 1.0, 0.1, steps))
-    run = tiny.trainer([schedule, Rates()])
+    callbacks = [schedule, Rates()]
+    run = dtrain.Trainer(
+        tiny.model(), tiny.adam, tiny.loss_fn, callbacks=callbacks, sinks=[Words()]
+    )
     run.fit(tiny.dataset(), batch_size=24, epochs=1)
     run.optimizer = torch.optim.SGD(run.model.parameters(), 0.2)
     assert run.context.optimizer is run.optimizer
     run.fit(tiny.dataset(), batch_size=24, epochs=2)
     assert run.optimizer.param_groups[0]["lr"] == rates[-1] < rates[4] < 0.2
+    words = "note: trained by another optimizer from now on"
+    assert told.count(words) == (dtrain.init().rank == 0)
 
 
 def grown_under_a_schedule(strategy, into_a_group):

@@ -349,6 +349,21 @@ def test_what_cannot_be_kept_is_named(tmp_path):
             assert "view_as_real" in str(outcome.error)
 
 
+class Registers(dtrain.Callback):
+    """Gives the model of one rank a buffer more, in the middle of an epoch."""
+
+    def on_step_end(self, ctx, step):
+        if step.number == 1 and dtrain.init().rank == 1:
+            ctx.model.register_buffer("late", torch.zeros(3))
+
+
+def test_a_buffer_that_one_rank_has_alone_is_named():
+    for outcome in try_ranks(lambda: fit(tiny.model(), [Registers()], epochs=1), 2):
+        assert isinstance(outcome.error, RankMismatch), outcome.trace
+        words = "the ranks' buffers late do not look alike: none on rank 0, [3] on rank 1"
+        assert words in str(outcome.error)
+
+
 # ----------------------------------------------------------------------------- extra state
 
 

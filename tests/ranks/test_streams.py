@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import dtrain
 from dtrain.callbacks import Checkpoint, GradientAccumulation
+from dtrain.data.streams import StreamFeed
 from dtrain.errors import ResumeError
-from dtrain.testing import run_outcomes, run_processes
+from dtrain.testing import run_outcomes, run_processes, run_ranks
 
 EPOCHS = 2
 #: Batches of rank 0 and 1 in an epoch.
@@ -320,6 +321,14 @@ def test_without_state_dict_it_is_skipped_through_and_says_so(tmp_path):
         assert equal  # each pass draws its order, and its workers' seeds, as it begins
         assert "4 batches of the stream are skipped through from its beginning" in said
         assert "because it has no state_dict" in said
+
+
+def test_a_place_that_was_not_saved_is_counted_in_steps():
+    def told():
+        feed = StreamFeed(dtrain.Data([torch.ones(2)]), dtrain.init(seed=0), batches_per_step=2)
+        return feed.load_state_dict(None, ranks=1, epoch=0, step=3)
+
+    assert run_ranks(told, 1)[0].startswith("6 batches of the stream are skipped through")
 
 
 def save_some(folder):

@@ -126,6 +126,9 @@ def seen_by(seen):
     def of_any(*args):
         return keep(*args)
 
+    def by_another_name(net, batch, c):
+        return keep(net, batch, c)
+
     class WithCall:
         def __call__(self, net, batch, ctx=None):
             return keep(net, batch, ctx)
@@ -136,6 +139,7 @@ def seen_by(seen):
     partial = functools.partial(after_another, scale=1.0)
     named = {f.__name__: f for f in (by_place, optional, after_another, by_keyword, annotated)}
     named |= {"decorated": decorated, "of_any": of_any, "partial": partial}
+    named["by another name"] = by_another_name
     return named | {"object": WithCall(), "method": WithCall().method}
 
 
