@@ -40,7 +40,9 @@ TESTS = {
     "dtrain/step/parameters": ["test_parameters", "test_delay"],
     "dtrain/step/stand_in": ["test_weights_that_count", "test_averages"],
     "dtrain/step/modes": ["test_global_state", "test_regularisation"],
-    "dtrain/step/figures": ["test_figures", "test_metrics", "test_nothing_in_silence"],
+    "dtrain/step/figures": [
+        *("test_figures", "test_metrics", "test_nothing_in_silence", "test_guards"),
+    ],
     "dtrain/step/evaluation": [
         *("test_figures", "test_global_state", "test_metric_objects", "test_gathers"),
         *("test_data_in_fit", "test_words"),
@@ -74,9 +76,10 @@ TESTS = {
     "dtrain/data/counting": ["test_counting", "test_data_in_fit", "test_streams"],
     "dtrain/data/": [
         *("test_order", "test_order_checks", "test_shares", "test_data", "test_batch"),
-        *("test_streams", "test_live_data", "test_data_in_fit"),
+        *("test_streams", "test_live_data", "test_data_in_fit", "test_words"),
     ],
     "dtrain/callbacks/lr_schedule": ["test_schedules", "test_going_on", "test_figures"],
+    "dtrain/callbacks/schedulers": ["test_schedules", "test_going_on"],
     "dtrain/callbacks/param_schedule": ["test_param_schedule"],
     "dtrain/callbacks/averaged_weights": _AVERAGES,
     "dtrain/callbacks/ema": _AVERAGES,

@@ -554,6 +554,32 @@ def overfit():
     assert all(total == kept[number % 2, m] for number, m, total in seen.batches[before:])
 
 
+def test_batches_are_kept_from_where_a_run_goes_on(tmp_path):
+    seen = Seen()
+    for callbacks, epochs in (([Checkpoint()], 1), ([Checkpoint(), OverfitBatches(2), seen], 3)):
+        trainer = tiny.trainer(callbacks, run_dir=tmp_path)
+        trainer.fit(tiny.dataset(40), batch_size=8, epochs=epochs)  # 5 steps each
+    sums = [total for _, _, total in seen.batches]
+    assert [number for number, _, _ in seen.batches] == [*range(5, 15)]
+    assert sums == sums[:2] * 5
+    assert sums[0] != sums[1]
+
+
+def nan_twice(net, batch, ctx):
+    loss = tiny.loss_fn(net, batch)
+    loss.mean = loss.mean * (math.nan if ctx.progress.step in (1, 2) else 1)
+    return loss
+
+
+def test_a_loss_that_is_not_finite_is_told_of_once_in_a_fit():
+    words = Words()
+    dtrain.init(seed=0)
+    trainer = dtrain.Trainer(tiny.model(), tiny.adam, nan_twice, sinks=[words])
+    trainer.fit(tiny.dataset(32), batch_size=8, epochs=1)
+    assert words.text.count("the loss is not finite") == 1
+    assert "warning: the loss is not finite at step 1" in words.text
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_few_batches_are_learned_by_heart(world_size):
     run_processes(overfit, world_size, timeout_s=60)

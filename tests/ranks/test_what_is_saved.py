@@ -83,6 +83,31 @@ def test_only_what_was_trained_is_saved_and_nothing_of_it_is_lost(tmp_path):
     assert run_ranks(adapt, 2, run_dir) == whole
 
 
+class Tied(nn.Module):
+    """A base that does not train, with one weight under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.again, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.again.weight = self.base.weight
+        for p in (*self.base.parameters(), *self.again.parameters()):
+            p.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(self.again(torch.tanh(self.base(x))))
+
+
+def test_what_is_tied_is_left_out_under_each_of_its_names(tmp_path):
+    trainer = tiny.trainer(
+        [Checkpoint(trainable_only=True)],
+        net=Tied(),
+        optimizer=lambda net: torch.optim.SGD(net.head.parameters(), 0.1),
+        run_dir=tmp_path,
+    )
+    trainer.fit(tiny.dataset(), batch_size=24, epochs=1)
+    assert saved_names(tmp_path)[1] == {"head"}
+
+
 def refusals(run_dir):
     """What a start says that is not like the one before."""
     found = []

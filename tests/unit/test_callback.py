@@ -192,6 +192,12 @@ class OwnCheckpoint(Callback):
         return []
 
 
+def test_accumulation_splits_by_number_or_by_size() -> None:
+    assert GradientAccumulation(3).split(8) == [3, 3, 2]
+    assert GradientAccumulation(micro_batch_size=3).split(8) == [3, 3, 2]
+    assert GradientAccumulation(micro_batch_size=4).split(8) == [4, 4]
+
+
 @pytest.mark.parametrize(
     ("slot", "one", "another", "what"),
     [
