@@ -74,6 +74,7 @@ class LRSchedule(Callback):
         self._total: int | None = None  # how long the run was to be when the curve was made
         self._began = 0  # where the curve begins
         self._stepped = 0  # how far on it the scheduler is
+        self._waits = 0  # how often it was not stepped, to stay at the curve's end
         self._asked: int | None = None  # how long the run is to be now
         self._rates: list[float] = []  # which it begins with, of each group
         self._skips = False  # the end of an epoch that was over when the curve was made
@@ -172,6 +173,8 @@ class LRSchedule(Callback):
         if length is None or self._stepped < length - 1:
             self._scheduler.step()
             self._stepped += 1
+        else:
+            self._waits += 1
 
     def _go_on(
         self,
@@ -197,7 +200,9 @@ class LRSchedule(Callback):
             longest = max(planned, total) - self._began
             curve = self._curve(length, longest)
             if curve == self._curve(total - self._began, longest):
-                self._total = total
+                self._total, waits, self._waits = total, self._waits, 0
+                for _ in range(waits):
+                    self._advance()
                 return
             end = in_words(curve[length - 1])
         left, begins = total - self._done, in_words(rates or self._rates)
@@ -295,7 +300,7 @@ class LRSchedule(Callback):
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group.pop("initial_lr", None)
             put(group, "lr", rate)
-        self._scheduler, self._stepped = self._given(optimizer, length), 0
+        self._scheduler, self._stepped, self._waits = self._given(optimizer, length), 0, 0
         self._made = self._words_of(self._scheduler)
         self._groups = len(optimizer.param_groups)
         has_stepped(optimizer)
@@ -350,6 +355,7 @@ class LRSchedule(Callback):
             "began": self._began,
             "rates": self._rates,
             "stepped": self._stepped,
+            "waits": self._waits,
             "made": self._made,
         }
 
@@ -363,6 +369,7 @@ class LRSchedule(Callback):
             self._total, rates = planned, new_rates(self._scheduler.optimizer)
             other = self._load(state, planned - self._began)
             self._stepped = state.get("stepped", state["scheduler"].get("last_epoch", 0))
+            self._waits = state.get("waits", 0)
             self._go_on(planned, total, rates, other)
         else:
             rates = new_rates(self._scheduler.optimizer)

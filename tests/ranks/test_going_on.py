@@ -479,6 +479,8 @@ def test_a_rate_that_is_a_tensor_stays_one(tmp_path, how, monkeypatch):
     curve = CURVES["cosine"]
     rates, _ = go_on(how, tmp_path / "run", curve, replan=True, override={"lr": 0.05})
     assert rates == pytest.approx([rate / 2 for rate in whole(curve)], abs=1e-5)
+    rates, _ = go_on(how, tmp_path / "same", curve, replan=True)
+    assert rates == pytest.approx(whole(curve), abs=1e-5)
 
 
 def test_a_group_that_was_added_between_two_fits_gets_a_new_curve():
@@ -528,8 +530,10 @@ def test_a_curve_by_epochs_is_planned_anew_alike(tmp_path, how):
 
 @HOW
 def test_a_curve_that_does_not_hang_on_the_length_goes_on_without_a_word(tmp_path, how):
-    rates, words = go_on(how, tmp_path, lambda opt, n: StepLR(opt, 2, gamma=0.5))
-    assert (rates, words) == ([0.025, 0.025, 0.0125, 0.0125], [])
+    for replan in (None, False):
+        halves = lambda opt, n: StepLR(opt, 2, gamma=0.5)  # noqa: E731
+        rates, words = go_on(how, tmp_path / str(replan), halves, replan=replan)
+        assert (rates, words) == ([0.025, 0.025, 0.0125, 0.0125], [])
 
 
 @HOW
