@@ -6,7 +6,7 @@ import pytest
 
 from dtrain import callbacks
 from dtrain.callback import HOOK_NAMES, Callback, Hooks, check_names, the_only
-from dtrain.callbacks import Checkpoint, GradientAccumulation, MixedPrecision
+from dtrain.callbacks import Checkpoint, EarlyStopping, GradientAccumulation, MixedPrecision
 from dtrain.checkpoint import CheckpointSlot
 from dtrain.data.shares import AccumulationSlot
 from dtrain.errors import ConfigError
@@ -190,6 +190,13 @@ class OwnCheckpoint(Callback):
 
     def prune(self, saved: Any) -> list[int]:
         return []
+
+
+def test_early_stopping_knows_three_ways_to_count_votes() -> None:
+    for vote in ("any", "majority", "all"):
+        EarlyStopping(lambda ctx: 0.0, vote=vote)
+    with pytest.raises(ConfigError, match="vote='most'"):
+        EarlyStopping(lambda ctx: 0.0, vote="most")
 
 
 def test_accumulation_splits_by_number_or_by_size() -> None:
