@@ -1,11 +1,12 @@
 """What goes into a checkpoint: other modules, or only what was trained."""
 
+import pytest
 import tiny
 import torch
 from torch import nn
 
 import dtrain
-from dtrain.callbacks import Checkpoint, Freeze
+from dtrain.callbacks import Checkpoint, Freeze, MixedPrecision
 from dtrain.checkpoint import format as files
 from dtrain.errors import CheckpointError
 from dtrain.testing import run_ranks, try_ranks
@@ -211,3 +212,40 @@ def test_a_frozen_weight_that_was_changed_by_hand_is_saved(tmp_path):
         set(files.load_model(one.path)) for one in files.listed(tmp_path / "checkpoints")
     )
     assert second - first == {"base.bias"}
+
+
+# ------------------------------------------------------------------------------ the loss's weight
+
+
+class Leaves(dtrain.Callback):
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_end(self, ctx, step):
+        if ctx.progress.step == self.at:
+            ctx.request.preempt("as planned")
+
+
+def weighed(net, batch, ctx):
+    return dtrain.Loss(tiny.loss_fn(net, batch).mean, weight=3.0 * ctx.progress.step + 1)
+
+
+def in_fp16(run_dir, leaves_at):
+    dtrain.init(seed=0)
+    x, y = tiny.dataset(48).tensors
+    trainer = tiny.trainer(
+        [MixedPrecision("fp16", init_scale=256.0), Checkpoint(), Leaves(leaves_at)],
+        net=tiny.model(dtype=torch.float32),
+        loss=weighed,
+        run_dir=run_dir,
+    )
+    trainer.fit(torch.utils.data.TensorDataset(x.float(), y), batch_size=8, epochs=1)
+    return tiny.digest(trainer.model)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_losses_weigh_is_known_again_after_a_resume(tmp_path, world_size):
+    """In fp16 gradients are rounded by it, so another would cost bits."""
+    whole = run_ranks(in_fp16, world_size, tmp_path / "whole", -1)
+    run_ranks(in_fp16, world_size, tmp_path / "parts", 3)
+    assert run_ranks(in_fp16, world_size, tmp_path / "parts", -1) == whole
