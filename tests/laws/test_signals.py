@@ -327,7 +327,8 @@ def test_a_launcher_that_is_killed_ends_its_ranks(tmp_path):
     script = SCRIPT.replace("world.rank == 1 and", "world.is_main and").replace(
         "os.kill(os.getpid(), signal.SIGUSR1)", "os.kill(os.getppid(), signal.SIGKILL)"
     )
-    script = f"import os; print('pid', os.getpid(), flush=True)\n{script}"
+    # In one piece: torchrun's ranks do not buffer, and share a pipe.
+    script = f"import os; os.write(1, b'pid %d\\n' % os.getpid())\n{script}"
     (tmp_path / "train.py").write_text(script.replace("epochs=10)", "epochs=10**6)"))
     launcher = subprocess.Popen(
         ["bash", str(ROOT / "launch" / "torchrun.sh"), "train.py"],
