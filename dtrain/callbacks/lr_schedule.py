@@ -121,7 +121,7 @@ class LRSchedule(Callback):
             )
         self._scheduler, self._groups = scheduler, len(ctx.optimizer.param_groups)
         self._made = self._words_of(scheduler)
-        if progress.step:
+        if progress.step and not self._began:  # nor begun above
             self._new = [dict(plain(group)) for group in ctx.optimizer.param_groups]
 
     def on_epoch_start(self, ctx: Context) -> None:
