@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.distributed import named_parameters
+from dtrain.distributed import named_parameters, some_of
 from dtrain.errors import ConfigError, ResumeError
 
 Group = dict[str, Any]
@@ -154,7 +154,7 @@ def arrange(
 
 def _regrouped(there: list[Group], here: list[Group], run: str) -> ResumeError:
     differing = "\n".join(
-        f"  {where}, group {place}: {_some(group['params'])}"
+        f"  {where}, group {place}: {_parameters(group['params'])}"
         for where, groups, others in (("there", there, here), ("here", here, there))
         for place, group in enumerate(groups)
         if sorted(group["params"]) not in [sorted(other["params"]) for other in others]
@@ -172,9 +172,8 @@ def _groups(groups: list[Group]) -> str:
     return f"{len(groups)} parameter group{'s' * (len(groups) != 1)} of {count} parameters"
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{len(names)} parameters ({', '.join(names[:_NAMED])}{more})"
+def _parameters(names: list[str]) -> str:
+    return f"{len(names)} parameters ({some_of(names, _NAMED)})"
 
 
 def differences(

@@ -102,10 +102,8 @@ class Engine:
         self.context.model.to(self.world.device)  # it may have been away
         self.micro_step.trained.check(begins=True)
         self.make_equal()
-        if first:
+        if first:  # a later fit's first epoch looks what to wrap anew
             self.strategy.wrap(self.micro_step, self.world)
-        else:
-            self.strategy.refresh(begins=True)
 
     def make_equal(self) -> None:
         """Gives all ranks rank 0's model, should the script have changed it since, and says so.

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from dtrain.distributed import some_of
+
 _KEEP = "Trainer(keep_modes=True) leaves modes as they are, and says nothing of them"
 
 
@@ -37,7 +39,7 @@ class Modes:
         if model.training:
             if trained := [name for name, part in _resting(model) if not _is_frozen(part)]:
                 self._say(
-                    f"note: in eval mode, and so it stays while it is trained: {_shown(trained)} "
+                    f"note: in eval mode, and so it stays while it is trained: {some_of(trained)} "
                     "(no dropout, BatchNorm's statistics as they are). If that is not meant, call "
                     f"model.train() before fit; if it is, {_KEEP}"
                 )
@@ -47,7 +49,7 @@ class Modes:
         model.train()  # which may be a method of the user's, and leave out more
         _set([(part, False) for part in resting])
         kept = [name for name, _ in _resting(model)]
-        but = f", but for {_shown(kept)}" if kept else ""
+        but = f", but for {some_of(kept)}" if kept else ""
         self._say(
             "note: the model came in eval mode, and is trained in train mode (dropout, BatchNorm's "
             f"statistics){but}. {_KEEP}"
@@ -89,7 +91,3 @@ def _resting(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module
         return
     for child, part in module.named_children():
         yield from _resting(part, f"{name}.{child}" if name else child)
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

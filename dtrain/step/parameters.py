@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.context import Context
-from dtrain.distributed import named_parameters
+from dtrain.distributed import named_parameters, some_of
 from dtrain.errors import ConfigError
 
+_SHOWN = 5  # names in a message
 _FLAG, _PARAMS = attrgetter("requires_grad"), itemgetter("params")
 
 
@@ -133,8 +134,8 @@ class Parameters:
         left = [n for n in lacking(optimizer, self._model) if n not in self._lacking]
         if left:
             raise ConfigError(
-                f"the optimizer does not have {_some(left)}, which were added or thawed since the "
-                "Trainer was made: they would never move. Put them into it, too "
+                f"the optimizer does not have {some_of(left, _SHOWN)}, which were added or thawed "
+                "since the Trainer was made: they would never move. Put them into it, too "
                 "(`ctx.optimizer.add_param_group({'params': [...]})`), or freeze them by "
                 "requires_grad_(False)"
             )
@@ -170,7 +171,7 @@ class Parameters:
             for p in changed
         ]
         raise ConfigError(
-            f"the form of parameters changed since training began: {_some(words, 2)} (dtype, "
+            f"the form of parameters changed since training began: {some_of(words, 2)} (dtype, "
             "device, shape, strides). The optimizer's state is of the old form: give them the new "
             "one before the Trainer is made, or change them back"
         )
@@ -194,7 +195,7 @@ def lacking(optimizer: Optimizer, model: nn.Module) -> list[str]:
     left = [n for n, p in named_parameters(model) if p.requires_grad and id(p) not in ids]
     if strange := [p for p in held if id(p) not in ours]:
         shapes = ", ".join(str(list(p.shape)) for p in strange[:5])
-        lacks = f"; it lacks {_some(left)}" if left else ""
+        lacks = f"; it lacks {some_of(left, _SHOWN)}" if left else ""
         raise ConfigError(
             f"{len(strange)} of the optimizer's {len(held)} parameters are not the model's (shapes "
             f"{shapes}{lacks}). Make the optimizer from this model, after its last change; or pass "
@@ -205,7 +206,8 @@ def lacking(optimizer: Optimizer, model: nn.Module) -> list[str]:
 
 def note_of(left: list[str]) -> str:
     """Returns what to tell the user of parameters that the optimizer lacks, if there are any."""
-    return f"note: the optimizer does not have {_some(left)}, which require a gradient" * bool(left)
+    words = f"note: the optimizer does not have {some_of(left, _SHOWN)}, which require a gradient"
+    return words if left else ""
 
 
 class _Values:
@@ -220,11 +222,6 @@ class _Values:
 
 def _held(optimizer: Optimizer) -> list[nn.Parameter]:
     return [*chain.from_iterable(map(_PARAMS, optimizer.param_groups))]
-
-
-def _some(names: list[str], shown: int = 5) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def _number(value: object) -> object:

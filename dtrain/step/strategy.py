@@ -57,18 +57,18 @@ class Strategy(ABC):
         self._activity = world.comm.activity
         micro_step.take_trainable()
 
-    def refresh(self, *, begins: bool = False) -> None:
-        """Looks where a fit or an epoch begins what hooks changed; raises as :meth:`adopt`.
+    def refresh(self) -> None:
+        """Looks, where an epoch begins, what hooks or the script changed; raises as :meth:`adopt`.
 
         Ranks: all, communicates.
         """
         trained = self._micro_step.trained
         # A digest: every rank gets what all say, and this is said in every epoch.
         digest = int(digest_of(trained.lines()), 16) >> 1
-        mine = torch.tensor([digest, int(begins or trained.changed())])
+        mine = torch.tensor([digest, int(trained.changed())])
         everyones = self._world.comm.all_gather("what is trained", mine)
         if bool((everyones != everyones[0]).any() or everyones[0, 1]):
-            self.adopt(begins=begins)
+            self.adopt()
 
     def check_alike(self) -> None:
         """Raises RankMismatch where ranks are to train other things. Ranks: all, communicates."""
@@ -79,7 +79,7 @@ class Strategy(ABC):
             self._world.comm,
         )
 
-    def adopt(self, *, begins: bool = False, in_step: bool = False, waited: bool = False) -> None:
+    def adopt(self, *, in_step: bool = False, waited: bool = False) -> None:
         """Agrees on what is trained from now on, and wraps it, where a rank found it changed.
 
         In a step, after the reduction, gradients stay. Those of parameters that were new in it are
@@ -91,7 +91,7 @@ class Strategy(ABC):
         step, world, comm = self._micro_step, self._world, self._world.comm
         error = None
         try:
-            step.trained.check(begins=begins)
+            step.trained.check(begins=False)
         except ConfigError as found:
             error = found
         comm.raise_failures("what the optimizer has", error, comm.activity.phase.name)

@@ -3,6 +3,7 @@
 import gc
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,9 +32,18 @@ _WRAPPERS = (
     "DeepSpeedEngine",
 )
 
-# Torch's first optimizer in a process imports torch._dynamo, and what is left of that holds the
-# frames of all that called it, and so their models, until the garbage collector comes by.
-_frames_are_held = ["torch._dynamo"] * ("torch._dynamo" not in sys.modules)
+_DYNAMO_WAS_THERE = "torch._dynamo" in sys.modules
+
+
+@cache
+def _let_go_of_frames() -> None:
+    """Frees models that nobody uses, once in a process, after its first optimizer was made.
+
+    That imports torch._dynamo, and what is left of the import holds the frames of all that called
+    it, and so their models, until the garbage collector comes by.
+    """
+    if not _DYNAMO_WAS_THERE:
+        gc.collect()
 
 
 def take_model(
@@ -51,8 +61,7 @@ def take_model(
     own_memory(model)
     model = strategy.prepare_model(model.to(world.device), world)
     made = _made(optimizer, model)
-    if _frames_are_held and _frames_are_held.pop() in sys.modules:
-        gc.collect()
+    _let_go_of_frames()
     notes = [note] if (note := note_of(lacking(made, model))) else []
     hooked = [name for name, p in named_parameters(model) if p._backward_hooks]
     if hooked and world.size > 1:

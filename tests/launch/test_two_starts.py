@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -179,4 +180,5 @@ def test_an_old_start_that_was_cut_off_harms_nothing(
     assert "RunTaken: another start of this run (pid " in old.said()
     folder = tmp_path / "run"
     assert f"writes to {folder} now, so this one ends, and leaves it as it is" in old.said()
-    assert "failed in saving a checkpoint at step 0:" not in old.said()
+    if background == "beside":  # from a thread of its own, which is at no step
+        assert re.search(r"failed in saving a checkpoint at step [1-9]", old.said())

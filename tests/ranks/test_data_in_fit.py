@@ -311,15 +311,6 @@ def test_a_dataset_is_seen_as_on_epoch_start_left_it(workers):
     assert run_ranks(levels, 1) == [([[0, 0], [10, 1], [20, 2]], 2)]
 
 
-class Said(dtrain.Sink):
-    def __init__(self):
-        self.said = []
-
-    def write(self, report):
-        if report.kind == "message":
-            self.said.append(report.text)
-
-
 class Growing:
     """An order that a callback makes longer."""
 
@@ -351,13 +342,13 @@ class Grow(dtrain.Callback):
 def test_an_order_that_grows_is_asked_in_each_epoch_also_after_a_resume(tmp_path):
     def grow(name, **plan):
         order = Growing()
-        callback, sink = Grow(order), Said()
+        callback, sink = Grow(order), tiny.Words("message")
         run = tiny.trainer(
             [callback, Checkpoint()], net=Line(), optimizer=sgd, loss=mean, run_dir=tmp_path / name
         )
         run._sinks = (sink,)
         run.fit(dtrain.Data(X, 2, order=order), **plan)
-        return run.model.w.item(), callback.totals, "\n".join(sink.said)
+        return run.model.w.item(), callback.totals, "\n".join(sink.words)
 
     (end, totals, said), (other, _, _) = run_ranks(lambda: grow("whole", epochs=3), 2)
     assert end == other
@@ -562,19 +553,11 @@ class Wrapped:
         return iter(self.loader)
 
 
-class Words(dtrain.Sink):
-    def __init__(self):
-        self.words = []
-
-    def write(self, report):
-        self.words += [report.text] if report.kind == "message" else []
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("own", [True, False])
 def test_streams_that_are_the_same_on_all_ranks_are_told_of_once(ranks, own):
     def stream():
-        rank, told = dtrain.init(seed=0).rank, Words()
+        rank, told = dtrain.init(seed=0).rank, tiny.Words("message")
         dataset = X[rank :: dtrain.init().size] if own else X
         loader = Wrapped(torch.utils.data.DataLoader(dataset, batch_size=2))
         run = dtrain.Trainer(Line(), sgd, mean, sinks=[told])

@@ -22,17 +22,6 @@ from dtrain.cluster.signals import SIGNALS, Launcher
 from dtrain.testing import run_processes, run_ranks
 
 
-class Words(dtrain.Sink):
-    """Keeps what the run says."""
-
-    def __init__(self):
-        self.texts = []
-
-    def write(self, report):
-        if report.kind == "message":
-            self.texts.append(report.text)
-
-
 def cross_entropy(net, batch):
     return F.cross_entropy(net(batch[0]), batch[1])
 
@@ -266,13 +255,13 @@ class Parts(nn.Module):
 
 def modes_of(change, keep=False, act=None):
     dtrain.init(seed=0)
-    net, seen, words = Parts(), Modes(act), Words()
+    net, seen, words = Parts(), Modes(act), tiny.Words("message")
     change(net)
     before = [part.training for part in net.modules()]
     trainer = made(net, [seen], sinks=[words], keep_modes=keep)
     trainer.fit(tiny.dataset(16), batch_size=8, epochs=2, eval_set=tiny.dataset(8))
     assert [part.training for part in net.modules()] == before
-    return seen.steps, [text for text in words.texts if "mode" in text]
+    return seen.steps, [text for text in words.words if "mode" in text]
 
 
 def all_eval(net):
@@ -437,12 +426,12 @@ def unseeded(ranks_that_seed, by_init):
         dtrain.init(seed=0) if by_init else torch.manual_seed(1)
     net = nn.Linear(8, 2)
     after = torch.get_rng_state()
-    words = Words()
+    words = tiny.Words("message")
     trainer = made(net, sinks=[words])
     # A script that has seeded by itself draws what it would without us.
     kept = torch.equal(torch.get_rng_state(), after)
     trainer.fit(tiny.dataset(16), batch_size=8, epochs=1)
-    return [text for text in words.texts if "torch.manual_seed" in text], kept
+    return [text for text in words.words if "torch.manual_seed" in text], kept
 
 
 def test_a_script_that_seeds_nothing_is_told():

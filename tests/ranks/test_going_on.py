@@ -35,17 +35,6 @@ from dtrain.sinks import CSV, Dispatcher, JSONLines, Report
 from dtrain.testing import run_ranks
 
 
-class Words(dtrain.Sink):
-    """Keeps what a person is told."""
-
-    def __init__(self):
-        self.words = []
-
-    def write(self, report):
-        if report.kind == "message":
-            self.words.append(report.text)
-
-
 class Rates(dtrain.Callback):
     """Keeps the rate of each step."""
 
@@ -59,7 +48,7 @@ class Rates(dtrain.Callback):
 def fit(run_dir=None, callbacks=(), *, optimizer=tiny.adam, sinks=(), config=None, net=None, **how):
     """Trains; returns the trainer, the result, and what was told."""
     dtrain.init(seed=0)
-    told = Words()
+    told = tiny.Words("message")
     trainer = dtrain.Trainer(
         net or tiny.model(),
         optimizer,
@@ -486,7 +475,7 @@ def test_a_rate_that_is_a_tensor_stays_one(tmp_path, how, monkeypatch):
 def test_a_group_that_was_added_between_two_fits_gets_a_new_curve():
     net = tiny.model()
     optimizer = torch.optim.SGD(net[0].parameters(), lr=0.1)
-    told = Words()
+    told = tiny.Words("message")
     dtrain.init(seed=0)
     callbacks = [LRSchedule(CURVES["cosine"], replan=True)]
     net[2].requires_grad_(False)
@@ -500,7 +489,7 @@ def test_a_group_that_was_added_between_two_fits_gets_a_new_curve():
 
 @pytest.mark.parametrize("every", ["step", "epoch"])
 def test_another_optimizer_gets_a_new_curve_over_what_is_left(every):
-    net, told, rates = tiny.model(), Words(), []
+    net, told, rates = tiny.model(), tiny.Words("message"), []
 
     class Notes(dtrain.Callback):
         def on_step_start(self, ctx, step):

@@ -427,24 +427,18 @@ def exchanged():
         def on_step_end(self, ctx, step):
             rates.append(ctx.optimizer.param_groups[0]["lr"])
 
-    class Words(dtrain.Sink):
-        def write(self, report):
-            told.append(report.text)
-
-    told = []
+    told = tiny.Words()
     dtrain.init(seed=0)
     schedule = LRSchedule(lambda opt, steps: LinearLR(opt, 1.0, 0.1, steps))
     callbacks = [schedule, Rates()]
-    run = dtrain.Trainer(
-        tiny.model(), tiny.adam, tiny.loss_fn, callbacks=callbacks, sinks=[Words()]
-    )
+    run = dtrain.Trainer(tiny.model(), tiny.adam, tiny.loss_fn, callbacks=callbacks, sinks=[told])
     run.fit(tiny.dataset(), batch_size=24, epochs=1)
     run.optimizer = torch.optim.SGD(run.model.parameters(), 0.2)
     assert run.context.optimizer is run.optimizer
     run.fit(tiny.dataset(), batch_size=24, epochs=2)
     assert run.optimizer.param_groups[0]["lr"] == rates[-1] < rates[4] < 0.2
     words = "note: trained by another optimizer from now on"
-    assert told.count(words) == (dtrain.init().rank == 0)
+    assert told.words.count(words) == (dtrain.init().rank == 0)
 
 
 def grown_under_a_schedule(strategy, into_a_group):
@@ -505,18 +499,8 @@ def test_an_exchanged_optimizer_is_taken_over_between_two_fits_only():
 # ------------------------------------------------------------------------------ before a fit
 
 
-class Hears(dtrain.Sink):
-    def __init__(self):
-        self.words = []
-
-    def open(self, run_dir): ...
-    def close(self): ...
-    def write(self, report):
-        self.words.append(report.text)
-
-
 def loaded_on_rank_0(strategy):
-    hears = Hears()
+    hears = tiny.Words()
     dtrain.init(seed=0)
     run = dtrain.Trainer(Net(), sgd, loss_of, sinks=[hears], strategy=strategy)
     if dtrain.init().rank == 0:
@@ -543,7 +527,7 @@ def test_weights_loaded_on_one_rank_reach_all_and_it_is_said(strategy):
 
 
 def hooked():
-    says = Hears()
+    says = tiny.Words()
     dtrain.init(seed=0)
     net = Net()
     net.head.weight.register_hook(lambda grad: grad.clamp(-1, 1))

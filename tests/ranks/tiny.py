@@ -34,6 +34,17 @@ def adam(net, **options):
     return torch.optim.AdamW(net.parameters(), lr=1e-2, **options)
 
 
+class Words(dtrain.Sink):
+    """Keeps what a person is told; of one kind of reports, if that is given."""
+
+    def __init__(self, kind=None):
+        self.kind, self.words = kind, []
+
+    def write(self, report):
+        if self.kind in (None, report.kind):
+            self.words.append(report.text)
+
+
 def trainer(callbacks=(), *, net=None, optimizer=adam, loss=loss_fn, **options):
     """A Trainer that prints nothing."""
     dtrain.init(seed=0)
