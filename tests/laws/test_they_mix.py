@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import dtrain
-import dtrain.trainer
 from dtrain import schedules
 from dtrain.callbacks import (
     EMA,
@@ -101,22 +100,6 @@ COMMUTE = {
 }
 
 
-class LeavesOut(dtrain.Callback):
-    """Has one step vetoed, one skipped by all and one by rank 0; one weighs nothing anywhere."""
-
-    def on_batch(self, ctx, step):
-        if step.number == 1 or (step.number == 2 and dtrain.init(seed=0).rank == 0):
-            ctx.request.skip("planted")
-
-    def on_loss(self, ctx, step):
-        if step.number == 3:
-            step.loss.weight = 0
-
-    def on_grads_ready(self, ctx, step):
-        if step.number == 4:
-            step.veto("planted")
-
-
 class Interrupt(dtrain.Callback):
     """Asks, on one rank, to save and leave at a step; the loop makes it agreed."""
 
@@ -144,11 +127,11 @@ def data():
     return torch.utils.data.TensorDataset(x, x[:, :3].argmax(-1))
 
 
-def train(names, run_dir, interrupt_at=-1, more=()):
+def train(names, run_dir, interrupt_at=-1):
     interrupt = Interrupt(interrupt_at)  # before the model: it seeds
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 3))
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, fused=True)
-    callbacks = [interrupt, *more, *(MAKE[n]() for n in names)]
+    callbacks = [interrupt, *(MAKE[n]() for n in names)]
     callbacks.append(Checkpoint(every_epochs=2, keep=1))
     trainer = dtrain.Trainer(
         net, optimizer, loss_fn, callbacks=callbacks, sinks=[], run_dir=run_dir
@@ -248,25 +231,6 @@ def test_random_subsets_in_random_order_mix():
     cases = subsets(200)
     assert len(cases) == 200
     assert run_processes(run_cases, 2, cases, timeout_s=400) == [[], []]
-
-
-def both_ways(folder):
-    """Trains with each callback, waiting for each step or for none; returns which differ."""
-    differing = []
-    for name in MAKE:
-        found = []
-        for delays in (False, True):
-            dtrain.trainer.may_delay = lambda device, optimizer, data, delays=delays: delays
-            bits, _, steps = train([name], folder / f"{name}-{delays}", more=[LeavesOut()])
-            found.append((steps, bits))
-        (steps, at_once), (steps_delayed, delayed) = found
-        if not (steps == steps_delayed == 6 and same(at_once, delayed)):
-            differing.append(name)
-    return differing
-
-
-def test_each_decides_alike_where_steps_are_not_waited_for(tmp_path):
-    assert run_processes(both_ways, 2, tmp_path, timeout_s=200) == [[], []]
 
 
 @pytest.mark.parametrize("names", ONE_OF)
