@@ -1,0 +1,89 @@
+"""What a step asks of an accelerator beside torch's operators. Nothing else in dtrain knows CUDA's.
+
+Each launch, event and pinned buffer costs the host some 10 microseconds, in which a small model
+would have computed half of its step: so buffers and events are made once and go round, and many
+small operations become one launch.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Accelerator:
+    """One CUDA device. Ranks: all, local."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def pinned(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Returns memory of the host that the device reads and writes beside the host's work."""
+        return torch.zeros(count, dtype=dtype, pin_memory=True)
+
+    def event(self) -> Any:
+        """Returns a ``torch.cuda.Event``, or what stands in for one: record, query, synchronize."""
+        return torch.cuda.Event()
+
+    def on_another_stream(self) -> AbstractContextManager[object]:
+        """Returns a block whose copies run beside what the current stream computes."""
+        return torch.cuda.stream(_stream_of_copies(self._device))
+
+    def wait_for(self, event: Any) -> None:
+        """Has the current stream wait for an event of another one; the host does not wait."""
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+    def lend(self, tensor: Tensor) -> None:
+        """Says that the current stream uses a tensor that another stream made."""
+        tensor.record_stream(torch.cuda.current_stream(self._device))
+
+    def captured(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """Returns what computes the same in one launch; the memory that it uses must stay."""
+        return _Captured(compute, self._device)
+
+
+class _Captured:
+    """Runs a computation, the first time for what it sets up, then captures and replays it."""
+
+    def __init__(self, compute: Callable[[], None], device: torch.device) -> None:
+        self._compute, self._device = compute, device
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._is_warm = False
+
+    def __call__(self) -> None:
+        # Within a capture of the user's own, a replay could not be captured.
+        if not self._is_warm or torch.cuda.is_current_stream_capturing():
+            self._is_warm = True
+            self._compute()
+            return
+        if self._graph is None:
+            self._graph = self._capture()
+        self._graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        # Not `torch.cuda.graph`, which empties the allocator's cache.
+        torch.cuda.synchronize(self._device)
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        beside = torch.cuda.Stream(self._device)
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            # Other threads may copy and save meanwhile, which must not be captured.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._compute()
+            finally:
+                graph.capture_end()
+        here.wait_stream(beside)
+        return graph
+
+
+@cache
+def of(device: torch.device) -> Accelerator | None:
+    """Returns the device's accelerator; None for the CPU, whose numbers the host has at once."""
+    return Accelerator(device) if device.type == "cuda" else None
+
+
+_stream_of_copies = cache(torch.cuda.Stream)  # one for each device
