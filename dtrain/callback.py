@@ -43,6 +43,10 @@ class Callback:
             class's name, unless set.
         late_step_end: ``on_step_end`` may be called late: at any time before the next update
             of the parameters. On CUDA ``step.applied`` is known by then without waiting.
+        asks_for_gradients: ``on_grads_ready`` looks at gradients by way of ``ctx`` only, or calls
+            ``ctx.gradients()`` before it looks at any ``p.grad``. On CUDA, gradients that nobody
+            asks for are normalised and clipped by the optimizer itself. Not inherited by a class
+            with an ``on_grads_ready`` of its own.
         monitors: the metrics that the callback judges by, such as ``("eval/loss",)``. One that
             cannot exist is an error when ``fit`` begins.
 
@@ -51,12 +55,15 @@ class Callback:
 
     name: str = ""
     late_step_end: bool = False
+    asks_for_gradients: bool = False
     monitors: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in vars(cls):
             cls.name = cls.__name__
+        if "on_grads_ready" in vars(cls) and "asks_for_gradients" not in vars(cls):
+            cls.asks_for_gradients = False
         for name in _TAKES:
             method = inspect.getattr_static(cls, name)  # it may come from a class that is mixed in
             if inspect.isfunction(method) and method is not vars(Callback)[name]:
@@ -236,6 +243,11 @@ class Hooks:
     def has(self, hook: Callable[Concatenate[Callback, P], None]) -> bool:
         """Says whether any callback overrides ``hook``."""
         return bool(self._bound[hook])
+
+    def all_ask_for_gradients(self) -> bool:
+        """Says whether nobody looks at gradients without having asked for them."""
+        looking = (c for c in self.callbacks if _overrides(c, "on_grads_ready"))
+        return all(c.asks_for_gradients and not vars(c).get("on_grads_ready") for c in looking)
 
 
 def _overrides(callback: Callback, name: str) -> bool:

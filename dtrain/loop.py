@@ -205,9 +205,10 @@ class Loop:
                 return False
             # Fused SGD has no momentum that it could leave alone before its first update.
             waits = not self.runs_ahead or progress.updates <= self.engine.micro_step.trained.since
-            factor, closed, undone = result.gate(waits=waits)
-            if not undone:
-                result.settle(self.engine.update(step, factor, closed))
+            gate = result.gate(waits=waits)
+            if not gate.undone:
+                blocked = self.engine.update(step, gate)
+                result.settle(blocked, step.held)
                 progress.step += 1
                 progress.step_in_epoch += 1
                 if not waits:

@@ -1,6 +1,5 @@
 """Gradient clipping, after unscaling, once an optimizer step."""
 
-import torch
 from torch import Tensor
 
 from dtrain.callback import Callback
@@ -21,6 +20,8 @@ class ClipGradients(Callback):
             of the two must be given.
     """
 
+    asks_for_gradients = True
+
     def __init__(self, max_norm: float | None = None, *, max_value: float | None = None) -> None:
         if (max_norm is None) == (max_value is None):
             raise ConfigError("ClipGradients: give max_norm or max_value, one of them")
@@ -36,16 +37,7 @@ class ClipGradients(Callback):
             for grad in ctx.gradients():
                 _clamp(grad, self._max_value)
         elif self._max_norm is not None:
-            norm = ctx.gradient_norm()
-            ctx.log("grad_norm", norm)
-            _clip(ctx, norm, self._max_norm)
-
-
-def _clip(ctx: Context, norm: Tensor, max_norm: float) -> None:
-    if norm.device.type == "cpu" and float(norm) + 1e-6 < 0.999 * max_norm:
-        return  # no multiplication by 1; on the CPU nothing is waited for
-    # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
-    torch._foreach_mul_(ctx.gradients(), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            ctx.log("grad_norm", ctx.clip_gradient_norm(self._max_norm))
 
 
 def _clamp(grad: Tensor, largest: float) -> None:

@@ -36,6 +36,8 @@ class EMA(AveragedWeights):
             own weights, and ``load_model`` gives these (the averages: ``which="averaged"``).
     """
 
+    late_step_end = True  # the parameters are still those of the step
+
     def __init__(
         self, decay: float = 0.999, *, warmup: bool = True, every: int = 1, use_at_end: bool = True
     ) -> None:

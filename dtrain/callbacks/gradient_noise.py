@@ -25,6 +25,8 @@ class GradientNoise(Callback):
         gamma: how fast it fades, 0 or more.
     """
 
+    asks_for_gradients = True
+
     def __init__(self, eta: float, gamma: float = 0.55) -> None:
         if not (0 < eta < math.inf and 0 <= gamma < math.inf):
             raise ConfigError(
@@ -34,6 +36,7 @@ class GradientNoise(Callback):
         self._gamma = gamma
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        ctx.gradients()  # normalised and clipped from here on
         sigma = math.sqrt(self._eta / (1 + ctx.progress.updates) ** self._gamma)
         for group in ctx.optimizer.param_groups:
             for p in group["params"]:

@@ -24,6 +24,8 @@ class GradientStats(Callback):
         per: a layer is a ``"parameter"``, or a ``"module"``: a direct child of the model.
     """
 
+    asks_for_gradients = True
+
     def __init__(
         self, every: int = 50, *, per: Literal["parameter", "module"] = "parameter"
     ) -> None:
@@ -35,6 +37,7 @@ class GradientStats(Callback):
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         if (step.number + 1) % self._every:
             return
+        ctx.gradients()  # normalised and clipped from here on
         found = {n: _numbers(p.grad) for n, p in named_parameters(ctx.model) if p.grad is not None}
         if not found:
             return

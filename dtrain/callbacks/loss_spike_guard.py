@@ -5,6 +5,8 @@ from collections import deque
 from statistics import median
 from typing import Any, Literal
 
+import torch
+
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, check_counts, check_positive
 from dtrain.context import Context, Step
@@ -19,7 +21,8 @@ class LossSpikeGuard(Callback):
     Handle Outliers", 1993). A spread below 1 % of the median counts as 1 %. NaN is a spike.
     (OLMo-core's ``SkipStepOptimizer`` has these defaults, with mean and standard deviation.)
 
-    The loss is the global batch's, so all ranks decide alike, once the window is full. A spike
+    The loss is the global batch's, so all ranks decide alike, once the window is full. On CUDA the
+    device decides, and a spike is told of, or a stop asked for, a step later. A spike
     that is skipped is not taken into the window; BatchNorm statistics have seen its batch.
 
     Args:
@@ -29,6 +32,9 @@ class LossSpikeGuard(Callback):
             run stops after the next step; ``"warn"``: only tell.
         patience: after how many skipped spikes in a row the run stops; None bears any number.
     """
+
+    asks_for_gradients = True  # it never looks
+    late_step_end = True
 
     def __init__(
         self,
@@ -48,12 +54,31 @@ class LossSpikeGuard(Callback):
         self._patience = patience
         self.losses: deque[float] = deque(maxlen=window)
         self.spikes_in_a_row = 0
+        self._bound = 0.0  # of the step under way
+        self._flag = 0
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        self._bound = self.bound()
+        if ctx.reads_at_once:
+            self._judge(ctx, step, is_spike=not step.loss_mean <= self._bound)
+        elif self._action != "warn":
+            loss = step.mean_loss()
+            is_borne = loss <= min(self._bound, torch.finfo(loss.dtype).max)  # NaN is not
+            self._flag = step.veto_where(is_borne.logical_not().float())
+
+    def on_step_end(self, ctx: Context, step: Step) -> None:
+        if ctx.reads_at_once:
+            return
+        if self._action == "warn":
+            self._judge(ctx, step, is_spike=not step.loss_mean <= self._bound)
+        else:
+            self._judge(ctx, step, is_spike=step.left_out(self._flag))
+
+    def _judge(self, ctx: Context, step: Step, *, is_spike: bool) -> None:
         if not step.weight:
             return  # every rank skipped: there is no loss to judge
-        loss, bound = step.loss_mean, self.bound()
-        if loss <= bound:
+        loss, bound = step.loss_mean, self._bound
+        if not is_spike:
             self.spikes_in_a_row = 0
             self.losses.append(loss)
             return
@@ -65,7 +90,8 @@ class LossSpikeGuard(Callback):
             if self.spikes_in_a_row == 1:
                 ctx.say(f"warning: {why}")
             return
-        step.veto(why)
+        if ctx.reads_at_once:
+            step.veto(why)
         if self._action == "stop":
             ctx.request.stop(why)
         elif self.spikes_in_a_row == self._patience:

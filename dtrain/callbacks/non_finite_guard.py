@@ -19,7 +19,7 @@ _MOST = 4  # findings that a message tells
 
 
 class _Kept(NamedTuple):
-    """A micro-batch of the step under way, with what it takes to run it again."""
+    """A micro-batch, with what it takes to run it again."""
 
     micro: int
     batch: Any
@@ -38,9 +38,9 @@ class NonFiniteGuard(Callback):
     (``MixedPrecision("fp16")``), which adapts to an overflow of the gradient, only the loss counts.
 
     Put it last in the list, so that it keeps batches as the model gets them. A step costs a copy
-    of the buffers, the state of the random streams, references to the micro-batches and one sum
-    of the gradient, which on CUDA waits for the device. Models with SyncBatchNorm are not
-    replayed, because a replay is one rank's alone.
+    of the buffers, the state of the random streams, references to the micro-batches and the norm
+    of the gradient. On CUDA the device decides, nothing waits for it, and what was found is told a
+    step later. Models with SyncBatchNorm are not replayed, because a replay is one rank's alone.
 
     Args:
         action: ``"stop"``: the step is left out, and the run stops after the next; ``"skip"``:
@@ -50,13 +50,19 @@ class NonFiniteGuard(Callback):
     Ranks: all, communicates in a step that is not finite.
     """
 
+    asks_for_gradients = True
+    late_step_end = True
+
     def __init__(self, action: Action = "stop", *, patience: int | None = 10) -> None:
         check_choice("NonFiniteGuard", "action", action, get_args(Action))
         check_counts("NonFiniteGuard", or_none=True, patience=patience)
         self._action = action
         self._patience = patience
         self.bad_in_a_row = 0
-        self._kept: list[_Kept] = []
+        self._kept: list[_Kept] = []  # of the step under way
+        self._before: list[Tensor] = []  # buffers, as they were before it
+        # The same of the step whose update the device has just decided on, and the veto's number.
+        self._decided: tuple[list[_Kept], list[Tensor], int | None] | None = None
 
     def on_epoch_start(self, ctx: Context) -> None:
         self._with_buffers = [module for module in ctx.model.modules() if module._buffers]
@@ -66,8 +72,8 @@ class NonFiniteGuard(Callback):
             self._generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
-        self._kept.clear()
-        self._before = [buffer.detach().clone() for buffer in self._buffers_of_model()]
+        self._kept = []
+        self._before = _copies(self._buffers_of_model())
 
     def on_batch(self, ctx: Context, step: Step) -> None:
         self._streams = [generator.get_state() for generator in self._generators]
@@ -79,7 +85,35 @@ class NonFiniteGuard(Callback):
             self._kept.append(_Kept(step.micro, step.batch, self._streams, mean, loss.weight))
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
-        if not step.nonfinite and (ctx.loss_scaled or _finite_gradients(ctx)):
+        if ctx.reads_at_once:
+            is_bad = step.nonfinite > 0 or not (ctx.loss_scaled or _finite_gradients(ctx))
+            self._judge(ctx, step, is_bad=is_bad)
+            return
+        number = None
+        if self._action != "ignore":
+            # NaN or infinity times 0 is NaN.
+            both = step.mean_loss() if ctx.loss_scaled else step.mean_loss() + ctx.gradient_norm()
+            flag = both.mul(0).ne_(0).float()
+            number = step.veto_where(flag)
+            _copy(self._before, self._buffers_of_model(), where=flag)
+        self._decided = self._kept, self._before, number
+
+    def on_step_end(self, ctx: Context, step: Step) -> None:
+        if self._decided is None:
+            return
+        (kept, before, number), self._decided = self._decided, None
+        # Where nothing is left out, a gradient that was not finite shows in the next loss.
+        is_bad = step.nonfinite > 0 or (number is not None and step.left_out(number))
+        now = self._kept, self._before  # of the step after it
+        self._kept, self._before = kept, before
+        try:
+            self._judge(ctx, step, is_bad=is_bad)
+        finally:
+            self._kept, self._before = now
+
+    def _judge(self, ctx: Context, step: Step, *, is_bad: bool) -> None:
+        """Says why a step is bad, and leaves it out, if the device has not."""
+        if not is_bad:
             self.bad_in_a_row = 0
             self._kept.clear()
             return
@@ -91,8 +125,9 @@ class NonFiniteGuard(Callback):
         if self._action == "ignore":
             ctx.say(f"warning: {why}")
             return
-        step.veto(why)
-        self._put_back(self._before)
+        if ctx.reads_at_once:
+            step.veto(why)
+            self._put_back(self._before)
         if self._action == "stop" or self.bad_in_a_row == self._patience:
             ctx.request.stop(why)
         else:
@@ -108,10 +143,8 @@ class NonFiniteGuard(Callback):
         # By way of the modules: a model may put another tensor in the place of a buffer.
         return [b for m in self._with_buffers for b in m._buffers.values() if b is not None]
 
-    @torch.no_grad()
     def _put_back(self, buffers: list[Tensor]) -> None:
-        for buffer, kept in zip(self._buffers_of_model(), buffers, strict=False):
-            buffer.copy_(kept)
+        _copy(buffers, self._buffers_of_model())
 
     def _restore(self, streams: list[Tensor]) -> None:
         for generator, state in zip(self._generators, streams, strict=True):
@@ -129,7 +162,7 @@ class NonFiniteGuard(Callback):
                 return [": the gradient is not finite; not replayed, for SyncBatchNorm"]
             return [f", micro-batch {one.micro}: the loss is {_kind(one.mean)}" for one in kept]
         streams, others = [g.get_state() for g in self._generators], random_state()
-        buffers, found = [b.detach().clone() for b in self._buffers_of_model()], []
+        buffers, found = _copies(self._buffers_of_model()), []
         try:
             for one in kept:
                 self._put_back(self._before)
@@ -199,6 +232,28 @@ def _words(by_rank: list[list[str]], nonfinite: int) -> str:
         "the gradient is not finite, though each micro-batch's is when it is replayed: their sum "
         "overflowed, or a callback changed it"
     )
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Returns copies of tensors, made together; most models have many small buffers."""
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    _copy(tensors, copies)
+    return copies
+
+
+@torch.no_grad()
+def _copy(from_: list[Tensor], to: list[Tensor], where: Tensor | None = None) -> None:
+    """Copies each to its own, if ``where`` is not 0: in a few operations, whatever their number."""
+    alike: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for source, target in zip(from_, to, strict=False):
+        alike.setdefault(target.dtype, []).append((source, target))
+    for pairs in alike.values():
+        sources, targets = map(list, zip(*pairs, strict=True))
+        if where is not None:
+            new, old = (torch.cat([t.reshape(-1) for t in some]) for some in (sources, targets))
+            chosen = torch.where(where > 0, new, old).split([t.numel() for t in targets])
+            sources = [one.view(t.shape) for one, t in zip(chosen, targets, strict=True)]
+        torch._foreach_copy_(targets, sources)
 
 
 def _finite_gradients(ctx: Context) -> bool:

@@ -31,6 +31,8 @@ class StochasticWeightAveraging(AveragedWeights):
         every_steps: average after every so many applied updates instead, from that epoch on.
     """
 
+    late_step_end = True  # the parameters are still those of the step
+
     def __init__(self, start_epoch: int, *, every_steps: int | None = None) -> None:
         super().__init__()
         check_counts("StochasticWeightAveraging", least=0, start_epoch=start_epoch)

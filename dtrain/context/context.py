@@ -23,6 +23,8 @@ class _Engine(Protocol):  # what computes for hooks, behind the methods of the s
 
     def gradient_norm(self) -> Tensor: ...
 
+    def clip_gradient_norm(self, max_norm: float) -> Tensor: ...
+
 
 @dataclass(eq=False)
 class Context:
@@ -41,6 +43,7 @@ class Context:
         has_eval: whether `fit` was given an eval_set.
         in_fit: whether a hook is part of a training: False in those of ``Trainer.evaluate``.
         loss_scaled: whether the precision scales the loss; then a gradient may overflow.
+        reads_at_once: whether a tensor's number can be read without waiting: False on a GPU.
         metrics: the newest agreed metrics, equal on all ranks. From an epoch's end to the next
             report, ``train/...`` are means of that epoch; they stay there as ``epoch/...``.
 
@@ -59,6 +62,7 @@ class Context:
     has_eval: bool = False
     in_fit: bool = False
     loss_scaled: bool = False
+    reads_at_once: bool = True
     metrics: dict[str, float] = field(default_factory=dict)
     _made_at: dict[str, int] = field(default_factory=dict, repr=False)  # the step of each metric
     _taken: int = field(default=0, repr=False)  # how often parameters were taken to be trained
@@ -179,6 +183,18 @@ class Context:
             ConfigError: called outside of ``fit``.
         """
         return (self._engine() or _too_early("gradient_norm")).gradient_norm()
+
+    def clip_gradient_norm(self, max_norm: float) -> Tensor:
+        """In ``on_grads_ready``: bounds the joint Euclidean norm of all gradients.
+
+        Returns what it was, 0-dim; nothing is waited for. Where no callback looks at the gradients
+        after it, a fused optimizer may clip on its way.
+
+        Raises:
+            ConfigError: called outside of ``fit``.
+        """
+        engine = self._engine() or _too_early("clip_gradient_norm")
+        return engine.clip_gradient_norm(max_norm)
 
 
 def _too_early(what: str) -> NoReturn:

@@ -91,6 +91,12 @@ class _Result(Protocol):  # what became of a step; asking may wait for the devic
     @property
     def applied(self) -> bool: ...
 
+    @property
+    def held(self) -> float | None: ...
+
+    @property
+    def loss(self) -> Tensor: ...
+
 
 @dataclass(slots=True)
 class Step:
@@ -105,6 +111,8 @@ class Step:
         batch: the micro-batch, on the device; writable in ``on_batch``.
         loss: what the loss function returned; writable in ``on_loss``.
         vetoed: why the update is not to be applied, if :meth:`veto` was called.
+        held: 0-dim, on the device: more than 0 where the update is not to be applied, if
+            :meth:`veto_where` was called, whose flags are its bits.
         result: what became of the step; behind the properties below.
     """
 
@@ -115,6 +123,8 @@ class Step:
     batch: Any = None
     loss: Loss | None = None
     vetoed: str = ""
+    held: Tensor | None = None
+    _flags: int = 0
     result: _Result | None = None
 
     @property
@@ -149,6 +159,33 @@ class Step:
         Ranks: all, local; must be called on all ranks or on none.
         """
         self.vetoed = why
+
+    def veto_where(self, flag: Tensor) -> int:
+        """As :meth:`veto`, where ``flag`` is 1, and not where it is 0: without waiting for it.
+
+        0-dim float32 on the device. Returns a number by which :meth:`left_out` tells in
+        ``on_step_end`` what became of it.
+
+        Ranks: all, local; must be called on all ranks, with the same flag, or on none.
+        """
+        number, self._flags = self._flags, self._flags + 1
+        self.held = flag if self.held is None else self.held.add(flag, alpha=2**number)
+        return number
+
+    def left_out(self, number: int | None = None) -> bool:
+        """In ``on_step_end``: whether a veto, or that of this number, held the update back."""
+        flags = 0
+        if self.held is not None and self.result is not None and not self.applied:
+            arrived = self.result.held
+            flags = int(float(self.held) if arrived is None else arrived)
+        if number is None:
+            return bool(self.vetoed) or flags > 0
+        return flags >> number & 1 > 0
+
+    def mean_loss(self) -> Tensor:
+        """In ``on_grads_ready``: :attr:`loss_mean` as a 0-dim tensor, for which nothing waits."""
+        assert self.result is not None
+        return self.result.loss
 
 
 def on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

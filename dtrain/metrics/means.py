@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtrain import accelerator
 from dtrain.context import Mean, Number, Reduce, on_device
 from dtrain.distributed import Comm
 from dtrain.errors import ConfigError, LossError, RankMismatch
@@ -31,7 +32,7 @@ class Means:
     def __init__(self, label: str, device: torch.device, names: Sequence[str] = ()) -> None:
         self._label = label
         self._device = device
-        self._on_cpu = device.type == "cpu"
+        self._on_cpu = accelerator.of(device) is None
         self._sums: dict[str, list[float]] = {}
         self._device_sums: dict[str, Tensor] = {}
         self._kinds: dict[str, Reduce] = {}  # how each name is reduced; agreed

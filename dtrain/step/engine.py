@@ -10,6 +10,7 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor
 
+from dtrain import accelerator
 from dtrain.callback import Callback, Hooks
 from dtrain.context import Context, Loss, Outbox, Step
 from dtrain.distributed import (
@@ -23,15 +24,16 @@ from dtrain.distributed import (
     share_buffers,
 )
 from dtrain.errors import ConfigError, RankMismatch, RemoteError
+from dtrain.step.device_lane import make_lane
 from dtrain.step.evaluation import Evaluation
 from dtrain.step.figures import Figures
 from dtrain.step.gather_with_grad import Gathers
-from dtrain.step.lane import Lane
+from dtrain.step.gradients import Gradients
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
 from dtrain.step.modes import Modes
-from dtrain.step.precision import Factor, Precision, fresh_casts
+from dtrain.step.precision import Order, Precision, fresh_casts
 from dtrain.step.stand_in import StandIn
-from dtrain.step.strategy import Strategy
+from dtrain.step.strategy import Gate, Strategy
 from dtrain.step.votes import Agreement
 from dtrain.watchdog import StragglerClock
 
@@ -62,8 +64,9 @@ class Engine:
     def __post_init__(self) -> None:
         context, hooks, precision = self.context, self.hooks, self.precision
         rank, size, comm = self.world.rank, self.world.size, self.world.comm
+        context.reads_at_once = on_host = accelerator.of(self.world.device) is None
         shares = 1 if precision.scales_loss else size
-        self.lane = Lane(context.model, rank=rank, size=size, shares=shares)
+        self.lane = make_lane(context.model, self.world, shares)
         self.agreement = Agreement(context.request, comm, self.world.host)
         self.stand_in = StandIn(context, hooks.callbacks)
         self.clock = StragglerClock(comm, host=self.world.host, size=size)
@@ -87,6 +90,15 @@ class Engine:
         self.streams = StreamsOfFits()
         self.evaluation = Evaluation(
             context, self.outbox, self.world, self.eval_fn, precision, hooks, self.figures.means
+        )
+        self._gradients = Gradients(
+            self.strategy,
+            precision,
+            # Fused optimizers take a number of 32 bits.
+            may_wait=not on_host
+            and self.lane.param.dtype == torch.float32
+            and hooks.all_ask_for_gradients(),
+            on_host=on_host,
         )
         self._parted = False  # a step was ended by a failure on this rank only
         hooks.carry = WeakMethod(self.carry)
@@ -162,13 +174,11 @@ class Engine:
                 "differ: make a new Trainer, with a new optimizer, or start the run again"
             )
 
-    def update(self, step: Step, factor: Factor, closed: bool | Tensor) -> bool | Tensor:
+    def update(self, step: Step, gate: Gate) -> bool | Tensor:
         """Updates the parameters by the gradient of the global mean; returns whether it was not."""
         context, optimizer, precision = self.context, self.context.optimizer, self.precision
         context.comm.activity.enter(UPDATE)
-        factor = precision.unscale(optimizer, factor)
-        if not (isinstance(factor, float) and factor == 1.0):
-            torch._foreach_mul_(self.strategy.gradients(optimizer), factor)
+        self._gradients.take(optimizer, gate)
         self.hooks.fire(Callback.on_grads_ready, context, step)
         rates = [*map(_RATE, optimizer.param_groups)]
         if Tensor in map(type, rates):  # its owner writes the next step's into it
@@ -176,10 +186,14 @@ class Engine:
         self.figures.rates = rates
         if step.vetoed:
             precision.skip()
-            self.outbox.add("vetoed", 1 / self.world.size, "sum")
             return True
+        closed, held = gate.closed, step.held
+        if held is not None and gate.waits:
+            closed, held = closed or float(held) > 0, None
         try:
-            return precision.step(optimizer, closed)
+            return precision.step(
+                optimizer, Order(closed, held, self._gradients.left(), gate.waits)
+            )
         except Exception as error:  # noqa: BLE001 -- every rank learns of it
             self.carry(error)
             return True
@@ -211,10 +225,13 @@ class Engine:
             return as_loss(self.loss_fn(ctx.model, batch, ctx), 1)
 
     def gradients(self) -> list[Tensor]:
-        return self.strategy.gradients(self.context.optimizer)
+        return self._gradients.tensors()
 
     def gradient_norm(self) -> Tensor:
-        return self.strategy.gradient_norm(self.context.optimizer)
+        return self._gradients.norm()
+
+    def clip_gradient_norm(self, max_norm: float) -> Tensor:
+        return self._gradients.clip(max_norm)
 
 
 class _InStep:

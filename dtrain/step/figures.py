@@ -43,7 +43,10 @@ class Figures:
         context.progress.samples += verdict.samples
         self.lane.observe(verdict)
         # A step that was left out for its loss must not make the whole report's loss NaN.
-        if verdict.weight > 0 and not (step.vetoed and verdict.nonfinite):
+        left_out = bool(step.vetoed) if step.held is None else step.left_out()
+        if left_out:
+            self.outbox.add("vetoed", 1 / self.world.size, "sum")
+        if verdict.weight > 0 and not (left_out and verdict.nonfinite):
             self._loss_sum += (loss_sum := verdict.loss_mean * verdict.weight)
             self.counted += verdict.weight
             of_epoch = self.epoch_sums.setdefault("train/loss", [0.0, 0.0])
@@ -52,7 +55,7 @@ class Figures:
         if verdict.nonfinite and not self._warned_nonfinite:
             self._warned_nonfinite = True
             context.say(f"warning: the loss is not finite at step {step.number}")
-        looked_at = self.precision.scales_loss and verdict.weight > 0 and not step.vetoed
+        looked_at = self.precision.scales_loss and verdict.weight > 0 and not left_out
         if looked_at and (note := self.precision.watch(applied=step.applied)):
             context.say(note)
         if verdict.skipped:

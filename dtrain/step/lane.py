@@ -8,7 +8,6 @@ normalises the gradients), the global loss and everyone's votes, without a colle
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -16,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dtrain.context import on_device
 from dtrain.errors import DtrainError
+from dtrain.step.precision import Factor
 
 
 class Slot(IntEnum):
@@ -47,6 +46,8 @@ class Slot(IntEnum):
 _ERROR, _FED = Slot.ERROR - Slot.STOP, Slot.FED - Slot.STOP
 _STARVED, _LEAVING = Slot.STARVED - Slot.STOP, Slot.LEAVING - Slot.STOP
 
+_SEEDS = 32  # kept
+
 
 class Verdict(NamedTuple):
     """What all ranks said in a step. Equal on all of them."""
@@ -74,39 +75,17 @@ class LaneSilent(DtrainError):
     """The lane came back without a reduction: some parameter's gradient never arrived."""
 
 
-class Arriving:
-    """A vector on its way to the host; whoever asks for it waits only for what came before.
-
-    Reading it with ``.item()`` would wait for all that the device was given since.
-    """
-
-    __slots__ = ("_event", "_host", "_values")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._values: list[float] | None = None
-        if tensor.device.type == "cpu":
-            self._values = tensor.tolist()
-            return
-        self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        self._host.copy_(tensor.detach(), non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def get(self) -> list[float]:
-        if self._values is None:
-            self._event.synchronize()
-            self._values = self._host.tolist()
-        return self._values
-
-
 class Lane:
-    """One rank's end of the lane, in the model's precision (float32 at least) and on its device.
+    """One rank's end of the lane, where the host has each number at once: on the CPU.
 
-    A step is: :meth:`open`, then :meth:`add` for each micro-batch and :meth:`say` for votes,
-    :meth:`attach` at the start of the last forward, :meth:`backward` after it, and then
-    :meth:`listen`. The reference weight is one of ``shares`` parts of a step's weight: the world
-    size, so that gradients are those of DDP; or 1, so that what is multiplied by a loss scale is as
-    large as in one process, and overflows with the same scale.
+    It is in the model's precision (float32 at least) and on its device; see
+    :class:`~dtrain.step.device_lane.DeviceLane` for one on an accelerator.
+
+    A step is: :meth:`open`, then :meth:`add` and :meth:`backward` for each micro-batch and
+    :meth:`say` for votes, :meth:`attach` at the start of the last forward, whose backward takes
+    the voice along, and then :meth:`listen`. The reference weight is one of ``shares`` parts of a
+    step's weight: the world size, so that gradients are those of DDP; or 1, so that what is
+    multiplied by a loss scale is as large as in one process, and overflows with the same scale.
     """
 
     def __init__(self, model: nn.Module, rank: int, size: int, shares: int | None = None) -> None:
@@ -115,6 +94,8 @@ class Lane:
         double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
         dtype = torch.float64 if double else torch.float32
         self.param = nn.Parameter(torch.zeros(len(Slot), dtype=dtype, device=device))
+        #: What backward starts from, times a share: 1, or what makes a sum over ranks a mean.
+        self.start = 1.0
         self._size = size
         self._shares = size if shares is None else shares
         self.expect(self._shares)
@@ -126,8 +107,8 @@ class Lane:
         self._voice: Tensor | None = None
         # A mean over 10 ranks that say 1 may be 1.0000001, which is 1 all the same.
         self._rounding = size * torch.finfo(dtype).eps
-        # On an accelerator the loss is not read; it is added up where it is.
-        self._on_device: Tensor | None = None if device.type == "cpu" else self.param.new_zeros(4)
+        self._seed: Tensor | None = None  # what the next backward starts from
+        self._seeds: dict[Any, Tensor] = {}  # those that come again, by what they are made of
 
     def restart(self, weight: float) -> None:
         """Begins a fit, maybe in another thread than the last; see :meth:`expect`."""
@@ -156,30 +137,41 @@ class Lane:
         self._said.fill(0)
         self._said[0] = self._canary
         self._weight = self._loss = 0.0
-        if self._on_device is not None:
-            self._on_device.zero_()
-        self.param.grad = None
+        self.param.grad = self._seed = None
 
-    def add(self, loss: Tensor, weight: float | Tensor, samples: int) -> Tensor:
-        """Adds a micro-batch; returns the term of the loss that backward starts from."""
-        scaled = weight / self.reference
+    def add(
+        self, loss: Tensor, weight: float | Tensor, samples: int, term: Tensor | None = None
+    ) -> Tensor:
+        """Adds a micro-batch; returns ``term``, the loss as it is to be differentiated (scaled)."""
+        share = weight / self.reference
+        self._add_samples(samples)
+        number, share = loss.item(), float(share)
+        self._weight += share
+        self._loss += share * number
+        if not math.isfinite(number):
+            self._said[Slot.NONFINITE] += 1
+        term = loss if term is None else term
+        self._seed = self._seed_of(term, share)
+        return term
+
+    def _add_samples(self, samples: int) -> None:
         if samples >= 256:
             self._said[Slot.SAMPLES_256] += samples // 256
             samples %= 256
         self._said[Slot.SAMPLES] += samples
-        if self._on_device is None:
-            number, share = loss.item(), float(scaled)
-            self._weight += share
-            self._loss += share * number
-            if not math.isfinite(number):
-                self._said[Slot.NONFINITE] += 1
-            return loss if share == 1.0 else loss * share
-        whole = on_device(scaled, self.param.dtype, self.param.device)
-        # Weight 0 counts for nothing, even if the mean is NaN; it is not read to find out.
-        value = torch.where(whole > 0, loss.detach().to(self.param.dtype), 0.0)
-        bad = (~torch.isfinite(value)).to(self.param.dtype)
-        self._on_device += torch.stack((whole, whole * value, bad, whole.new_zeros(())))
-        return torch.where(whole > 0, loss, 0.0) * scaled
+
+    def _seed_of(self, term: Tensor, share: float) -> Tensor:
+        """Returns the gradient of the term: what it weighs needs no multiplication, nor its own."""
+        key = share, self.start, term.dtype, term.device
+        seed = self._seeds.get(key)
+        if seed is None:
+            seed = torch.full((), self.start, dtype=term.dtype, device=term.device)
+            if share != 1.0:
+                seed *= share
+            if len(self._seeds) >= _SEEDS:  # shares of tokens are new in each step
+                self._seeds.clear()
+            self._seeds[key] = seed
+        return seed
 
     def say(self, slot: Slot, count: int = 1) -> None:
         self._said[slot] += count
@@ -195,80 +187,78 @@ class Lane:
             self._voice = self.param.view_as(self.param)
         return self._voice
 
-    def backward(self, voice: Tensor, *terms: Tensor) -> None:
-        """Runs the last backward, in which DDP reduces; the lane's gradient is what was said."""
-        torch.autograd.backward((voice, *terms), (self.message(), *(None for _ in terms)))
+    def backward(self, voice: Tensor | None, *terms: Tensor) -> None:
+        """Runs backward from a micro-batch's terms, of which the one that was added comes first.
+
+        In the last of a step, in which DDP reduces, the voice's gradient is what was said.
+        """
+        first, self._seed = self._seed, None
+        starts = [None] * len(terms) if first is None else [first, *[None] * (len(terms) - 1)]
+        if voice is not None and not self.is_alone():
+            torch.autograd.backward((voice, *terms), (self.message(), *starts))
+        elif terms:
+            torch.autograd.backward(terms, starts)
+
+    def is_alone(self) -> bool:
+        """Says whether nobody else need hear what this rank has said."""
+        return self._size == 1
 
     def message(self) -> Tensor:
         """Returns what this rank says, in the order of :class:`Slot`."""
-        if self._on_device is None:
-            loss = self._loss
-            if abs(loss) > self._largest:  # infinite in float32; NumPy would warn of it
-                loss = math.copysign(math.inf, loss)
-            self._said[Slot.WEIGHT] = self._weight
-            self._said[Slot.LOSS] = loss
-            return self._message.clone()
-        message = self._message.to(self.param.device, non_blocking=True)
-        message[Slot.WEIGHT] += self._on_device[0]
-        message[Slot.LOSS] += self._on_device[1]
-        message[Slot.NONFINITE] += self._on_device[2]
-        return message
+        self._close()
+        return self._message.clone()
 
-    def listen(self, reduced: Tensor | None = None) -> "Heard":
-        """Returns what all ranks said, after the last backward; on CUDA it is still on its way.
+    def _close(self) -> None:
+        loss = self._loss
+        if abs(loss) > self._largest:  # infinite in float32; NumPy would warn of it
+            loss = math.copysign(math.inf, loss)
+        self._said[Slot.WEIGHT] = self._weight
+        self._said[Slot.LOSS] = loss
 
-        Where :meth:`message` did not come with the gradients, ``reduced`` is its mean over ranks.
+    def listen(self, reduced: Tensor | None = None, *, parts: int = 1) -> "Heard":
+        """Returns what all ranks said, after the last backward.
+
+        Where :meth:`message` did not come with the gradients, ``reduced`` is its sum over ranks in
+        so many ``parts``.
         """
-        mean = self.param.grad if reduced is None else reduced  # DDP leaves the mean, too
-        if mean is None:
-            raise LaneSilent("no gradient reached the lane")
-        values = mean.tolist() if self._on_device is None else Arriving(mean)
-        return Heard(mean, values, self.reference, self._size, self._rounding)
+        if self.is_alone():
+            self._close()
+            values = self._said.tolist()
+        else:
+            mean = self.param.grad if reduced is None else reduced  # DDP leaves the mean, too
+            if mean is None:
+                raise LaneSilent("no gradient reached the lane")
+            values = (mean if parts == 1 else mean.mul_(1 / parts)).tolist()
+        return Heard(values, self.reference, self._size, self._rounding)
 
 
-@dataclass(eq=False, slots=True)
 class Heard:
-    """What all ranks said in a step: parts of it at once on the device, all a little later."""
+    """What all ranks said in a step."""
 
-    mean: Tensor  # over ranks, of what each said
-    values: list[float] | Arriving  # the same on the host, or on its way there
-    reference: float  # the reference weight in that step
-    size: int  # of the world
-    rounding: float  # how far the mean of equal shares may be from 1
-    _verdict: Verdict | None = None
+    __slots__ = ("_blocked", "_reference", "_rounding", "_size", "_values", "_verdict")
 
-    def factor(self) -> Tensor:
-        """What gradients must be multiplied by, 0-dim on the device; see :class:`Verdict`."""
-        share = self.mean[Slot.WEIGHT]
-        is_one = (share - 1).abs() <= self.rounding
-        return torch.where(is_one, 1.0, torch.where(share > 0, 1 / share, 0.0))
-
-    def veto(self) -> Tensor:
-        """1 where the step must change nothing (an error, no weight, no reduction, ...), else 0.
-
-        0-dim float32 on the device, as fused optimizers take it for ``found_inf``.
-        """
-        said, size = self.mean, self.size
-        unreduced = (said[Slot.CANARY] * size - (2 * size - 1)).abs() > size / 4
-        stays = (said[Slot.ERROR] + said[Slot.LEAVING] > 0) | ~(said[Slot.WEIGHT] > 0)
-        apart = (said[Slot.CHANGED] > 0) & (said[Slot.CHANGED] * size < size - 0.5)
-        return (stays | unreduced | apart).float()
+    def __init__(self, values: list[float], reference: float, size: int, rounding: float) -> None:
+        self._values = values  # means over ranks, of what each said
+        self._reference = reference  # the reference weight in that step
+        self._size = size  # of the world
+        self._rounding = rounding  # how far the mean of equal shares may be from 1
+        self._verdict: Verdict | None = None
 
     def verdict(self) -> Verdict:
         """Returns it all, once it is on the host; raises LaneSilent if no reduction happened."""
         if self._verdict is None:
-            values, size = self.values, self.size
-            canary, share, loss, *said = values.get() if isinstance(values, Arriving) else values
+            canary, share, loss, *said = self._arrived()
+            size = self._size
             # An unreduced lane says 1, W or W * W. Not compared as a whole number: a sum over
             # thousands of ranks is inexact.
             if not abs(canary * size - (2 * size - 1)) <= size / 4:
                 raise LaneSilent("the lane's gradient was not reduced")
             # Rounded: DDP multiplies by 1 / world size, which is inexact at 3.
             samples, samples_256, *counts = [round(mean * size) if mean else 0 for mean in said]
-            if abs(share - 1) <= self.rounding:
+            if abs(share - 1) <= self._rounding:
                 share = 1.0
             self._verdict = Verdict(
-                share * self.reference * size,
+                share * self._reference * size,
                 loss / share if share > 0 else math.nan,
                 1.0 / share if share > 0 else 0.0,
                 samples + 256 * samples_256,
@@ -276,6 +266,42 @@ class Heard:
                 *counts,
             )
         return self._verdict
+
+    def _arrived(self) -> list[float]:
+        return self._values
+
+    # What is on the device already, for whoever does not wait for the verdict.
+
+    def factor(self) -> Factor:
+        """Returns what gradients must be multiplied by; see :class:`Verdict`."""
+        return self.verdict().factor
+
+    def divisor(self) -> Factor:
+        """Returns what gradients may be divided by instead; 1 where nothing was weighed."""
+        return 1 / self.factor() if self.factor() else 1.0
+
+    def veto(self) -> bool | Tensor:
+        """Says whether the step must change nothing (an error, no weight, no reduction, ...).
+
+        On the device as 0 or 1, 0-dim float32, as fused optimizers take it for ``found_inf``.
+        """
+        return not self.verdict().weight > 0
+
+    def loss(self) -> Tensor:
+        """Returns the mean loss over the global batch, 0-dim."""
+        return torch.tensor(self.verdict().loss_mean)
+
+    def send(self, blocked: bool | Tensor, held: Tensor | None = None) -> None:
+        """Is told whether the update was held back, and the flags by which callbacks did so."""
+        self._blocked = blocked
+
+    def blocked(self) -> bool:
+        """Returns what :meth:`send` was told, once it is on the host."""
+        return bool(self._blocked)
+
+    def held(self) -> float | None:
+        """Returns the flags by which callbacks held it back; None where they were not sent."""
+        return None
 
 
 class _Idle(torch.autograd.Function):

@@ -115,8 +115,8 @@ class MicroStep(nn.Module):
         self.has_loss = loss is not None
         if loss is not None:
             assert loss.weight is not None
-            term = self.lane.add(loss.mean, loss.weight, step.samples)
-            terms.append(self.precision.scale(term))
+            term = self.precision.scale(loss.mean)
+            terms.append(self.lane.add(loss.mean, loss.weight, step.samples, term))
         ties = self.gathers.take_ties()
         self.meets_in_backward = bool(ties)
         terms += ties

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,17 +37,14 @@ class Precision:
         """
         return factor
 
-    def step(self, optimizer: Optimizer, closed: bool | Tensor) -> bool | Tensor:
-        """Steps the optimizer, unless nothing must change; returns whether nothing did.
-
-        Both are bools, or 0-dim tensors on the device where more than 0 means so. ``closed`` is
-        then 0 or 1, and the optimizer one that honours ``found_inf``.
-        """
-        if isinstance(closed, Tensor):
-            _step_unless(optimizer, closed)
-        elif not closed:
-            optimizer.step()
-        return closed
+    def step(self, optimizer: Optimizer, order: "Order") -> bool | Tensor:
+        """Steps the optimizer, unless nothing must change; returns whether nothing did."""
+        blocked = order.closed
+        if order.held is not None and blocked is not True:
+            flags = order.held if blocked is False else order.held + blocked
+            blocked = flags.clamp(max=1.0)
+        order.step(optimizer, blocked)
+        return blocked
 
     def skip(self) -> None:
         """Ends a step whose update is not applied; an overflow still adapts the scale."""
@@ -105,24 +102,25 @@ class ScaledAutocast(Autocast):
         self._scaler.unscale_(optimizer)
         return 1.0
 
-    def step(self, optimizer: Optimizer, closed: bool | Tensor) -> bool | Tensor:
+    def step(self, optimizer: Optimizer, order: "Order") -> bool | Tensor:
         """Where gradients overflowed, only the scale is adapted; if closed, not even that."""
-        overflow = self._scaler.overflow
-        if isinstance(closed, Tensor):
-            # 1 where both are: a fused optimizer takes what it is handed off its count of steps.
-            blocked = torch.clamp(overflow + closed, max=1.0)
-            _step_unless(optimizer, blocked)
-            self._scaler.update_unless(closed)
-            return blocked
-        if closed:
+        overflow, closed = self._scaler.overflow, order.closed
+        if closed is True:
             self._scaler.update_unless(torch.ones_like(overflow))
             return True
-        # Not left to a fused optimizer: SGD would keep a first momentum that it never wrote.
-        overflowed = bool(overflow.item())
-        if not overflowed:
-            self._scaler.step(optimizer)
-        self._scaler.update()
-        return overflowed
+        if order.waits:
+            # Not left to a fused optimizer: SGD would keep a first momentum that it never wrote.
+            blocked: bool | Tensor = bool(overflow.item())
+        else:
+            # 1 where several are: a fused optimizer takes what it is handed off its count of steps.
+            vetoes = [one for one in (closed, order.held) if isinstance(one, Tensor)]
+            blocked = torch.clamp(sum(vetoes, overflow), max=1.0)
+        order.step(optimizer, blocked)
+        if isinstance(closed, Tensor):
+            self._scaler.update_unless(closed)
+        else:
+            self._scaler.update()
+        return blocked
 
     def skip(self) -> None:
         self._scaler.update()
@@ -191,14 +189,30 @@ class _Scaler(torch.amp.GradScaler):
             now.copy_(torch.where(veto > 0, then, now))
 
 
-def _step_unless(optimizer: Optimizer, blocked: Tensor) -> None:
-    """As GradScaler hands it to fused optimizers."""
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.found_inf = blocked  # type: ignore[attr-defined]
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+class Order(NamedTuple):
+    """What the optimizer is told with a step; tensors are for one that is fused."""
+
+    closed: bool | Tensor = (
+        False  # nothing must change; a tensor, 0-dim and on the device, is 0 or 1
+    )
+    held: Tensor | None = None  # more than 0 for the same, by callbacks that let the device decide
+    divisor: Tensor | None = None  # of gradients
+    waits: bool = True  # what is on the device may be waited for
+
+    def step(self, optimizer: Optimizer, blocked: bool | Tensor) -> None:
+        """Steps it, unless it is blocked."""
+        if blocked is True:
+            return
+        if blocked is False and self.divisor is None:
+            optimizer.step()
+            return
+        # As GradScaler hands both to fused optimizers.
+        optimizer.grad_scale = self.divisor  # type: ignore[attr-defined]
+        optimizer.found_inf = blocked if isinstance(blocked, Tensor) else None  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from types import MethodType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from dtrain.distributed import (
     tensors_of_state,
 )
 from dtrain.errors import ConfigError, DtrainError, UnusedParameters
-from dtrain.step.lane import Arriving, Heard, LaneSilent, Verdict
+from dtrain.step.lane import Heard, LaneSilent, Verdict
 from dtrain.step.micro_step import MicroStep
 from dtrain.step.precision import Factor
 
@@ -190,6 +191,16 @@ class Strategy(ABC):
         return [name for name, p in named if p.requires_grad and p.grad is None]
 
 
+class Gate(NamedTuple):
+    """What may be applied of a step: numbers, or tensors where nobody waits for the device."""
+
+    factor: Factor  # what gradients must be multiplied by
+    divisor: Factor  # or divided by
+    closed: bool | Tensor  # whether parameters must stay the same
+    undone: bool  # whether the step does not count at all; False where that is not known yet
+    waits: bool  # all of it is known
+
+
 class StepResult:
     """The result of a step, whose last micro-batch has just run. On CUDA, who asks may wait for it.
 
@@ -200,23 +211,21 @@ class StepResult:
         self._strategy = strategy
         self._progress = progress  # counts the update, once it is known whether it was applied
         self._heard = strategy.heard()
-        #: Whether the update was held back; on CUDA that may still be on its way.
-        self._blocked: bool | Arriving = True
+        #: Whether the update was held back; None where that may still be on its way.
+        self._blocked: bool | None = True
 
-    def gate(self, *, waits: bool) -> tuple[Factor, bool | Tensor, bool]:
-        """Returns what gradients must be multiplied by, and whether parameters must stay the same.
-
-        Numbers where it ``waits``, else tensors on the device. And whether the step does not count
-        at all, which is False where that is not known yet.
-        """
+    def gate(self, *, waits: bool) -> Gate:
+        """Returns what may be applied: numbers where it ``waits``, which on CUDA takes time."""
         if waits:
             verdict = self.verdict()
             if verdict.changed and not verdict.undone:
                 self._strategy.adopt(in_step=True, waited=True)
-            return verdict.factor, not verdict.weight > 0, verdict.undone
+            factor, closed = verdict.factor, not verdict.weight > 0
+            return Gate(factor, 1 / factor if factor else 1.0, closed, verdict.undone, waits=True)
         self._strategy.check_arrived()
         self._strategy.withhold()
-        return self._heard.factor(), self._heard.veto(), False
+        heard = self._heard
+        return Gate(heard.factor(), heard.divisor(), heard.veto(), undone=False, waits=False)
 
     def verdict(self) -> Verdict:
         """Returns what all ranks said."""
@@ -244,19 +253,30 @@ class StepResult:
         self.arrive()
         return not self._blocked
 
-    def settle(self, blocked: bool | Tensor) -> None:
+    @property
+    def loss(self) -> Tensor:
+        return self._heard.loss()
+
+    @property
+    def held(self) -> float | None:
+        return self._heard.held()
+
+    def settle(self, blocked: bool | Tensor, held: Tensor | None = None) -> None:
         """Says whether the update was held back, and counts it as soon as that is known.
 
-        So whoever asks whether a step was applied finds it counted in ``progress.updates``.
+        ``held``: whether callbacks did. Whoever asks whether a step was applied finds it counted in
+        ``progress.updates``.
         """
-        self._blocked = Arriving(blocked.reshape(1)) if isinstance(blocked, Tensor) else blocked
+        self._heard.send(blocked, held)
+        self._blocked = blocked if isinstance(blocked, bool) else None
         if blocked is False:
             self._progress.updates += 1
 
     def arrive(self) -> None:
         """Waits until it is known whether the update was held back."""
-        if isinstance(self._blocked, Arriving):
-            self.settle(self._blocked.get()[0] > 0)
+        if self._blocked is None:
+            self._blocked = self._heard.blocked()
+            self._progress.updates += not self._blocked
 
 
 def joint_norm(grads: list[Tensor]) -> Tensor:

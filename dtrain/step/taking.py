@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from dtrain import accelerator
 from dtrain.data import Data
 from dtrain.distributed import (
     World,
@@ -147,4 +148,5 @@ def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:
     The optimizer can be told on the device to change nothing, and which steps there are does not
     hang on what ranks say.
     """
-    return device.type == "cuda" and takes_a_veto(optimizer) and not data.is_stream
+    on_host = accelerator.of(device) is None
+    return not on_host and takes_a_veto(optimizer) and not data.is_stream

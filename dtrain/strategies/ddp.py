@@ -147,10 +147,9 @@ class DDP(Strategy):
             # It works in a last backward, too, but nobody could tell from when on it only waits.
             self._activity.enter(BACKWARD if last and ddp is not None else OWN_BACKWARD)
             try:
-                if last:
-                    self._micro_step.lane.backward(*terms)
-                elif terms:
-                    torch.autograd.backward(terms)
+                if not last:
+                    terms = (None, *terms)
+                self._micro_step.lane.backward(*terms)
             except RuntimeError as error:
                 raise of_backward(error)  # noqa: B904 -- the same, or one that has it as its cause
 

@@ -57,17 +57,22 @@ class Flat(Strategy):
         for p in micro_step.trainable:
             by_dtype.setdefault(p.dtype, []).append(p)
         by_dtype.setdefault(lane.dtype, [])
-        self._flats = [
-            _Flat(params, dtype, lane, has_flags=self._may_be_unused)
-            for dtype, params in by_dtype.items()
-        ]
-        self._tail = next(flat.tail for flat in self._flats if flat.tail.numel())  # the lane's
-        self._seeds: dict[torch.dtype, Tensor] = {}
+        self._bytes = sum(p.nbytes for p in micro_step.trainable)
+        self._flats = []
+        if world.size > 1:  # alone, gradients stay where backward has put them
+            self._flats = [
+                _Flat(params, dtype, lane, has_flags=self._may_be_unused)
+                for dtype, params in by_dtype.items()
+            ]
+            self._tail = next(flat.tail for flat in self._flats if flat.tail.numel())  # the lane's
+        # Backward starts with a share: the sum over ranks is then their mean, at no cost. Not with
+        # a loss scale, which must overflow in the same steps as in one process.
         self._divides_after = micro_step.precision.scales_loss
+        micro_step.lane.start = 1.0 if self._divides_after else 1 / world.size
         self._held = None
 
     def describe(self) -> str:
-        megabytes = sum(flat.gradients.nbytes for flat in self._flats) / 1e6
+        megabytes = self._bytes / 1e6
         return f"gradients: one reduction after backward ({megabytes:.3g} MB; strategy='flat')"
 
     def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
@@ -81,7 +86,7 @@ class Flat(Strategy):
         self._spoke |= micro_step.has_loss
         if losses:
             try:
-                torch.autograd.backward(losses, [self._seed(loss) for loss in losses])
+                micro_step.lane.backward(None, *losses)
             except Exception as error:
                 if micro_step.meets_in_backward:
                     raise  # others may be waiting for this rank in their own backward
@@ -90,35 +95,28 @@ class Flat(Strategy):
             self._activity.enter(BACKWARD)
             self._reduce(micro_step)
 
-    def _seed(self, loss: Tensor) -> Tensor:
-        """What backward starts with: the sum over ranks is then their mean, at no cost.
-
-        Not with a loss scale, which must overflow in the same steps as in one process.
-        """
-        if loss.dtype not in self._seeds:
-            start = 1.0 if self._divides_after else 1 / self._world.size
-            self._seeds[loss.dtype] = torch.full_like(loss.detach(), start)
-        return self._seeds[loss.dtype]
-
     def _share(self) -> float:
         return super()._share() if self._divides_after else 1.0  # backward began with that
 
     def _reduce(self, micro_step: MicroStep) -> None:
         world = self._world
-        grads = [[*map(_GRAD, flat.params)] for flat in self._flats]
+        alone = [micro_step.trainable] if world.size == 1 else []
+        grads = [[*map(_GRAD, some)] for some in alone or [flat.params for flat in self._flats]]
         if self._spoke and micro_step.trouble is None and (error := self._look(grads)):
             micro_step.fail(error, "backward")
+        if alone:
+            if micro_step.trouble is not None or not (self._spoke or self._may_be_unused):
+                for p in micro_step.trainable:
+                    p.grad = torch.zeros_like(p)  # as where it is summed with others
+            return
         for flat, given in zip(self._flats, grads, strict=True):
             flat.fill(given, silent=micro_step.trouble is not None)
         self._tail.copy_(micro_step.lane.message())
         for flat in self._flats:
-            if world.size > 1:
-                world.gradients.all_reduce(flat.whole)
-                if self._divides_after:
-                    flat.gradients.mul_(1 / world.size)
+            world.gradients.all_reduce(flat.whole)
+            if self._divides_after:
+                flat.gradients.mul_(1 / world.size)
             flat.hand_out()
-        if world.size > 1:
-            self._tail.mul_(1 / world.size)
 
     def _look(self, grads: list[list[Tensor | None]]) -> Exception | None:
         """Returns what is wrong with this rank's gradients, if something is."""
@@ -135,14 +133,21 @@ class Flat(Strategy):
         return None
 
     def heard(self) -> Heard:
-        return self._micro_step.lane.listen(self._tail)
+        lane = self._micro_step.lane
+        if self._world.size > 1:
+            return lane.listen(self._tail, parts=self._world.size)
+        return lane.listen(None if lane.is_alone() else lane.message())
 
     def check_arrived(self) -> None:
         pass  # gradients were looked through before they were reduced
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """Returns the flat tensors, as long as the gradients are views into them."""
-        if self._holds_all(optimizer) and all(map(_Flat.is_handed_out, self._flats)):
+        if (
+            self._flats
+            and self._holds_all(optimizer)
+            and all(map(_Flat.is_handed_out, self._flats))
+        ):
             return [flat.gradients for flat in self._flats if flat.params]
         return super().gradients(optimizer)
 

@@ -16,10 +16,19 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import dtrain
-from dtrain.step.lane import Lane, Slot
+from dtrain import accelerator
+from dtrain.step.device_lane import DeviceLane
+from dtrain.step.lane import Slot
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+
+
+class SaysIt(DeviceLane):
+    """As one of several ranks."""
+
+    def is_alone(self):
+        return False
 
 
 class Spoken(nn.Module):
@@ -40,7 +49,7 @@ def test_the_lane_comes_back_with_the_last_bucket(device):
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         model, plain = training.model().to(device), training.model().to(device)
-        lane = Lane(model, rank=0, size=1)
+        lane = SaysIt(model, 0, 1, accelerator=accelerator.of(device))
         lane.expect(32)
         ddp = DistributedDataParallel(
             Spoken(model, lane), gradient_as_bucket_view=True, bucket_cap_mb=0.1
@@ -63,6 +72,7 @@ def test_the_lane_comes_back_with_the_last_bucket(device):
             assert (veto.item(), verdict.errors, verdict.nonfinite) == (0, 0, 0)
             for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
                 torch.testing.assert_close(ours.grad * factor, theirs.grad)
+                torch.testing.assert_close(ours.grad / heard.divisor(), theirs.grad)
     finally:
         dist.destroy_process_group()
 

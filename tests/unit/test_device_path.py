@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dtrain.callbacks.clip_gradients import _clip
+from dtrain import accelerator
+from dtrain.accelerator import Accelerator
 from dtrain.metrics.means import Means
-from dtrain.step.lane import Heard, Lane, Slot
-from dtrain.step.precision import ScaledAutocast
-from dtrain.step.strategy import joint_norm
+from dtrain.step.device_lane import DeviceLane
+from dtrain.step.gradients import Gradients
+from dtrain.step.lane import Slot
+from dtrain.step.precision import Precision, ScaledAutocast
+from dtrain.step.strategy import Gate, joint_norm
 
 META = torch.device("meta")
 
@@ -35,31 +38,51 @@ class Copies(TorchDispatchMode):
         return out
 
 
+class OnMeta(Accelerator):
+    """Its memory has no numbers; the host's has."""
+
+    def pinned(self, count, dtype):
+        return torch.zeros(count, dtype=dtype)
+
+    def captured(self, compute):
+        return compute
+
+
 @pytest.mark.parametrize("weight", [4, torch.ones((), device=META)], ids=["number", "tensor"])
-def test_nothing_is_read_and_only_the_message_is_copied(weight):
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("scaled", [False, True], ids=["float32", "fp16"])
+def test_nothing_is_read_and_only_the_message_is_copied(monkeypatch, weight, size, scaled):
+    monkeypatch.setattr(OnMeta, "event", lambda self: None)
+    monkeypatch.setattr(accelerator, "of", OnMeta)
     model = nn.Linear(4, 2, device=META)
-    optimizer = torch.optim.AdamW(model.parameters())
-    lane, means = Lane(model, rank=0, size=1), Means("train", META)
-    precision = ScaledAutocast("cpu", torch.float16, 8.0, 10)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    lane, means = DeviceLane(model, 0, size, accelerator=OnMeta(META)), Means("train", META)
+    precision = ScaledAutocast("cpu", torch.float16, 8.0, 10) if scaled else Precision()
+    strategy = SimpleNamespace(
+        gradients=lambda _: [p.grad for p in model.parameters()],
+        gradient_norm=lambda _: joint_norm([p.grad for p in model.parameters()]),
+    )
+    gradients = Gradients(strategy, precision, may_wait=True, on_host=False)
     with Copies() as copies:
         lane.open()
         voice = lane.attach()
         loss = model(torch.ones(4, 4, device=META)).mean()
         lane.say(Slot.FED)
-        lane.backward(voice, precision.scale(lane.add(loss, weight, 4)))
-        assert lane.param.grad is not None
-        heard = Heard(lane.param.grad, [], 1.0, 1, 1e-6)
-        factor, veto = heard.factor(), heard.veto()
-        assert precision.unscale(optimizer, factor) == 1.0
-        grads = [p.grad for p in model.parameters()]
-        torch._foreach_mul_(grads, factor)
-        norm = joint_norm(grads)
-        _clip(SimpleNamespace(gradients=lambda: grads), norm, 1.0)
+        lane.backward(voice, lane.add(loss, weight, 4, precision.scale(loss)))
+        heard = lane.listen()
+        gate = Gate(heard.factor(), heard.divisor(), heard.veto(), undone=False, waits=False)
+        gradients.take(optimizer, gate)
+        norm = gradients.clip(1.0)
+        assert gradients.left().device == META
+        gradients.tensors()
         means.add("norm", norm, weight)
         means.add_logged("logged", [norm, 1.0, norm], "mean")
         means.add("norm", 0.5, 1)
-        precision._scaler.update_unless(veto)
-    assert copies.seen == [("aten._to_copy.default", True)]
+        if scaled and isinstance(gate.closed, torch.Tensor):
+            precision._scaler.update_unless(gate.closed)
+    alone = size == 1 and isinstance(weight, int)
+    assert isinstance(gate.closed, bool) == alone
+    assert copies.seen == [("aten._to_copy.default", True)] * (not alone)
 
 
 def test_the_check_can_fail():

@@ -6,7 +6,7 @@ from torch import nn
 
 from dtrain.callbacks import MixedPrecision
 from dtrain.errors import ConfigError
-from dtrain.step.precision import Autocast, Precision, ScaledAutocast
+from dtrain.step.precision import Autocast, Order, Precision, ScaledAutocast
 
 
 def parameter(value: float = 1.0) -> tuple[nn.Parameter, torch.optim.Optimizer]:
@@ -22,7 +22,7 @@ def test_full_precision_does_nothing() -> None:
     precision.unscale(optimizer, 1.0)
     assert weight.grad is not None
     assert weight.grad.item() == 3
-    assert precision.step(optimizer, closed=False) is False
+    assert precision.step(optimizer, Order()) is False
     assert weight.item() == -2
     with precision.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
@@ -61,7 +61,7 @@ def one_step(
     optimizer.zero_grad()
     precision.scale(slope * weight.sum()).backward()
     precision.unscale(optimizer, 1.0)
-    return not precision.step(optimizer, closed=False)
+    return not precision.step(optimizer, Order())
 
 
 def test_gradients_are_scaled_and_unscaled() -> None:
@@ -71,7 +71,7 @@ def test_gradients_are_scaled_and_unscaled() -> None:
     assert weight.grad.item() == 24
     precision.unscale(optimizer, 1.0)
     assert weight.grad.item() == 3
-    assert precision.step(optimizer, closed=False) is False
+    assert precision.step(optimizer, Order()) is False
     assert weight.item() == -2
 
 
@@ -106,7 +106,7 @@ def test_a_step_that_is_vetoed_and_overflows_is_not_taken_off_twice() -> None:
         optimizer.zero_grad()
         precision.scale(slope * weight.sum()).backward()
         precision.unscale(optimizer, 1.0)
-        blocked = precision.step(optimizer, closed=torch.tensor(veto))
+        blocked = precision.step(optimizer, Order(torch.tensor(veto), waits=False))
         assert blocked.item() == veto
         assert optimizer.state[weight]["step"].item() == 1
     assert precision.values() == {"loss_scale": 8.0}  # a veto leaves it, whatever overflowed
@@ -118,7 +118,7 @@ def test_a_closed_step_changes_neither_weight_nor_scale() -> None:
         optimizer.zero_grad()
         precision.scale(slope * weight.sum()).backward()
         precision.unscale(optimizer, 1.0)
-        assert precision.step(optimizer, closed=True) is True
+        assert precision.step(optimizer, Order(closed=True)) is True
     assert precision.values() == {"loss_scale": 8.0}
     assert weight.item() == 1
 
@@ -126,7 +126,7 @@ def test_a_closed_step_changes_neither_weight_nor_scale() -> None:
 def test_a_step_in_which_no_parameter_got_a_gradient() -> None:
     precision, (weight, optimizer) = scaled(), parameter()
     precision.unscale(optimizer, 1.0)
-    assert precision.step(optimizer, closed=True) is True
+    assert precision.step(optimizer, Order(closed=True)) is True
     assert precision.values() == {"loss_scale": 8.0}
     assert weight.item() == 1
 

@@ -1,4 +1,4 @@
-"""What a step asks of an accelerator beside torch's operators. Nothing else in dtrain knows CUDA's.
+"""What a step asks of a CUDA device beside torch's operators.
 
 Each launch, event and pinned buffer costs the host some 10 microseconds, in which a small model
 would have computed half of its step: so buffers and events are made once and go round, and many

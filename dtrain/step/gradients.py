@@ -1,0 +1,84 @@
+"""The gradients of a step, once they are reduced, and what they are still to be divided by."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dtrain.step.precision import Factor, Precision
+from dtrain.step.strategy import Gate, Strategy
+from dtrain.step.taking import takes_a_veto
+
+
+@dataclass(eq=False)
+class Gradients:
+    """Gradients that whoever asks for them finds normalised; and clipped, where that came before.
+
+    On an accelerator, normalisation and clipping are one number, if every callback asks before it
+    looks: a fused optimizer divides by it on its way, without a pass over the gradients. With
+    another one, or on the CPU, they are multiplied at once.
+
+    Ranks: all, local.
+    """
+
+    strategy: Strategy
+    precision: Precision
+    may_wait: bool  # on an accelerator, in float32, if every callback asks
+    on_host: bool  # numbers can be read at once
+
+    def take(self, optimizer: Optimizer, gate: Gate) -> None:
+        """Begins with those of a step."""
+        self._optimizer = optimizer
+        self._norm: Tensor | None = None  # of the gradients as they are, while they wait
+        self._divisor: Factor = 1.0
+        factor = self.precision.unscale(optimizer, gate.factor)
+        is_one = isinstance(factor, float) and factor == 1.0
+        may_wait = self.may_wait and takes_a_veto(optimizer)
+        self._waits = may_wait and (is_one or factor is gate.factor)
+        if not is_one and self._waits:
+            self._divisor = gate.divisor
+        elif not is_one:
+            torch._foreach_mul_(self.strategy.gradients(optimizer), factor)
+
+    def tensors(self) -> list[Tensor]:
+        """Returns them all, to be looked at and changed: from here on nothing waits."""
+        gradients = self.strategy.gradients(self._optimizer)
+        self._waits = False
+        if not self._is_one():
+            torch._foreach_div_(gradients, self._divisor)
+            self._divisor = 1.0
+        return gradients
+
+    def norm(self) -> Tensor:
+        """Returns their joint Euclidean norm, 0-dim."""
+        norm = self._norm
+        if norm is None:
+            norm = self.strategy.gradient_norm(self._optimizer)
+        if self._waits:  # then nobody changes them
+            self._norm = norm
+        return norm if self._is_one() else norm / self._divisor
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Bounds their joint norm; returns what it was."""
+        norm = self.norm()
+        if self._waits:
+            excess = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+            self._divisor = excess if self._is_one() else excess * self._divisor
+        # No multiplication by 1, where the host knows.
+        elif not self.on_host or not float(norm) + 1e-6 < 0.999 * max_norm:
+            # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
+            coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(self.strategy.gradients(self._optimizer), coefficient)
+        return norm
+
+    def left(self) -> Tensor | None:
+        """Returns what the optimizer is to divide them by, if anything."""
+        divisor = self._divisor
+        if isinstance(divisor, Tensor) or self._is_one():
+            return divisor if isinstance(divisor, Tensor) else None
+        device = self.strategy.gradients(self._optimizer)[0].device
+        return torch.full((), divisor, device=device)
+
+    def _is_one(self) -> bool:
+        return isinstance(self._divisor, float) and self._divisor == 1.0
