@@ -92,7 +92,7 @@ class NonFiniteGuard(Callback):
         number = None
         if self._action != "ignore":
             # NaN or infinity times 0 is NaN.
-            both = step.mean_loss() if ctx.loss_scaled else step.mean_loss() + ctx.gradient_norm()
+            both = step.mean_loss() if ctx.loss_scaled else step.mean_loss() + ctx.gradient_check()
             flag = both.mul(0).ne_(0).float()
             number = step.veto_where(flag)
             _copy(self._before, self._buffers_of_model(), where=flag)

@@ -23,6 +23,8 @@ class _Engine(Protocol):  # what computes for hooks, behind the methods of the s
 
     def gradient_norm(self) -> Tensor: ...
 
+    def gradient_check(self) -> Tensor: ...
+
     def clip_gradient_norm(self, max_norm: float) -> Tensor: ...
 
 
@@ -183,6 +185,16 @@ class Context:
             ConfigError: called outside of ``fit``.
         """
         return (self._engine() or _too_early("gradient_norm")).gradient_norm()
+
+    def gradient_check(self) -> Tensor:
+        """In ``on_grads_ready``: a 0-dim tensor that is finite if the norm of the gradients is.
+
+        Equal on all ranks, and cheaper than the norm, where nobody has asked for that.
+
+        Raises:
+            ConfigError: called outside of ``fit``.
+        """
+        return (self._engine() or _too_early("gradient_check")).gradient_check()
 
     def clip_gradient_norm(self, max_norm: float) -> Tensor:
         """In ``on_grads_ready``: bounds the joint Euclidean norm of all gradients.

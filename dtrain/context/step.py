@@ -172,6 +172,10 @@ class Step:
         self.held = flag if self.held is None else self.held.add(flag, alpha=2**number)
         return number
 
+    def one_flag(self) -> Tensor | None:
+        """Returns 1 where any of the flags is, else 0; for the loop."""
+        return self.held if self.held is None or self._flags == 1 else self.held.clamp(max=1.0)
+
     def left_out(self, number: int | None = None) -> bool:
         """In ``on_step_end``: whether a veto, or that of this number, held the update back."""
         flags = 0

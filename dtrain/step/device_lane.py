@@ -204,7 +204,7 @@ class _Turn:
 class _OnDevice(Heard):
     """What is on its way home: sent by :meth:`send`, or by who asks before."""
 
-    __slots__ = ("_awaits_blocked", "_held", "_is_blocked", "_is_sent", "_turn")
+    __slots__ = ("_awaits_blocked", "_held", "_held_is_blocked", "_is_blocked", "_is_sent", "_turn")
 
     def __init__(self, turn: _Turn, reference: float, size: int, rounding: float) -> None:
         super().__init__([], reference, size, rounding)
@@ -212,6 +212,7 @@ class _OnDevice(Heard):
         self._is_sent = self._awaits_blocked = False
         self._is_blocked: bool | None = None
         self._held: float | None = None
+        self._held_is_blocked = False
 
     def send(self, blocked: bool | Tensor, held: Tensor | None = None) -> None:
         if isinstance(blocked, bool):
@@ -219,10 +220,8 @@ class _OnDevice(Heard):
             if not self._values and not self._is_sent:
                 self._send()
             return
-        self._copy(_SLOTS, blocked)
-        if held is not None:
-            self._copy(_SLOTS + 1, held)
-            self._held = 0.0
+        self._copy_flags(blocked, held)
+        self._held = None if held is None else 0.0
         self._awaits_blocked = True
         self._send()
 
@@ -256,7 +255,7 @@ class _OnDevice(Heard):
         if self._awaits_blocked:
             self._is_blocked, self._awaits_blocked = home[_SLOTS] > 0, False
             if self._held is not None:
-                self._held = home[_SLOTS + 1]
+                self._held = home[_SLOTS + (not self._held_is_blocked)]
 
     def release(self) -> None:
         """Gives the buffers away: takes home what is on its way, and waits for what uses them."""
@@ -269,7 +268,7 @@ class _OnDevice(Heard):
     def _copy_home(self) -> None:
         raise NotImplementedError
 
-    def _copy(self, place: int, flag: Tensor) -> None:
+    def _copy_flags(self, blocked: Tensor, held: Tensor | None) -> None:
         raise NotImplementedError
 
     def _values_of(self, home: list[float]) -> list[float]:
@@ -297,9 +296,12 @@ class _FromAll(_OnDevice):
         turn = self._turn
         turn.home[: len(turn.heeded)].copy_(turn.heeded, non_blocking=True)
 
-    def _copy(self, place: int, flag: Tensor) -> None:
-        if flag is not self._turn.veto:  # which is there
-            self._turn.heeded[place].copy_(flag)
+    def _copy_flags(self, blocked: Tensor, held: Tensor | None) -> None:
+        heeded = self._turn.heeded
+        if held is not None:
+            torch.stack([blocked, held], out=heeded[_SLOTS:])
+        elif blocked is not self._turn.veto:  # which is there
+            heeded[_SLOTS].copy_(blocked)
 
     def _values_of(self, home: list[float]) -> list[float]:
         return home[:_SLOTS]
@@ -345,8 +347,12 @@ class _Alone(_OnDevice):
             losses = torch.stack(self._losses) if count > 1 else self._losses[0].reshape(1)
             self._turn.home[_SLOTS + 2 :][:count].copy_(losses, non_blocking=True)
 
-    def _copy(self, place: int, flag: Tensor) -> None:
-        self._turn.home[place].copy_(flag, non_blocking=True)
+    def _copy_flags(self, blocked: Tensor, held: Tensor | None) -> None:
+        home = self._turn.home
+        home[_SLOTS].copy_(blocked, non_blocking=True)
+        self._held_is_blocked = held is blocked
+        if held is not None and held is not blocked:
+            home[_SLOTS + 1].copy_(held, non_blocking=True)
 
     def _values_of(self, home: list[float]) -> list[float]:
         losses = home[_SLOTS + 2 :][: len(self._parts)]

@@ -187,7 +187,7 @@ class Engine:
         if step.vetoed:
             precision.skip()
             return True
-        closed, held = gate.closed, step.held
+        closed, held = gate.closed, step.one_flag()
         if held is not None and gate.waits:
             closed, held = closed or float(held) > 0, None
         try:
@@ -229,6 +229,9 @@ class Engine:
 
     def gradient_norm(self) -> Tensor:
         return self._gradients.norm()
+
+    def gradient_check(self) -> Tensor:
+        return self._gradients.check()
 
     def clip_gradient_norm(self, max_norm: float) -> Tensor:
         return self._gradients.clip(max_norm)

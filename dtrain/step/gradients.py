@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dtrain.step.precision import Factor, Precision
-from dtrain.step.strategy import Gate, Strategy
+from dtrain.step.strategy import Gate, Strategy, joint_norm
 from dtrain.step.taking import takes_a_veto
 
 
@@ -58,6 +58,12 @@ class Gradients:
         if self._waits:  # then nobody changes them
             self._norm = norm
         return norm if self._is_one() else norm / self._divisor
+
+    def check(self) -> Tensor:
+        """Returns a number, 0-dim, that is finite if every gradient is, and their norm is."""
+        if self._norm is not None:
+            return self._norm
+        return joint_norm(self.strategy.gradients(self._optimizer))
 
     def clip(self, max_norm: float) -> Tensor:
         """Bounds their joint norm; returns what it was."""

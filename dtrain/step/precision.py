@@ -41,8 +41,7 @@ class Precision:
         """Steps the optimizer, unless nothing must change; returns whether nothing did."""
         blocked = order.closed
         if order.held is not None and blocked is not True:
-            flags = order.held if blocked is False else order.held + blocked
-            blocked = flags.clamp(max=1.0)
+            blocked = order.held if blocked is False else torch.maximum(order.held, blocked)
         order.step(optimizer, blocked)
         return blocked
 
@@ -173,11 +172,13 @@ class _Scaler(torch.amp.GradScaler):
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        inverse = (inv_scale * self.factor).float()
+        is_one = isinstance(self.factor, float) and self.factor == 1.0
+        inverse = inv_scale if is_one else (inv_scale * self.factor).float()
         found = super()._unscale_grads_(optimizer, inverse, found_inf, allow_fp16)
         if not found:  # no parameter has a gradient, so none overflowed
             found = {inv_scale.device: torch.zeros_like(inv_scale)}
-        self.overflow = torch.stack([one.to(inv_scale.device) for one in found.values()]).sum()
+        flags = [one.to(inv_scale.device) for one in found.values()]
+        self.overflow = torch.stack(flags).sum() if len(flags) > 1 else flags[0].reshape(())
         return found
 
     def update_unless(self, veto: Tensor) -> None:
@@ -185,8 +186,9 @@ class _Scaler(torch.amp.GradScaler):
         scale, tracker = self._check_scale_growth_tracker("update")
         before = scale.clone(), tracker.clone()
         self.update()
+        is_closed = veto > 0
         for now, then in zip((scale, tracker), before, strict=True):
-            now.copy_(torch.where(veto > 0, then, now))
+            torch.where(is_closed, then, now, out=now)
 
 
 class Order(NamedTuple):
@@ -195,7 +197,7 @@ class Order(NamedTuple):
     closed: bool | Tensor = (
         False  # nothing must change; a tensor, 0-dim and on the device, is 0 or 1
     )
-    held: Tensor | None = None  # more than 0 for the same, by callbacks that let the device decide
+    held: Tensor | None = None  # the same, by callbacks that let the device decide
     divisor: Tensor | None = None  # of gradients
     waits: bool = True  # what is on the device may be waited for
 
