@@ -73,7 +73,7 @@ class NonFiniteGuard(Callback):
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
         self._kept = []
-        self._before = _copies(self._buffers_of_model())
+        self._before = _copies(self._buffers_of_model()) if self._with_buffers else []
 
     def on_batch(self, ctx: Context, step: Step) -> None:
         self._streams = [generator.get_state() for generator in self._generators]
@@ -87,7 +87,9 @@ class NonFiniteGuard(Callback):
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         if ctx.reads_at_once:
             is_bad = step.nonfinite > 0 or not (ctx.loss_scaled or _finite_gradients(ctx))
-            self._judge(ctx, step, is_bad=is_bad)
+            if is_bad or self.bad_in_a_row:
+                self._judge(ctx, step, is_bad=is_bad)
+            self._kept.clear()
             return
         number = None
         if self._action != "ignore":
@@ -115,7 +117,6 @@ class NonFiniteGuard(Callback):
         """Says why a step is bad, and leaves it out, if the device has not."""
         if not is_bad:
             self.bad_in_a_row = 0
-            self._kept.clear()
             return
         self.bad_in_a_row += 1
         if self._action == "ignore" and self.bad_in_a_row > 1:

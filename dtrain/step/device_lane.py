@@ -62,7 +62,8 @@ class DeviceLane(Lane):
     def add(
         self, loss: Tensor, weight: float | Tensor, samples: int, term: Tensor | None = None
     ) -> Tensor:
-        self._add_samples(samples)
+        self._said[Slot.SAMPLES_256] += samples // 256
+        self._said[Slot.SAMPLES] += samples % 256
         loss, term = loss.detach(), loss if term is None else term
         part: float | Tensor = weight / self.reference
         if isinstance(part, Tensor):
@@ -71,7 +72,10 @@ class DeviceLane(Lane):
             self._seed = (part if self.start == 1.0 else part * self.start).to(term.dtype)
         else:
             self._weight += part
-            self._seed = self._seed_of(term, part)
+            key = part, self.start, term.dtype, term.device
+            self._seed = self._seeds.get(key)
+            if self._seed is None:
+                self._seed = self._make_seed(key)
         self._losses.append(loss)
         self._parts.append(part)
         return term
@@ -205,6 +209,8 @@ class _OnDevice(Heard):
     """What is on its way home: sent by :meth:`send`, or by who asks before."""
 
     __slots__ = ("_awaits_blocked", "_held", "_held_is_blocked", "_is_blocked", "_is_sent", "_turn")
+
+    travels = True
 
     def __init__(self, turn: _Turn, reference: float, size: int, rounding: float) -> None:
         super().__init__([], reference, size, rounding)

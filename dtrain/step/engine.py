@@ -187,13 +187,15 @@ class Engine:
         if step.vetoed:
             precision.skip()
             return True
-        closed, held = gate.closed, step.one_flag()
+        closed, held = gate.closed, step.held
         if held is not None and gate.waits:
             closed, held = closed or float(held) > 0, None
+        elif held is not None:
+            held = step.one_flag()
+        left = self._gradients.divisor
+        divisor = None if left is None else self._gradients.number_of(left)
         try:
-            return precision.step(
-                optimizer, Order(closed, held, self._gradients.left(), gate.waits)
-            )
+            return precision.step(optimizer, Order(closed, held, divisor, gate.waits))
         except Exception as error:  # noqa: BLE001 -- every rank learns of it
             self.carry(error)
             return True
@@ -225,6 +227,8 @@ class Engine:
             return as_loss(self.loss_fn(ctx.model, batch, ctx), 1)
 
     def gradients(self) -> list[Tensor]:
+        if self.context.reads_at_once:  # then nothing is left to be done to them
+            return self.strategy.gradients(self.context.optimizer)
         return self._gradients.tensors()
 
     def gradient_norm(self) -> Tensor:

@@ -31,13 +31,14 @@ class Gradients:
         """Begins with those of a step."""
         self._optimizer = optimizer
         self._norm: Tensor | None = None  # of the gradients as they are, while they wait
-        self._divisor: Factor = 1.0
+        #: What they are to be divided by still.
+        self.divisor: Factor | None = None
         factor = self.precision.unscale(optimizer, gate.factor)
         is_one = isinstance(factor, float) and factor == 1.0
         may_wait = self.may_wait and takes_a_veto(optimizer)
         self._waits = may_wait and (is_one or factor is gate.factor)
         if not is_one and self._waits:
-            self._divisor = gate.divisor
+            self.divisor = gate.divisor
         elif not is_one:
             torch._foreach_mul_(self.strategy.gradients(optimizer), factor)
 
@@ -45,9 +46,9 @@ class Gradients:
         """Returns them all, to be looked at and changed: from here on nothing waits."""
         gradients = self.strategy.gradients(self._optimizer)
         self._waits = False
-        if not self._is_one():
-            torch._foreach_div_(gradients, self._divisor)
-            self._divisor = 1.0
+        if self.divisor is not None:
+            torch._foreach_div_(gradients, self.divisor)
+            self.divisor = None
         return gradients
 
     def norm(self) -> Tensor:
@@ -57,7 +58,7 @@ class Gradients:
             norm = self.strategy.gradient_norm(self._optimizer)
         if self._waits:  # then nobody changes them
             self._norm = norm
-        return norm if self._is_one() else norm / self._divisor
+        return norm if self.divisor is None else norm / self.divisor
 
     def check(self) -> Tensor:
         """Returns a number, 0-dim, that is finite if every gradient is, and their norm is."""
@@ -67,24 +68,22 @@ class Gradients:
 
     def clip(self, max_norm: float) -> Tensor:
         """Bounds their joint norm; returns what it was."""
-        norm = self.norm()
         if self._waits:
+            norm = self.norm()
             excess = ((norm + 1e-6) / max_norm).clamp(min=1.0)
-            self._divisor = excess if self._is_one() else excess * self._divisor
+            self.divisor = excess if self.divisor is None else excess * self.divisor
+            return norm
+        norm = self.strategy.gradient_norm(self._optimizer)
         # No multiplication by 1, where the host knows.
-        elif not self.on_host or not float(norm) + 1e-6 < 0.999 * max_norm:
+        if not self.on_host or not float(norm) + 1e-6 < 0.999 * max_norm:
             # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
             coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(self.strategy.gradients(self._optimizer), coefficient)
         return norm
 
-    def left(self) -> Tensor | None:
-        """Returns what the optimizer is to divide them by, if anything."""
-        divisor = self._divisor
-        if isinstance(divisor, Tensor) or self._is_one():
-            return divisor if isinstance(divisor, Tensor) else None
+    def number_of(self, divisor: Factor) -> Tensor:
+        """Returns what an optimizer is to divide by, as it takes it."""
+        if isinstance(divisor, Tensor):
+            return divisor
         device = self.strategy.gradients(self._optimizer)[0].device
         return torch.full((), divisor, device=device)
-
-    def _is_one(self) -> bool:
-        return isinstance(self._divisor, float) and self._divisor == 1.0

@@ -8,6 +8,7 @@ normalises the gradients), the global loss and everyone's votes, without a colle
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -143,34 +144,35 @@ class Lane:
         self, loss: Tensor, weight: float | Tensor, samples: int, term: Tensor | None = None
     ) -> Tensor:
         """Adds a micro-batch; returns ``term``, the loss as it is to be differentiated (scaled)."""
-        share = weight / self.reference
-        self._add_samples(samples)
-        number, share = loss.item(), float(share)
-        self._weight += share
-        self._loss += share * number
+        said = self._said
+        if samples >= 256:
+            said[Slot.SAMPLES_256] += samples // 256
+            samples %= 256
+        said[Slot.SAMPLES] += samples
+        number, share = loss.item(), float(weight / self.reference)
         if not math.isfinite(number):
-            self._said[Slot.NONFINITE] += 1
+            said[Slot.NONFINITE] += 1
+        said[Slot.WEIGHT] = self._weight = self._weight + share
+        self._loss = loss_sum = self._loss + share * number
+        if abs(loss_sum) > self._largest:  # infinite in float32; NumPy would warn of it
+            loss_sum = math.copysign(math.inf, loss_sum)
+        said[Slot.LOSS] = loss_sum
         term = loss if term is None else term
-        self._seed = self._seed_of(term, share)
+        key = share, self.start, term.dtype, term.device
+        self._seed = self._seeds.get(key)
+        if self._seed is None:
+            self._seed = self._make_seed(key)
         return term
 
-    def _add_samples(self, samples: int) -> None:
-        if samples >= 256:
-            self._said[Slot.SAMPLES_256] += samples // 256
-            samples %= 256
-        self._said[Slot.SAMPLES] += samples
-
-    def _seed_of(self, term: Tensor, share: float) -> Tensor:
-        """Returns the gradient of the term: what it weighs needs no multiplication, nor its own."""
-        key = share, self.start, term.dtype, term.device
-        seed = self._seeds.get(key)
-        if seed is None:
-            seed = torch.full((), self.start, dtype=term.dtype, device=term.device)
-            if share != 1.0:
-                seed *= share
-            if len(self._seeds) >= _SEEDS:  # shares of tokens are new in each step
-                self._seeds.clear()
-            self._seeds[key] = seed
+    def _make_seed(self, key: tuple[float, float, torch.dtype, torch.device]) -> Tensor:
+        """Returns a term's gradient: so its share needs no multiplication in each step."""
+        share, start, dtype, device = key
+        seed = torch.full((), start, dtype=dtype, device=device)
+        if share != 1.0:
+            seed *= share
+        if len(self._seeds) >= _SEEDS:  # shares of tokens are new in each step
+            self._seeds.clear()
+        self._seeds[key] = seed
         return seed
 
     def say(self, slot: Slot, count: int = 1) -> None:
@@ -205,15 +207,7 @@ class Lane:
 
     def message(self) -> Tensor:
         """Returns what this rank says, in the order of :class:`Slot`."""
-        self._close()
         return self._message.clone()
-
-    def _close(self) -> None:
-        loss = self._loss
-        if abs(loss) > self._largest:  # infinite in float32; NumPy would warn of it
-            loss = math.copysign(math.inf, loss)
-        self._said[Slot.WEIGHT] = self._weight
-        self._said[Slot.LOSS] = loss
 
     def listen(self, reduced: Tensor | None = None, *, parts: int = 1) -> "Heard":
         """Returns what all ranks said, after the last backward.
@@ -221,8 +215,7 @@ class Lane:
         Where :meth:`message` did not come with the gradients, ``reduced`` is its sum over ranks in
         so many ``parts``.
         """
-        if self.is_alone():
-            self._close()
+        if self._size == 1:
             values = self._said.tolist()
         else:
             mean = self.param.grad if reduced is None else reduced  # DDP leaves the mean, too
@@ -232,22 +225,22 @@ class Lane:
         return Heard(values, self.reference, self._size, self._rounding)
 
 
+@dataclass(eq=False, slots=True)
 class Heard:
     """What all ranks said in a step."""
 
-    __slots__ = ("_blocked", "_reference", "_rounding", "_size", "_values", "_verdict")
+    _values: list[float]  # means over ranks, of what each said; none while they are on their way
+    _reference: float  # the reference weight in that step
+    _size: int  # of the world
+    _rounding: float  # how far the mean of equal shares may be from 1
+    _verdict: Verdict | None = None
 
-    def __init__(self, values: list[float], reference: float, size: int, rounding: float) -> None:
-        self._values = values  # means over ranks, of what each said
-        self._reference = reference  # the reference weight in that step
-        self._size = size  # of the world
-        self._rounding = rounding  # how far the mean of equal shares may be from 1
-        self._verdict: Verdict | None = None
+    travels = False  # what is known of it comes from a device, which :meth:`send` is told of
 
     def verdict(self) -> Verdict:
         """Returns it all, once it is on the host; raises LaneSilent if no reduction happened."""
         if self._verdict is None:
-            canary, share, loss, *said = self._arrived()
+            canary, share, loss, *said = self._values or self._arrived()
             size = self._size
             # An unreduced lane says 1, W or W * W. Not compared as a whole number: a sum over
             # thousands of ranks is inexact.
@@ -268,7 +261,7 @@ class Heard:
         return self._verdict
 
     def _arrived(self) -> list[float]:
-        return self._values
+        raise NotImplementedError
 
     # What is on the device already, for whoever does not wait for the verdict.
 
@@ -293,11 +286,11 @@ class Heard:
 
     def send(self, blocked: bool | Tensor, held: Tensor | None = None) -> None:
         """Is told whether the update was held back, and the flags by which callbacks did so."""
-        self._blocked = blocked
+        raise NotImplementedError
 
     def blocked(self) -> bool:
         """Returns what :meth:`send` was told, once it is on the host."""
-        return bool(self._blocked)
+        raise NotImplementedError
 
     def held(self) -> float | None:
         """Returns the flags by which callbacks held it back; None where they were not sent."""

@@ -42,7 +42,10 @@ class Precision:
         blocked = order.closed
         if order.held is not None and blocked is not True:
             blocked = order.held if blocked is False else torch.maximum(order.held, blocked)
-        order.step(optimizer, blocked)
+        if blocked is False and order.divisor is None:
+            optimizer.step()
+        else:
+            order.step(optimizer, blocked)
         return blocked
 
     def skip(self) -> None:

@@ -267,7 +267,8 @@ class StepResult:
         ``held``: whether callbacks did. Whoever asks whether a step was applied finds it counted in
         ``progress.updates``.
         """
-        self._heard.send(blocked, held)
+        if self._heard.travels:
+            self._heard.send(blocked, held)
         self._blocked = blocked if isinstance(blocked, bool) else None
         if blocked is False:
             self._progress.updates += 1
