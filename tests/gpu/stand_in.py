@@ -1,8 +1,13 @@
 """Makes dtrain take, on the CPU, the ways that it takes on CUDA; and notices a host sync."""
 
+from collections import Counter
+from contextlib import nullcontext
+
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dtrain.trainer
+from dtrain import accelerator
 from dtrain.callbacks import clip_gradients
 from dtrain.metrics.means import Means
 from dtrain.step.lane import Lane
@@ -10,6 +15,66 @@ from dtrain.step.taking import takes_a_veto
 
 #: What copies a number from the device to the host, or a size that hangs on numbers.
 _READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+
+class StandIn(accelerator.Accelerator):
+    """The CPU as an accelerator: all is done at once, in the host's memory, and counted."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.counts = Counter()
+
+    def install(self, monkeypatch):
+        def of(device):
+            return self if device.type == "cpu" else None
+
+        monkeypatch.setattr(accelerator, "of", of)
+        return self
+
+    def pinned(self, count, dtype):
+        self.counts["pinned"] += 1
+        return torch.zeros(count, dtype=dtype)
+
+    def event(self, **options):
+        self.counts["events"] += 1
+        return _Event(self.counts)
+
+    def on_another_stream(self):
+        return nullcontext()
+
+    def wait_for(self, event):
+        assert event.recorded
+        self.counts["waits"] += 1
+
+    def lend(self, tensor):
+        self.counts["lent"] += 1
+
+    def captured(self, compute):
+        def launch():
+            self.counts["launches"] += 1
+            compute()
+
+        return launch
+
+
+class _Event:
+    """What was recorded has happened."""
+
+    def __init__(self, counts):
+        self._counts, self.recorded = counts, 0
+
+    def record(self):
+        self._counts["records"] += 1
+        self.recorded = self._counts["records"]
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        self._counts["synchronized"] += 1
+
+    def elapsed_time(self, end):
+        return float(end.recorded - self.recorded)  # so many records later, in milliseconds
 
 
 def pretend(monkeypatch):
