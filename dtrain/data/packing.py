@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import dlpack
 
 from dtrain.accelerator import Accelerator
 
@@ -29,15 +30,23 @@ class Layout:
             self.bytes += -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
     def tensors(self, memory: Tensor) -> list[Tensor]:
-        """Returns the tensors that lie there.
-
-        Not views, for which a change of one in place would be a change of all to autograd.
-        """
+        """Returns the tensors that lie there; no views, which autograd takes for parts of one."""
         storage, device = memory.untyped_storage(), memory.device
         return [
             torch.empty(0, dtype=dtype, device=device).set_(storage, begin, shape, strides)
             for dtype, begin, shape, strides in self._places
         ]
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """Returns the same memory as a tensor with a storage of its own, which keeps it alive.
+
+    A compiled function may not change one in place that shares its storage with another.
+    """
+    try:
+        return dlpack.from_dlpack(dlpack.to_dlpack(tensor))  # type: ignore[attr-defined]
+    except (BufferError, RuntimeError):
+        return tensor  # of a dtype that only torch knows
 
 
 @lru_cache(_REMEMBERED)
@@ -124,4 +133,7 @@ class Ring:
         for copy in copies:
             # Its memory belongs to the other stream, which may fill it again once it is let go of.
             accelerator.lend(copy)
-        return copies if layout is None else [*layout.tensors(copies.pop()), *copies]
+        if layout is None:
+            return copies
+        packed = layout.tensors(copies.pop())
+        return [*(map(_apart, packed) if len(packed) > 1 else packed), *copies]

@@ -287,6 +287,9 @@ def test_a_batch_in_place_spoils_no_other_tensor(card):
     y.mul_(2)  # x is kept for backward, and autograd counts its changes
     loss.backward()
     assert weight.grad.tolist() == [1.0] * 3
+    assert [one.untyped_storage().nbytes() for one in (x, y)] == [12, 12]  # for torch.compile
+    del x
+    assert y.tolist() == [2.0] * 3
 
 
 def test_an_error_in_between_leaves_the_ring_whole(card, monkeypatch):
