@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from dtrain.distributed import World, derive_seed, random_state_kept, seed_every
 from dtrain.errors import DataError
 
 _WORKER_STREAM, _SAMPLE_STREAM = 3, 5
+_IS_CPU = attrgetter("is_cpu")
 
 Collate = Callable[[list[Any]], Any] | None
 
@@ -149,14 +150,11 @@ class MapFeed(Feed):
 
     def _bring_rows(self) -> Callable[[Indices], Tensor] | None:
         """Returns what brings rows' numbers to the device, of many steps, if the data lie there."""
-        found = _columns_of(self._data.dataset)
-        if (
-            found is None
-            or not self._fetcher.is_plain
-            or not all(map(self._shipper.holds, found[0]))
-        ):
+        data, found = self._data, _columns_of(self._data.dataset)
+        plain = data.collate_fn is None and data.count is None
+        if found is None or not (plain and all(map(self._shipper.holds, found[0]))):
             return None
-        return partial(_brought, self._data.dataset, self._shipper)
+        return partial(_brought, data.dataset, self._shipper)
 
 
 @dataclass(slots=True)
@@ -223,14 +221,10 @@ class _Fetcher(Dataset[Any]):
         with random_state_kept():
             return self[task]
 
-    @property
-    def is_plain(self) -> bool:
-        """Says whether batches are made and counted as torch would."""
-        return self.collate is None and self.count is None
-
     def fetch(self, rows: Any, shipper: Shipper | None = None) -> MicroBatch:
         """Returns the batch of ``rows``, brought to the device, and its number of samples."""
-        if self.is_plain and (batch := fetch_whole(self.dataset, rows, shipper)) is not None:
+        plain = self.collate is None and self.count is None
+        if plain and (batch := fetch_whole(self.dataset, rows, shipper)) is not None:
             return batch, len(rows)
         rows = rows if isinstance(rows, list) else rows.tolist()
         batch, samples = self._made_of(_samples(self.dataset, rows), rows)
@@ -238,7 +232,7 @@ class _Fetcher(Dataset[Any]):
 
     def _made_of(self, samples: Any, rows: Sequence[int]) -> MicroBatch:
         batch = _collated(samples, rows, self.collate)
-        if self.is_plain:
+        if self.collate is None and self.count is None:
             return batch, len(rows)
         # Samples that could not be read are often None, for collate_fn to leave out.
         given = len(rows) - sum(one is None for one in samples if isinstance(samples, list))
@@ -335,31 +329,36 @@ def fetch_whole(dataset: Any, rows: Any, shipper: Shipper | None = None) -> Any:
     """
     if (found := _columns_of(dataset)) is None:
         return None
-    columns, made_of = found
+    columns, names = found
     if type(dataset) is Subset and not isinstance(rows, Tensor):
         _, rows = rows_within(dataset, rows if isinstance(rows, list) else rows.tolist())
-    if shipper is not None and (gathered := shipper.gather(columns, rows)) is not None:
-        return made_of(gathered)
-    chosen = torch.as_tensor(rows, device="cpu")
-    batches = [_index(column, chosen) for column in columns]
-    if any(batch is None for batch in batches):
-        return None
-    return made_of(batches if shipper is None else shipper.ship(batches))
+    batches: list[Any] | None = None
+    if shipper is not None and shipper.gathers:
+        batches = shipper.gather(columns, rows)
+    if batches is None:
+        chosen = torch.as_tensor(rows, device="cpu")
+        batches = [_index(column, chosen) for column in columns]
+        if any(batch is None for batch in batches):
+            return None
+        if shipper is not None and not (shipper.keeps and all(map(_IS_CPU, batches))):
+            batches = shipper.ship(batches)
+    if names is None:
+        return batches
+    return dict(zip(names, batches, strict=True)) if names else batches[0]
 
 
-def _columns_of(dataset: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]] | None:
-    """Returns the arrays that a dataset is made of, and what makes a batch of rows of each."""
+def _columns_of(dataset: Any) -> tuple[Sequence[Any], tuple[str, ...] | None] | None:
+    """Returns the arrays that a dataset is made of, and their names.
+
+    No names: a batch is a list. An empty tuple: it is an array itself.
+    """
     while type(dataset) is Subset:
         dataset = dataset.dataset
-    if has_rows(dataset):
-        return (dataset,), itemgetter(0)
     if type(dataset) is TensorDataset:
-        return dataset.tensors, _as_it_is
-    if type(dataset) is not Columns:
-        return None
-    if dataset.names is None:
-        return dataset.columns, _as_it_is
-    return dataset.columns, lambda batches: dict(zip(dataset.names, batches, strict=True))
+        return dataset.tensors, None
+    if type(dataset) is Columns:
+        return dataset.columns, dataset.names
+    return ((dataset,), ()) if has_rows(dataset) else None
 
 
 def _brought(dataset: Any, shipper: Shipper, rows: Indices) -> Tensor:
