@@ -336,7 +336,8 @@ def fetch_whole(dataset: Any, rows: Any, shipper: Shipper | None = None) -> Any:
     if shipper is not None and shipper.gathers:
         batches = shipper.gather(columns, rows)
     if batches is None:
-        chosen = torch.as_tensor(rows, device="cpu")
+        is_array = isinstance(rows, np.ndarray)
+        chosen = torch.from_numpy(rows) if is_array else torch.as_tensor(rows, device="cpu")
         batches = [_index(column, chosen) for column in columns]
         if any(batch is None for batch in batches):
             return None

@@ -74,11 +74,11 @@ class Shipper:
         table = self._table
         if not table.fits:
             return None
-        if isinstance(rows, Tensor):
-            if not table.of_host:
-                return [column.index_select(0, rows) for column in table.on_device]
-            rows = rows.cpu()  # columns were replaced
-        chosen = torch.as_tensor(rows, device="cpu")
+        if isinstance(rows, Tensor) and not table.of_host:
+            return [column.index_select(0, rows) for column in table.on_device]
+        # A tensor on the device, where the columns were replaced since.
+        is_array = isinstance(rows, np.ndarray)
+        chosen = torch.from_numpy(rows) if is_array else torch.as_tensor(rows, device="cpu")
         if table.on_device and int(chosen.min()) < 0:
             return None
         layout = table.layout(len(chosen))
