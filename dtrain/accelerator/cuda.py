@@ -22,11 +22,29 @@ class Accelerator:
 
     def pinned(self, count: int, dtype: torch.dtype) -> Tensor:
         """Returns memory of the host that the device reads and writes beside the host's work."""
-        return torch.zeros(count, dtype=dtype, pin_memory=True)
+        return torch.zeros(count, dtype=dtype, device="cpu", pin_memory=True)
 
-    def event(self) -> Any:
-        """Returns a ``torch.cuda.Event``, or what stands in for one: record, query, synchronize."""
-        return torch.cuda.Event()
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """Says whether it is such memory."""
+        return tensor.is_pinned()
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Says whether it lies on the device."""
+        if not tensor.is_cuda:
+            return False
+        number = self._device.index
+        return tensor.get_device() == (torch.cuda.current_device() if number is None else number)
+
+    def copied(self, tensor: Tensor) -> Tensor:
+        """Returns a copy on the device; the host does not wait for one of pinned memory."""
+        return tensor.to(self._device, non_blocking=True)
+
+    def event(self, *, timed: bool = False) -> Any:
+        """Returns a ``torch.cuda.Event``, or what stands in for one: record, query, synchronize.
+
+        A timed one tells ``elapsed_time(later_one)`` in milliseconds.
+        """
+        return torch.cuda.Event(enable_timing=timed)
 
     def on_another_stream(self) -> AbstractContextManager[object]:
         """Returns a block whose copies run beside what the current stream computes."""

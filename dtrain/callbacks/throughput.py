@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from dtrain import accelerator
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_positive
 from dtrain.context import Context, Step
@@ -19,6 +20,8 @@ from dtrain.errors import ConfigError
 
 PHASES = ("data", "forward", "backward", "optimizer")
 _STEP_S = "throughput/step_s"
+_TIMED = 10  # of an accelerator's steps, one in so many is timed there, and read so late that
+_LATE = 2  # the host has waited for a later one already
 
 
 class Throughput(Callback):
@@ -30,7 +33,7 @@ class Throughput(Callback):
     ``step_s``                 a step's mean length
     ``{phase}_share``          of that: ``data`` (waiting for a batch), ``forward``, ``backward``
                                (with waiting for other ranks), ``optimizer`` (with clipping)
-    ``data_max_s``             the longest that any rank waited for its data in a step
+    ``data_max_s``             the longest that any rank's host waited for its data in a step
     ``memory_gib``             the peak on any rank: CUDA's allocator, or the process on CPUs
     ``tflops_per_s``, ``mfu``  of a device, where FLOPs and ``peak_flops`` are known
     ========================== ===================================================================
@@ -40,10 +43,9 @@ class Throughput(Callback):
     ``mfu`` is ``flops_per_sample * samples/s / (devices * peak_flops)`` (Chowdhery et al., "PaLM",
     2022, appendix B).
 
-    Times are the host's and nothing waits for the device. On CUDA the host runs ahead until it
-    reads what the ranks agreed on, after backward: the step's length is right on average, but
-    ``backward_share`` also holds the device's time for forward and the last optimizer step, which
-    :class:`~dtrain.callbacks.Profile` tells apart.
+    Nothing waits for the device. On CUDA the shares are those of the device's own time, in one step
+    of ten (the first is step 1): of what it computes, and of waiting for the host in between. All
+    other times are the host's, which runs ahead by a step: right on average.
     Example: ``Throughput(tokens_per_sample=1024, count_flops=True, peak_flops=989e12)``.
 
     Args:
@@ -77,9 +79,12 @@ class Throughput(Callback):
         self._counted_in = -1
         self._sums = dict.fromkeys(PHASES, 0.0)  # seconds since the last report
         self._samples = 0
+        self._on_device: _DeviceClock | None = None
 
     def on_fit_start(self, ctx: Context) -> None:
         self._devices = (current() or init()).size
+        device = accelerator.of(ctx.device)
+        self._on_device = None if device is None else _DeviceClock(device)
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
         if not ctx.is_logged(_STEP_S):  # what was logged has been reported
@@ -88,6 +93,8 @@ class Throughput(Callback):
         self._step = dict.fromkeys(PHASES, 0.0)  # seconds
         self._samples_before = ctx.progress.samples
         self._since = perf_counter()
+        if self._on_device is not None:
+            self._on_device.begin(step, reported=not ctx.is_logged(_STEP_S))
 
     def on_batch(self, ctx: Context, step: Step) -> None:
         self._counting.close()
@@ -116,6 +123,9 @@ class Throughput(Callback):
     def on_step_end(self, ctx: Context, step: Step) -> None:
         self._end("optimizer")
         self._counting.close()
+        of_phases = self._sums
+        if self._on_device is not None:
+            of_phases = self._on_device.end(counts=self._counted_in != step.number)
         if self._counted_in == step.number:
             return
         if not self._samples:
@@ -129,8 +139,9 @@ class Throughput(Callback):
         if self._tokens_per_sample is not None:
             ctx.log("throughput/tokens_per_s", samples_per_s * self._tokens_per_sample, "last")
         ctx.log(_STEP_S, sum(self._step.values()))
-        for phase in PHASES:
-            ctx.log(f"throughput/{phase}_share", self._sums[phase] / seconds, "last")
+        whole = sum(of_phases.values())
+        for phase in PHASES if whole else ():
+            ctx.log(f"throughput/{phase}_share", of_phases[phase] / whole, "last")
         ctx.log("throughput/data_max_s", self._step["data"], "max")
         if self._flops_per_sample is not None:
             flops_per_s = self._flops_per_sample * samples_per_s / self._devices
@@ -145,11 +156,59 @@ class Throughput(Callback):
         now = perf_counter()
         self._step[phase] += now - self._since
         self._since = now
+        if self._on_device is not None:
+            self._on_device.mark(phase)
 
     def _watch_backward(self, grad: Tensor) -> None:
         # Backward begins here; the engine calls back when it is done, as it does for DDP.
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(lambda: self._end("backward"))
+
+
+class _DeviceClock:
+    """Times the phases of some steps where they are computed, with events that go round."""
+
+    def __init__(self, device: accelerator.Accelerator) -> None:
+        self._device = device
+        self._events: list[Any] = []
+        self._phases: list[str] = []  # that end with each event but the first, of the timed step
+        self._runs = False  # a step is being timed
+        self._age = 0  # steps that ended since
+        self._stale = True  # the sums are of steps that were reported
+        self._sums = dict.fromkeys(PHASES, 0.0)  # milliseconds
+
+    def begin(self, step: Step, *, reported: bool) -> None:
+        self._stale |= reported
+        self._runs = step.number % _TIMED == 1
+        if self._runs:
+            self._phases, self._age = [], 0
+            self._record(0)
+
+    def mark(self, phase: str) -> None:
+        if self._runs:
+            self._phases.append(phase)
+            self._record(len(self._phases))
+
+    def _record(self, number: int) -> None:
+        if number == len(self._events):
+            self._events.append(self._device.event(timed=True))
+        self._events[number].record()
+
+    def end(self, *, counts: bool) -> dict[str, float]:
+        """Ends a step, which counts or not; returns the newest sums of what was timed."""
+        if self._runs and not counts:
+            self._phases = []
+        self._runs = False
+        if self._phases and self._age == _LATE:
+            if self._stale:
+                self._sums, self._stale = dict.fromkeys(PHASES, 0.0), False
+            for number, phase in enumerate(self._phases):
+                self._events[number + 1].synchronize()  # it is there already
+                since, until = self._events[number : number + 2]
+                self._sums[phase] += since.elapsed_time(until)
+            self._phases = []
+        self._age += 1
+        return self._sums
 
 
 class _FlopCounter(TorchDispatchMode):

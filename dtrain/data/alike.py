@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from dtrain.data.counting import tensors_of
-from dtrain.data.order import Indices
 from dtrain.distributed import Comm
 from dtrain.errors import RankMismatch
 
@@ -18,13 +17,12 @@ POSITIONS, ROWS_READ, _NUMBERS = 1024, 4, 4096
 _ROUNDING = 1e-4
 
 
-def rows_within(dataset: Any, rows: Indices) -> tuple[Any, list[Any]]:
+def rows_within(dataset: Any, rows: list[Any]) -> tuple[Any, list[Any]]:
     """Returns what a Subset is of, and the rows there, which may be keys; of all else the same."""
-    chosen: list[Any] = rows.tolist()
     while type(dataset) is Subset:
-        chosen = [dataset.indices[row] for row in chosen]
+        rows = [*map(dataset.indices.__getitem__, rows)]
         dataset = dataset.dataset
-    return dataset, chosen
+    return dataset, rows
 
 
 def check_alike(comm: Comm, where: str, sizes: tuple[int, int], rows: list[Any], read: Any) -> None:

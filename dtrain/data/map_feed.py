@@ -2,13 +2,14 @@
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -21,14 +22,16 @@ from torch.utils.data import (
 
 from dtrain.data.alike import POSITIONS, ROWS_READ, check_alike, rows_within
 from dtrain.data.counting import Count, count_made
-from dtrain.data.feed import Feed, MicroBatch, MicroBatches, ship, tell_epoch
+from dtrain.data.feed import Feed, MicroBatch, MicroBatches, tell_epoch
 from dtrain.data.order import Indices, check_rows
 from dtrain.data.shares import Shares, Split
+from dtrain.data.shipping import Shipper, is_numeric
 from dtrain.data.source import Columns, Data, has_rows
 from dtrain.distributed import World, derive_seed, random_state_kept, seed_everything
 from dtrain.errors import DataError
 
 _WORKER_STREAM, _SAMPLE_STREAM = 3, 5
+_IS_CPU = attrgetter("is_cpu")
 
 Collate = Callable[[list[Any]], Any] | None
 
@@ -51,7 +54,7 @@ class MapFeed(Feed):
 
     def __init__(self, data: Data, world: World, split: Split, seed: int) -> None:
         self._data, self._world, self._split, self._seed = data, world, split, seed
-        self._device = world.device
+        self._shipper = Shipper(world.device)
         # Not of this rank: which one has a sample must not matter.
         of_samples = derive_seed(seed, _SAMPLE_STREAM) if data.seed_samples else None
         self._fetcher = _Fetcher(data.dataset, data.collate_fn, data.count)
@@ -97,7 +100,7 @@ class MapFeed(Feed):
         asked = min(self.samples, size, POSITIONS) if self._world.size > 1 else 0
         given = shares.order.indices(epoch, 0, asked)
         rows = check_rows(given, asked, shares.dataset_length, shares.order)
-        dataset, chosen = rows_within(self._data.dataset, rows)
+        dataset, chosen = rows_within(self._data.dataset, rows.tolist())
         read = fetch_whole(dataset, chosen[:ROWS_READ]) if chosen else None
         check_alike(self._world.comm, where, (self.samples, size), chosen, read)
 
@@ -107,7 +110,7 @@ class MapFeed(Feed):
         for step in range(first_step, self._shares.steps):
             last = step == self._shares.steps - 1
             sizes, micros = self._last_sizes if last else self._sizes
-            yield _MapStep(micros, batches, iter(sizes), self._device)
+            yield _MapStep(micros, batches, iter(sizes))
 
     def rows(self, epoch: int, step: int) -> list[int]:
         """Returns the dataset's rows that this rank has in a step."""
@@ -116,12 +119,12 @@ class MapFeed(Feed):
     def _batches(self, epoch: int, first_step: int) -> Iterator[MicroBatch]:
         data = self._data
         if data.num_workers == 0 and not data.seed_samples:
-            micros = self._shares.rows(epoch, first_step)
-            fetcher = self._fetcher
-            return (fetcher.fetch(rows) for _, _, _, rows in micros)
+            fetch, shipper = self._fetcher.fetch, self._shipper
+            micros = self._shares.rows(epoch, first_step, self._bring_rows())
+            return (fetch(rows, shipper) for _, _, _, rows in micros)
         self._tasks.shares, self._tasks.begin = self._shares, (epoch, first_step)
         if data.num_workers == 0:
-            return map(self._fetcher.fetch_here, self._tasks)
+            return self._shipped(map(self._fetcher.fetch_here, self._tasks))
         if self._loader is None:
             self._loader = DataLoader(
                 self._fetcher,
@@ -131,7 +134,7 @@ class MapFeed(Feed):
                 num_workers=data.num_workers,
                 prefetch_factor=data.prefetch,
                 persistent_workers=data.persistent_workers,
-                pin_memory=self._device.type == "cuda",
+                pin_memory=self._world.device.type == "cuda",
                 # Of its own: starting workers must not draw from this rank's stream.
                 generator=torch.Generator(),
                 worker_init_fn=partial(_start_worker, data.worker_init_fn),
@@ -140,7 +143,18 @@ class MapFeed(Feed):
             )
         # For generators that a worker makes of its own: another one on each rank.
         self._loader.generator.manual_seed(derive_seed(self._tasks.seed, epoch))
-        return iter(self._loader)
+        return self._shipped(iter(self._loader))
+
+    def _shipped(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        return ((self._shipper.ship(batch), samples) for batch, samples in batches)
+
+    def _bring_rows(self) -> Callable[[Indices], Tensor] | None:
+        """Returns what brings rows' numbers to the device, of many steps, if the data lie there."""
+        data, found = self._data, _columns_of(self._data.dataset)
+        plain = data.collate_fn is None and data.count is None
+        if found is None or not (plain and all(map(self._shipper.holds, found[0]))):
+            return None
+        return partial(_brought, data.dataset, self._shipper)
 
 
 @dataclass(slots=True)
@@ -148,13 +162,11 @@ class _MapStep(MicroBatches):
     micros: int
     batches: Iterator[MicroBatch]
     sizes: Iterator[int]  # samples that are fetched
-    device: torch.device
 
     def next(self) -> MicroBatch | None:
         if next(self.sizes, None) is None:
             return None
-        batch, samples = next(self.batches)
-        return ship(batch, self.device), samples
+        return next(self.batches)
 
 
 @dataclass(eq=False)
@@ -209,13 +221,14 @@ class _Fetcher(Dataset[Any]):
         with random_state_kept():
             return self[task]
 
-    def fetch(self, rows: Sequence[int] | Indices) -> MicroBatch:
-        """Returns the batch of ``rows``, and its number of samples."""
+    def fetch(self, rows: Any, shipper: Shipper | None = None) -> MicroBatch:
+        """Returns the batch of ``rows``, brought to the device, and its number of samples."""
         plain = self.collate is None and self.count is None
-        if plain and (batch := fetch_whole(self.dataset, rows)) is not None:
+        if plain and (batch := fetch_whole(self.dataset, rows, shipper)) is not None:
             return batch, len(rows)
-        rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
-        return self._made_of(_samples(self.dataset, rows), rows)
+        rows = rows if isinstance(rows, list) else rows.tolist()
+        batch, samples = self._made_of(_samples(self.dataset, rows), rows)
+        return batch if shipper is None else shipper.ship(batch), samples
 
     def _made_of(self, samples: Any, rows: Sequence[int]) -> MicroBatch:
         batch = _collated(samples, rows, self.collate)
@@ -309,35 +322,64 @@ def _shown(rows: Any) -> str:
     return f"samples {', '.join(map(str, rows[:16]))}" + (" ..." if len(rows) > 16 else "")
 
 
-def fetch_whole(dataset: Any, rows: Sequence[int] | Indices) -> Any:
-    """Returns what ``default_collate`` would, dtypes too; None for what is not made of arrays."""
-    if type(dataset) is Subset:
-        return fetch_whole(dataset.dataset, [dataset.indices[row] for row in rows])
-    if has_rows(dataset):
-        return _index(dataset, torch.as_tensor(rows))
+def fetch_whole(dataset: Any, rows: Any, shipper: Shipper | None = None) -> Any:
+    """Returns what ``default_collate`` would, dtypes too; None for what is not made of arrays.
+
+    A shipper brings it to its device. Rows that are a tensor lie there, and are those of arrays.
+    """
+    if (found := _columns_of(dataset)) is None:
+        return None
+    columns, names = found
+    if type(dataset) is Subset and not isinstance(rows, Tensor):
+        _, rows = rows_within(dataset, rows if isinstance(rows, list) else rows.tolist())
+    batches: list[Any] | None = None
+    if shipper is not None and shipper.gathers:
+        batches = shipper.gather(columns, rows)
+    if batches is None:
+        is_array = isinstance(rows, np.ndarray)
+        chosen = torch.from_numpy(rows) if is_array else torch.as_tensor(rows, device="cpu")
+        batches = [_index(column, chosen) for column in columns]
+        if any(batch is None for batch in batches):
+            return None
+        if shipper is not None and not (shipper.keeps and all(map(_IS_CPU, batches))):
+            batches = shipper.ship(batches)
+    if names is None:
+        return batches
+    return dict(zip(names, batches, strict=True)) if names else batches[0]
+
+
+def _columns_of(dataset: Any) -> tuple[Sequence[Any], tuple[str, ...] | None] | None:
+    """Returns the arrays that a dataset is made of, and their names.
+
+    No names: a batch is a list. An empty tuple: it is an array itself.
+    """
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
     if type(dataset) is TensorDataset:
-        columns, names = dataset.tensors, None
-    elif type(dataset) is Columns:
-        columns, names = dataset.columns, dataset.names
-    else:
-        return None
-    chosen = torch.as_tensor(rows)
-    batches = [_index(column, chosen) for column in columns]
-    if any(batch is None for batch in batches):
-        return None
-    return batches if names is None else dict(zip(names, batches, strict=True))
+        return dataset.tensors, None
+    if type(dataset) is Columns:
+        return dataset.columns, dataset.names
+    return ((dataset,), ()) if has_rows(dataset) else None
 
 
-def _index(column: Any, chosen: torch.Tensor) -> torch.Tensor | None:
-    if isinstance(column, torch.Tensor):
-        if column.device.type == "cpu":
-            # Quicker; but it does not count from the end, nor know all dtypes and shapes.
-            with suppress(IndexError, RuntimeError):
+def _brought(dataset: Any, shipper: Shipper, rows: Indices) -> Tensor:
+    """Returns rows' numbers on the device; those of a Subset as numbers of what it is of."""
+    if type(dataset) is Subset:
+        arrays, chosen = rows_within(dataset, rows.tolist())
+        numbers = torch.as_tensor(chosen, device="cpu").numpy()
+        numbers = np.where(numbers < 0, numbers + len(arrays), numbers)
+        rows = check_rows(numbers, len(rows), len(arrays), dataset)
+    return shipper.send_rows(rows)
+
+
+def _index(column: Any, chosen: Tensor) -> Tensor | None:
+    if isinstance(column, Tensor):
+        if column.is_cpu:
+            try:
                 return column.index_select(0, chosen)
+            except (IndexError, RuntimeError):
+                pass  # it does not count from the end, nor know all dtypes and shapes
         return column[chosen.to(column.device)]
-    if not isinstance(column, np.ndarray):
-        return None  # a list
-    # Text and objects are collated one by one; so is what torch reads as another dtype, or not.
-    if column.dtype.kind not in "biufc" or not column.dtype.isnative or column.dtype == np.uint64:
-        return None
+    if not is_numeric(column):
+        return None  # text and objects are collated one by one, as a list is
     return torch.as_tensor(np.asarray(column[chosen.numpy()]))

@@ -263,7 +263,7 @@ def _instead_of(sampler: Sampler[Any]) -> str:
     )
 
 
-def check_rows(given: Any, asked: int, samples: int, order: Order) -> Indices:
+def check_rows(given: Any, asked: int, samples: int, order: object) -> Indices:
     """Returns rows that an order gave; raises DataError where they are not those asked for."""
     rows, name = np.asarray(given), type(order).__name__
     if rows.ndim != 1 or len(rows) != asked:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -97,9 +97,14 @@ class Shares:
         """Returns this rank's samples of one step."""
         return [int(row) for row in self.order.indices(epoch, *self.share(step))]
 
-    def rows(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, int, Indices]]:
-        """Yields step, number, first position and samples of each micro-batch."""
-        for step, first, rows in self._rows_of_steps(epoch, first_step):
+    def rows(
+        self, epoch: int, first_step: int, brought: Callable[[Indices], Any] | None = None
+    ) -> Iterator[tuple[int, int, int, Any]]:
+        """Yields step, number, first position and samples of each micro-batch.
+
+        ``brought`` makes something else, as long, of the samples of several steps at once.
+        """
+        for step, first, rows in self._rows_of_steps(epoch, first_step, brought):
             done = 0
             for micro, size in enumerate(self._split(len(rows))):
                 yield step, micro, first + done, rows[done : done + size]
@@ -108,14 +113,17 @@ class Shares:
     def _split(self, share: int) -> list[int]:
         return self.split(share) if share else []
 
-    def _rows_of_steps(self, epoch: int, first_step: int) -> Iterator[tuple[int, int, Indices]]:
+    def _rows_of_steps(
+        self, epoch: int, first_step: int, brought: Callable[[Indices], Any] | None
+    ) -> Iterator[tuple[int, int, Any]]:
         order = self.order
         if not isinstance(order, Pointwise) or type(order).indices is not Pointwise.indices:
             # A user's own: asked only for what comes next.
             for step in range(first_step, self.steps):
                 first, end = self.share(step)
                 given = order.indices(epoch, first, end)
-                yield step, first, check_rows(given, end - first, self.dataset_length, order)
+                rows = check_rows(given, end - first, self.dataset_length, order)
+                yield step, first, rows if brought is None else brought(rows)
             return
         begin, at_once = first_step, _AT_FIRST
         while begin < self.steps:
@@ -125,6 +133,7 @@ class Shares:
             positions = np.concatenate([np.arange(*share, dtype=np.int64) for share in shares])
             given, done = order.at(epoch, positions), 0
             rows = check_rows(given, len(positions), self.dataset_length, order)
+            rows = rows if brought is None else brought(rows)
             for step, (first, end) in zip(steps, shares, strict=True):
                 yield step, first, rows[done : done + end - first]
                 done += end - first

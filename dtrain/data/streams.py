@@ -18,7 +18,8 @@ import torch
 
 from dtrain.data.alike import figure_of
 from dtrain.data.counting import Count, count_ready
-from dtrain.data.feed import EndOfStream, Feed, MicroBatch, MicroBatches, ship, tell_epoch
+from dtrain.data.feed import EndOfStream, Feed, MicroBatch, MicroBatches, tell_epoch
+from dtrain.data.shipping import Shipper
 from dtrain.data.source import Data
 from dtrain.distributed import World, random_state_kept, random_state_of_host, restore_random_state
 from dtrain.errors import CheckpointError, ResumeError
@@ -41,6 +42,7 @@ class StreamFeed(Feed):
         self, data: Data, world: World, batches_per_step: int, copy_state: CopyState | None = None
     ) -> None:
         self._data, self._world = data, world
+        self._shipper = Shipper(world.device)
         # Such as a StatefulDataLoader: its state is made of dicts, lists, tuples, tensors, numbers
         # and text; once one is loaded, the next `iter()` goes on where it was told.
         tells = hasattr(data.dataset, "state_dict") and hasattr(data.dataset, "load_state_dict")
@@ -98,10 +100,10 @@ class StreamFeed(Feed):
             current = self._begin(before)
             current.skip(first_step * self._batches_per_step)
         self._loaded, self._epoch, self._pass = None, epoch, current
-        micros, device = self._batches_per_step, self._world.device
+        micros, shipper = self._batches_per_step, self._shipper
         for step in count(first_step):
             of = self._data.count, self._note_first
-            yield _StreamStep(micros, step, current, device, looks_ahead, *of)
+            yield _StreamStep(micros, step, current, shipper, looks_ahead, *of)
 
     def _begin(self, before: dict[str, Any] | None) -> "_Pass":
         tell = begun = None
@@ -264,7 +266,7 @@ class _StreamStep(MicroBatches):
     micros: int
     number: int
     current: _Pass
-    device: torch.device
+    shipper: Shipper
     looks_ahead: bool
     count: Count | None
     note: Callable[[Any], None]
@@ -273,7 +275,7 @@ class _StreamStep(MicroBatches):
         self.current.begin(self.number)
         self.note(batch := self.current.next())
         samples = count_ready(batch, self.count)
-        return ship(batch, self.device), samples
+        return self.shipper.ship(batch), samples
 
     def is_last(self) -> bool:
         return self.looks_ahead and self.current.ends_before(self.number + 1)

@@ -18,6 +18,8 @@ class StandIn(accelerator.Accelerator):
     def __init__(self):
         super().__init__(torch.device("cpu"))
         self.counts = Counter()
+        self.card = []  # tensors that are taken to lie on the device
+        self.all_pinned = False
 
     def install(self, monkeypatch):
         def of(device):
@@ -29,6 +31,16 @@ class StandIn(accelerator.Accelerator):
     def pinned(self, count, dtype):
         self.counts["pinned"] += 1
         return torch.zeros(count, dtype=dtype)
+
+    def is_pinned(self, tensor):
+        return self.all_pinned
+
+    def holds(self, tensor):
+        return any(tensor.data_ptr() == one.data_ptr() for one in self.card)
+
+    def copied(self, tensor):
+        self.counts["copies"] += 1
+        return tensor.clone()
 
     def event(self, **options):
         self.counts["events"] += 1

@@ -6,7 +6,6 @@ import random
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing import active_children
 from pathlib import Path
@@ -27,18 +26,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from dtrain.data import (
-    Data,
-    EndOfStream,
-    Feed,
-    Sequential,
-    Shuffled,
-    Weighted,
-    feed,
-    fetch,
-    split_share,
-)
-from dtrain.data.feed import pinned, ship
+from dtrain.data import Data, EndOfStream, Feed, Sequential, Shuffled, Weighted, fetch, split_share
 from dtrain.data.map_feed import MapFeed, fetch_whole
 from dtrain.data.shares import Split
 from dtrain.data.source import eval_sets
@@ -647,94 +635,6 @@ def test_a_ready_batch_without_a_countable_tensor_is_refused(batch: Any) -> None
     step = next(StreamFeed(Data([batch]), world(), 1).epoch(0, 0))
     with pytest.raises(DataError, match=type(batch).__name__):
         step.next()
-
-
-def test_what_goes_to_a_gpu_is_pinned_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU nothing can be pinned: a copy stands in for what is."""
-    asked: list[int] = []
-
-    def pin(tensor: Tensor) -> Tensor:
-        asked.append(tensor.numel())
-        return tensor + 100
-
-    monkeypatch.setattr(Tensor, "pin_memory", pin)
-    batch = {"x": torch.tensor([1]), "more": [torch.tensor([2, 3]), ("text", 4)], "no": None}
-    assert pinned(batch) == {"x": 101, "more": [pytest.approx([102, 103]), ("text", 4)], "no": None}
-    sparse, elsewhere = torch.eye(2).to_sparse(), torch.ones(1, device="meta")
-    assert pinned((sparse, elsewhere)) == (sparse, elsewhere)
-    assert asked == [1, 2]
-    assert ship(batch, torch.device("cpu"))["x"].item() == 1
-    for kind in (list, tuple):  # what is left where it is, in a list of its own
-        rows = kind([torch.ones(1), torch.zeros(1)])
-        shipped = ship(rows, torch.device("cpu"))
-        assert type(shipped) is kind
-        assert shipped is not rows or kind is tuple
-        assert [*map(id, shipped)] == [*map(id, rows)]
-    assert ship((elsewhere,), torch.device("meta"))[0].device.type == "meta"
-    assert asked == [1, 2]
-
-
-class Streams:
-    """Stands in for CUDA's streams, and notes what is done on which."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.done: list[tuple[str, ...]] = []
-        self.on = "computes"
-
-        class Computes:
-            def wait_stream(_, other: str) -> None:
-                self.done.append(("computes", "waits for", other))
-
-        @contextmanager
-        def stream(name: str) -> Iterator[None]:
-            self.on = name
-            yield
-            self.on = "computes"
-
-        def send(batch: Any, device: torch.device, *, non_blocking: bool) -> Any:
-            assert non_blocking
-            self.done.append((self.on, "copies"))
-            return batch
-
-        def record(tensor: Tensor, stream: Any) -> None:
-            self.done.append((str(tensor.tolist()), "is used by", type(stream).__name__.lower()))
-
-        monkeypatch.setattr(feed, "_stream_of_copies", lambda device: "copies")
-        monkeypatch.setattr(feed, "send_to_device", send)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Computes())
-        monkeypatch.setattr(torch.cuda, "stream", stream)
-        monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-        monkeypatch.setattr(Tensor, "record_stream", record)
-
-
-def test_a_copy_to_a_gpu_runs_beside_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU there are no streams; what is done on which, and in what order, is seen."""
-    streams = Streams(monkeypatch)
-    ship({"x": torch.tensor([1]), "more": (torch.tensor([2]), "text")}, torch.device("cuda", 0))
-    assert streams.done == [
-        ("copies", "copies"),
-        ("computes", "waits for", "copies"),
-        ("[1]", "is used by", "computes"),
-        ("[2]", "is used by", "computes"),
-    ]
-
-
-@pytest.mark.parametrize(
-    "odd",
-    [
-        torch.ones(1, device="meta"),
-        torch.eye(2).to_sparse(),
-        torch.nn.Parameter(torch.ones(1)),
-        torch.nn.Linear(1, 1),
-    ],
-    ids=["elsewhere", "sparse", "of another class", "no tensor, but it can move"],
-)
-def test_what_is_not_known_is_copied_where_it_is_used(
-    monkeypatch: pytest.MonkeyPatch, odd: Any
-) -> None:
-    streams = Streams(monkeypatch)
-    ship([torch.ones(1), [odd]], torch.device("cuda", 0))
-    assert streams.done == [("computes", "copies")]
 
 
 # ----------------------------------------------------------------------------- columns, or sets
