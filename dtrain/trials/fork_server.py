@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ from typing import Any, NoReturn, TextIO
 #: Exit codes of a rank.
 RECORDED, FAILED, NEVER_FIT = 0, 1, 3
 _UNFIT = 4  # of an heir that nothing may be forked from
+_ALL = "all variables"
 _GRACE_S = 2.0  # how long ranks go on after one has failed: time to say which one, and why
 # What scripts need, and takes long to import. The first optimizer imports _dynamo.
 _IMPORTS = (
@@ -63,9 +65,10 @@ def serve(most_ranks: int) -> None:
     # A rank needs a GPU of its own; so the CPU, for all. Asked in a fork, which may open devices.
     if _in_fork(lambda: min(torch.cuda.device_count(), 255)) < most_ranks:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    for name in _IMPORTS:
-        importlib.import_module(name)
-    fresh = _unfit(opened)
+    with _asked_of_environment() as asked:
+        for name in _IMPORTS:
+            importlib.import_module(name)
+    fresh = _by_rank(asked - {_ALL}) or _unfit(opened)
     if fresh:
         print(f"each rank is started afresh: {fresh}", file=sys.stderr)  # noqa: T201
     refused: list[Any] = []  # what no heir could be made for
@@ -121,9 +124,8 @@ def _inherit(line: str, answers: TextIO, left: int) -> int:
 
 def _make_imports(order: Order) -> str:
     """Imports what the script does; says why a rank could tell that from doing so itself."""
-    testing = importlib.import_module("dtrain.testing")
-    ranks_differ = {"CUDA_VISIBLE_DEVICES", *testing.rank_environment(0, 1, 0)}
     _be(order)
+    drawn = _random_state()
     main = sys.modules["__main__"] = ModuleType("__main__")
     main.__file__ = order.script
     with _asked_of_environment() as asked:
@@ -131,8 +133,22 @@ def _make_imports(order: Order) -> str:
             exec(compile(first_imports(order.script), order.script, "exec"), vars(main))
         except BaseException as error:  # noqa: BLE001 -- the rank that it is for will say so
             return f"that raises {error!r}"
-    told = sorted(asked & ranks_differ)
-    return f"what it imports reads {', '.join(told)}" if told else ""
+    if _random_state() != drawn:
+        return "that seeds a global random stream, or draws from one"
+    return _by_rank(asked)
+
+
+def _by_rank(asked: set[str]) -> str:
+    """Says which of these variables of the environment ranks do not have in common."""
+    testing = importlib.import_module("dtrain.testing")
+    told = sorted(asked & {_ALL, *testing.rank_environment(0, 1, 0)})
+    return f"that reads the environment's {', '.join(told)}" if told else ""
+
+
+def _random_state() -> tuple[object, ...]:
+    torch, numpy = (importlib.import_module(name) for name in ("torch", "numpy"))
+    state = numpy.random.get_state(legacy=False)
+    return random.getstate(), repr(state), torch.get_rng_state().numpy().tobytes()
 
 
 def first_imports(script: str) -> ast.Module:
@@ -177,7 +193,7 @@ def _asked_of_environment() -> Iterator[set[str]]:
         return get(self, name)
 
     def iterate(self: Any) -> Any:
-        asked.add("RANK")  # as well as all others
+        asked.add(_ALL)
         return names(self)
 
     try:
@@ -268,6 +284,7 @@ def _be_rank(order: Order, rank: int, *, fresh: bool) -> int:
     out = os.open(f"{order.folder}/rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for handle, target in ((nothing, 0), (out, 1), (out, 2)):
         os.dup2(handle, target)
+    os.close(nothing)
     os.environ.update(order.environments[rank])
     if fresh:
         os.execv(sys.executable, command("start", json.dumps(asdict(order))))
@@ -275,7 +292,9 @@ def _be_rank(order: Order, rank: int, *, fresh: bool) -> int:
         if int(name) > 2 and not place.startswith("/dev/"):
             os.close(int(name))  # the server's: who reads it would wait for this rank, too
     gc.enable()
-    sys.modules["numpy"].random.seed()  # its stream is no fork's own; Python's is
+    # Streams of its own; Python's is so by itself.
+    sys.modules["numpy"].random.seed()
+    sys.modules["torch"].default_generator.seed()
     return _run(order)
 
 
