@@ -30,7 +30,7 @@ from typing import Any, NoReturn, TextIO
 
 #: Exit codes of a rank.
 RECORDED, FAILED, NEVER_FIT = 0, 1, 3
-_UNFIT = 4  # of an heir that nothing may be forked from
+_UNFIT = 4  # of an heir that no rank may be forked from
 _ALL = "all variables"
 _GRACE_S = 2.0  # how long ranks go on after one has failed: time to say which one, and why
 # What scripts need, and takes long to import. The first optimizer imports _dynamo.
@@ -97,12 +97,21 @@ def _kind(order: Order) -> tuple[Any, ...]:
 def _heir(line: str, answers: TextIO) -> str | None:
     """Has a fork serve launches, which has made the script's first imports.
 
-    Returns the first line that is not for it, or None if nothing may be forked from it.
+    Returns the first line that is not for it, or None if no rank may be forked from it.
     """
     left = os.memfd_create("order")
+    told, imported = os.pipe()
     _flush()
     if not (pid := os.fork()):
-        _end(lambda: _inherit(line, answers, left))
+        _end(lambda: _inherit(line, answers, left, imported))
+    os.close(imported)
+    # Until it has imported all, it is watched as ranks are; then it looks to itself.
+    ready = wait([sys.stdin.fileno(), told], Order(**json.loads(line)).timeout_s)
+    os.close(told)
+    if told not in ready:
+        _kill(pid, ended=False)
+        os.close(left)
+        return "" if ready else None
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     rest = os.pread(left, os.fstat(left).st_size, 0).decode()
     os.close(left)
@@ -111,11 +120,13 @@ def _heir(line: str, answers: TextIO) -> str | None:
     return None if code == _UNFIT else rest
 
 
-def _inherit(line: str, answers: TextIO, left: int) -> int:
+def _inherit(line: str, answers: TextIO, left: int, imported: int) -> int:
+    os.setsid()
     opened, first = _opened(), Order(**json.loads(line))
     if why := _make_imports(first) or _unfit(opened):
         print(f"{first.script} is not imported ahead: {why}", file=sys.stderr)  # noqa: T201
         return _UNFIT
+    os.close(imported)
     while line and _kind(order := Order(**json.loads(line))) == _kind(first):
         line = _launch(order, answers)
     os.write(left, line.encode())

@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
+import torch
 
 import dtrain
 from dtrain.trials.check_trial import Setup
-from dtrain.trials.fork_server import FAILED, NEVER_FIT, first_imports
+from dtrain.trials.fork_server import FAILED, NEVER_FIT, Order, command, first_imports
 from dtrain.trials.launcher import Launcher
 
 #: Tells what a process has that a script finds at its start.
@@ -31,6 +34,7 @@ told = {{
     "argv": sys.argv[1:],
     "beside": os.path.samefile(sys.path[0], os.path.dirname(__file__)),
     "rank": os.environ.get("RANK"),
+    "devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
     "handles": sorted(handles),
     "drawn": [random.random(), np.random.rand(), torch.rand(()).item()],
     "dtype": str(torch.get_default_dtype()),
@@ -54,6 +58,7 @@ PACKAGES = {
     "draws": "import numpy; numpy.random.rand()",
     "opens_cuda": "import torch; torch.cuda._is_in_bad_fork = lambda: True",
     "leaves": "raise SystemExit('planted')",
+    "hangs": "import threading; threading.Event().wait()",
 }
 
 
@@ -71,12 +76,12 @@ def launched(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "2")  # numpy's OpenBLAS starts threads as it is imported
         with Launcher(most_ranks=2) as launcher:
 
-            def launch(package, ranks=1, *, before="", double=True):
+            def launch(package, ranks=1, *, before="", double=True, timeout_s=60):
                 script = folder / f"{package}_{len(before)}.py"
                 imports = f"{before}\nimport {package}"
                 script.write_text(SCRIPT.format(imports=imports, package=package))
                 setup = Setup(ranks, 1, 1, double=double)
-                done = launcher.launch(setup, ranks, script, ["--size", "tiny"], 60)
+                done = launcher.launch(setup, ranks, script, ["--size", "tiny"], timeout_s)
                 texts = [(done.folder / f"rank-{r}.txt").read_text() for r in range(ranks)]
                 return done.codes, texts
 
@@ -92,7 +97,9 @@ def test_a_fork_is_as_a_script_finds_itself(launched):
         told += map(json.loads, texts)
     assert len({one["imported by"] for one in told} - {one["pid"] for one in told}) == 1  # once
     assert [one["rank"] for one in told] == [None, None, "0", "1"]
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES") if torch.cuda.device_count() > 1 else ""
     for one in told:
+        assert one["devices"] == devices  # a card for each rank, or none
         assert one["module"][::2] == ["__main__", True]
         assert one["module"][1].endswith("calm_0.py")
         assert (one["argv"], one["beside"]) == (["--size", "tiny"], True)
@@ -148,6 +155,39 @@ def test_an_import_that_fails_does_so_in_the_rank(launched):
         assert launch("leaves") == ((FAILED,), ["the script left with 'planted'\n"])
 
 
+def test_an_import_that_hangs_is_stopped(launched):
+    launch, _ = launched
+    codes, (text,) = launch("hangs", timeout_s=1)
+    assert codes == (-signal.SIGKILL,)
+    assert "hangs.py" in text  # where it was
+
+
+def test_an_import_ends_with_who_asked_for_it(tmp_path):
+    (tmp_path / "site-packages").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    text = f"pipe = open({str(tmp_path / 'pipe')!r}, 'w')\n{PACKAGES['hangs']}\n"
+    (tmp_path / "site-packages" / "hangs.py").write_text(text)
+    (tmp_path / "script.py").write_text("import hangs\n")
+    setup, folder, script = asdict(Setup(1, 1, 1)), str(tmp_path), str(tmp_path / "script.py")
+    order = Order(Setup.__module__, setup, False, folder, script, [], [{}], timeout_s=60)
+    paths = [str(tmp_path / "site-packages"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with subprocess.Popen(
+        command("serve", 1),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        text=True,
+    ) as server:
+        server.stdin.write(json.dumps(asdict(order)) + "\n")
+        server.stdin.flush()
+        with (tmp_path / "pipe").open() as pipe:  # once it is imported
+            assert not (tmp_path / "rank-0.txt").exists()  # by an heir
+            server.stdin.close()
+            pipe.read()  # until that is gone
+        assert server.wait(60) == 0
+
+
+@pytest.mark.slow
 def test_where_no_fork_is_right_each_rank_is_started_afresh(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(PACKAGES["starts_a_thread"])
     (tmp_path / "calm.py").write_text("pid = None")
