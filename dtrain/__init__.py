@@ -3,24 +3,24 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from dtrain.api import *  # noqa: F403
-
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from dtrain.api import *  # noqa: F403
+else:  # hidden from type checkers, which would take any name for one
 
-def __getattr__(name: str) -> Any:
-    """Imports ``dtrain.api``, and torch with it, when one of its names is first asked for.
+    def __getattr__(name: str) -> Any:
+        """Imports ``dtrain.api``, and torch with it, when one of its names is first asked for.
 
-    Not before: the ``dtrain`` command starts processes that need as long for that as it does.
-    """
-    if name == "__all__" or not name.startswith("__"):
-        api = import_module("dtrain.api")  # half made, where it is what asks: it then imports more
-        if name not in globals() and hasattr(api, name):
-            globals()[name] = getattr(api, name)
-        if name in globals():
-            return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        Not before: the ``dtrain`` command starts processes that need as long for that as it does.
+        """
+        if name == "__all__" or not name.startswith("__"):
+            api = import_module("dtrain.api")  # half made where it is what asks: it imports more
+            if name not in globals() and hasattr(api, name):
+                globals()[name] = getattr(api, name)
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
