@@ -61,13 +61,14 @@ def serve(most_ranks: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     opened = _opened()
-    torch: Any = importlib.import_module("torch")
-    # A rank needs a GPU of its own; so the CPU, for all. Asked in a fork, which may open devices.
-    if _in_fork(lambda: min(torch.cuda.device_count(), 255)) < most_ranks:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with _asked_of_environment() as asked:
+        torch: Any = importlib.import_module("torch")
+        # A rank needs a GPU of its own; so the CPU, for all. Asked in a fork, which may open them.
+        if _in_fork(lambda: min(torch.cuda.device_count(), 255)) < most_ranks:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         for name in _IMPORTS:
             importlib.import_module(name)
+    # Torch goes through all variables; which ranks do not have in common, it reads by their names.
     fresh = _by_rank(asked - {_ALL}) or _unfit(opened)
     if fresh:
         print(f"each rank is started afresh: {fresh}", file=sys.stderr)  # noqa: T201
