@@ -91,8 +91,9 @@ def show_parts(rounds: int) -> None:
             what, _, seconds = line.rpartition("\t")
             if what and number >= 0:
                 found.setdefault(what, []).append(float(seconds))
-    for what, took in found.items():
-        print(f"{statistics.median(took):.2f} s  {what}")
+    medians = {what: statistics.median(took) for what, took in found.items()}
+    for what, took in medians.items():
+        print(f"{took / sum(medians.values()):4.0%} {took:7.2f} s  {what}")
 
 
 #: Makes the import of each file take longer.
@@ -154,7 +155,7 @@ def compare_trials(commit: str, rounds: int, slow_ms: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="2 or more (%(default)s)")
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--trials", metavar="COMMIT")
     parser.add_argument("--slow-ms", type=float, default=0.0)
