@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from dtrain import accelerator
 from dtrain.distributed.activity import Activity, Phase
 from dtrain.distributed.exchange import Exchange, Failures, beginning, reduce_here, remote_error
 from dtrain.distributed.transport import Transport
@@ -225,6 +226,7 @@ class Comm:
         except (RemoteError, RankMismatch, CommError):
             raise  # every rank knows already
         except Exception as error:
+            accelerator.give_up(error)
             self.fail(error, where if isinstance(where, str) else where())
             raise
 
@@ -268,6 +270,8 @@ class Comm:
 
     def may_be_broken(self, error: BaseException) -> bool:
         """Says whether ``error`` may only mean that another rank is gone. Ranks: all, local."""
+        if accelerator.is_this_ranks(error):
+            return False
         if isinstance(error, DtrainError) or not isinstance(error, RuntimeError):
             return isinstance(error, CommError)
         return self.activity.phase.waits or _BROKEN.search(str(error)) is not None

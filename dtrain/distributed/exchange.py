@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from dtrain import accelerator
 from dtrain.distributed.activity import Activity, Phase
 from dtrain.distributed.transport import Transport, TransportOp
 from dtrain.errors import CommError, DtrainError, Failure, RankMismatch, RemoteError, locate
@@ -77,6 +78,8 @@ class Failures:
     def explain(self, error: BaseException) -> DtrainError | None:
         """Returns another rank's recorded failure, if that is why ``error`` happened."""
         if self.store is None or isinstance(error, DtrainError):
+            return None
+        if accelerator.is_this_ranks(error):
             return None
         try:
             text = self.store.get("failure") if self.store.check(["failure"]) else b""

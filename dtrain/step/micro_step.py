@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dtrain import accelerator
 from dtrain.callback import Callback, Hooks
 from dtrain.context import Context, Loss, Number, Step
 from dtrain.data import EndOfStream, MicroBatches
@@ -138,6 +139,9 @@ class MicroStep(nn.Module):
     def fail(self, error: Exception, where: str) -> None:
         """Keeps what went wrong until the step in which all ranks learn of it."""
         explain(error)
+        if accelerator.is_lost(error):  # and with it what a reduction would take
+            self.context.comm.record(error, where)
+            raise error
         self.trouble = error, where
         self.lane.say(Slot.ERROR)
 
