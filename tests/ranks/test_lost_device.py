@@ -1,4 +1,4 @@
-"""A kernel has failed on a rank's GPU: nothing there is touched any more, and all ranks learn of it.
+"""A kernel has failed on a rank's GPU: nothing there is touched any more, and all ranks are told.
 
 No GPU is here: errors are torch's own, with its own words, and after one of them each call of CUDA,
 and each operation on what a card would hold, is noted.
@@ -25,8 +25,8 @@ from dtrain.testing import run_outcomes
 ASSERT = (
     "CUDA error: device-side assert triggered\nSearch for `cudaErrorAssert' in https://docs.nvidia"
     ".com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information.\nCUDA kernel "
-    "errors might be asynchronously reported at some other API call, so the stacktrace below might be "
-    "incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with "
+    "errors might be asynchronously reported at some other API call, so the stacktrace below might "
+    "be incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with "
     "`TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
 )
 AT = 5  # the step in which it fails; there is a checkpoint of step 4
@@ -266,7 +266,8 @@ def loss_fn(model, batch):
 
 held = Pinned()
 atexit.register(print, "an exit handler was called")
-child = multiprocessing.get_context("fork").Process(target=multiprocessing.Event().wait, daemon=True)
+forks = multiprocessing.get_context("fork")
+child = forks.Process(target=forks.Event().wait, daemon=True)
 child.start()
 net = torch.nn.Linear(2, 2)
 trainer = dtrain.Trainer(net, torch.optim.SGD(net.parameters()), loss_fn, sinks=[])
