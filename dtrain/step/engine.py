@@ -27,6 +27,7 @@ from dtrain.step.evaluation import Evaluation
 from dtrain.step.figures import Figures
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane
+from dtrain.step.memory_words import explain_memory
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
 from dtrain.step.modes import Modes
 from dtrain.step.precision import Factor, Precision, fresh_casts
@@ -232,7 +233,10 @@ class _InStep:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         engine, comm = self._engine, self._engine.context.comm
         if isinstance(error, Exception):
+            where = engine.hooks.failed_in or comm.activity.phase.name
+            explain_memory(error, where, engine.micro_step.under_way, engine)
             comm.leave(error, engine.hooks.failed_in or "a training step")
         elif error is None:
             engine.clock.end_step()
             comm.activity.end_lap(BETWEEN)
+        engine.micro_step.under_way = None  # its batch may be large
