@@ -228,6 +228,7 @@ class Hooks:
 
     def tell(self, context: Context, error: BaseException) -> None:
         """Calls ``on_error`` of all callbacks; what one raises is a note on ``error``."""
+        self.error = None  # by its frames it holds these hooks
         accelerator.give_up(error)  # before any of them lets go of what is on the device
         for callback in self.callbacks:
             try:

@@ -296,6 +296,7 @@ class RunFiles:
         try:
             yield
         finally:
+            self.saver.failure = self._failed = None  # they hold the frames that they came from
             if self.saver.run_lock is not None:
                 self.saver.run_lock.release()
 

@@ -207,7 +207,7 @@ class Comm:
         except Exception as error:
             failure = self._failures.describe(error, f"on_main({label!r})")
             self._exchange.share(label, pickle.dumps((None, failure)))
-            self._failures.told = error
+            self._failures.note_told(error)
             raise
         finally:
             self._on_main = ""
@@ -251,7 +251,7 @@ class Comm:
         failures.record(error, where)
         try:
             self._exchange.tell(failures.describe(error, where))
-            failures.told = error
+            failures.note_told(error)
             failures.forget()
         except (DtrainError, RuntimeError) as broken:
             # The others left first; this rank's own error, which the caller raises, counts.
@@ -262,9 +262,12 @@ class Comm:
         mine = None if error is None else self._failures.describe(error, where)
         everyones = self.gather_objects(label, mine)
         if error is not None:
-            self._failures.told = error
+            self._failures.note_told(error)
             self._failures.forget()
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback has this frame
         if any(everyones):
             raise remote_error(everyones)
 

@@ -133,8 +133,8 @@ class Engine:
         comm.activity.enter(phase)
         with comm.lockstep(lambda: self.hooks.failed_in or phase.name):
             if self.micro_step.trouble is not None:
-                error, self.hooks.failed_in = self.micro_step.trouble
-                raise error
+                self.hooks.failed_in = self.micro_step.trouble[1]
+                raise self.micro_step.trouble[0]
             yield
         comm.activity.enter(BETWEEN)
 
@@ -149,7 +149,10 @@ class Engine:
         # what was before it is saved, as where a loss function fails.
         alone = self.world.size == 1 and where != "on_step_start"
         if alone or all_know or not self.strategy.may_idle:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback has this frame
         if self.micro_step.trouble is None:
             comm.record(error, where)  # for ranks that wait for this one in a verb of their hooks
             self.micro_step.fail(error, where)
@@ -204,6 +207,7 @@ class Engine:
                 yield
         finally:
             self.context.in_fit = False
+            self.micro_step.trouble = None  # its frames hold all this
 
     # -- what computes for hooks; see :class:`dtrain.Context` -----------------------------------
 

@@ -12,10 +12,11 @@ def explain(error: Exception) -> None:
     """Adds a note where one of torch's losses raised ``error``, or a table of embeddings did."""
     span = (lambda tensor: "") if is_lost(error) else _range  # which reads it
     for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__") != "torch.nn.functional":
+            continue  # a frame keeps the locals that it is asked for: in dtrain's own, the error
         name, values = frame.f_code.co_name, frame.f_locals
         given, target, table = (values.get(key) for key in ("input", "target", "weight"))
-        of_torch = frame.f_globals.get("__name__") == "torch.nn.functional"
-        if not of_torch or not isinstance(given, Tensor):
+        if not isinstance(given, Tensor):
             continue
         if name.startswith("embedding") and isinstance(table, Tensor):
             rows = len(table)
