@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dtrain import accelerator
 from dtrain.checkpoint import writer as writing
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.writer import Content, Stage, Staged
@@ -45,6 +46,18 @@ class Saver:
         if self._apart is None and self._world.open_comm is not None:
             self._apart = self._world.open_comm()
             self._apart.activity.enter(SAVING)
+
+    def reserve(self, bulk: Callable[[], Content | None]) -> None:
+        """Has memory pinned for most of a checkpoint, ``bulk``, in a thread. Ranks: all, local.
+
+        ``bulk`` is asked until it is there. On CPUs there is nothing to do beforehand.
+        """
+        if (beside := accelerator.of(self._world.device)) is not None:
+            self._stage.reserve(bulk, self._world.size, beside)
+
+    def unreserve(self) -> None:
+        """No more is pinned from here on; what was stays. Ranks: all, local."""
+        self._stage.memory.leave()
 
     def save(
         self,
