@@ -26,6 +26,8 @@ DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 PIECE_BYTES = 16 * 2**20
 #: So many at once, where there are as many cores.
 THREADS = min(4, len(os.sched_getaffinity(0)))
+#: What goes to the system in one call: for more, it looks for larger pages, which it may not have.
+_WRITE_BYTES = 2**20
 _LARGEST_HEADER = 100_000_000  # which safetensors reads
 
 T = TypeVar("T")
@@ -36,8 +38,10 @@ def write(file: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
     pieces = _cut(parts, PIECE_BYTES)
     with file.open("wb"):
         pass  # there, and empty
+    # Systems let one thread at a time write to a file, and others spin, which takes a core.
+    turn = threading.Lock()
     digests = at_once(
-        [partial(_write_piece, file, n * PIECE_BYTES, one) for n, one in enumerate(pieces)]
+        [partial(_write_piece, file, n * PIECE_BYTES, one, turn) for n, one in enumerate(pieces)]
     )
     sync(file)
     size = sum(len(part) for piece in pieces for part in piece)
@@ -72,15 +76,16 @@ def _cut(parts: Iterable[memoryview], most: int) -> list[list[memoryview]]:
     return pieces
 
 
-def _write_piece(file: Path, at: int, piece: Sequence[memoryview]) -> bytes:
+def _write_piece(file: Path, at: int, piece: Sequence[memoryview], turn: threading.Lock) -> bytes:
     checksum = hashlib.sha256()
-    with file.open("r+b", buffering=0) as handle:
+    for part in piece:
+        checksum.update(part)
+    with turn, file.open("r+b", buffering=0) as handle:
         handle.seek(at)
         for part in piece:
-            checksum.update(part)
             left = part
             while left:  # a disk may take less than it is given, before it says why
-                left = left[handle.write(left) :]
+                left = left[handle.write(left[:_WRITE_BYTES]) :]
     return checksum.digest()
 
 

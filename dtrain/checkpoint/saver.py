@@ -1,7 +1,9 @@
 """Makes checkpoints while training goes on."""
 
+import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from dtrain.distributed import SAVING, Comm, World, digest_of, end_with
 from dtrain.errors import CommError, RankMismatch
 
 _LOOK_EVERY_S = 1.0
+_NICE = 10
 
 
 class Saver:
@@ -135,6 +138,10 @@ class Saver:
 
         if comm is self._apart:
             comm.mark_step(staged.step)  # which an error names
+            with suppress(OSError):
+                # Of this thread, and of those that it starts: where cores are scarce, a step takes
+                # precedence. Whoever waits for the checkpoint has a core to give.
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         try:
             main, lock = self._world.is_main, self.run_lock
             writing.write(
