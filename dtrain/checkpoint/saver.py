@@ -139,9 +139,9 @@ class Saver:
         if comm is self._apart:
             comm.mark_step(staged.step)  # which an error names
             with suppress(OSError):
-                # Of this thread, and of those that it starts: where cores are scarce, a step takes
+                # This thread, by Linux, and those that it starts: where cores are scarce, a step takes
                 # precedence. Whoever waits for the checkpoint has a core to give.
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+                os.nice(_NICE)
         try:
             main, lock = self._world.is_main, self.run_lock
             writing.write(
