@@ -139,7 +139,7 @@ class Saver:
         if comm is self._apart:
             comm.mark_step(staged.step)  # which an error names
             with suppress(OSError):
-                # This thread, by Linux, and those that it starts: where cores are scarce, a step takes
+                # This thread only, and those that it starts: where cores are scarce, a step takes
                 # precedence. Whoever waits for the checkpoint has a core to give.
                 os.nice(_NICE)
         try:
