@@ -103,9 +103,10 @@ class RunFiles:
 
     def start(self) -> None:
         """Writes that the run is under way, and the user's settings."""
-        self._broken = (
-            set() if self._run_dir is None else {*not_finite(self._run_state.context.model)}
-        )
+        if self._run_dir is not None:
+            self._broken = {*not_finite(self._run_state.context.model)}
+            if self._run_state.slot is not None:
+                self.saver.reserve(self._run_state.bulk())
 
         def write() -> None:
             self._write_status("running")
@@ -296,6 +297,7 @@ class RunFiles:
         try:
             yield
         finally:
+            self.saver.unreserve()
             self.saver.failure = self._failed = None  # they hold the frames that they came from
             if self.saver.run_lock is not None:
                 self.saver.run_lock.release()
