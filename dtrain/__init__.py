@@ -1,6 +1,7 @@
 """dtrain: a small training loop for PyTorch that behaves on a thousand ranks as on one."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -15,6 +16,8 @@ else:  # hidden from type checkers, which would take any name for one
         Not before: the ``dtrain`` command starts processes that need as long for that as it does.
         """
         if name == "__all__" or not name.startswith("__"):
+            if find_spec(f"dtrain.{name}"):  # not by way of the api, which may be what imports it
+                return import_module(f"dtrain.{name}")
             api = import_module("dtrain.api")  # half made where it is what asks: it imports more
             if name not in globals() and hasattr(api, name):
                 globals()[name] = getattr(api, name)
