@@ -343,7 +343,7 @@ class _Alone(_OnDevice):
         if len(self._losses) == 1:
             return self._losses[0]
         if not self._losses:
-            return torch.full_like(self._turn.loss, math.nan)
+            return torch.zeros_like(self._turn.loss)  # as from many ranks: no guard is to act
         parts = torch.tensor(self._parts).to(self._turn.loss.device, non_blocking=True)
         return (torch.stack(self._losses) * parts).sum() * self.factor()
 

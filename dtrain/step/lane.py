@@ -281,8 +281,9 @@ class Heard:
         return not self.verdict().weight > 0
 
     def loss(self) -> Tensor:
-        """Returns the mean loss over the global batch, 0-dim."""
-        return torch.tensor(self.verdict().loss_mean)
+        """Returns the mean loss over the global batch, 0-dim; 0 where nothing was weighed."""
+        verdict = self.verdict()
+        return torch.tensor(verdict.loss_mean if verdict.weight else 0.0)
 
     def send(self, blocked: bool | Tensor, held: Tensor | None = None) -> None:
         """Is told whether the update was held back, and the flags by which callbacks did so."""
