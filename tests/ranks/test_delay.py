@@ -141,7 +141,8 @@ def test_a_delayed_run_is_the_same_run(world_size):
                 # On an accelerator its gradients are not flat: a norm is added up otherwise.
                 bits = delayed.pop("bits"), at_once.pop("bits")
                 assert "ClipGradients" in str(CASES[name][0]()) or bits[0] == bits[1], name
-                assert weights[0] == pytest.approx(weights[1], rel=1e-12), name
+                near = {"abs": 1e-6} if name == "fp16" else {"rel": 1e-12}
+                assert weights[0] == pytest.approx(weights[1], **near), name
             assert delayed == at_once, name
             # One rank alone adds its losses up on the host, in 64 bits.
             rel = 1e-6 if name == "fp16" else 1e-12
