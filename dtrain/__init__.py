@@ -1,5 +1,7 @@
 """dtrain: a small training loop for PyTorch that behaves on a thousand ranks as on one."""
 
+import atexit
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ else:  # hidden from type checkers, which would take any name for one
 
         Not before: the ``dtrain`` command starts processes that need as long for that as it does.
         """
+        if not name.startswith("__") and find_spec(f"{__name__}.{name}"):
+            return import_module(f"{__name__}.{name}")  # a room, which may be on its way to be one
         if name == "__all__" or not name.startswith("__"):
             if find_spec(f"dtrain.{name}"):  # not by way of the api, which may be what imports it
                 return import_module(f"dtrain.{name}")
@@ -24,6 +28,13 @@ else:  # hidden from type checkers, which would take any name for one
             if name in globals():
                 return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@atexit.register  # here: what a script or a library registers later is called before
+def _leave() -> None:
+    """Ends a process that has lost its device; see ``dtrain.accelerator``."""
+    if faults := sys.modules.get("dtrain.accelerator.faults"):
+        faults.leave()
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,5 @@
 """What a device's errors mean, and how a process ends that has lost its device."""
 
-import atexit
 import multiprocessing
 import os
 import re
@@ -77,8 +76,7 @@ def give_up(error: BaseException) -> None:
     )
 
 
-@atexit.register  # as dtrain is imported: what a script or a library registers is called before
-def _leave() -> None:
+def leave() -> None:
     """Ends a process that has lost its device with 1, before the interpreter frees things."""
     if not _kept:
         return

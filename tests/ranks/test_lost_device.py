@@ -11,6 +11,7 @@ import sys
 import pytest
 import tiny
 import torch
+from ahead import run_ahead
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -138,7 +139,7 @@ def one(folder, where, failing, strategy, delays):
 
 
 def fit(patch, folder, where, failing, strategy, delays):
-    patch.setattr(dtrain.trainer, "may_delay", lambda device, optimizer, data: delays)
+    run_ahead(delays, patch)
     world = dtrain.init(seed=0)
     fails = Fails(where, world.rank == failing)
     net = tiny.model()
