@@ -81,6 +81,8 @@ LIMITS = {
     "gpt": [("dtrain", "tuned", 0.995)],
 }
 MEMORY_LIMIT = 1.02
+#: What else is measured, and by which share of all seconds it must be done.
+PARTS = {"syncs": 0.12, "start": 0.26, "checkpoint": 0.42}
 YARDSTICKS = {"dtrain graph": "captured", "dtrain reduce": "reduce"}  # tuned, for all others
 GRAPHS = ("captured", "dtrain graph", *REDUCES)
 
@@ -380,6 +382,7 @@ def part(name: str, arguments: argparse.Namespace, until: float) -> dict[str, An
     left = until - time.monotonic()
     if left < 15:
         return {"left_out": "no time was left"}
+    here += ["--seconds", f"{left - 10:.0f}"] if name == "start" else []
     try:
         told = subprocess.run(here, capture_output=True, text=True, timeout=left)
     except subprocess.TimeoutExpired:
@@ -403,6 +406,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures there")
     arguments = parser.parse_args()
     began = time.monotonic()
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # transformers.Trainer would take them all
     tiny = arguments.tiny
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device is available; --tiny --device cpu is a dry run")
@@ -435,7 +439,8 @@ def main() -> None:
         verdicts += [
             verdict(f"{name}: {v['what']}", v["value"], v["limit"]) for v in one.pop("verdicts", [])
         ]
-        print(f"\n{name}: " + json.dumps(one, indent=2) if "failed" not in one else one["failed"])
+        told = f"FAILED\n{one['failed']}" if "failed" in one else json.dumps(one, indent=2)
+        print(f"\n{name}: {told}", flush=True)
         keep()
     # Its backward runs in a thread that all loops share: what that gets for itself is nobody's.
     torch.ones(64, 64, device=device, requires_grad=True).mm(
@@ -487,9 +492,6 @@ def add_tokens(found: dict[str, Any], shape: Shape, peak: float | None) -> None:
         one["tokens_per_s"] = rate
         one["mfu"] = rate * per_token / (peak * 1e12) if peak else None
 
-
-#: The parts of gpu_parts.py, and at which share of all seconds each must be done.
-PARTS = {"syncs": 0.12, "start": 0.26, "checkpoint": 0.45}
 
 if __name__ == "__main__":
     main()

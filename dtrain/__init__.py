@@ -20,8 +20,6 @@ else:  # hidden from type checkers, which would take any name for one
         if not name.startswith("__") and find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")  # a room, which may be on its way to be one
         if name == "__all__" or not name.startswith("__"):
-            if find_spec(f"dtrain.{name}"):  # not by way of the api, which may be what imports it
-                return import_module(f"dtrain.{name}")
             api = import_module("dtrain.api")  # half made where it is what asks: it imports more
             if name not in globals() and hasattr(api, name):
                 globals()[name] = getattr(api, name)

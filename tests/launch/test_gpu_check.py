@@ -69,10 +69,11 @@ def test_it_ends_early_where_time_is_short(tmp_path):
     assert found["parts"]["start"] == {"left_out": "no time was left"}
 
 
-def test_the_script_says_what_it_cannot_do():
+def test_the_script_says_what_it_cannot_do(tmp_path):
     found = subprocess.run(
         [ROOT / "launch" / "gpu_check.sh"],
-        env=os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ
+        | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=60,

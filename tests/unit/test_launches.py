@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import launches
 
 #: Over it still, by one: a reduction in buckets takes one more than one flat tensor's.
-OVER = [(2, "ClipGradients", "ddp"), (2, "five of these", "ddp")]
+OVER = [(2, "ClipGradients", "ddp")]
 #: More launches than the loop by hand that does the same, at most.
 LIMITS = {
     (1, "bare"): 2,
