@@ -52,6 +52,7 @@ def fit(precision, folder, *more):
         training.dataset(7 * training.BATCH - 5), batch_size=training.BATCH, max_steps=STEPS
     )
     state = {**trainer.model.state_dict(), "losses": torch.tensor(watch.figures.losses)}
+    state["scale"] = torch.tensor([*trainer.precision.values().values()])
     for number, values in trainer.optimizer.state_dict()["state"].items():
         state |= {f"{number}.{name}": value for name, value in values.items()}
     averages = model()
