@@ -42,8 +42,8 @@ mkdir -p -- "$out"
 log=$out/gpu_check.txt
 : >"$log"
 budget=540 # seconds, for all of it
-side=$(($(nproc) / 3)) # a test may start three ranks
-side=$((side < 1 ? 1 : side < 7 ? side : 7))
+side=$(($(nproc) / 2)) # so many tests at once; most of their time is one thread's
+side=$((side < 1 ? 1 : side))
 
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT OMP_NUM_THREADS \
     PYTHONWARNINGS "${!ACCELERATE_@}" "${!SLURM_@}" "${!TORCHELASTIC_@}"
@@ -93,6 +93,7 @@ verdict() { # verdict NAME STATUS SECONDS LIMIT
 
 seconds_for() { # seconds_for SECONDS: so many, or what is left
     local left=$((budget - SECONDS))
+    left=$((left < 1 ? 1 : left)) # 0 would be no limit
     echo $((left < $1 ? left : $1))
 }
 

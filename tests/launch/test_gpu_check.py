@@ -80,3 +80,42 @@ def test_the_script_says_what_it_cannot_do(tmp_path):
     )
     assert found.returncode == 1
     assert "torch sees no GPU here; --dry-run needs none" in found.stderr
+
+
+#: Runs what asks what there is; tests and benchmarks only say that they were called.
+FAKE = """#!/bin/sh
+case "$*" in
+*test_late_votes*) echo "it fails"; exit 3 ;;
+"-m pytest"*|*benchmarks/gpu.py*) echo "called: $*"; exit 0 ;;
+esac
+exec {python} "$@"
+"""
+
+
+@pytest.mark.parametrize("cores", [1, 32])
+def test_all_parts_run_also_after_one_has_failed(tmp_path, cores):
+    for name, text in {
+        "python": FAKE.format(python=sys.executable),
+        "nproc": f"echo {cores}",
+    }.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    found = subprocess.run(
+        [ROOT / "launch" / "gpu_check.sh", "--dry-run"],
+        env=os.environ | {"PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path), "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.returncode == 1, found.stderr
+    said = (tmp_path / "gpu_check.txt").read_text()
+    assert said == found.stdout
+    _, summary = said.split("=== summary")
+    failed = [line for line in summary.splitlines() if "FAILED" in line]
+    assert len(failed) == 1
+    assert failed[0].startswith("votes and errors a step late")
+    assert "FAILED with status 3" in failed[0]
+    assert summary.count(" passed, ") == said.count("called: ")
+    # One after the other in the log, and the benchmark after all tests.
+    assert said.index("it fails") < said.index("benchmarks/gpu.py --json")
