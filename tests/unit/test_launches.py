@@ -13,8 +13,6 @@ from dtrain.testing import run_processes
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import launches
 
-#: Over it still, by one: a reduction in buckets takes one more than one flat tensor's.
-OVER = [(2, "ClipGradients", "ddp")]
 #: More launches than the loop by hand that does the same, at most.
 LIMITS = {
     (1, "bare"): 2,
@@ -53,10 +51,7 @@ def counts():
 @pytest.mark.parametrize(
     ("size", "case", "strategy"),
     [
-        pytest.param(
-            *(size, case, strategy),
-            marks=[pytest.mark.xfail(strict=True)] if (size, case, strategy) in OVER else [],
-        )
+        (size, case, strategy)
         for size, case in LIMITS
         for strategy in (("flat",) if size == 1 else ("flat", "ddp"))
     ],
