@@ -1,10 +1,11 @@
 """Makes dtrain take, on the CPU, the ways that it takes on CUDA; and notices a host sync."""
 
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dtrain import accelerator
 
@@ -63,6 +64,9 @@ class StandIn(accelerator.Accelerator):
 
         return launch
 
+    def graphs(self):
+        return Graphs(self.counts)
+
 
 class _Event:
     """What was recorded has happened."""
@@ -102,3 +106,71 @@ class NoReads(TorchDispatchMode):
                 raise RuntimeError(f"would wait for a GPU: {func}")
             self._counted.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+class Graphs:
+    """Captures as CUDA does: nothing is computed then, and each replay writes where it was told.
+
+    What the graphs after it had written is lost in a replay, as in memory that they share.
+    """
+
+    def __init__(self, counts):
+        self._counts = counts
+
+    def beside(self):
+        return nullcontext()
+
+    @contextmanager
+    def noticing_waits(self):
+        found = []
+        with NoReads(found):
+            yield found
+
+    def capture(self, *computations):
+        self._counts["captures"] += 1
+        drawn, undone = torch.get_rng_state(), _Undone()
+        with undone:
+            graphs = [_Graph(compute, compute()) for compute in computations]
+        torch.set_rng_state(drawn)
+        undone.undo()
+        for place, graph in enumerate(graphs):
+            graph.counts, graph.after = self._counts, graphs[place + 1 :]
+        return graphs
+
+
+class _Graph:
+    def __init__(self, compute, outputs):
+        self._compute, self.outputs = compute, outputs
+
+    def replay(self):
+        self.counts["replays"] += 1
+        for graph in self.after:
+            graph.forget()
+        with torch.enable_grad():
+            outputs = self._compute()
+        for kept, new in zip(self.outputs, outputs, strict=True):
+            if kept is not None:
+                kept.data.copy_(new)
+
+    def forget(self):
+        for kept in self.outputs:
+            if kept is not None:
+                kept.data.fill_(float("nan"))
+
+
+class _Undone(TorchDispatchMode):
+    """Keeps what operations were given, and gives it back the numbers that it had."""
+
+    def __init__(self):
+        super().__init__()
+        self._before = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for one in tree_leaves((args, kwargs)):
+            if isinstance(one, torch.Tensor) and id(one) not in self._before:
+                self._before[id(one)] = one, one.detach().clone()
+        return func(*args, **(kwargs or {}))
+
+    def undo(self):
+        for tensor, before in self._before.values():
+            tensor.data.copy_(before)
