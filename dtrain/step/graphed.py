@@ -112,10 +112,12 @@ class Graphed:
 
     # -- one by one ---------------------------------------------------------------------------
 
-    def compute(self, batch: Any, samples: int) -> Told:
-        """Calls the loss function; returns its loss, and the weight that it gave to it."""
+    def call(self, batch: Any) -> Any:
         with self._precision.autocast():
-            returned = self._loss_fn(self._context.model, batch, self._still)
+            return self._loss_fn(self._context.model, batch, self._still)
+
+    def check(self, returned: Any, samples: int) -> Told:
+        """Returns what the loss function returned as a loss, and the weight that it gave to it."""
         given = returned.weight if isinstance(returned, Loss) else None
         loss = as_loss(returned, samples, trains=True)
         loss.outputs = None  # a replay's would be overwritten
@@ -127,7 +129,7 @@ class Graphed:
         seen = self._seen.setdefault(form, Seen())
         if seen.count >= _WARM:
             with self._beside():
-                return self.compute(step.batch, step.samples).loss
+                return self.check(self.call(step.batch), step.samples).loss
         device = self._context.device.type
         for tensor in tensors:
             if tensor.device.type != device:
@@ -137,7 +139,7 @@ class Graphed:
                 )
         before = drawn_from(device)
         with self._beside(), self._noticing(last=seen.count == _WARM - 1) as waits:
-            told = self.compute(step.batch, step.samples)
+            returned = self.call(step.batch)
         if waits:
             raise LossError(
                 f"graph=True: the host waits for the device in {waits[0]}, which a graph cannot "
@@ -151,6 +153,7 @@ class Graphed:
                 "a graph would draw the same ones for ever: draw them in on_batch, or on the "
                 f"device, as dropout does, {OUT}"
             )
+        told = self.check(returned, step.samples)
         seen.take(told, device)
         return told.loss
 
@@ -230,7 +233,7 @@ class _Captured:
     # What is captured. It returns what it writes.
 
     def forward(self) -> list[Tensor | None]:
-        told = self._graphed.compute(self._batch, self._samples)
+        told = self._graphed.check(self._graphed.call(self._batch), self._samples)
         loss = told.loss
         self._loss = loss.mean
         if self._seed.dtype != loss.mean.dtype:

@@ -173,4 +173,5 @@ class _Undone(TorchDispatchMode):
 
     def undo(self):
         for tensor, before in self._before.values():
-            tensor.data.copy_(before)
+            if not torch.equal(tensor, before):
+                tensor.data.copy_(before)
