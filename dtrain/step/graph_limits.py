@@ -33,6 +33,7 @@ class Seen:
 
     def __init__(self) -> None:
         self.count = 0
+        self.dtype = torch.float32  # of the loss
         self._numbers: dict[str, str] = {}
 
     def take(self, told: Told, device: str) -> None:
@@ -55,7 +56,7 @@ class Seen:
                     "a graph would keep it as it is. Make it a tensor on the device, such as "
                     f"mask.sum(), {OUT}"
                 )
-        self._numbers = numbers
+        self._numbers, self.dtype = numbers, told.loss.mean.dtype
         self.count += 1
 
 

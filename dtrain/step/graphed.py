@@ -7,6 +7,7 @@ micro-steps, which run one by one, and what a graph would freeze is refused in w
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ class Graphed:
         if self._captured is None and self._graphs is not None:
             seen = self._seen.get(form)
             if seen is not None and seen.count >= _WARM:
-                self._captured = self._capture(step, form, tensors)
+                self._captured = self._capture(step, form, tensors, seen)
         if self._captured is None or self._captured.form != form:
             self._tell(tensors, replayed=False)
             return self._one_by_one(step, form, tensors)
@@ -143,8 +144,9 @@ class Graphed:
         if waits:
             raise LossError(
                 f"graph=True: the host waits for the device in {waits[0]}, which a graph cannot "
-                "hold: there, a number is read (.item(), float(tensor), a mask as an index, "
-                f"print). Compute it on the device, such as by torch.where, {OUT}"
+                "hold: a number is read there (.item(), float(tensor), a mask as an index), or a "
+                "tensor made of the host's numbers. Compute it on the device, such as by "
+                f"torch.where; make constants before, as buffers or by torch.full; {OUT}"
             )
         now = drawn_from(device)
         if drawn := [name for name in now if repr(now[name]) != repr(before[name])]:
@@ -168,12 +170,13 @@ class Graphed:
 
     # -- captured -----------------------------------------------------------------------------
 
-    def _capture(self, step: Step, form: Any, tensors: list[Tensor]) -> "_Captured":
+    def _capture(self, step: Step, form: Any, tensors: list[Tensor], seen: Seen) -> "_Captured":
         assert self._graphs is not None
         try:
             with self._context.long_operation("capturing a micro-step"):
-                captured = _Captured(self, self._context, self._trained, step, tensors, form)
-                captured.take(*self._graphs.capture(captured.forward, captured.backward))
+                captured = _Captured(self._context, self._trained, step, tensors, form, seen)
+                forward = partial(captured.forward, self)
+                captured.take(*self._graphs.capture(forward, captured.backward))
                 return captured
         except torch.OutOfMemoryError as error:
             error.add_note(
@@ -185,11 +188,11 @@ class Graphed:
             raise
         except Exception as error:
             raise LossError(
-                f"graph=True: this micro-step cannot be captured as a CUDA graph: {error}. Nothing "
-                "in it may read a number from the device (.item(), .cpu(), a mask as an index), "
-                "use another stream, or be a graph itself (mode='reduce-overhead'); "
-                "torch.utils.checkpoint wants preserve_rng_state=False. Change that, "
-                f"{OUT}"
+                f"graph=True: this micro-step cannot be captured as a CUDA graph: {error}. Neither "
+                "in it nor in its backward may a number be read from the device (.item(), .cpu(), "
+                "a mask as an index), a tensor be made of the host's numbers, or a graph be "
+                "replayed (mode='reduce-overhead'); torch.utils.checkpoint wants "
+                f"preserve_rng_state=False. Change that, {OUT}"
             ) from error
 
 
@@ -198,21 +201,22 @@ class _Captured:
 
     def __init__(
         self,
-        graphed: Graphed,
         context: Context,
         trained: Parameters,
         step: Step,
         tensors: list[Tensor],
         form: Any,
+        seen: Seen,
     ) -> None:
         self.form, self.shapes = form, shapes_of(tensors)
-        self._graphed, self._context, self._trained = graphed, context, trained
+        self._context, self._trained = context, trained
         self._samples, self._device = step.samples, context.device
         self._inputs = [tensor.detach().clone() for tensor in tensors]
         self._batch = rebuilt(step.batch, iter(self._inputs))
         self._params = [*trained.trainable]
         self._anchor = torch.zeros((), device=self._device, requires_grad=True)
-        self._seed = torch.zeros((), device=self._device)  # what backward starts from
+        #: What backward starts from.
+        self._seed = torch.zeros((), dtype=seen.dtype, device=self._device)
         self._seeded: tuple[Tensor, int] | None = None  # of what that is a copy
         self._sums: list[Tensor] = []  # gradients over a step's micro-batches
         self._loss: Tensor | None = None  # with its graph, between the captures
@@ -232,12 +236,10 @@ class _Captured:
 
     # What is captured. It returns what it writes.
 
-    def forward(self) -> list[Tensor | None]:
-        told = self._graphed.check(self._graphed.call(self._batch), self._samples)
+    def forward(self, graphed: Graphed) -> list[Tensor | None]:
+        told = graphed.check(graphed.call(self._batch), self._samples)
         loss = told.loss
         self._loss = loss.mean
-        if self._seed.dtype != loss.mean.dtype:
-            self._seed = self._seed.to(loss.mean.dtype)
         written = [loss.mean.detach()]
 
         def taken(value: Any) -> Any:
@@ -316,8 +318,10 @@ class _Captured:
             torch._foreach_add_([g for g, _ in old], [grad for _, grad in old])
         if new and not is_last:
             # The next micro-batch's backward writes into the same memory.
-            sums = [torch.empty_like(grad) for _, grad in new]
+            sums = self._sums if len(new) == len(self._pairs) else []
+            sums = sums or [torch.empty_like(grad) for _, grad in new]
             torch._foreach_copy_(sums, [grad for _, grad in new])
+            self._sums = sums if len(new) == len(self._pairs) else self._sums
             new = [(p, one) for (p, _), one in zip(new, sums, strict=True)]
         for p, grad in new:
             p.grad = grad

@@ -109,9 +109,10 @@ class NoReads(TorchDispatchMode):
 
 
 class Graphs:
-    """Captures as CUDA does: nothing is computed then, and each replay writes where it was told.
+    """Captures as CUDA does: operators are recorded, and of what they compute nothing is left.
 
-    What the graphs after it had written is lost in a replay, as in memory that they share.
+    A replay runs the same operators on the same memory; what the host was is frozen. And what the
+    graphs captured after it had written is lost, as in memory that they share.
     """
 
     def __init__(self, counts):
@@ -128,50 +129,52 @@ class Graphs:
 
     def capture(self, *computations):
         self._counts["captures"] += 1
-        drawn, undone = torch.get_rng_state(), _Undone()
-        with undone:
-            graphs = [_Graph(compute, compute()) for compute in computations]
+        drawn, graphs, before = torch.get_rng_state(), [], {}
+        for compute in computations:
+            with _Recorded(before) as recorded:
+                graphs.append(_Graph(self._counts, recorded.operators, compute()))
         torch.set_rng_state(drawn)
-        undone.undo()
+        for tensor, values in before.values():
+            if not torch.equal(tensor, values):
+                tensor.data.copy_(values)
         for place, graph in enumerate(graphs):
-            graph.counts, graph.after = self._counts, graphs[place + 1 :]
+            graph.after = graphs[place + 1 :]
         return graphs
 
 
 class _Graph:
-    def __init__(self, compute, outputs):
-        self._compute, self.outputs = compute, outputs
+    def __init__(self, counts, operators, outputs):
+        self._counts, self._operators, self.outputs = counts, operators, outputs
 
+    @torch.no_grad()
     def replay(self):
-        self.counts["replays"] += 1
-        for graph in self.after:
-            graph.forget()
-        with torch.enable_grad():
-            outputs = self._compute()
-        for kept, new in zip(self.outputs, outputs, strict=True):
-            if kept is not None:
-                kept.data.copy_(new)
-
-    def forget(self):
-        for kept in self.outputs:
-            if kept is not None:
-                kept.data.fill_(float("nan"))
+        self._counts["replays"] += 1
+        for lost in [one for graph in self.after for one in graph.outputs if one is not None]:
+            lost.data.fill_(float("nan"))
+        for func, args, kwargs, written in self._operators:
+            made = func(*args, **kwargs)
+            for one, new in zip(written, _leaves(made), strict=True):
+                if isinstance(one, torch.Tensor) and one is not new:
+                    one.data.copy_(new)
 
 
-class _Undone(TorchDispatchMode):
-    """Keeps what operations were given, and gives it back the numbers that it had."""
+class _Recorded(TorchDispatchMode):
+    """Records operators, but for views, and what the tensors they were given had held before."""
 
-    def __init__(self):
+    def __init__(self, before):
         super().__init__()
-        self._before = {}
+        self._before, self.operators = before, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         for one in tree_leaves((args, kwargs)):
             if isinstance(one, torch.Tensor) and id(one) not in self._before:
                 self._before[id(one)] = one, one.detach().clone()
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **kwargs)
+        if not any(one.alias_info and not one.alias_info.is_write for one in func._schema.returns):
+            self.operators.append((func, args, kwargs, _leaves(made)))
+        return made
 
-    def undo(self):
-        for tensor, before in self._before.values():
-            if not torch.equal(tensor, before):
-                tensor.data.copy_(before)
+
+def _leaves(made):
+    return [made] if isinstance(made, torch.Tensor) else tree_leaves(made)

@@ -4,8 +4,12 @@ The CPU stands in for the device, and its graphs for CUDA's: they compute nothin
 captured, and a replay overwrites what was written before.
 """
 
+import gc
 import random
+import warnings
 import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dtrain
+from dtrain.accelerator import Accelerator
 from dtrain.callbacks import (
     EMA,
     Checkpoint,
@@ -107,6 +112,18 @@ def test_same_bits_as_one_by_one(device, name, split):
         assert graphed[1] == pytest.approx(plain[1], rel=1e-6)
     else:
         assert graphed == plain
+
+
+def test_a_loss_in_another_precision(device):
+    plain, graphed = (
+        train(graph=graph, net=noisy().double(), loss=double_loss) for graph in (False, True)
+    )
+    assert graphed == plain
+    assert device.counts["captures"] == 1
+
+
+def double_loss(net, batch):
+    return soft_loss(net, (batch[0].double(), batch[1]))
 
 
 def test_targets_that_are_mixed(device):
@@ -403,3 +420,86 @@ def test_a_trainer_that_nobody_holds_is_freed(device):
     assert device.counts["captures"] == 1
     del run
     assert engine() is None
+
+
+# -- what is asked of CUDA ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Returns what was asked, in its order, of a CUDA that does nothing."""
+    asked = []
+
+    class Stream:
+        def __init__(self, device="main"):
+            self.name = device
+
+        def wait_stream(self, other):
+            asked.append(f"{self.name} waits for {other.name}")
+
+    class CUDAGraph:
+        def capture_begin(self, **options):
+            asked.append(f"begin {options['pool']} {options['capture_error_mode']}")
+
+        def capture_end(self):
+            asked.append("end")
+            if "breaks" in asked:
+                raise RuntimeError("capture was invalidated")
+
+        def replay(self):
+            asked.append("replay")
+
+    def set_mode(mode):
+        asked.append(f"mode {mode}")
+        if mode == "warn":
+            warnings.warn("Synchronization debug mode is a prototype", stacklevel=1)
+
+    says = {
+        "synchronize": lambda device: asked.append("synchronize"),
+        "empty_cache": lambda: asked.append("empty_cache"),
+        "Stream": Stream,
+        "CUDAGraph": CUDAGraph,
+        "graph_pool_handle": lambda: "pool",
+        "current_stream": lambda device: SimpleNamespace(
+            name="main", wait_stream=lambda other: asked.append(f"main waits for {other.name}")
+        ),
+        "stream": lambda stream: nullcontext(),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": set_mode,
+    }
+    for name, what in says.items():
+        monkeypatch.setattr(torch.cuda, name, what)
+    return asked
+
+
+def test_computations_are_captured_on_another_stream_into_one_pool(cuda):
+    graphs = Accelerator("side").graphs()
+    one, two = graphs.capture(lambda: [gc.isenabled()], lambda: cuda.append("computes") or [2])
+    assert (one.outputs, two.outputs) == ([False], [2])
+    assert gc.isenabled()
+    two.replay()
+    begin = "begin pool thread_local"
+    assert cuda == [
+        *("synchronize", "empty_cache", "side waits for main"),
+        *(begin, "end", begin, "computes", "end", "main waits for side", "replay"),
+    ]
+
+
+def test_a_capture_that_breaks_is_ended(cuda):
+    def breaks():
+        cuda.append("breaks")
+        raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first"):
+        Accelerator("side").graphs().capture(breaks)
+    assert cuda[-2:] == ["end", "main waits for side"]
+    assert gc.isenabled()
+
+
+def test_lines_that_wait_are_noticed_and_other_warnings_let_through(cuda, recwarn):
+    with Accelerator("side").graphs().noticing_waits() as found:
+        warnings.warn("called a synchronizing CUDA operation (triggered ...)", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert [line.rsplit("/", 1)[1].split(":")[0] for line in found] == ["test_graph.py"]
+    assert [str(one.message) for one in recwarn] == ["another"]
+    assert cuda == ["mode warn", "mode 0"]
