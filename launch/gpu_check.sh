@@ -119,6 +119,7 @@ all_parts() {
         gpu_test 'figures: bf16, fp16, optimizers, compile' test_same_figures.py
         gpu_test 'votes and errors a step late' test_late_votes.py
         gpu_test 'batches: right, and not waited for' test_data_path.py
+        gpu_test 'graph=True: captured micro-steps' test_graph.py
         gpu_test 'the lane over NCCL; two ranks' test_ranks_on_gpus.py
     else
         left_out 'all tests' "$python has no pytest; --pack brings it"
