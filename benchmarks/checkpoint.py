@@ -7,6 +7,13 @@ memory that is there already; then dtrain saves beside the training; then torch.
 while the others wait; then torch.distributed.checkpoint (DCP) does beside the training, to
 safetensors. Each writes down to the disk. A figure is the median over rounds of its ratio to the
 copy of the same round, on the slowest rank. At the end one rank loads what was saved last.
+
+    RANKS=1 launch/torchrun.sh benchmarks/checkpoint.py --foreground
+    RANKS=1 launch/torchrun.sh benchmarks/checkpoint.py --steps
+
+``--foreground`` has the training wait for the disk, and gives dtrain's ratio to torch.save.
+``--steps`` compares steps during which 0.5 GB are written with those after it, in turns: of many
+small operations, which want the interpreter's lock, on one core; and of few large, on all.
 """
 
 from __future__ import annotations
@@ -110,6 +117,80 @@ class Rounds(dtrain.Callback):
         now["DCP: written"] = time.perf_counter() - began
 
 
+class Beside(dtrain.Callback):
+    """Times steps, and asks for a checkpoint after as many alone as were beside the last one."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+        self.beside: list[list[float]] = [[]]
+        self.alone: list[list[float]] = [[]]
+        self.began = 0.0
+
+    def writes(self) -> bool:
+        thread = self.trainer._files.saver._thread
+        return thread is not None and thread.is_alive()
+
+    def on_step_start(self, ctx: dtrain.Context, step: dtrain.Step) -> None:
+        self.wrote, self.began = self.writes(), time.perf_counter()
+
+    def on_step_end(self, ctx: dtrain.Context, step: dtrain.Step) -> None:
+        took = time.perf_counter() - self.began
+        if self.wrote:
+            self.beside[-1].append(took)
+        elif len(self.alone[-1]) < 20 + len(self.beside[-1]):
+            self.alone[-1].append(took)
+        elif len(self.beside) > self.rounds + 1:
+            ctx.request.stop("enough")
+        else:
+            self.beside.append([])
+            self.alone.append([])
+            ctx.request.save("the next round")
+
+
+def time_steps(folder: Path, rounds: int) -> None:
+    """Prints how much longer steps take while 0.5 GB are written."""
+    small, large = torch.randn(64), torch.randn(1024, 1024)
+
+    def many(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+        for _ in range(2000):
+            small.mul_(1.0)
+        return model(batch[0]).square().mean()
+
+    def one(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+        for _ in range(8):
+            torch.mm(large, large)
+        return model(batch[0]).square().mean()
+
+    threads = torch.get_num_threads()
+    for name, loss_fn, cores in (("many small", many, 1), ("few large", one, threads)):
+        torch.set_num_threads(cores)
+        model = nn.Linear(8, 8)
+        for number in range(8):
+            model.register_buffer(f"held{number}", torch.randn(WIDTH, WIDTH))
+        beside = Beside(rounds)
+        beside.trainer = trainer = dtrain.Trainer(
+            model,
+            torch.optim.SGD(model.parameters(), lr=1e-5),
+            loss_fn,
+            callbacks=[Checkpoint(every_epochs=1, keep=1), beside],
+            sinks=[],
+            run_dir=folder / name,
+            hang_after_s=None,
+        )
+        trainer.fit(TensorDataset(torch.randn(100_000, 8)), batch_size=1, epochs=1, log_every=10**6)
+        ratios = sorted(
+            statistics.fmean(b) / statistics.fmean(a)
+            for b, a in list(zip(beside.beside, beside.alone, strict=True))[1:]
+            if b
+        )
+        print(
+            f"{name} operations, {cores} threads: steps of"
+            f" {1e3 * statistics.median(beside.alone[1]):.1f} ms take"
+            f" {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) as long beside"
+            f" a save; {statistics.median(map(len, beside.beside[1:]))} of them a save"
+        )
+
+
 def load_times(folder: Path) -> dict[str, float]:
     """Returns how long it takes one rank to read what was saved last."""
     began = time.perf_counter()
@@ -132,19 +213,29 @@ def load_times(folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--foreground", action="store_true", help="wait for the disk")
+    parser.add_argument("--steps", action="store_true", help="time steps beside a save")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary one)")
     arguments = parser.parse_args()
     world = dtrain.init(seed=0)
     folder = dtrain.on_main(
         "folder", lambda: Path(tempfile.mkdtemp(prefix="dtrain-", dir=arguments.folder))
     )
+    if arguments.steps:
+        time_steps(folder, arguments.rounds)
+        shutil.rmtree(folder)
+        world.close()
+        return
     model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)])
     rounds = Rounds(folder, world)
     rounds.trainer = trainer = dtrain.Trainer(
         model,
         torch.optim.AdamW(model.parameters(), lr=1e-5),
         lambda model, batch: model(batch[0]).square().mean(),
-        callbacks=[Checkpoint(every_steps=1, keep=1), rounds],
+        callbacks=[
+            Checkpoint(every_steps=1, keep=1, background=not arguments.foreground),
+            rounds,
+        ],
         sinks=[],
         run_dir=folder / "run",
         hang_after_s=None,
@@ -167,6 +258,12 @@ def main() -> None:
                 f"{name:16} {statistics.median(ratios):7.2f} copies"
                 f" ({ratios[0]:.2f} to {ratios[-1]:.2f}); the first time {first[name]:.2f} s,"
                 f" then {statistics.median(now[name] for now in rest):.3f} s"
+            )
+        for name in ("dtrain: stall", "dtrain: written"):
+            ratios = sorted(now[name] / now["torch.save"] for now in rest)
+            print(
+                f"{name}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                " of torch.save and fsync"
             )
         for name, seconds in load_times(folder).items():
             print(f"loading: {name}: {seconds:.2f} s")

@@ -10,6 +10,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from dtrain import accelerator
 from dtrain.context import Context, Step
 from dtrain.distributed import Activity, Phase
 from dtrain.errors import ConfigError
@@ -234,6 +235,8 @@ class Hooks:
 
     def tell(self, context: Context, error: BaseException) -> None:
         """Calls ``on_error`` of all callbacks; what one raises is a note on ``error``."""
+        self.error = None  # by its frames it holds these hooks
+        accelerator.give_up(error)  # before any of them lets go of what is on the device
         for callback in self.callbacks:
             try:
                 callback.on_error(context, error)

@@ -26,7 +26,7 @@ class ConfigError(DtrainError, ValueError):
 
 
 class LaunchError(DtrainError):
-    """The environment does not say who this rank is."""
+    """The environment does not say who this rank is, or ranks cannot run where it puts them."""
 
 
 class DataError(DtrainError, ValueError):

@@ -250,8 +250,9 @@ class Loop:
                 progress.step_in_epoch -= 1
             if verdict.errors:
                 self.failed_together = True
-                error, where = self.engine.micro_step.trouble or (None, "")
-                self.context.comm.raise_failures("failures in a step", error, where)
+                self.context.comm.raise_failures(
+                    "failures in a step", *(self.engine.micro_step.trouble or (None, ""))
+                )
             if verdict.stop or verdict.save or verdict.preempt:
                 self._heed(self.engine.agreement.carried())
             if verdict.changed and not waited:
@@ -327,9 +328,13 @@ class Loop:
         self._save_once(ended=True)
         if self.files.saver.finish() is not None:
             self._save_once(ended=True)  # again: what was wrong may be over
-        if (failure := self.files.saver.finish()) is not None:
-            mine = None if isinstance(failure, RemoteError) else failure
-            self.context.comm.raise_failures("the last checkpoint", mine, "saving a checkpoint")
+        saver = self.files.saver
+        if saver.finish() is not None:
+            self.context.comm.raise_failures(
+                "the last checkpoint",
+                None if isinstance(saver.failure, RemoteError) else saver.failure,
+                "saving a checkpoint",
+            )
 
     def _settle(self) -> None:
         """Agrees on what was requested since the last backward."""

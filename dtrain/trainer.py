@@ -86,10 +86,9 @@ class Trainer:
         check_ranks: compare the ranks' parameters, by a digest, at reports (every 50 steps at
             most), checkpoints and the end of ``fit`` (docs/numbers.md). False is for machines that
             round differently.
-        keep_modes: leave each part of the model in train or eval mode as it is. Else a model in
-            eval mode, as pretrained ones come, is trained in train mode, but for parts without a
-            parameter that requires a gradient; of one in train mode, parts in eval mode stay so.
-            After ``fit``, modes are as before.
+        keep_modes: leave parts of the model in train or eval mode as they are (as all are after
+            ``fit``). Else a model in eval mode, as pretrained ones come, is trained in train mode,
+            but for parts without a parameter to train; one in train mode may have parts in eval.
         graph: replay the loss function and its backward as CUDA graphs, for batches of one shape;
             what these cannot hold (``.item()``, ``ctx.progress``) is refused (docs/gpu.md).
 
@@ -289,11 +288,7 @@ class Trainer:
                     comm.on_main("close sinks", dispatcher.finish)
                     last, best = self._files.last_and_best()
         except BaseException as error:
-            cause = self._fail(loop, error)
-            dispatcher.close()
-            self.world.tell_launcher(cause or error)
-            if cause is not None:
-                raise cause from error
+            self._fail(loop, error, dispatcher)
             raise
         progress = self.context.progress
         return FitResult(
@@ -423,10 +418,10 @@ class Trainer:
 
     # -- failures -------------------------------------------------------------------------------
 
-    def _fail(self, loop: Loop | None, error: BaseException) -> BaseException | None:
+    def _fail(self, loop: Loop | None, error: BaseException, dispatcher: Dispatcher) -> None:
         """What a rank does on its own before ``fit`` raises: no other rank is waited for.
 
-        Returns the other rank's failure that ``error`` comes from; else leaves it for others.
+        Raises the other rank's failure, if that is why; else leaves ``error`` for others.
         """
         comm = self.world.comm
         phase = comm.activity.phase.name
@@ -441,10 +436,15 @@ class Trainer:
         self._outbox.logged.clear()
         if loop is not None and self._live:
             if loop.failed_together:
-                here = self._engine.micro_step.trouble is not None
-                state, data = loop.state_dict, loop.data_state
-                self._files.save_emergency(state, data, failed_here=here, error=error)
+                state, here = loop.state_dict, self._engine.micro_step.trouble is not None
+                self._files.save_emergency(state, loop.data_state, failed_here=here, error=error)
             self._files.fail(error, cause)
         if history := getattr(loop, "history", None):  # there is none before sinks are open
             history.say()
-        return cause
+        dispatcher.close()
+        self.world.tell_launcher(cause or error)
+        if cause is not None:
+            try:
+                raise cause from error
+            finally:
+                del cause  # its traceback has this frame

@@ -121,6 +121,7 @@ all_parts() {
         gpu_test 'batches: right, and not waited for' test_data_path.py
         gpu_test 'graph=True: captured micro-steps' test_graph.py
         gpu_test 'the lane over NCCL; two ranks' test_ranks_on_gpus.py
+        [[ -n $dry ]] || gpu_test 'faults: a kernel, memory, ranks' test_faults.py
     else
         left_out 'all tests' "$python has no pytest; --pack brings it"
         failed=1

@@ -1,8 +1,9 @@
-"""What dtrain asks of an accelerator, and of nothing else in torch.
+"""What dtrain asks of an accelerator, and what its errors mean.
 
 Callers write ``accelerator.of(device)``, so that a test can put something in its place.
 """
 
 from dtrain.accelerator.cuda import Accelerator, of
+from dtrain.accelerator.faults import give_up, is_lost, is_out_of_memory, is_this_ranks
 
-__all__ = ["Accelerator", "of"]
+__all__ = ["Accelerator", "give_up", "is_lost", "is_out_of_memory", "is_this_ranks", "of"]

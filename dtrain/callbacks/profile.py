@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dtrain.accelerator import is_lost
 from dtrain.callback import Callback
 from dtrain.context import Context, Step
 from dtrain.distributed import current, init
@@ -102,11 +103,13 @@ class Profile(Callback):
             with ctx.long_operation("writing a trace"):
                 self._recording.close()
 
-    def on_fit_end(self, ctx: Context, error: BaseException | None = None) -> None:
+    def on_fit_end(self, ctx: Context) -> None:
         self._event.close()
         self._recording.close()  # of a run that ended early
 
-    on_error = on_fit_end
+    def on_error(self, ctx: Context, error: BaseException) -> None:
+        if not is_lost(error):  # else its end would wait for the device
+            self.on_fit_end(ctx)
 
 
 def _write(path: Path, profiler: torch.profiler.profile) -> None:

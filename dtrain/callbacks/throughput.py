@@ -57,6 +57,8 @@ class Throughput(Callback):
         peak_flops: what a device can do in a second, by its maker.
     """
 
+    asks_for_gradients = True  # it never looks
+
     def __init__(
         self,
         *,

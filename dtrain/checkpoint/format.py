@@ -10,6 +10,9 @@
         rank-00000.json
         manifest.json            size and sha256 of each file, written last
 
+Of a file that is larger than its ``piece``, the sha256 is that of its pieces' sha256, one after
+another, so that several threads can make and check it. (In format 1 it is the file's own.)
+
 What is large comes in parts, as Hugging Face's libraries name and index them::
 
         model-00001-of-00004.safetensors ... model.safetensors.index.json
@@ -39,7 +42,7 @@ from dtrain.checkpoint import disk, tree
 from dtrain.distributed import plain_name
 from dtrain.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MODEL, STATE = "model", "state"
 _MANIFEST = "manifest.json"
 _REPLACED = ".replaced-"
@@ -74,11 +77,6 @@ def rank_name(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
-def facts_of(file: Path) -> dict[str, Any]:
-    """Returns what a manifest says of a file; reads every byte."""
-    return {"bytes": file.stat().st_size, "sha256": disk.digest(file)}
-
-
 def commit(
     aside: Path,
     final: Path,
@@ -89,8 +87,8 @@ def commit(
 ) -> None:
     """Writes the manifest of a checkpoint that is whole, and renames its folder into place.
 
-    ``facts`` are :func:`facts_of` each file, by name. ``check``, called at the last moment, raises
-    where this start may not write any more.
+    ``facts`` are what :func:`disk.write` said of each file, by name. ``check``, called at the last
+    moment, raises where this start may not write any more.
     """
     manifest = {"format": FORMAT, "step": step, "metrics": metrics, "files": dict(facts)}
     manifest["sha256"] = _digest_of(manifest)
@@ -240,7 +238,7 @@ def check(path: Path) -> Saved:
                 raise CheckpointError(f"{file} is missing")
             if (size := file.stat().st_size) != facts["bytes"]:
                 raise CheckpointError(f"{file} has {size} bytes, not the {facts['bytes']} written")
-            if disk.digest(file) != facts["sha256"]:
+            if disk.digest(file, facts.get("piece", 0)) != facts["sha256"]:
                 raise CheckpointError(
                     f"{file} was changed since it was written (its sha256 differs)"
                 )
@@ -251,11 +249,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / _MANIFEST
     try:
         manifest = json.loads(file.read_bytes())
-        if (found := manifest["format"]) != FORMAT:
-            raise CheckpointError(f"{file} has format {found}; this dtrain reads {FORMAT}")
+        if (found := manifest["format"]) not in (1, FORMAT):
+            raise CheckpointError(f"{file} has format {found}; this dtrain reads up to {FORMAT}")
         if manifest["sha256"] != _digest_of(manifest):
             raise ValueError("it was changed since it was written")
         facts = [(f["bytes"], f["sha256"]) for f in manifest["files"].values()]
+        pieces = [f.get("piece", 0) for f in manifest["files"].values()]
+        if any(not isinstance(piece, int) or piece < 0 for piece in pieces):
+            raise ValueError("piece")
         if not isinstance(manifest["step"], int) or not facts:
             raise ValueError("step or files")
         if any("/" in name or name.startswith(".") for name in manifest["files"]):

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dtrain import accelerator
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import status
 from dtrain.checkpoint.format import Saved
@@ -102,9 +103,10 @@ class RunFiles:
 
     def start(self) -> None:
         """Writes that the run is under way, and the user's settings."""
-        self._broken = (
-            set() if self._run_dir is None else {*not_finite(self._run_state.context.model)}
-        )
+        if self._run_dir is not None:
+            self._broken = {*not_finite(self._run_state.context.model)}
+            if self._run_state.slot is not None:
+                self.saver.reserve(self._run_state.bulk())
 
         def write() -> None:
             self._write_status("running")
@@ -277,6 +279,10 @@ class RunFiles:
         local; other ranks may be gone.
         """
         self.saver.leave(_LAST_CHANCE_S)
+        if self._run_dir is not None and accelerator.is_lost(error):
+            with suppress(OSError):
+                if saved := files.listed(self._run_dir / "checkpoints"):
+                    error.add_note(f"(the newest checkpoint is {saved[-1].path})")
         if not self._world.is_main or isinstance(error, RunTaken):
             return
         told = cause or error
@@ -291,6 +297,8 @@ class RunFiles:
         try:
             yield
         finally:
+            self.saver.unreserve()
+            self.saver.failure = self._failed = None  # they hold the frames that they came from
             if self.saver.run_lock is not None:
                 self.saver.run_lock.release()
 

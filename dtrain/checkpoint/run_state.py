@@ -152,13 +152,12 @@ class RunState:
         the device is not well, no more of it is touched than names. Once ``fit`` has ``ended``,
         other weights may count.
         """
-        context, model = self.context, self.context.model
+        context, held = self.context, self._held()
         capture = random_state if device_is_well else random_state_of_host
-        held = named_state(model) if self.slot is None else self.slot.select(model)
         own = {c.name: state for c in self.callbacks if (state := c.rank_state_dict())}
         return Content(
             step=context.progress.step,
-            model={name: value for name, value in held.items() if isinstance(value, Tensor)},
+            model=_tensors_in(held),
             state=tree.split(
                 {
                     "optimizer": context.optimizer.state_dict(),
@@ -186,6 +185,31 @@ class RunState:
             ),
             metrics=context._figures_of_this_step(),
         )
+
+    def bulk(self) -> Callable[[], Content | None]:
+        """Returns what another thread may ask for most of what a checkpoint will hold.
+
+        It is None until a step is done: before that, an optimizer has no state.
+        """
+        context, began = self.context, self.context.progress.step
+        model = _tensors_in(self._held())
+
+        def look() -> Content | None:
+            if context.progress.step == began:
+                return None
+            every = (one.values() for one in list(context.optimizer.state.values()))
+            tensors = [t for held in every for t in list(held) if isinstance(t, Tensor)]
+            for which in AS_SAVED:
+                tensors += weights_of(self.callbacks, which)[1].values()
+            once = {str(number): t for number, t in enumerate({id(t): t for t in tensors}.values())}
+            return Content(began, model, tree.Split({}, once), tree.Split({}, {}), {})
+
+        return look
+
+    def _held(self) -> dict[str, Any]:
+        """Returns what is kept of the model's state, by plain name."""
+        model = self.context.model
+        return named_state(model) if self.slot is None else self.slot.select(model)
 
     def differing(self, content: Content) -> list[str]:
         """Returns whose state, in ``content``, is not equal on all ranks, though it should be.
@@ -303,6 +327,10 @@ class RunState:
         context.rng.set_state(mine["own_rng"])
         data: dict[str, Any] | None = mine["data"]
         return data
+
+
+def _tensors_in(held: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
 
 def _undo_casts(optimizer: Optimizer, saved: dict[str, Any]) -> None:

@@ -1,11 +1,14 @@
 """Makes checkpoints while training goes on."""
 
+import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from dtrain import accelerator
 from dtrain.checkpoint import writer as writing
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.writer import Content, Stage, Staged
@@ -13,6 +16,7 @@ from dtrain.distributed import SAVING, Comm, World, digest_of, end_with
 from dtrain.errors import CommError, RankMismatch
 
 _LOOK_EVERY_S = 1.0
+_NICE = 10
 
 
 class Saver:
@@ -45,6 +49,18 @@ class Saver:
         if self._apart is None and self._world.open_comm is not None:
             self._apart = self._world.open_comm()
             self._apart.activity.enter(SAVING)
+
+    def reserve(self, bulk: Callable[[], Content | None]) -> None:
+        """Has memory pinned for most of a checkpoint, ``bulk``, in a thread. Ranks: all, local.
+
+        ``bulk`` is asked until it is there. On CPUs there is nothing to do beforehand.
+        """
+        if (beside := accelerator.of(self._world.device)) is not None:
+            self._stage.reserve(bulk, self._world.size, beside)
+
+    def unreserve(self) -> None:
+        """No more is pinned from here on; what was stays. Ranks: all, local."""
+        self._stage.memory.leave()
 
     def save(
         self,
@@ -122,6 +138,10 @@ class Saver:
 
         if comm is self._apart:
             comm.mark_step(staged.step)  # which an error names
+            with suppress(OSError):
+                # This thread only, and those that it starts: where cores are scarce, a step takes
+                # precedence. Whoever waits for the checkpoint has a core to give.
+                os.nice(_NICE)
         try:
             main, lock = self._world.is_main, self.run_lock
             writing.write(

@@ -10,14 +10,17 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dtrain import accelerator
 from dtrain.checkpoint import disk
 from dtrain.checkpoint import format as files
+from dtrain.checkpoint.memory import HostMemory, Tensors, bytes_of
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.tree import Split
 from dtrain.distributed import Activity, Comm
@@ -47,66 +50,77 @@ class Staged:
 
     step: int
     metrics: dict[str, float]
-    # By name of the file that is to hold them; so are the JSON values.
-    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    plain: dict[str, Any] = field(default_factory=dict)
-    copied: torch.cuda.Event | None = None  # when copies off the device are there, if they are not
+    tensors: dict[str, list[memoryview]]  # what is in each file of tensors, by its name
+    plain: dict[str, Any] = field(default_factory=dict)  # JSON values, likewise
+    copied: Any = None  # the event after which copies off the device are there, if they are not
 
 
 class Stage:
-    """Copies a rank's share of a checkpoint off the device.
-
-    It keeps the memory of the copies for the next time: to get new memory from the system takes
-    longer than to copy. With CUDA it is pinned, and the copy runs beside the host.
-    """
+    """Copies a rank's share of a checkpoint off the device, into memory that it keeps."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._memory: dict[tuple[str, str], Tensor] = {}
+        self.memory = HostMemory()
 
     def take(self, content: Content, sharers: Sequence[int]) -> Staged:
         """Returns this rank's share of ``content``; what was returned before is overwritten.
 
         What is equal on all ranks is divided among ``sharers``.
         """
-        staged = Staged(content.step, dict(content.metrics))
-        shared = {files.MODEL: content.model, files.STATE: content.state.tensors}
-        me, own = files.rank_name(self._rank), content.rank_state.tensors
-        for stem, held in {**shared, me: own}.items():
-            _check(stem, held)
-        staged.plain[f"{me}.json"] = content.rank_state.plain
-        staged.tensors[f"{me}.safetensors"] = {n: self._copy(me, n, t) for n, t in own.items()}
-        mine = list(own.values())  # what is copied here
-        divided = {stem: divide(held, len(sharers)) for stem, held in shared.items()}
-        weight_map: dict[str, str] = {}
-        parts = [(stem, *part) for stem, names in divided.items() for part in enumerate(names)]
-        for turn, (stem, number, names) in enumerate(parts):
-            file = files.part_name(stem, number, len(divided[stem]))
-            if stem == files.MODEL:
-                weight_map |= dict.fromkeys(names, file)
-            if sharers[turn % len(sharers)] == self._rank:
-                staged.tensors[file] = {n: self._copy(stem, n, shared[stem][n]) for n in names}
-                mine += [shared[stem][name] for name in names]
+        me, own = files.rank_name(self._rank), content.rank_state
+        held = {files.MODEL: content.model, files.STATE: content.state.tensors, me: own.tensors}
+        for stem, tensors in held.items():
+            _check(stem, tensors)
+        parts = _parts(content, len(sharers))
+        share = self._share(own.tensors, parts, sharers)
+        # Not of what others copy: they do where this rank's device is broken.
+        devices = {tensor.device for tensors in share.values() for tensor in tensors.values()}
+        beside = next(filter(None, map(accelerator.of, devices)), None)
+        staged = Staged(content.step, dict(content.metrics), self.memory.copy(share, beside))
+        if beside is not None:
+            staged.copied = beside.event()
+            staged.copied.record()
+        staged.plain[f"{me}.json"] = own.plain
         if self._rank == sharers[0]:
             staged.plain[f"{files.STATE}.json"] = content.state.plain
-            if len(divided[files.MODEL]) > 1:  # as Hugging Face's libraries expect it
+            of_model = [file for file in parts if file.startswith(f"{files.MODEL}-")]
+            if of_model:  # in parts: told as Hugging Face's libraries expect it
                 size = sum(tensor.nbytes for tensor in content.model.values())
+                weight_map = {name: file for file in of_model for name in parts[file]}
                 index = {"metadata": {"total_size": size}, "weight_map": weight_map}
                 staged.plain[f"{files.MODEL}.safetensors.index.json"] = index
-        # Not for what others copy: they do where this rank's device is broken.
-        if any(tensor.is_cuda for tensor in mine):
-            staged.copied = torch.cuda.Event()
-            staged.copied.record()
         return staged
 
-    def _copy(self, stem: str, name: str, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        memory = self._memory.get((stem, name))
-        if memory is None or memory.shape != tensor.shape or memory.dtype != tensor.dtype:
-            # Contiguous, whatever the tensor is, because files hold nothing else.
-            memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._memory[stem, name] = memory
-        return memory.copy_(tensor, non_blocking=True)
+    def reserve(
+        self, bulk: Callable[[], Content | None], ranks: int, beside: accelerator.Accelerator
+    ) -> None:
+        """Gets memory for this rank's share of ``bulk`` in a thread, once that is there."""
+
+        def wanted() -> int | None:
+            if (content := bulk()) is None:
+                return None
+            return bytes_of(self._share({}, _parts(content, ranks), range(ranks)))
+
+        self.memory.reserve(wanted, beside)
+
+    def _share(
+        self, own: Tensors, parts: Mapping[str, Tensors], sharers: Sequence[int]
+    ) -> dict[str, Tensors]:
+        """Returns what this rank copies, by the file that is to hold it."""
+        turns = {file: sharers[turn % len(sharers)] for turn, file in enumerate(parts)}
+        mine = {file: held for file, held in parts.items() if turns[file] == self._rank}
+        return {f"{files.rank_name(self._rank)}.safetensors": own} | mine
+
+
+def _parts(content: Content, most: int) -> dict[str, Tensors]:
+    """Returns what is equal on all ranks, by the file that is to hold it."""
+    parts: dict[str, Tensors] = {}
+    for stem, held in {files.MODEL: content.model, files.STATE: content.state.tensors}.items():
+        divided = divide(held, most)
+        for number, names in enumerate(divided):
+            file = files.part_name(stem, number, len(divided))
+            parts[file] = {name: held[name] for name in names}
+    return parts
 
 
 def divide(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
@@ -177,20 +191,25 @@ def _write_share(aside: Path, staged: Staged, activity: Activity) -> dict[str, A
     """Returns, for the manifest, what is in each file that was written."""
     if staged.copied is not None:
         staged.copied.synchronize()
-    facts: dict[str, Any] = {}
-    for name, tensors in staged.tensors.items():
-        disk.write_tensors(aside / name, tensors)
-        facts[name] = files.facts_of(aside / name)
+
+    def write_one(name: str, parts: Sequence[memoryview]) -> dict[str, Any]:
+        facts = disk.write(aside / name, parts)
         activity.enter(activity.phase)  # still at work
+        return facts
+
+    # Two at once: one goes down to the disk while the other is hashed. Small ones are soon done.
+    size = sum(len(part) for parts in staged.tensors.values() for part in parts)
+    jobs = [partial(write_one, name, parts) for name, parts in staged.tensors.items()]
+    written = disk.at_once(jobs, 2 if size > disk.PIECE_BYTES else 1)
+    facts = dict(zip(staged.tensors, written, strict=True))
     for name, value in staged.plain.items():
-        disk.write_bytes(aside / name, json.dumps(value).encode())
-        facts[name] = files.facts_of(aside / name)
+        facts[name] = disk.write_bytes(aside / name, json.dumps(value).encode())
     return facts
 
 
 def _check(stem: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if not disk.can_hold(tensor.dtype):
+        if not disk.dtype_name(tensor.dtype):
             trouble = f"no safetensors file can hold {tensor.dtype}"
             if tensor.is_complex():
                 trouble += "; keep torch.view_as_real(it), and view it as complex in the forward"

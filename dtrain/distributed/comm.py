@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from dtrain import accelerator
 from dtrain.distributed.activity import Activity, Phase
 from dtrain.distributed.exchange import Exchange, Failures, beginning, reduce_here, remote_error
 from dtrain.distributed.transport import Transport
@@ -206,7 +207,7 @@ class Comm:
         except Exception as error:
             failure = self._failures.describe(error, f"on_main({label!r})")
             self._exchange.share(label, pickle.dumps((None, failure)))
-            self._failures.told = error
+            self._failures.note_told(error)
             raise
         finally:
             self._on_main = ""
@@ -225,6 +226,7 @@ class Comm:
         except (RemoteError, RankMismatch, CommError):
             raise  # every rank knows already
         except Exception as error:
+            accelerator.give_up(error)
             self.fail(error, where if isinstance(where, str) else where())
             raise
 
@@ -249,7 +251,7 @@ class Comm:
         failures.record(error, where)
         try:
             self._exchange.tell(failures.describe(error, where))
-            failures.told = error
+            failures.note_told(error)
             failures.forget()
         except (DtrainError, RuntimeError) as broken:
             # The others left first; this rank's own error, which the caller raises, counts.
@@ -260,14 +262,19 @@ class Comm:
         mine = None if error is None else self._failures.describe(error, where)
         everyones = self.gather_objects(label, mine)
         if error is not None:
-            self._failures.told = error
+            self._failures.note_told(error)
             self._failures.forget()
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback has this frame
         if any(everyones):
             raise remote_error(everyones)
 
     def may_be_broken(self, error: BaseException) -> bool:
         """Says whether ``error`` may only mean that another rank is gone. Ranks: all, local."""
+        if accelerator.is_this_ranks(error):
+            return False
         if isinstance(error, DtrainError) or not isinstance(error, RuntimeError):
             return isinstance(error, CommError)
         return self.activity.phase.waits or _BROKEN.search(str(error)) is not None

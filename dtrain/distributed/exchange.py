@@ -11,7 +11,7 @@ import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from dtrain import accelerator
 from dtrain.distributed.activity import Activity, Phase
 from dtrain.distributed.transport import Transport, TransportOp
 from dtrain.errors import CommError, DtrainError, Failure, RankMismatch, RemoteError, locate
@@ -39,7 +40,9 @@ class Failures:
     host: str
     store: Store | None
     step: int = 0  # the global step that this rank is at
-    told: BaseException | None = None  # the last error that all ranks know of
+    #: What the last error that all ranks know of bears. Not that itself: by its frames it would
+    #: hold the model.
+    _told: object = field(default_factory=object)
 
     def describe(self, error: BaseException, where: str) -> Failure:
         """Says in words that can be sent what went wrong on this rank."""
@@ -49,11 +52,17 @@ class Failures:
         step: int = vars(error).setdefault("_dtrain_step", self.step)
         return Failure(self.rank, self.host, where, step, kind, message, locate(error))
 
+    def note_told(self, error: BaseException) -> None:
+        """Notes that all ranks know of ``error``."""
+        self._told = vars(error)["_dtrain_told"] = object()
+
     def is_told(self, error: BaseException) -> bool:
         """Says whether all ranks know of ``error``, or of what it was made from."""
         known: BaseException | None = error
         while known is not None:
-            if known is self.told or isinstance(known, RemoteError | RankMismatch | CommError):
+            if isinstance(known, RemoteError | RankMismatch | CommError):
+                return True
+            if vars(known).get("_dtrain_told") is self._told:
                 return True
             known = known.__cause__
         return False
@@ -77,6 +86,8 @@ class Failures:
     def explain(self, error: BaseException) -> DtrainError | None:
         """Returns another rank's recorded failure, if that is why ``error`` happened."""
         if self.store is None or isinstance(error, DtrainError):
+            return None
+        if accelerator.is_this_ranks(error):
             return None
         try:
             text = self.store.get("failure") if self.store.check(["failure"]) else b""

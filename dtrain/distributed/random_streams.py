@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dtrain import accelerator
+
 
 def seed_everything(seed: int, *stream: int) -> None:
     """Seeds Python's, NumPy's and torch's generators from ``seed`` and a stream's numbers."""
@@ -68,11 +70,16 @@ def random_state_kept() -> Iterator[None]:
     before = random_state()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         with suppress(RuntimeError):  # of a device that has failed: the first error counts
-            restore_random_state(before)
+            restore_random_state(_but_of_lost(before, error))
         raise
     restore_random_state(before)
+
+
+def _but_of_lost(state: dict[str, Any], error: BaseException | None) -> dict[str, Any]:
+    """Returns what of a state can be restored after ``error``."""
+    return {k: v for k, v in state.items() if k != "cuda" or not accelerator.is_lost(error)}
 
 
 @contextmanager
@@ -118,10 +125,10 @@ class StreamsOfFits:
         if self._ours is not None:
             restore_random_state(self._ours)
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # A device that has failed may fail here as well; then the first error counts.
         with suppress(RuntimeError) if kind else nullcontext():
-            if self._begun:
+            if self._begun and not accelerator.is_lost(error):
                 self._ours = random_state()
         with suppress(RuntimeError) if kind else nullcontext():
-            restore_random_state(self._scripts)
+            restore_random_state(_but_of_lost(self._scripts, error))

@@ -18,7 +18,13 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed.activity import Heartbeat, heartbeat_key
 from dtrain.distributed.comm import Comm
-from dtrain.distributed.environment import allow_files, find_launcher, has_gpu, share_cores
+from dtrain.distributed.environment import (
+    allow_files,
+    check_cards,
+    find_launcher,
+    has_gpu,
+    share_cores,
+)
 from dtrain.distributed.processes import is_failing, this_machine
 from dtrain.distributed.random_streams import has_seeded, random_state_kept, seed_everything
 from dtrain.distributed.rendezvous import own_store, serve_apart
@@ -145,7 +151,7 @@ def init(*, seed: int = 0, timeout_s: float = 600.0) -> World:
         timeout_s: how long, in seconds, a rank waits for the others before it gives up.
 
     Raises:
-        LaunchError: the environment is half set.
+        LaunchError: the environment is half set, or ranks of a host have the same GPU.
         ConfigError: ``seed`` or ``timeout_s`` is out of range.
 
     Ranks: all, communicates.
@@ -253,6 +259,8 @@ def _open(seed: int, timeout_s: float) -> World:
     timeout, life = timedelta(seconds=timeout_s), next(_lives)
     opened = not dist.is_initialized()
     if opened:
+        if has_gpu():
+            check_cards(os.environ, host, own_store(timeout, life))
         open_default(timeout, life)
     # It finds the group, and keeps which rank and device are this process's: true of each life.
     device = PartialState(cpu=not has_gpu()).device

@@ -74,7 +74,7 @@ class DeviceLane(Lane):
             self._weight += part
             key = part, self.start, term.dtype, term.device
             self._seed = self._seeds.get(key)
-            if self._seed is None:
+            if self._seed is None or self._seed._version:  # or an op has written to it
                 self._seed = self._make_seed(key)
         self._losses.append(loss)
         self._parts.append(part)
@@ -138,6 +138,7 @@ class _Turn:
         self.home = accelerator.pinned(len(self.heeded) + micros, param.dtype)
         self.event = accelerator.event()
         self._losses = param.new_zeros(micros)
+        self._places = [*self._losses.unbind()]
         self._message = param.new_zeros(_SLOTS)
         self._reduced = param.new_zeros(_SLOTS)
         self.factor, self.divisor, self.loss = (param.new_zeros(()) for _ in range(3))
@@ -154,7 +155,7 @@ class _Turn:
     def speak(self, losses: list[Tensor], parts: list[float | Tensor]) -> Tensor:
         count = len(losses)
         if losses:
-            torch._foreach_copy_(self._losses[:count].unbind(), losses)
+            torch._foreach_copy_(self._places[:count], losses)
         if any(isinstance(part, Tensor) for part in parts):  # shares that the host does not know
             like = self._losses
             shares = torch.stack([on_device(part, like.dtype, like.device) for part in parts])
@@ -343,7 +344,7 @@ class _Alone(_OnDevice):
         if len(self._losses) == 1:
             return self._losses[0]
         if not self._losses:
-            return torch.full_like(self._turn.loss, math.nan)
+            return torch.zeros_like(self._turn.loss)  # as from many ranks: no guard is to act
         parts = torch.tensor(self._parts).to(self._turn.loss.device, non_blocking=True)
         return (torch.stack(self._losses) * parts).sum() * self.factor()
 

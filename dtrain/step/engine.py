@@ -30,6 +30,7 @@ from dtrain.step.figures import Figures
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.gradients import Gradients
 from dtrain.step.graphed import Graphed
+from dtrain.step.memory_words import explain_memory
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
 from dtrain.step.modes import Modes
 from dtrain.step.precision import Order, Precision, fresh_casts
@@ -153,8 +154,8 @@ class Engine:
         comm.activity.enter(phase)
         with comm.lockstep(lambda: self.hooks.failed_in or phase.name):
             if self.micro_step.trouble is not None:
-                error, self.hooks.failed_in = self.micro_step.trouble
-                raise error
+                self.hooks.failed_in = self.micro_step.trouble[1]
+                raise self.micro_step.trouble[0]
             yield
         comm.activity.enter(BETWEEN)
 
@@ -169,7 +170,10 @@ class Engine:
         # what was before it is saved, as where a loss function fails.
         alone = self.world.size == 1 and where != "on_step_start"
         if alone or all_know or not self.strategy.may_idle:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback has this frame
         if self.micro_step.trouble is None:
             comm.record(error, where)  # for ranks that wait for this one in a verb of their hooks
             self.micro_step.fail(error, where)
@@ -228,6 +232,7 @@ class Engine:
                 yield
         finally:
             self.context.in_fit = False
+            self.micro_step.trouble = None  # its frames hold all this
             if self.graphed is not None:
                 self.graphed.restart()  # the memory is free for something else
 
@@ -267,7 +272,10 @@ class _InStep:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         engine, comm = self._engine, self._engine.context.comm
         if isinstance(error, Exception):
+            where = engine.hooks.failed_in or comm.activity.phase.name
+            explain_memory(error, where, engine.micro_step.under_way, engine)
             comm.leave(error, engine.hooks.failed_in or "a training step")
         elif error is None:
             engine.clock.end_step()
             comm.activity.end_lap(BETWEEN)
+        engine.micro_step.under_way = None  # its batch may be large

@@ -15,6 +15,7 @@ from dtrain.errors import ConfigError, DataError, LossError
 from dtrain.metrics import Means, with_added
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.loss_words import explain
+from dtrain.step.memory_words import explain_memory
 from dtrain.step.micro_step import LossFn, as_loss
 from dtrain.step.precision import Precision, fresh_casts
 
@@ -122,6 +123,8 @@ class Evaluation:
                             returned = self.eval_fn(context.model, step.batch, context)
                     except Exception as error:
                         explain(error)
+                        where = f"evaluation ({label})"
+                        explain_memory(error, where, step, self, trains=False)
                         raise
                     finally:
                         comm.serve_gathers(None)

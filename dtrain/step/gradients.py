@@ -45,7 +45,7 @@ class Gradients:
     def tensors(self) -> list[Tensor]:
         """Returns them all, to be looked at and changed: from here on nothing waits."""
         gradients = self.strategy.gradients(self._optimizer)
-        self._waits = False
+        self._waits, self._norm = False, None
         if self.divisor is not None:
             torch._foreach_div_(gradients, self.divisor)
             self.divisor = None

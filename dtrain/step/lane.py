@@ -160,7 +160,7 @@ class Lane:
         term = loss if term is None else term
         key = share, self.start, term.dtype, term.device
         self._seed = self._seeds.get(key)
-        if self._seed is None:
+        if self._seed is None or self._seed._version:  # or an op has written to it
             self._seed = self._make_seed(key)
         return term
 
@@ -169,7 +169,7 @@ class Lane:
         share, start, dtype, device = key
         seed = torch.full((), start, dtype=dtype, device=device)
         if share != 1.0:
-            seed *= share
+            seed = seed * share
         if len(self._seeds) >= _SEEDS:  # shares of tokens are new in each step
             self._seeds.clear()
         self._seeds[key] = seed
@@ -281,8 +281,9 @@ class Heard:
         return not self.verdict().weight > 0
 
     def loss(self) -> Tensor:
-        """Returns the mean loss over the global batch, 0-dim."""
-        return torch.tensor(self.verdict().loss_mean)
+        """Returns the mean loss over the global batch, 0-dim; 0 where nothing was weighed."""
+        verdict = self.verdict()
+        return torch.tensor(verdict.loss_mean if verdict.weight else 0.0)
 
     def send(self, blocked: bool | Tensor, held: Tensor | None = None) -> None:
         """Is told whether the update was held back, and the flags by which callbacks did so."""

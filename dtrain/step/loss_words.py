@@ -5,24 +5,28 @@ from traceback import walk_tb
 
 from torch import Tensor
 
+from dtrain.accelerator import is_lost
+
 
 def explain(error: Exception) -> None:
     """Adds a note where one of torch's losses raised ``error``, or a table of embeddings did."""
+    span = (lambda tensor: "") if is_lost(error) else _range  # which reads it
     for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__") != "torch.nn.functional":
+            continue  # a frame keeps the locals that it is asked for: in dtrain's own, the error
         name, values = frame.f_code.co_name, frame.f_locals
         given, target, table = (values.get(key) for key in ("input", "target", "weight"))
-        of_torch = frame.f_globals.get("__name__") == "torch.nn.functional"
-        if not of_torch or not isinstance(given, Tensor):
+        if not isinstance(given, Tensor):
             continue
         if name.startswith("embedding") and isinstance(table, Tensor):
             rows = len(table)
             error.add_note(
-                f"(F.{name}: the indices are {_form(given)}{_range(given)}; the table has {rows} "
+                f"(F.{name}: the indices are {_form(given)}{span(given)}; the table has {rows} "
                 f"rows, so they must be from 0 to {rows - 1})"
             )
         elif isinstance(target, Tensor):
             words = f"(F.{name}: the input is {_form(given)}, the target {_form(target)}"
-            words += _range(target)
+            words += span(target)
             if name in ("cross_entropy", "nll_loss") and given.dim():
                 classes = given.shape[min(given.dim(), 2) - 1]
                 words += f"; class indices must be int64 from 0 to {classes - 1}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dtrain import accelerator
 from dtrain.callback import Callback, Hooks
 from dtrain.context import Context, Loss, Number, Step
 from dtrain.data import EndOfStream, MicroBatches
@@ -23,6 +24,7 @@ from dtrain.metrics import Means, as_metrics
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Lane, Slot, idle
 from dtrain.step.loss_words import explain
+from dtrain.step.memory_words import explain_memory
 from dtrain.step.parameters import Parameters
 from dtrain.step.precision import Precision
 from dtrain.step.votes import Agreement
@@ -54,6 +56,7 @@ class MicroStep(nn.Module):
     find_unused: bool  # the reduction looks for unused parameters itself
     may_idle: bool  # False where ranks wait for one another inside of the model
     trouble: tuple[Exception, str] | None = None  # and where; until all ranks learn of it
+    under_way: Step | None = None  # which it is the turn of
     weighed: bool = False  # the reference weight is that of real batches, not a guess
     has_loss: bool = False  # this rank had a loss in this micro-batch
     meets_in_backward: bool = False  # backward of this micro-batch takes part in a gather
@@ -106,7 +109,8 @@ class MicroStep(nn.Module):
         In the ``last`` of the step, in which gradients are reduced, the lane's voice comes first.
         A ``feed`` of None only fixes DDP's buckets.
         """
-        step.loss = loss = None
+        self.under_way, step.loss = step, None
+        loss = None
         terms = [self.lane.attach()] if last else []
         if feed is not None:
             loss = self._try(step, feed)
@@ -139,6 +143,10 @@ class MicroStep(nn.Module):
     def fail(self, error: Exception, where: str) -> None:
         """Keeps what went wrong until the step in which all ranks learn of it."""
         explain(error)
+        explain_memory(error, where, self.under_way, self)
+        if accelerator.is_lost(error):  # and with it what a reduction would take
+            self.context.comm.record(error, where)
+            raise error
         self.trouble = error, where
         self.lane.say(Slot.ERROR)
 

@@ -1,11 +1,13 @@
 """Weights that stand in the model in place of its own: for an evaluation, or after a fit."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from dtrain import accelerator
 from dtrain.callback import Callback, weights_of
 from dtrain.context import Context
 from dtrain.distributed import digests, named_parameters, named_state
@@ -49,9 +51,10 @@ class StandIn:
                     "what is to stay must be written in on_epoch_end, or in a step"
                 )
         finally:
-            own, self._own, self._put = self._own, {}, {}
-            now = self._tensors()
-            self._copy({n: t for n, t in own.items() if n in now and now[n].shape == t.shape})
+            if not accelerator.is_lost(sys.exception()):
+                own, self._own, self._put = self._own, {}, {}
+                now = self._tensors()
+                self._copy({n: t for n, t in own.items() if n in now and now[n].shape == t.shape})
 
     @contextmanager
     def stands_aside(self) -> Iterator[None]:
@@ -62,7 +65,8 @@ class StandIn:
         try:
             yield
         finally:
-            self._copy(standing)
+            if not accelerator.is_lost(sys.exception()):
+                self._copy(standing)
 
     @property
     def changes_at_end(self) -> bool:

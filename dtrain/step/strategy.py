@@ -95,7 +95,10 @@ class Strategy(ABC):
             step.trained.check(begins=False)
         except ConfigError as found:
             error = found
-        comm.raise_failures("what the optimizer has", error, comm.activity.phase.name)
+        try:
+            comm.raise_failures("what the optimizer has", error, comm.activity.phase.name)
+        finally:
+            del error  # its traceback has this frame
         self.check_alike()
         mine = torch.tensor([step.trained.changed(), step.trained.added()]).int()
         changed, added = comm.all_reduce("what changed", mine, "max").tolist()

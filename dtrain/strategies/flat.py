@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtrain import accelerator
 from dtrain.context import Step
 from dtrain.data import MicroBatches
 from dtrain.distributed import BACKWARD, OWN_BACKWARD, World
@@ -22,7 +23,7 @@ from dtrain.strategies.ddp import DDP
 #: are larger, it may; on one rank, flat is quicker (docs/numbers.md).
 FLAT_UP_TO_BYTES = 25 * 2**20
 
-_GRAD, _PARAMS = attrgetter("grad"), itemgetter("params")
+_GRAD, _PARAMS, _OF_FLAT = attrgetter("grad"), itemgetter("params"), attrgetter("params")
 
 
 class Flat(Strategy):
@@ -59,7 +60,10 @@ class Flat(Strategy):
         by_dtype.setdefault(lane.dtype, [])
         self._bytes = sum(p.nbytes for p in micro_step.trainable)
         self._flats = []
-        if world.size > 1:  # alone, gradients stay where backward has put them
+        # One rank's gradients stay where an accelerator's backward has put them: a copy costs it
+        # more than a norm over many. On the CPU it is the other way round.
+        self._is_alone = world.size == 1 and accelerator.of(world.device) is not None
+        if not self._is_alone:
             self._flats = [
                 _Flat(params, dtype, lane, has_flags=self._may_be_unused)
                 for dtype, params in by_dtype.items()
@@ -100,22 +104,24 @@ class Flat(Strategy):
 
     def _reduce(self, micro_step: MicroStep) -> None:
         world = self._world
-        alone = [micro_step.trainable] if world.size == 1 else []
-        grads = [[*map(_GRAD, some)] for some in alone or [flat.params for flat in self._flats]]
+        params = [micro_step.trainable] if self._is_alone else [*map(_OF_FLAT, self._flats)]
+        grads = [[*map(_GRAD, some)] for some in params]
         if self._spoke and micro_step.trouble is None and (error := self._look(grads)):
             micro_step.fail(error, "backward")
-        if alone:
+        if self._is_alone:
             if micro_step.trouble is not None or not (self._spoke or self._may_be_unused):
                 for p in micro_step.trainable:
                     p.grad = torch.zeros_like(p)  # as where it is summed with others
             return
         for flat, given in zip(self._flats, grads, strict=True):
             flat.fill(given, silent=micro_step.trouble is not None)
-        self._tail.copy_(micro_step.lane.message())
+        if world.size > 1:
+            self._tail.copy_(micro_step.lane.message())
         for flat in self._flats:
-            world.gradients.all_reduce(flat.whole)
-            if self._divides_after:
-                flat.gradients.mul_(1 / world.size)
+            if world.size > 1:
+                world.gradients.all_reduce(flat.whole)
+                if self._divides_after:
+                    flat.gradients.mul_(1 / world.size)
             flat.hand_out()
 
     def _look(self, grads: list[list[Tensor | None]]) -> Exception | None:

@@ -5,74 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dtrain.errors import CheckError, ConfigError
+from dtrain.errors import CheckError
 from dtrain.trials import check_causes
 from dtrain.trials.check_compare import DOUBLE, SINGLE, Comparison, Results, Tolerance, compare
-from dtrain.trials.check_trial import SWITCHES, Setup
-from dtrain.trials.launcher import Launcher, Progress, check_script, last_line
+from dtrain.trials.check_trial import Setup
+from dtrain.trials.commands import SWITCHES
+from dtrain.trials.launcher import Launcher, last_line
 from dtrain.trials.report import Cause, Equivalence
-
-
-def check_equivalence(
-    script: str | Path,
-    args: Sequence[str] = (),
-    *,
-    ranks: int = 2,
-    micro_batches: Sequence[int] = (1, 2),
-    steps: int = 4,
-    timeout_s: float = 300.0,
-    allow: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> Equivalence:
-    """Trains a few steps of a script on 1 and on several ranks, and compares all numbers.
-
-    The script runs as it is, in processes of its own, up to the end of its first ``fit``. There
-    it takes ``steps`` steps in float64, without checkpoints, sinks, evaluation and mixed
-    precision, on every combination of ranks and micro-batches. Where numbers part from those of
-    one rank with one micro-batch, experiments look for the cause.
-
-    Example::
-
-        found = dtrain.check_equivalence("train.py", ["--size", "tiny"])
-        assert found.passed, str(found)
-
-    Args:
-        script: a file that calls ``Trainer(...).fit(...)``.
-        args: the script's own arguments.
-        ranks: compare one rank with so many: on this machine's GPUs if there is one for each,
-            else on its CPU.
-        micro_batches: compare so many micro-batches a rank.
-        steps: global steps of each run.
-        timeout_s: how long a run may take, in seconds.
-        allow: what is taken out of all runs, so that the rest can be compared: ``"dropout"``,
-            ``"batchnorm"``, ``"augmentation"``, ``"mixup"``.
-        progress: is told what runs next.
-
-    Returns:
-        What was found; ``str()`` of it is a report.
-
-    Raises:
-        ConfigError: an argument is off.
-        CheckError: the script failed, took too long, or never called ``fit``.
-
-    Ranks: none; it starts them.
-    """
-    script = Path(script)
-    check_script(script, timeout_s)
-    if min(ranks, steps, *micro_batches) < 1:
-        given = f"ranks={ranks}, steps={steps}, micro_batches={list(micro_batches)}"
-        raise ConfigError(f"{given}: all must be 1 or more")
-    if ranks == 1 and not any(micros > 1 for micros in micro_batches):
-        raise ConfigError(
-            "nothing to compare: with one rank and one micro-batch there is the truth only. Ask "
-            "for ranks=2, or micro_batches=(1, 2)"
-        )
-    for name in allow:
-        if name not in SWITCHES:
-            raise ConfigError(f"allow={name!r}: choose from {', '.join(SWITCHES)}")
-    with Launcher(most_ranks=ranks, progress=progress) as launcher:
-        check = Check(launcher, script, args, ranks, steps, timeout_s, tuple(allow))
-        return check.run(micro_batches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +23,7 @@ class _Run:
 
 @dataclass
 class Check:
-    """One check, from the truth to the causes; :func:`check_equivalence` says what of."""
+    """One check, from the truth to the causes; :func:`dtrain.check_equivalence` says what of."""
 
     launcher: Launcher
     script: str | Path

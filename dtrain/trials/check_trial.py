@@ -25,15 +25,6 @@ from dtrain.trials.examine import examine
 from dtrain.trials.report import plural
 from dtrain.trials.runner import Trial
 
-#: What makes numbers depend on the number of ranks, and can be taken out of a script's training.
-#: ``--allow`` takes these, and takes them out; experiments do the same.
-SWITCHES = {
-    "dropout": "dropout is switched off",
-    "batchnorm": "BatchNorm runs in eval mode",
-    "augmentation": "each sample's random augmentation is seeded by its index",
-    "mixup": "Mixup is left out",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -58,10 +49,7 @@ class Setup:
 
 def make_trial(setup: dict[str, Any], folder: Path) -> "CheckTrial":
     """Returns the trial of one rank; ``setup`` is a :class:`Setup`, from JSON."""
-    trial = CheckTrial(Setup(**setup | {"without": tuple(setup["without"])}), folder)
-    if trial.setup.double:
-        torch.set_default_dtype(torch.float64)
-    return trial
+    return CheckTrial(Setup(**setup | {"without": tuple(setup["without"])}), folder)
 
 
 class CheckTrial(Trial):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dtrain.errors import CheckError, ConfigError
+from dtrain.errors import CheckError
 from dtrain.trials.drill_compare import (
     Difference,
     DrilledRun,
@@ -17,44 +17,10 @@ from dtrain.trials.drill_compare import (
     tolerance_of,
 )
 from dtrain.trials.drill_trial import Disturbance, Start, draw
-from dtrain.trials.launcher import Launch, Launcher, Progress, check_script
+from dtrain.trials.launcher import Launch, Launcher
 from dtrain.trials.report import Drilled, TrialResult, plural
 
 _MOST_STARTS = 4  # of a trial: one is disturbed; a script may leave once more by itself
-
-
-def drill_script(
-    script: str | Path,
-    args: Sequence[str] = (),  # the script's own
-    *,
-    ranks: int = 2,
-    kills: int = 3,  # in a step; half as many more fall on a save, and one rank is preempted
-    steps: int = 20,  # global steps of each run, at most
-    seed: int = 0,  # of the steps, ranks and moments of all that is done
-    timeout_s: float = 300.0,  # that one start may take
-    other_ranks: int | None = None,  # in one more trial, go on with so many
-    progress: Progress | None = None,  # is told what runs next
-) -> Drilled:
-    """Kills a script's training again and again, and compares how it ends.
-
-    The script runs as it is, in processes of its own, up to the end of its first ``fit``. Raises
-    ConfigError where an argument is off, CheckError where the script cannot be drilled.
-    """
-    script = Path(script)
-    check_script(script, timeout_s)
-    if min(ranks, kills) < 1 or (other_ranks is not None and other_ranks < 1):
-        other = "" if other_ranks is None else f", other_ranks={other_ranks}"
-        raise ConfigError(f"ranks={ranks}, kills={kills}{other}: all must be 1 or more")
-    if steps < 3:
-        raise ConfigError(f"steps={steps}: must be 3 or more, to save, be killed and go on")
-    if other_ranks == ranks:
-        raise ConfigError(
-            f"other_ranks={other_ranks} is the number of ranks of all other trials: ask for another"
-        )
-    most = max(ranks, other_ranks or 1)
-    with Launcher(most_ranks=most, command="drill", progress=progress) as launcher:
-        one = Drill(launcher, script, args, ranks, steps, seed, timeout_s)
-        return one.run(kills=kills, other_ranks=other_ranks)
 
 
 @dataclass

@@ -1,34 +1,22 @@
 """Runs scripts once or many times, on so many ranks, each time in fresh processes.
 
-These start quickly: a server process (:func:`serve`) imports torch once, and each rank is a fork
-of it. It reads a line of JSON from stdin for each launch, and once all its ranks have ended, or
-were killed for lack of time, answers with one on stdout. When stdin closes, it kills what still
-runs, and leaves: so nothing outlives whoever started it, however that ends.
+These start quickly: a server process (``fork_server.py``) imports torch once, and each rank is a
+fork of it. This process imports it meanwhile: nothing here does so before the server is started.
 """
 
-import faulthandler
-import importlib
 import json
 import os
-import signal
 import subprocess
-import sys
 import tempfile
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dtrain.distributed import serve_store
 from dtrain.errors import CheckError, ConfigError
-from dtrain.testing import rank_environment
-from dtrain.trials.runner import FAILED, NEVER_FIT, RECORDED, run_script
+from dtrain.trials import fork_server
+from dtrain.trials.fork_server import NEVER_FIT, RECORDED, Order
 
 Progress = Callable[[str], None]
 
@@ -39,20 +27,6 @@ _TRACES = (
 )
 _TAIL = 25  # lines of a failed script's output that are shown
 _LEAVE_S = 10.0
-_GRACE_S = 2.0  # how long ranks go on after one has failed: time to say which one, and why
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """A launch that is asked of the server."""
-
-    trial: str  # the module whose make_trial(setup, folder) each rank calls
-    setup: dict[str, Any]  # for the trial
-    folder: str  # for records; each rank's output goes to rank-0.txt and so on
-    script: str
-    args: list[str]  # of the script
-    environments: list[dict[str, str]]  # of each rank, to be added to the server's own
-    timeout_s: float  # how long it may take, in seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +97,7 @@ class Launcher:
         self._log = self.folder / "fork-server.txt"
         with self._log.open("w") as log:
             self._server = subprocess.Popen(
-                [sys.executable, "-c", "from dtrain.trials.launcher import serve; serve()"],
+                fork_server.command("serve", most_ranks),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -137,17 +111,22 @@ class Launcher:
     ) -> Launch:
         """Runs a script once, on so many ranks, and waits until all of them have ended.
 
-        ``setup`` is a dataclass, of a module whose ``make_trial`` takes it on each rank.
+        ``setup`` is a dataclass, of a module whose ``make_trial`` takes it on each rank. If it
+        has ``double``, and that is true, torch's default dtype is float64 there.
         """
         folder = tempfile.mkdtemp(prefix="run-", dir=self.folder)
         environments: list[dict[str, str]] = [{}]
         if ranks > 1:
+            from dtrain.distributed import serve_store
+            from dtrain.testing import rank_environment
+
             # Here, not in the server: it has threads, which no fork may have.
             store = serve_store(timeout_s)
             environments = [rank_environment(rank, ranks, store.port) for rank in range(ranks)]
         words = [str(arg) for arg in args]
         trial, given = type(setup).__module__, asdict(setup)
-        order = Order(trial, given, folder, str(script), words, environments, timeout_s)
+        double = given.get("double", False)
+        order = Order(trial, given, double, folder, str(script), words, environments, timeout_s)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         answer = ""
@@ -194,92 +173,10 @@ def _environment(most_ranks: int) -> dict[str, str]:
         # Asking whether there is a GPU must not make CUDA unusable in forks.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }
-    variables |= {name: v for name, v in os.environ.items() if not name.startswith(_TRACES)}
-    if torch.cuda.device_count() < most_ranks:
-        variables["CUDA_VISIBLE_DEVICES"] = ""  # a rank needs a GPU of its own; so the CPU, for all
-    return variables
+    return variables | {n: v for n, v in os.environ.items() if not n.startswith(_TRACES)}
 
 
 def _tail(log: Path) -> str:
     text = log.read_text(errors="replace") if log.exists() else ""
     lines = text.rstrip().splitlines()[-_TAIL:]
     return "\n".join(f"  | {line}" for line in lines) or "  | (it wrote nothing)"
-
-
-def serve() -> None:
-    """Serves launches; all of this and what follows runs in the server process."""
-    # What scripts need, and takes long to import. The first optimizer imports _dynamo.
-    importlib.import_module("torch._dynamo")
-    importlib.import_module("dtrain.callbacks")
-    # The answers' pipe is kept for itself: what anything prints here goes to stderr.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in iter(sys.stdin.readline, ""):
-        order = Order(**json.loads(line))
-        pids = [_fork(order, rank) for rank in range(len(order.environments))]
-        codes: dict[int, int] = {}
-        try:
-            wanted = _watch(pids, codes, order.timeout_s)
-        finally:
-            for pid in pids:
-                _kill(pid, ended=pid in codes)
-        if not wanted:
-            break
-        late = len(codes) < len(pids) and not any(codes.values())
-        answer = [codes.get(pid, -signal.SIGKILL) for pid in pids], late
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-    os._exit(0)  # nothing is left to tidy up, and torch takes its time over it
-
-
-def _fork(order: Order, rank: int) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = FAILED
-    try:
-        os.setsid()  # a group of its own, so that its data workers can be killed with it
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        out = os.open(f"{order.folder}/rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for fd, target in ((nothing, 0), (out, 1), (out, 2)):
-            os.dup2(fd, target)
-        os.environ.update(order.environments[rank])
-        # A rank that is stuck says where, before it is killed.
-        faulthandler.dump_traceback_later(order.timeout_s * 0.9, file=2)
-        trial = importlib.import_module(order.trial).make_trial(order.setup, Path(order.folder))
-        code = run_script(trial, order.script, order.args)
-    except BaseException:  # noqa: BLE001 -- a fork must end here, and never go on above
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _watch(pids: Sequence[int], codes: dict[int, int], timeout_s: float) -> bool:
-    """Waits for ranks to end, and takes their exit codes; False if nobody wants them any more."""
-    deadline = time.monotonic() + timeout_s
-    handles = {os.pidfd_open(pid): pid for pid in pids}
-    while handles and (left := deadline - time.monotonic()) > 0:
-        for handle in wait([sys.stdin.fileno(), *handles], left):
-            if handle == sys.stdin.fileno():
-                return False  # nothing is ordered while a launch runs: it was closed
-            assert isinstance(handle, int)
-            pid = handles.pop(handle)
-            os.close(handle)
-            codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            if codes[pid]:
-                deadline = min(deadline, time.monotonic() + _GRACE_S)
-    for handle in handles:
-        os.close(handle)
-    return True
-
-
-def _kill(pid: int, *, ended: bool) -> None:
-    """Kills what a rank has started, and the rank itself unless it has ended."""
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    if not ended:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # it may not have had a group yet
-        os.waitpid(pid, 0)

@@ -2,9 +2,11 @@
 
 import textwrap
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dtrain.trials.check_compare import Comparison
-from dtrain.trials.drill_compare import Difference
+if TYPE_CHECKING:  # they need torch
+    from dtrain.trials.check_compare import Comparison
+    from dtrain.trials.drill_compare import Difference
 
 _WIDTH = 92
 _TENSORS, _DIFFERENCES = 5, 4  # of a run or trial, that are shown by name
@@ -53,7 +55,7 @@ class Equivalence:
     script: str
     steps: int  # how many global steps were compared
     dtype: str  # what it was computed in
-    runs: tuple[Comparison, ...]  # each against one rank with one micro-batch
+    runs: "tuple[Comparison, ...]"  # each against one rank with one micro-batch
     causes: tuple[Cause, ...] = ()  # why numbers part, where they do
     #: Parameters that differ only because their gradient is zero but for rounding.
     zero_gradients: tuple[str, ...] = ()
@@ -108,7 +110,7 @@ class TrialResult:
     done: str  # to it
     at: int  # at which step
     went_on_from: tuple[int, ...]  # the step of each further start
-    differences: tuple[Difference, ...] = ()  # from the undisturbed run, the first one first
+    differences: "tuple[Difference, ...]" = ()  # from the undisturbed run, the first one first
     failure: str = ""  # why it never came to its end, if it did not
 
     @property
@@ -165,7 +167,7 @@ def plural(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
 
 
-def _row_of_run(run: Comparison) -> tuple[str, ...]:
+def _row_of_run(run: "Comparison") -> tuple[str, ...]:
     if run.equal:
         verdict = "equal"
     elif run.strays:
@@ -187,7 +189,7 @@ def _row_of_trial(trial: TrialResult) -> tuple[str, ...]:
     return trial.done, str(trial.at), went_on, result
 
 
-def _differing(where: str, differences: tuple[Difference, ...]) -> str:
+def _differing(where: str, differences: "tuple[Difference, ...]") -> str:
     """Returns what differs in a trial: of each figure and tensor, where it does so first."""
     firsts: dict[tuple[str, str], Difference] = {}
     for one in differences:

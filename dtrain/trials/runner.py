@@ -5,11 +5,9 @@ out and what to record, and ends the script with its first ``fit``.
 """
 
 import inspect
-import os
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,9 +18,7 @@ from dtrain.data import Data, Feed
 from dtrain.distributed import World, current
 from dtrain.plan import FitResult, Recorder
 from dtrain.trainer import Trainer
-
-#: Exit codes of a rank.
-RECORDED, FAILED, NEVER_FIT = 0, 1, 3
+from dtrain.trials.fork_server import FAILED, NEVER_FIT, RECORDED
 
 
 class ScriptEnds(BaseException):
@@ -54,11 +50,8 @@ class Trial(Recorder, Callback):
         """Takes what ``fit`` returned. Then the script ends."""
 
 
-def run_script(trial: Trial, script: str, args: Sequence[str]) -> int:
-    """Runs the script as ``python script args`` would; returns an exit code."""
-    sys.argv = [script, *args]
-    if not sys.flags.safe_path:
-        sys.path[0] = os.path.dirname(os.path.abspath(script))
+def run_script(trial: Trial, script: str) -> int:
+    """Runs the script as ``__main__``; returns an exit code."""
     # Before the script imports either of them.
     vars(dtrain)["Trainer"] = vars(dtrain.trainer)["Trainer"] = _following(trial)
     try:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from dtrain.cli import app
 from dtrain.errors import CheckError, ConfigError
-from dtrain.trials.drill import Drill, drill_script
+from dtrain.trials.commands import drill_script
+from dtrain.trials.drill import Drill
 from dtrain.trials.launcher import Launcher
 
 ROOT = Path(__file__).parents[2]

@@ -69,8 +69,7 @@ def before_operations(act):
 
     for name in OPERATIONS:
         wrap(name)
-    wrap_write(disk, "save_file", 1)
-    wrap_write(Path, "write_bytes", 0)
+    wrap_write(disk, "_write_piece", 0)
 
 
 def kill_before(operation):

@@ -9,6 +9,9 @@ from torch import nn
 
 import dtrain
 from dtrain.callbacks import ClipGradients, Freeze
+from dtrain.step.gradients import Gradients
+from dtrain.step.precision import Precision
+from dtrain.step.strategy import Gate
 from dtrain.testing import run_processes
 
 
@@ -78,10 +81,11 @@ def test_gradients_are_covered(case):
 
 def test_a_gradient_of_nan_is_clipped_to_nan():
     grads = [torch.tensor([torch.nan]), torch.tensor([1e6])]
-    context = SimpleNamespace(
-        gradients=lambda: grads,
-        gradient_norm=lambda: torch.nn.utils.get_total_norm(grads),
-        log=lambda name, value: None,
+    strategy = SimpleNamespace(
+        gradients=lambda _: grads, gradient_norm=lambda _: torch.nn.utils.get_total_norm(grads)
     )
+    gradients = Gradients(strategy, Precision(), may_wait=False, on_host=True)
+    gradients.take(None, Gate(1.0, 1.0, closed=False, undone=False, waits=True))
+    context = SimpleNamespace(clip_gradient_norm=gradients.clip, log=lambda name, value: None)
     ClipGradients(1.0).on_grads_ready(context, None)
     assert all(bool(grad.isnan().all()) for grad in grads)

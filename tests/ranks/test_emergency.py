@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from ahead import run_ahead
 from torch.optim.lr_scheduler import ExponentialLR
 
 import dtrain
@@ -55,9 +56,7 @@ class Rows:
 
 
 def fit(run_dir, where, failing, *, delays=False, **options):
-    import dtrain.trainer
-
-    dtrain.trainer.may_delay = lambda device, optimizer, data: delays
+    run_ahead(delays)
     world = dtrain.init(seed=0)
     broken = Broken(where, world.rank == failing)
 

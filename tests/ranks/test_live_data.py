@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ahead import run_ahead
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -62,7 +63,7 @@ def train():
     dtrain.init(seed=0)
     ends = []
     for delays in (False, True):
-        dtrain.trainer.may_delay = lambda device, optimizer, data, delays=delays: delays
+        run_ahead(delays)
         for micros, options in [(1, {"prefetch": 0}), (1, {}), (3, {"seed_samples": True})]:
             model = net()
             trainer = dtrain.Trainer(

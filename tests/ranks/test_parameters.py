@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from ahead import run_ahead
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LinearLR, StepLR
@@ -325,7 +326,7 @@ def delayed(hook, change, ranks):
 
 
 def test_changed_where_steps_are_not_waited_for(monkeypatch):
-    monkeypatch.setattr(dtrain.trainer, "may_delay", lambda device, optimizer, data: True)
+    run_ahead(patch=monkeypatch)
     for name, change in CHANGES.items():
         for hook in ("on_step_start", "on_step_end"):
             (_, weights), *others = [

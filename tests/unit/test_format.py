@@ -146,23 +146,22 @@ def test_a_tensor_that_is_there_twice_is_kept_once() -> None:
     assert torch.equal(joined["b"]["c"], joined["a"][0])
 
 
+def values(parts: list[memoryview]) -> list[float]:
+    """Returns the float32 numbers that are to go into a file, after its header."""
+    return [number for part in parts[1:] for number in part.cast("f")]
+
+
 def test_what_is_staged_is_a_copy() -> None:
     tensor = torch.zeros(2)
     stage = Stage(rank=0)
     split = tree.split({"a": tensor, "b": tensor[:]})
     staged = stage.take(Content(1, {"w": tensor}, split, split, {}), [0])
     tensor += 1
-    every = [copy for held in staged.tensors.values() for copy in held.values()]
-    assert [copy.tolist() for copy in every] == [[0, 0]] * 5
-    assert len({copy.data_ptr() for copy in every}) == 5
+    assert [values(parts) for parts in staged.tensors.values()] == [[0] * 4, [0] * 2, [0] * 4]
     # And the next one takes the same memory.
     again = stage.take(Content(2, {"w": tensor}, split, split, {}), [0])
-    assert [copy.tolist() for held in again.tensors.values() for copy in held.values()] == [
-        [1, 1]
-    ] * 5
-    assert {c.data_ptr() for held in again.tensors.values() for c in held.values()} == {
-        copy.data_ptr() for copy in every
-    }
+    assert [values(parts) for parts in again.tensors.values()] == [[1] * 4, [1] * 2, [1] * 4]
+    assert [values(parts) for parts in staged.tensors.values()] == [[1] * 4, [1] * 2, [1] * 4]
 
 
 def test_a_rank_that_copies_nothing_off_its_device_leaves_it_alone() -> None:
@@ -373,7 +372,7 @@ def test_a_newer_format_is_told_apart_from_damage(folder: Path) -> None:
     manifest = json.loads(file.read_bytes()) | {"format": files.FORMAT + 1}
     file.write_text(json.dumps(manifest))
     _, damage = files.find(folder)
-    assert f"format {files.FORMAT + 1}; this dtrain reads {files.FORMAT}" in damage[0]
+    assert f"format {files.FORMAT + 1}; this dtrain reads up to {files.FORMAT}" in damage[0]
 
 
 def test_a_file_of_another_size_is_told_with_both_sizes(folder: Path) -> None:

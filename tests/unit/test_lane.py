@@ -316,6 +316,30 @@ def test_the_reference_changes_no_result() -> None:
     assert results[0] == results[1] == results[2] == (pytest.approx(0.3), 7, 1)
 
 
+class Clumsy(torch.autograd.Function):
+    """A loss whose backward writes to what it is handed."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].mul_(3)
+
+
+@pytest.mark.parametrize("weight", [8, 4])
+def test_a_backward_that_writes_to_its_gradient_spoils_no_later_step(weight: float) -> None:
+    one = lane()
+    one.expect(8)
+    for _ in range(3):
+        one.open()
+        value = loss(2.0)
+        one.backward(None, one.add(Clumsy.apply(value), weight, 8))  # type: ignore[no-untyped-call]
+        assert value.grad is not None
+        assert value.grad.item() == 3 * weight / 8
+
+
 # ----------------------------------------------------------------------------- silence
 
 

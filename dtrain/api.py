@@ -1,0 +1,79 @@
+"""What users name as ``dtrain.Trainer`` and so on."""
+
+# Rooms that users name: `dtrain.callbacks.EMA` after a mere `import dtrain`.
+from dtrain import callbacks as callbacks
+from dtrain import data as data
+from dtrain import schedules as schedules
+from dtrain import sinks as sinks
+from dtrain import strategies as strategies
+from dtrain import testing as testing
+from dtrain.callback import Callback
+from dtrain.checkpoint import ResumeMode, export_model, load_model
+from dtrain.context import Context, Loss, Mean, Number, Progress, Reduce, Request, Shown, Step
+from dtrain.data import Data
+from dtrain.distributed import Comm, World, init, on_main
+from dtrain.errors import (
+    CheckError,
+    CheckpointError,
+    CommError,
+    ConfigError,
+    CrashLoop,
+    DataError,
+    DtrainError,
+    HangError,
+    LaunchError,
+    LossError,
+    RankMismatch,
+    RemoteError,
+    ResumeError,
+    RunTaken,
+    SinkError,
+    UnusedParameters,
+)
+from dtrain.plan import FitResult
+from dtrain.sinks import Report, Sink
+from dtrain.trainer import Trainer
+from dtrain.trials import Equivalence, check_equivalence
+
+__all__ = [
+    "Callback",
+    "CheckError",
+    "CheckpointError",
+    "Comm",
+    "CommError",
+    "ConfigError",
+    "Context",
+    "CrashLoop",
+    "Data",
+    "DataError",
+    "DtrainError",
+    "Equivalence",
+    "FitResult",
+    "HangError",
+    "LaunchError",
+    "Loss",
+    "LossError",
+    "Mean",
+    "Number",
+    "Progress",
+    "RankMismatch",
+    "Reduce",
+    "RemoteError",
+    "Report",
+    "Request",
+    "ResumeError",
+    "ResumeMode",
+    "RunTaken",
+    "Shown",
+    "Sink",
+    "SinkError",
+    "Step",
+    "Trainer",
+    "UnusedParameters",
+    "World",
+    "check_equivalence",
+    "export_model",
+    "init",
+    "load_model",
+    "on_main",
+]
