@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtrain.context import Context, Loss, Mean
 from dtrain.data import parts_of
@@ -15,6 +15,8 @@ from dtrain.errors import ConfigError, LossError
 #: What stays as it is in a fit, or does nothing that a replay would miss.
 _STAYS = {"model", "device", "run_dir", "has_eval", "in_fit", "loss_scaled", "reads_at_once"}
 _STAYS |= {"heartbeat", "long_operation"}
+#: What modules keep on the host, and what they do hangs on.
+NUMBERS = (bool, int, float, str)
 OUT = "or leave out Trainer(graph=True)"
 
 
@@ -75,6 +77,33 @@ class Still:
             "or did, when it was captured. Do that in on_batch, where what changes can be put into "
             f"the batch as a tensor, or in on_loss, {OUT}"
         )
+
+
+def numbers_of(model: nn.Module) -> dict[str, Any]:
+    """Returns what modules keep on the host, by name, but for their modes."""
+    return {
+        name_of(name, key): value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if type(value) in NUMBERS and key != "training"
+    }
+
+
+def name_of(module: str, key: str) -> str:
+    """Returns what to call what a module keeps."""
+    return f"{module or 'the model'}.{key}"
+
+
+def check_numbers(then: dict[str, Any], now: dict[str, Any], counted: set[str]) -> None:
+    """Raises ConfigError where something has set one since, but for those that a call counts."""
+    for name, value in now.items():
+        old = then.get(name, value)
+        if old is not value and old != value and name not in counted:
+            raise ConfigError(
+                f"graph=True: {name} was {old!r} in the step before and is {value!r}, and a "
+                "graph would keep it. Make it a buffer, a tensor that is written in place (as "
+                f"ParamSchedule does it), {OUT}"
+            )
 
 
 def is_on(value: Any, device: str) -> bool:

@@ -9,7 +9,6 @@ micro-steps, which run one by one, and what a graph would freeze is refused in w
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +18,17 @@ from dtrain.accelerator import Accelerator
 from dtrain.context import Context, Loss, Mean, Step
 from dtrain.errors import ConfigError, DtrainError, LossError
 from dtrain.step.graph_limits import (
+    NUMBERS,
     OUT,
     Seen,
     Still,
     Told,
+    check_numbers,
     drawn_from,
     form_of,
     is_on,
+    name_of,
+    numbers_of,
     rebuilt,
     shapes_of,
 )
@@ -36,8 +39,6 @@ from dtrain.step.precision import Precision
 _WARM = 3  # micro-steps of a form that run one by one before it is captured
 _FORMS = 16  # that are kept in mind
 _LOOKS_AT = 32  # micro-steps, of which more than half should be replayed
-
-_TRAINING = attrgetter("training")
 
 
 class Graphed:
@@ -68,6 +69,9 @@ class Graphed:
         """Begins or ends a fit: graphs, and the memory they hold, are of one fit only."""
         self._captured: _Captured | None = None
         self._seen: dict[Any, Seen] = {}
+        #: Of the model, after a call in the newest micro-step; and those that a call changes.
+        self._numbers: dict[str, Any] | None = None
+        self._counted: set[str] = set()
         self._told = False
         self._count = self._replays = 0
         if self._graphs is None and not self._told_of_device:
@@ -84,6 +88,7 @@ class Graphed:
         if self._captured is not None and not self._captured.is_current():
             self._captured = None
             self._seen.clear()
+            self._numbers = None
         if self._captured is None and self._graphs is not None:
             seen = self._seen.get(form)
             if seen is not None and seen.count >= _WARM:
@@ -92,6 +97,7 @@ class Graphed:
             self._tell(tensors, replayed=False)
             return self._one_by_one(step, form, tensors)
         self._tell(tensors, replayed=True)
+        self._numbers = None
         return self._captured.run(step, tensors)
 
     def _tell(self, tensors: list[Tensor], *, replayed: bool) -> None:
@@ -128,6 +134,7 @@ class Graphed:
         if len(self._seen) >= _FORMS and form not in self._seen:
             self._seen.clear()
         seen = self._seen.setdefault(form, Seen())
+        then, self._numbers = self._numbers, None
         if seen.count >= _WARM:
             with self._beside():
                 return self.check(self.call(step.batch), step.samples).loss
@@ -138,6 +145,9 @@ class Graphed:
                     f"graph=True: the batch holds a tensor on {tensor.device}, whose numbers a "
                     f"graph would never see again: in on_batch, move it to ctx.device, {OUT}"
                 )
+        numbers = numbers_of(self._context.model)
+        if then is not None and self._context.progress.step_in_epoch:
+            check_numbers(then, numbers, self._counted)
         before = drawn_from(device)
         with self._beside(), self._noticing(last=seen.count == _WARM - 1) as waits:
             returned = self.call(step.batch)
@@ -148,8 +158,8 @@ class Graphed:
                 "tensor made of the host's numbers. Compute it on the device, such as by "
                 f"torch.where; make constants before, as buffers or by torch.full; {OUT}"
             )
-        now = drawn_from(device)
-        if drawn := [name for name in now if repr(now[name]) != repr(before[name])]:
+        after = drawn_from(device)
+        if drawn := [name for name in after if repr(after[name]) != repr(before[name])]:
             raise LossError(
                 f"graph=True: the loss function draws random numbers on the host ({drawn[0]}), and "
                 "a graph would draw the same ones for ever: draw them in on_batch, or on the "
@@ -157,6 +167,8 @@ class Graphed:
             )
         told = self.check(returned, step.samples)
         seen.take(told, device)
+        self._numbers = now = numbers_of(self._context.model)
+        self._counted |= {name for name in now if now[name] != numbers.get(name, now[name])}
         return told.loss
 
     def _beside(self) -> AbstractContextManager[None]:
@@ -174,7 +186,9 @@ class Graphed:
         assert self._graphs is not None
         try:
             with self._context.long_operation("capturing a micro-step"):
-                captured = _Captured(self._context, self._trained, step, tensors, form, seen)
+                captured = _Captured(
+                    self._context, self._trained, step, tensors, form, seen, self._counted
+                )
                 forward = partial(captured.forward, self)
                 captured.take(*self._graphs.capture(forward, captured.backward))
                 return captured
@@ -207,6 +221,7 @@ class _Captured:
         tensors: list[Tensor],
         form: Any,
         seen: Seen,
+        counted: set[str],
     ) -> None:
         self.form, self.shapes = form, shapes_of(tensors)
         self._context, self._trained = context, trained
@@ -220,8 +235,14 @@ class _Captured:
         self._seeded: tuple[Tensor, int] | None = None  # of what that is a copy
         self._sums: list[Tensor] = []  # gradients over a step's micro-batches
         self._loss: Tensor | None = None  # with its graph, between the captures
-        self._modules = [*context.model.modules()]
-        self._buffers = [module._buffers for module in self._modules if module._buffers]
+        model = context.model
+        self._buffers = [module._buffers for module in model.modules() if module._buffers]
+        self._numbers = [
+            (vars(module), key)
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if type(value) in NUMBERS and name_of(name, key) not in counted
+        ]
         self._found = self._look()
 
     def _look(self) -> list[Any]:
@@ -229,7 +250,7 @@ class _Captured:
         buffers = chain.from_iterable(b.values() for b in self._buffers)
         held = [b for b in buffers if b is not None]
         places = [*map(Tensor.data_ptr, chain(self._params, held))]
-        return [self._context._taken, places, [*map(_TRAINING, self._modules)]]
+        return [self._context._taken, places, [of.get(key) for of, key in self._numbers]]
 
     def is_current(self) -> bool:
         return not self._trained.changed() and self._look() == self._found

@@ -34,6 +34,7 @@ from dtrain.callbacks import (
     MixedPrecision,
     Mixup,
     NonFiniteGuard,
+    ParamSchedule,
     StochasticWeightAveraging,
     Throughput,
 )
@@ -215,7 +216,11 @@ def replace(net):
     net[1].register_buffer("running_mean", torch.ones(16))
 
 
-@pytest.mark.parametrize("change", [freeze, rest, move, replace])
+def drop_more(net):
+    net[2].p = 0.5
+
+
+@pytest.mark.parametrize("change", [freeze, rest, move, replace, drop_more])
 def test_what_changes_is_captured_anew(device, change):
     plain, graphed = (
         train(graph=graph, callbacks=[Changes(change)], fit={"epochs": 3})
@@ -345,6 +350,34 @@ def test_what_a_graph_would_freeze_is_refused(monkeypatch, loss, has_device):
     assert stand_in is None or not stand_in.counts["captures"]
     plain = tiny.trainer(loss=loss if loss is not keeps_score else tiny.loss_fn)
     plain.fit(tiny.dataset(), batch_size=12, max_steps=3)
+
+
+class Scaled(nn.Linear):
+    """With a number of the host, and one on the device; it counts its calls."""
+
+    def __init__(self):
+        super().__init__(8, 2)
+        self.scale, self.calls = 1.0, 0
+        self.register_buffer("other", torch.ones(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * self.scale * self.other
+
+
+def test_a_number_of_a_module_that_changes_in_each_step_must_be_a_buffer(device):
+    def run(name, graph):
+        torch.manual_seed(3)
+        schedule = ParamSchedule(name, lambda progress: 1.0 + progress.step, module=f":{name}")
+        net = Scaled()
+        trainer = tiny.trainer([schedule], net=net, loss=soft_loss, optimizer=sgd, graph=graph)
+        trainer.fit(tiny.dataset(52), batch_size=12, epochs=2, eval_set=tiny.dataset(10))
+        return tiny.digest(net)
+
+    assert run("other", True) == run("other", False)
+    assert device.counts["captures"] == 1
+    with pytest.raises(ConfigError, match=r"the model\.scale was 1\.0 .*and is 2\.0.* a buffer"):
+        run("scale", True)
 
 
 def reads(net, batch):
