@@ -85,10 +85,28 @@ class Graphs:
         gc.disable()  # what it frees may ask the device something, which ends a capture
         try:
             with self.beside():
-                return [_captured(compute, pool) for compute in computations]
+                try:
+                    return [_captured(compute, pool) for compute in computations]
+                except BaseException:
+                    self._recover(pool)
+                    raise
         finally:
             if collects:
                 gc.enable()
+
+    def _recover(self, pool: Any) -> None:
+        """Ends what a capture that failed has left open: torch closes none of it.
+
+        The allocator would go on to gather memory for it, and the device's generator would take
+        itself to be captured, and draw no more, until the next capture ends well.
+        """
+        device = self._device
+        with suppress(
+            RuntimeError
+        ):  # where it was no operation of CUDA's that failed, it is closed
+            torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+        with suppress(RuntimeError):
+            _captured(lambda: [torch.zeros((), device=device)], torch.cuda.graph_pool_handle())
 
 
 def _captured(compute: Callable[[], Outputs], pool: Any) -> Graph:

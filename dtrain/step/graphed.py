@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dtrain.accelerator import Accelerator
+from dtrain import accelerator
 from dtrain.context import Context, Loss, Mean, Step
 from dtrain.errors import ConfigError, DtrainError, LossError
 from dtrain.step.graph_limits import (
@@ -54,14 +54,14 @@ class Graphed:
         loss_fn: LossFn,
         precision: Precision,
         trained: Parameters,
-        accelerator: Accelerator | None,
+        device: accelerator.Accelerator | None,
     ) -> None:
         self._context = context
         self._loss_fn = loss_fn
         self._precision = precision
         self._trained = trained
         self._still: Any = Still(context)
-        self._graphs = None if accelerator is None else accelerator.graphs()
+        self._graphs = None if device is None else device.graphs()
         self._told_of_device = False
         self.restart()
 
@@ -192,15 +192,15 @@ class Graphed:
                 forward = partial(captured.forward, self)
                 captured.take(*self._graphs.capture(forward, captured.backward))
                 return captured
-        except torch.OutOfMemoryError as error:
-            error.add_note(
-                "(graph=True: a captured micro-step keeps the memory of its forward and backward, "
-                "beside that of steps which run one by one, and of evaluations)"
-            )
-            raise
         except DtrainError:
             raise
         except Exception as error:
+            if accelerator.is_out_of_memory(error):
+                error.add_note(
+                    "(graph=True: a captured micro-step keeps the memory of its forward and "
+                    "backward, beside that of steps which run one by one, and of evaluations)"
+                )
+                raise
             raise LossError(
                 f"graph=True: this micro-step cannot be captured as a CUDA graph: {error}. Neither "
                 "in it nor in its backward may a number be read from the device (.item(), .cpu(), "

@@ -163,6 +163,7 @@ def test_after_a_capture_that_failed_another_training_is_right(device):
 
     with pytest.raises(LossError, match="cannot be captured"):
         train(graph=True, loss=loss)
+    assert len(set(torch.rand(9, device=device).tolist())) == 9  # the generator draws again
     compare()
 
 

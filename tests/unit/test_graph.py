@@ -464,8 +464,10 @@ def cuda(monkeypatch):
     asked = []
 
     class Stream:
-        def __init__(self, device="main"):
-            self.name = device
+        name = "side"
+
+        def __init__(self, device):
+            pass
 
         def wait_stream(self, other):
             asked.append(f"{self.name} waits for {other.name}")
@@ -506,7 +508,7 @@ def cuda(monkeypatch):
 
 
 def test_computations_are_captured_on_another_stream_into_one_pool(cuda):
-    graphs = Accelerator("side").graphs()
+    graphs = Accelerator(torch.device("cpu", 0)).graphs()
     one, two = graphs.capture(lambda: [gc.isenabled()], lambda: cuda.append("computes") or [2])
     assert (one.outputs, two.outputs) == ([False], [2])
     assert gc.isenabled()
@@ -518,19 +520,27 @@ def test_computations_are_captured_on_another_stream_into_one_pool(cuda):
     ]
 
 
-def test_a_capture_that_breaks_is_ended(cuda):
+def test_a_capture_that_breaks_is_ended(cuda, monkeypatch):
+    """And what torch leaves open: memory of the pool, and the device's generator."""
+
+    def close(device, pool):
+        cuda.append(f"close {pool} of {device}")
+        cuda.remove("breaks")  # what is captured now ends well
+
     def breaks():
         cuda.append("breaks")
         raise ValueError("first")
 
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", close, raising=False)
     with pytest.raises(ValueError, match="first"):
-        Accelerator("side").graphs().capture(breaks)
-    assert cuda[-2:] == ["end", "main waits for side"]
+        Accelerator(torch.device("cpu", 0)).graphs().capture(breaks)
+    begin = "begin pool thread_local"
+    assert cuda[3:] == [begin, "end", "close pool of 0", begin, "end", "main waits for side"]
     assert gc.isenabled()
 
 
 def test_lines_that_wait_are_noticed_and_other_warnings_let_through(cuda, recwarn):
-    with Accelerator("side").graphs().noticing_waits() as found:
+    with Accelerator(torch.device("cpu", 0)).graphs().noticing_waits() as found:
         warnings.warn("called a synchronizing CUDA operation (triggered ...)", stacklevel=1)
         warnings.warn("another", stacklevel=1)
     assert [line.rsplit("/", 1)[1].split(":")[0] for line in found] == ["test_graph.py"]
