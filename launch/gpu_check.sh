@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # What can only be seen on a GPU, in one call of at most nine minutes, on a machine that has a Python
-# with torch and CUDA, and no network. All parts run, also after one has failed.
+# with torch and CUDA, and no network. All parts run, also after one has failed: what must be right
+# side by side, as far as cores allow, and then what is timed, alone.
 #
 #   launch/gpu_check.sh              writes gpu_check.txt and gpu.json to $OUT (benchmarks/results)
-#   launch/gpu_check.sh --dry-run    the same code on the CPU, in a minute; writes to $OUT if set
+#   launch/gpu_check.sh --dry-run    the same code on the CPU, in two minutes; writes to $OUT if set
 #   launch/gpu_check.sh --pack 3.12  where there is a network and .venv: collects in .wheels what
 #                                    the other machine, with that Python, may lack; take it along
 #
@@ -30,12 +31,19 @@ esac
 
 python=${PYTHON:-python3}
 work=$(mktemp -d)
-trap 'rm -rf -- "$work"' EXIT
+running=() # of what runs side by side: process ids
+leave() {
+    [[ ${#running[@]} -eq 0 ]] || kill -- "${running[@]}" 2>/dev/null || true
+    rm -rf -- "$work"
+}
+trap leave EXIT
 out=${OUT:-$([[ -n $dry ]] && echo "$work" || echo benchmarks/results)}
 mkdir -p -- "$out"
 log=$out/gpu_check.txt
 : >"$log"
 budget=540 # seconds, for all of it
+side=$(($(nproc) / 2)) # so many tests at once; most of their time is one thread's
+side=$((side < 1 ? 1 : side))
 
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT OMP_NUM_THREADS \
     PYTHONWARNINGS "${!ACCELERATE_@}" "${!SLURM_@}" "${!TORCHELASTIC_@}"
@@ -73,21 +81,64 @@ print(torch.cuda.device_count() if torch.cuda.is_available() else 0)') ||
 
 summary=() failed=''
 
+verdict() { # verdict NAME STATUS SECONDS LIMIT
+    local told
+    case $2 in
+    0) told=passed ;;
+    124 | 137) told="FAILED: not done after $4 s" failed=1 ;;
+    *) told="FAILED with status $2" failed=1 ;;
+    esac
+    summary+=("$(printf '%-42s %s, %d s' "$1" "$told" "$3")")
+}
+
+seconds_for() { # seconds_for SECONDS: so many, or what is left
+    local left=$((budget - SECONDS))
+    left=$((left < 1 ? 1 : left)) # 0 would be no limit
+    echo $((left < $1 ? left : $1))
+}
+
 part() { # part NAME SECONDS COMMAND ...
-    local started=$SECONDS status=0 left=$((budget - SECONDS)) verdict
-    left=$((left < $2 ? left : $2))
+    local started=$SECONDS status=0 left
+    left=$(seconds_for "$2")
     printf '\n=== %s\n' "$1"
     if [[ $left -lt 10 ]]; then
         summary+=("$(printf '%-42s LEFT OUT: no time was left' "$1")") failed=1
         return
     fi
     timeout --kill-after=10 "$left" "${@:3}" || status=$?
-    case $status in
-    0) verdict=passed ;;
-    124 | 137) verdict="FAILED: not done after $left s" failed=1 ;;
-    *) verdict="FAILED with status $status" failed=1 ;;
-    esac
-    summary+=("$(printf '%-42s %s, %d s' "$1" "$verdict" $((SECONDS - started)))")
+    verdict "$1" "$status" $((SECONDS - started)) "$left"
+}
+
+names=() limits=()
+
+beside() { # beside NAME SECONDS COMMAND ...: starts it, once there are cores for it
+    local number=${#names[@]} left
+    while [[ $(jobs -pr | wc -l) -ge $side ]]; do sleep 0.2; done
+    left=$(seconds_for "$2")
+    names+=("$1") limits+=("$left")
+    (
+        began=$SECONDS status=0 inner=''
+        trap '[[ -z $inner ]] || kill "$inner" 2>/dev/null' TERM EXIT
+        timeout --kill-after=10 "$left" "${@:3}" >"$work/$number.log" 2>&1 &
+        inner=$!
+        wait "$inner" || status=$?
+        inner=''
+        echo "$status $((SECONDS - began))" >"$work/$number.told"
+    ) &
+    running+=($!)
+}
+
+collect() { # waits for all of them, and prints what each has said
+    local number status seconds
+    [[ ${#names[@]} -gt 0 ]] || return 0
+    for number in "${!names[@]}"; do
+        wait "${running[number]}" || true
+        printf '\n=== %s\n' "${names[number]}"
+        cat -- "$work/$number.log"
+        read -r status seconds <"$work/$number.told"
+        verdict "${names[number]}" "$status" "$seconds" "${limits[number]}"
+    done
+    running=()
 }
 
 left_out() { summary+=("$(printf '%-42s left out: %s' "$1" "$2")"); }
@@ -109,34 +160,36 @@ EOF
 }
 
 gpu_test() { # gpu_test NAME FILE: in a process each, because a failure of CUDA's spoils the process
-    part "$1" 150 "$python" -m pytest -q -s "tests/gpu/$2" --device "$([[ -n $dry ]] && echo cpu || echo cuda)"
+    beside "$1" 170 "$python" -m pytest -q -s "tests/gpu/$2" --device "$([[ -n $dry ]] && echo cpu || echo cuda)"
 }
 
 all_parts() {
     machine
     if is_there pytest; then
+        # What takes longest comes first.
+        gpu_test 'one, two and three ranks; NCCL' test_ranks_on_gpus.py
+        [[ -n $dry ]] || gpu_test 'faults: a kernel, memory, ranks' test_faults.py
         gpu_test 'no host sync in a step' test_no_sync.py
         gpu_test 'figures: bf16, fp16, optimizers, compile' test_same_figures.py
         gpu_test 'votes and errors a step late' test_late_votes.py
         gpu_test 'batches: right, and not waited for' test_data_path.py
         gpu_test 'graph=True: captured micro-steps' test_graph.py
-        gpu_test 'the lane over NCCL; two ranks' test_ranks_on_gpus.py
-        [[ -n $dry ]] || gpu_test 'faults: a kernel, memory, ranks' test_faults.py
+        gpu_test 'resumed runs: the same bits' test_resume.py
+        collect
     else
         left_out 'all tests' "$python has no pytest; --pack brings it"
         failed=1
     fi
+    bench=("$python" benchmarks/gpu.py --json "$out/gpu.json" --seconds $((budget - SECONDS - 20)))
     if [[ -n $dry ]]; then
-        part 'benchmarks/gpu.py' 120 "$python" benchmarks/gpu.py --tiny --device cpu --json "$out/gpu.json"
+        part 'benchmarks/gpu.py' 120 "${bench[@]}" --tiny --device cpu
     else
-        part 'benchmarks/gpu.py' 400 "$python" benchmarks/gpu.py --json "$out/gpu.json"
+        part 'benchmarks/gpu.py' "$budget" "${bench[@]}"
     fi
     printf '\n=== summary, after %d s%s\n' "$SECONDS" "${dry:+ (a dry run: no GPU was used)}"
     printf '%s\n' "${summary[@]}"
-    is_there lightning pytorch_lightning ||
-        echo 'Lightning is not installed: not in the comparison'
     if [[ -z $dry && $gpus == 1 ]]; then
-        echo 'one GPU: two ranks met over gloo; NCCL between ranks was not tried'
+        echo 'one GPU: ranks met over gloo; NCCL between ranks was not tried'
     fi
     [[ -z $failed ]]
 }

@@ -100,11 +100,10 @@ class Graphs:
         The allocator would go on to gather memory for it, and the device's generator would take
         itself to be captured, and draw no more, until the next capture ends well.
         """
-        device = self._device
-        with suppress(
-            RuntimeError
-        ):  # where it was no operation of CUDA's that failed, it is closed
-            torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+        device, number = self._device, self._device.index
+        number = torch.cuda.current_device() if number is None else number
+        with suppress(RuntimeError):  # closed already, where nothing of CUDA's has failed
+            torch._C._cuda_endAllocateToPool(number, pool)
         with suppress(RuntimeError):
             _captured(lambda: [torch.zeros((), device=device)], torch.cuda.graph_pool_handle())
 

@@ -69,9 +69,16 @@ class Gradients:
     def clip(self, max_norm: float) -> Tensor:
         """Bounds their joint norm; returns what it was."""
         if self._waits:
-            norm = self.norm()
-            excess = ((norm + 1e-6) / max_norm).clamp(min=1.0)
-            self.divisor = excess if self.divisor is None else excess * self.divisor
+            norm, before = self.norm(), self.divisor
+            raw = self._norm
+            assert raw is not None
+            # That of (norm + 1e-6) / max_norm, if it is more than 1.
+            if isinstance(before, Tensor):
+                excess = raw.add(before, alpha=1e-6) / max_norm
+                self.divisor = torch.maximum(excess, before)
+            else:
+                least = 1.0 if before is None else before
+                self.divisor = ((raw + 1e-6 * least) / max_norm).clamp(min=least)
             return norm
         norm = self.strategy.gradient_norm(self._optimizer)
         # No multiplication by 1, where the host knows.

@@ -77,21 +77,58 @@ def test_the_lane_comes_back_with_the_last_bucket(device):
         dist.destroy_process_group()
 
 
-def test_two_ranks_are_one(device, tmp_path):
-    """Over NCCL where there are two GPUs, else over gloo on one: it says which."""
+@pytest.fixture(scope="module")
+def ranks(request, tmp_path_factory):
+    """What each rank found, by how many there were; all are started at once."""
+    device = request.config.getoption("--device")
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    started = {}
+    for size in (2, 3):
+        backend = "nccl" if gpus >= size else "gloo"
+        where = "NCCL, a GPU each" if gpus >= size else f"gloo, all on one {device}"
+        told = "" if gpus >= size else "; NCCL between ranks is NOT covered"
+        print(f"\n{size} ranks over {where}{told}")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={size}", str(HERE / "two_ranks.py")]
+        out = tmp_path_factory.mktemp(f"ranks-{size}")
+        launch = subprocess.Popen([*command, str(out), backend, device], env=env)
+        started[size] = launch, out
+    try:
+        for launch, _ in started.values():
+            assert launch.wait(timeout=240) == 0
+    finally:
+        for launch, _ in started.values():
+            launch.kill()  # none is left where another failed
+    return {
+        size: [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
+        for size, (_, out) in started.items()
+    }
+
+
+def test_one_is_many_to_the_last_bits(device, ranks):
+    """Law 1 on a card: each tensor within 1e-12 of its norm, and each loss."""
+    one = two_ranks.exact_cases(dtrain.init(seed=0))
+    assert len(one) == 4
+    for size, everyones in ranks.items():
+        for name, alone in one.items():
+            mine = everyones[0][name]
+            assert all(theirs[name]["weights"] == mine["weights"] for theirs in everyones), name
+            assert mine["losses"] == pytest.approx(alone["losses"], rel=1e-12), name
+            off = 0.0
+            for ours, plain in zip(mine["weights"], alone["weights"], strict=True):
+                ours, plain = (torch.tensor(t, dtype=torch.float64) for t in (ours, plain))
+                off = max(off, float((ours - plain).norm() / plain.norm()))
+            print(f"{size} ranks, {name}: {off:.1e} of a tensor's norm")
+            assert off < 1e-12, name
+
+
+def test_two_ranks_are_one(device, ranks):
+    """Over NCCL where there are two GPUs, else over gloo on one."""
+    first, second = ranks[2]
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     backend = "nccl" if gpus > 1 else "gloo"
-    what = "NCCL, a GPU each" if gpus > 1 else f"gloo, both on one {device.type}"
-    print(f"\ntwo ranks over {what}" + ("" if gpus > 1 else "; NCCL between ranks is NOT covered"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
-    subprocess.run(
-        [*command, str(HERE / "two_ranks.py"), str(tmp_path), backend, device.type],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        timeout=240,
-        check=True,
-    )
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     one = two_ranks.all_cases(dtrain.init(seed=0))
     for name, alone in one.items():
         mine, theirs = first[name], second[name]

@@ -1,4 +1,4 @@
-"""What two ranks do; started by torchrun from test_ranks_on_gpus.py.
+"""What two or three ranks do; started by torchrun from test_ranks_on_gpus.py.
 
 two_ranks.py OUT BACKEND DEVICE
 """
@@ -12,9 +12,10 @@ import stand_in
 import torch
 import torch.distributed as dist
 import training
+from torch.utils.data import TensorDataset
 
 import dtrain
-from dtrain.callbacks import ClipGradients, MixedPrecision
+from dtrain.callbacks import ClipGradients, GradientAccumulation, MixedPrecision
 
 STEPS = 12
 
@@ -78,6 +79,35 @@ def all_cases(world):
     return found
 
 
+def exact_cases(world):
+    """In float64, clipped, with and without micro-batches; shares and the last batch are ragged."""
+    found, rows = {}, training.dataset(STEPS * 31 - 7).tensors
+    data = dtrain.Data(TensorDataset(rows[0].double(), rows[1]), 31, shuffle=False)
+    for strategy in ("ddp", "flat"):
+        for micros in (1, 3):
+            watch = training.Watch()
+            trainer = dtrain.Trainer(
+                training.model().double(),
+                training.adamw,
+                training.loss_fn,
+                callbacks=[
+                    *([GradientAccumulation(micros)] if micros > 1 else []),
+                    ClipGradients(0.3),  # what this model's gradients exceed
+                    watch,
+                ],
+                sinks=[],
+                strategy=strategy,
+            )
+            trainer.fit(data, epochs=1)
+            found[f"{strategy}, {micros} micro-batches"] = {
+                "losses": watch.figures.losses,
+                "weights": [
+                    p.detach().cpu().flatten().tolist() for p in trainer.model.parameters()
+                ],
+            }
+    return found
+
+
 def main():
     out, backend, device = sys.argv[1:]
     if device == "cpu":
@@ -87,7 +117,7 @@ def main():
         dist.init_process_group("gloo")
     with dtrain.init(seed=0) as world:
         assert world.device.type == device
-        found = all_cases(world)
+        found = exact_cases(world) | (all_cases(world) if world.size == 2 else {})
         Path(out, f"{world.rank}.json").write_text(json.dumps(found))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -72,3 +72,18 @@ def test_all_errors_are_at_the_top():
         if isinstance(value, type) and issubclass(value, errors.DtrainError)
     }
     assert kinds <= set(dtrain.__all__)
+
+
+def test_any_room_may_be_the_first_that_is_imported():
+    parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES}
+    rooms = sorted(part for part in parts if not part.startswith("_"))
+    words = f"""
+import sys
+from importlib import import_module
+for room in {rooms}:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "dtrain"]:
+        del sys.modules[name]
+    import_module("dtrain." + room)
+"""
+    done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
