@@ -18,6 +18,7 @@ from gpu.stand_in import StandIn
 from ranks import tiny
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dtrain
 from dtrain.accelerator import Accelerator
@@ -39,6 +40,7 @@ from dtrain.callbacks import (
     Throughput,
 )
 from dtrain.errors import ConfigError, LossError, UnusedParameters
+from dtrain.step.graphed import _Captured
 from dtrain.strategies import DDP, Flat
 from dtrain.testing import run_ranks
 
@@ -280,6 +282,60 @@ def test_batches_of_many_parts_and_weights(device):
     assert losses == pytest.approx(plain_losses, rel=1e-6)
     assert metrics == pytest.approx(plain_metrics, rel=1e-6)
     assert device.counts["replays"] > 40
+
+
+LARGE = tiny.dataset(100).tensors[0][:, 0].sort().values[-2].item()
+
+
+def bad_once(net, batch):
+    """NaN in the batch that has one of the rows."""
+    x, y = batch
+    return F.cross_entropy(net(x), y) * torch.where((x[:, 0] > LARGE).any(), torch.nan, 1.0)
+
+
+def test_a_loss_that_is_not_finite_is_left_out(device):
+    """The guard looks for the cause by itself, one by one, and puts buffers back."""
+
+    def guarded(graph):
+        words, watch = tiny.Words(), Watch()
+        run = tiny.trainer(
+            [NonFiniteGuard(), watch], net=noisy(), loss=bad_once, optimizer=fused, graph=graph
+        )
+        run._sinks = (words,)
+        result = run.fit(tiny.dataset(100), batch_size=12, epochs=3)
+        told = [text for text in "\n".join(words.words).splitlines() if "NaN" in text]
+        return tiny.digest(run.model), repr(watch.losses), result.updates, told
+
+    plain, graphed = guarded(graph=False), guarded(graph=True)
+    assert graphed == plain
+    assert "nan" in plain[1]
+    assert plain[2] < 27
+    assert plain[3]
+    assert device.counts["captures"] == 1
+
+
+def test_a_replayed_micro_step_takes_two_launches_beside_its_graphs(device, monkeypatch):
+    """One that copies the batch, and one that copies the figures."""
+    seen = []
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name.removeprefix("aten::"))
+            return func(*args, **(kwargs or {}))
+
+    def watched(real):
+        def called(*args, **options):
+            with Ops():
+                return real(*args, **options)
+
+        return called
+
+    monkeypatch.setattr("gpu.stand_in._Graph.replay", lambda self: seen.append("replay"))
+    monkeypatch.setattr(_Captured, "run", watched(_Captured.run))
+    monkeypatch.setattr(_Captured, "run_backward", watched(_Captured.run_backward))
+    train(graph=True)
+    assert seen[:5] == ["_foreach_copy_", "replay", "_foreach_mul", "copy_", "replay"]
+    assert seen[5:] == 4 * ["_foreach_copy_", "replay", "_foreach_mul", "replay"]
 
 
 # -- what a graph cannot hold ------------------------------------------------------------------
