@@ -225,6 +225,9 @@ class Loop:
         for micro in range(feed.micros):
             step.micro = micro
             strategy.run(step, feed, last=micro == feed.micros - 1)
+        if self.runs_ahead and step.loss is not None:
+            # While it is in flight, its graph would live on, into the forward of the next.
+            step.loss.mean = step.loss.mean.detach()
         engine.clock.reduced()
         context.comm.activity.enter(ARRIVAL)
         step.result = result = StepResult(strategy, context.progress)

@@ -83,13 +83,14 @@ class Trainer:
             the run ends; see docs/hangs.md. Elsewhere, and in the first step, it is 300 seconds
             at least. A hook that takes longer says so by ``ctx.heartbeat()``. None switches it off,
             for a debugger or a job that is suspended. At one rank it is off.
-        check_ranks: compare the ranks' parameters at reports (every 50 steps at most), at each
-            checkpoint and at the end of ``fit``, by a digest: what they are read for takes
-            (docs/numbers.md). False is for machines that round differently.
-        keep_modes: leave each part of the model in train or eval mode as it is. Else a model that
-            is in eval mode, as pretrained ones come, is trained in train mode, but for parts in
-            eval mode that have no parameter which requires a gradient; parts in eval mode of a
-            model that is in train mode stay so, too. After ``fit``, modes are as before.
+        check_ranks: compare the ranks' parameters, by a digest, at reports (every 50 steps at
+            most), checkpoints and the end of ``fit`` (docs/numbers.md). False is for machines that
+            round differently.
+        keep_modes: leave parts of the model in train or eval mode as they are (as all are after
+            ``fit``). Else a model in eval mode, as pretrained ones come, is trained in train mode,
+            but for parts without a parameter to train; one in train mode may have parts in eval.
+        graph: replay the loss function and its backward as CUDA graphs, for batches of one shape;
+            what these cannot hold (``.item()``, ``ctx.progress``) is refused (docs/gpu.md).
 
     Raises:
         ConfigError: what was asked for cannot work.
@@ -114,6 +115,7 @@ class Trainer:
         hang_after_s: float | None = HANG_AFTER_S,
         check_ranks: bool = True,
         keep_modes: bool = False,
+        graph: bool = False,
     ) -> None:
         self.world = world = current() or init_late(seed or 0)
         self._seed = world.seed if seed is None else seed
@@ -132,7 +134,7 @@ class Trainer:
             if self._checkpoint is not None and run_dir is None:
                 raise ConfigError("checkpoints need a place: pass Trainer(run_dir='runs/...')")
             model, told = unwrapped(model)
-            strategy = choose(strategy, model)
+            strategy = choose(strategy, model, graphed=graph and world.size > 1)
             strategy.check(accumulates=self._accumulation is not None)
             module, made, notes = take_model(model, optimizer, strategy, world)
             self._outbox.notes = told + notes
@@ -165,6 +167,7 @@ class Trainer:
             hooks=self.hooks,
             replicas=replicas,
             keep_modes=keep_modes,
+            graph=graph,
         )
         # Weakly: a model must not wait for the garbage collector to be freed.
         self.context._engine = weakref.ref(self._engine)
@@ -236,10 +239,7 @@ class Trainer:
         approaching end of a SLURM job (docs/launching.md), or of a torchrun that was killed.
 
         What is drawn at random comes from streams of the Trainer's own, by its seed; the script's
-        are as before, afterwards.
-
-        Returns:
-            What happened. The model holds the trained weights.
+        are as before, afterwards. The model holds the trained weights.
 
         Raises:
             ConfigError: what was asked for cannot work.

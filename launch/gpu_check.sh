@@ -173,6 +173,7 @@ all_parts() {
         gpu_test 'figures: bf16, fp16, optimizers, compile' test_same_figures.py
         gpu_test 'votes and errors a step late' test_late_votes.py
         gpu_test 'batches: right, and not waited for' test_data_path.py
+        gpu_test 'graph=True: captured micro-steps' test_graph.py
         gpu_test 'resumed runs: the same bits' test_resume.py
         collect
     else

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtrain.accelerator.graphs import Graphs
+
 
 class Accelerator:
     """One CUDA device. Ranks: all, local."""
@@ -61,6 +63,10 @@ class Accelerator:
     def captured(self, compute: Callable[[], None]) -> Callable[[], None]:
         """Returns what computes the same in one launch; the memory that it uses must stay."""
         return _Captured(compute, self._device)
+
+    def graphs(self) -> Graphs:
+        """Returns what captures whole micro-steps, on a stream of its own."""
+        return Graphs(self._device)
 
 
 class _Captured:

@@ -1,6 +1,6 @@
 """What to train on, in which order, and who gets which part."""
 
-from dtrain.data.counting import tensors_of
+from dtrain.data.counting import parts_of, tensors_of
 from dtrain.data.feed import EndOfStream, Feed, MicroBatches
 from dtrain.data.map_feed import fetch
 from dtrain.data.opening import open_evals, open_feed
@@ -22,6 +22,7 @@ __all__ = [
     "fetch",
     "open_evals",
     "open_feed",
+    "parts_of",
     "sizes_of",
     "split_share",
     "tensors_of",

@@ -29,6 +29,7 @@ from dtrain.step.evaluation import Evaluation
 from dtrain.step.figures import Figures
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.gradients import Gradients
+from dtrain.step.graphed import Graphed
 from dtrain.step.memory_words import explain_memory
 from dtrain.step.micro_step import LossFn, MicroStep, as_loss
 from dtrain.step.modes import Modes
@@ -61,6 +62,7 @@ class Engine:
     hooks: Hooks
     replicas: Replicas
     keep_modes: bool  # the user means the modes that the model is in
+    graph: bool = False  # micro-steps are captured
 
     def __post_init__(self) -> None:
         context, hooks, precision = self.context, self.hooks, self.precision
@@ -87,6 +89,11 @@ class Engine:
             find_unused=self.strategy.find_unused,
             may_idle=self.strategy.may_idle,
         )
+        self.graphed: Graphed | None = None
+        if self.graph:
+            trained, device = self.micro_step.trained, accelerator.of(self.world.device)
+            self.graphed = Graphed(context, self.loss_fn, precision, trained, device)
+            self.micro_step.computed = self.graphed
         self.modes = Modes(context.model, context.say, keep=self.keep_modes)
         self.streams = StreamsOfFits()
         self.evaluation = Evaluation(
@@ -107,6 +114,8 @@ class Engine:
     def restart(self, weight: float) -> None:
         """Begins a fit on all ranks, whose steps weigh so much over all ranks; 0: nobody knows."""
         self.micro_step.restart(weight)
+        if self.graphed is not None:
+            self.graphed.restart()
         self.figures.restart()
         self.hooks.failed_in = ""
 
@@ -224,6 +233,8 @@ class Engine:
         finally:
             self.context.in_fit = False
             self.micro_step.trouble = None  # its frames hold all this
+            if self.graphed is not None:
+                self.graphed.restart()  # the memory is free for something else
 
     # -- what computes for hooks; see :class:`dtrain.Context` -----------------------------------
 

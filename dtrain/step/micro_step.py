@@ -60,6 +60,7 @@ class MicroStep(nn.Module):
     weighed: bool = False  # the reference weight is that of real batches, not a guess
     has_loss: bool = False  # this rank had a loss in this micro-batch
     meets_in_backward: bool = False  # backward of this micro-batch takes part in a gather
+    computed: Callable[[Step], Loss] | None = None  # what calls the loss function, if captured
 
     # A module's own looks for parameters in whatever is set: a microsecond for each, in each step.
     __setattr__ = object.__setattr__  # type: ignore[assignment]
@@ -203,9 +204,12 @@ class MicroStep(nn.Module):
             hooks.fire(Callback.on_batch, context, step)
             if not request.skipped:
                 where = "loss_fn"
-                with self.precision.autocast():
-                    returned = self.loss_fn(self.model, step.batch, context)
-                step.loss = as_loss(returned, step.samples, trains=True)
+                if self.computed is not None:
+                    step.loss = self.computed(step)
+                else:
+                    with self.precision.autocast():
+                        returned = self.loss_fn(self.model, step.batch, context)
+                    step.loss = as_loss(returned, step.samples, trains=True)
                 where = "on_loss"
                 hooks.fire(Callback.on_loss, context, step)
             if request.skipped:

@@ -244,13 +244,24 @@ def unsuited(model: nn.Module) -> str:
     return "it is spread over several devices" if len(devices) > 1 else ""
 
 
-def choose(strategy: str | Strategy, model: nn.Module) -> Strategy:
-    """Returns the strategy of that name; for ``"auto"``, the one that is quicker for the model."""
+def choose(strategy: str | Strategy, model: nn.Module, *, graphed: bool = False) -> Strategy:
+    """Returns the strategy of that name; for ``"auto"``, the one that is quicker for the model.
+
+    Where several ranks are ``graphed``, nothing can be reduced in the middle of backward.
+    """
+    if graphed and (strategy == "ddp" or isinstance(strategy, DDP)):
+        raise ConfigError(
+            "Trainer(graph=True) captures backward as a whole, and with several ranks 'ddp' "
+            "reduces in the middle of it: pass strategy='flat'"
+        )
     if isinstance(strategy, Strategy):
         return strategy
     if strategy == "auto":
+        why = unsuited(model)
+        if graphed and why:
+            raise ConfigError(f"graph=True cannot train this model on several ranks: {why}")
         size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        return Flat() if size <= FLAT_UP_TO_BYTES and not unsuited(model) else DDP()
+        return Flat() if graphed or (size <= FLAT_UP_TO_BYTES and not why) else DDP()
     if strategy == "flat":
         return Flat()
     if strategy == "ddp":
