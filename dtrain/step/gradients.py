@@ -70,8 +70,8 @@ class Gradients:
         """Bounds their joint norm; returns what it was."""
         if self._waits:
             norm, before = self.norm(), self.divisor
-            raw = self._norm
-            assert raw is not None
+            assert self._norm is not None
+            raw = self._norm.float()  # as optimizers take it, whatever gradients are
             # That of (norm + 1e-6) / max_norm, if it is more than 1.
             if isinstance(before, Tensor):
                 excess = raw.add(before, alpha=1e-6) / max_norm

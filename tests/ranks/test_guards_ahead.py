@@ -157,6 +157,29 @@ def test_who_looks_without_asking_finds_gradients_clipped(monkeypatch):
         seen.clear()
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradients_of_16_bits_are_clipped_on_their_way(monkeypatch, size):
+    """The norm has 16 bits then, and a fused optimizer takes 32."""
+    run_ahead(False, monkeypatch)
+
+    def clipped(ahead):
+        run_ahead(ahead)
+        dtrain.init(seed=0)
+        torch.manual_seed(0)
+        trainer = dtrain.Trainer(
+            nn.Linear(8, 2).bfloat16(),
+            lambda model: torch.optim.SGD(model.parameters(), lr=1.0, fused=True),
+            lambda net, batch: F.cross_entropy(net(batch[0].bfloat16()).float(), batch[1]),
+            callbacks=[ClipGradients(0.1)],
+            sinks=[],
+        )
+        trainer.fit(tiny.dataset(72), batch_size=16, epochs=2)  # the last batch is ragged
+        return trainer.model.weight.detach()
+
+    waited, ahead = (run_ranks(partial(clipped, one), size)[0] for one in (False, True))
+    torch.testing.assert_close(waited, ahead, atol=0.02, rtol=0.02)
+
+
 def test_who_asks_finds_them_clipped_too_and_what_it_changes_counts(monkeypatch):
     run_ahead(patch=monkeypatch)
 
