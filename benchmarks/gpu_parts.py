@@ -51,7 +51,7 @@ from dtrain.callbacks import (
 )
 from dtrain.loop import Loop
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from stand_in import NoReads, pretend
 
 _FLAG = "called a synchronizing CUDA operation"

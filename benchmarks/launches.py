@@ -46,7 +46,7 @@ from dtrain.callbacks import (
 from dtrain.data import MicroBatches
 from dtrain.loop import Loop
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from stand_in import StandIn
 
 BATCH, WARM, STEPS = 32, 6, 4

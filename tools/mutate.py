@@ -48,6 +48,11 @@ TESTS = {
         *("test_data_in_fit", "test_words"),
     ],
     "dtrain/step/gather": ["test_gathers"],
+    "dtrain/step/device_lane": ["test_device_lane", "test_guards_ahead", "test_delay"],
+    "dtrain/step/gradients": [
+        *("test_device_path", "test_guards_ahead", "test_ddp_gradients", "test_launches"),
+    ],
+    "dtrain/step/graph": ["test_graph"],
     "dtrain/step/loss_words": ["test_words"],
     "dtrain/step/taking": ["test_words", "test_parameters", "test_weights_that_count"],
     "dtrain/step/precision": [

@@ -82,7 +82,7 @@ def ranks(request, tmp_path_factory):
     """What each rank found, by how many there were; all are started at once."""
     device = request.config.getoption("--device")
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     started = {}
     for size in (2, 3):

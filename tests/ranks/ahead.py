@@ -1,15 +1,10 @@
 """Has the loop run ahead, as on a GPU, for which the CPU stands in; or wait for each step."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from stand_in import StandIn
 
 import dtrain.trainer
 from dtrain import accelerator
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-from stand_in import StandIn
 
 _REAL = accelerator.of
 

@@ -1,19 +1,15 @@
 """The lane on an accelerator says what the host's says; the CPU stands in for the device."""
 
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stand_in import StandIn
 from torch import nn
 
 from dtrain.step.device_lane import DeviceLane
 from dtrain.step.lane import Heard, Lane, Slot
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-from stand_in import StandIn
 
 NAN, INF = float("nan"), float("inf")
 

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from gpu.stand_in import StandIn
 from ranks import tiny
+from stand_in import StandIn
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -330,7 +330,7 @@ def test_a_replayed_micro_step_takes_two_launches_beside_its_graphs(device, monk
 
         return called
 
-    monkeypatch.setattr("gpu.stand_in._Graph.replay", lambda self: seen.append("replay"))
+    monkeypatch.setattr("stand_in._Graph.replay", lambda self: seen.append("replay"))
     monkeypatch.setattr(_Captured, "run", watched(_Captured.run))
     monkeypatch.setattr(_Captured, "run_backward", watched(_Captured.run_backward))
     train(graph=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu.stand_in import StandIn
+from stand_in import StandIn
 from torch import nn
 from torch.utils.data import Dataset
 
