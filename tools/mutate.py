@@ -50,7 +50,7 @@ TESTS = {
     "dtrain/step/gather": ["test_gathers"],
     "dtrain/step/device_lane": ["test_device_lane", "test_guards_ahead", "test_delay"],
     "dtrain/step/gradients": [
-        *("test_device_path", "test_guards_ahead", "test_ddp_gradients", "test_launches"),
+        *("test_gradients", "test_device_path", "test_guards_ahead", "test_ddp_gradients"),
     ],
     "dtrain/step/graph": ["test_graph"],
     "dtrain/step/loss_words": ["test_words"],
