@@ -10,6 +10,7 @@ flight while the next is prepared.
 """
 
 import math
+from abc import ABC, abstractmethod
 from operator import mul
 from typing import Any
 
@@ -98,7 +99,7 @@ class DeviceLane(Lane):
 
     def listen(self, reduced: Tensor | None = None, *, parts: int = 1) -> Heard:
         about = self.reference, self._size, self._rounding
-        heard: _OnDevice
+        heard: OnDevice
         if self.is_alone():
             self._make_room()
             self._said[Slot.WEIGHT] = self._weight
@@ -129,7 +130,7 @@ class _Turn:
     ) -> None:
         self.micros = micros
         self._size, self._rounding = size, rounding
-        self.heard: _OnDevice | None = None  # the newest that uses it
+        self.heard: OnDevice | None = None  # the newest that uses it
         self._told = accelerator.pinned(_SLOTS + micros, param.dtype)
         self.said: Any = self._told.numpy()  # in the order of the slots, then micro-batches' shares
         #: What all ranks said, whether the update was held back, and by which flags.
@@ -206,12 +207,10 @@ class _Turn:
         self.heeded[_SLOTS].copy_(self.veto)
 
 
-class _OnDevice(Heard):
+class OnDevice(Heard, ABC):
     """What is on its way home: sent by :meth:`send`, or by who asks before."""
 
     __slots__ = ("_awaits_blocked", "_held", "_held_is_blocked", "_is_blocked", "_is_sent", "_turn")
-
-    travels = True
 
     def __init__(self, turn: _Turn, reference: float, size: int, rounding: float) -> None:
         super().__init__([], reference, size, rounding)
@@ -222,6 +221,7 @@ class _OnDevice(Heard):
         self._held_is_blocked = False
 
     def send(self, blocked: bool | Tensor, held: Tensor | None = None) -> None:
+        """Is told whether the update was held back, and the flags by which callbacks did so."""
         if isinstance(blocked, bool):
             self._is_blocked = blocked
             if not self._values and not self._is_sent:
@@ -246,11 +246,13 @@ class _OnDevice(Heard):
         return self._values
 
     def blocked(self) -> bool:
+        """Returns what :meth:`send` was told, once it is on the host."""
         if self._is_blocked is None:
             self._take_home()
         return bool(self._is_blocked)
 
     def held(self) -> float | None:
+        """Returns the flags by which callbacks held it back; None where they were not sent."""
         return self._held if self.blocked() else 0.0
 
     def _take_home(self) -> None:
@@ -272,17 +274,17 @@ class _OnDevice(Heard):
             self._turn.event.record()
             self._turn.event.synchronize()
 
-    def _copy_home(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _copy_home(self) -> None: ...
 
-    def _copy_flags(self, blocked: Tensor, held: Tensor | None) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _copy_flags(self, blocked: Tensor, held: Tensor | None) -> None: ...
 
-    def _values_of(self, home: list[float]) -> list[float]:
-        raise NotImplementedError
+    @abstractmethod
+    def _values_of(self, home: list[float]) -> list[float]: ...
 
 
-class _FromAll(_OnDevice):
+class _FromAll(OnDevice):
     """What all ranks said, or one whose shares the host does not know."""
 
     __slots__ = ()
@@ -314,7 +316,7 @@ class _FromAll(_OnDevice):
         return home[:_SLOTS]
 
 
-class _Alone(_OnDevice):
+class _Alone(OnDevice):
     """What one rank said, who knows all of it but the losses."""
 
     __slots__ = ("_losses", "_parts", "_said")

@@ -235,8 +235,6 @@ class Heard:
     _rounding: float  # how far the mean of equal shares may be from 1
     _verdict: Verdict | None = None
 
-    travels = False  # what is known of it comes from a device, which :meth:`send` is told of
-
     def verdict(self) -> Verdict:
         """Returns it all, once it is on the host; raises LaneSilent if no reduction happened."""
         if self._verdict is None:
@@ -261,7 +259,7 @@ class Heard:
         return self._verdict
 
     def _arrived(self) -> list[float]:
-        raise NotImplementedError
+        return self._values
 
     # What is on the device already, for whoever does not wait for the verdict.
 
@@ -284,18 +282,6 @@ class Heard:
         """Returns the mean loss over the global batch, 0-dim; 0 where nothing was weighed."""
         verdict = self.verdict()
         return torch.tensor(verdict.loss_mean if verdict.weight else 0.0)
-
-    def send(self, blocked: bool | Tensor, held: Tensor | None = None) -> None:
-        """Is told whether the update was held back, and the flags by which callbacks did so."""
-        raise NotImplementedError
-
-    def blocked(self) -> bool:
-        """Returns what :meth:`send` was told, once it is on the host."""
-        raise NotImplementedError
-
-    def held(self) -> float | None:
-        """Returns the flags by which callbacks held it back; None where they were not sent."""
-        return None
 
 
 class _Idle(torch.autograd.Function):

@@ -19,6 +19,7 @@ from dtrain.distributed import (
     tensors_of_state,
 )
 from dtrain.errors import ConfigError, DtrainError, UnusedParameters
+from dtrain.step.device_lane import OnDevice
 from dtrain.step.lane import Heard, LaneSilent, Verdict
 from dtrain.step.micro_step import MicroStep
 from dtrain.step.precision import Factor
@@ -262,7 +263,7 @@ class StepResult:
 
     @property
     def held(self) -> float | None:
-        return self._heard.held()
+        return self._heard.held() if isinstance(self._heard, OnDevice) else None
 
     def settle(self, blocked: bool | Tensor, held: Tensor | None = None) -> None:
         """Says whether the update was held back, and counts it as soon as that is known.
@@ -270,15 +271,17 @@ class StepResult:
         ``held``: whether callbacks did. Whoever asks whether a step was applied finds it counted in
         ``progress.updates``.
         """
-        if self._heard.travels:
+        if isinstance(self._heard, OnDevice):
             self._heard.send(blocked, held)
+        else:
+            blocked = bool(blocked)  # the host has it at once
         self._blocked = blocked if isinstance(blocked, bool) else None
         if blocked is False:
             self._progress.updates += 1
 
     def arrive(self) -> None:
         """Waits until it is known whether the update was held back."""
-        if self._blocked is None:
+        if self._blocked is None and isinstance(self._heard, OnDevice):
             self._blocked = self._heard.blocked()
             self._progress.updates += not self._blocked
 
