@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 import dtrain
+from dtrain import accelerator
 from dtrain.callbacks import (
     EMA,
     ClipGradients,
@@ -163,43 +164,37 @@ def figures(seen: Counter[str], made: Counter[str]) -> dict[str, Any]:
 def by_dtrain(callbacks: list[dtrain.Callback], strategy: str = "auto") -> dict[str, Any]:
     """Counts dtrain's."""
     counted, steps = Launches(), [0]
-    with pytest.MonkeyPatch.context() as patched:
-        stand_in = Counting(counted).install(patched)
-        take_step = Loop._step
-        start: Counter[str] = Counter()
+    stand_in, take_step = Counting(counted), Loop._step
+    start: Counter[str] = Counter()
+    stop: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
 
-        def step(loop: Loop, feed: MicroBatches) -> bool:
-            if steps[0] == WARM:
-                counted.seen.clear()
-                start.update(stand_in.counts)
-            if steps[0] == WARM + STEPS:
-                stop.update(stand_in.counts)
-                seen.update(counted.seen)
-            steps[0] += 1
-            kind = type(feed)
-            fetch = kind.next
+    def step(loop: Loop, feed: MicroBatches) -> bool:
+        if steps[0] == WARM:
+            counted.seen.clear()
+            start.update(stand_in.counts)
+        if steps[0] == WARM + STEPS:
+            stop.update(stand_in.counts)
+            seen.update(counted.seen)
+        steps[0] += 1
+        kind = type(feed)
+        fetch = kind.next
 
-            def fetch_uncounted(feed: Any) -> Any:
-                with counted.pause():
-                    return fetch(feed)
+        def fetch_uncounted(feed: Any) -> Any:
+            with counted.pause():
+                return fetch(feed)
 
-            patched.setattr(kind, "next", fetch_uncounted)
-            try:
-                with counted:
-                    return take_step(loop, feed)
-            finally:
-                patched.setattr(kind, "next", fetch)
+        with patch.object(kind, "next", fetch_uncounted), counted:
+            return take_step(loop, feed)
 
-        stop: Counter[str] = Counter()
-        seen: Counter[str] = Counter()
-        patched.setattr(Loop, "_step", step)
+    with patch.object(accelerator, "of", stand_in.of), patch.object(Loop, "_step", step):
         world = dtrain.init(seed=0)
         trainer = dtrain.Trainer(
             model(), optimizer, loss_fn, callbacks=callbacks, sinks=[], strategy=strategy
         )
         rows = BATCH * world.size * (WARM + STEPS + 2)
         trainer.fit(dataset(rows), batch_size=BATCH * world.size, epochs=1, log_every=10**6)
-        assert steps[0] == WARM + STEPS + 2
+    assert steps[0] == WARM + STEPS + 2
     return figures(seen, stop - start)
 
 

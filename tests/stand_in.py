@@ -22,11 +22,11 @@ class StandIn(accelerator.Accelerator):
         self.card = []  # tensors that are taken to lie on the device
         self.all_pinned = False
 
-    def install(self, monkeypatch):
-        def of(device):
-            return self if device.type == "cpu" else None
+    def of(self, device):
+        return self if device.type == "cpu" else None
 
-        monkeypatch.setattr(accelerator, "of", of)
+    def install(self, monkeypatch):
+        monkeypatch.setattr(accelerator, "of", self.of)
         return self
 
     def pinned(self, count, dtype):
