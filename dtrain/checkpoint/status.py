@@ -44,7 +44,8 @@ class Status:
 
 def describe(status: Status) -> str:
     """Says in one sentence what became of a run that has ended with this, and what is saved."""
-    reason = status.reason.partition("\n")[0]
+    # Who failed is part of what a RemoteError says.
+    reason = status.reason.partition("\n")[0].removeprefix("RemoteError: ")
     if len(reason) > _LONGEST:
         reason = reason[:_LONGEST] + "..."
     step = f"step {status.step}"
