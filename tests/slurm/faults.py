@@ -190,8 +190,8 @@ class Expected:
 def scancel(name: str, *options: str) -> Callable[[Run, ExitStack], Expected]:
     def fault(run: Run, after: ExitStack) -> Expected:
         run.cluster.run("scancel", *options, f"--signal={name}", run.job.number)
-        if name == "KILL":
-            return Expected("killed|gone")
+        if name == "KILL":  # as without any: SLURM ends the job
+            return Expected("cancelled", ends_job=True)
         return Expected(f"SIG{name}|launcher")  # USR1 and USR2 end torchrun itself
 
     return fault
@@ -224,7 +224,12 @@ def node_down(run: Run, after: ExitStack) -> Expected:
     node = run.second_node()
     update = ("scontrol", "update", f"nodename={node}")
     run.cluster.run(*update, "state=down", "reason=drawn")
-    after.callback(run.cluster.run, *update, "state=resume")
+
+    def mend() -> None:
+        if "down" in run.cluster.run("sinfo", "-h", "-n", node, "-o", "%T"):  # else it is back
+            run.cluster.run(*update, "state=resume")
+
+    after.callback(mend)
     return Expected("SLURM requeues it")
 
 
@@ -363,7 +368,8 @@ def check(sentence: str, expected: Expected, begun: int, job: Job, told: str) ->
     steps = re.search(r"saved at step (\d+)", sentence) or re.search(
         r"after (\d+) steps.*, saved", sentence
     )
-    if steps is None or int(steps[1]) != begun:
+    saved = int(steps[1]) if steps else 0 if "nothing is saved" in sentence else None
+    if saved != begun:
         raise Untrue(f"the next start began at step {begun}; {sentence!r}")
     again = "requeued as job " in sentence or "SLURM requeues it" in sentence
     if again == expected.ends_job and not expected.told_late:
@@ -388,7 +394,7 @@ def own_cluster(folder: Path) -> Any:
         control("stop")
 
 
-def play(cluster: Cluster, folder: Path, kind: str, names: list[str]) -> None:
+def play(cluster: Cluster, folder: Path, kind: str, drawn: list[tuple[str, int]]) -> None:
     """Has all faults happen, and compares the end; raises Untrue."""
     plain = Run(cluster, folder / "plain", kind)
     plain.wait_for("end of the plain run", plain.has_ended)
@@ -402,9 +408,14 @@ def play(cluster: Cluster, folder: Path, kind: str, names: list[str]) -> None:
         (folder / "drawn" / "slow").touch()
         run = Run(cluster, folder / "drawn", kind)
         run.wait_until_training()
-        for number, name in enumerate(names, 1):
+        for number, (name, steps) in enumerate(drawn, 1):
+            reached = run.step() + steps
+            run.wait_for(f"step {reached}", lambda at=reached: run.step() >= at)  # type: ignore[misc]
             began = time.monotonic()
-            sentence = suffer(run, name)
+            try:
+                sentence = suffer(run, name)
+            except Untrue as wrong:
+                raise Untrue(f"{number} {name}: {wrong}") from None
             print(f"{number:2} {name:22} {time.monotonic() - began:4.0f} s  {sentence}", flush=True)
         (folder / "drawn" / "slow").unlink()
         run.wait_for("end", run.has_ended)
@@ -417,11 +428,11 @@ def play(cluster: Cluster, folder: Path, kind: str, names: list[str]) -> None:
         raise Untrue("the end is not bit-equal to that of a run that nobody disturbed")
 
 
-def draw(seed: int, faults: int, only: list[str]) -> list[str]:
-    """Returns so many faults' names: each once, in any order, before one comes twice."""
-    drawn, names, choose = [], only or list(FAULTS), random.Random(seed)
+def draw(seed: int, faults: int, only: list[str]) -> list[tuple[str, int]]:
+    """Returns so many faults, and how many steps each waits; none comes twice before all have."""
+    choose, names, drawn = random.Random(seed), only or list(FAULTS), []
     while len(drawn) < faults:
-        drawn += choose.sample(names, len(names))
+        drawn += [(name, choose.randrange(12)) for name in choose.sample(names, len(names))]
     return drawn[:faults]
 
 
@@ -433,16 +444,16 @@ def main() -> int:
     parser.add_argument("--kind", choices=["many_nodes", "srun_per_gpu"], default="many_nodes")
     parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=[])
     asked = parser.parse_args()
-    names = draw(asked.seed, asked.faults, asked.only)
+    drawn = draw(asked.seed, asked.faults, asked.only)
     folder = Path(tempfile.mkdtemp(prefix="dtrain-faults-"))
     try:
         with own_cluster(folder / "cluster") as cluster:
-            play(cluster, folder / "runs", asked.kind, names)
+            play(cluster, folder / "runs", asked.kind, drawn)
     except Untrue as wrong:
         print(f"seed {asked.seed}: {wrong}\n(files are in {folder})", file=sys.stderr)
         return 1
     print(
-        f"seed {asked.seed}: {len(names)} faults, each with one true sentence; bit-equal at the end"
+        f"seed {asked.seed}: {len(drawn)} faults, each with one true sentence; bit-equal at the end"
     )
     return 0
 
