@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dtrain.distributed import environment, local_store
-from dtrain.distributed.environment import check_cards, find_launcher
+from dtrain.distributed.environment import check_cards
+from dtrain.distributed.launchers import find_launcher
 from dtrain.errors import LaunchError
 from dtrain.testing import run_outcomes
 
