@@ -249,7 +249,7 @@ def _note(line: str) -> None:  # once in a process
 
 
 def _open(seed: int, timeout_s: float) -> World:
-    global _launched_by  # noqa: PLW0603 -- see there
+    global _added, _launched_by  # noqa: PLW0603 -- see there
     launcher, variables = of_open_group(os.environ) or find_launcher(os.environ)
     if _added and _added.items() <= os.environ.items():
         launcher = _launched_by
@@ -262,10 +262,7 @@ def _open(seed: int, timeout_s: float) -> World:
         world = World(0, 0, 1, host, device, "none", launcher, seed, Comm(host=host))
         world.open_comm = lambda: Comm(host=host)
         return world
-    if variables:
-        _launched_by = launcher
-        _added.update(variables)
-        os.environ.update(variables)
+    os.environ.update(variables)
     allow_files(size)
     store_process = serve_apart(timeout_s)
     # Late: most of a single process's start would go into this import.
@@ -280,9 +277,10 @@ def _open(seed: int, timeout_s: float) -> World:
     timeout, life = timedelta(seconds=timeout_s), next(_lives)
     opened = not dist.is_initialized()
     if not os.environ.get("LOCAL_RANK"):
-        mine = find_place(int(os.environ["RANK"]), size, host, own_store(timeout, life))
-        _added.update(mine)
-        os.environ.update(mine)
+        variables |= find_place(int(os.environ["RANK"]), size, host, own_store(timeout, life))
+        os.environ.update(variables)
+    if variables:
+        _added, _launched_by = variables, launcher
     share_cores()
     if opened:
         if has_gpu():
