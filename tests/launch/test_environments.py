@@ -215,8 +215,6 @@ def pod(manifest, index, **set_by_controller):
         env[one["name"]] = str(one.get("value", index))
     command = [*spec["command"], *spec.get("args", [])]
     command = [sys.executable if word == "python" else word for word in command]
-    if command[0] == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
     return command, env
 
 
@@ -259,12 +257,16 @@ def manifest_of(name, port):
     # Here both pods are this machine, without GPUs.
     for pods_name in ("train-pods-0-0.train", "train-0.train"):
         text = text.replace(pods_name, "localhost")
-    text = text.replace("29500", port).replace("--nproc-per-node=8", "--nproc-per-node=1")
+    for here, there in (
+        ("29500", port),
+        ("--nproc-per-node=8", "--nproc-per-node=1"),
+        ("numProcPerNode: 8", "numProcPerNode: 1"),
+        ("cd /work && ", ""),
+    ):
+        text = text.replace(here, there)
     manifests = list(yaml.safe_load_all(text))
     if name == "trainjob":  # its containers are in the runtime; it has one trainer
-        spec = manifests[0]["spec"]["trainer"]
-        spec["numProcPerNode"] = 1
-        manifests[0]["containers"] = [spec | {"name": "node"}]
+        manifests[0]["containers"] = [manifests[0]["spec"]["trainer"] | {"name": "node"}]
     return manifests
 
 
@@ -280,10 +282,10 @@ def test_a_manifests_pods_train_together(folder, by_torchrun, name):
         for index in range(2):
             own = controllers_own(name, manifest, index, port)
             command, env = pod(manifest, index, **own)
-            if "train.py" in command[-1]:
-                command[-1] = command[-1].rstrip().removesuffix("train.py") + f"train.py {out.name}"
-                if command[0] != "bash":
-                    command[-1:] = ["train.py", out.name]
+            if command[0] == "bash":
+                command[-1] += f" {out.name}"
+            else:
+                command.append(out.name)
             env = {k: v for k, v in environment(folder).items() if not k.startswith("PET_")} | env
             path = f"{Path(sys.executable).parent}:{env['PATH']}"
             pods.append(
@@ -307,5 +309,5 @@ def test_a_manifests_pods_train_together(folder, by_torchrun, name):
     for rank in range(2):
         told = json.loads((out / f"{rank}.json").read_text())
         assert (told["rank"], told["local_rank"], told["size"]) == (rank, 0, 2)
-        assert told["launcher"] == ("kubernetes" if name == "pytorchjob" else "torchrun")
+        assert told["launcher"] == ("torchrun" if name in ("trainjob", "jobset") else "kubernetes")
         assert (told["loss"], told["weights"]) == (by_torchrun["loss"], by_torchrun["weights"])
