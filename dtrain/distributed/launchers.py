@@ -330,8 +330,8 @@ def hint(env: Mapping[str, str]) -> str:
     if len(hosts) > 1:
         return (
             f"this job has {len(hosts)} hosts ({', '.join(hosts[:4])}{', ...' * (len(hosts) > 4)})"
-            ", but one process trains: mpirun, or a torchrun on each, starts ranks on all (launch/"
-            f"{'pbs' if env.get('PBS_NODEFILE') else 'lsf'}.sh)"
+            ", but one process trains: `mpirun python train.py`, or `launch/hosts.sh train.py`, "
+            "starts ranks on all"
         )
     if env.get("PET_NPROC_PER_NODE", "1") != "1":
         return (

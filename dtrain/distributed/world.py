@@ -249,7 +249,7 @@ def _note(line: str) -> None:  # once in a process
 
 
 def _open(seed: int, timeout_s: float) -> World:
-    global _added, _launched_by  # noqa: PLW0603 -- see there
+    global _added, _launched_by
     launcher, variables = of_open_group(os.environ) or find_launcher(os.environ)
     if _added and _added.items() <= os.environ.items():
         launcher = _launched_by

@@ -311,3 +311,54 @@ def test_a_manifests_pods_train_together(folder, by_torchrun, name):
         assert (told["rank"], told["local_rank"], told["size"]) == (rank, 0, 2)
         assert told["launcher"] == ("torchrun" if name in ("trainjob", "jobset") else "kubernetes")
         assert (told["loss"], told["weights"]) == (by_torchrun["loss"], by_torchrun["weights"])
+
+
+# ------------------------------------------------------------------- hosts of PBS and LSF
+
+HOSTS_SH = ["bash", str(ROOT / "launch" / "hosts.sh")]
+
+
+def on_path(folder, name, script):
+    """An environment in which a command is what ``script`` does."""
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / "bin" / name).chmod(0o755)
+    env = environment(folder)
+    return env | {"PATH": f"{folder / 'bin'}:{env['PATH']}"}
+
+
+@pytest.mark.slow
+def test_the_hosts_of_a_pbs_job_train_together(folder, by_torchrun):
+    env = on_path(folder, "pbs_tmrsh", 'env -i HOME="$HOME" $KEEP bash -c "$2"')
+    env["KEEP"] = f"CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONPATH={env.get('PYTHONPATH', '')}"
+    (folder / "nodes").write_text("localhost\nlocalhost\n127.0.0.1\n")
+    (folder / "out-pbs").mkdir()
+    env |= {"PBS_NODEFILE": str(folder / "nodes"), "PBS_JOBID": f"{os.getpid()}.server"}
+    env |= {"RANKS": "1", "PBS_O_WORKDIR": str(folder)}
+    command = [*HOSTS_SH, "train.py", "out-pbs"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        told = json.loads((folder / "out-pbs" / f"{rank}.json").read_text())
+        assert (told["rank"], told["local_rank"], told["size"]) == (rank, 0, 2)
+        assert (told["loss"], told["weights"]) == (by_torchrun["loss"], by_torchrun["weights"])
+
+
+def test_the_hosts_of_an_lsf_job_are_each_started_once(folder):
+    env = on_path(folder, "blaunch", 'echo "on $1: $2"; [[ $1 != beta ]] || exit 3')
+    env |= {"LSB_MCPU_HOSTS": "alpha 4 beta 4", "LSB_JOBID": "12345", "RANKS": "4"}
+    command = [*HOSTS_SH, "train.py", "two words"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, cwd=folder)
+    assert done.returncode == 3
+    for rank, line in enumerate(sorted(done.stdout.splitlines())):
+        host = ("alpha", "beta")[rank]
+        assert line.startswith(f"on {host}: cd {folder} && exec env PATH=")
+        assert f" NNODES=2 NODE_RANK={rank} RDZV_ENDPOINT=alpha:12345 RANKS=4 bash " in line
+        assert line.endswith("launch/torchrun.sh train.py two\\ words ")
+
+
+def test_hosts_must_be_named(folder):
+    env = {name: value for name, value in environment(folder).items() if name != "HOSTS"}
+    done = subprocess.run([*HOSTS_SH, "x.py"], env=env, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr == "hosts.sh: no PBS or LSF job, and HOSTS is empty: which hosts?\n"

@@ -97,7 +97,17 @@ def alone(folder):
 def environment(folder, **variables):
     """This process's environment without launchers' traces, GPUs and network."""
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "NODE_RANK")
-    launchers += ("NNODES", "RDZV_", "TORCHELASTIC_", "TORCH_DIST", "SLURM_", "OMPI_", "PMI_")
+    launchers += (
+        "NNODES",
+        "RDZV_",
+        "TORCHELASTIC_",
+        "TORCH_DIST",
+        "SLURM_",
+        "OMPI_",
+        "PMI",
+        "MPI_",
+    )
+    launchers += ("MV2_", "JSM_", "PALS_", "PET_", "JOB_", "RAY_", "KUBERNETES_", "PBS_", "LSB_")
     launchers += ("ACCELERATE_", "RESTARTS", "RANKS", "OMP_NUM_THREADS", "PYTHONWARNINGS")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
     kept |= {

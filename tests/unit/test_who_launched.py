@@ -325,7 +325,7 @@ def test_hosts_of_pbs_are_counted_once(tmp_path):
     nodes = tmp_path / "nodes"
     nodes.write_text("alpha\nalpha\nbeta\n")
     assert "this job has 2 hosts (alpha, beta)" in hint({"PBS_NODEFILE": str(nodes)})
-    assert "launch/pbs.sh" in hint({"PBS_NODEFILE": str(nodes)})
+    assert "launch/hosts.sh" in hint({"PBS_NODEFILE": str(nodes)})
     nodes.write_text("alpha\nalpha\n")
     assert hint({"PBS_NODEFILE": str(nodes)}) == ""
     assert hint({"PBS_NODEFILE": str(tmp_path / "elsewhere")}) == ""
