@@ -50,21 +50,25 @@ def of_open_group(env: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
     """
     if not dist.is_initialized():
         return None
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size, variables = dist.get_rank(), dist.get_world_size(), dict[str, str]()
     try:
         launcher, variables = find_launcher(env)
         told = dict(env) | variables
     except LaunchError:
         launcher, told = "solo", {}
-    if (told.get("RANK"), told.get("WORLD_SIZE")) == (str(rank), str(size)):
-        return launcher, variables
-    if size == 1:
-        if launcher == "solo":
+    if (told.get("RANK"), told.get("WORLD_SIZE")) != (str(rank), str(size)):
+        if size == 1 and launcher == "solo":
             return None
-        raise LaunchError(
-            f"the script has opened a process group of one rank, but {launcher} started "
-            f"{told['WORLD_SIZE']}: open it on all of them, or leave it to dtrain.init"
-        )
+        if size == 1:
+            raise LaunchError(
+                f"the script has opened a process group of one rank, but {launcher} started "
+                f"{told['WORLD_SIZE']}: open it on all of them, or leave it to dtrain.init"
+            )
+        # A LOCAL_RANK that is set is that of the other world.
+        launcher, variables = "script", {"LOCAL_RANK": ""}
+        variables |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    elif env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return launcher, variables
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, PrefixStore):
         store = store.underlying_store
@@ -74,13 +78,7 @@ def of_open_group(env: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
             'own messages cannot use: open it with init_method="tcp://HOST:PORT" or "env://", or '
             "leave it to dtrain.init"
         )
-    return "script", {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": "",  # if it is set, it is that of the other world
-        "MASTER_ADDR": store.host,
-        "MASTER_PORT": str(store.port),
-    }
+    return launcher, variables | {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port)}
 
 
 def find_place(rank: int, size: int, host: str, store: Store) -> dict[str, str]:

@@ -79,6 +79,8 @@ class World:
     open_comm: Callable[[], Comm] | None = field(default=None, repr=False)
     #: Of those that ``connect`` has opened, the ones that nobody uses at the moment.
     idle_connections: list[Store] = field(default_factory=list, repr=False)
+    _alive: bool = field(default=False, repr=False)
+    #: Has opened torch's default group; else the script has, and closes it.
     _opened: bool = field(default=False, repr=False)
     _closers: list[Callable[[], None]] = field(default_factory=list, repr=False)
     #: A Trainer has made it, and the script had seeded nothing.
@@ -112,12 +114,12 @@ class World:
             get_error_handler().record_exception(error)
 
     def close(self) -> None:
-        """Closes the process group, if :func:`init` opened it. A second call does nothing."""
+        """Closes what :func:`init` opened. A second call does nothing."""
         global _current  # noqa: PLW0603 -- see `_current`
         if _current is self:
             _current = None
-        if self._opened:
-            self._opened = False
+        if self._alive:
+            self._alive = False
             atexit.unregister(self._close_at_exit)
             # A process group ends its threads when the last reference to it goes. Should that
             # be while the interpreter ends, the process may abort: so it has to be here.
@@ -126,7 +128,8 @@ class World:
             self._closers.clear()
             self.idle_connections.clear()
             self.comm.close()
-            dist.destroy_process_group()
+            if self._opened:
+                dist.destroy_process_group()
 
     def _close_at_exit(self) -> None:
         # After an uncaught error, closing may wait for ranks that are stuck: just leave.
@@ -242,6 +245,11 @@ def on_main(label: str, fn: Callable[[], T]) -> T:
     return (current() or init()).comm.on_main(label, fn)
 
 
+def _close_scripts_group() -> None:
+    if dist.is_initialized() and not is_failing():  # else its threads may abort the process
+        dist.destroy_process_group()
+
+
 @cache
 def _note(line: str) -> None:  # once in a process
     if line:
@@ -308,5 +316,8 @@ def _open(seed: int, timeout_s: float) -> World:
         return apart
 
     world.open_comm = open_comm
+    world._alive = True
+    if not opened:
+        atexit.register(_close_scripts_group)
     atexit.register(world._close_at_exit)
     return world

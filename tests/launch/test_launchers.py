@@ -230,6 +230,30 @@ def free_job_id():
     raise AssertionError("no free port in a thousand")
 
 
+OWN_GROUP = """
+import sys
+import torch.distributed as dist
+import dtrain
+
+dist.init_process_group("gloo")
+world = dtrain.init()
+assert world.comm.gather_objects("ranks", world.rank) == [0, 1]
+if sys.argv[1:] == ["closes"]:
+    world.close()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["closes", "leaves it open"])
+def test_a_group_of_the_scripts_own_ends_in_order(folder, ends):
+    (folder / "own_group.py").write_text(OWN_GROUP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run([*command, "own_group.py", ends], folder)
+    assert done.returncode == 0, done.stderr
+    assert "terminate called" not in done.stderr
+
+
 HALF_SET = {
     "RANK alone": (
         {"RANK": "0"},
