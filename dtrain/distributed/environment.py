@@ -84,19 +84,26 @@ def of_open_group(env: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
 def find_place(rank: int, size: int, host: str, store: Store) -> dict[str, str]:
     """Returns LOCAL_RANK and LOCAL_WORLD_SIZE, for launchers that do not say.
 
-    Ranks: all, communicates.
+    Raises LaunchError where not all come. Ranks: all, communicates.
     """
     store.set(f"place/{rank}", f"{host} {this_machine()}")
-    if rank == 0:
-        told: list[bytes] = []
-        for first in range(0, size, _AT_ONCE):
-            keys = [f"place/{one}" for one in range(first, min(first + _AT_ONCE, size))]
-            store.wait(keys)
-            told += store.multi_get(keys)
-        here: Counter[bytes] = Counter()
-        numbers = [(here.update([place]), here[place] - 1)[1] for place in told]
-        store.set("places", json.dumps([(n, here[p]) for n, p in zip(numbers, told, strict=True)]))
-    local_rank, local_size = json.loads(store.get("places"))[rank]
+    keys: list[str] = []
+    try:
+        if rank == 0:
+            told: list[bytes] = []
+            for first in range(0, size, _AT_ONCE):
+                keys = [f"place/{one}" for one in range(first, min(first + _AT_ONCE, size))]
+                store.wait(keys)
+                told += store.multi_get(keys)
+            here: Counter[bytes] = Counter()
+            places = [(here.update([one]), here[one] - 1)[1] for one in told]
+            counted = [(place, here[one]) for place, one in zip(places, told, strict=True)]
+            store.set("places", json.dumps(counted))
+        local_rank, local_size = json.loads(store.get("places"))[rank]
+    except RuntimeError:
+        late = [key.removeprefix("place/") for key in keys if not store.check([key])]
+        who = f"rank {', '.join(late)}" if late else "rank 0, which waits for others"
+        raise LaunchError(f"rank {rank} of {size} has waited in vain for {who}") from None
     return {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size)}
 
 

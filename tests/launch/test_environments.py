@@ -27,42 +27,42 @@ PREFIXES += ("JSM_", "PET_", "KUBERNETES_", "JOB_", "RAY_", "GROUP_", "TORCHELAS
 
 
 def ompi(prefix, rank, local=None):
-    told = {"RANK": rank, "SIZE": 3, "LOCAL_RANK": rank if local is None else local}
+    told = {"RANK": rank, "SIZE": 2, "LOCAL_RANK": rank if local is None else local}
     return {f"{prefix}{name}": str(value) for name, value in told.items()} | {
-        f"{prefix}LOCAL_SIZE": "3"
+        f"{prefix}LOCAL_SIZE": "2"
     }
 
 
 def launched(rank):
     """Name, the environment of this rank, and the launcher that must be found."""
-    numbers = {"RANK": str(rank), "WORLD_SIZE": "3"}
+    numbers = {"RANK": str(rank), "WORLD_SIZE": "2"}
     srun = {
         "SLURM_JOB_ID": "7",
         "SLURM_PROCID": str(rank),
         "SLURM_LOCALID": str(rank),
-        "SLURM_STEP_NUM_TASKS": "3",
+        "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_NODELIST": "n1",
-        "SLURM_STEP_TASKS_PER_NODE": "3",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
     }
-    pmi = {"PMI_RANK": str(rank), "PMI_SIZE": "3"}
-    hydra = pmi | {"MPI_LOCALRANKID": str(rank), "MPI_LOCALNRANKS": "3"}
-    daemons = srun | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank // 2)}
+    pmi = {"PMI_RANK": str(rank), "PMI_SIZE": "2"}
+    hydra = pmi | {"MPI_LOCALRANKID": str(rank), "MPI_LOCALNRANKS": "2"}
+    daemons = srun | {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0"}  # one a node
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
     return [
-        ("torchrun", numbers | {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}, "torchrun"),
+        ("torchrun", numbers | {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}, "torchrun"),
         ("without LOCAL_RANK", numbers, "torchrun"),
         ("srun", srun, "slurm"),
         ("srun --mpi=pmi2", srun | pmi | {"PMI_JOBID": "7.0"}, "slurm"),
         ("Open MPI", ompi("OMPI_COMM_WORLD_", rank), "mpi"),
-        ("Open MPI, mapped by socket", ompi("OMPI_COMM_WORLD_", rank, (0, 2, 1)[rank]), "mpi"),
+        ("Open MPI, mapped by socket", ompi("OMPI_COMM_WORLD_", rank, 1 - rank), "mpi"),
         ("Open MPI in a SLURM job", daemons | ompi("OMPI_COMM_WORLD_", rank), "mpi"),
         ("MPICH in a SLURM job", daemons | hydra, "mpi"),
         ("MVAPICH", ompi("MV2_COMM_WORLD_", rank), "mpi"),
         ("PMI alone", pmi, "mpi"),
         ("jsrun", ompi("OMPI_COMM_WORLD_", rank) | ompi("JSM_NAMESPACE_", rank), "lsf"),
         ("an older PyTorchJob", pod | numbers, "kubernetes"),
-        ("PyTorchJob", pod | numbers | {"PET_NNODES": "3", "PET_NODE_RANK": "0"}, "kubernetes"),
-        ("indexed Job", {"JOB_COMPLETION_INDEX": str(rank), "WORLD_SIZE": "3"}, "kubernetes"),
+        ("PyTorchJob", pod | numbers | {"PET_NNODES": "2", "PET_NODE_RANK": "0"}, "kubernetes"),
+        ("indexed Job", {"JOB_COMPLETION_INDEX": str(rank), "WORLD_SIZE": "2"}, "kubernetes"),
         ("Ray", numbers | {"LOCAL_RANK": str(rank), "RAY_RAYLET_PID": "1"}, "ray"),
         ("the script", {}, "script"),
         ("the script, where torchrun is another", {"RANK": "0", "WORLD_SIZE": "1"}, "script"),
@@ -99,7 +99,7 @@ def one_after_another():
             if name != "Ray":
                 own = dist.TCPStore("127.0.0.1", int(port), is_master=False)
                 store = dist.PrefixStore(name, own)
-            group = {"store": store, "rank": rank, "world_size": 3} if store else {}
+            group = {"store": store, "rank": rank, "world_size": 2} if store else {}
             dist.init_process_group("gloo", **group)
         if name.startswith("the script"):
             del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -117,18 +117,18 @@ def one_after_another():
 
 
 def test_ranks_find_their_places_under_each_launcher():
-    everyones = run_processes(one_after_another, 3, timeout_s=100)
+    everyones = run_processes(one_after_another, 2, timeout_s=100)
     figures = everyones[0]["torchrun"][-1]
     assert len(figures) == 3
     for rank, told in enumerate(everyones):
         for name, _, launcher in launched(rank):
-            local = {"Open MPI, mapped by socket": (0, 2, 1)[rank]}.get(name, rank)
-            here = "3"
+            local = {"Open MPI, mapped by socket": 1 - rank}.get(name, rank)
+            here = "2"
             if name in ("PyTorchJob", "indexed Job"):  # each in a pod of its own
                 local, here = 0, "1"
             if name == "Ray":
                 here = None
-            assert told[name] == (rank, 3, launcher, local, here, figures), name
+            assert told[name] == (rank, 2, launcher, local, here, figures), name
 
 
 def of_a_file(folder):
