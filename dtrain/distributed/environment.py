@@ -1,77 +1,25 @@
-"""What launched this process, which rank it is, and what of the host is its own."""
+"""What of the host is this rank's own: cores, cards, files, and its number there."""
 
 import json
 import os
-import re
 import resource
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 
 import torch
-from torch.distributed import Store  # type: ignore[attr-defined]
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from dtrain.distributed.launchers import find_launcher
+from dtrain.distributed.processes import this_machine
 from dtrain.errors import LaunchError
 
-_RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 #: What says which cards a process sees.
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_AT_ONCE = 256  # keys that rank 0 reads in one call
 _CARDS_S = 30.0  # how long ranks of a host wait for one another to compare their cards
-
-
-def find_launcher(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """Returns ``"torchrun"``, ``"slurm"`` or ``"solo"``, and the variables to add to ``env``."""
-    given = [name for name in _RENDEZVOUS if env.get(name)]
-    # MASTER_ADDR and MASTER_PORT alone are often left over in cluster profiles.
-    if any(name in given for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        missing = [name for name in _RENDEZVOUS if name not in given]
-        if missing:
-            raise LaunchError(
-                f"the environment has {_show(env, given)} but not {', '.join(missing)}. Start "
-                "with torchrun (`torchrun --nproc-per-node=2 train.py`), or unset them all to "
-                "run in one process."
-            )
-        numbers = {name: _number(env, name) for name in _RENDEZVOUS if name != "MASTER_ADDR"}
-        if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
-            raise LaunchError(f"RANK must be from 0 to WORLD_SIZE - 1: {_show(env, given)}")
-        return "torchrun", {}
-    # Only srun sets SLURM_STEP_NUM_TASKS; in a bare sbatch script one process runs.
-    if env.get("SLURM_STEP_NUM_TASKS") and _number(env, "SLURM_STEP_NUM_TASKS") > 1:
-        needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")
-        missing = [name for name in needed if not env.get(name)]
-        if missing:
-            raise LaunchError(
-                f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks, but the environment has no "
-                f"{', '.join(missing)}. Start with srun, or unset SLURM_STEP_NUM_TASKS."
-            )
-        nodes_tasks = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
-        tasks = [number for number, nodes in nodes_tasks for _ in range(int(nodes or 1))]
-        node = _number(env, "SLURM_NODEID") if env.get("SLURM_NODEID") else 0
-        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
-        return "slurm", {
-            "RANK": env["SLURM_PROCID"],
-            "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-            "LOCAL_RANK": env["SLURM_LOCALID"],
-            "LOCAL_WORLD_SIZE": tasks[node] if node < len(tasks) else "1",
-            "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(nodes),
-            # Two jobs on a node must not meet: the port follows from the job's number.
-            "MASTER_PORT": env.get("MASTER_PORT")
-            or str(20000 + _number(env, "SLURM_JOB_ID") % 20000),
-        }
-    return "solo", {}
-
-
-def first_host(nodelist: str) -> str:
-    """Returns the first host of a SLURM node list: ``gpu[03-05,9],x1`` gives ``gpu03``."""
-    # Up to the first comma outside of brackets; of a bracket, the first number counts.
-    entry = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodelist)
-    host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", entry[0]) if entry is not None else ""
-    if not host or nodelist.startswith("["):
-        raise LaunchError(
-            f"cannot read the first host from SLURM's node list {nodelist!r}; set MASTER_ADDR to "
-            "the host of task 0"
-        )
-    return host
 
 
 def allow_files(size: int) -> None:
@@ -90,8 +38,73 @@ def share_cores() -> None:
     """Gives torch this rank's part of the host's cores, unless it was told how many."""
     if not os.environ.get("OMP_NUM_THREADS"):
         threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+        threads = min(threads, len(os.sched_getaffinity(0)))  # mpirun may bind a rank to one core
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+
+
+def of_open_group(env: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
+    """Who launched this rank of a group that the script has opened; None where it has not.
+
+    Where the launcher's variables describe another world, or none, the group is what counts.
+    """
+    if not dist.is_initialized():
+        return None
+    rank, size, variables = dist.get_rank(), dist.get_world_size(), dict[str, str]()
+    try:
+        launcher, variables = find_launcher(env)
+        told = dict(env) | variables
+    except LaunchError:
+        launcher, told = "solo", {}
+    if (told.get("RANK"), told.get("WORLD_SIZE")) != (str(rank), str(size)):
+        if size == 1 and launcher == "solo":
+            return None
+        if size == 1:
+            raise LaunchError(
+                f"the script has opened a process group of one rank, but {launcher} started "
+                f"{told['WORLD_SIZE']}: open it on all of them, or leave it to dtrain.init"
+            )
+        # A LOCAL_RANK that is set is that of the other world.
+        launcher, variables = "script", {"LOCAL_RANK": ""}
+        variables |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    elif env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return launcher, variables
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, TCPStore):
+        raise LaunchError(
+            f"the script has opened a process group over a {type(store).__name__}, which dtrain's "
+            'own messages cannot use: open it with init_method="tcp://HOST:PORT" or "env://", or '
+            "leave it to dtrain.init"
+        )
+    return launcher, variables | {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port)}
+
+
+def find_place(rank: int, size: int, host: str, store: Store) -> dict[str, str]:
+    """Returns LOCAL_RANK and LOCAL_WORLD_SIZE, for launchers that do not say.
+
+    Raises LaunchError where not all come. Ranks: all, communicates.
+    """
+    store.set(f"place/{rank}", f"{host} {this_machine()}")
+    keys: list[str] = []
+    try:
+        if rank == 0:
+            told: list[bytes] = []
+            for first in range(0, size, _AT_ONCE):
+                keys = [f"place/{one}" for one in range(first, min(first + _AT_ONCE, size))]
+                store.wait(keys)
+                told += store.multi_get(keys)
+            here: Counter[bytes] = Counter()
+            places = [(here.update([one]), here[one] - 1)[1] for one in told]
+            counted = [(place, here[one]) for place, one in zip(places, told, strict=True)]
+            store.set("places", json.dumps(counted))
+        local_rank, local_size = json.loads(store.get("places"))[rank]
+    except RuntimeError:
+        late = [key.removeprefix("place/") for key in keys if not store.check([key])]
+        who = f"rank {', '.join(late)}" if late else "rank 0, which waits for others"
+        raise LaunchError(f"rank {rank} of {size} has waited in vain for {who}") from None
+    return {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size)}
 
 
 def has_gpu() -> bool:
@@ -134,13 +147,6 @@ def check_cards(env: Mapping[str, str], host: str, store: Store) -> None:
             "CPU: ACCELERATE_USE_CPU=true. To try several ranks on one card, open the group first: "
             'torch.distributed.init_process_group("gloo").'
         )
-
-
-def _number(env: Mapping[str, str], name: str) -> int:
-    try:
-        return int(env[name])
-    except ValueError:
-        raise LaunchError(f"{name}={env[name]!r} is no number") from None
 
 
 def _show(env: Mapping[str, str], names: list[str]) -> str:

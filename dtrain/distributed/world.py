@@ -4,6 +4,7 @@ import atexit
 import itertools
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -21,10 +22,12 @@ from dtrain.distributed.comm import Comm
 from dtrain.distributed.environment import (
     allow_files,
     check_cards,
-    find_launcher,
+    find_place,
     has_gpu,
+    of_open_group,
     share_cores,
 )
+from dtrain.distributed.launchers import find_launcher, hint
 from dtrain.distributed.processes import is_failing, this_machine
 from dtrain.distributed.random_streams import has_seeded, random_state_kept, seed_everything
 from dtrain.distributed.rendezvous import own_store, serve_apart
@@ -33,6 +36,9 @@ from dtrain.errors import ConfigError
 
 T = TypeVar("T")
 
+# What the last world has added to the environment, and who had launched it by what was there.
+_added: dict[str, str] = {}
+_launched_by = ""
 # Counts worlds opened one after another, so that one does not read what another left behind.
 _lives = itertools.count()
 
@@ -48,7 +54,9 @@ class World:
         host: this host's name.
         device: where this rank computes.
         backend: ``"nccl"``, ``"gloo"``, ``"threads"`` (of a test), or ``"none"`` in a world of one.
-        launcher: ``"torchrun"``, ``"slurm"``, ``"solo"`` or ``"threads"``.
+        launcher: ``"torchrun"`` (or who sets the same variables), ``"slurm"``, ``"mpi"``,
+            ``"lsf"`` (jsrun), ``"kubernetes"``, ``"ray"``, ``"script"`` (that opened the process
+            group itself), ``"solo"`` or ``"threads"``.
         seed: what all random streams are derived from.
         comm: labelled verbs to the other ranks.
     """
@@ -71,6 +79,8 @@ class World:
     open_comm: Callable[[], Comm] | None = field(default=None, repr=False)
     #: Of those that ``connect`` has opened, the ones that nobody uses at the moment.
     idle_connections: list[Store] = field(default_factory=list, repr=False)
+    _alive: bool = field(default=False, repr=False)
+    #: Has opened torch's default group; else the script has, and closes it.
     _opened: bool = field(default=False, repr=False)
     _closers: list[Callable[[], None]] = field(default_factory=list, repr=False)
     #: A Trainer has made it, and the script had seeded nothing.
@@ -104,12 +114,12 @@ class World:
             get_error_handler().record_exception(error)
 
     def close(self) -> None:
-        """Closes the process group, if :func:`init` opened it. A second call does nothing."""
+        """Closes what :func:`init` opened. A second call does nothing."""
         global _current  # noqa: PLW0603 -- see `_current`
         if _current is self:
             _current = None
-        if self._opened:
-            self._opened = False
+        if self._alive:
+            self._alive = False
             atexit.unregister(self._close_at_exit)
             # A process group ends its threads when the last reference to it goes. Should that
             # be while the interpreter ends, the process may abort: so it has to be here.
@@ -118,7 +128,8 @@ class World:
             self._closers.clear()
             self.idle_connections.clear()
             self.comm.close()
-            dist.destroy_process_group()
+            if self._opened:
+                dist.destroy_process_group()
 
     def _close_at_exit(self) -> None:
         # After an uncaught error, closing may wait for ranks that are stuck: just leave.
@@ -234,17 +245,32 @@ def on_main(label: str, fn: Callable[[], T]) -> T:
     return (current() or init()).comm.on_main(label, fn)
 
 
+def _close_scripts_group() -> None:
+    if dist.is_initialized() and not is_failing():  # else its threads may abort the process
+        dist.destroy_process_group()
+
+
+@cache
+def _note(line: str) -> None:  # once in a process
+    if line:
+        sys.stderr.write(f"dtrain: note: {line}\n")
+
+
 def _open(seed: int, timeout_s: float) -> World:
-    launcher, variables = find_launcher(os.environ)
+    global _added, _launched_by
+    launcher, variables = of_open_group(os.environ) or find_launcher(os.environ)
+    if _added and _added.items() <= os.environ.items():
+        launcher = _launched_by
     host = socket.gethostname()
     size = int(variables.get("WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     if launcher == "solo" or size == 1:
+        if launcher == "solo":
+            _note(hint(os.environ))
         device = torch.device("cuda" if has_gpu() else "cpu")
         world = World(0, 0, 1, host, device, "none", launcher, seed, Comm(host=host))
         world.open_comm = lambda: Comm(host=host)
         return world
     os.environ.update(variables)
-    share_cores()
     allow_files(size)
     store_process = serve_apart(timeout_s)
     # Late: most of a single process's start would go into this import.
@@ -258,6 +284,12 @@ def _open(seed: int, timeout_s: float) -> World:
 
     timeout, life = timedelta(seconds=timeout_s), next(_lives)
     opened = not dist.is_initialized()
+    if not os.environ.get("LOCAL_RANK"):
+        variables |= find_place(int(os.environ["RANK"]), size, host, own_store(timeout, life))
+        os.environ.update(variables)
+    if variables:
+        _added, _launched_by = variables, launcher
+    share_cores()
     if opened:
         if has_gpu():
             check_cards(os.environ, host, own_store(timeout, life))
@@ -284,5 +316,8 @@ def _open(seed: int, timeout_s: float) -> World:
         return apart
 
     world.open_comm = open_comm
+    world._alive = True
+    if not opened:
+        atexit.register(_close_scripts_group)
     atexit.register(world._close_at_exit)
     return world

@@ -23,7 +23,8 @@ Progress = Callable[[str], None]
 # What launchers leave in the environment: ranks made here must not take it for theirs.
 _TRACES = (
     *("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "RDZV_", "TORCHELASTIC_"),
-    *("SLURM_", "OMPI_", "PMI_", "ACCELERATE_", "DTRAIN_STATUS_FILE"),
+    *("SLURM_", "OMPI_", "PMI", "MPI_LOCAL", "MV2_", "JSM_", "PALS_", "PET_", "JOB_COMPLETION_"),
+    *("PBS_", "LSB_", "RAY_", "KUBERNETES_", "ACCELERATE_", "DTRAIN_STATUS_FILE"),
 )
 _TAIL = 25  # lines of a failed script's output that are shown
 _LEAVE_S = 10.0

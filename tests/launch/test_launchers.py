@@ -97,7 +97,17 @@ def alone(folder):
 def environment(folder, **variables):
     """This process's environment without launchers' traces, GPUs and network."""
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "NODE_RANK")
-    launchers += ("NNODES", "RDZV_", "TORCHELASTIC_", "TORCH_DIST", "SLURM_", "OMPI_", "PMI_")
+    launchers += (
+        "NNODES",
+        "RDZV_",
+        "TORCHELASTIC_",
+        "TORCH_DIST",
+        "SLURM_",
+        "OMPI_",
+        "PMI",
+        "MPI_",
+    )
+    launchers += ("MV2_", "JSM_", "PALS_", "PET_", "JOB_", "RAY_", "KUBERNETES_", "PBS_", "LSB_")
     launchers += ("ACCELERATE_", "RESTARTS", "RANKS", "OMP_NUM_THREADS", "PYTHONWARNINGS")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
     kept |= {
@@ -215,9 +225,33 @@ def free_job_id():
     """A job whose port, which follows from its number, is not taken."""
     for job in range(os.getpid(), os.getpid() + 1000):
         with socket.socket() as probe:
-            if probe.connect_ex(("localhost", 20000 + job % 20000)) != 0:
+            if probe.connect_ex(("localhost", 20000 + job % 12000)) != 0:
                 return job
     raise AssertionError("no free port in a thousand")
+
+
+OWN_GROUP = """
+import sys
+import torch.distributed as dist
+import dtrain
+
+dist.init_process_group("gloo")
+world = dtrain.init()
+assert world.comm.gather_objects("ranks", world.rank) == [0, 1]
+if sys.argv[1:] == ["closes"]:
+    world.close()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["closes", "leaves it open"])
+def test_a_group_of_the_scripts_own_ends_in_order(folder, ends):
+    (folder / "own_group.py").write_text(OWN_GROUP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run([*command, "own_group.py", ends], folder)
+    assert done.returncode == 0, done.stderr
+    assert "terminate called" not in done.stderr
 
 
 HALF_SET = {

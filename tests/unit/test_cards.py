@@ -1,5 +1,6 @@
 """Ranks of a host that would share a card are refused before the group opens; others are not."""
 
+import os
 import threading
 from types import SimpleNamespace
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from dtrain.distributed import environment, local_store
-from dtrain.distributed.environment import check_cards, find_launcher
+from dtrain.distributed.environment import check_cards
+from dtrain.distributed.launchers import find_launcher
 from dtrain.errors import LaunchError
 from dtrain.testing import run_outcomes
 
@@ -125,12 +127,15 @@ def crowd(opens_itself):
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
     torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid="GPU-1")
-    torch.cuda.set_device = lambda device: None
+    chosen = []
+    torch.cuda.set_device = lambda device: chosen.append(str(device))
     if opens_itself:
+        # The last tasks of a host, each with a card of its own, which it sees as 0.
+        os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) + 3)
         dist.init_process_group("gloo")
         found = dtrain.init()
         dist.destroy_process_group()
-        return str(found.device), found.backend
+        return str(found.device), found.backend, found.local_rank, chosen
     opened = []
     dist.init_process_group = lambda *args, **options: opened.append(args)
     try:
@@ -148,6 +153,6 @@ def test_real_ranks_find_out_before_the_group_opens():
         assert not opened
 
 
-def test_a_group_that_the_script_opened_is_taken():
+def test_a_group_that_the_script_opened_is_taken_and_one_card_is_card_0():
     values = [outcome.value for outcome in run_outcomes(crowd, 2, True, timeout_s=40)]
-    assert values == [("cuda:0", "gloo"), ("cuda:0", "gloo")]
+    assert values == [("cuda:0", "gloo", 3, ["cuda:0"]), ("cuda:0", "gloo", 4, ["cuda:0"])]

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 import dtrain
-from dtrain.distributed.environment import allow_files, find_launcher, first_host
+from dtrain.distributed.environment import allow_files
+from dtrain.distributed.launchers import find_launcher, first_host
 from dtrain.distributed.random_streams import derive_seed, seed_everything
 from dtrain.distributed.world import current
 from dtrain.errors import ConfigError, LaunchError
@@ -50,6 +51,9 @@ def test_half_an_environment_is_refused(names: set[str]) -> None:
     if names <= {"MASTER_ADDR", "MASTER_PORT"}:  # left over in a profile
         assert find_launcher(env) == ("solo", {})
         return
+    if names == TORCHRUN.keys() - {"LOCAL_RANK"}:  # which ranks can find out
+        assert find_launcher(env) == ("torchrun", {})
+        return
     with pytest.raises(LaunchError) as raised:
         find_launcher(env)
     given = ", ".join(f"{name}={value}" for name, value in TORCHRUN.items() if name in names)
@@ -84,7 +88,7 @@ def test_srun_describes_a_task() -> None:
             "LOCAL_RANK": "1",
             "LOCAL_WORLD_SIZE": "4",
             "MASTER_ADDR": "gpu03",
-            "MASTER_PORT": "32345",
+            "MASTER_PORT": "24345",
         },
     )
 
