@@ -1,37 +1,31 @@
 """What launched this process, which rank it is, and what of the host is its own."""
 
-import json
 import os
 import re
 import resource
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import timedelta
 
 import torch
-from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.errors import LaunchError
 
-_RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-#: What says which cards a process sees.
-_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-_CARDS_S = 30.0  # how long ranks of a host wait for one another to compare their cards
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def find_launcher(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """Returns ``"torchrun"``, ``"slurm"`` or ``"solo"``, and the variables to add to ``env``."""
-    given = [name for name in _RENDEZVOUS if env.get(name)]
+    given = [name for name in RENDEZVOUS if env.get(name)]
     # MASTER_ADDR and MASTER_PORT alone are often left over in cluster profiles.
     if any(name in given for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        missing = [name for name in _RENDEZVOUS if name not in given]
+        missing = [name for name in RENDEZVOUS if name not in given]
         if missing:
             raise LaunchError(
                 f"the environment has {_show(env, given)} but not {', '.join(missing)}. Start "
                 "with torchrun (`torchrun --nproc-per-node=2 train.py`), or unset them all to "
                 "run in one process."
             )
-        numbers = {name: _number(env, name) for name in _RENDEZVOUS if name != "MASTER_ADDR"}
+        numbers = {name: _number(env, name) for name in RENDEZVOUS if name != "MASTER_ADDR"}
         if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
             raise LaunchError(f"RANK must be from 0 to WORLD_SIZE - 1: {_show(env, given)}")
         return "torchrun", {}
@@ -98,42 +92,6 @@ def has_gpu() -> bool:
     """There is one, and ``accelerate launch --cpu`` did not say to leave it alone."""
     told_not_to = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return torch.cuda.is_available() and not told_not_to
-
-
-def check_cards(env: Mapping[str, str], host: str, store: Store) -> None:
-    """Raises LaunchError on all ranks of this host where two of them are to use the same card.
-
-    How many a rank sees does not tell: each task of a job may be given its own, which it sees as 0.
-    """
-    given = "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_RANK"
-    ranks = int(env[given]) + (given == "LOCAL_RANK")
-    seen, local = torch.cuda.device_count(), int(env["LOCAL_RANK"])
-    if ranks <= seen:
-        return  # the card of a rank's number is its own
-    card = str(torch.cuda.get_device_properties(local % seen).uuid)
-    came, told = store.add(f"cards/{host}", 1), json.dumps([card, int(env["RANK"])])
-    store.set(f"cards/{host}/{came}", told)
-    places = [f"cards/{host}/{place}" for place in range(1, ranks + 1)]
-    try:
-        store.wait(places, timedelta(seconds=_CARDS_S))
-    except RuntimeError:
-        return  # not all have come; who waits for them next says so
-    by_card: dict[str, list[int]] = {}
-    for answer in store.multi_get(places):
-        one, rank = json.loads(answer)
-        by_card.setdefault(one, []).append(rank)
-    if crowded := sorted(sorted(users) for users in by_card.values() if len(users) > 1):
-        visible = _show(env, [name for name in _VISIBLE if name in env]) or "all cards visible"
-        raise LaunchError(
-            f"{ranks} ranks run on {host} ({given}={env[given]}), on {len(by_card)} "
-            f"card{'s' * (len(by_card) > 1)}: ranks {' and '.join(map(str, crowded[0]))} have the "
-            f"same one, and NCCL takes one rank for each (rank {env['RANK']} sees "
-            f"torch.cuda.device_count()={seen}, with {visible}). "
-            "Start as many ranks as there are cards (`torchrun --nproc-per-node="
-            f"{len(by_card)}`), or give each its own (`srun --gpus-per-task=1`); or compute on the "
-            "CPU: ACCELERATE_USE_CPU=true. To try several ranks on one card, open the group first: "
-            'torch.distributed.init_process_group("gloo").'
-        )
 
 
 def _number(env: Mapping[str, str], name: str) -> int:

@@ -1,7 +1,6 @@
 """Who am I? Rank, host, device and process group, from whatever launched this process."""
 
 import atexit
-import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -9,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
@@ -17,24 +16,34 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed.activity import Heartbeat, heartbeat_key
+from dtrain.distributed.cards import check_cards, own_card
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.environment import (
+    RENDEZVOUS,
     allow_files,
-    check_cards,
     find_launcher,
     has_gpu,
     share_cores,
 )
+from dtrain.distributed.meeting import Arrival, meet
 from dtrain.distributed.processes import is_failing, this_machine
 from dtrain.distributed.random_streams import has_seeded, random_state_kept, seed_everything
-from dtrain.distributed.rendezvous import own_store, serve_apart
+from dtrain.distributed.rendezvous import (
+    Job,
+    find_address,
+    find_store,
+    own_store,
+    ports_for,
+    scripts_store,
+    serve_apart,
+)
 from dtrain.distributed.transport import GroupTransport, Transport, open_default, open_gloo
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, LaunchError
 
 T = TypeVar("T")
 
-# Counts worlds opened one after another, so that one does not read what another left behind.
-_lives = itertools.count()
+# How many worlds were opened, one after another: one must not read what another left behind.
+_lives = [0]
 
 
 @dataclass(eq=False)
@@ -48,7 +57,8 @@ class World:
         host: this host's name.
         device: where this rank computes.
         backend: ``"nccl"``, ``"gloo"``, ``"threads"`` (of a test), or ``"none"`` in a world of one.
-        launcher: ``"torchrun"``, ``"slurm"``, ``"solo"`` or ``"threads"``.
+        launcher: ``"torchrun"``, ``"slurm"``, ``"script"`` (it opened the group itself, and no
+            launcher's variables say more), ``"solo"`` or ``"threads"``.
         seed: what all random streams are derived from.
         comm: labelled verbs to the other ranks.
     """
@@ -151,7 +161,8 @@ def init(*, seed: int = 0, timeout_s: float = 600.0) -> World:
         timeout_s: how long, in seconds, a rank waits for the others before it gives up.
 
     Raises:
-        LaunchError: the environment is half set, or ranks of a host have the same GPU.
+        LaunchError: the environment is half set, ranks do not meet (another job has the port, a
+            name does not resolve, a rank does not come), or ranks of a host have the same GPU.
         ConfigError: ``seed`` or ``timeout_s`` is out of range.
 
     Ranks: all, communicates.
@@ -235,46 +246,80 @@ def on_main(label: str, fn: Callable[[], T]) -> T:
 
 
 def _open(seed: int, timeout_s: float) -> World:
-    launcher, variables = find_launcher(os.environ)
-    host = socket.gethostname()
+    opens, host = not dist.is_initialized(), socket.gethostname()
+    launcher, variables = find_launcher(os.environ) if opens else _around_open_group()
     size = int(variables.get("WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    size = size if opens else dist.get_world_size()
     if launcher == "solo" or size == 1:
         device = torch.device("cuda" if has_gpu() else "cpu")
         world = World(0, 0, 1, host, device, "none", launcher, seed, Comm(host=host))
         world.open_comm = lambda: Comm(host=host)
         return world
+    before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     share_cores()
     allow_files(size)
-    store_process = serve_apart(timeout_s)
-    # Late: most of a single process's start would go into this import.
-    from accelerate.state import PartialState
+    timeout, life = timedelta(seconds=timeout_s), _lives[0]
+    store_process, connect = None, partial(own_store if opens else scripts_store, timeout, life)
+    try:
+        if opens:
+            rank, said_by = int(os.environ["RANK"]), _said_by(variables, size)
+            find_address(timeout_s)
+            job = Job.of(os.environ, launcher, by_launcher="RANK" in variables)
+            port = int(os.environ["MASTER_PORT"])
+            ports = ports_for(port, job, chosen=bool(before.get("MASTER_PORT", port)))
+            store_process = serve_apart(job, ports, timeout_s)
+        else:
+            rank, said_by = dist.get_rank(), "its process group was opened by the script"
+        # Late: most of a single process's start would go into this import.
+        from accelerate.state import PartialState
 
-    if store_process is not None:
-        store_process.wait()
+        if store_process is not None:
+            store_process.wait()
+        elif opens:
+            find_store(None, [port], timeout_s)
+        here = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+        given = os.environ.get("LOCAL_RANK")
+        cards = own_card(int(given or 0)) if opens and has_gpu() else ("", "")
+        mine = Arrival.of(
+            rank, os.environ.get("MASTER_ADDR", ""), several_hosts=not here, cards=cards
+        )
+        afresh = store_process is not None
+        local = meet(connect(), mine, size, said_by, timeout_s, check_cards, afresh=afresh)
+    except LaunchError:
+        if store_process is not None:
+            store_process.drop()
+        for name, value in before.items():  # as it was: the script may try again
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+        raise
+    _lives[0] += 1
     # Imported later, as DistributedDataParallel does, its functions' default arguments would keep
     # the process group until the interpreter ends, and the process may abort then.
     from torch.distributed.nn import functional as _functional  # noqa: F401
 
-    timeout, life = timedelta(seconds=timeout_s), next(_lives)
-    opened = not dist.is_initialized()
-    if opened:
+    if opens:
+        open_default(connect(), rank, size, timeout)
+    local_rank = int(given or local[rank])
+    if PartialState._shared_state or all(map(os.environ.get, RENDEZVOUS)):
+        # It finds the group, and keeps which rank and device are this process's: true of each life.
+        device = PartialState(cpu=not has_gpu()).device
+    else:  # without a launcher's variables, it would take this for a world of one
+        device = torch.device("cpu")
         if has_gpu():
-            check_cards(os.environ, host, own_store(timeout, life))
-        open_default(timeout, life)
-    # It finds the group, and keeps which rank and device are this process's: true of each life.
-    device = PartialState(cpu=not has_gpu()).device
-    rank, transport, store = dist.get_rank(), open_gloo(timeout), own_store(timeout, life)
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+    transport, store = open_gloo(timeout), connect()
     store.set(heartbeat_key(rank), Heartbeat(rank, host, os.getpid(), this_machine(), 0).to_json())
     if store_process is not None and rank == 0:
         keys = [heartbeat_key(one) for one in range(size)]
         store_process.tell([Heartbeat.from_json(one) for one in store.multi_get(keys)])
     if device.type == "cpu":
         device = torch.device("cpu")  # which has no number; PartialState gives it one
-    local_rank, backend = int(os.environ["LOCAL_RANK"]), dist.get_backend()
     comm = Comm(rank=rank, size=size, host=host, transport=transport, store=store)
+    backend = dist.get_backend()
     world = World(rank, local_rank, size, host, device, backend, launcher, seed, comm)
-    world.connect, world._opened = lambda: own_store(timeout, life), opened
+    world.connect, world._opened = connect, opens
 
     # One for all Trainers: each further group would make the next one slower to open.
     @cache
@@ -286,3 +331,19 @@ def _open(seed: int, timeout_s: float) -> World:
     world.open_comm = open_comm
     atexit.register(world._close_at_exit)
     return world
+
+
+def _around_open_group() -> tuple[str, dict[str, str]]:
+    """Returns what launched a process whose script has opened its group, if that can be known."""
+    try:
+        launcher, variables = find_launcher(os.environ)
+    except LaunchError:  # half an environment: the group is whole
+        return "script", {}
+    return ("script" if launcher == "solo" else launcher), variables
+
+
+def _said_by(variables: dict[str, str], size: int) -> str:
+    """Names the variable that says how many ranks there are."""
+    names = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    found = [name for name in names if os.environ.get(name) == str(size)]
+    return f"{found[0] if found and 'WORLD_SIZE' in variables else 'WORLD_SIZE'}={size}"
