@@ -29,6 +29,7 @@ _PATIENCE_S = 5.0  # a job that had the port before may just be ending
 _LOOK_S = 0.2
 _SAY_S = 10.0  # who waits for so long says for whom; then after twice as long, and so on
 _PORTS = 8  # where nobody chose one: so many, one after the other, may be taken
+MET = "met"  # a key: what became of the meeting of all ranks; see meeting.py
 _TAKEN = "Set MASTER_PORT to a free port, the same on all ranks, or wait for the end of that job."
 #: What tells one start of a launcher's from any other.
 _LAUNCHERS_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "I_MPI_HYDRA_UUID")
@@ -48,8 +49,7 @@ def local_store() -> Store:
 def own_store(timeout: timedelta, life: int) -> Store:
     """Returns a connection of its own to the rendezvous store, apart from the process group's."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the launcher's store outlives it
-    return PrefixStore(f"dtrain/{attempt}/{life}", _connect(host, port, timeout))
+    return PrefixStore(_prefix(life), _connect(host, port, timeout))
 
 
 def scripts_store(timeout: timedelta, life: int) -> Store:
@@ -62,6 +62,11 @@ def scripts_store(timeout: timedelta, life: int) -> Store:
         store = store.clone()  # type: ignore[attr-defined]
         store.set_timeout(timeout)
     return PrefixStore(f"dtrain/{life}", store)
+
+
+def _prefix(life: int) -> str:
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the launcher's store outlives it
+    return f"dtrain/{attempt}/{life}"
 
 
 def _connect(host: str, port: int, timeout: timedelta) -> TCPStore:
@@ -201,8 +206,7 @@ class StoreProcess:
         if os.environ["RANK"] != "0":
             return
         script = Path(__file__).with_name("store_process.py")
-        patience_s = _PATIENCE_S if len(ports) == 1 else 0.0
-        about = json.dumps(asdict(job)), f"{timeout_s}", f"{patience_s}"
+        about = json.dumps(asdict(job)), f"{_prefix(0)}/{MET}", f"{timeout_s}", f"{_PATIENCE_S}"
         self._process = subprocess.Popen(
             [sys.executable, str(script), *about, *map(str, ports)],
             stdin=subprocess.PIPE,
@@ -255,12 +259,8 @@ class StoreProcess:
             return LaunchError(f"{words}{there} has it. {_TAKEN}")
         if there.identity:
             words += f"process {there.pid} on {there.host} is rank 0 of this same job. RANK=0 was "
-            return LaunchError(f"{words}given to two processes: each task must have its own.")
-        words += f"{there} has it, with as many ranks and no name that tells them apart"
-        with suppress(RuntimeError):  # those who have met already are left alone
-            store = own_store(timedelta(seconds=_ANSWER_S), 0)
-            refuse(store, f"two jobs meet at port {port}: {words}. {_TAKEN}")
-        return LaunchError(f"{words}. {_TAKEN}")
+            return LaunchError(f"{words}given to two processes: each must have its own.")
+        return LaunchError(f"{words}{there} has it, or RANK=0 was given twice. {_TAKEN}")
 
     def _end(self) -> None:
         # After an error the others may still read there what it was.
@@ -279,9 +279,6 @@ def _check_own(port: int, timeout_s: float) -> None:
             f"port {port}; at {host}:{port}, where the others look for it, is {there or 'none'}. "
             "Set MASTER_ADDR to a name or an address of rank 0's host."
         )
-
-
-MET = "met"  # a key: what became of the meeting of all ranks; see meeting.py
 
 
 def refuse(store: Store, why: str) -> str:
