@@ -38,8 +38,6 @@ def serve(
     about: str, verdict: str, timeout_s: float, patience_s: float, ports: Sequence[int]
 ) -> int:
     """Serves the store until the parent ends; returns an exit code."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
     parent = os.getppid()
     # Each rank has up to three connections to it.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -52,6 +50,9 @@ def serve(
     try:
         listening = _listen(ports, about, verdict, patience_s)
         port = listening.getsockname()[1]
+        # Late: of two jobs that start at one port, the second is to know that soon.
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
         # Given a socket, torch neither warns of a taken port nor, told that others serve, takes
         # it for theirs. It serves at all addresses, and connects to itself at localhost.
         store = TCPStore(
@@ -177,6 +178,5 @@ def _lives(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        serve(*sys.argv[1:3], *map(float, sys.argv[3:5]), [int(port) for port in sys.argv[5:]])
-    )
+    _, about, verdict, timeout_s, patience_s, *ports = sys.argv
+    sys.exit(serve(about, verdict, float(timeout_s), float(patience_s), list(map(int, ports))))
