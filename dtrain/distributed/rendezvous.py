@@ -27,6 +27,7 @@ _SERVED_ELSEWHERE = "TORCHELASTIC_USE_AGENT_STORE"  # tells torch that rank 0 is
 _ANSWER_S = 5.0  # whoever takes a call at the port and says nothing for so long is no store
 _PATIENCE_S = 5.0  # a job that had the port before may just be ending
 _LOOK_S = 0.2
+_LOOK_UP_AGAIN_S = 2.0
 _SAY_S = 10.0  # who waits for so long says for whom; then after twice as long, and so on
 _PORTS = 8  # where nobody chose one: so many, one after the other, may be taken
 MET = "met"  # a key: what became of the meeting of all ranks; see meeting.py
@@ -168,7 +169,7 @@ def find_address(timeout_s: float) -> None:
     if "KUBERNETES_SERVICE_HOST" in os.environ:  # a pod's name is known once that has started
         sys.stderr.write(f"dtrain: {words}; it is looked up again until it does\n")
         while not found and not patience.is_over:
-            threading.Event().wait(2.0)
+            threading.Event().wait(_LOOK_UP_AGAIN_S)
             found, why = addresses_of(host)
     if not found:
         raise LaunchError(
@@ -232,8 +233,8 @@ class StoreProcess:
     def drop(self) -> None:
         """Ends it, and leaves the environment as it was: the script may try another port."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            with self._process as process:
+                process.kill()
             self._process = None
         os.environ.pop(_SERVED_ELSEWHERE, None)
 
@@ -250,7 +251,7 @@ class StoreProcess:
     def _taken(self, why: str) -> LaunchError:
         """Says who has the port, and why that is an error. Ranks: rank 0 only."""
         port = self._ports[0]
-        there = _ask("localhost", port, _ANSWER_S)
+        there = _ask("localhost", port, _ANSWER_S) if _listens("localhost", port) else None
         at = f"at port {port}" if len(self._ports) == 1 else f"at ports {port} to {self._ports[-1]}"
         words = f"rank 0 on {socket.gethostname()} cannot serve the rendezvous store {at}: "
         if there is None:
@@ -349,10 +350,11 @@ def _listener(port: int) -> str:
     """Names the process that listens at a port of this host, where the kernel tells."""
     import psutil  # accelerate's; late, as only a failure needs it
 
-    with suppress(psutil.Error, OSError, IndexError):
-        sockets = psutil.net_connections("tcp")
-        (pid, *_) = {one.pid for one in sockets if one.laddr[1] == port and one.status == "LISTEN"}
-        return f" by process {pid} ({' '.join(psutil.Process(pid).cmdline())[:120]})" if pid else ""
+    with suppress(psutil.Error, OSError):
+        for one in psutil.net_connections("tcp"):
+            if one.status == "LISTEN" and one.laddr[1] == port and one.pid:
+                command = " ".join(psutil.Process(one.pid).cmdline())
+                return f" by process {one.pid} ({command[:120]})"
     return ""
 
 

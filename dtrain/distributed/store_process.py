@@ -104,7 +104,9 @@ def _visit(port: int, about: str, verdict: str, answers: list[bool]) -> None:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     timeout = timedelta(seconds=_ANSWER_S)
-    with suppress(RuntimeError, ValueError, KeyError, TypeError):
+    with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError):
+        # torch would try for long, with many lines, where nobody listens any more.
+        socket.create_connection(("localhost", port), timeout=_ANSWER_S).close()
         store = TCPStore(
             "localhost", port, is_master=False, wait_for_workers=False, timeout=timeout
         )
