@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from dtrain.errors import LaunchError
 
-_RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+#: Torch's own variables.
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _PORT = "29500"  # torchrun's own, where nothing tells one job from another
 
 Found = tuple[str, dict[str, str]]
@@ -47,9 +48,9 @@ def find_launcher(env: Mapping[str, str]) -> Found:
 
     LOCAL_RANK may still be missing: ranks can find that out among themselves.
     """
-    given = [name for name in _RENDEZVOUS if env.get(name)]
+    given = [name for name in RENDEZVOUS if env.get(name)]
     # MASTER_ADDR and MASTER_PORT alone are often left over in cluster profiles.
-    if given in ([*_RENDEZVOUS], [name for name in _RENDEZVOUS if name != "LOCAL_RANK"]):
+    if given in ([*RENDEZVOUS], [name for name in RENDEZVOUS if name != "LOCAL_RANK"]):
         return _torchrun(env, given)
     for ask in _LAUNCHERS:
         if (found := ask(env)) is not None:
@@ -58,7 +59,7 @@ def find_launcher(env: Mapping[str, str]) -> Found:
         told = [name for name in given if not name.startswith("MASTER_")]
         if not told or (told == ["WORLD_SIZE"] and env["WORLD_SIZE"] == "1"):
             return "solo", {}
-        missing = [name for name in _RENDEZVOUS if name not in given]
+        missing = [name for name in RENDEZVOUS if name not in given]
         raise LaunchError(
             f"the environment has {_show(env, given)} but not {', '.join(missing)}. Start "
             "with torchrun (`torchrun --nproc-per-node=2 train.py`), or unset them all to "
@@ -70,7 +71,7 @@ def find_launcher(env: Mapping[str, str]) -> Found:
             raise LaunchError(
                 f"the environment has {name}={env[name]}, but by what {launcher} has set it is "
                 f"{variables[name]}: unset {name}, which {launcher} makes superfluous (or set all "
-                f"of {', '.join(_RENDEZVOUS)})"
+                f"of {', '.join(RENDEZVOUS)})"
             )
     return launcher, variables
 

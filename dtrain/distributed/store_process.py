@@ -2,34 +2,42 @@
 
 Started by :mod:`dtrain.distributed.rendezvous`, by path, so that no more than torch is imported:
 
-    python store_process.py PORT TIMEOUT_S
+    python store_process.py ABOUT VERDICT TIMEOUT_S PATIENCE_S PORT ...
 
-It writes a line to stdout once it serves, or why it cannot. On stdin it is told the process numbers
-of the ranks of this host, whether there are ranks elsewhere, and in the end that it may go. If its
+It serves at the first of the ports that is free, and says in the store whom it serves (ABOUT). In
+another job's it leaves an error (at VERDICT) if ranks still gather there and may be of either. It
+writes a line to stdout once it serves, or why it cannot. On stdin it is told the process numbers of
+the ranks of this host, whether there are ranks elsewhere, and in the end that it may go. If its
 parent ends without that word, the other ranks have some seconds yet to read in the store what
 became of it; it does not outlive the last of them.
 """
 
+import errno
+import json
 import os
 import resource
 import select
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 
 END, ELSEWHERE = "end", "elsewhere"  # what it is told besides process numbers
 SERVED = "dtrain/served"  # a key that only such a store has
+SERVING = "serving at "
 _LINGER_S = 15.0  # how long it outlives a parent that did not end it, at most
 _LOOK_S = 0.25
+_ANSWER_S = 5.0  # whoever takes a call at the port and says nothing for so long is no store
 
 
-def serve(port: int, timeout_s: float) -> int:
-    """Serves the store at ``port`` until the parent ends; returns an exit code."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
+def serve(
+    about: str, verdict: str, timeout_s: float, patience_s: float, ports: Sequence[int]
+) -> int:
+    """Serves the store until the parent ends; returns an exit code."""
     parent = os.getppid()
     # Each rank has up to three connections to it.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -39,16 +47,93 @@ def serve(port: int, timeout_s: float) -> int:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     timeout = timedelta(seconds=timeout_s)
-    try:  # it serves at all addresses, and connects to itself at localhost
-        store = TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=timeout)
-    except RuntimeError as error:
-        _say(f"cannot serve at port {port}: {error}".replace("\n", " "))
+    try:
+        listening = _listen(ports, about, verdict, patience_s)
+        port = listening.getsockname()[1]
+        # Late: of two jobs that start at one port, the second is to know that soon.
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        # Given a socket, torch neither warns of a taken port nor, told that others serve, takes
+        # it for theirs. It serves at all addresses, and connects to itself at localhost.
+        store = TCPStore(
+            "localhost",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timeout,
+            master_listen_fd=listening.fileno(),
+        )
+    except (OSError, RuntimeError) as error:
+        number = getattr(error, "errno", None)
+        _say(os.strerror(number) if number else f"{error}".replace("\n", " "))
         return 1
-    store.set(SERVED, "yes")
-    _say("serving")
+    store.set(SERVED, about)
+    _say(f"{SERVING}{port}")
     _linger(_wait_for(parent))
     del store
     os._exit(0)  # torch takes its time to tidy up, and rank 0 waits for it
+
+
+def _listen(ports: Sequence[int], about: str, verdict: str, patience_s: float) -> socket.socket:
+    """Listens at the first port that is free."""
+    until = time.monotonic() + patience_s
+    while True:
+        for port in ports:
+            try:
+                return _listen_at(port)
+            except OSError as error:
+                last = error
+        if last.errno != errno.EADDRINUSE or len(ports) > 1 or time.monotonic() > until:
+            raise last
+        # In a thread: it may be anything that has the port, and never answer.
+        answers: list[bool] = []
+        visit = threading.Thread(target=_visit, args=(port, about, verdict, answers), daemon=True)
+        visit.start()
+        visit.join(_ANSWER_S)
+        if answers != [True]:
+            raise last
+        threading.Event().wait(_LOOK_S)
+
+
+def _visit(port: int, about: str, verdict: str, answers: list[bool]) -> None:
+    """Looks whose store has the port: ``answers`` whether it is left over, and about to end.
+
+    A job that none but its rank 0 tells from this one, and whose ranks still gather, is told: they
+    may be of either.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    timeout = timedelta(seconds=_ANSWER_S)
+    with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError):
+        # torch would try for long, with many lines, where nobody listens any more.
+        socket.create_connection(("localhost", port), timeout=_ANSWER_S).close()
+        store = TCPStore(
+            "localhost", port, is_master=False, wait_for_workers=False, timeout=timeout
+        )
+        theirs, mine = json.loads(store.get(SERVED)), json.loads(about)
+        if theirs["host"] == mine["host"] and not _lives(theirs["pid"]):
+            answers.append(True)
+        elif all(theirs[name] == mine[name] for name in ("identity", "ranks")):
+            both = " and ".join(f"process {one['pid']} on {one['host']}" for one in (theirs, mine))
+            why = (
+                f"two jobs of {mine['ranks']} ranks start at the same port {port}, or RANK=0 was "
+                f"given twice: {both} are both rank 0. Set MASTER_PORT to a free port, another for "
+                "each job."
+            )
+            store.compare_set(verdict, "", json.dumps({"error": why}))
+
+
+def _listen_at(port: int) -> socket.socket:
+    backlog = 4096  # many ranks come at once
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(
+                ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog
+            )
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+    return socket.create_server(("", port), backlog=backlog)  # no address of IPv6 here
 
 
 def _say(line: str) -> None:
@@ -95,4 +180,5 @@ def _lives(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(int(sys.argv[1]), float(sys.argv[2])))
+    _, about, verdict, timeout_s, patience_s, *ports = sys.argv
+    sys.exit(serve(about, verdict, float(timeout_s), float(patience_s), list(map(int, ports))))

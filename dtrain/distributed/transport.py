@@ -10,8 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.distributed.environment import has_gpu
@@ -82,13 +81,11 @@ class GroupTransport:
         return DistributedDataParallel(module, process_group=self.group, **options)
 
 
-def open_default(timeout: timedelta, life: int) -> None:
-    """Opens torch's default group from the variables of a launcher."""
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
-    # A store that lives on still has the addresses of groups that were closed.
-    given = {"store": PrefixStore(f"life-{life}", store), "rank": rank, "world_size": size}
+def open_default(store: Store, rank: int, size: int, timeout: timedelta) -> None:
+    """Opens torch's default group of ranks that have met in the store."""
+    backend, apart = "nccl" if has_gpu() else "gloo", PrefixStore("group", store)
     with nullcontext() if has_gpu() else yielding_threads():  # NCCL's stay as they are
-        dist.init_process_group("nccl" if has_gpu() else "gloo", timeout=timeout, **given)
+        dist.init_process_group(backend, timeout=timeout, store=apart, rank=rank, world_size=size)
 
 
 def open_gloo(timeout: timedelta) -> GroupTransport:

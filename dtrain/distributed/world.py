@@ -1,7 +1,6 @@
 """Who am I? Rank, host, device and process group, from whatever launched this process."""
 
 import atexit
-import itertools
 import os
 import socket
 import sys
@@ -10,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
@@ -19,18 +18,12 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed.activity import Heartbeat, heartbeat_key
 from dtrain.distributed.comm import Comm
-from dtrain.distributed.environment import (
-    allow_files,
-    check_cards,
-    find_place,
-    has_gpu,
-    of_open_group,
-    share_cores,
-)
-from dtrain.distributed.launchers import find_launcher, hint
+from dtrain.distributed.environment import allow_files, has_gpu, share_cores
+from dtrain.distributed.launchers import RENDEZVOUS, find_launcher, hint
 from dtrain.distributed.processes import is_failing, this_machine
 from dtrain.distributed.random_streams import has_seeded, random_state_kept, seed_everything
-from dtrain.distributed.rendezvous import own_store, serve_apart
+from dtrain.distributed.rendezvous import own_store, scripts_store
+from dtrain.distributed.starting import around_open_group, come_together
 from dtrain.distributed.transport import GroupTransport, Transport, open_default, open_gloo
 from dtrain.errors import ConfigError
 
@@ -39,8 +32,8 @@ T = TypeVar("T")
 # What the last world has added to the environment, and who had launched it by what was there.
 _added: dict[str, str] = {}
 _launched_by = ""
-# Counts worlds opened one after another, so that one does not read what another left behind.
-_lives = itertools.count()
+# How many worlds were opened, one after another: one must not read what another left behind.
+_lives = [0]
 
 
 @dataclass(eq=False)
@@ -55,8 +48,8 @@ class World:
         device: where this rank computes.
         backend: ``"nccl"``, ``"gloo"``, ``"threads"`` (of a test), or ``"none"`` in a world of one.
         launcher: ``"torchrun"`` (or who sets the same variables), ``"slurm"``, ``"mpi"``,
-            ``"lsf"`` (jsrun), ``"kubernetes"``, ``"ray"``, ``"script"`` (that opened the process
-            group itself), ``"solo"`` or ``"threads"``.
+            ``"lsf"`` (jsrun), ``"kubernetes"``, ``"ray"``, ``"script"`` (it opened the group
+            itself, and no launcher's variables say more), ``"solo"`` or ``"threads"``.
         seed: what all random streams are derived from.
         comm: labelled verbs to the other ranks.
     """
@@ -162,7 +155,8 @@ def init(*, seed: int = 0, timeout_s: float = 600.0) -> World:
         timeout_s: how long, in seconds, a rank waits for the others before it gives up.
 
     Raises:
-        LaunchError: the environment is half set, or ranks of a host have the same GPU.
+        LaunchError: the environment is half set, ranks do not meet (another job has the port, a
+            name does not resolve, a rank does not come), or ranks of a host have the same GPU.
         ConfigError: ``seed`` or ``timeout_s`` is out of range.
 
     Ranks: all, communicates.
@@ -258,11 +252,12 @@ def _note(line: str) -> None:  # once in a process
 
 def _open(seed: int, timeout_s: float) -> World:
     global _added, _launched_by
-    launcher, variables = of_open_group(os.environ) or find_launcher(os.environ)
+    opens, host = not dist.is_initialized(), socket.gethostname()
+    launcher, variables = find_launcher(os.environ) if opens else around_open_group()
     if _added and _added.items() <= os.environ.items():
         launcher = _launched_by
-    host = socket.gethostname()
     size = int(variables.get("WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    size = size if opens else dist.get_world_size()
     if launcher == "solo" or size == 1:
         if launcher == "solo":
             _note(hint(os.environ))
@@ -270,43 +265,44 @@ def _open(seed: int, timeout_s: float) -> World:
         world = World(0, 0, 1, host, device, "none", launcher, seed, Comm(host=host))
         world.open_comm = lambda: Comm(host=host)
         return world
-    os.environ.update(variables)
     allow_files(size)
-    store_process = serve_apart(timeout_s)
+    timeout, life = timedelta(seconds=timeout_s), _lives[0]
+    connect = partial(own_store if opens else scripts_store, timeout, life)
     # Late: most of a single process's start would go into this import.
     from accelerate.state import PartialState
 
-    if store_process is not None:
-        store_process.wait()
+    rank, local_rank, local_size, store_process = come_together(
+        launcher, variables, size, connect, timeout_s, opens=opens
+    )
+    _lives[0] += 1
     # Imported later, as DistributedDataParallel does, its functions' default arguments would keep
     # the process group until the interpreter ends, and the process may abort then.
     from torch.distributed.nn import functional as _functional  # noqa: F401
 
-    timeout, life = timedelta(seconds=timeout_s), next(_lives)
-    opened = not dist.is_initialized()
-    if not os.environ.get("LOCAL_RANK"):
-        variables |= find_place(int(os.environ["RANK"]), size, host, own_store(timeout, life))
-        os.environ.update(variables)
     if variables:
         _added, _launched_by = variables, launcher
-    share_cores()
-    if opened:
+    share_cores(local_size)
+    if opens:
+        open_default(connect(), rank, size, timeout)
+    if PartialState._shared_state or all(map(os.environ.get, RENDEZVOUS)):
+        # It finds the group, and keeps which rank and device are this process's: true of each life.
+        device = PartialState(cpu=not has_gpu()).device
+    else:  # without a launcher's variables, it would take this for a world of one
+        device = torch.device("cpu")
         if has_gpu():
-            check_cards(os.environ, host, own_store(timeout, life))
-        open_default(timeout, life)
-    # It finds the group, and keeps which rank and device are this process's: true of each life.
-    device = PartialState(cpu=not has_gpu()).device
-    rank, transport, store = dist.get_rank(), open_gloo(timeout), own_store(timeout, life)
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+    transport, store = open_gloo(timeout), connect()
     store.set(heartbeat_key(rank), Heartbeat(rank, host, os.getpid(), this_machine(), 0).to_json())
     if store_process is not None and rank == 0:
         keys = [heartbeat_key(one) for one in range(size)]
         store_process.tell([Heartbeat.from_json(one) for one in store.multi_get(keys)])
     if device.type == "cpu":
         device = torch.device("cpu")  # which has no number; PartialState gives it one
-    local_rank, backend = int(os.environ["LOCAL_RANK"]), dist.get_backend()
     comm = Comm(rank=rank, size=size, host=host, transport=transport, store=store)
+    backend = dist.get_backend()
     world = World(rank, local_rank, size, host, device, backend, launcher, seed, comm)
-    world.connect, world._opened = lambda: own_store(timeout, life), opened
+    world.connect, world._opened = connect, opens
 
     # One for all Trainers: each further group would make the next one slower to open.
     @cache
@@ -317,7 +313,7 @@ def _open(seed: int, timeout_s: float) -> World:
 
     world.open_comm = open_comm
     world._alive = True
-    if not opened:
+    if not opens:
         atexit.register(_close_scripts_group)
     atexit.register(world._close_at_exit)
     return world

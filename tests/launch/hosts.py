@@ -82,6 +82,11 @@ class Hosts:
         """The address of a host."""
         return f"10.77.0.{self.names.index(name) + 1}"
 
+    def add_name(self, address, name):
+        """Has all hosts find ``name`` at an address before any other that it has."""
+        file = Path(self._etc.name, "hosts")
+        file.write_text(f"{address} {name}\n{file.read_text()}")
+
     def start(self, name, command, *, log, cwd, env):
         """Starts a command on a host; returns its process, whose end is that of all it started."""
         inside = ["setpriv", "--pdeathsig", "KILL", "unshare", "--uts", "--mount"]

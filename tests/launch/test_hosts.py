@@ -5,6 +5,7 @@ What is cut is cut while the ranks are in a step; they have posted where they ar
 
 import os
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -234,3 +235,55 @@ def test_clocks_a_minute_apart_change_nothing(hosts, tmp_path, unbroken):
     job = Job(hosts, tmp_path, env={LEFT: offset})
     assert job.wait(START_S) == [0, 0]
     assert job.models() == unbroken
+
+
+# ----------------------------------------------------------------------------- how hosts meet
+
+MEET = """
+import dtrain
+try:
+    world = dtrain.init(timeout_s=40)
+    print("in:", world.comm.gather_objects("host", world.host), flush=True)
+except dtrain.LaunchError as error:
+    print("LaunchError:", error, flush=True)
+    raise SystemExit(3)
+"""
+
+
+def meet(hosts, folder, **env):
+    """Starts a rank on each host by its variables alone; returns exit codes and what was said."""
+    (folder / "meet.py").write_text(MEET)
+    processes = {}
+    for rank, name in enumerate((LEFT, RIGHT)):
+        given = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        given |= {"MASTER_ADDR": LEFT, "MASTER_PORT": "29400"} | env
+        log, command = folder / f"log-{name}", [sys.executable, "meet.py"]
+        processes[name] = hosts.start(name, command, log=log, cwd=folder, env=environment(**given))
+    codes = [process.wait(START_S) for process in processes.values()]
+    return codes, [(folder / f"log-{name}").read_text() for name in processes]
+
+
+def test_hosts_meet_by_variables_alone(hosts, tmp_path):
+    codes, said = meet(hosts, tmp_path)
+    assert codes == [0, 0], said
+    assert all("in: ['left', 'right']" in one for one in said)
+
+
+def test_a_host_whose_own_name_is_loopback_is_named_on_all(hosts, tmp_path):
+    """As in Debian's /etc/hosts: gloo would listen where no other host can reach it."""
+    hosts.add_name("127.0.1.1", RIGHT)
+    codes, said = meet(hosts, tmp_path)
+    assert codes == [3, 3], said
+    words = "right: its own name resolves to 127.0.1.1, which is loopback (GLOO_SOCKET_IFNAME=eth0)"
+    assert all(words in one for one in said)
+    codes, said = meet(hosts, tmp_path, GLOO_SOCKET_IFNAME="eth0")
+    assert codes == [0, 0], said
+
+
+def test_a_name_that_no_host_knows_is_said_on_all(hosts, tmp_path):
+    codes, said = meet(hosts, tmp_path, MASTER_ADDR="nowhere")
+    assert codes == [3, 3], said
+    for rank, one in enumerate(said):
+        assert f"LaunchError: rank {rank} on " in one
+        assert "MASTER_ADDR=nowhere does not resolve (" in one
+        assert len(one.splitlines()) == 1  # not torch's flood

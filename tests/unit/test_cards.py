@@ -1,80 +1,70 @@
 """Ranks of a host that would share a card are refused before the group opens; others are not."""
 
 import os
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dtrain.distributed import environment, local_store
-from dtrain.distributed.environment import check_cards
+from dtrain.distributed.cards import check_cards, own_card
 from dtrain.distributed.launchers import find_launcher
+from dtrain.distributed.meeting import Arrival
 from dtrain.errors import LaunchError
 from dtrain.testing import run_outcomes
 
 
-def torchrun(rank, ranks, **more):
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), **more}
+def ask(monkeypatch, sees, ranks=None, hosts=None, locals_=None, **visible):
+    """Has ranks say which cards they use, and rank 0 compare them; returns what it says.
 
-
-def ask(monkeypatch, sees, envs, hosts=None, patience_s=5.0):
-    """Has ranks, each in a thread, compare their cards; returns what each raised, in words.
-
-    ``sees`` are the cards that each sees, in its own order.
+    ``sees`` are the cards that each sees, in its own order; ``ranks``: how many each is told of.
     """
-    mine, store = threading.local(), local_store()
-    monkeypatch.setattr(environment, "_CARDS_S", patience_s)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(mine.cards))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=mine.cards[index])
-    )
-    told = [""] * len(envs)
+    arrivals = []
+    for rank, cards in enumerate(sees):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if ranks:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        for name, value in visible.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: len(cards))
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda index, cards=cards: SimpleNamespace(uuid=cards[index]),
+        )
+        host = hosts[rank] if hosts else "host7"
+        card = own_card(locals_[rank] if locals_ else rank)
+        arrivals.append(Arrival(rank, host, 100 + rank, host, "", *card))
+    try:
+        check_cards(arrivals)
+    except LaunchError as error:
+        return str(error)
+    return ""
 
-    def run(place):
-        mine.cards = sees[place]
-        try:
-            check_cards(envs[place], hosts[place] if hosts else "host7", store)
-        except LaunchError as error:
-            told[place] = str(error)
 
-    threads = [threading.Thread(target=run, args=[place]) for place in range(len(envs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return told
-
-
-def test_two_ranks_on_one_card_are_told_so_on_both(monkeypatch):
-    envs = [torchrun(rank, 2) for rank in range(2)]
-    for rank, words in enumerate(ask(monkeypatch, [["A"], ["A"]], envs)):
-        assert words.startswith("2 ranks run on host7 (LOCAL_WORLD_SIZE=2), on 1 card: ranks 0")
-        assert "ranks 0 and 1 have the same one" in words
-        assert f"(rank {rank} sees torch.cuda.device_count()=1, with all cards visible)" in words
-        assert "`torchrun --nproc-per-node=1`" in words
-        assert "ACCELERATE_USE_CPU=true" in words
-        assert 'init_process_group("gloo")' in words
+def test_two_ranks_on_one_card(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    words = ask(monkeypatch, [["A"], ["A"]], 2)
+    assert words.startswith("2 ranks run on host7, on 1 card: ranks 0 and 1 have the same one")
+    assert "(rank 1 sees torch.cuda.device_count()=1, with all cards visible)" in words
+    assert "`torchrun --nproc-per-node=1`" in words
+    assert "ACCELERATE_USE_CPU=true" in words
+    assert 'init_process_group("gloo")' in words
 
 
 def test_the_variable_that_hides_cards_is_named(monkeypatch):
-    envs = [torchrun(rank, 5, CUDA_VISIBLE_DEVICES="2,3") for rank in range(5)]
-    words = ask(monkeypatch, [["C", "D"]] * 5, envs)
-    assert all("5 ranks run on host7 (LOCAL_WORLD_SIZE=5), on 2 cards: " in one for one in words)
-    assert all("ranks 0 and 2 and 4 have the same one" in one for one in words)
-    assert "rank 4 sees torch.cuda.device_count()=2, with CUDA_VISIBLE_DEVICES=2,3)" in words[4]
+    words = ask(monkeypatch, [["C", "D"]] * 5, 5, CUDA_VISIBLE_DEVICES="2,3")
+    assert "5 ranks run on host7, on 2 cards: ranks 0 and 2 and 4 have the same one" in words
+    assert "(rank 4 sees torch.cuda.device_count()=2, with CUDA_VISIBLE_DEVICES=2,3)" in words
 
 
 @pytest.mark.parametrize("visible", [{}, {"CUDA_VISIBLE_DEVICES": "0"}], ids=["cgroup", "named 0"])
 def test_a_card_for_each_task_is_right(monkeypatch, visible):
     """Each sees one card, which it calls 0; only the card's own name tells them apart."""
-    envs = [torchrun(rank, 3, **visible) for rank in range(3)]
-    assert ask(monkeypatch, [["A"], ["B"], ["C"]], envs) == ["", "", ""]
+    assert ask(monkeypatch, [["A"], ["B"], ["C"]], 3, **visible) == ""
 
 
 def test_so_is_torchruns_virtual_local_rank(monkeypatch):
-    envs = [torchrun(rank, 2) | {"LOCAL_RANK": "0"} for rank in range(2)]
-    assert ask(monkeypatch, [["A"], ["B"]], envs) == ["", ""]
+    assert ask(monkeypatch, [["A"], ["B"]], 2, locals_=[0, 0]) == ""
 
 
 def test_enough_cards_are_not_looked_at(monkeypatch):
@@ -83,26 +73,27 @@ def test_enough_cards_are_not_looked_at(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", touch)
-    check_cards(torchrun(1, 2), "host7", None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert own_card(1) == ("", "")
 
 
 def test_hosts_are_judged_each_by_itself(monkeypatch):
-    envs = [torchrun(rank, 2) for rank in range(2)]
-    envs += [env | {"RANK": str(rank + 2)} for rank, env in enumerate(envs)]
-    words = ask(monkeypatch, [["A"], ["B"], ["C"], ["C"]], envs, ["a", "a", "b", "b"])
-    assert words[:2] == ["", ""]
-    assert all("2 ranks run on b" in one and "ranks 2 and 3 have" in one for one in words[2:])
+    hosts, locals_ = ["a", "a", "b", "b"], [0, 1, 0, 1]
+    words = ask(monkeypatch, [["A"], ["B"], ["C"], ["C"]], 2, hosts, locals_)
+    assert "2 ranks run on b, on 1 card: ranks 2 and 3 have" in words
+    assert ask(monkeypatch, [["A"], ["B"], ["A"], ["B"]], 2, hosts, locals_) == ""
 
 
-def test_without_a_count_the_local_rank_tells(monkeypatch):
-    envs = [torchrun(rank, 2) for rank in range(2)]
-    for env in envs:
-        del env["LOCAL_WORLD_SIZE"]
-    # Rank 0 may be alone, as far as it knows; rank 1 cannot, and waits for it in vain.
-    assert ask(monkeypatch, [["A"], ["B"]], envs, patience_s=0.1) == ["", ""]
-    envs[0]["LOCAL_WORLD_SIZE"] = "2"
-    words = ask(monkeypatch, [["A"], ["A"]], envs)
-    assert "2 ranks run on host7 (LOCAL_RANK=1)" in words[1]
+def test_hosts_with_unequal_numbers_of_cards(monkeypatch):
+    """Each has as many ranks as the largest has cards."""
+    sees = [["A", "B"], ["A", "B"], ["C"], ["C"]]
+    words = ask(monkeypatch, sees, 2, ["a", "a", "b", "b"], [0, 1, 0, 1])
+    assert "2 ranks run on b, on 1 card: ranks 2 and 3 have the same one" in words
+
+
+def test_without_a_count_cards_are_compared(monkeypatch):
+    assert ask(monkeypatch, [["A", "B"], ["A", "B"]]) == ""
+    assert "ranks 0 and 2 have the same one" in ask(monkeypatch, [["A", "B"]] * 3)
 
 
 def test_srun_says_how_many_run_on_each_node():

@@ -5,14 +5,11 @@ The environments are those that real launchers gave (Open MPI 4.1 and 5.0, MPICH
 """
 
 import socket
-import threading
 import zlib
-from datetime import timedelta
 
 import pytest
 
-from dtrain.distributed import launchers, local_store
-from dtrain.distributed.environment import find_place
+from dtrain.distributed import launchers
 from dtrain.distributed.launchers import find_launcher, hint
 from dtrain.errors import LaunchError
 
@@ -341,40 +338,3 @@ def test_ranks_of_a_host_share_the_ancestor_that_set_their_variables(monkeypatch
     port = find_launcher(hydra())[1]["MASTER_PORT"]
     assert port == str(20000 + zlib.crc32(b"pid 4711") % 12000)
     assert seen == ["PMI_RANK"]
-
-
-# ----------------------------------------------------------------------------- places on a host
-
-
-def find_places(hosts, absent=()):
-    """What ranks that are threads find, by rank."""
-    store, told = local_store(), {}
-    store.set_timeout(timedelta(seconds=0.3 if absent else 20))
-
-    def run(rank):
-        try:
-            found = find_place(rank, len(hosts), hosts[rank], store)
-            told[rank] = int(found["LOCAL_RANK"]), int(found["LOCAL_WORLD_SIZE"])
-        except LaunchError as error:
-            told[rank] = str(error)
-
-    ranks = [rank for rank in range(len(hosts)) if rank not in absent]
-    threads = [threading.Thread(target=run, args=[rank]) for rank in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return [told[rank] for rank in ranks]
-
-
-def test_ranks_of_a_host_are_numbered_in_the_order_of_their_ranks():
-    assert find_places("abab") == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert find_places("aab") == [(0, 2), (1, 2), (0, 1)]
-    many = [f"n{rank % 100}" for rank in range(300)]  # more than are read at once
-    assert find_places(many) == [(rank // 100, 3) for rank in range(300)]
-
-
-def test_a_rank_that_never_comes_is_named():
-    first, second = find_places("aaa", absent=[2])
-    assert first == "rank 0 of 3 has waited in vain for rank 2"
-    assert second == "rank 1 of 3 has waited in vain for rank 0, which waits for others"

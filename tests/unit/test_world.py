@@ -4,6 +4,7 @@ import os
 import random
 import resource
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -304,3 +305,57 @@ def test_a_process_may_open_as_many_files_as_its_world_takes(
         monkeypatch.setattr(resource, "getrlimit", lambda what, got=(soft, hard): got)
         allow_files(16384)
     assert raised == [(4096, 4096), (66560, 10**6), (66560, -1)]
+
+
+# ----------------------------------------------------------------------------- the script's group
+
+
+def in_the_scripts_group(how: str, where: str) -> tuple[Any, ...]:
+    """A rank whose script opens the group, and whom no launcher's variables say anything."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    own, other = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", rank // 2
+    for name in [*TORCHRUN, "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"]:
+        os.environ.pop(name, None)
+    if how == "ray":  # which has these, and no address
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    host, port = own.split(":")
+    store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+    given: dict[str, Any] = {"rank": rank, "world_size": size}
+    match how:
+        case "file":
+            given |= {"init_method": f"file://{where}", "backend": "gloo"}
+        case "a file's store":
+            given |= {"store": dist.FileStore(where, size), "backend": "gloo"}
+        case "mixed":
+            given |= {"store": store, "backend": "cpu:gloo"}
+        case "no backend":
+            given |= {"store": store}
+        case "two worlds":
+            apart = dist.PrefixStore(f"world {other}", store)
+            given = {"store": apart, "rank": rank % 2, "world_size": 2, "backend": "gloo"}
+        case _:
+            given |= {"store": store, "backend": "gloo"}
+    dist.init_process_group(**given)
+    for _ in range(2):
+        with dtrain.init() as world:
+            where_it_is = (world.rank, world.local_rank, world.size, world.launcher)
+            all_ranks = world.comm.gather_objects("rank", rank)
+            assert world.connect is not None
+            beside = world.connect()
+            beside.set(f"from {rank}", "here")
+            assert all(beside.get(f"from {one}") == b"here" for one in all_ranks)
+        assert dist.is_initialized()  # dtrain closes only what it has opened
+    dist.destroy_process_group()
+    return where_it_is, all_ranks
+
+
+@pytest.mark.parametrize("how", ["store", "file", "a file's store", "mixed", "no backend", "ray"])
+def test_a_group_that_the_script_opened_is_used(how: str, tmp_path: Path) -> None:
+    found = run_processes(in_the_scripts_group, 2, how, str(tmp_path / "meet"), timeout_s=40)
+    assert found == [((rank, rank, 2, "script"), [0, 1]) for rank in range(2)]
+
+
+def test_two_groups_of_the_scripts_in_one_store_are_two_worlds() -> None:
+    found = run_processes(in_the_scripts_group, 4, "two worlds", "", timeout_s=40)
+    assert [who[:3] for who, _ in found] == [(0, 0, 2), (1, 1, 2)] * 2
+    assert [ranks for _, ranks in found] == [[0, 1]] * 2 + [[2, 3]] * 2
