@@ -57,5 +57,6 @@ def health(
     left_out = [node.name for node in found.nodes if node.name not in chosen]
     typer.echo(f"chosen: {' '.join(chosen)}; left out: {' '.join(left_out) or 'none'}")
     if len(chosen) < keep:
-        typer.echo(f"dtrain health: only {len(chosen)} nodes answer, of {keep} wanted", err=True)
+        few = f"dtrain health: only {len(chosen)} of the {keep} nodes that are wanted answers"
+        typer.echo(few, err=True)
         raise typer.Exit(NOT_PASSED)

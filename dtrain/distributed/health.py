@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -18,11 +19,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from dtrain.distributed.environment import find_launcher, has_gpu, share_cores
 from dtrain.distributed.health_verdict import Health, judge, pairings
-from dtrain.distributed.rendezvous import own_store, serve_apart
 from dtrain.distributed.transport import yielding_threads
 from dtrain.errors import ConfigError, LaunchError
 
@@ -35,6 +35,7 @@ _LONG_S = 0.25  # after a piece that took longer, no other follows
 _SLOT_S = 5.0  # a pair has so long in its round, should one of it or of the round before be stuck
 _MET_S = 60.0  # ranks that have opened their groups are all there
 _COME_S = 15.0  # a device may have to be woken first
+_LOOK_S = 0.05
 _BATCH = 256  # keys of the store in one call
 _ADVICE = (
     "in each step all ranks wait for the slowest. `dtrain submit --spares 1` leaves such a node "
@@ -145,16 +146,37 @@ def examine_job(within_s: float) -> tuple[int, Health | None]:
             "health` or `torchrun --nnodes=2 ... -m dtrain health`"
         )
     share_cores()
-    if (serving := serve_apart(within_s)) is not None:
-        serving.wait()
-    rank, store = int(os.environ["RANK"]), own_store(timedelta(seconds=within_s), -1)
+    rank, host, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    timeout = timedelta(seconds=within_s)
+    try:  # rank 0 outlives what the others ask of it
+        if not serves:
+            _find(host, int(port), within_s)
+        store: Store = TCPStore(host, int(port), None, serves, timeout, wait_for_workers=False)
+    except RuntimeError as error:
+        what = "cannot serve" if serves else f"has met no rank 0 in {within_s:g} s"
+        raise LaunchError(f"rank {rank} {what} at {host}:{port}: {error}") from error
     devices = [torch.device("cpu")]
     if has_gpu():
         devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     if len(devices) > 1 and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
         devices = [devices[int(os.environ["LOCAL_RANK"]) % len(devices)]]
     backend: Literal["gloo", "nccl"] = "nccl" if has_gpu() else "gloo"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives it
+    store = PrefixStore(f"dtrain-health/{attempt}", store)
     return rank, examine(store, rank, size, devices=devices, backend=backend, come_s=within_s)
+
+
+def _find(host: str, port: int, within_s: float) -> None:
+    """Waits for rank 0: torch would tell at length, on stderr, that it is not there yet."""
+    until = time.monotonic() + within_s
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=within_s).close()
+        except OSError as error:
+            if time.monotonic() > until:
+                raise RuntimeError(str(error)) from error
+        threading.Event().wait(_LOOK_S)
 
 
 def _sum_up(size: int, here: Mapping[int, str], reports: Mapping[int, Any]) -> Health:
@@ -202,9 +224,7 @@ def _expanded(nodelist: str) -> list[str]:
 def _collect(store: Store, what: str, ranks: Any, within_s: float) -> dict[int, Any]:
     """Returns what ranks have told, once all have, or the time is over. Ranks: rank 0 only."""
     keys = {rank: f"{what}/{rank}" for rank in ranks}
-    try:
-        store.wait(list(keys.values()), timedelta(seconds=within_s))
-    except RuntimeError:
+    if not _come(store, list(keys.values()), within_s):
         keys = {rank: key for rank, key in keys.items() if store.check([key])}
     told: list[bytes] = []
     there = list(keys.values())
@@ -213,8 +233,19 @@ def _collect(store: Store, what: str, ranks: Any, within_s: float) -> dict[int, 
     return {rank: json.loads(text) for rank, text in zip(keys, told, strict=True)}
 
 
+def _come(store: Store, keys: list[str], within_s: float) -> bool:
+    """Waits for keys in short calls: torch tells of long ones that end in vain, on stderr."""
+    until = time.monotonic() + within_s
+    while not (there := store.check(keys)) and time.monotonic() < until:
+        threading.Event().wait(_LOOK_S)
+    return there
+
+
 def multiply(device: torch.device) -> float:
-    """Returns how many GFLOP/s a device does: the median of products, once it is warm."""
+    """Returns how many GFLOP/s a device does, once it is warm.
+
+    The product that a quarter is faster than counts: what disturbs it for a moment does not.
+    """
     side = _SIDE.get(device.type, _SIDE["cuda"])
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     # No random numbers: the script's streams stay as they are.
@@ -228,7 +259,7 @@ def multiply(device: torch.device) -> float:
                 torch.cuda.synchronize(device)
             if now >= began + _WARM_S:
                 took.append(time.monotonic() - now)
-    return 2e-9 * side**3 / median(took)
+    return 2e-9 * side**3 / sorted(took)[len(took) // 4]
 
 
 def _links(
@@ -252,10 +283,10 @@ def _links(
             try:
                 apart.set(f"came/{me}", "")
                 partner = other if me == one else one
-                apart.wait([f"came/{partner}"], timedelta(seconds=max(0.1, patience_s)))
-                mb_s = exchange(apart, int(me == other), device, backend)
+                if _come(apart, [f"came/{partner}"], patience_s):
+                    mb_s = exchange(apart, int(me == other), device, backend)
             except RuntimeError:
-                pass  # nothing arrived, or nobody came; a node that was lost has no other pairs
+                pass  # nothing arrived in time, or the connection broke
             found.append((one, other, mb_s))
     return found
 
