@@ -45,8 +45,7 @@ def health(
     console = Console(markup=False, highlight=False, emoji=False)
     table = Table("node", "GFLOP/s", "MB/s")
     for node in found.nodes:
-        figures = ["-" if one is None else f"{one:.3g}" for one in (node.gflops, node.mb_s)]
-        table.add_row(node.name, *figures, style="red" if node.trouble else None)
+        table.add_row(node.name, *node.figures(), style="red" if node.trouble else None)
     console.print(table)
     for words in found.findings or ["no node is slower than half the median"]:
         typer.echo(words)

@@ -15,6 +15,10 @@ class Node:
     trouble: str = ""  # in words
     pace: float = 1.0  # as a part of the median's, where it is in trouble; 0: it says nothing
 
+    def figures(self) -> list[str]:
+        """Returns both, as they are shown."""
+        return ["-" if one is None else shown(one) for one in (self.gflops, self.mb_s)]
+
 
 @dataclass(frozen=True, slots=True)
 class Health:
@@ -28,6 +32,11 @@ class Health:
         there = [node for node in self.nodes if node.pace]
         chosen = sorted(there, key=lambda node: -node.pace)[:count]
         return [node.name for node in there if node in chosen]
+
+
+def shown(figure: float) -> str:
+    """Returns a figure with three digits or more, and no power of ten."""
+    return f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}"
 
 
 def pairings(count: int) -> list[list[tuple[int, int]]]:
@@ -77,12 +86,12 @@ def judge(
         speed, trouble, pace = best[i], [], 1.0
         if slowest is not None and slowest < middle / 2:
             pace = slowest / middle
-            who = f"computes {slowest:.3g} GFLOP/s (rank {rank})"
-            trouble.append(f"{who}, where the median is {middle:.3g}")
+            who = f"computes {shown(slowest)} GFLOP/s (rank {rank})"
+            trouble.append(f"{who}, where the median is {shown(middle)}")
         if speed is not None and crawls(speed) and len(names) > 2:
             pace = min(pace, speed / (usual or 1.0) or 1e-9)
-            moves = f"moves {speed:.3g} MB/s to and from any other"
-            trouble.append(f"{moves}, where the median is {usual:.3g}")
+            moves = f"moves {shown(speed)} MB/s to and from any other"
+            trouble.append(f"{moves}, where the median is {shown(usual)}")
         if silent.get(i):
             trouble, pace = [f"says nothing (rank {', '.join(map(str, silent[i]))})"], 0.0
         words = " and ".join(trouble)
@@ -92,7 +101,7 @@ def judge(
     for (one, other), mb_s in links.items():
         if crawls(mb_s) and not nodes[one].trouble and not nodes[other].trouble:
             nodes[other] = replace(nodes[other], pace=0.99)  # without it, the pair is none
-            usually = f", where the median is {usual:.3g}" if usual else ""
+            usually = f", where the median is {shown(usual)}" if usual else ""
             pair = f"nodes {names[one]} and {names[other]}"
-            findings.append(f"{pair} move {mb_s:.3g} MB/s between them{usually}")
+            findings.append(f"{pair} move {shown(mb_s)} MB/s between them{usually}")
     return Health(nodes, findings)

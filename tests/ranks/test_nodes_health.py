@@ -113,7 +113,7 @@ def cases_of_three():
 def test_three_ranks():
     told = run_processes(cases_of_three, 3, timeout_s=60)
     assert [said for said, _, _ in told[0].values()] == [
-        "dtrain: node b moves 10 MB/s to and from any other, where the median is 1e+03\n" + ADVICE,
+        "dtrain: node b moves 10 MB/s to and from any other, where the median is 1000\n" + ADVICE,
         "dtrain: node a computes 30 GFLOP/s (rank 1), where the median is 100\n" + ADVICE,
     ]
     assert [said for ranks in told[1:] for said, _, _ in ranks.values()] == [""] * 4

@@ -38,7 +38,8 @@ def test_the_slow_node_is_left_out_and_so_is_one_that_does_not_answer(cluster, t
     python.chmod(0o755)
     options = {"exclusive": None, "nodelist": "n1,n2,n3", "nodes": "3"}
     script = folder / "job.sbatch"
-    script.write_text(render("many_nodes", options=options, spares=1))
+    text = render("many_nodes", options=options, spares=1)
+    script.write_text(text.replace(" dtrain health ", " dtrain health --within=15 "))
     arguments = [str(TRAIN), str(folder), "1"]
     job = cluster.submit(folder, script, *arguments, RANKS="1", PYTHON=str(python))
     job.wait_until_at(0, 2)

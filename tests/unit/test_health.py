@@ -67,7 +67,7 @@ def test_of_two_nodes_one_is_compared_with_the_other() -> None:
 def test_a_slow_node_is_told_from_its_neighbours(count: int, slow: int) -> None:
     names = [f"n{i}" for i in range(count)]
     health = judge(names, [{i: 1.0} for i in range(count)], links(count, {slow}))
-    words = "moves 100 MB/s to and from any other, where the median is 1e+03"
+    words = "moves 100 MB/s to and from any other, where the median is 1000"
     assert health.findings == [f"node n{slow} {words}"]
     assert health.best(count - 1) == [name for name in names if name != f"n{slow}"]
 
@@ -82,7 +82,7 @@ def test_so_is_a_node_between_two_slow_ones() -> None:
 def test_a_slow_link_names_the_pair(count: int) -> None:
     names = [f"n{i}" for i in range(count)]
     health = judge(names, [{i: 1.0} for i in range(count)], links(count, pair=(1, 2)))
-    words = "move 100 MB/s between them, where the median is 1e+03"
+    words = "move 100 MB/s between them, where the median is 1000"
     assert health.findings == [f"nodes n1 and n2 {words}"]
     assert "n2" not in health.best(count - 1)
     assert health.best(count) == names
@@ -156,9 +156,9 @@ def test_it_shows_figures_and_names_the_slow_one(monkeypatch: pytest.MonkeyPatch
     code, lines = run(monkeypatch, (0, SLOW))
     assert code == 1
     assert [line.split()[1::2] for line in lines if line.startswith("│")] == [
-        ["a", "90", "1e+03"],
-        ["b", "12", "1e+03"],
-        ["c", "100", "1e+03"],
+        ["a", "90", "1000"],
+        ["b", "12", "1000"],
+        ["c", "100", "1000"],
     ]
     assert lines[-1] == "node b computes 12 GFLOP/s (rank 1), where the median is 90"
 
