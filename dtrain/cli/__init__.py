@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dtrain.cli.health import health
 from dtrain.cli.submit import submit
 from dtrain.cli.trials import check, drill, refusing
 from dtrain.errors import CheckpointError, ConfigError
@@ -21,6 +22,8 @@ app = typer.Typer(
 # All after a script's name is the script's own, options included.
 for command in (check, drill, submit):
     app.command(context_settings={"allow_interspersed_args": False})(command)
+
+app.command()(health)
 
 
 @app.command()

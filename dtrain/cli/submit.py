@@ -34,6 +34,13 @@ def submit(
         None
     ),
     torchrun: Annotated[bool, typer.Option(help="Start ranks by torchrun, or by srun.")] = True,
+    spares: Annotated[
+        int,
+        typer.Option(min=0, help="So many nodes more, to leave out the slowest before training."),
+    ] = 0,
+    health: Annotated[
+        bool, typer.Option(help="Measure nodes before training, and name slow ones.")
+    ] = True,
     sbatch: Annotated[
         list[str] | None,
         typer.Option(
@@ -52,23 +59,34 @@ def submit(
         given = dict(_option(text) for text in sbatch or ())
         if not script.is_file():
             raise ConfigError(f"there is no script '{script}' (seen from {Path.cwd()})")
-        options: dict[str, str | None] = {"job-name": name or script.stem, "nodes": str(nodes)}
+        options: dict[str, str | None] = {
+            "job-name": name or script.stem,
+            "nodes": str(nodes + spares),
+        }
         options["gpus-per-node"] = str(gpus) if gpus else None
         options["cpus-per-task"] = None if cpus is None else str(cpus)
         options |= {"time": time, "partition": partition, "account": account}
         if cpus is not None:
             options["exclusive"] = None
-        kind: Kind = "one_node" if nodes == 1 else "many_nodes"
+        kind: Kind = "one_node" if nodes + spares == 1 else "many_nodes"
         tasks = ranks or gpus or 1
         if not torchrun:
             kind = "srun_per_gpu"
             options["ntasks-per-node"] = str(tasks)
             options["cpus-per-task"] = None if cpus is None else str(max(1, cpus // tasks))
         options |= given
+        if spares and not (torchrun and health):
+            raise ConfigError("--spares needs torchrun, and nodes that are measured")
         command = [str(script), *(args or ())]
         tasks_of_torchrun = tasks if torchrun else None
         text = render(
-            kind, options=options, command=command, python=sys.executable, ranks=tasks_of_torchrun
+            kind,
+            options=options,
+            command=command,
+            python=sys.executable,
+            ranks=tasks_of_torchrun,
+            spares=spares,
+            health=health,
         )
     if dry_run:
         typer.echo(text, nl=False)

@@ -81,6 +81,40 @@ _MEET = """
 endpoint=$(hostname):$((10000 + SLURM_JOB_ID % 10000))
 """
 
+_SPARES = """
+# Of the job's nodes, @SPARES@ may stay out: all are measured, and the slowest, or who does not
+# answer, is left out. The run is on the others.
+nodes=$((SLURM_NNODES - @SPARES@)) first=$SLURMD_NODENAME chosen=$PWD/.dtrain-nodes-$SLURM_JOB_ID
+trap 'scontrol requeue "$SLURM_JOB_ID"; exit' USR1 # told to leave before anything has begun
+rm -f "$chosen"
+MASTER_ADDR=$(hostname) timeout 120 srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 \\
+    --cpus-per-task="$SLURM_CPUS_ON_NODE" \\
+    "${PYTHON:-python}" -m dtrain health --keep="$nodes" --file="$chosen"
+if [[ $(grep -cs . "$chosen") == "$nodes" ]]; then
+    on=(--nodes="$nodes" --ntasks="$nodes" --nodelist="$(paste -sd, "$chosen")")
+    first=$(head -n 1 "$chosen")
+    # Where this node is not among them, they meet at the first that is.
+    [[ $first == "$SLURMD_NODENAME" ]] ||
+        endpoint=$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname):${endpoint##*:}
+else
+    echo "dtrain: of $SLURM_NNODES nodes no $nodes were found in order: trying this one and others"
+    on=(--nodes="$nodes" --ntasks="$nodes" --nodelist="$SLURMD_NODENAME")
+fi
+rm -f "$chosen"
+export DTRAIN_HEALTH=off # they have been measured
+
+at_first() { # runs a command on the first node of the run
+    local there=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$first")
+    [[ $first != "$SLURMD_NODENAME" ]] || there=()
+    "${there[@]}" bash -c "$1"
+}
+"""
+
+_LEAVE_AT_FIRST = """\
+    # To the ranks only: it would kill torchrun, whose children they are.
+    at_first "$(declare -f tasks); "'pkill -USR1 -P "$(tasks | paste -sd, -)"'
+"""
+
 _LEAVE_TORCHRUN = """\
     # To the ranks only: it would kill torchrun, whose children they are.
     pkill -USR1 -P "$(tasks | paste -sd, -)"
@@ -150,14 +184,19 @@ def render(
     command: Sequence[str] = (),
     python: str = "",
     ranks: int | None = None,
+    spares: int = 0,
+    health: bool = True,
 ) -> str:
     """Returns a batch script with ``options`` (no dashes; "" a flag, None without) of sbatch.
 
     What is empty or None the script takes from sbatch's arguments, ``$PYTHON``, and ``$RANKS`` or
-    the node's GPUs. Raises ConfigError where there is no such kind.
+    the node's GPUs. Of its nodes, ``spares`` may stay out. Raises ConfigError where there is no
+    such kind, or it cannot have spares.
     """
     if kind not in get_args(Kind):
         raise ConfigError(f"kind={kind!r}: choose one of {', '.join(get_args(Kind))}")
+    if spares and (kind != "many_nodes" or not health):
+        raise ConfigError("spares: they are for torchrun on several nodes, which are measured")
     torchrun, sweep, several = kind != "srun_per_gpu", kind == "array", kind in _SEVERAL
     wanted: dict[str, str | None] = {
         "job-name": "dtrain",
@@ -173,11 +212,17 @@ def render(
     }
     given = [f"PYTHON={shlex.quote(python)}\n"] if python else []
     given += [f"RANKS={ranks}\n"] if ranks is not None else []
+    given += [] if health else ["export DTRAIN_HEALTH=off\n"]
     given += [f"set -- {shlex.join(command)}\n"] if command else []
     leave, start = "    tasks | xargs -r kill -USR1\n", _START_SRUN
     if torchrun:
         leave = _LEAVE_TORCHRUN
         start = _START_TORCHRUN + (_AT_ENDPOINT if several else "--standalone ")
+    if spares:
+        leave = _LEAVE_AT_FIRST
+        start = start.replace("$SLURM_NNODES", "$nodes").replace(
+            "srun", 'srun "${on[@]}" \\\n   ', 1
+        )
     parts = [
         "#!/usr/bin/env bash\n",
         _ABOUT[kind] if not command else "# Made by `dtrain submit`.\n",
@@ -186,6 +231,7 @@ def render(
         _SWEEP if sweep else "",
         _TORCHRUN_SETTINGS if torchrun else _SRUN_SETTINGS,
         _MEET if several and torchrun else "",
+        _SPARES.replace("@SPARES@", str(spares)) if spares else "",
         _JOB.replace("@LEAVE@", leave).replace("@START@", start),
     ]
     return "".join(parts)

@@ -19,6 +19,8 @@ from dtrain.distributed.activity import (
 )
 from dtrain.distributed.comm import Comm, Rule
 from dtrain.distributed.exchange import digest_of
+from dtrain.distributed.health import examine_job
+from dtrain.distributed.health_verdict import Health
 from dtrain.distributed.names import load_named, named_parameters, named_state, plain_name
 from dtrain.distributed.processes import Process, end_with, look_up, stopped_children, this_machine
 from dtrain.distributed.random_streams import (
@@ -71,4 +73,5 @@ __all__ += ["Process", "end_with", "look_up", "stopped_children", "this_machine"
 __all__ += ["load_named", "named_parameters", "named_state", "plain_name"]
 __all__ += ["derive_seed", "random_state", "random_state_kept", "random_state_of_host"]
 __all__ += ["StreamsOfFits", "restore_random_state", "seed_everything", "seeded_generator"]
+__all__ += ["Health", "examine_job"]
 __all__ += ["check_seeded", "init_late", "streams_apart"]

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from select import select
 
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
@@ -112,7 +113,7 @@ class Patience:
     def wait(self, ranks: int) -> None:
         """Waits before the next look: of many ranks each looks more rarely."""
         pause_s = min(_LOOK_S, self.so_far_s / 10 + 0.005) + ranks / 5000
-        threading.Event().wait(pause_s)
+        select([], [], [], pause_s)  # a lock's time-out is that of a clock that may be shifted
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from dtrain.distributed.activity import Heartbeat, heartbeat_key
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.environment import allow_files, has_gpu, share_cores
+from dtrain.distributed.health import look_over, wanted
 from dtrain.distributed.launchers import RENDEZVOUS, find_launcher, hint
 from dtrain.distributed.processes import is_failing, this_machine
 from dtrain.distributed.random_streams import has_seeded, random_state_kept, seed_everything
@@ -143,7 +144,7 @@ _current: World | None = None
 _of_thread: ContextVar[World | None] = ContextVar("_of_thread", default=None)
 
 
-def init(*, seed: int = 0, timeout_s: float = 600.0) -> World:
+def init(*, seed: int = 0, timeout_s: float = 600.0, health: bool = True) -> World:
     """Finds out who this rank is, opens the process group, and seeds every random stream.
 
     Call it first: the ranks then make equal models. A second call returns the same world, seeded
@@ -153,11 +154,13 @@ def init(*, seed: int = 0, timeout_s: float = 600.0) -> World:
         seed: a number from 0 to 2**32 - 1; Python's, NumPy's and torch's streams start from
             it, equal on all ranks. ``Trainer.fit`` gives each rank a stream of its own.
         timeout_s: how long, in seconds, a rank waits for the others before it gives up.
+        health: on several nodes, warn of one that is slower than half the median, which takes a
+            second or two. ``DTRAIN_HEALTH=off`` does without as well.
 
     Raises:
         LaunchError: the environment is half set, ranks do not meet (another job has the port, a
             name does not resolve, a rank does not come), or ranks of a host have the same GPU.
-        ConfigError: ``seed`` or ``timeout_s`` is out of range.
+        ConfigError: ``seed`` or ``timeout_s`` is out of range, or ``DTRAIN_HEALTH`` unknown.
 
     Ranks: all, communicates.
     """
@@ -168,7 +171,16 @@ def init(*, seed: int = 0, timeout_s: float = 600.0) -> World:
         raise ConfigError(f"timeout_s={timeout_s}: must be more than 0 seconds")
     world = current()
     if world is None:
+        look = wanted(health)
         world = _current = _open(seed, timeout_s)
+        world.idle_connections += look_over(
+            world.connect,
+            world.rank,
+            world.size,
+            device=world.device,
+            backend=world.backend,
+            look=look,
+        )
     world.seed = seed
     seed_everything(seed)
     return world

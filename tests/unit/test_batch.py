@@ -98,6 +98,37 @@ def test_it_prints_what_it_would_submit(script: str) -> None:
     ]
 
 
+def test_spares_are_nodes_beyond_those_that_the_run_needs(script: str) -> None:
+    code, text = dry("--nodes=4", "--spares=2", script)
+    assert code == 0
+    assert "--nodes=6" in directives(text)
+    assert "\nnodes=$((SLURM_NNODES - 2)) first=" in text
+    assert '--nnodes="$nodes"' in text
+    assert 'SLURM_NNODES"' not in text
+    assert "export DTRAIN_HEALTH=off" in text
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert "--nnodes" in dry("--nodes=1", "--spares=1", script)[1]
+
+
+def test_health_may_be_switched_off(script: str) -> None:
+    assert "\nexport DTRAIN_HEALTH=off\n" in dry("--nodes=2", "--no-health", script)[1]
+    assert "DTRAIN_HEALTH" not in dry("--nodes=2", script)[1]
+
+
+@pytest.mark.parametrize("more", ["--no-torchrun", "--no-health"])
+def test_spares_have_to_be_measured(script: str, more: str) -> None:
+    code, text = dry("--nodes=2", "--spares=1", more, script)
+    assert (code, text) == (
+        2,
+        "dtrain submit: --spares needs torchrun, and nodes that are measured\n",
+    )
+
+
+def test_one_node_has_no_spares() -> None:
+    with pytest.raises(ConfigError, match="spares: they are for torchrun on several nodes"):
+        render("one_node", spares=1)
+
+
 def test_without_torchrun_a_rank_is_a_task(script: str) -> None:
     code, text = dry("--no-torchrun", "--ranks=4", "--cpus=8", script)
     assert code == 0
