@@ -116,8 +116,8 @@ rm -f "$DTRAIN_STATUS_FILE"
 field() { # prints one line of that
     local found
     found=$(sed -n "s/^ \\"$1\\": //p" "$DTRAIN_STATUS_FILE" 2>/dev/null)
-    found=${found%,} found=${found#\\"}
-    printf '%b\\n' "${found%\\"}" | head -n 1
+    found=${found%,} found=${found#\\"} found=${found%\\"}
+    printf '%b\\n' "${found//\\\\\\"/\\"}" | head -n 1
 }
 
 having() { xargs -r grep -lsxz "$@"; } # of environments, those in which a variable is so
@@ -138,7 +138,7 @@ leave() { # passes on to this node's ranks that the job is to leave: all save an
         sleep 1
     done
     # To the ranks only: it would kill torchrun, whose children they are.
-    ranks | xargs -r kill -USR1
+    for rank in $(ranks); do kill -USR1 "$rank"; done
 }
 trap 'leave; again=yes' USR1
 trap ended=yes TERM # SLURM ends the job, and tells the ranks as well
@@ -187,9 +187,29 @@ tell() { # tell WHAT_SLURM_DID WHAT_NEXT: says the cause, from what dtrain has l
 # not where SLURM has ended the job (scancel), or requeues it by itself (preemption).
 job=$SLURM_JOB_ID # which in an array may stand for all of its jobs
 [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-read -r state end why < <(squeue -h -j "$job" -o '%T %e %r' 2>&1)
+ask() { # what SLURM thinks of the job; a controller that is being restarted is given a minute
+    local columns=State:20,RestartCnt:20,Reason:100
+    for _ in {1..6}; do
+        read -r state restarts why < <(squeue -h -j "$job" -O "$columns" 2>&1)
+        [[ ! $state =~ ^[A-Z_]+$ ]] && type -P squeue >/dev/null || break
+        [[ ! $state ]] || sleep 10 # else SLURM has ended squeue, with the job
+    done
+}
+ask
+requeued=''
+if [[ $state == RUNNING && $(field status) != finished && $(field requeue) == true ]]; then
+    if said=$(scontrol requeue "$job" 2>&1); then
+        requeued=yes
+        sleep 5 &>/dev/null & # SLURM has its say first, and ends this
+        [[ $ended ]] || wait $!
+    else
+        ask # SLURM may have ended the job meanwhile
+    fi
+fi
 later='; submitted again with the same run_dir it goes on'
-if [[ $state != RUNNING && $end == N[OA/]* ]]; then # it has no end, because it is to begin again
+if [[ $requeued ]]; then
+    tell '' ": requeued as job $job"
+elif [[ $state == COMPLETING && $restarts -gt ${SLURM_RESTART_COUNT:-0} ]]; then
     lost=$(sinfo -h -n "$SLURM_JOB_NODELIST" -t down -o %N 2>/dev/null | paste -sd,)
     tell "${lost:+node $lost is lost}" ': SLURM requeues it'
 elif [[ $(field status) == finished ]]; then
@@ -200,15 +220,11 @@ elif [[ $state == COMPLETING ]]; then
     tell "$by" "$later"
 elif [[ $(field requeue) != true ]]; then
     tell '' ': not requeued'
-elif [[ $state != RUNNING ]]; then
-    tell '' ": not requeued, because squeue does not say how the job is ($state $end $why)$later"
-    code=1
-elif said=$(scontrol requeue "$job" 2>&1); then
-    sleep 5 & # SLURM has its say first, and ends this
-    wait $!
-    tell '' ": requeued as job $job"
-else
+elif [[ $state == RUNNING ]]; then
     tell '' ": not requeued (${said##*line *[0-9]: })$later"
+    code=1
+else
+    tell '' ": not requeued, because squeue does not say how the job is ($state $restarts $why)$later"
     code=1
 fi
 exit "$code"
