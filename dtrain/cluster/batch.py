@@ -224,7 +224,7 @@ elif [[ $state == RUNNING ]]; then
     tell '' ": not requeued (${said##*line *[0-9]: })$later"
     code=1
 else
-    tell '' ": not requeued, because squeue does not say how the job is ($state $restarts $why)$later"
+    tell '' ": not requeued, for squeue does not say how the job is ($state $restarts $why)$later"
     code=1
 fi
 exit "$code"

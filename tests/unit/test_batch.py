@@ -342,7 +342,7 @@ def test_a_run_without_a_job_and_no_run(slurm: Path, tmp_path: Path) -> None:
     left(tmp_path / "run", None, status="finished", reason="all epochs done")
     code, text = submit("--status=run")
     assert code == 0
-    assert text.splitlines()[-1] == "job       not known: the run was not started in a SLURM job"
+    assert text.splitlines()[-1] == "job       not known: the run has left no word of a SLURM job"
     code, text = submit("--status=nothere")
     assert code == 2
     assert "nothere holds no run" in text

@@ -184,7 +184,7 @@ def test_slurm_may_refuse_or_be_missing(play: Play) -> None:
     assert log == [f"dtrain: {words} ({refused}); {LATER}"]
     assert code == 1
     log, code = play(STATUS, "slurm_load_jobs error: Unable to contact slurm controller")
-    why = "because squeue does not say how the job is (slurm_load_jobs error: Unable to contact"
+    why = "for squeue does not say how the job is (slurm_load_jobs error: Unable to contact"
     assert log == [f"dtrain: {words}, {why} slurm controller); {LATER}"]
     assert code == 1
     (play.bin / "scontrol").unlink()
@@ -193,7 +193,7 @@ def test_slurm_may_refuse_or_be_missing(play: Play) -> None:
     assert code == 1
     (play.bin / "squeue").unlink()
     log, code = play(STATUS)
-    assert log[-1].startswith(f"dtrain: {words}, because squeue does not say how the job is (")
+    assert log[-1].startswith(f"dtrain: {words}, for squeue does not say how the job is (")
     assert log[-1].endswith(f"squeue: command not found); {LATER}")
     assert code == 1
 
