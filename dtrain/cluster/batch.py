@@ -97,7 +97,8 @@ _PLACE = """
 """
 
 _START_TORCHRUN = """\
-srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --wait=60 \\
+srun --quiet --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \\
+    --kill-on-bad-exit=1 --wait=60 \\
     "${pyxis[@]}" "${container[@]}" "${PYTHON:-python}" -c "$torchrun" \\
     --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-0}" """
 
@@ -106,7 +107,7 @@ _AT_ENDPOINT = """\\
     --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" """
 
 _START_SRUN = """\
-srun --cpus-per-task="$((threads > 0 ? threads : 1))" --kill-on-bad-exit=1 --wait=60 \\
+srun --quiet --cpus-per-task="$((threads > 0 ? threads : 1))" --kill-on-bad-exit=1 --wait=60 \\
     "${pyxis[@]}" "${container[@]}" "${PYTHON:-python}" """
 
 _JOB = """
