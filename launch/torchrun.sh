@@ -71,5 +71,10 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 
-exec "$python" -m torch.distributed.run "--nnodes=$nodes" "--nproc-per-node=$ranks" \
+# After torchrun's summary one sentence says what became of the run, where dtrain is installed.
+torchrun=dtrain.cluster.torchrun
+"$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("dtrain") is None)' ||
+    torchrun=torch.distributed.run
+
+exec "$python" -m "$torchrun" "--nnodes=$nodes" "--nproc-per-node=$ranks" \
     "--max-restarts=$restarts" "${rendezvous[@]}" "$@"

@@ -10,7 +10,7 @@ from typing import Any
 
 from dtrain import accelerator
 from dtrain.checkpoint import format as files
-from dtrain.checkpoint import status
+from dtrain.checkpoint import one_folder, status
 from dtrain.checkpoint.format import Saved
 from dtrain.checkpoint.resume import EMERGENCY, NOT_FINITE, Decision, ResumeMode, check_mode, decide
 from dtrain.checkpoint.run_lock import RunLock
@@ -53,6 +53,7 @@ class RunFiles:
         self._failures = Failures()  # of earlier starts; known on rank 0
         self._broken: set[str] = set()  # weights that were not finite when the fit began
         self._told: set[str] = set()  # whose state differs between ranks
+        self._saved = -1  # the step of the newest checkpoint; known on rank 0
         self._failed: Exception | None = None  # the last save that was told of
 
     def find(
@@ -69,15 +70,18 @@ class RunFiles:
         """
         run_dir, run_state = self._run_dir, self._run_state
         check_mode(mode)
+        one_folder.check_same(run_dir, self._world)
         if run_dir is None:
             if mode == "must":
                 raise ConfigError("resume='must' needs a run_dir to resume from")
             return None
 
-        def look() -> Decision:
+        def take() -> None:
             prepare(run_dir)
             self.saver.run_lock = RunLock(run_dir)
             self.saver.run_lock.take()
+
+        def look() -> Decision:
             decision = decide(
                 run_dir, mode, run_state.fingerprint, epochs=epochs, max_steps=max_steps, own=own
             )
@@ -85,7 +89,10 @@ class RunFiles:
                 self._failures = status.failures_before(run_dir, decision.before)
             return decision
 
+        self._world.comm.on_main("run lock", take)
+        one_folder.check_shared(run_dir, self._world)
         decision = self._world.comm.on_main("resume", look)
+        self._saved = -1 if decision.saved is None else decision.saved.step
         for note in decision.notes:
             run_state.context.say(note)
         return decision.saved
@@ -137,6 +144,7 @@ class RunFiles:
                 # Later ones are of an earlier start, and damaged, or we had begun there.
                 saved = [(s.step, s.metrics) for s in files.listed(folder) if s.step <= at.step]
                 self._remove(folder, run_state.slot.prune(saved))
+            self._saved = at.step
             self._write_status("running", at=at)
 
         self._replicas.settle(f"before the checkpoint of step {at.step}")
@@ -314,8 +322,16 @@ class RunFiles:
         lock.check()
         at = at or self._progress
         failures = self._failures.then(at.step) if state == "failed" else self._failures
-        made_of, again = self._run_state.fingerprint, not failures.is_loop
-        now = Status(state, reason, at.step, at.epoch, made_of, *failures, requeue=again)
+        now = Status(
+            state,
+            reason,
+            at.step,
+            at.epoch,
+            self._run_state.fingerprint,
+            *failures,
+            requeue=state != "finished" and not failures.is_loop,
+            saved=self._saved,
+        )
         status.write(lock.run_dir, now)
 
 

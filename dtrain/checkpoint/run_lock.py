@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class RunLock:
                 "pid": os.getpid(),
                 "machine": this_machine(),
                 "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                **job_of(os.environ),
             }
             aside = self.run_dir / f"{TOKEN}-{self.token}"
             disk.write_bytes(aside, json.dumps(facts).encode())
@@ -150,4 +152,19 @@ def _who(run_dir: Path) -> str:
     facts = _writer(run_dir, "pid", "host", "since")
     if not facts:
         return "it has not said which"
-    return f"pid {facts['pid']} on {facts['host']}, since {facts['since']}"
+    job = _writer(run_dir, "scheduler", "job", "step")  # starts until 0.1 have not said
+    of = f", in {job['scheduler']} job {job['job']}" if job else ""
+    of += f", step {job['step']}" if job and job["step"] else ""
+    return f"pid {facts['pid']} on {facts['host']}{of}, since {facts['since']}"
+
+
+def job_of(env: Mapping[str, str]) -> dict[str, str]:
+    """Returns the job that this process is of, as the scheduler's tools take it; {} outside."""
+    if env.get("SLURM_JOB_ID"):
+        task = env.get("SLURM_ARRAY_TASK_ID")
+        job = f"{env['SLURM_ARRAY_JOB_ID']}_{task}" if task else env["SLURM_JOB_ID"]
+        return {"scheduler": "SLURM", "job": job, "step": env.get("SLURM_STEP_ID", "")}
+    for scheduler, variable in (("PBS", "PBS_JOBID"), ("LSF", "LSB_JOBID")):
+        if env.get(variable):
+            return {"scheduler": scheduler, "job": env[variable], "step": ""}
+    return {}

@@ -19,6 +19,7 @@ State = Literal["running", "finished", "preempted", "failed"]
 COPY_VARIABLE = "DTRAIN_STATUS_FILE"
 #: So often in a row a run may fail without having come any further.
 MAX_FAILURES = 3
+_LONGEST = 300  # characters of a reason in a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,36 @@ class Status:
     # Where and how often in a row the run failed, as in Failures.
     failed_at: int = -1
     failures: int = 0
-    requeue: bool = True  # False where another start would only fail in the same way
+    # False where there is nothing left to do, or another start would only fail in the same way.
+    requeue: bool = True
+    saved: int = -1  # the step of the newest checkpoint; -1 where there is none
+    sentence: str = ""  # all this, to end a log with
     updated: float = field(default_factory=time.time)  # in seconds since 1970
+
+
+def describe(status: Status) -> str:
+    """Says in one sentence what became of a run that has ended with this, and what is saved."""
+    # Who failed is part of what a RemoteError says.
+    reason = status.reason.partition("\n")[0].removeprefix("RemoteError: ")
+    if len(reason) > _LONGEST:
+        reason = reason[:_LONGEST] + "..."
+    step = f"step {status.step}"
+    saved = f"saved at step {status.saved}" if status.saved >= 0 else "nothing is saved"
+    if status.status == "finished":
+        return f"finished after {status.step} steps ({reason})"
+    if status.status == "preempted":
+        return f"left after {status.step} steps ({reason}), {saved}"
+    if status.status == "running":  # it could not say more
+        return f"killed at {step} or later, {saved}"
+    if status.failures > 1:
+        often = f"{status.failures} times in a row, never beyond step {status.failed_at}"
+        return f"failed {often} ({reason}), {saved}"
+    return f"failed at {step} ({reason}), {saved}"
 
 
 def write(run_dir: Path, status: Status) -> None:
     """Replaces ``run_dir/status.json`` in one piece; and its copy, if one is wanted."""
+    status = replace(status, sentence=describe(status))
     text = json.dumps(asdict(status), indent=1) + "\n"
     copy = os.environ.get(COPY_VARIABLE)
     for path in (run_dir / "status.json", *([Path(copy)] if copy else ())):

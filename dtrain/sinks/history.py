@@ -29,7 +29,6 @@ class History:
     def __post_init__(self) -> None:
         self.rows: deque[dict[str, float]] = deque(maxlen=self.keep)
         self._began = time.perf_counter()
-        self._samples_before = self.progress.samples
 
     def check(self) -> None:
         """Raises SinkError on rank 0 if a sink failed that must not. Ranks: all, local."""
@@ -76,7 +75,7 @@ class History:
             progress.step,
             progress.epoch,
             seconds=time.perf_counter() - self._began,
-            samples=progress.samples - self._samples_before,
+            samples=progress.samples,
             updates=progress.updates,
             total_steps=progress.total_steps,
             steps_per_epoch=progress.steps_per_epoch,

@@ -27,7 +27,7 @@ class Report:
         values: name to value, such as ``train/loss``, ``epoch/loss``, ``eval/accuracy``, ``lr``.
         text: for ``start``, ``message`` and ``end``: what to tell a person, in plain words.
         seconds: since ``fit`` began.
-        samples: samples all ranks trained on since ``fit`` began.
+        samples: samples all ranks trained on since the run began.
         updates: steps whose update was applied, since the run began.
         total_steps: steps planned, or None.
         steps_per_epoch: steps planned in an epoch, or None.

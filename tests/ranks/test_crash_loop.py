@@ -62,7 +62,7 @@ def test_a_fourth_start_at_the_same_step_gives_up(tmp_path, how):
     # Somebody has mended it: a start by hand counts from 1.
     outcomes, status = attempt(tmp_path, "", 0, 0)
     assert [outcome.value for outcome in outcomes] == [STEPS] * 2
-    assert status == ("finished", 0, True)
+    assert status == ("finished", 0, False)
 
 
 def killed_together(run_dir):

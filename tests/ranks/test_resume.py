@@ -90,7 +90,7 @@ def train(run_dir, hook="", at=0, resume="auto", schedule="epoch", epochs=EPOCHS
 def lines(run_dir):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        del row["seconds"], row["samples"]
+        del row["seconds"]
     return rows
 
 

@@ -46,6 +46,30 @@ def test_a_second_start_waits_says_so_and_gives_up(tmp_path, capsys):
     first.check()  # nothing was taken from it
 
 
+JOBS = [
+    ({"SLURM_JOB_ID": "12"}, "in SLURM job 12"),
+    ({"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0"}, "in SLURM job 12, step 0"),
+    (
+        {"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"},
+        "in SLURM job 12_3",
+    ),
+    ({"PBS_JOBID": "7.head"}, "in PBS job 7.head"),
+    ({"LSB_JOBID": "8"}, "in LSF job 8"),
+]
+
+
+@pytest.mark.parametrize(("env", "words"), JOBS)
+def test_who_holds_it_is_named_by_its_job(tmp_path, monkeypatch, env, words):
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_ARRAY_TASK_ID", "PBS_JOBID", "LSB_JOBID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    first = taken(tmp_path)
+    with pytest.raises(RunTaken, match=rf"\(pid \d+ on [^,]+, {words}, since .* is alive"):
+        RunLock(tmp_path).take()
+    first.release()
+
+
 def test_the_lock_is_free_once_it_is_released_whoever_has_a_copy_of_it(tmp_path):
     first = taken(tmp_path)
     copy = os.dup(first._lock)  # as a forked process has

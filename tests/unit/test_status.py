@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,38 @@ def test_a_status_is_read_as_it_was_written(tmp_path: Path) -> None:
     before = Status("failed", "rank 3 – ValueError", 7, 1, {"model": "x", "samples": None})
     status.write(tmp_path, Status("running"))
     status.write(tmp_path, before)
-    assert status.read(tmp_path) == before
+    assert status.read(tmp_path) == replace(before, sentence=status.describe(before))
     assert names(tmp_path) == ["status.json"]
     facts = json.loads((tmp_path / "status.json").read_text())
     assert (facts["status"], facts["reason"], facts["step"]) == ("failed", before.reason, 7)
+
+
+SENTENCES = [
+    (
+        Status("finished", "all epochs done", 46, saved=46),
+        "finished after 46 steps (all epochs done)",
+    ),
+    (
+        Status("preempted", "SIGUSR1", 62, saved=62),
+        "left after 62 steps (SIGUSR1), saved at step 62",
+    ),
+    (Status("running", "", 25, saved=25), "killed at step 25 or later, saved at step 25"),
+    (Status("running"), "killed at step 0 or later, nothing is saved"),
+    (
+        Status("failed", "ValueError: planted\n  and more", 41, failures=1, failed_at=41, saved=0),
+        "failed at step 41 (ValueError: planted), saved at step 0",
+    ),
+    (
+        Status("failed", "E: " + "x" * 400, 40, failures=3, failed_at=41, saved=40),
+        f"failed 3 times in a row, never beyond step 41 (E: {'x' * 297}...), saved at step 40",
+    ),
+]
+
+
+@pytest.mark.parametrize(("now", "sentence"), SENTENCES)
+def test_what_became_of_a_run_is_one_sentence(tmp_path: Path, now: Status, sentence: str) -> None:
+    status.write(tmp_path, now)
+    assert json.loads((tmp_path / "status.json").read_text())["sentence"] == sentence
 
 
 def test_a_status_is_on_the_disk_before_it_replaces_the_old_one(
