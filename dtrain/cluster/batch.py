@@ -113,13 +113,16 @@ srun --quiet --cpus-per-task="$((threads > 0 ? threads : 1))" --kill-on-bad-exit
 _JOB = """
 # Here dtrain says how the run stands (a copy of run_dir/status.json); all nodes must see it.
 export DTRAIN_STATUS_FILE=$PWD/.dtrain-status-$SLURM_JOB_ID.json
-rm -f "$DTRAIN_STATUS_FILE"
 field() { # prints one line of that
     local found
     found=$(sed -n "s/^ \\"$1\\": //p" "$DTRAIN_STATUS_FILE" 2>/dev/null)
     found=${found%,} found=${found#\\"} found=${found%\\"}
     printf '%b\\n' "${found//\\\\\\"/\\"}" | head -n 1
 }
+
+before=$(field sentence)
+[[ ! $before ]] || echo "dtrain: the start before ended without a word: $before"
+rm -f "$DTRAIN_STATUS_FILE"
 
 having() { xargs -r grep -lsxz "$@"; } # of environments, those in which a variable is so
 ranks() { # prints this node's ranks. Not by scontrol, which may be missing; nor a rank's children
@@ -144,48 +147,6 @@ leave() { # passes on to this node's ranks that the job is to leave: all save an
 trap 'leave; again=yes' USR1
 trap ended=yes TERM # SLURM ends the job, and tells the ranks as well
 
-# srun by itself would take one CPU for a task. If a node or rank is lost, it ends the others.
-@START@"$@" &
-step=$! again=yes ended=''
-while [[ $again && ! $ended ]]; do # a signal ends the wait, and only that
-    again=''
-    wait "$step"
-    code=$?
-done
-if [[ $ended ]]; then # what is not over in KillWait seconds, SLURM kills: this script as well
-    grace=$(scontrol show config 2>/dev/null | sed -n 's/^KillWait *= *\\([0-9]*\\).*/\\1/p')
-    for ((left = 4 * (${grace:-30} - 2); left > 0; left--)); do
-        kill -0 "$step" 2>/dev/null || break
-        sleep 0.25
-    done
-    kill -0 "$step" 2>/dev/null || { wait "$step"; code=$?; }
-fi
-
-tell() { # tell WHAT_SLURM_DID WHAT_NEXT: says the cause, from what dtrain has left, and the fate
-    local after reason times saved sentence
-    after="after $(field step) steps" times=$(field failures) sentence=$(field sentence)
-    [[ $(field step) == 0 ]] && saved='nothing saved' || saved="step $(field step) saved"
-    case $(field status) in
-    preempted)
-        reason=$(field reason)
-        [[ $1 ]] && reason='' || reason=" (${reason%% (asked by*})"
-        sentence="${1:-preempted} $after$reason, saved"
-        ;;
-    finished) sentence=${sentence:-finished $after: $(field reason)} ;;
-    failed)
-        [[ $times == 1 ]] && times='' || times=" $times times in a row, now"
-        sentence=${sentence:-failed$times $after ($(field reason))}
-        ;;
-    running) sentence="ended with status $code in the middle of training, $saved" ;;
-    *) sentence="ended with status $code before training began, or without a run_dir" ;;
-    esac
-    [[ ! $1 || $sentence == "$1"* ]] || sentence="$1: $sentence"
-    rm -f "$DTRAIN_STATUS_FILE"
-    echo "dtrain: $sentence$2"
-}
-
-# Once more, unless the run is finished, or has failed three times in a row at the same step. And
-# not where SLURM has ended the job (scancel), or requeues it by itself (preemption).
 job=$SLURM_JOB_ID # which in an array may stand for all of its jobs
 [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 ask() { # what SLURM thinks of the job; a controller that is being restarted is given a minute
@@ -196,6 +157,36 @@ ask() { # what SLURM thinks of the job; a controller that is being restarted is 
         [[ ! $state ]] || sleep 10 # else SLURM has ended squeue, with the job
     done
 }
+
+# srun by itself would take one CPU for a task. If a node or rank is lost, it ends the others.
+@START@"$@" &
+step=$! again=yes ended='' state=''
+while [[ $again ]]; do # a signal ends the wait, and only that
+    again=''
+    wait "$step"
+    code=$?
+    [[ ! $ended ]] || ask
+    [[ ! $ended || $state != RUNNING ]] || again=yes ended='' # a TERM of somebody else
+done
+if [[ $ended ]]; then # what is not over in KillWait seconds, SLURM kills: this script as well
+    grace=$(scontrol show config 2>/dev/null | sed -n 's/^KillWait *= *\\([0-9]*\\).*/\\1/p')
+    for ((left = 4 * (${grace:-30} - 2); left > 0; left--)); do
+        kill -0 "$step" 2>/dev/null || break
+        sleep 0.25
+    done
+    kill -0 "$step" 2>/dev/null || { wait "$step"; code=$?; }
+fi
+
+tell() { # tell WHAT_SLURM_DID WHAT_NEXT: the cause in dtrain's own words, and the fate
+    local sentence
+    sentence=$(field sentence)
+    sentence=${sentence:-ended with status $code before training began, or without a run_dir}
+    rm -f "$DTRAIN_STATUS_FILE"
+    echo "dtrain: ${1:+$1: }$sentence$2"
+}
+
+# Once more, unless the run is finished, or has failed three times in a row at the same step. And
+# not where SLURM has ended the job (scancel), or requeues it by itself (preemption).
 ask
 requeued=''
 if [[ $state == RUNNING && $(field status) != finished && $(field requeue) == true ]]; then

@@ -18,7 +18,7 @@ from cluster import TRAIN, wait_for
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY_STEPS = 600, 25  # as in slurm_train.py
 DONE = f"{STEPS} max_steps reached"
-FINISHED = f"dtrain: finished after {STEPS} steps: max_steps reached"
+FINISHED = f"dtrain: finished after {STEPS} steps (max_steps reached)"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -28,7 +28,9 @@ def status_of(folder):
 
 
 #: How a start closes whose node is lost.
-LOST = r"^dtrain: (node n\d is lost.*: SLURM requeues it|(failed|ended) .*: requeued as job \d+)$"
+LOST = (
+    r"^dtrain: (node n\d is lost: .*: SLURM requeues it|(failed|killed) .*: requeued as job \d+)$"
+)
 
 
 def newest_saved(folder):
@@ -283,8 +285,8 @@ def test_three_signals_in_a_row(scenarios):
     assert found["last"] == FINISHED
     for start in range(3):
         step = found["ends"][start, 0].split()[0]
-        said = f"dtrain: preempted after {step} steps (SIGUSR1), saved: requeued as job "
-        assert said in found["log"]
+        said = rf"dtrain: left after {step} steps \(SIGUSR1.*\), saved at step {step}: requeued as "
+        assert re.search(said, found["log"])
     assert_steps_go_on(found, 4, 2)
     assert all("SIGUSR1" in found["ends"][start, 0] for start in range(3))
     assert found["models"] == models(scenarios, 2)
@@ -356,8 +358,8 @@ def test_cancelled(scenarios):
     step, why = found["ends"][0, 0].split(" ", 1)
     assert "SIGTERM" in why
     assert found["last"] == (
-        f"dtrain: cancelled by SLURM after {step} steps, saved; submitted again with the same "
-        "run_dir it goes on"
+        f"dtrain: cancelled by SLURM: left after {step} steps (SIGTERM), saved at step {step}; "
+        "submitted again with the same run_dir it goes on"
     )
     again = found["again"]
     assert again["ended"] == ("COMPLETED", 0)
@@ -403,6 +405,6 @@ def test_each_signal_to_ranks_without_torchrun(scenarios):
     said = [line for line in found["log"].splitlines() if ": requeued as job " in line]
     for start, (name, line) in enumerate(zip(SIGNALS, said, strict=True)):
         begun = found["starts"][start + 1, 0]
-        what = f"preempted after {begun} steps (SIG{name}), saved: "
+        what = f"left after {begun} steps (SIG{name}), saved at step {begun}: "
         assert line.startswith(f"dtrain: {what}"), found["log"]
-    assert found["last"].startswith("dtrain: cancelled by SLURM after ")
+    assert found["last"].startswith("dtrain: cancelled by SLURM: left after ")

@@ -12,8 +12,8 @@ import pytest
 
 from dtrain.cluster.batch import Kind, render
 
-STATUS = {"status": "preempted", "reason": "SIGUSR1", "step": 62, "failures": 0, "requeue": True}
-FAILED = STATUS | {"status": "failed", "reason": 'ValueError: no "x"\nin \u00e9', "failures": 3}
+SAID = "left after 62 steps (a, b), saved at step 62"
+STATUS = {"status": "preempted", "step": 62, "requeue": True, "sentence": SAID}
 RUNS, GOES, LIMIT = "RUNNING 0 None", "COMPLETING 0 None", "COMPLETING 0 TimeLimit"
 COMES_BACK = "COMPLETING 1 None"
 LATER = "submitted again with the same run_dir it goes on"
@@ -91,63 +91,23 @@ def play(tmp_path: Path) -> Play:
 @pytest.mark.parametrize(
     ("status", "squeue", "step", "said"),
     [
-        (STATUS, RUNS, "exit 0", "preempted after 62 steps (SIGUSR1), saved: requeued as job 12"),
-        (STATUS, GOES, "exit 1", f"cancelled by SLURM after 62 steps, saved; {LATER}"),
-        (STATUS, LIMIT, "exit 1", f"ended by its time limit after 62 steps, saved; {LATER}"),
+        (STATUS, RUNS, "exit 0", f"{SAID}: requeued as job 12"),
+        (STATUS, GOES, "exit 1", f"cancelled by SLURM: {SAID}; {LATER}"),
+        (STATUS, LIMIT, "exit 1", f"ended by its time limit: {SAID}; {LATER}"),
+        (STATUS, COMES_BACK, "exit 1", f"{SAID}: SLURM requeues it"),
+        (STATUS | {"status": "failed", "requeue": False}, RUNS, "exit 1", f"{SAID}: not requeued"),
         (
-            STATUS,
-            COMES_BACK,
-            "exit 1",
-            "preempted after 62 steps (SIGUSR1), saved: SLURM requeues it",
-        ),
-        (
-            STATUS | {"reason": "SIGTERM (asked by rank 1 on a); SIGTERM (asked by rank 2 on a)"},
+            STATUS | {"sentence": 'no "x" \u00e9'},
             RUNS,
             "exit 0",
-            "preempted after 62 steps (SIGTERM), saved: requeued as job 12",
+            'no "x" \u00e9: requeued as job 12',
         ),
+        (STATUS | {"status": "finished"}, RUNS, "exit 0", SAID),
         (
-            FAILED | {"requeue": False},
-            RUNS,
-            "exit 1",
-            'failed 3 times in a row, now after 62 steps (ValueError: no "x"): not requeued',
-        ),
-        (
-            FAILED | {"failures": 1},
-            RUNS,
-            "exit 1",
-            'failed after 62 steps (ValueError: no "x"): requeued as job 12',
-        ),
-        (
-            FAILED | {"requeue": False, "sentence": "failed three times at step 41 (a, b)"},
-            RUNS,
-            "exit 1",
-            "failed three times at step 41 (a, b): not requeued",
-        ),
-        (
-            STATUS | {"status": "finished", "reason": "all epochs done", "requeue": False},
-            RUNS,
-            "exit 0",
-            "finished after 62 steps: all epochs done",
-        ),
-        (
-            STATUS | {"status": "finished", "reason": "all epochs done"},
+            STATUS | {"status": "finished", "requeue": False},
             RUNS,
             "exit 3",
-            "finished after 62 steps: all epochs done; then the script ended with status 3",
-        ),
-        (
-            STATUS | {"status": "running", "reason": ""},
-            RUNS,
-            "exit 137",
-            "ended with status 137 in the middle of training, step 62 saved: requeued as job 12",
-        ),
-        (
-            STATUS | {"status": "running", "step": 0},
-            GOES,
-            "exit 143",
-            "cancelled by SLURM: ended with status 143 in the middle of training, nothing saved; "
-            + LATER,
+            f"{SAID}; then the script ended with status 3",
         ),
         (
             None,
@@ -166,20 +126,33 @@ def test_the_last_line_says_why_and_what_is_next(
 
 
 def test_a_node_that_is_lost_is_named(play: Play) -> None:
-    status = STATUS | {"status": "running"}
-    log, _ = play(status, COMES_BACK, step="exit 143", DOWN="n2")
-    words = "node n2 is lost: ended with status 143 in the middle of training, step 62 saved"
-    assert log == [f"dtrain: {words}: SLURM requeues it"]
+    log, _ = play(STATUS | {"status": "running"}, COMES_BACK, step="exit 143", DOWN="n2")
+    assert log == [f"dtrain: node n2 is lost: {SAID}: SLURM requeues it"]
+
+
+def test_a_start_that_could_not_say_it_is_told_of_by_the_next(play: Play) -> None:
+    (play.folder / ".dtrain-status-12.json").write_text(json.dumps(STATUS, indent=1))
+    log, _ = play(STATUS)
+    assert log == [
+        f"dtrain: the start before ended without a word: {SAID}",
+        f"dtrain: {SAID}: requeued as job 12",
+    ]
+
+
+def test_a_term_that_is_not_slurms_ends_nothing(play: Play) -> None:
+    log, code = play(STATUS | {"status": "finished"}, step="kill $PPID; sleep 1; exit 0")
+    assert log == [f"dtrain: {SAID}"]
+    assert code == 0
 
 
 def test_a_task_of_an_array_has_a_number_of_its_own(play: Play) -> None:
     log, _ = play(STATUS, SLURM_ARRAY_JOB_ID="11", SLURM_ARRAY_TASK_ID="3")
-    assert log == ["dtrain: preempted after 62 steps (SIGUSR1), saved: requeued as job 11_3"]
+    assert log == [f"dtrain: {SAID}: requeued as job 11_3"]
 
 
 def test_slurm_may_refuse_or_be_missing(play: Play) -> None:
     log, code = play(STATUS, REFUSED="Requested operation is presently disabled for job 12")
-    words = "preempted after 62 steps (SIGUSR1), saved: not requeued"
+    words = f"{SAID}: not requeued"
     refused = "Requested operation is presently disabled for job 12"
     assert log == [f"dtrain: {words} ({refused}); {LATER}"]
     assert code == 1
