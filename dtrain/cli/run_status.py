@@ -25,8 +25,13 @@ def describe(run_dir: Path) -> str:
     ]
     if failures := status.get("failures"):
         rows.append(("failures", f"{failures} in a row"))
-    told = describe_job(str(job)) if job else []
-    rows += told or [("job", "not known: the run has left no word of a SLURM job")]
+    scheduler = writer.get("scheduler", "SLURM")
+    told = describe_job(str(job)) if job and scheduler == "SLURM" else []
+    if job and not told:
+        rows.append(("job", f"{job} of {scheduler}, which is not asked"))
+    elif not job:
+        rows.append(("job", "not known: the run has left no word of a SLURM job"))
+    rows += told
     lives = any(f": {word}" in told[0][1] for word in _ALIVE) if told else False
     if state == "running" and told and not lives:
         rows.append(("next", "it was ended before it could say why; submitted again, it goes on"))

@@ -346,3 +346,11 @@ def test_a_run_without_a_job_and_no_run(slurm: Path, tmp_path: Path) -> None:
     code, text = submit("--status=nothere")
     assert code == 2
     assert "nothere holds no run" in text
+
+
+def test_a_run_of_another_scheduler(slurm: Path, tmp_path: Path) -> None:
+    left(tmp_path / "run", "12", status="finished")
+    (tmp_path / "run" / ".writer").write_text('{"scheduler": "PBS", "job": "12.pbs"}')
+    assert (
+        submit("--status=run")[1].splitlines()[-1] == "job       12.pbs of PBS, which is not asked"
+    )
