@@ -141,9 +141,9 @@ def job_end(cluster, folder):
         slow=1,
         options=options,
         RANKS="1",
-        DTRAIN_LEAVE_BEFORE_END_S="42",
+        DTRAIN_LEAVE_BEFORE_END_S="30",
     )
-    return found_of(job, job.wait(150))
+    return found_of(job, job.wait(240))
 
 
 def cancelled(cluster, folder):
@@ -386,7 +386,9 @@ def test_a_run_that_always_fails_is_started_three_times(scenarios):
     assert found["requeues"] == 2
     assert found["starts"] == {(start, 0): 0 for start in range(3)}
     assert (found["status"]["failures"], found["status"]["requeue"]) == (3, False)
-    assert re.fullmatch(r"dtrain: failed .*\(ValueError: planted\): not requeued", found["last"])
+    assert re.fullmatch(
+        r"dtrain: failed 3 .*\(ValueError: planted\).*: not requeued", found["last"]
+    )
     assert found["left"] == []
 
 
