@@ -24,7 +24,9 @@ def ask(*command: str) -> str | None:
 
 def facts(line: str) -> dict[str, str]:
     """Returns the ``Name=value`` of a line of ``scontrol show -o``; of two alike the first."""
-    return dict(reversed(re.findall(r"(?<!\S)([A-Za-z/:]+)=(\S*)", line)))
+    name = r"(?<!\S)[A-Za-z/:]+="
+    found = re.findall(rf"({name})(.*?)\s*(?=$|{name})", line)
+    return {word.rstrip("="): value for word, value in reversed(found)}
 
 
 def minutes(text: str) -> float | None:

@@ -304,7 +304,7 @@ def test_where_a_run_and_its_job_stand(slurm: Path, tmp_path: Path) -> None:
     left(run, "12_3", failures=1)
     shown = "JobId=15 ArrayJobId=12 JobName=a JobState=RUNNING Reason=None Restarts=2 Requeue=1 "
     shown += "StartTime=2026-01-02T03:04:05 EndTime=2026-01-02T07:04:05 ReqNodeList=(null) "
-    says(slurm, "scontrol", shown + "NodeList=n[1-2] StdOut=/work/a.log\n")
+    says(slurm, "scontrol", shown + "NodeList=n[1-2] StdOut=/my work/a.log Power=\n")
     code, text = submit("--status", str(run))
     assert code == 0
     lines = text.splitlines()
@@ -315,7 +315,7 @@ def test_where_a_run_and_its_job_stand(slurm: Path, tmp_path: Path) -> None:
         "job       12_3: RUNNING on n[1-2]",
         "restarts  2",
         "ends      2026-01-02 07:04:05 at most",
-        "log       /work/a.log",
+        "log       /my work/a.log",
     ]
 
 
