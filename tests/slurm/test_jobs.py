@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -221,6 +222,19 @@ def each_signal(cluster, folder):
     return found_of(job, job.wait())
 
 
+SUSPENDED_S = 45
+
+
+def suspended(cluster, folder):
+    """Two ranks are stopped in a step, as for gang scheduling, and go on."""
+    job = cluster.train(folder, "one_node", nodes=["n5"], slow=1, RANKS="2")
+    job.wait_until_at(0, 2)
+    cluster.run("scontrol", "suspend", job.number)
+    threading.Event().wait(SUSPENDED_S)
+    cluster.run("scontrol", "resume", job.number)
+    return found_of(job, job.wait(), status=status_of(folder))
+
+
 #: What waits for the same nodes is in one line, one after the other.
 LINES = [
     [three_signals, preempted, four_nodes],
@@ -228,7 +242,7 @@ LINES = [
     [time_limit, cancelled, gpus_of_a_node],
     [job_end, array, always_fails],
     [each_signal],
-    [disk_full],
+    [disk_full, suspended],
 ]
 
 
@@ -410,3 +424,12 @@ def test_each_signal_to_ranks_without_torchrun(scenarios):
         what = f"left after {begun} steps (SIG{name}), saved at step {begun}: "
         assert line.startswith(f"dtrain: {what}"), found["log"]
     assert found["last"].startswith("dtrain: cancelled by SLURM: left after ")
+
+
+def test_a_job_that_is_suspended_goes_on(scenarios):
+    found = take(scenarios, "suspended")
+    assert found["ended"] == ("COMPLETED", 0), found["log"]
+    assert (found["status"]["status"], found["status"]["failures"]) == ("finished", 0)
+    assert found["last"] == FINISHED
+    assert_steps_go_on(found, 1, 2)
+    assert found["models"] == models(scenarios, 2)
