@@ -2,5 +2,15 @@
 
 from dtrain.cluster.batch import Kind, render
 from dtrain.cluster.signals import Deadline, Launcher, Signals
+from dtrain.cluster.slurm import describe_job, lacking, log_path
 
-__all__ = ["Deadline", "Kind", "Launcher", "Signals", "render"]
+__all__ = [
+    "Deadline",
+    "Kind",
+    "Launcher",
+    "Signals",
+    "describe_job",
+    "lacking",
+    "log_path",
+    "render",
+]

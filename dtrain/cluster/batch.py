@@ -28,7 +28,7 @@ _ABOUT: dict[Kind, str] = {
 #   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 srun_per_gpu.sbatch train.py [ARGUMENTS]
 #   sbatch --ntasks-per-node=2 srun_per_gpu.sbatch train.py       without GPUs
 #
-# Not with --gpus-per-task: a task must see all GPUs of its node, and takes the one of its number.
+# With --gpus-per-task=1 instead of --gpus-per-node each task sees one GPU: that is right, too.
 """,
     "array": """\
 # A sweep: trains several times, each on one node, each as a job of its own.
@@ -63,22 +63,28 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
 # Else, in torch 2.13, a restart within the job (RESTARTS=1 sbatch ...) cannot connect.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# torchrun; where it fails, its own stack says nothing: a rank's does.
+torchrun='import sys; from torch.distributed.run import main; sys.tracebacklimit = 0; main()'
 """
 
 _SRUN_SETTINGS = """
 threads=$((SLURM_CPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-
-# The ranks meet at this node, the first of the job; $(hostname -i) where names do not resolve.
-# The port follows from the job's number: jobs on one host do not meet.
-MASTER_ADDR=$(hostname) MASTER_PORT=$((10000 + SLURM_JOB_ID % 10000))
-export MASTER_ADDR MASTER_PORT
 """
 
 _MEET = """
-# The nodes meet at this one, the first of the job; $(hostname -i) where names do not resolve.
-# The port follows from the job's number: jobs on one host do not meet.
-endpoint=$(hostname):$((10000 + SLURM_JOB_ID % 10000))
+# All meet at this node, the first of the job, by its name, at a port that nothing else has there.
+host=$(hostname) port=$((10000 + SLURM_JOB_ID % 10000))
+getent hosts "$host" >/dev/null || [[ $? != 2 ]] || {
+    echo "dtrain: this node's own name, $host, does not resolve, so the others cannot find it:" \\
+        "not started. Have it put into /etc/hosts or the DNS of all nodes."
+    exit 1
+}
+taken() { (: <"/dev/tcp/$1/$port") 2>/dev/null; }
+while taken "$host" || taken localhost; do
+    echo "dtrain: port $port of $host is taken by something else; looking for another"
+    port=$((10000 + RANDOM % 10000))
+done
 """
 
 _SPARES = """
@@ -87,15 +93,16 @@ _SPARES = """
 nodes=$((SLURM_NNODES - @SPARES@)) first=$SLURMD_NODENAME chosen=$PWD/.dtrain-nodes-$SLURM_JOB_ID
 trap 'scontrol requeue "$SLURM_JOB_ID"; exit' USR1 # told to leave before anything has begun
 rm -f "$chosen"
-MASTER_ADDR=$(hostname) timeout 120 srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 \\
+MASTER_ADDR=$host timeout 120 srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 \\
     --cpus-per-task="$SLURM_CPUS_ON_NODE" \\
-    "${PYTHON:-python}" -m dtrain health --keep="$nodes" --file="$chosen"
+    "${pyxis[@]}" "${container[@]}" "${PYTHON:-python}" -m dtrain health --keep="$nodes" \\
+    --file="$chosen"
 if [[ $(grep -cs . "$chosen") == "$nodes" ]]; then
     on=(--nodes="$nodes" --ntasks="$nodes" --nodelist="$(paste -sd, "$chosen")")
     first=$(head -n 1 "$chosen")
     # Where this node is not among them, they meet at the first that is.
     [[ $first == "$SLURMD_NODENAME" ]] ||
-        endpoint=$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname):${endpoint##*:}
+        host=$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname)
 else
     echo "dtrain: of $SLURM_NNODES nodes no $nodes were found in order: trying this one and others"
     on=(--nodes="$nodes" --ntasks="$nodes" --nodelist="$SLURMD_NODENAME")
@@ -110,69 +117,145 @@ at_first() { # runs a command on the first node of the run
 }
 """
 
-_LEAVE_AT_FIRST = """\
-    # To the ranks only: it would kill torchrun, whose children they are.
-    at_first "$(declare -f tasks); "'pkill -USR1 -P "$(tasks | paste -sd, -)"'
+_LEAVE = """\
+    for rank in $(ranks); do kill -USR1 "$rank"; done
 """
 
-_LEAVE_TORCHRUN = """\
-    # To the ranks only: it would kill torchrun, whose children they are.
-    pkill -USR1 -P "$(tasks | paste -sd, -)"
+_LEAVE_AT_FIRST = """\
+    at_first "$(declare -f having ranks); "'for rank in $(ranks); do kill -USR1 "$rank"; done'
+"""
+
+_PLACE = """
+# What a cluster's nodes need before Python runs, and containers: take the # away where it fits. All
+# that the job reads and writes (the script, run_dir, this folder) must be seen inside.
+#module load cuda
+#PYTHON=python container=(apptainer exec --nv --bind "$PWD" image.sif)
+#PYTHON=python pyxis=(--container-image=image.sqsh --container-mounts="$PWD:$PWD")
+#pyxis+=(--container-workdir="$PWD")
 """
 
 _START_TORCHRUN = """\
-srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --wait=60 \\
-    "${PYTHON:-python}" -m torch.distributed.run --nnodes="$SLURM_NNODES" \\
-    --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-0}" """
+srun --quiet --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \\
+    --kill-on-bad-exit=1 --wait=60 \\
+    "${pyxis[@]}" "${container[@]}" "${PYTHON:-python}" -c "$torchrun" \\
+    --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-0}" """
 
-_AT_ENDPOINT = """--rdzv-backend=c10d \\
-    --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" """
+_AT_ENDPOINT = """\\
+    --rdzv-backend=c10d --rdzv-endpoint="$host:$port" \\
+    --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" """
 
 _START_SRUN = """\
-srun --cpus-per-task="$((threads > 0 ? threads : 1))" --kill-on-bad-exit=1 --wait=60 \\
-    "${PYTHON:-python}" """
+srun --quiet --cpus-per-task="$((threads > 0 ? threads : 1))" --kill-on-bad-exit=1 --wait=60 \\
+    "${pyxis[@]}" "${container[@]}" "${PYTHON:-python}" """
 
 _JOB = """
 # Here dtrain says how the run stands (a copy of run_dir/status.json); all nodes must see it.
 export DTRAIN_STATUS_FILE=$PWD/.dtrain-status-$SLURM_JOB_ID.json
-rm -f "$DTRAIN_STATUS_FILE"
-stands() { grep -Eqs "\\"$1\\": \\"?$2\\"?" "$DTRAIN_STATUS_FILE"; }
+field() { # prints one line of that
+    local found
+    found=$(sed -n "s/^ \\"$1\\": //p" "$DTRAIN_STATUS_FILE" 2>/dev/null)
+    found=${found%,} found=${found#\\"} found=${found%\\"}
+    printf '%b\\n' "${found//\\\\\\"/\\"}" | head -n 1
+}
 
-tasks() { # prints the processes on this node that srun started
-    scontrol listpids "$SLURM_JOB_ID" "$SLURMD_NODENAME" |
-        awk '$3 ~ /^[0-9]+$/ && $4 ~ /^[0-9]+$/ { print $1 }'
+before=$(field sentence)
+[[ ! $before ]] || echo "dtrain: the start before ended without a word: $before"
+rm -f "$DTRAIN_STATUS_FILE"
+
+having() { xargs -r grep -lsxz "$@"; } # of environments, those in which a variable is so
+ranks() { # prints this node's ranks. Not by scontrol, which may be missing; nor a rank's children
+    local all file parent
+    all=$(echo /proc/[0-9]*/environ | having -F "DTRAIN_STATUS_FILE=$DTRAIN_STATUS_FILE" |
+        having -F "SLURMD_NODENAME=$SLURMD_NODENAME" | having '@MARK@=.*')
+    for file in $all; do
+        parent=$(sed -n 's/^PPid:[[:space:]]*//p' "${file%environ}status" 2>/dev/null)
+        [[ $all == *"/proc/$parent/"* ]] || echo "$file" | cut -d/ -f3
+    done
 }
 
 leave() { # passes on to this node's ranks that the job is to leave: all save and end together
-    # Before training begins, and after its end, the signal would kill them.
-    until stands status running; do
+    # Before training begins the signal would kill them; after its end there is none to tell.
+    until [[ $(field status) == running ]]; do
         kill -0 "$step" 2>/dev/null || return 0
         sleep 1
     done
+    # To the ranks only: it would kill torchrun, whose children they are.
 @LEAVE@}
 trap 'leave; again=yes' USR1
-trap again=yes TERM # SLURM ends the job, and tells the ranks as well: wait for them
+trap ended=yes TERM # SLURM ends the job, and tells the ranks as well
+
+job=$SLURM_JOB_ID # which in an array may stand for all of its jobs
+[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+ask() { # what SLURM thinks of the job; a controller that is being restarted is given a minute
+    local columns=State:20,RestartCnt:20,Reason:100
+    for _ in {1..6}; do
+        read -r state restarts why < <(squeue -h -j "$job" -O "$columns" 2>&1)
+        [[ ! $state =~ ^[A-Z_]+$ ]] && type -P squeue >/dev/null || break
+        [[ ! $state ]] || sleep 10 # else SLURM has ended squeue, with the job
+    done
+}
 
 # srun by itself would take one CPU for a task. If a node or rank is lost, it ends the others.
 @START@"$@" &
-step=$! again=yes
+step=$! again=yes ended='' state=''
 while [[ $again ]]; do # a signal ends the wait, and only that
     again=''
     wait "$step"
     code=$?
+    [[ ! $ended ]] || ask
+    [[ ! $ended || $state != RUNNING ]] || again=yes ended='' # a TERM of somebody else
 done
+if [[ $ended ]]; then # what is not over in KillWait seconds, SLURM kills: this script as well
+    grace=$(scontrol show config 2>/dev/null | sed -n 's/^KillWait *= *\\([0-9]*\\).*/\\1/p')
+    for ((left = 4 * (${grace:-30} - 2); left > 0; left--)); do
+        kill -0 "$step" 2>/dev/null || break
+        sleep 0.25
+    done
+    kill -0 "$step" 2>/dev/null || { wait "$step"; code=$?; }
+fi
+
+tell() { # tell WHAT_SLURM_DID WHAT_NEXT: the cause in dtrain's own words, and the fate
+    local sentence
+    sentence=$(field sentence)
+    sentence=${sentence:-ended with status $code before training began, or without a run_dir}
+    rm -f "$DTRAIN_STATUS_FILE"
+    echo "dtrain: ${1:+$1: }$sentence$2"
+}
 
 # Once more, unless the run is finished, or has failed three times in a row at the same step. And
 # not where SLURM has ended the job (scancel), or requeues it by itself (preemption).
-job=$SLURM_JOB_ID # which in an array may stand for all of its jobs
-[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-if stands requeue true && ! stands status finished &&
-    [[ $(squeue -h -j "$job" -o %T) == RUNNING ]]; then
-    echo "The run is not finished: requeueing job $job."
-    rm -f "$DTRAIN_STATUS_FILE"
-    exec scontrol requeue "$job"
+ask
+requeued=''
+if [[ $state == RUNNING && $(field status) != finished && $(field requeue) == true ]]; then
+    if said=$(scontrol requeue "$job" 2>&1); then
+        requeued=yes
+        sleep 5 &>/dev/null & # SLURM has its say first, and ends this
+        [[ $ended ]] || wait $!
+    else
+        ask # SLURM may have ended the job meanwhile
+    fi
 fi
-rm -f "$DTRAIN_STATUS_FILE"
+later='; submitted again with the same run_dir it goes on'
+if [[ $requeued ]]; then
+    tell '' ": requeued as job $job"
+elif [[ $state == COMPLETING && $restarts -gt ${SLURM_RESTART_COUNT:-0} ]]; then
+    lost=$(sinfo -h -n "$SLURM_JOB_NODELIST" -t down -o %N 2>/dev/null | paste -sd,)
+    tell "${lost:+node $lost is lost}" ': SLURM requeues it'
+elif [[ $(field status) == finished ]]; then
+    [[ $code == 0 ]] && late='' || late="; then the script ended with status $code"
+    tell '' "$late"
+elif [[ $state == COMPLETING ]]; then
+    [[ $why == TimeLimit ]] && by='ended by its time limit' || by='cancelled by SLURM'
+    tell "$by" "$later"
+elif [[ $(field requeue) != true ]]; then
+    tell '' ': not requeued'
+elif [[ $state == RUNNING ]]; then
+    tell '' ": not requeued (${said##*line *[0-9]: })$later"
+    code=1
+else
+    tell '' ": not requeued, for squeue does not say how the job is ($state $restarts $why)$later"
+    code=1
+fi
 exit "$code"
 """
 
@@ -214,10 +297,13 @@ def render(
     given += [f"RANKS={ranks}\n"] if ranks is not None else []
     given += [] if health else ["export DTRAIN_HEALTH=off\n"]
     given += [f"set -- {shlex.join(command)}\n"] if command else []
-    leave, start = "    tasks | xargs -r kill -USR1\n", _START_SRUN
+    if "array" in wanted and any("{task}" in word for word in command):
+        given += ['set -- "${@//\\{task\\}/$SLURM_ARRAY_TASK_ID}"\n']
+    mark, start = "SLURM_STEP_ID", _START_SRUN
     if torchrun:
-        leave = _LEAVE_TORCHRUN
+        mark = "TORCHELASTIC_RUN_ID"
         start = _START_TORCHRUN + (_AT_ENDPOINT if several else "--standalone ")
+    leave = _LEAVE
     if spares:
         leave = _LEAVE_AT_FIRST
         start = start.replace("$SLURM_NNODES", "$nodes").replace(
@@ -230,9 +316,11 @@ def render(
         *(["\n", *given] if given else []),
         _SWEEP if sweep else "",
         _TORCHRUN_SETTINGS if torchrun else _SRUN_SETTINGS,
-        _MEET if several and torchrun else "",
+        _MEET if several else "",
+        "" if torchrun else "export MASTER_ADDR=$host MASTER_PORT=$port\n",
+        _PLACE,
         _SPARES.replace("@SPARES@", str(spares)) if spares else "",
-        _JOB.replace("@LEAVE@", leave).replace("@START@", start),
+        _JOB.replace("@MARK@", mark).replace("@LEAVE@", leave).replace("@START@", start),
     ]
     return "".join(parts)
 

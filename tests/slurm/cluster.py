@@ -56,9 +56,14 @@ class Cluster:
         command = ["sbatch", "--parsable", f"--chdir={folder}", *options, str(script), *arguments]
         return Job(self, self.run(*command, **env).strip(), folder)
 
-    def train(self, folder, kind, *, nodes, slow=0, options=None, more=(), **env):
-        """Submits a job that trains on nodes such as ``["n3"]``, beside other jobs there."""
+    def train(self, folder, kind, *, nodes, slow=0, options=None, more=(), before=None, **env):
+        """Submits a job that trains on nodes such as ``["n3"]``, beside other jobs there.
+
+        ``before`` is called with its run_dir.
+        """
         folder.mkdir(parents=True)
+        if before is not None:
+            before(folder / "run")
         chosen = {"exclusive": None, "nodelist": ",".join(nodes), "nodes": str(len(nodes))}
         script = folder / "job.sbatch"
         script.write_text(render(kind, options=chosen | (options or {})))

@@ -4,7 +4,7 @@
 #   tests/slurm/cluster.sh start DIR      installs what is missing, starts it, waits for its nodes
 #   tests/slurm/cluster.sh stop DIR       ends all that was started, jobs included
 #
-# Nothing outside of DIR is touched. Each node has 4 CPUs and, on paper, 2 GPUs. Jobs in the
+# Nothing outside of DIR is touched. Each node has 8 CPUs and, on paper, 2 GPUs. Jobs in the
 # partition `high` preempt those in `main`, 20 seconds after they were told.
 set -euo pipefail
 
@@ -73,7 +73,7 @@ SlurmdLogFile=$dir/log/slurmd.%n.log
 SlurmctldPidFile=$dir/run/slurmctld.pid
 SlurmctldLogFile=$dir/log/slurmctld.log
 # Seconds from TERM to KILL; and until a node that is silent is down.
-KillWait=5
+KillWait=15
 SlurmdTimeout=5
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -84,7 +84,7 @@ CONF
     for i in "${!nodes[@]}"; do
         node=${nodes[i]} port=${ports[i + 1]}
         mkdir -p "$dir/spool.$node"
-        echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$port CPUs=4" \
+        echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$port CPUs=8" \
             "RealMemory=4000 Gres=gpu:2" >>"$SLURM_CONF"
         echo "NodeName=$node Name=gpu File=/dev/null,/dev/zero" >>"$dir/gres.conf"
     done

@@ -5,6 +5,10 @@ for SLURM.
 """
 
 import json
+import re
+import socket
+import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,12 +19,19 @@ from cluster import TRAIN, wait_for
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY_STEPS = 600, 25  # as in slurm_train.py
 DONE = f"{STEPS} max_steps reached"
+FINISHED = f"dtrain: finished after {STEPS} steps (max_steps reached)"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def status_of(folder):
     return json.loads((folder / "run" / "status.json").read_text())
+
+
+#: How a start closes whose node is lost.
+LOST = (
+    r"^dtrain: (node n\d is lost: .*: SLURM requeues it|(failed|killed) .*: requeued as job \d+)$"
+)
 
 
 def newest_saved(folder):
@@ -36,8 +47,9 @@ def found_of(job, state_and_restarts, **more):
         "starts": {key: int(words) for key, words in job.notes("start").items()},
         "ends": job.notes("end"),
         "models": job.models(),
-        "requeues": job.log().count("requeueing job"),
+        "requeues": job.log().count(": requeued as job "),
         "log": job.log(),
+        "last": job.log().splitlines()[-1],
         "left": sorted(path.name for path in job.folder.glob(".dtrain-status-*")),
         **more,
     }
@@ -47,15 +59,18 @@ def found_of(job, state_and_restarts, **more):
 
 
 def three_signals(cluster, folder):
-    """The repository's script as it is, on two nodes."""
+    """The repository's script as it is, on two nodes; something else has the port of its number."""
     script = ROOT / "slurm" / "many_nodes.sbatch"
-    job = cluster.submit(
-        folder, script, str(TRAIN), str(folder), "3", options=["--nodelist=n1,n2"], RANKS="1"
-    )
+    options = ["--nodelist=n1,n2", "--hold"]
+    job = cluster.submit(folder, script, str(TRAIN), str(folder), "3", options=options, RANKS="1")
+    port = 10000 + int(job.number) % 10000
+    with socket.create_server(("127.0.0.1", port)):
+        cluster.run("scontrol", "release", job.number)
+        job.wait_until_at(0, 2)
     for start in range(3):
         job.wait_until_at(start, 2 + EVERY_STEPS * start)
         job.signal()
-    return found_of(job, job.wait())
+    return found_of(job, job.wait(), port=port)
 
 
 def preempted(cluster, folder):
@@ -114,7 +129,7 @@ def gpus_of_a_node(cluster, folder):
 def time_limit(cluster, folder):
     """SLURM's own signal: sent at once here, because the limit is less than that time."""
     job = cluster.train(folder, "one_node", nodes=["n3"], slow=1, options={"time": "1"}, RANKS="1")
-    return found_of(job, job.wait(150))
+    return found_of(job, job.wait(240))
 
 
 def job_end(cluster, folder):
@@ -127,9 +142,9 @@ def job_end(cluster, folder):
         slow=1,
         options=options,
         RANKS="1",
-        DTRAIN_LEAVE_BEFORE_END_S="42",
+        DTRAIN_LEAVE_BEFORE_END_S="30",
     )
-    return found_of(job, job.wait(150))
+    return found_of(job, job.wait(240))
 
 
 def cancelled(cluster, folder):
@@ -166,7 +181,7 @@ def array(cluster, folder):
         "starts": [job.notes("start") for job in jobs],
         "ends": [job.notes("end") for job in jobs],
         "models": [job.models() for job in jobs],
-        "requeues": whole.log().count("requeueing job"),
+        "requeues": whole.log().count(f": requeued as job {whole.number}_2"),
     }
 
 
@@ -175,12 +190,59 @@ def always_fails(cluster, folder):
     return found_of(job, job.wait(120), status=status_of(folder))
 
 
+def disk_full(cluster, folder):
+    """No checkpoint can be written; and SLURM may not start it again."""
+    options = {"requeue": None, "no-requeue": ""}
+    with ExitStack() as stack:
+
+        def fill(run):
+            run.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "full", run], check=True)
+            stack.callback(subprocess.run, ["umount", run], check=True)
+            (run / "filler").write_bytes(bytes(100 * 1024))
+
+        job = cluster.train(
+            folder, "one_node", nodes=["n3"], options=options, before=fill, RANKS="1"
+        )
+        return found_of(job, job.wait(120), status=status_of(folder))
+
+
+#: What ``scancel --signal`` sends to the ranks, and not to the batch script.
+SIGNALS = ["TERM", "USR2", "HUP", "INT"]
+
+
+def each_signal(cluster, folder):
+    """Ranks that srun has started are sent one after the other; KILL, in the end, cancels."""
+    job = cluster.train(folder, "srun_per_gpu", nodes=["n3"], slow=len(SIGNALS) + 1)
+    for start, name in enumerate(SIGNALS):
+        job.wait_until_at(start, 2 + EVERY_STEPS * start)
+        cluster.run("scancel", f"--signal={name}", job.number)
+    job.wait_until_at(len(SIGNALS), 2)
+    cluster.run("scancel", "--signal=KILL", job.number)
+    return found_of(job, job.wait())
+
+
+SUSPENDED_S = 45
+
+
+def suspended(cluster, folder):
+    """Two ranks are stopped in a step, as for gang scheduling, and go on."""
+    job = cluster.train(folder, "one_node", nodes=["n5"], slow=1, RANKS="2")
+    job.wait_until_at(0, 2)
+    cluster.run("scontrol", "suspend", job.number)
+    threading.Event().wait(SUSPENDED_S)
+    cluster.run("scontrol", "resume", job.number)
+    return found_of(job, job.wait(), status=status_of(folder))
+
+
 #: What waits for the same nodes is in one line, one after the other.
 LINES = [
     [three_signals, preempted, four_nodes],
     [node_dies, without_torchrun],
     [time_limit, cancelled, gpus_of_a_node],
     [job_end, array, always_fails],
+    [each_signal],
+    [disk_full, suspended],
 ]
 
 
@@ -233,6 +295,12 @@ def test_three_signals_in_a_row(scenarios):
     found = take(scenarios, "three_signals")
     assert found["ended"] == ("COMPLETED", 3)
     assert found["requeues"] == 3
+    assert re.search(f"dtrain: port {found['port']} of .* is taken by something else", found["log"])
+    assert found["last"] == FINISHED
+    for start in range(3):
+        step = found["ends"][start, 0].split()[0]
+        said = rf"dtrain: left after {step} steps \(SIGUSR1.*\), saved at step {step}: requeued as "
+        assert re.search(said, found["log"])
     assert_steps_go_on(found, 4, 2)
     assert all("SIGUSR1" in found["ends"][start, 0] for start in range(3))
     assert found["models"] == models(scenarios, 2)
@@ -245,6 +313,7 @@ def test_a_job_that_nobody_disturbs(scenarios, name):
     world_size = 4 if name == "four_nodes" else 2
     assert found["ended"] == ("COMPLETED", 0), found["log"]
     assert found["requeues"] == 0
+    assert found["last"] == FINISHED
     assert_steps_go_on(found, 1, world_size)
     assert found["models"] == models(scenarios, world_size)
     assert found["left"] == []
@@ -275,6 +344,8 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(scenarios):
     assert found["ended"] == ("COMPLETED", 1), found["log"]
     assert found["saved"] >= EVERY_STEPS
     assert found["saved"] % EVERY_STEPS == 0
+    # Whether SLURM or the ranks notice first decides who requeues it.
+    assert re.search(LOST, found["log"], re.MULTILINE), found["log"]
     assert {found["starts"][1, rank] for rank in (0, 1)} == {found["saved"]}
     assert found["ends"][1, 0] == found["ends"][1, 1] == DONE
     assert found["models"] == models(scenarios, 2)
@@ -300,6 +371,10 @@ def test_cancelled(scenarios):
     assert found["requeues"] == 0
     step, why = found["ends"][0, 0].split(" ", 1)
     assert "SIGTERM" in why
+    assert found["last"] == (
+        f"dtrain: cancelled by SLURM: left after {step} steps (SIGTERM), saved at step {step}; "
+        "submitted again with the same run_dir it goes on"
+    )
     again = found["again"]
     assert again["ended"] == ("COMPLETED", 0)
     assert again["starts"] == {(0, 0): int(step)}
@@ -325,4 +400,36 @@ def test_a_run_that_always_fails_is_started_three_times(scenarios):
     assert found["requeues"] == 2
     assert found["starts"] == {(start, 0): 0 for start in range(3)}
     assert (found["status"]["failures"], found["status"]["requeue"]) == (3, False)
+    assert re.fullmatch(
+        r"dtrain: failed 3 .*\(ValueError: planted\).*: not requeued", found["last"]
+    )
     assert found["left"] == []
+
+
+def test_a_disk_that_is_full(scenarios):
+    found = take(scenarios, "disk_full")
+    assert found["ended"] == ("FAILED", 0), found["log"]
+    assert found["status"]["status"] == "failed"
+    assert "No space left on device" in found["status"]["reason"]
+    words = r"dtrain: failed .*No space left on device.*: not requeued \(.*disabled.*\); submitted "
+    assert re.fullmatch(words + "again with the same run_dir it goes on", found["last"])
+
+
+def test_each_signal_to_ranks_without_torchrun(scenarios):
+    found = take(scenarios, "each_signal")
+    assert found["ended"] == ("CANCELLED", len(SIGNALS)), found["log"]
+    said = [line for line in found["log"].splitlines() if ": requeued as job " in line]
+    for start, (name, line) in enumerate(zip(SIGNALS, said, strict=True)):
+        begun = found["starts"][start + 1, 0]
+        what = f"left after {begun} steps (SIG{name}), saved at step {begun}: "
+        assert line.startswith(f"dtrain: {what}"), found["log"]
+    assert found["last"].startswith("dtrain: cancelled by SLURM: left after ")
+
+
+def test_a_job_that_is_suspended_goes_on(scenarios):
+    found = take(scenarios, "suspended")
+    assert found["ended"] == ("COMPLETED", 0), found["log"]
+    assert (found["status"]["status"], found["status"]["failures"]) == ("finished", 0)
+    assert found["last"] == FINISHED
+    assert_steps_go_on(found, 1, 2)
+    assert found["models"] == models(scenarios, 2)

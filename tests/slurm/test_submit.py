@@ -41,6 +41,36 @@ def test_an_example_on_two_nodes(cluster, tmp_path):
     assert "global batch 64 = 2 ranks x 2 x 16 samples" in log.read_text()
     assert "finished after 46 steps, 2 epochs: all epochs done" in log.read_text()
     assert (tmp_path / "my run" / "metrics.jsonl").exists()
+    assert log.read_text().splitlines()[-1] == "dtrain: finished after 46 steps (all epochs done)"
+    told = submit(cluster, tmp_path, "--status", "my run")
+    assert told.returncode == 0
+    lines = told.stdout.splitlines()
+    assert lines[0] == "run       my run: finished, all epochs done"
+    assert lines[1].startswith("step      46, as of ")
+    assert lines[2].startswith(f"job       {number}: COMPLETED on n")
+    assert lines[3] == "restarts  0"
+    assert lines[-1] == f"log       {log}"
+
+
+def test_a_sweep_and_what_does_not_fit(cluster, tmp_path):
+    options = ["--cpus=1", "--sbatch=array=0-1", "--sbatch=output=logs/%A/%a.log", "--name=sweep"]
+    done = submit(cluster, tmp_path, *options, DIGITS, "--epochs=1", "--run-dir=runs/{task}")
+    assert done.returncode == 2
+    assert "the log's folder must be there before the job has a number" in done.stderr
+    options[2] = "--sbatch=output=logs/%x-%A_%a.log"
+    done = submit(cluster, tmp_path, *options, DIGITS, "--epochs=1", "--run-dir=runs/{task}")
+    assert (done.returncode, done.stderr) == (0, "")
+    number = done.stdout.split()[1].rstrip(":")
+    assert f"log   {tmp_path}/logs/sweep-{number}_*.log\n" in done.stdout
+    for task in range(2):
+        job = Job(cluster, f"{number}_{task}", tmp_path)
+        assert job.wait() == ("COMPLETED", 0)
+        log = (tmp_path / "logs" / f"sweep-{number}_{task}.log").read_text()
+        assert log.splitlines()[-1] == "dtrain: finished after 23 steps (all epochs done)"
+        assert (tmp_path / "runs" / str(task) / "metrics.jsonl").exists()
+    done = submit(cluster, tmp_path, "--nodes=6", DIGITS)
+    assert done.returncode == 2
+    assert "partition main gives a job 5 nodes at most, and 6 are asked for" in done.stderr
 
 
 def test_a_refusal_is_passed_on(cluster, tmp_path):
