@@ -200,6 +200,8 @@ class Watch(threading.Thread):
         failure = self._ask_for_failure()
         if failure is not None:
             self._heed(failure, mine, stack)
+            if failure.ends:
+                return
         seen = self._look(mine)
         if not mine.waits:
             if self._are_stopped(workers):
@@ -278,11 +280,11 @@ class Watch(threading.Thread):
         As long as that rank is in ``fit``, the news is still on its way to the main thread.
         """
         own = failure.rank == self._world.rank
-        if self._failure is None:
+        ends = failure.ends or mine.quiet_s > mine.limit_s or (not own and self._left(failure))
+        if self._failure is None and (ends or mine.quiet_s >= self._name_s):
             self._failure = failure
-            if failure.ends or mine.quiet_s >= self._name_s:
-                self._tell(self._words(failure) + (f"\n{self._stack(stack)}" if own else ""))
-        if not (failure.ends or mine.quiet_s > mine.limit_s or (not own and self._left(failure))):
+            self._tell(self._words(failure) + (f"\n{self._stack(stack)}" if own else ""))
+        if not ends:
             return
         if self._heeded_at is None:
             self._heeded_at = self._clock

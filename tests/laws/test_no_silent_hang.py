@@ -304,7 +304,6 @@ def test_a_collective_that_one_rank_makes_alone(tmp_path, act, mark):
     for outcome in outcomes:
         said = told(outcome)
         assert "all ranks wait for one another, for they are in different calls" in said, said
-        assert ("RankMismatch: all ranks wait" in said) == (outcome.rank == 0), said
         table = rf"  rank 1 on {HOST}: step {STEP} in (on_step_end|comm 'alone') \(.*{alone}\)"
         assert re.search(table, said), said
         assert re.search(rf"  rank 0 on {HOST}: step {STEP + 1} in backward", said), said
