@@ -15,7 +15,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +71,7 @@ class Found:
 
 def drawn(seed: int, number: int) -> list[Fault]:
     """Returns faults at random; of so many as there are kinds, one of each."""
-    rng = random.Random(seed)  # noqa: S311 -- no secret
+    rng = random.Random(seed)
     kinds = [kind for _ in range(number) for kind in rng.sample(KINDS, len(KINDS))]
     faults = []
     for kind in kinds[:number]:
@@ -80,7 +82,7 @@ def drawn(seed: int, number: int) -> list[Fault]:
     return faults
 
 
-# -- a rank -----------------------------------------------------------------------------------------
+# -- a rank --------------------------------------------------------------------------------------
 
 
 def train(folder: Path, kind: str, place: str, strategy: str, bad: int) -> None:
@@ -160,7 +162,7 @@ def train(folder: Path, kind: str, place: str, strategy: str, bad: int) -> None:
     trainer.fit(Rows(), batch_size=6, epochs=20, eval_set=Rows())
 
 
-# -- a job ------------------------------------------------------------------------------------------
+# -- a job ---------------------------------------------------------------------------------------
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -182,10 +184,11 @@ def free_job() -> int:
     raise RuntimeError("no free port in a thousand")
 
 
-def start(fault: Fault, folder: Path) -> list[subprocess.Popen[bytes]]:
-    """Starts the job."""
-    me = [str(Path(__file__).resolve()), "--train", str(folder), fault.kind, fault.place]
-    me += [fault.strategy, str(fault.rank)]
+def start(fault: Fault, folder: Path, me: list[str] | None = None) -> list[subprocess.Popen[bytes]]:
+    """Starts the job, or that of another script with its arguments, ``me``."""
+    if me is None:
+        me = [str(Path(__file__).resolve()), "--train", str(folder), fault.kind, fault.place]
+        me += [fault.strategy, str(fault.rank)]
     if fault.launcher == "torchrun":
         commands = [["bash", str(ROOT / "launch" / "torchrun.sh"), *me]]
         envs = [environment(RANKS=str(fault.size))]
@@ -216,7 +219,8 @@ def run(fault: Fault, folder: Path) -> Found:
     """Runs a job to its end, or kills it where there is none."""
     processes = start(fault, folder)
     logs = [folder / f"log-{rank}" for rank in range(fault.size)]
-    named = re.compile(rf"rank {fault.rank} on .*(failed in|gone)|ranks? [\d, ]+ on .*: step")
+    name = rf"\branks? ([\d, ]*\b)?{fault.rank}\b"
+    named = re.compile(rf"(stops|no longer moves|Error: )[\s\S]*{name}")
 
     def read(log: Path) -> str:
         return log.read_text(errors="replace") if log.exists() else ""
@@ -235,21 +239,27 @@ def run(fault: Fault, folder: Path) -> Found:
                     named_s = now - planted_at
                 if now - planted_at > GIVE_UP_S:
                     break
-            time.sleep(0.05)
+            threading.Event().wait(0.05)
         over = planted_at is not None and all(p.poll() is not None for p in processes)
         over_s = time.time() - planted_at if over and planted_at is not None else None
     finally:
         for process in processes:
-            if process.poll() is None:
-                for child in [process.pid, *descendants(process.pid)]:
-                    os.kill(child, signal.SIGKILL)
-            process.wait()
+            kill(process)
     others = [read(log) for rank, log in enumerate(logs) if rank != fault.rank]
     if named_s is None and over_s is not None and all(map(named.search, others)):
         named_s = over_s
     said = [f"-- launcher:\n{read(folder / 'launcher')}"]
     said += [f"-- rank {rank}:\n{read(log)}" for rank, log in enumerate(logs)]
     return Found(named_s, over_s, [process.returncode for process in processes], said)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all that it has started, if it has not ended."""
+    if process.poll() is None:
+        for pid in [*descendants(process.pid), process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def descendants(pid: int) -> list[int]:
