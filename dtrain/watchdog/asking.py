@@ -4,11 +4,10 @@ import threading
 
 from dtrain.distributed import Phase, World
 from dtrain.errors import Failure
-from dtrain.watchdog.judgement import ALL_LOOK, judge
+from dtrain.watchdog.judgement import ALL_LOOK, SILENT_S, judge
 from dtrain.watchdog.store import TICK_S, Others, WatchdogStore
 
 _GRACE_S = 3.0  # for others to find out
-_SILENT_S = 2.5  # once connections have broken, a rank that posts nothing this long is called
 _LOST = Phase("finding out which rank was lost", slow=True)
 #: A failure is to be told; see :func:`are_in_a_verb`.
 _TELLING = Phase("finding out where the others wait", waits=True, slow=True)
@@ -37,7 +36,7 @@ def find_lost(told: WatchdogStore, world: World) -> Failure | None:
         if now - began < from_s:
             _pause(TICK_S)
             continue
-        seen = told.look(others, now, silent_s=_SILENT_S)
+        seen = told.look(others, now, silent_s=SILENT_S)
         seen = [one for one in seen if one.heartbeat.rank != world.rank]
         if told.lost:
             return None

@@ -12,6 +12,7 @@ from dtrain.errors import Failure, HangError, RankMismatch
 ALL_LOOK, LOOKERS = 64, 16
 
 NAME_S = 5.0  # who has waited for so long says for whom, and what is known to be wrong is told
+SILENT_S = 2.5  # a rank posts twice a second
 STOPPED_S = 4.0  # a process may be stopped for a moment, and the ranks of a job in turn
 
 
@@ -78,14 +79,14 @@ def judge(seen: Sequence[Seen]) -> Blame | None:
     if alone := _diverged(seen):
         return alone
     inside = [one for one in seen if one.heartbeat.inside]
-    silent = max(inside, key=lambda one: one.stale_s - one.heartbeat.limit_s, default=None)
-    if silent and silent.stale_s > silent.heartbeat.limit_s:
+    mute = max(inside, key=lambda one: one.stale_s - one.heartbeat.limit_s, default=None)
+    if mute and mute.stale_s > mute.heartbeat.limit_s:
         return Blame(
-            silent.heartbeat,
-            f"nothing was heard of it for {silent.stale_s:.1f} s, though its process is there: a "
+            mute.heartbeat,
+            f"nothing was heard of it for {mute.stale_s:.1f} s, though its process is there: a "
             "call in C holds its interpreter, or it is stopped; that is where it was heard of last",
             slow=True,
-            held=silent.process == "runs",
+            held=mute.process == "runs",
         )
     posts = [one.heartbeat for one in seen]
     if len(posts) < 2 or not all(p.inside and p.waits and p.quiet_s > p.limit_s for p in posts):
@@ -115,8 +116,9 @@ def _not_running(one: Seen) -> str:
 def _diverged(seen: Sequence[Seen]) -> Blame | None:
     """Blames a rank that sits in a call which nobody else will come to any more."""
     posts = [one.heartbeat for one in seen]
-    # Where ranks only just came to a call, what others know of them is on its way.
-    if not all(one.heartbeat.inside and _quiet_s(one) > NAME_S for one in seen):
+    # Where ranks only just came to a call, what others know of them is on its way; and of a rank
+    # that posts nothing, nobody knows where it is.
+    if not all(p.inside and p.quiet_s > NAME_S for p in posts) or silent(seen):
         return None
     for call in {post.call: None for post in posts if post.call}:
         sitting = [post for post in posts if post.call == call]
@@ -139,8 +141,10 @@ def _has_passed(post: Heartbeat, sitting: Sequence[Heartbeat]) -> bool:
     return all(one.order and post.order and place > (one.step, one.order) for one in sitting)
 
 
-def _quiet_s(one: Seen) -> float:
-    return one.heartbeat.quiet_s + one.stale_s
+def silent(seen: Sequence[Seen]) -> Seen | None:
+    """Returns the rank in ``fit`` that has posted nothing for longest, if that is long."""
+    inside = [one for one in seen if one.heartbeat.inside and one.stale_s > SILENT_S]
+    return max(inside, key=lambda one: one.stale_s, default=None)
 
 
 def _odd(posts: Sequence[Heartbeat]) -> Heartbeat:

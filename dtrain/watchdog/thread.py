@@ -39,6 +39,7 @@ from dtrain.watchdog.judgement import (
     gives_way,
     judge,
     looks,
+    silent,
     stuck,
     table,
 )
@@ -263,7 +264,12 @@ class Watch(threading.Thread):
             return
         self._told_wait = True
         others = [one for one in seen if one.heartbeat.rank != mine.rank]
-        if (first := behind(others)) is not None:
+        if (mute := silent(others)) is not None:
+            whom = (
+                f"{mute.heartbeat.who}, of which nothing was heard for {mute.stale_s:.0f} s (a "
+                f"call in C that keeps the interpreter?); it was last at {mute.heartbeat.where}"
+            )
+        elif (first := behind(others)) is not None:
             whom = f"{first.who}, which is at {first.where}"
             whom += f" for {first.quiet_s:.0f} s (its limit: {first.limit_s:.3g} s)" * first.inside
         else:

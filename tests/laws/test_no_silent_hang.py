@@ -484,12 +484,13 @@ def test_a_hook_that_takes_long_is_told_and_ends_nothing(seconds, hold):
     first, second = run_outcomes(train_uploading, 2, seconds, hold, timeout_s=60)
     assert (first.value, second.value) == (40, 40), told(first) + told(second)
     # Once, by the one that waits.
-    waits = (
-        rf"dtrain: rank 0 on {HOST} \(pid \d+\) has waited for [56] s at step {STEP + 1} in back"
-    )
-    waits += (
-        rf"ward \(.*\) for rank 1 on {HOST} \(pid \d+\), which is at step {STEP} in on_step_end"
-    )
+    where = f"which is at step {STEP} in on_step_end"
+    if hold:
+        where = (
+            r"of which nothing was heard for \d s \(a call in C that keeps the interpreter\?\); "
+        )
+    waits = rf"dtrain: rank 0 on {HOST} \(pid \d+\) has waited for [5-7] s at step {STEP + 1} in "
+    waits += rf"backward \(.*\) for rank 1 on {HOST} \(pid \d+\), {where}"
     assert len(re.findall(waits, first.output)) == 1, first.output
     assert second.output == ""
 
@@ -526,48 +527,45 @@ suspended(sys.argv[2])
 @pytest.mark.parametrize(("size", "launcher"), [(2, "torchrun"), (3, "none")])
 def test_a_job_that_is_suspended_goes_on(tmp_path, size, launcher):
     """All of it, the launcher or the store's process too, for longer than anything is waited."""
-    ends = []
-    for name, seconds in (("whole", 0), ("suspended", 15)):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "train.py").write_text(SUSPENDED)
-        fault = planted.Fault("", "", 0, size, "", launcher)
-        processes = planted.start(
-            fault, folder, [str(folder / "train.py"), str(HERE_IN), str(folder)]
-        )
-        try:
-            deadline = time.monotonic() + 60
-            while not all((folder / f"at-{rank}").exists() for rank in range(size)):
-                assert all(process.poll() is None for process in processes)
-                assert time.monotonic() < deadline
-                threading.Event().wait(0.05)
-            if seconds:
-                pids = [pid for p in processes for pid in (p.pid, *planted.descendants(p.pid))]
-                for number in (signal.SIGSTOP, signal.SIGCONT):
-                    for pid in pids:  # in turn, as nodes are
-                        os.kill(pid, number)
-                        threading.Event().wait(0.2)
-                    threading.Event().wait(seconds if number == signal.SIGSTOP else 0)
-            assert [process.wait(60) for process in processes] == [0] * len(processes)
-        finally:
-            for process in processes:
-                planted.kill(process)
-        log = (folder / "launcher").read_text()
-        print(log)
-        assert "dtrain: rank" not in log
-        assert "warning" not in log
-        assert "Timeout" not in log
-        status = json.loads((folder / "run" / "status.json").read_text())
-        assert (status["status"], status["failures"]) == ("finished", 0)
-        ends += [(folder / f"end-{rank}").read_text() for rank in range(size)]
+    folder, whole = tmp_path / "suspended", tmp_path / "whole"
+    folder.mkdir()
+    whole.mkdir()
+    run_processes(suspended, size, str(whole), timeout_s=TIMEOUT_S)
+    (folder / "train.py").write_text(SUSPENDED)
+    script = [str(folder / "train.py"), str(HERE_IN), str(folder)]
+    fault = planted.Fault("", "", 0, size, "", launcher)
+    processes = planted.start(fault, folder, script)
+    try:
+        deadline = time.monotonic() + 60
+        while not all((folder / f"at-{rank}").exists() for rank in range(size)):
+            assert all(process.poll() is None for process in processes)
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.05)
+        pids = [pid for p in processes for pid in (p.pid, *planted.descendants(p.pid))]
+        for number, seconds in ((signal.SIGSTOP, 12), (signal.SIGCONT, 0)):
+            for pid in pids:  # in turn, as nodes are
+                os.kill(pid, number)
+                threading.Event().wait(0.2)
+            threading.Event().wait(seconds)
+        assert [process.wait(60) for process in processes] == [0] * len(processes)
+    finally:
+        for process in processes:
+            planted.kill(process)
+    log = (folder / "launcher").read_text()
+    print(log)
+    for words in ("dtrain: rank", "warning", "Timeout"):
+        assert words not in log
+    status = json.loads((folder / "run" / "status.json").read_text())
+    assert (status["status"], status["failures"]) == ("finished", 0)
+    ends = [(one / f"end-{rank}").read_text() for one in (folder, whole) for rank in range(size)]
     assert len({*ends}) == 1
 
 
 def test_planted_faults_are_named_and_end_the_job(tmp_path):
-    """Three of those that `python tests/laws/planted.py` draws: one is stopped under torchrun."""
+    """Two of those that `python tests/laws/planted.py` draws: one is stopped under torchrun."""
     drawn = planted.drawn(seed=int(os.environ.get("DTRAIN_SEED", "19")), number=7)
     stops = [fault for fault in drawn if fault.kind == "stop"]
-    for fault in [*stops, *[fault for fault in drawn if fault.kind != "stop"][:2]]:
+    for fault in [*stops, *[fault for fault in drawn if fault.kind != "stop"][:1]]:
         folder = tmp_path / f"{fault.kind}-{fault.place}"
         folder.mkdir()
         found = planted.run(fault, folder)

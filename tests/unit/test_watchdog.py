@@ -196,13 +196,16 @@ def test_a_call_that_others_have_passed_or_that_is_not_theirs_is_an_error_at_onc
         {"order": 0, "step": 7},  # nobody can tell
         {"quiet_s": 3.0},  # it moves, and what was posted may be old
         {"inside": False},
+        {"stale_s": 3.0},  # it was there, and holds its interpreter since
         {"step": 7, "order": 6, "waits": True, "call": "barrier at mine.py:3"},  # the same call
         {"step": 8, "order": 3, "waits": True, "call": "", "inside": False},
     ],
 )
 def test_a_rank_that_may_still_come_is_waited_for(size, other):
-    posts = [alone(rank) for rank in range(size - 1)] + [ahead(size - 1, **other)]
-    assert judge([Seen(post, 0.5) for post in posts]) is None
+    stale_s = other.get("stale_s", 0.5)
+    facts = {name: fact for name, fact in other.items() if name != "stale_s"}
+    seen = [Seen(alone(rank), 0.5) for rank in range(size - 1)]
+    assert judge([*seen, Seen(ahead(size - 1, **facts), stale_s)]) is None
 
 
 def test_all_ranks_in_a_large_reduction_are_waited_for():
