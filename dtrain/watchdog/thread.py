@@ -265,10 +265,10 @@ class Watch(threading.Thread):
         self._told_wait = True
         others = [one for one in seen if one.heartbeat.rank != mine.rank]
         if (mute := silent(others)) is not None:
-            whom = (
-                f"{mute.heartbeat.who}, of which nothing was heard for {mute.stale_s:.0f} s (a "
-                f"call in C that keeps the interpreter?); it was last at {mute.heartbeat.where}"
-            )
+            why = " (a call in C that keeps the interpreter?)"
+            why = ": its process is stopped" if mute.process == "stopped" else why
+            whom = f"{mute.heartbeat.who}, of which nothing was heard for {mute.stale_s:.0f} s{why}"
+            whom += f"; it was last at {mute.heartbeat.where}"
         elif (first := behind(others)) is not None:
             whom = f"{first.who}, which is at {first.where}"
             whom += f" for {first.quiet_s:.0f} s (its limit: {first.limit_s:.3g} s)" * first.inside
