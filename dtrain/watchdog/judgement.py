@@ -123,7 +123,13 @@ def _diverged(seen: Sequence[Seen]) -> Blame | None:
     for call in {post.call: None for post in posts if post.call}:
         sitting = [post for post in posts if post.call == call]
         others = [post for post in posts if post.call != call]
-        if others and all(post.call or _has_passed(post, sitting) for post in others):
+        # Of many thousands of ranks, each is looked at once.
+        known = all(post.order for post in sitting)
+        last = max((post.step, post.order) for post in sitting)
+        if others and all(
+            post.call or (known and post.order and (post.step, post.order) > last)
+            for post in others
+        ):
             odd = _odd(posts)
             return Blame(
                 odd if odd.call else sitting[0],
@@ -134,11 +140,6 @@ def _diverged(seen: Sequence[Seen]) -> Blame | None:
                 RankMismatch,
             )
     return None
-
-
-def _has_passed(post: Heartbeat, sitting: Sequence[Heartbeat]) -> bool:
-    place = post.step, post.order
-    return all(one.order and post.order and place > (one.step, one.order) for one in sitting)
 
 
 def silent(seen: Sequence[Seen]) -> Seen | None:
