@@ -159,7 +159,9 @@ class Callback:
 HOOK_NAMES = tuple(name for name in vars(Callback) if name.startswith("on_"))
 _QUICK = ("on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end", "on_eval_batch")
 _AMID = ("on_step_start", "on_grads_ready", "on_step_end")  # beside a reduction of gradients
-_PHASES = {name: Phase(name, slow=name not in _QUICK) for name in HOOK_NAMES}
+_ORDER = {"on_step_start": 1, "on_grads_ready": 5, "on_step_end": 6}  # among the phases of a step
+_PHASES = {n: Phase(n, slow=n not in _QUICK, order=_ORDER.get(n, 0)) for n in HOOK_NAMES}
+_LATE_STEP_END = Phase("on_step_end", order=4)  # of the step before, in the middle of one
 #: What each method of a callback is called with.
 _TAKES = {
     name: list(inspect.signature(method).parameters)
@@ -205,19 +207,19 @@ class Hooks:
         self, hook: Callable[Concatenate[Callback, P], None], *args: P.args, **kwargs: P.kwargs
     ) -> None:
         """Calls ``hook``, as ``Callback.on_save``, of all that override it, in the list's order."""
-        self._call(hook.__name__, self._bound[hook], *args, **kwargs)
+        self._call(_PHASES[hook.__name__], self._bound[hook], *args, **kwargs)
 
     def fire_step_end(self, context: Context, step: Step, *, late: bool) -> None:
         """Calls ``on_step_end`` of those that may be called late, or of the others."""
-        self._call("on_step_end", self._late if late else self._prompt, context, step)
+        phase = _LATE_STEP_END if late else _PHASES["on_step_end"]
+        self._call(phase, self._late if late else self._prompt, context, step)
 
     def _call(
-        self, hook: str, methods: tuple[Callable[..., None], ...], *args: Any, **kwargs: Any
+        self, phase: Phase, methods: tuple[Callable[..., None], ...], *args: Any, **kwargs: Any
     ) -> None:
         self.failed_in = ""
         if not methods:
             return
-        phase = _PHASES[hook]
         before = self._activity.enter(phase)
         try:
             for method in methods:
@@ -225,10 +227,10 @@ class Hooks:
                 self._activity.enter(phase)
             self._activity.enter(before)
         except BaseException as error:
-            self.failed_in = hook
+            self.failed_in = phase.name
             self.error = error
             carry = self.carry()
-            if carry is None or hook not in _AMID or not isinstance(error, Exception):
+            if carry is None or phase.name not in _AMID or not isinstance(error, Exception):
                 raise
             carry(error)
             self._activity.enter(before)

@@ -105,6 +105,7 @@ class Failure:
     kind: str
     message: str
     location: str
+    ends: bool = False  # a watchdog's: all ranks end, whoever might catch it
 
     def __str__(self) -> str:
         return (

@@ -78,11 +78,11 @@ class Trainer:
         eval_fn: another function for evaluation, of the same form as ``loss_fn``.
         config: your own settings (JSON values), kept in ``run_dir/config.json``, in checkpoints
             and in sinks.
-        hang_after_s: a rank that makes no progress for this long in the middle of a step, or for
-            ten times the slowest recent step where that is longer, is named on every rank, and
-            the run ends; see docs/hangs.md. Elsewhere, and in the first step, it is 300 seconds
-            at least. A hook that takes longer says so by ``ctx.heartbeat()``. None switches it off,
-            for a debugger or a job that is suspended. At one rank it is off.
+        hang_after_s: a rank that makes no progress for this long (or for ten times the slowest
+            recent step, where that is longer) is ended, with its stack. Whoever waits for it says
+            so after 5 seconds; what is known to be wrong (a process that is gone or stopped, calls
+            that only some ranks make) ends the run within seconds: docs/hangs.md. A hook that takes
+            longer says so by ``ctx.heartbeat()``. None switches all this off, as one rank does.
         check_ranks: compare the ranks' parameters, by a digest, at reports (every 50 steps at
             most), checkpoints and the end of ``fit`` (docs/numbers.md). False is for machines that
             round differently.

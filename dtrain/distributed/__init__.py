@@ -22,7 +22,15 @@ from dtrain.distributed.exchange import digest_of
 from dtrain.distributed.health import examine_job
 from dtrain.distributed.health_verdict import Health
 from dtrain.distributed.names import load_named, named_parameters, named_state, plain_name
-from dtrain.distributed.processes import Process, end_with, look_up, stopped_children, this_machine
+from dtrain.distributed.processes import (
+    Process,
+    end_process,
+    end_with,
+    look_up,
+    started,
+    stopped_children,
+    this_machine,
+)
 from dtrain.distributed.random_streams import (
     StreamsOfFits,
     derive_seed,
@@ -69,7 +77,8 @@ __all__ += ["check_same_call", "check_same_model", "digest_of", "on_main", "shap
 __all__ += ["Replicas", "as_bytes", "digests", "not_finite", "own_memory", "some_of"]
 __all__ += ["heartbeat_key", "launcher_gone", "local_store", "serve_store", "share_buffers"]
 __all__ += ["check_same_lines", "give_rank_0s", "tensors_of_state"]
-__all__ += ["Process", "end_with", "look_up", "stopped_children", "this_machine"]
+__all__ += ["Process", "end_process", "end_with", "look_up", "started", "stopped_children"]
+__all__ += ["this_machine"]
 __all__ += ["load_named", "named_parameters", "named_state", "plain_name"]
 __all__ += ["derive_seed", "random_state", "random_state_kept", "random_state_of_host"]
 __all__ += ["StreamsOfFits", "restore_random_state", "seed_everything", "seeded_generator"]

@@ -5,7 +5,7 @@ It writes plain attributes as it goes: no lock, no clock, well under a microseco
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -20,21 +20,24 @@ class Phase:
     waits: bool = False  # for other ranks; else it works there
     slow: bool = False  # it may take long there at any time: start, evaluation, saves
     reads: bool = False  # it waits for data: a file system may stall, and nobody is to blame
+    order: int = 0  # where in a step: a rank at a greater one has passed this; 0 tells nothing
+    call: str = ""  # which call all ranks must make that nobody leaves before all have come
 
 
 START = Phase("the start of fit", slow=True)
-BETWEEN = Phase("between two steps", slow=True)
-STEP = Phase("a training step")
-FIRST_DATA = Phase("data", slow=True)  # of an epoch: loaders start their workers
-DATA = Phase("data", reads=True)
-LOSS_FN = Phase("loss_fn")
-BACKWARD = Phase("backward", waits=True)
-OWN_BACKWARD = Phase("backward")  # of a micro-batch whose gradients are not reduced yet
-ARRIVAL = Phase("agreeing on the step", waits=True)
-UPDATE = Phase("update")
+STEP = Phase("a training step", order=1)
+# Micro-batches of a step follow one another, so nobody can tell within them who is ahead.
+FIRST_DATA = Phase("data", slow=True, reads=True, order=2)  # loaders start their workers
+DATA = Phase("data", reads=True, order=2)
+LOSS_FN = Phase("loss_fn", order=2)
+OWN_BACKWARD = Phase("backward", order=2)  # of a micro-batch whose gradients are not reduced yet
+BACKWARD = Phase("backward", waits=True, order=3, call="backward")
+ARRIVAL = Phase("agreeing on the step", waits=True, order=4)
+UPDATE = Phase("update", order=5)
+BETWEEN = Phase("between two steps", slow=True, order=9)
 EVALUATION = Phase("evaluation", slow=True)
 EVAL_DATA = Phase("data of an evaluation", reads=True)
-EVAL_FIRST_DATA = Phase("data of an evaluation", slow=True)
+EVAL_FIRST_DATA = Phase("data of an evaluation", slow=True, reads=True)
 EVAL_LOSS_FN = Phase("loss_fn of an evaluation")
 METRICS = Phase("agreeing on training metrics", slow=True)
 SAVING = Phase("saving a checkpoint", slow=True)
@@ -67,7 +70,10 @@ class Activity:
     phase: Phase = START  # where it is
     signs: int = 0  # grows with every sign of progress
     step: int = 0  # the global step it is in, or was in last
+    order: int = 0  # where in that step
     watched: bool = False  # whether a watchdog looks at all this
+    #: Says, once it is known, whether the others wait for this rank in a verb; a watchdog's.
+    are_in_a_verb: Callable[[], bool] = lambda: False
     steps: Laps = field(default_factory=Laps)
     batches: Laps = field(default_factory=Laps)
     laps: Laps | None = None  # of steps or batches, in the middle of one
@@ -76,6 +82,7 @@ class Activity:
         """A fit begins: its first step may take long."""
         self.steps, self.batches, self.laps = Laps(), Laps(), None
         self.enter(START)
+        self.order = 0
 
     def restart_batches(self) -> None:
         """An evaluation begins: its first batch may take long."""
@@ -85,6 +92,8 @@ class Activity:
         """The main thread comes to ``phase``; returns where it was, to go back to."""
         before, self.phase = self.phase, phase
         self.signs += 1
+        if phase.order:
+            self.order = phase.order
         return before
 
     @contextmanager
@@ -149,6 +158,12 @@ class Heartbeat:
     quiet_s: float = 0.0  # for how long it has made no progress
     limit_s: float = 0.0  # how long that may be where it is
     inside: bool = False  # in ``fit`` or ``evaluate``; elsewhere nobody posts
+    order: int = 0  # where in the step, as in Phase
+    call: str = ""  # which call it sits in that nobody leaves before all ranks have come
+    fit: int = 0  # the how manieth of this process
+    started: int = 0  # when its process was, as the kernel counts it: numbers are given again
+    address: str = ""  # where its host answers for it, as long as the process lives
+    port: int = 0
 
     def to_json(self) -> str:
         """Returns what :meth:`from_json` reads."""

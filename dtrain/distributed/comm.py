@@ -66,6 +66,7 @@ class Comm:
         self.in_use = threading.Lock()
         self._failures = failures = Failures(rank, host, store)
         self.record, self.explain = failures.record, failures.explain
+        self.is_told = failures.is_told
         self._exchange: Exchange | None = None  # with nobody, in a world of one
         if transport is not None:
             self._exchange = Exchange(size, transport, failures, self.activity)
@@ -278,6 +279,13 @@ class Comm:
         if isinstance(error, DtrainError) or not isinstance(error, RuntimeError):
             return isinstance(error, CommError)
         return self.activity.phase.waits or _BROKEN.search(str(error)) is not None
+
+    def has_left(self, error: BaseException) -> bool:
+        """Says whether ``error`` is that of a rank that told it in a verb, and left the training.
+
+        Ranks: all, local.
+        """
+        return "_dtrain_left" in vars(error)
 
     def mark_step(self, step: int) -> None:
         """Says which step this rank is at, to compare where ranks meet. Ranks: all, local."""

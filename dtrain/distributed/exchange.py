@@ -116,10 +116,12 @@ class Exchange:
         """See :meth:`Comm._meet`."""
         carried = mine if mine is not None and mine.nbytes <= _CARRIED_BYTES else None
         headers = self._headers(verb, label, f"{site} {detail}", carried)
-        told = headers.numpy()[:, :_TOLD]
-        if told[0, -1] or not (told == told[0]).all():
-            if told[:, -1].any():
-                raise remote_error(self.gather_objects(label, None))
+        heads = headers.numpy()[:, :_TOLD]
+        if heads[0, -1] or not (heads == heads[0]).all():
+            if heads[:, -1].any():
+                told = remote_error(self.gather_objects(label, None))
+                vars(told)["_dtrain_left"] = True
+                raise told
             row = f"step {self.failures.step}  {verb}({label!r})  {detail or '-'}  at {site}"
             rows = enumerate(self.gather_objects(label, row))
             table = "\n".join(f"  rank {rank}: {row}" for rank, row in rows)
@@ -147,7 +149,7 @@ class Exchange:
         if carried is not None:
             header += carried.reshape(-1).view(torch.uint8).numpy().tobytes()
         padded = bytearray(header.ljust(_HEADER_BYTES, b"\0"))
-        return self.gather(label, torch.frombuffer(padded, dtype=torch.uint8))
+        return self.gather(label, torch.frombuffer(padded, dtype=torch.uint8), call="verb")
 
     def gather_objects(self, label: str, value: Any) -> list[Any]:
         """Returns every rank's ``value``, by rank."""
@@ -173,11 +175,11 @@ class Exchange:
         buffer = torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8)
         return pickle.loads(self.broadcast(label, buffer).numpy().tobytes())  # noqa: S301 -- our own
 
-    def gather(self, label: str, mine: Tensor) -> Tensor:
-        """Returns every rank's ``mine``, stacked."""
+    def gather(self, label: str, mine: Tensor, call: str = "") -> Tensor:
+        """Returns every rank's ``mine``, stacked; a header's is a ``call`` of all ranks."""
         everyones = mine.new_empty(self.size, *mine.shape)
         parts = list(everyones.unbind())
-        with self._under_way(label, mine, *parts):
+        with self._under_way(label, mine, *parts, call=call):
             self.transport.all_gather(parts, mine)
         return everyones
 
@@ -202,14 +204,14 @@ class Exchange:
         return buffer
 
     @contextmanager
-    def _under_way(self, label: str, *tensors: Tensor) -> Iterator[None]:
+    def _under_way(self, label: str, *tensors: Tensor, call: str = "") -> Iterator[None]:
         """Turns a broken collective into the reason that another rank left for it."""
         # Held until the next call: gloo's own thread lets go of them a little after the call has
         # returned. Were it the last to do so, it would need the interpreter's lock, and if the
         # interpreter is ending just then, the process aborts.
         self._kept = tensors
         before = self.activity.phase
-        self.activity.enter(Phase(f"comm {label!r}", waits=True, slow=before.slow))
+        self.activity.enter(Phase(f"comm {label!r}", waits=True, slow=before.slow, call=call))
         try:
             yield
         except RuntimeError as broken:

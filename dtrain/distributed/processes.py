@@ -2,14 +2,20 @@
 
 import atexit
 import os
+import select
+import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from dtrain.distributed.activity import Heartbeat
 
-Process = Literal["runs", "stopped", "gone", "unknown"]
+#: "away": its host does not answer.
+Process = Literal["runs", "stopped", "gone", "away", "unknown"]
+
+_STACKS_S = 1.0  # how long a process that is aborted may write its stacks
 
 
 def this_machine() -> str:
@@ -23,7 +29,35 @@ def this_machine() -> str:
 
 def look_up(heartbeat: Heartbeat, machine: str) -> Process:
     """Asks the kernel about a rank's process, if it runs on this ``machine``."""
-    return _state_of(heartbeat.pid) if machine and heartbeat.machine == machine else "unknown"
+    if not machine or heartbeat.machine != machine:
+        return "unknown"
+    state, started = _look_at(heartbeat.pid)
+    return state if heartbeat.started in (0, started) else "gone"  # its number is another's
+
+
+def started(pid: int) -> int:
+    """Returns when a process was started, as the kernel counts it; 0 where unknown."""
+    return _look_at(pid)[1]
+
+
+def end_process(heartbeat: Heartbeat, machine: str, *, held: bool = False) -> None:
+    """Ends a rank's process on this ``machine`` that is stopped, or whose interpreter is ``held``.
+
+    That one first writes its stacks, which faulthandler does without the interpreter.
+    """
+    if not (heartbeat.started and machine == heartbeat.machine):
+        return
+    with suppress(OSError):
+        handle = os.pidfd_open(heartbeat.pid)
+        try:
+            state = look_up(heartbeat, machine)  # whose handle it is: it lives, so its number is
+            if state == "runs" and held:
+                signal.pidfd_send_signal(handle, signal.SIGABRT)
+                select.select([handle], [], [], _STACKS_S)
+            if state == "stopped" or held:
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+        finally:
+            os.close(handle)
 
 
 def stopped_children(of: int | None = None) -> list[int]:
@@ -35,21 +69,23 @@ def stopped_children(of: int | None = None) -> list[int]:
         return []  # the kernel does not tell
     stopped = []  # with their own children: workers may come from a server that forks
     for pid in map(int, children):
-        stopped += [pid] * (_state_of(pid) == "stopped") + stopped_children(pid)
+        stopped += [pid] * (_look_at(pid)[0] == "stopped") + stopped_children(pid)
     return stopped
 
 
-def _state_of(pid: int) -> Process:
+def _look_at(pid: int) -> tuple[Process, int]:
+    """Returns what a process does, and when it was started."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return "gone"
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone", 0
     except OSError:
-        return "unknown"
-    state = stat[stat.rindex(")") + 2]
+        return "unknown", 0
+    fields = stat[stat.rindex(")") + 2 :].split()
+    state, began = fields[0], int(fields[19])
     if state in "ZXx":
-        return "gone"
-    return "stopped" if state == "T" else "runs"  # "t": in a debugger; that is no fault
+        return "gone", began
+    return ("stopped" if state == "T" else "runs"), began  # "t": in a debugger; that is no fault
 
 
 def end_with(what: str, *threads: threading.Thread, timeout_s: float) -> None:

@@ -23,7 +23,7 @@ from dtrain.distributed import (
     check_same_model,
     share_buffers,
 )
-from dtrain.errors import ConfigError, RankMismatch, RemoteError
+from dtrain.errors import ConfigError
 from dtrain.step.device_lane import make_lane
 from dtrain.step.evaluation import Evaluation
 from dtrain.step.figures import Figures
@@ -165,7 +165,7 @@ class Engine:
         They do so in the next reduction, or where they meet next. Raises it where that cannot be.
         """
         comm, where = self.context.comm, self.hooks.failed_in or UPDATE.name
-        all_know = isinstance(error, RemoteError | RankMismatch) or comm.may_be_broken(error)
+        all_know = comm.is_told(error) or comm.may_be_broken(error)
         # Alone, a rank raises at once; but where nothing of a step was done, that one is left, and
         # what was before it is saved, as where a loss function fails.
         alone = self.world.size == 1 and where != "on_step_start"
@@ -176,8 +176,8 @@ class Engine:
                 del error  # its traceback has this frame
         if self.micro_step.trouble is None:
             comm.record(error, where)  # for ranks that wait for this one in a verb of their hooks
-            self.micro_step.fail(error, where)
             self._parted |= where != "on_step_start"
+            self.micro_step.fail(error, where)
 
     def check_whole(self) -> None:
         """Refuses to go on after a failure on one rank only. Ranks: all, communicates."""

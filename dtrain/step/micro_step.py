@@ -147,6 +147,12 @@ class MicroStep(nn.Module):
         if accelerator.is_lost(error):  # and with it what a reduction would take
             self.context.comm.record(error, where)
             raise error
+        comm = self.context.comm
+        # The others may wait for this rank in a verb of their hooks or loss functions; or it is in
+        # one that it has been told of another's failure, which has left.
+        if comm.has_left(error) or comm.activity.are_in_a_verb():
+            comm.fail(error, where)
+            raise error
         self.trouble = error, where
         self.lane.say(Slot.ERROR)
 

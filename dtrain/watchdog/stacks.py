@@ -18,6 +18,8 @@ _COMPILERS = re.compile(
 )
 _TUNERS = ("benchmark_all_configs", "autotune_to_one_config", "coordinate_descent_tuning")
 _DEBUGGERS = ("/pdb.py", "/bdb.py", "/pydevd", "/debugpy/", "/ipdb/", "/pudb/")
+# Of these, one rank may be done before another has come; not of all others.
+_ONE_SIDED = ("broadcast", "gather", "recv", "reduce", "scatter", "send")
 _PROMPTS = ("input(", "breakpoint(", "stdin.")  # in C: they have no frame of their own
 
 
@@ -38,6 +40,12 @@ class Stack:
     def in_collective(self) -> bool:
         """The thread is in a function of ``torch.distributed`` that waits for other ranks."""
         return bool(self.lines) and self.lines[0].filename.endswith("/distributed_c10d.py")
+
+    @property
+    def call(self) -> str:
+        """Which function of that kind it is that nobody leaves before all have come, and where."""
+        name = self.lines[0].name if self.in_collective else ""
+        return f"{name} at {self.at}" if name and name not in _ONE_SIDED else ""
 
     @property
     def debugged(self) -> bool:

@@ -1,19 +1,20 @@
 """What the watchdogs of all ranks tell one another; no call of the store hangs the watchdog."""
 
-import faulthandler
 import json
 import math
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from dtrain.distributed import Heartbeat, World, heartbeat_key, look_up, this_machine
+from dtrain.distributed import Heartbeat, Process, World, heartbeat_key, look_up, this_machine
 from dtrain.errors import Failure
-from dtrain.watchdog.judgement import LOOKERS, Seen
+from dtrain.watchdog.judgement import LOOKERS, NAME_S, Seen
+from dtrain.watchdog.reach import call as call_places
 
 T = TypeVar("T")
 
@@ -21,6 +22,36 @@ TICK_S = 0.5  # how often the watchdog looks
 CALL_S = 3.0  # a call of the store that takes longer will not come back
 # Of that many keys the store takes 0.7 us each, of 10,000 in one call 10 us each.
 KEYS_AT_ONCE = 256
+#: A longer time between two looks at the clock is one in which this process was stopped.
+LONGEST_S = 3 * TICK_S
+_ASK_AGAIN_S = 10.0  # a rank that is silent and lives is called again
+
+
+class RunningClock:
+    """Tells the seconds that this process ran: while it, or the machine, is stopped, none pass.
+
+    For that it must be looked at now and then. Each look takes a microsecond.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._at, self._ran_s = time.monotonic(), 0.0
+
+    def now(self) -> float:
+        """Returns the seconds since it was made."""
+        with self._lock:
+            now = time.monotonic()
+            self._ran_s += min(now - self._at, LONGEST_S)
+            self._at = now
+            return self._ran_s
+
+    def wait(self, call: "Future[Any]", timeout_s: float) -> bool:
+        """Waits for ``call``; says whether it came in so many of these seconds."""
+        until = self.now() + timeout_s
+        while not wait([call], max(0.0, min(TICK_S, until - self.now()))).done:
+            if self.now() >= until:
+                return False
+        return True
 
 
 class Bounded:
@@ -29,21 +60,22 @@ class Bounded:
     A client of the store waits beyond its time-out where the host is stopped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: RunningClock | None = None) -> None:
         self._last: Future[Any] = Future()
         self._last.set_result(None)
         self._lock = threading.Lock()
+        self._clock = clock or RunningClock()
 
     def call(self, fn: Callable[[], T], timeout_s: float) -> T:
         """Returns what ``fn`` does; TimeoutError where it, or an earlier call, does not in time."""
         with self._lock:
-            if not wait([self._last], timeout_s).done:
+            if not self._clock.wait(self._last, timeout_s):
                 raise TimeoutError(f"no answer to an earlier call in {timeout_s:g} s")
             call: Future[T] = Future()
             self._last = call
             name = "dtrain watchdog call"
             threading.Thread(target=_fulfil, args=(call, fn), name=name, daemon=True).start()
-            if not wait([call], timeout_s).done:
+            if not self._clock.wait(call, timeout_s):
                 raise TimeoutError(f"no answer in {timeout_s:g} s")
             return call.result()
 
@@ -59,33 +91,20 @@ def _fulfil(call: "Future[T]", fn: Callable[[], T]) -> None:
         call.set_exception(error)
 
 
-def arm_timer(limit_s: float) -> None:
-    """Sets a timer in C, which needs no interpreter, should the calling thread not run again."""
-    if math.isinf(limit_s):
-        faulthandler.cancel_dump_traceback_later()
-    else:
-        within_s = max(limit_s, CALL_S) + 2 * TICK_S
-        faulthandler.dump_traceback_later(within_s, exit=True, file=2)
-
-
 class WatchdogStore:
     """A connection of the watchdog's own, each call of which has a deadline."""
 
     def __init__(self, world: World, connect: Callable[[], Store]) -> None:
         self.store: Store | None = None  # once it is open
         self.lost = ""  # why the store did not answer the last call, if it did not
-        self.limit_s = math.inf  # how long the watchdog's thread may be stuck, besides a call
+        self.lost_at = math.inf  # since when, by that clock
         self._idle, self._connect = world.idle_connections, connect
-        self._watcher = 0
-        self.calls = Bounded()
+        self.clock = RunningClock()
+        self.calls = Bounded(self.clock)
         self._old = ""  # a failure of an earlier fit
 
     def open(self) -> None:
-        """Connects, or takes a connection that an earlier watchdog has left.
-
-        The thread that calls this is the one that must not be stuck.
-        """
-        self._watcher = threading.get_ident()
+        """Connects, or takes a connection that an earlier watchdog has left."""
 
         def connect() -> None:
             if self.store is not None:
@@ -110,9 +129,16 @@ class WatchdogStore:
                 # To connect may take seconds, where names of addresses are looked up.
                 self._idle.append(self.store)
 
-    def look(self, others: "Others", now: float) -> list[Seen]:
+    def look(self, others: "Others", now: float, *, silent_s: float = NAME_S) -> list[Seen]:
         """Returns all ranks as ``others`` see them; none where the store does not answer."""
-        return self._ask("look", lambda store: others.look(store, now)) or []
+        self._ask("look", lambda store: others.read(store, now))
+        return [] if self.lost else others.seen(now, silent_s=silent_s)
+
+    def read(self, ranks: Sequence[int]) -> list[Heartbeat]:
+        """Returns the last posts of these ranks; none where the store does not answer."""
+        keys = [heartbeat_key(rank) for rank in ranks]
+        texts = self._ask("read posts", lambda store: store.multi_get(keys))
+        return [Heartbeat.from_json(text) for text in texts or ()]
 
     def new_failure(self) -> Failure | None:
         """Returns what a rank has left in this fit."""
@@ -140,14 +166,13 @@ class WatchdogStore:
 
     def _call(self, what: str, call: Callable[[], T]) -> T | None:
         """Calls the store; None where it does not answer, which is remembered."""
-        if threading.get_ident() == self._watcher:
-            arm_timer(self.limit_s)
         try:
             answer = self.calls.call(call, TICK_S if self.lost else CALL_S)
         except (RuntimeError, TimeoutError) as lost:
             self.lost = self.lost or f"{what}: {lost}"
+            self.lost_at = min(self.lost_at, self.clock.now())
             return None
-        self.lost = ""
+        self.lost, self.lost_at = "", math.inf
         return answer
 
 
@@ -159,8 +184,10 @@ class Others:
         self._machine = this_machine() if machine is None else machine
         # The last post of each, and since when it is there, by this rank's clock.
         self._posts: dict[int, tuple[Heartbeat, float]] = {}
+        self._stopped_at: dict[int, float] = {}
+        self._called: dict[int, tuple[float, Process]] = {}  # silent ones: when, and what was found
 
-    def look(self, store: Store, now: float) -> list[Seen]:
+    def read(self, store: Store, now: float) -> None:
         """Reads all ranks' posts; the clock of ``now`` stands still while this process does."""
         for first in range(0, self._size, KEYS_AT_ONCE):
             some = range(first, min(first + KEYS_AT_ONCE, self._size))
@@ -168,9 +195,32 @@ class Others:
             for rank, heartbeat in zip(some, map(Heartbeat.from_json, texts), strict=True):
                 if rank not in self._posts or self._posts[rank][0].number != heartbeat.number:
                     self._posts[rank] = heartbeat, now
+                    self._called.pop(rank, None)
+
+    def seen(self, now: float, *, silent_s: float = NAME_S) -> list[Seen]:
+        """Returns what is known of all ranks; those on other hosts that are silent are called."""
+        found = {rank: look_up(post, self._machine) for rank, (post, _) in self._posts.items()}
+        for rank, process in found.items():
+            if process != "stopped":
+                self._stopped_at.pop(rank, None)
+        stopped = {
+            r: now - self._stopped_at.setdefault(r, now) for r in found if found[r] == "stopped"
+        }
+        ask: dict[int, tuple[str, int]] = {}
+        for rank, (post, since) in self._posts.items():
+            silent = post.inside and post.port and now - since > silent_s
+            if found[rank] == "unknown" and silent and post.address:
+                called_at, answer = self._called.get(rank, (-math.inf, "unknown"))
+                found[rank] = answer
+                if answer in ("unknown", "runs") and now - called_at > _ASK_AGAIN_S:
+                    ask[rank] = post.address, post.port
+        if ask:
+            answers = call_places(ask)
+            self._called |= {rank: (now, answer) for rank, answer in answers.items()}
+            found |= answers
         return [
-            Seen(heartbeat, now - since, look_up(heartbeat, self._machine))
-            for heartbeat, since in self._posts.values()
+            Seen(post, now - since, found[rank], stopped.get(rank, 0.0))
+            for rank, (post, since) in self._posts.items()
         ]
 
 

@@ -32,11 +32,15 @@ class StragglerClock:
         self._began = self._forwarded = 0.0
         self._steps = -1  # the first does not count
         self._own_s = self._data_s = 0.0
+        #: What the longest step took of both, which is left out: the job may have been suspended.
+        self._longest = (0.0, 0.0)
+        self._before = (0.0, 0.0)  # what both were as this step began
         self.seconds = 0.0  # how long the steps took that were not compared yet
 
     def begin_step(self) -> None:
         """A global step begins."""
         self._began = perf_counter()
+        self._before = self._own_s, self._data_s
 
     def waited_for_data(self, since: float) -> None:
         """A micro-batch has come, which was waited for ``since`` that time of the clock."""
@@ -56,8 +60,15 @@ class StragglerClock:
         self._own_s += took
         self.seconds += took
         self._steps += 1
+        if (own_s := self._own_s - self._before[0]) > self._longest[0]:
+            self._longest = own_s, self._data_s - self._before[1]
         if not self._steps:
-            self._own_s = self._data_s = self.seconds = 0.0
+            self._restart()
+
+    def _restart(self) -> None:
+        self._own_s = self._data_s = self.seconds = 0.0
+        self._longest = 0.0, 0.0
+        self._steps = 0
 
     def compare(self, seconds: float) -> str:
         """Returns who holds up the others, in words, if somebody does; and begins anew.
@@ -67,10 +78,11 @@ class StragglerClock:
         """
         if self._size == 1 or self._steps < STEPS or seconds < SECONDS:
             return ""
-        mine = torch.tensor([self._own_s, self._data_s, self.seconds], dtype=torch.float64)
-        mine /= self._steps
-        self._own_s = self._data_s = self.seconds = 0.0
-        self._steps = 0
+        own_s, data_s = self._own_s - self._longest[0], self._data_s - self._longest[1]
+        count = self._steps - 1
+        means = [own_s / count, data_s / count, self.seconds / self._steps]
+        mine = torch.tensor(means, dtype=torch.float64)
+        self._restart()
         own, data, step = self._comm.all_gather("stragglers", mine).unbind(1)
         rank = int(own.argmax())
         slowest, median = float(own[rank]), float(own.median())

@@ -1,5 +1,7 @@
 """One rank fails, wherever that is; the script catches it on all ranks, and fits again."""
 
+import re
+
 import pytest
 import tiny
 import torch
@@ -49,7 +51,7 @@ class FailingSGD(torch.optim.SGD):
         super().step(*args)
 
 
-def trainer_that_fails(where, strategy):
+def trainer_that_fails(where, strategy, more=()):
     fails, net = Fails(where), tiny.model()
 
     def loss(net, batch, ctx):
@@ -58,7 +60,7 @@ def trainer_that_fails(where, strategy):
 
     optimizer = FailingSGD(net.parameters(), lr=0.1)
     optimizer.fails = fails
-    callbacks = [fails]
+    callbacks = [fails, *more]
     return dtrain.Trainer(net, optimizer, loss, callbacks=callbacks, sinks=[], strategy=strategy)
 
 
@@ -108,6 +110,46 @@ def test_on_real_ranks_too(where):
     assert found[0][0][0].startswith("RemoteError: rank 1 on ")
     assert found[0][0][1:] == found[1][0][1:]
     assert found[0][1] == found[1][1]
+
+
+class Meets(dtrain.Callback):
+    """In every hook of a step all ranks meet, once the callback before it has been called."""
+
+    def on_step_start(self, ctx, step):
+        ctx.comm.barrier("step start")
+
+    def on_loss(self, ctx, step):
+        ctx.comm.barrier("loss")
+
+    def on_grads_ready(self, ctx, step):
+        ctx.comm.barrier("grads")
+
+    def on_step_end(self, ctx, step):
+        ctx.comm.barrier("step end")
+
+
+def caught_beside_verbs(where, strategy):
+    """The others wait in a verb that the failing rank does not come to."""
+    dtrain.init(seed=0)
+    told = []
+    trainer = trainer_that_fails(where, strategy, more=[Meets()])
+    try:
+        trainer.fit(tiny.dataset(32), batch_size=8, epochs=1)
+    except (RuntimeError, dtrain.RemoteError) as error:
+        told.append(f"{type(error).__name__}: {error}")
+    net = tiny.model()
+    again = dtrain.Trainer(net, tiny.adam, tiny.loss_fn, callbacks=[Meets()], sinks=[])
+    told.append(again.fit(tiny.dataset(32), batch_size=8, epochs=1).steps)
+    return told
+
+
+@pytest.mark.parametrize(("where", "strategy"), [("loss_fn", "ddp"), ("on_grads_ready", "flat")])
+def test_a_failure_before_a_verb_of_all_ranks_reaches_them_in_it(where, strategy):
+    one, two, three = run_processes(caught_beside_verbs, 3, where, strategy)
+    assert two == [f"RuntimeError: out of memory in {where}", 4]
+    for told in (one, three):
+        assert re.match(rf"RemoteError: rank 1 on \S+ failed in {where} at step 1: Runt", told[0])
+        assert told[1] == 4
 
 
 def alone():

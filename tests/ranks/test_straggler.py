@@ -66,6 +66,10 @@ def test_own_work_is_what_does_not_wait_for_others(monkeypatch):
     assert others.sent == []  # too little time, and this rank's own does not count
     assert one.compare(300.0) == ""
     assert others.sent == [[11.0, 1.0, 15.0]]
+    steps(one, clock, 20)
+    steps(one, clock, 1, forward=45.0)  # the whole job was suspended: nobody's work
+    assert one.compare(300.0) == ""
+    assert others.sent[-1][:2] == [11.0, 1.0]
     steps(one, clock, 20, data=20.0)
     told = (
         "rank 0 on a holds up the others: its own work takes 30 s a step, 20 s of it waiting for "

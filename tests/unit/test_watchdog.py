@@ -15,23 +15,30 @@ import pytest
 from torch.distributed import HashStore
 
 from dtrain.distributed.activity import (
+    ARRIVAL,
     BACKWARD,
     BETWEEN,
     DATA,
     FIRST_DATA,
     LOSS_FN,
+    OWN_BACKWARD,
     SAVING,
+    STEP,
+    UPDATE,
     Activity,
     Heartbeat,
+    Phase,
     heartbeat_key,
 )
 from dtrain.distributed.comm import Comm
-from dtrain.distributed.processes import look_up, this_machine
+from dtrain.distributed.processes import end_process, look_up, started, this_machine
 from dtrain.distributed.world import World
-from dtrain.errors import ConfigError, Failure
+from dtrain.errors import ConfigError, Failure, RankMismatch
+from dtrain.watchdog.asking import find_lost
 from dtrain.watchdog.judgement import LOOKERS, Seen, behind, gives_way, judge, looks, stuck, table
+from dtrain.watchdog.reach import Door, call
 from dtrain.watchdog.stacks import Stack, main_stack
-from dtrain.watchdog.store import KEYS_AT_ONCE, Bounded, WatchdogStore
+from dtrain.watchdog.store import KEYS_AT_ONCE, Bounded, Others, RunningClock, WatchdogStore
 from dtrain.watchdog.thread import HANG_EXIT_CODE, Watch
 
 SIZES = [2, 3, 64]
@@ -78,12 +85,26 @@ def test_a_rank_that_works_within_its_limit_is_waited_for(size):
 def test_a_process_that_does_not_run_is_named_at_once(size, process, words):
     for odd in (0, size - 1):
         for make in (working, waiting):
-            blame = judge(changed(world(size, odd, make), odd, process=process))
+            posts = world(size, odd, make, limit_s=300.0)
+            seen = changed(posts, odd, process=process, stopped_s=3.9)
+            # For a moment a process may be stopped; the ranks of a job are, and go on, in turn.
+            assert (judge(seen) is None) == (process == "stopped")
+            blame = judge(changed(seen, odd, stopped_s=4.0))
             assert blame.heartbeat.rank == odd
             assert words in blame.message
             failure = str(blame.failure())
             assert failure.startswith(f"rank {odd} on node{odd // 8} failed in ")
             assert "at step 8: HangError: its process is " in failure
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_host_that_does_not_answer_is_named_at_once(size):
+    odd = size // 2
+    seen = changed(world(size, odd, working, limit_s=300.0), odd, stale_s=5.5)
+    assert judge(changed(seen, odd, process="runs")) is None  # a call holds its interpreter
+    blame = judge(changed(seen, odd, process="away"))
+    assert blame.heartbeat.rank == odd
+    assert blame.message.startswith("nothing was heard of it for 5.5 s, and its host does not")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -97,8 +118,8 @@ def test_a_rank_that_posts_nothing_is_named_after_its_own_limit(size):
     # Reading a large file may hold the interpreter, in a slow phase.
     slow = world(size, odd, working, limit_s=300.0)
     assert judge(changed(slow, odd, stale_s=60.0)) is None
-    # Connections have broken: then it is the one.
-    assert judge(changed(slow, odd, stale_s=3.0), silent_s=2.5).heartbeat.rank == odd
+    held = judge(changed(slow, odd, stale_s=301.0, process="runs"))
+    assert (held.held, held.slow) == (True, True)
     debugged = world(size, odd, working, limit_s=math.inf)
     assert judge(changed(debugged, odd, stale_s=1e6)) is None
     # Outside of fit nobody posts; it may come back.
@@ -127,6 +148,86 @@ def test_ranks_that_wait_for_one_another_are_all_shown(size):
     assert judge(world(size, odd, waiting, quiet_s=4.0)) is None
     assert judge(world(size, odd, waiting, limit_s=300.0)) is None
     assert judge(world(size, odd, waiting, inside=False)) is None
+
+
+def alone(rank, **more):
+    """A rank that sits in a call of its own, in a hook of step 7."""
+    facts = {"step": 7, "order": 6, "phase": "on_step_end", "at": "mine.py:3", "limit_s": 300.0}
+    return waiting(rank, **facts | {"call": "barrier at mine.py:3"} | more)
+
+
+def ahead(rank, **more):
+    """A rank in the next step."""
+    return working(rank, **{"order": 2, "quiet_s": 6.0, "limit_s": 300.0} | more)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"step": 7, "order": 9, "phase": "evaluation"},
+        {"step": 7, "order": 0, "waits": True, "call": "verb", "phase": "comm 'metrics'"},
+        {"step": 6, "order": 0, "waits": True, "call": "barrier at mine.py:9"},
+    ],
+)
+def test_a_call_that_others_have_passed_or_that_is_not_theirs_is_an_error_at_once(size, others):
+    posts = [ahead(rank, **others) for rank in range(size - 1)] + [alone(size - 1)]
+    blame = judge([Seen(post, 0.5) for post in posts])
+    assert blame.kind is RankMismatch
+    assert not blame.slow
+    assert "they are in different calls" in blame.message
+    assert f"rank {size - 1} on node{(size - 1) // 8}: step 7 in on_step_end" in blame.table
+    if size > 2 or not others.get("call"):
+        assert blame.heartbeat.rank == size - 1
+    # Two of three on the same line, too.
+    if size > 2:
+        seen = [Seen(post, 0.5) for post in [*posts[:-2], alone(size - 2), alone(size - 1)]]
+        assert judge(seen).kind is RankMismatch
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"step": 7, "order": 3},  # behind, for 20 s
+        {"step": 6, "order": 9},
+        {"step": 7, "order": 6},  # at the same place: in an earlier hook?
+        {"order": 0, "step": 7},  # nobody can tell
+        {"quiet_s": 3.0},  # it moves, and what was posted may be old
+        {"inside": False},
+        {"stale_s": 3.0},  # it was there, and holds its interpreter since
+        {"step": 7, "order": 6, "waits": True, "call": "barrier at mine.py:3"},  # the same call
+        {"step": 8, "order": 3, "waits": True, "call": "", "inside": False},
+    ],
+)
+def test_a_rank_that_may_still_come_is_waited_for(size, other):
+    stale_s = other.get("stale_s", 0.5)
+    facts = {name: fact for name, fact in other.items() if name != "stale_s"}
+    seen = [Seen(alone(rank), 0.5) for rank in range(size - 1)]
+    assert judge([*seen, Seen(ahead(size - 1, **facts), stale_s)]) is None
+
+
+def test_all_ranks_in_a_large_reduction_are_waited_for():
+    posts = [waiting(rank, call="backward", order=3, limit_s=300.0) for rank in range(3)]
+    assert judge([Seen(post, 0.5) for post in posts]) is None
+    assert behind([Seen(post, 0.5) for post in posts]) is None
+
+
+def test_places_of_a_step_follow_one_another():
+    activity = Activity()
+    orders = []
+    activity.begin_step(3)
+    for phase in (STEP, DATA, LOSS_FN, OWN_BACKWARD, DATA, LOSS_FN, BACKWARD, ARRIVAL, UPDATE):
+        activity.enter(phase)
+        orders.append(activity.order)
+    activity.end_lap(BETWEEN)
+    activity.enter(Phase("comm 'x'", waits=True))  # stays there
+    orders.append(activity.order)
+    assert orders == sorted(orders)
+    assert orders[1] == orders[5]  # micro-batches come again and again
+    activity.restart()
+    assert activity.order == 0
 
 
 def test_a_world_where_nothing_is_known_is_left_alone():
@@ -301,6 +402,10 @@ def test_a_raw_collective_is_seen():
     site = "/x/site-packages/torch/distributed/distributed_c10d.py"
     stack = Stack((Line(site, 10, "barrier"), Line("/home/me/train.py", 4, "hook")))
     assert stack.in_collective
+    assert stack.call == "barrier at /home/me/train.py:4"
+    # Who sends may be done before another comes; who has passed it proves nothing.
+    assert Stack((Line(site, 10, "broadcast"), *stack.lines[1:])).call == ""
+    assert Stack(stack.lines[1:]).call == ""
     assert stack.at == "/home/me/train.py:4"
     assert not Stack(stack.lines[1:]).in_collective
 
@@ -316,6 +421,79 @@ def test_a_call_that_does_not_come_back_is_given_up():
         calls.call(lambda: 3, 0.1)
     gate.set()
     assert calls.call(lambda: 3, 5) == 3
+
+
+def test_the_clock_stands_still_while_the_process_does(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("dtrain.watchdog.store.time.monotonic", lambda: now[0])
+    clock = RunningClock()
+    for seconds, ran_s in ((0.5, 0.5), (45.0, 2.0), (0.5, 2.5), (3600.0, 4.0)):
+        now[0] += seconds
+        assert clock.now() == pytest.approx(ran_s)
+
+
+def test_only_who_is_stopped_for_long_is_ended():
+    """And only if it is that very process."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    machine = this_machine()
+    child.stdout.readline()
+    one = replace(waiting(1), pid=child.pid, machine=machine, started=started(child.pid))
+    try:
+        os.kill(child.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+        other = replace(one, started=one.started + 1)
+        assert look_up(other, machine) == "gone"
+        for wrong in (other, replace(one, started=0), replace(one, machine="another")):
+            end_process(wrong, machine, held=False)
+            assert look_up(one, machine) == "stopped"
+        os.kill(child.pid, signal.SIGCONT)
+        os.waitid(os.P_PID, child.pid, os.WCONTINUED)
+        end_process(one, machine)  # it went on meanwhile
+        assert look_up(one, machine) == "runs"
+        end_process(one, machine, held=True)
+        assert child.wait(10) == -signal.SIGABRT
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_a_process_is_called_by_way_of_its_kernel(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    door = Door()
+    assert door.address in ("127.0.0.1", "::1")
+    place = door.address, door.port
+    assert call({3: place, 5: place}) == {3: "runs", 5: "runs"}
+    door.clear()
+    assert call({3: place}) == {3: "runs"}  # nobody takes it
+    door.close()
+    assert call({3: place}) == {3: "gone"}
+
+
+def test_silent_ranks_on_other_hosts_are_called_and_not_too_often(monkeypatch):
+    called = []
+
+    def answer(places):
+        called.append(sorted(places))
+        return {rank: "runs" if rank == 1 else "away" for rank in places}
+
+    monkeypatch.setattr("dtrain.watchdog.store.call_places", answer)
+    far = [replace(waiting(rank), address="10.0.0.2", port=7) for rank in (1, 2)]
+    store = CountingStore([waiting(0), *far])
+    others = Others(3, "a")
+    others.read(store, 0.0)
+    assert [one.process for one in others.seen(5.0)] == ["unknown"] * 3
+    assert [one.process for one in others.seen(5.1)] == ["unknown", "runs", "away"]
+    assert [one.process for one in others.seen(6.0)] == ["unknown", "runs", "away"]
+    assert called == [[1, 2]]
+    others.seen(16.0)
+    assert called == [[1, 2], [1]]
+    store.set(heartbeat_key(2), replace(far[1], number=51).to_json())
+    others.read(store, 17.0)
+    assert others.seen(17.0)[2].process == "unknown"  # it has posted
 
 
 def test_a_connection_that_comes_late_is_the_only_one(monkeypatch):
@@ -373,7 +551,8 @@ class CountingStore(HashStore):
 def watch_of(rank, size, store):
     made = World(rank, 0, size, "host", None, "none", "solo", 0, Comm(rank=rank, size=size))
     watch = Watch(made, 5.0, lambda: store)
-    watch._told.store = store
+    watch.world = made
+    watch.told.store = store
     return watch
 
 
@@ -398,7 +577,8 @@ def test_who_comes_late_waits_for_what_the_first_find():
     store = CountingStore([waiting(rank) for rank in range(size)])
     store.add("looking", LOOKERS)
     store.set("failure", LEFT)
-    assert watch_of(7, size, store).find_lost().rank == 5
+    watch = watch_of(7, size, store)
+    assert find_lost(watch.told, watch.world).rank == 5
     assert store.read == []
     assert int(store.add("looking", 0)) == LOOKERS + 1
 
