@@ -47,6 +47,7 @@ def main() -> None:
             folder.cleanup()
 
         atexit.register(say)  # an uncaught error is printed before
+    sys.tracebacklimit = 0  # its own stack says nothing: a rank's does
     runpy.run_module("torch.distributed.run", run_name="__main__")
 
 

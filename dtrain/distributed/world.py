@@ -26,7 +26,7 @@ from dtrain.distributed.random_streams import has_seeded, random_state_kept, see
 from dtrain.distributed.rendezvous import own_store, scripts_store
 from dtrain.distributed.starting import around_open_group, come_together
 from dtrain.distributed.transport import GroupTransport, Transport, open_default, open_gloo
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, RemoteError
 
 T = TypeVar("T")
 
@@ -105,7 +105,13 @@ class World:
             # Late: it takes a while to import, and only a failure needs it.
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-            get_error_handler().record_exception(error)
+            if isinstance(error, RemoteError):
+                try:  # what failed is elsewhere: this rank's own stack tells nothing of it
+                    raise RemoteError(str(error)) from None
+                except RemoteError as bare:
+                    get_error_handler().record_exception(bare)
+            else:
+                get_error_handler().record_exception(error)
 
     def close(self) -> None:
         """Closes what :func:`init` opened. A second call does nothing."""
