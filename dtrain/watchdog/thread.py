@@ -214,9 +214,10 @@ class Watch(threading.Thread):
         elif (blame := judge(seen) if seen else None) is not None:
             self._end(blame, stack, seen)
         elif self._clock - self.told.lost_at > _LOST_S:
-            store = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            address = os.environ.get("MASTER_ADDR", "")  # none where the script opened the group
+            at = f" at {address}:{os.environ.get('MASTER_PORT')}" if address else ""
             why = (
-                f"it waits for other ranks, and the rendezvous store at {store}, where ranks post "
+                f"it waits for other ranks, and the rendezvous store{at}, where ranks post "
                 f"where they are, does not answer ({self.told.lost}): its host is down, stopped "
                 "or cut off"
             )
