@@ -1,6 +1,6 @@
 """Brings batches to the device: to an accelerator packed in pinned memory, in one copy.
 
-The copy runs beside what the device still computes for the step before, and the host goes on.
+The host goes on; a large copy runs beside what the device still computes for the step before.
 """
 
 import copy

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 import dtrain
-from dtrain.data import Data, split_share
+from dtrain.data import Data, packing, split_share
 from dtrain.data.map_feed import MapFeed
 from dtrain.data.packing import Layout, kind_of
 from dtrain.data.shipping import Shipper
@@ -34,6 +34,10 @@ class Late(StandIn):
         self._due = []
         self.log = []
         self._on = "computes"
+
+    def install(self, monkeypatch):
+        monkeypatch.setattr(packing, "_BESIDE", 0)  # no batch here is large enough
+        return super().install(monkeypatch)
 
     def pinned(self, count, dtype):
         return super().pinned(count, dtype).fill_(77)
@@ -283,6 +287,23 @@ def test_a_copy_runs_beside_what_the_current_stream_computes(card):
         "the one that computes waits",
         "the one that computes uses 1536",
     ]
+
+
+def test_a_small_one_is_copied_by_the_stream_that_computes(card, monkeypatch):
+    monkeypatch.setattr(packing, "_BESIDE", 1536 + 1)
+    shipper = Shipper(CPU)
+    made = [shipper.ship({"x": torch.full((2,), n), "y": [torch.ones(200)]}) for n in range(6)]
+    assert card.log == 6 * [
+        "copies 1536 on the one that computes",
+        "an event on the one that computes",  # before which the buffer is not filled again
+    ]
+    card.arrive()
+    assert [one["x"].tolist() for one in made] == [[n, n] for n in range(6)]
+    card.all_pinned = True
+    shipper.ship([torch.ones(300), torch.ones(84)])
+    assert card.counts["lent"] == card.counts["waits"] == 0
+    shipper.ship([torch.ones(300), torch.ones(85)])
+    assert (card.counts["lent"], card.counts["waits"]) == (2, 1)
 
 
 def test_a_batch_in_place_spoils_no_other_tensor(card):
