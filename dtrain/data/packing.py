@@ -5,8 +5,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import dlpack
@@ -22,6 +23,7 @@ _REMEMBERED = 64  # layouts
 _BESIDE = 2**20
 
 Kind = tuple[torch.dtype, Sequence[int], Sequence[int]]  # with shape and strides
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Layout:
@@ -29,9 +31,11 @@ class Layout:
 
     def __init__(self, kinds: Iterable[Kind]) -> None:
         self._places: list[tuple[torch.dtype, int, Sequence[int], Sequence[int]]] = []
+        self._begins: list[int] = []
         self.bytes = 0
         for dtype, shape, strides in kinds:
             self._places.append((dtype, self.bytes // dtype.itemsize, shape, strides))
+            self._begins.append(self.bytes)
             self.bytes += -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
     def tensors(self, memory: Tensor) -> list[Tensor]:
@@ -41,6 +45,15 @@ class Layout:
             torch.empty(0, dtype=dtype, device=device).set_(storage, begin, shape, strides)
             for dtype, begin, shape, strides in self._places
         ]
+
+    def rows(self, memory: Tensor) -> list[Bytes]:
+        """Returns the bytes of tensors there that are contiguous, by their first dimension."""
+        whole: Bytes = memory.numpy()
+        found = []
+        for (dtype, _, shape, _), begin in zip(self._places, self._begins, strict=True):
+            end = begin + prod(shape) * dtype.itemsize
+            found.append(whole[begin:end].reshape(shape[0] if shape else 1, -1))
+        return found
 
 
 def _apart(tensor: Tensor) -> Tensor:
@@ -66,13 +79,19 @@ def kind_of(tensor: Tensor) -> Kind:
     return tensor.dtype, tensor.shape, dense.stride()
 
 
+class _Packed(NamedTuple):
+    memory: Tensor
+    tensors: list[Tensor]
+    rows: list[list[Bytes]]  # one list, once somebody has asked
+
+
 @dataclass
 class _Turn:
     """A pinned buffer, what lies where in it, and when its last copy is done."""
 
     event: Any
     buffer: Tensor | None = None
-    packed: dict[Layout, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    packed: dict[Layout, _Packed] = field(default_factory=dict)
 
 
 class Ring:
@@ -113,8 +132,15 @@ class Ring:
             if len(turn.packed) == _REMEMBERED:
                 turn.packed.clear()
             memory = turn.buffer[: layout.bytes]
-            turn.packed[layout] = memory, layout.tensors(memory)
-        return turn.packed[layout][1]
+            turn.packed[layout] = _Packed(memory, layout.tensors(memory), [])
+        return turn.packed[layout].tensors
+
+    def rows(self, layout: Layout) -> list[Bytes]:
+        """Returns the bytes, row by row, of what :meth:`pack` has returned: contiguous tensors."""
+        packed = self._turns[self._place].packed[layout]
+        if not packed.rows:
+            packed.rows.append(layout.rows(packed.memory))
+        return packed.rows[0]
 
     def _free(self) -> _Turn:
         """Returns the turn that is next, whose last copy is done: long since, as a rule."""
@@ -132,7 +158,7 @@ class Ring:
         with accelerator.on_another_stream() if is_beside else nullcontext():
             copies = [accelerator.copied(tensor) for tensor in pinned]
             if layout is not None:
-                copies.append(accelerator.copied(turn.packed[layout][0]))
+                copies.append(accelerator.copied(turn.packed[layout].memory))
             turn.event.record()
         self._place = (self._place + 1) % _TURNS
         if is_beside:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 import dtrain
-from dtrain.data import Data, packing, split_share
+from dtrain.data import Data, packing, shipping, split_share
 from dtrain.data.map_feed import MapFeed
 from dtrain.data.packing import Layout, kind_of
 from dtrain.data.shipping import Shipper
@@ -177,9 +177,13 @@ DATA = {
 }
 
 
+@pytest.mark.parametrize("threads", ["several", "one"])
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("kind", DATA)
-def test_all_kinds_of_data_come_as_they_do_on_the_cpu(monkeypatch, kind, size):
+def test_all_kinds_of_data_come_as_they_do_on_the_cpu(monkeypatch, kind, size, threads):
+    if threads == "one":  # gathers rows, though few
+        monkeypatch.setattr(shipping, "_OF_SEVERAL", 0)
+
     def of_all(first_step=0):
         torch.manual_seed(0)
         data = Data(DATA[kind](), 8)  # the last is ragged
@@ -219,7 +223,9 @@ def test_a_gradient_goes_on_to_the_data(card):
     assert (batch[0].requires_grad, card.counts["copies"]) == (False, 1)
 
 
-def test_columns_may_be_replaced_at_any_time(card):
+@pytest.mark.parametrize("least", [0, 2**15])
+def test_columns_may_be_replaced_at_any_time(card, monkeypatch, least):
+    monkeypatch.setattr(shipping, "_OF_SEVERAL", least)
     dataset = TensorDataset(torch.arange(12.0), torch.arange(12))
     feed = MapFeed(Data(dataset, 2, shuffle=False), world(), lambda n: [n], 0)
     batches = []
