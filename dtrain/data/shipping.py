@@ -21,7 +21,7 @@ from dtrain.data.order import Indices
 from dtrain.data.packing import Bytes, Layout, Ring, kind_of, layout_of
 
 _IS_CPU = attrgetter("is_cpu")
-#: From so many elements on torch has several threads gather rows; and up to so many bytes one does it
+#: From so many elements on torch has several threads gather rows. Up to so many bytes one does it
 #: sooner than the others are woken (on two cores, 128 rows of 784 numbers: 40 microseconds, and
 #: milliseconds where something else runs beside).
 _OF_SEVERAL, _BY_ONE = 2**15, 2**20
