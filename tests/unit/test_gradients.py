@@ -73,6 +73,25 @@ def test_whoever_looks_finds_the_same(
     assert (grads[0].item() == GRADS[0]) == (waits or wanted[0] == GRADS[0])
 
 
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_guard_and_clipping_share_one_norm(monkeypatch: pytest.MonkeyPatch, looks: bool) -> None:
+    """While nobody changes the gradients; then each computes its own."""
+    computed: list[int] = []
+
+    def counting(grads: list[Tensor]) -> Tensor:
+        computed.append(len(grads))
+        return joint_norm(grads)
+
+    monkeypatch.setattr("dtrain.step.gradients.joint_norm", counting)
+    gradients, grads = made(0.5, fused=True)
+    gradients.strategy.gradient_norm = lambda _: counting(grads)  # type: ignore[method-assign]
+    assert float(gradients.check()) == 5
+    if looks:
+        gradients.tensors()[0].mul_(0.0)
+    assert float(gradients.clip(1.0)) == pytest.approx(2.0 if looks else 2.5)
+    assert len(computed) == 1 + looks
+
+
 def test_a_norm_that_is_nearly_nothing_is_not_blown_up() -> None:
     """As torch's: 1e-6 is added to the norm, whatever it is divided by."""
     for factor in (1.0, 1e-3, torch.tensor(1e-3)):
