@@ -64,10 +64,10 @@ class Gradients:
         """Returns a number, 0-dim, that is finite if every gradient is, and their norm is."""
         if self._norm is not None:
             return self._norm
-        norm = joint_norm(self.strategy.gradients(self._optimizer))
         if self._waits:  # then clipping need not compute it once more
-            self._norm = norm
-        return norm
+            self._norm = self.strategy.gradient_norm(self._optimizer)
+            return self._norm
+        return joint_norm(self.strategy.gradients(self._optimizer))
 
     def clip(self, max_norm: float) -> Tensor:
         """Bounds their joint norm; returns what it was."""
