@@ -23,7 +23,9 @@ FACTORS: dict[str, Any] = {
 def made(factor: Any, *, fused: bool) -> tuple[Gradients, list[Tensor]]:
     grads = [torch.tensor([GRADS[0]]), torch.tensor([GRADS[1]])]
     strategy: Any = SimpleNamespace(
-        gradients=lambda _: grads, gradient_norm=lambda _: joint_norm(grads)
+        gradients=lambda _: grads,
+        gradient_norm=lambda _: joint_norm(grads),
+        norm_is_of=lambda given: given is grads,
     )
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([weight], fused=fused)

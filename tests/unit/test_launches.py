@@ -20,7 +20,7 @@ LIMITS = {
     (1, "five of these"): 12,
     (2, "bare"): 5,
     (2, "ClipGradients"): 5,
-    (2, "five of these"): 13,  # the guard's norm is that of clipping, parameter by parameter
+    (2, "five of these"): 12,
 }
 
 
