@@ -90,12 +90,12 @@ class Counting(StandIn):
         super().__init__()
         self._launches = launches
 
-    def captured(self, compute: Callable[[], None]) -> Callable[[], None]:
-        def replay() -> None:
+    def captured(self, compute: Callable[..., None]) -> Callable[..., None]:
+        def replay(*args: Any) -> None:
             if not self._launches.paused:
                 self._launches.seen["(a captured graph)"] += 1
             with self._launches.pause():
-                compute()
+                compute(*args)
 
         return replay
 

@@ -8,7 +8,7 @@
 #   launch/gpu_check.sh --pack 3.12  where there is a network and .venv: collects in .wheels what
 #                                    the other machine, with that Python, may lack; take it along
 #
-# PYTHON=/path/to/python3 chooses the interpreter.
+# PYTHON=/path/to/python3 chooses the interpreter, BUDGET=240 the seconds for all of it.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -41,7 +41,7 @@ out=${OUT:-$([[ -n $dry ]] && echo "$work" || echo benchmarks/results)}
 mkdir -p -- "$out"
 log=$out/gpu_check.txt
 : >"$log"
-budget=540 # seconds, for all of it
+budget=${BUDGET:-540} # seconds, for all of it
 side=$(($(nproc) / 2)) # so many tests at once; most of their time is one thread's
 side=$((side < 1 ? 1 : side))
 

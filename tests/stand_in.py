@@ -58,9 +58,9 @@ class StandIn(accelerator.Accelerator):
         self.counts["lent"] += 1
 
     def captured(self, compute):
-        def launch():
+        def launch(*args):
             self.counts["launches"] += 1
-            compute()
+            compute(*args)
 
         return launch
 

@@ -60,8 +60,13 @@ class Accelerator:
         """Says that the current stream uses a tensor that another stream made."""
         tensor.record_stream(torch.cuda.current_stream(self._device))
 
-    def captured(self, compute: Callable[[], None]) -> Callable[[], None]:
-        """Returns what computes the same in one launch; the memory that it uses must stay."""
+    def captured(self, compute: Callable[..., None]) -> Callable[..., None]:
+        """Returns what computes the same in one launch; the memory that it uses must stay.
+
+        It is to be called with the same arguments each time. Hand it a function, not a method of
+        who keeps what is returned: that would be a cycle, and what it holds on the device would
+        wait for the garbage collector.
+        """
         return _Captured(compute, self._device)
 
     def graphs(self) -> Graphs:
@@ -72,22 +77,22 @@ class Accelerator:
 class _Captured:
     """Runs a computation, the first time for what it sets up, then captures and replays it."""
 
-    def __init__(self, compute: Callable[[], None], device: torch.device) -> None:
+    def __init__(self, compute: Callable[..., None], device: torch.device) -> None:
         self._compute, self._device = compute, device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_warm = False
 
-    def __call__(self) -> None:
+    def __call__(self, *args: Any) -> None:
         # Within a capture of the user's own, a replay could not be captured.
         if not self._is_warm or torch.cuda.is_current_stream_capturing():
             self._is_warm = True
-            self._compute()
+            self._compute(*args)
             return
         if self._graph is None:
-            self._graph = self._capture()
+            self._graph = self._capture(*args)
         self._graph.replay()
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self, *args: Any) -> torch.cuda.CUDAGraph:
         # Not `torch.cuda.graph`, which empties the allocator's cache.
         torch.cuda.synchronize(self._device)
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
@@ -97,7 +102,7 @@ class _Captured:
             # Other threads may copy and save meanwhile, which must not be captured.
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                self._compute()
+                self._compute(*args)
             finally:
                 graph.capture_end()
         here.wait_stream(beside)

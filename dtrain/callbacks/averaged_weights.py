@@ -55,8 +55,10 @@ class AveragedWeights(Callback):
     def _average(self, formula: Callable[[Any, Any, Any], None], count: int) -> None:
         """Averages by one of torch's formulas, which is told how often that was done before."""
         averages = list(self.averages.values())
-        current = [p.detach().to(a.dtype) for p, a in zip(self._params, averages, strict=True)]
-        formula(averages, current, count)
+        with torch.no_grad():
+            pairs = zip(self._params, averages, strict=True)
+            current = [p if p.dtype is a.dtype else p.to(a.dtype) for p, a in pairs]
+            formula(averages, current, count)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.averages = {plain_name(name): t for name, t in state["averages"].items()}

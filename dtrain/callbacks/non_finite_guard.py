@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from operator import attrgetter, is_
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -16,6 +17,7 @@ from dtrain.distributed import random_state, restore_random_state
 Action = Literal["stop", "skip", "ignore"]
 
 _MOST = 4  # findings that a message tells
+_SHAPE = attrgetter("shape")
 
 
 class _Kept(NamedTuple):
@@ -60,9 +62,10 @@ class NonFiniteGuard(Callback):
         self._patience = patience
         self.bad_in_a_row = 0
         self._kept: list[_Kept] = []  # of the step under way
-        self._before: list[Tensor] = []  # buffers, as they were before it
+        self._before = _Copies([])  # of buffers, as they were before it
+        self._turns: list[_Copies] = []  # two: a step may be in flight while the next begins
         # The same of the step whose update the device has just decided on, and the veto's number.
-        self._decided: tuple[list[_Kept], list[Tensor], int | None] | None = None
+        self._decided: tuple[list[_Kept], _Copies, int | None] | None = None
 
     def on_epoch_start(self, ctx: Context) -> None:
         self._with_buffers = [module for module in ctx.model.modules() if module._buffers]
@@ -73,7 +76,7 @@ class NonFiniteGuard(Callback):
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
         self._kept = []
-        self._before = _copies(self._buffers_of_model()) if self._with_buffers else []
+        self._before = self._copied() if self._with_buffers else _Copies([])
 
     def on_batch(self, ctx: Context, step: Step) -> None:
         self._streams = [generator.get_state() for generator in self._generators]
@@ -97,7 +100,7 @@ class NonFiniteGuard(Callback):
             both = step.mean_loss() if ctx.loss_scaled else step.mean_loss() + ctx.gradient_check()
             flag = both.mul(0).ne_(0).float()
             number = step.veto_where(flag)
-            _copy(self._before, self._buffers_of_model(), where=flag)
+            self._before.put_back(self._buffers_of_model(), where=flag)
         self._decided = self._kept, self._before, number
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
@@ -128,7 +131,7 @@ class NonFiniteGuard(Callback):
             return
         if ctx.reads_at_once:
             step.veto(why)
-            self._put_back(self._before)
+            self._before.put_back(self._buffers_of_model())
         if self._action == "stop" or self.bad_in_a_row == self._patience:
             ctx.request.stop(why)
         else:
@@ -144,8 +147,14 @@ class NonFiniteGuard(Callback):
         # By way of the modules: a model may put another tensor in the place of a buffer.
         return [b for m in self._with_buffers for b in m._buffers.values() if b is not None]
 
-    def _put_back(self, buffers: list[Tensor]) -> None:
-        _copy(buffers, self._buffers_of_model())
+    def _copied(self) -> "_Copies":
+        buffers = self._buffers_of_model()
+        if len(self._turns) < 2 or not self._turns[0].are_of(buffers):
+            self._turns = [*self._turns[-1:], _Copies(buffers)]
+        else:
+            self._turns.reverse()
+        self._turns[-1].take()
+        return self._turns[-1]
 
     def _restore(self, streams: list[Tensor]) -> None:
         for generator, state in zip(self._generators, streams, strict=True):
@@ -163,10 +172,11 @@ class NonFiniteGuard(Callback):
                 return [": the gradient is not finite; not replayed, for SyncBatchNorm"]
             return [f", micro-batch {one.micro}: the loss is {_kind(one.mean)}" for one in kept]
         streams, others = [g.get_state() for g in self._generators], random_state()
-        buffers, found = _copies(self._buffers_of_model()), []
+        now, found = _Copies(self._buffers_of_model()), []
+        now.take()
         try:
             for one in kept:
-                self._put_back(self._before)
+                self._before.put_back(self._buffers_of_model())
                 self._restore(one.streams)
                 if what := _replay(ctx, one):
                     found.append(f", micro-batch {one.micro}: {what}")
@@ -174,7 +184,7 @@ class NonFiniteGuard(Callback):
         finally:
             restore_random_state(others)
             self._restore(streams)
-            self._put_back(buffers)
+            now.put_back(self._buffers_of_model())
 
 
 def _replay(ctx: Context, one: _Kept) -> str:
@@ -235,11 +245,60 @@ def _words(by_rank: list[list[str]], nonfinite: int) -> str:
     )
 
 
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Returns copies of tensors, made together; most models have many small buffers."""
-    copies = [torch.empty_like(tensor) for tensor in tensors]
-    _copy(tensors, copies)
-    return copies
+class _Copies:
+    """Copies of tensors, made together; most models have many small buffers.
+
+    They lie side by side, in memory that is made once: each view, or new tensor, costs the host as
+    much as a layer of a small model costs a GPU.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors, self._shapes = tensors, [*map(_SHAPE, tensors)]
+        alike: dict[Any, list[Tensor]] = {}
+        for tensor in tensors:
+            alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        self._groups = [(some, _Flat(some), _Flat(some)) for some in alike.values()]
+
+    def are_of(self, tensors: list[Tensor]) -> bool:
+        """Says whether they are of these, which may be replaced at any time."""
+        return (
+            len(tensors) == len(self._tensors)
+            and all(map(is_, tensors, self._tensors))
+            and [*map(_SHAPE, tensors)] == self._shapes
+        )
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Copies the tensors as they are now."""
+        for some, copied, _ in self._groups:
+            torch._foreach_copy_(copied.parts, some)
+
+    @torch.no_grad()
+    def put_back(self, tensors: list[Tensor], where: Tensor | None = None) -> None:
+        """Copies them to ``tensors``, those or what is in their place, if ``where`` is not 0."""
+        if not self.are_of(tensors):
+            groups = (zip(some, copied.parts, strict=True) for some, copied, _ in self._groups)
+            parts = {id(tensor): part for pairs in groups for tensor, part in pairs}
+            _copy([parts[id(tensor)] for tensor in self._tensors], tensors, where)
+            return
+        is_there = where > 0 if where is not None and self._groups else None
+        for some, copied, now in self._groups:
+            if is_there is None:
+                torch._foreach_copy_(some, copied.parts)
+            else:
+                torch._foreach_copy_(now.parts, some)
+                torch.where(is_there, copied.whole, now.whole, out=now.whole)
+                torch._foreach_copy_(some, now.parts)
+
+
+class _Flat:
+    """Memory for tensors of one dtype, as one and in parts."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        sizes = [tensor.numel() for tensor in tensors]
+        self.whole = torch.empty(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
+        pairs = zip(self.whole.split(sizes), tensors, strict=True)
+        self.parts = [part.view(tensor.shape) for part, tensor in pairs]
 
 
 @torch.no_grad()

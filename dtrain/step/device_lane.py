@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from operator import mul
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class DeviceLane(Lane):
                 raise LaneSilent("no gradient reached the lane")
             self._turn.heed(mean, parts)
             heard = _FromAll(self._turn, *about)
-        self._turn.heard = heard
+        self._turn.lend(heard)
         return heard
 
 
@@ -130,13 +131,17 @@ class _Turn:
     ) -> None:
         self.micros = micros
         self._size, self._rounding = size, rounding
-        self.heard: OnDevice | None = None  # the newest that uses it
+        #: Whose it is: the newest that uses it. That one holds this, and not the other way round,
+        #: or both, with what they have on the device, would stay until the garbage collector runs.
+        self._heard: ref[OnDevice] | None = None
+        self.is_busy = False  # something may be on its way, or is to be sent
         self._told = accelerator.pinned(_SLOTS + micros, param.dtype)
         self.said: Any = self._told.numpy()  # in the order of the slots, then micro-batches' shares
         #: What all ranks said, whether the update was held back, and by which flags.
         self.heeded = param.new_zeros(_SLOTS + 2)
         #: Where that comes home, and losses behind it.
         self.home = accelerator.pinned(len(self.heeded) + micros, param.dtype)
+        self.only_home = self.home[_SLOTS + 2]  # of a step's only loss: a view, made once
         self.event = accelerator.event()
         self._losses = param.new_zeros(micros)
         self._places = [*self._losses.unbind()]
@@ -144,14 +149,21 @@ class _Turn:
         self._reduced = param.new_zeros(_SLOTS)
         self.factor, self.divisor, self.loss = (param.new_zeros(()) for _ in range(3))
         self.veto = torch.zeros((), device=param.device)  # float32, as optimizers want it
-        self._speak = accelerator.captured(self._say_it)
-        self._heed = accelerator.captured(self._heed_it)
+        self._speak = accelerator.captured(_Turn._say_it)
+        self._heed = accelerator.captured(_Turn._heed_it)
 
     def free(self) -> None:
         """Waits for what is on its way, which nobody has waited for where a step has failed."""
-        if self.heard is not None:
-            self.heard.release()
-            self.heard = None
+        heard = None if self._heard is None else self._heard()
+        if self.is_busy and heard is not None:
+            heard.release()
+        elif self.is_busy:  # a step that failed, and of which nobody will ask
+            self.event.record()
+            self.event.synchronize()
+        self._heard, self.is_busy = None, False
+
+    def lend(self, heard: "OnDevice") -> None:
+        self._heard, self.is_busy = ref(heard), True
 
     def speak(self, losses: list[Tensor], parts: list[float | Tensor]) -> Tensor:
         count = len(losses)
@@ -165,7 +177,7 @@ class _Turn:
             return self._message
         self.said[_SLOTS : _SLOTS + count] = parts
         self.said[_SLOTS + count :] = 0
-        self._speak()
+        self._speak(self)
         return self._message
 
     def _say_it(self) -> None:
@@ -188,7 +200,7 @@ class _Turn:
             self._reduced.copy_(reduced)
         else:
             torch.mul(reduced, 1 / parts, out=self._reduced)
-        self._heed()
+        self._heed(self)
 
     def _heed_it(self) -> None:
         """Computes what the update needs of what all ranks said."""
@@ -210,7 +222,10 @@ class _Turn:
 class OnDevice(Heard, ABC):
     """What is on its way home: sent by :meth:`send`, or by who asks before."""
 
-    __slots__ = ("_awaits_blocked", "_held", "_held_is_blocked", "_is_blocked", "_is_sent", "_turn")
+    __slots__ = (
+        "__weakref__", "_awaits_blocked", "_held", "_held_is_blocked", "_is_blocked", "_is_sent",
+        "_turn",
+    )  # fmt: skip
 
     def __init__(self, turn: _Turn, reference: float, size: int, rounding: float) -> None:
         super().__init__([], reference, size, rounding)
@@ -236,7 +251,7 @@ class OnDevice(Heard, ABC):
         """Begins to copy home whatever is not there yet."""
         self._copy_home()
         self._turn.event.record()
-        self._is_sent = True
+        self._is_sent = self._turn.is_busy = True
 
     def _arrived(self) -> list[float]:
         if not self._values:
@@ -257,7 +272,7 @@ class OnDevice(Heard, ABC):
 
     def _take_home(self) -> None:
         self._turn.event.synchronize()
-        self._is_sent = False
+        self._is_sent = self._turn.is_busy = False
         home = self._turn.home.tolist()
         if not self._values:
             self._values = self._values_of(home)
@@ -352,9 +367,13 @@ class _Alone(OnDevice):
 
     def _copy_home(self) -> None:
         count = len(self._losses)
-        if count and not self._values:
-            losses = torch.stack(self._losses) if count > 1 else self._losses[0].reshape(1)
-            self._turn.home[_SLOTS + 2 :][:count].copy_(losses, non_blocking=True)
+        if self._values:
+            return
+        if count == 1:
+            self._turn.only_home.copy_(self._losses[0], non_blocking=True)
+        elif count:
+            home = self._turn.home[_SLOTS + 2 :][:count]
+            home.copy_(torch.stack(self._losses), non_blocking=True)
 
     def _copy_flags(self, blocked: Tensor, held: Tensor | None) -> None:
         home = self._turn.home

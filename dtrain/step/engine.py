@@ -94,6 +94,7 @@ class Engine:
             trained, device = self.micro_step.trained, accelerator.of(self.world.device)
             self.graphed = Graphed(context, self.loss_fn, precision, trained, device)
             self.micro_step.computed = self.graphed
+            self.micro_step.backward = self.graphed.backward
         self.modes = Modes(context.model, context.say, keep=self.keep_modes)
         self.streams = StreamsOfFits()
         self.evaluation = Evaluation(

@@ -64,7 +64,11 @@ class Gradients:
         """Returns a number, 0-dim, that is finite if every gradient is, and their norm is."""
         if self._norm is not None:
             return self._norm
-        return joint_norm(self.strategy.gradients(self._optimizer))
+        gradients = self.strategy.gradients(self._optimizer)
+        norm = joint_norm(gradients)
+        if self._waits and self.strategy.norm_is_of(gradients):
+            self._norm = norm  # clipping need not compute it once more
+        return norm
 
     def clip(self, max_norm: float) -> Tensor:
         """Bounds their joint norm; returns what it was."""

@@ -6,10 +6,12 @@ what it did when it was captured, to the numbers of another batch. So it is watc
 micro-steps, which run one by one, and what a graph would freeze is refused in words.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -99,6 +101,12 @@ class Graphed:
         self._tell(tensors, replayed=True)
         self._numbers = None
         return self._captured.run(step, tensors)
+
+    def backward(self, terms: Sequence[Tensor], starts: Sequence[Tensor | None]) -> None:
+        """Runs backward; where it would only replay, without autograd, whose thread costs more."""
+        captured = self._captured
+        if captured is None or not captured.went_back(terms, starts):
+            torch.autograd.backward(terms, starts)
 
     def _tell(self, tensors: list[Tensor], *, replayed: bool) -> None:
         """Tells of it, once, where most of the steps are not replayed."""
@@ -235,6 +243,8 @@ class _Captured:
         self._seeded: tuple[Tensor, int] | None = None  # of what that is a copy
         self._sums: list[Tensor] = []  # gradients over a step's micro-batches
         self._loss: Tensor | None = None  # with its graph, between the captures
+        self._newest: ref[Tensor] | None = None  # the loss of a replay; it holds this
+        self._is_last = False  # of a step's
         model = context.model
         self._buffers = [module._buffers for module in model.modules() if module._buffers]
         self._numbers = [
@@ -311,8 +321,9 @@ class _Captured:
             self._forward.replay()
             # The next replay writes into the same memory, and these may be looked at later.
             values = [*torch._foreach_mul(self._forward.outputs, 1)]
-        is_last = step.micro + 1 == step.micros
+        self._is_last = is_last = step.micro + 1 == step.micros
         mean = _Replayed.apply(self._anchor, values, self, is_last)  # type: ignore[no-untyped-call]
+        self._newest = ref(mean)
 
         def given(value: Any) -> Any:
             return values[value.place] if isinstance(value, _At) else value
@@ -325,6 +336,17 @@ class _Captured:
         }
         weight = step.samples if self._weight is None else given(self._weight)
         return Loss(mean, weight, metrics)
+
+    def went_back(self, terms: Sequence[Tensor], starts: Sequence[Tensor | None]) -> bool:
+        """Runs backward, if it starts at the newest replay's loss, of which nobody made another."""
+        newest, start = None if self._newest is None else self._newest(), starts[0]
+        if newest is None or start is None or len(terms) != 1 or terms[0] is not newest:
+            return False
+        if newest._backward_hooks or newest.retains_grad or newest._version:
+            return False
+        with torch.no_grad():
+            self.run_backward(start, is_last=self._is_last)
+        return True
 
     def run_backward(self, grad: Tensor, *, is_last: bool) -> None:
         """Replays backward from a gradient of the loss, and adds to the parameters' gradients."""

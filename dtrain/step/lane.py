@@ -7,7 +7,7 @@ normalises the gradients), the global loss and everyone's votes, without a colle
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -48,6 +48,9 @@ _ERROR, _FED = Slot.ERROR - Slot.STOP, Slot.FED - Slot.STOP
 _STARVED, _LEAVING = Slot.STARVED - Slot.STOP, Slot.LEAVING - Slot.STOP
 
 _SEEDS = 32  # kept
+
+#: As :func:`torch.autograd.backward`: of terms, from such gradients of them.
+Backward = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
 
 
 class Verdict(NamedTuple):
@@ -189,17 +192,20 @@ class Lane:
             self._voice = self.param.view_as(self.param)
         return self._voice
 
-    def backward(self, voice: Tensor | None, *terms: Tensor) -> None:
+    def backward(
+        self, voice: Tensor | None, *terms: Tensor, run: Backward = torch.autograd.backward
+    ) -> None:
         """Runs backward from a micro-batch's terms, of which the one that was added comes first.
 
-        In the last of a step, in which DDP reduces, the voice's gradient is what was said.
+        In the last of a step, in which DDP reduces, the voice's gradient is what was said. ``run``
+        is what does it where there is no voice.
         """
         first, self._seed = self._seed, None
         starts = [None] * len(terms) if first is None else [first, *[None] * (len(terms) - 1)]
         if voice is not None and not self.is_alone():
             torch.autograd.backward((voice, *terms), (self.message(), *starts))
         elif terms:
-            torch.autograd.backward(terms, starts)
+            run(terms, starts)
 
     def is_alone(self) -> bool:
         """Says whether nobody else need hear what this rank has said."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dtrain import accelerator
@@ -22,7 +23,7 @@ from dtrain.distributed import DATA, FIRST_DATA
 from dtrain.errors import ConfigError, LossError
 from dtrain.metrics import Means, as_metrics
 from dtrain.step.gather_with_grad import Gathers
-from dtrain.step.lane import Lane, Slot, idle
+from dtrain.step.lane import Backward, Lane, Slot, idle
 from dtrain.step.loss_words import explain
 from dtrain.step.memory_words import explain_memory
 from dtrain.step.parameters import Parameters
@@ -61,6 +62,7 @@ class MicroStep(nn.Module):
     has_loss: bool = False  # this rank had a loss in this micro-batch
     meets_in_backward: bool = False  # backward of this micro-batch takes part in a gather
     computed: Callable[[Step], Loss] | None = None  # what calls the loss function, if captured
+    backward: Backward = torch.autograd.backward  # what runs backward, likewise
 
     # A module's own looks for parameters in whatever is set: a microsecond for each, in each step.
     __setattr__ = object.__setattr__  # type: ignore[assignment]

@@ -175,6 +175,10 @@ class Strategy(ABC):
         """Returns the joint Euclidean norm of the gradients, 0-dim; nobody waits for it."""
         return joint_norm(self.gradients(optimizer))
 
+    def norm_is_of(self, gradients: list[Tensor]) -> bool:
+        """Says whether :meth:`gradient_norm` is that of these :meth:`gradients`, bit by bit."""
+        return type(self).gradient_norm is Strategy.gradient_norm
+
     @abstractmethod
     def check_arrived(self) -> None:
         """Raises UnusedParameters for those without a gradient, where nobody waits for the lane."""

@@ -171,6 +171,9 @@ class DDP(Strategy):
         # Parameter by parameter: so it has the bits of a hand-written loop's.
         return joint_norm(super().gradients(optimizer))
 
+    def norm_is_of(self, gradients: list[Tensor]) -> bool:
+        return gradients is not self._joined
+
     def _keep_views(self, grads: list[Tensor | None]) -> None:
         """Keeps in mind where the buckets' views are, which DDP hands out and relies on."""
         self._seen = grads

@@ -90,7 +90,7 @@ class Flat(Strategy):
         self._spoke |= micro_step.has_loss
         if losses:
             try:
-                micro_step.lane.backward(None, *losses)
+                micro_step.lane.backward(None, *losses, run=micro_step.backward)
             except Exception as error:
                 if micro_step.meets_in_backward:
                     raise  # others may be waiting for this rank in their own backward

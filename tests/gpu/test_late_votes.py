@@ -6,6 +6,7 @@ import training
 
 import dtrain
 from dtrain.callbacks import MixedPrecision
+from dtrain.data import packing
 
 
 class Stop(dtrain.Callback):
@@ -96,14 +97,16 @@ def on_another_stream():
     return torch.cuda.current_stream() != torch.cuda.default_stream()
 
 
-def test_batches_are_on_their_way_from_pinned_memory(device, monkeypatch):
-    """And on a stream of their own, for which the one that computes waits."""
+@pytest.mark.parametrize("is_large", [False, True])
+def test_batches_are_on_their_way_from_pinned_memory(device, monkeypatch, is_large):
+    """Large ones on a stream of their own, for which the one that computes waits."""
+    monkeypatch.setattr(packing, "_BESIDE", 0 if is_large else 2**30)
     seen = []
     to = torch.Tensor.to
 
     def watched(tensor, *args, **options):
         if options.get("non_blocking") and tensor.device.type == "cpu":
-            seen.append(device.type != "cuda" or (tensor.is_pinned() and on_another_stream()))
+            seen.append(tensor.is_pinned() and on_another_stream() == is_large)
         return to(tensor, *args, **options)
 
     class Look(dtrain.Callback):

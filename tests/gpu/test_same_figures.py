@@ -43,8 +43,11 @@ def check(device, precision, *, looks=True, **options):
     assert ours.scales == plain.scales
     assert ours.steps == plain.steps
     if is_exact and not looks:
-        assert ours.losses == pytest.approx(plain.losses, rel=1e-4)
-        assert 0 < off < 1e-4
+        # In bf16 a sample's loss is a multiple of 2^-7 or 2^-6, and an activation's last bit has
+        # one fall to the next: three of 32 did on an H200, which is 3.8e-4 of the mean. The weights
+        # were 1.1e-4 apart there, and 3e-8 in float32.
+        assert ours.losses == pytest.approx(plain.losses, rel=7e-4 if precision else 1e-5)
+        assert 0 < off < (2e-4 if precision else 3e-7)
     elif is_exact:
         pairs = enumerate(zip(ours.losses, plain.losses, strict=True))
         first = next((number for number, (a, b) in pairs if a != b), None)

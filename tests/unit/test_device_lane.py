@@ -1,7 +1,9 @@
 """The lane on an accelerator says what the host's says; the CPU stands in for the device."""
 
+import gc
 import math
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -112,6 +114,27 @@ def test_what_came_of_the_update_comes_home_with_the_rest(size: int) -> None:
             assert heard.verdict().loss_mean == 3
     assert counts["records"] == 4
     assert {name: counts[name] for name in made} == made  # no new buffer, no new event
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("sends", [False, True], ids=["a step that failed", "a step"])
+def test_nothing_of_it_is_left_for_the_garbage_collector(size: int, sends: bool) -> None:
+    """Which does not know how much of the device's memory waits for it."""
+    one = DeviceLane(nn.Linear(2, 1), 0, size, accelerator=StandIn())
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            one.open()
+            one.add(loss := torch.tensor(3.0, requires_grad=True), 4.0, 4)
+            heard = one.listen(None if size == 1 else one.message().clone())
+            if sends:
+                heard.send(False)
+        kept = [ref(turn) for turn in one._turns] + [ref(one._turns[0].heeded), ref(loss)]
+        del one, heard, loss
+        assert [turn() for turn in kept] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_who_asks_before_the_update_gets_the_same() -> None:

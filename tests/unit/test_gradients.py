@@ -23,7 +23,9 @@ FACTORS: dict[str, Any] = {
 def made(factor: Any, *, fused: bool) -> tuple[Gradients, list[Tensor]]:
     grads = [torch.tensor([GRADS[0]]), torch.tensor([GRADS[1]])]
     strategy: Any = SimpleNamespace(
-        gradients=lambda _: grads, gradient_norm=lambda _: joint_norm(grads)
+        gradients=lambda _: grads,
+        gradient_norm=lambda _: joint_norm(grads),
+        norm_is_of=lambda given: given is grads,
     )
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([weight], fused=fused)
@@ -71,6 +73,25 @@ def test_whoever_looks_finds_the_same(
     assert final(gradients, grads) == pytest.approx(wanted)
     waits = fused and asks != "before" and asks != "after"
     assert (grads[0].item() == GRADS[0]) == (waits or wanted[0] == GRADS[0])
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_guard_and_clipping_share_one_norm(monkeypatch: pytest.MonkeyPatch, looks: bool) -> None:
+    """While nobody changes the gradients; then each computes its own."""
+    computed: list[int] = []
+
+    def counting(grads: list[Tensor]) -> Tensor:
+        computed.append(len(grads))
+        return joint_norm(grads)
+
+    monkeypatch.setattr("dtrain.step.gradients.joint_norm", counting)
+    gradients, grads = made(0.5, fused=True)
+    gradients.strategy.gradient_norm = lambda _: counting(grads)  # type: ignore[method-assign]
+    assert float(gradients.check()) == 5
+    if looks:
+        gradients.tensors()[0].mul_(0.0)
+    assert float(gradients.clip(1.0)) == pytest.approx(2.0 if looks else 2.5)
+    assert len(computed) == 1 + looks
 
 
 def test_a_norm_that_is_nearly_nothing_is_not_blown_up() -> None:

@@ -40,7 +40,7 @@ from dtrain.callbacks import (
     Throughput,
 )
 from dtrain.errors import ConfigError, LossError, UnusedParameters
-from dtrain.step.graphed import _Captured
+from dtrain.step.graphed import _Captured, _Replayed
 from dtrain.strategies import DDP, Flat
 from dtrain.testing import run_ranks
 
@@ -115,6 +115,38 @@ def test_same_bits_as_one_by_one(device, name, split):
         assert graphed[1] == pytest.approx(plain[1], rel=1e-6)
     else:
         assert graphed == plain
+
+
+class Doubles(dtrain.Callback):
+    """Has the gradient be twice as large, in one of three ways."""
+
+    def __init__(self, how):
+        self._how = how
+
+    def on_loss(self, ctx, step):
+        mean = step.loss.mean
+        if self._how == "another loss":
+            step.loss.mean = 2 * mean
+        elif self._how == "a hook":
+            mean.register_hook(lambda grad: 2 * grad)
+        else:
+            mean.mul_(2)
+
+
+@pytest.mark.parametrize("how", [None, "another loss", "a hook", "in place"])
+def test_a_backward_that_is_only_replayed_needs_no_autograd(device, monkeypatch, how):
+    asked, backward = [], _Replayed.backward
+
+    def counting(ctx, *grads):
+        asked.append(1)
+        return backward(ctx, *grads)
+
+    monkeypatch.setattr(_Replayed, "backward", staticmethod(counting))
+    made = [] if how is None else [Doubles(how)]
+    plain, graphed = (train(graph=graph, callbacks=made) for graph in (False, True))
+    assert graphed == plain
+    assert device.counts["replays"] == 2 * 5
+    assert len(asked) == (0 if how is None else 5)
 
 
 def test_a_loss_in_another_precision(device):

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 import dtrain
-from dtrain.data import Data, split_share
+from dtrain.data import Data, packing, shipping, split_share
 from dtrain.data.map_feed import MapFeed
 from dtrain.data.packing import Layout, kind_of
 from dtrain.data.shipping import Shipper
@@ -34,6 +34,10 @@ class Late(StandIn):
         self._due = []
         self.log = []
         self._on = "computes"
+
+    def install(self, monkeypatch):
+        monkeypatch.setattr(packing, "_BESIDE", 0)  # no batch here is large enough
+        return super().install(monkeypatch)
 
     def pinned(self, count, dtype):
         return super().pinned(count, dtype).fill_(77)
@@ -173,9 +177,13 @@ DATA = {
 }
 
 
+@pytest.mark.parametrize("threads", ["several", "one"])
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("kind", DATA)
-def test_all_kinds_of_data_come_as_they_do_on_the_cpu(monkeypatch, kind, size):
+def test_all_kinds_of_data_come_as_they_do_on_the_cpu(monkeypatch, kind, size, threads):
+    if threads == "one":  # gathers rows, though few
+        monkeypatch.setattr(shipping, "_OF_SEVERAL", 0)
+
     def of_all(first_step=0):
         torch.manual_seed(0)
         data = Data(DATA[kind](), 8)  # the last is ragged
@@ -215,7 +223,9 @@ def test_a_gradient_goes_on_to_the_data(card):
     assert (batch[0].requires_grad, card.counts["copies"]) == (False, 1)
 
 
-def test_columns_may_be_replaced_at_any_time(card):
+@pytest.mark.parametrize("least", [0, 2**15])
+def test_columns_may_be_replaced_at_any_time(card, monkeypatch, least):
+    monkeypatch.setattr(shipping, "_OF_SEVERAL", least)
     dataset = TensorDataset(torch.arange(12.0), torch.arange(12))
     feed = MapFeed(Data(dataset, 2, shuffle=False), world(), lambda n: [n], 0)
     batches = []
@@ -283,6 +293,23 @@ def test_a_copy_runs_beside_what_the_current_stream_computes(card):
         "the one that computes waits",
         "the one that computes uses 1536",
     ]
+
+
+def test_a_small_one_is_copied_by_the_stream_that_computes(card, monkeypatch):
+    monkeypatch.setattr(packing, "_BESIDE", 1536 + 1)
+    shipper = Shipper(CPU)
+    made = [shipper.ship({"x": torch.full((2,), n), "y": [torch.ones(200)]}) for n in range(6)]
+    assert card.log == 6 * [
+        "copies 1536 on the one that computes",
+        "an event on the one that computes",  # before which the buffer is not filled again
+    ]
+    card.arrive()
+    assert [one["x"].tolist() for one in made] == [[n, n] for n in range(6)]
+    card.all_pinned = True
+    shipper.ship([torch.ones(300), torch.ones(84)])
+    assert card.counts["lent"] == card.counts["waits"] == 0
+    shipper.ship([torch.ones(300), torch.ones(85)])
+    assert (card.counts["lent"], card.counts["waits"]) == (2, 1)
 
 
 def test_a_batch_in_place_spoils_no_other_tensor(card):
