@@ -323,31 +323,34 @@ FAULTS: dict[str, Callable[[Run, ExitStack], Expected]] = {
 }
 
 
+#: What is to be over when the next start begins; all else once it trains. (A node that is back
+#: before ends what is left there of the job, also where that is its next start.)
+OVER_SOON = ("disk full", "time limit")
+
+
 def suffer(run: Run, name: str) -> str:
     """Has one fault happen to a run that trains; returns the sentence that followed."""
-    job = run.job
-    with ExitStack() as after:
-        expected = FAULTS[name](run, after)
+    job, before = run.job, run.read
+    with ExitStack() as late, ExitStack() as soon:
+        expected = FAULTS[name](run, soon if name in OVER_SOON else late)
         if not expected.cause:
             reached = run.step()
             run.wait_for("steps beyond it", lambda: run.step() > reached + 3 or run.has_ended())
-            told = run.log()[run.read :].strip()
+            lines = run.log()[before:].splitlines()
+            told = [line for line in lines if not line.startswith("slurmstepd")]  # SLURM's word
             if run.has_ended() or run.is_begun_again() or told:
                 raise Untrue(f"it should have left no trace: {told}")
             return "(goes on)"
+        run.wait_for("its end", lambda: run.is_begun_again() or run.has_ended())
+        if run.has_ended() != expected.ends_job:
+            raise Untrue(f"it should {'not ' * expected.ends_job}begin again: {run.log()[before:]}")
+        soon.close()
+        told = run.log()[before:]
         if expected.ends_job:
-            run.wait_for("end of the job", run.has_ended)
-            told = run.log()[run.read :]
+            run.submit()
         else:
-            run.wait_for("new start", lambda: run.is_begun_again() or run.has_ended())
-            if run.has_ended():
-                raise Untrue(f"it does not begin again: {run.log()[run.read :]}")
-    before = run.read
-    if expected.ends_job:
-        run.submit()
-    else:
-        run.count += 1
-    begun = run.wait_until_training()
+            run.count += 1
+        begun = run.wait_until_training()
     if not expected.ends_job:
         told = run.log()[before:]
         run.read = len(run.log())
