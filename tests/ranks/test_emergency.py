@@ -77,6 +77,7 @@ def fit(run_dir, where, failing, *, delays=False, **options):
             Checkpoint(),
         ],
         loss=loss_fn,
+        hang_after_s=None,  # or a rank that failed asks, for a second, where the others wait
         optimizer=lambda net: torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True),
         run_dir=run_dir,
     )
