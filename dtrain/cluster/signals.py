@@ -26,6 +26,7 @@ _MARGIN_S = 120.0
 _SHARE = 0.1
 _MARGIN_VARIABLE = "DTRAIN_LEAVE_BEFORE_END_S"  # a margin of one's own, in seconds
 _PATIENCE_S = 20.0  # scontrol itself gives a controller that is away longer
+_TWICE_S = 1.0  # what all processes of a job are sent, torchrun passes on to its ranks once more
 _LOOK_S = 1.0  # how often to look whether the launcher is there
 
 
@@ -35,10 +36,10 @@ class Signals:
     In a SLURM job, USR1 and USR2 stay harmless: it may have sent one while the run came to its
     end, and a run that is finished must not be killed for it.
 
-    ``ask`` must do no more than take note: the main thread may be anywhere. A second Ctrl-C ends
-    the process at once, with exit code 130. A signal for which the script has a handler of its
-    own, or which it ignores, is left alone. Children that are forked meanwhile die of a TERM, as
-    they would without this; the other signals are their parent's business.
+    ``ask`` must do no more than take note: the main thread may be anywhere. A second Ctrl-C (not
+    within a second) ends the process at once, with exit code 130. A signal for which the script has
+    a handler of its own, or which it ignores, is left alone. Children that are forked meanwhile die
+    of a TERM, as they would without this; the other signals are their parent's business.
 
     Ranks: all, local; one rank's signal suffices.
     """
@@ -46,7 +47,7 @@ class Signals:
     def __init__(self, ask: Callable[[str], None]) -> None:
         self._ask = ask
         self._before: dict[int, Any] = {}
-        self._seen: set[int] = set()
+        self._seen: dict[int, float] = {}  # when each came first
         self._process = os.getpid()
 
     def __enter__(self) -> "Signals":
@@ -73,9 +74,9 @@ class Signals:
         if os.getpid() != self._process:
             return  # a loader worker has inherited the handler: its parent decides
         if number not in self._seen:
-            self._seen.add(number)
+            self._seen[number] = time.monotonic()
             self._ask(signal.Signals(number).name)
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT and time.monotonic() - self._seen[number] > _TWICE_S:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(128 + signal.SIGINT)

@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 import dtrain
 from dtrain.callbacks import Checkpoint
 from dtrain.checkpoint import format as files
+from dtrain.cluster import signals
 from dtrain.cluster.signals import SIGNALS, Signals
 from dtrain.testing import run_outcomes, run_processes
 
@@ -176,19 +177,30 @@ def test_a_signal_to_all_ranks_is_told_once(tmp_path):
 # ------------------------------------------------------------------------------ what is left alone
 
 
-def twice(run_dir):
+def twice(run_dir, within_s):
+    signals._TWICE_S = within_s
+
     class Impatient(dtrain.Callback):
         def on_loss(self, ctx, step):
             if dtrain.init(seed=0).rank == 1 and step.number == 3:
                 os.kill(os.getpid(), signal.SIGINT)
                 os.kill(os.getpid(), signal.SIGINT)
 
-    fit(run_dir, Impatient())
+    result, _ = fit(run_dir, Impatient())
+    return result.stop_reason
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    _, impatient = run_outcomes(twice, 2, tmp_path, timeout_s=20)
+    _, impatient = run_outcomes(twice, 2, tmp_path, 0.0, timeout_s=20)
     assert impatient.exitcode == 130
+
+
+def test_one_that_a_launcher_passes_on_as_well_is_no_second_one(tmp_path):
+    """As where all processes of a job are sent it: the rank, and its torchrun."""
+    assert (
+        run_processes(twice, 2, tmp_path, 60.0)
+        == [f"SIGINT (asked by rank 1 on {socket.gethostname()})"] * 2
+    )
 
 
 def own_handler(run_dir):
