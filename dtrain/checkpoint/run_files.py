@@ -302,9 +302,13 @@ class RunFiles:
     @contextmanager
     def in_fit(self) -> Iterator[None]:
         """A fit, after which another start of the run may begin. Ranks: all, local."""
+        activity = self._world.comm.activity
+        if self._world.is_main:
+            activity.leave_word = lambda reason: self._write_status("failed", reason)
         try:
             yield
         finally:
+            activity.leave_word = lambda reason: None
             self.saver.unreserve()
             self.saver.failure = self._failed = None  # they hold the frames that they came from
             if self.saver.run_lock is not None:

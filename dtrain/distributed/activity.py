@@ -74,6 +74,8 @@ class Activity:
     watched: bool = False  # whether a watchdog looks at all this
     #: Says, once it is known, whether the others wait for this rank in a verb; a watchdog's.
     are_in_a_verb: Callable[[], bool] = lambda: False
+    #: Leaves in the run's files why it ends, where the main thread cannot; those files'.
+    leave_word: Callable[[str], None] = lambda reason: None
     steps: Laps = field(default_factory=Laps)
     batches: Laps = field(default_factory=Laps)
     laps: Laps | None = None  # of steps or batches, in the middle of one

@@ -29,7 +29,7 @@ from dtrain.distributed import (
     stopped_children,
     this_machine,
 )
-from dtrain.errors import Failure, HangError
+from dtrain.errors import DtrainError, Failure, HangError
 from dtrain.watchdog.judgement import (
     NAME_S,
     STOPPED_S,
@@ -92,6 +92,7 @@ class Watch(threading.Thread):
         self._others: Others | None = None
         self._looked_at = self._asked_at = -math.inf
         self._failure: Failure | None = None  # what another rank has found, or is
+        self._why = ""  # it ends, for the run's files
         self._heeded_at: float | None = None
         self._worker_stopped_at: float | None = None
         self._told_wait = False
@@ -290,7 +291,7 @@ class Watch(threading.Thread):
         ends = failure.ends or mine.quiet_s > mine.limit_s or (not own and self._left(failure))
         if self._failure is None and (ends or mine.quiet_s >= self._name_s):
             self._failure = failure
-            self._tell(self._words(failure) + (f"\n{self._stack(stack)}" if own else ""))
+            self._tell(failure, self._words(failure) + f"\n{self._stack(stack)}" * own)
         if not ends:
             return
         if self._heeded_at is None:
@@ -329,7 +330,7 @@ class Watch(threading.Thread):
                 "\n  If it was slow and not stuck: Trainer(..., hang_after_s=...), now "
                 f"{self._hang_after_s:g}; None switches this off."
             )
-        self._tell(report)
+        self._tell(failure, report)
         # The other ranks read it meanwhile. If the main thread leaves fit by itself, it may.
         if not self._ended.wait(_LINGER_S):
             self._end_cause(held=blame.held)
@@ -347,7 +348,10 @@ class Watch(threading.Thread):
             if post.inside:
                 end_process(post, self._outside.machine, held=held)
 
-    def _tell(self, report: str) -> None:
+    def _tell(self, failure: Failure, report: str) -> None:
+        own = failure.rank == self._world.rank
+        self._why = f"{failure.kind}: {failure.message}" if own else f"RemoteError: {failure}"
+
         def tell_launcher() -> None:
             try:
                 raise HangError(report)  # what is recorded has a traceback
@@ -362,6 +366,7 @@ class Watch(threading.Thread):
         _print_report(
             f"dtrain: {self._who} ends with code {HANG_EXIT_CODE}: its main thread waits in vain"
         )
+        _write_out(lambda: self._activity.leave_word(self._why))
         # What the main thread holds (a lock of stdout's) must not keep the process.
         _write_out(lambda: (sys.stdout.flush(), sys.stderr.flush()))
         # Loaders' workers leave with their parent, unless they are stopped: nothing may be left.
@@ -372,7 +377,7 @@ class Watch(threading.Thread):
 
 def _write_out(call: Callable[[], object]) -> None:
     """Calls what writes to a disk or a pipe; one that takes nothing any more holds up nobody."""
-    with suppress(TimeoutError, OSError, ValueError):
+    with suppress(TimeoutError, OSError, ValueError, DtrainError):
         Bounded().call(call, _FLUSH_S)
 
 

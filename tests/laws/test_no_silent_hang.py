@@ -164,7 +164,16 @@ def mse(model, batch):
     return (model(batch[0]) - batch[1]).square().mean()
 
 
-def train(callbacks=(), data=None, *, loss_fn=mse, max_steps=40, hang_after_s=300.0, **options):
+def train(
+    callbacks=(),
+    data=None,
+    *,
+    loss_fn=mse,
+    max_steps=40,
+    hang_after_s=300.0,
+    run_dir=None,
+    **options,
+):
     dtrain.init(seed=1)
     model = nn.Linear(3, 1)
     trainer = dtrain.Trainer(
@@ -173,6 +182,7 @@ def train(callbacks=(), data=None, *, loss_fn=mse, max_steps=40, hang_after_s=30
         loss_fn,
         callbacks=callbacks,
         sinks=[],
+        run_dir=run_dir,
         hang_after_s=hang_after_s,
     )
     data = dataset() if data is None else data
@@ -272,6 +282,22 @@ def test_a_stopped_rank(tmp_path, size, rank):
     print(f"all others had ended after {took:.1f} s")
     if size < 16:
         assert took <= NAMED_S
+
+
+def hang_in_a_run(rank, folder):
+    callbacks = [Hangs("stopped", rank, folder), Checkpoint(every_steps=2)]
+    return train(callbacks, run_dir=Path(folder, "run"))
+
+
+def test_what_the_watchdog_ends_is_in_the_runs_files(tmp_path):
+    outcomes = launch(hang_in_a_run, 2, 1, str(tmp_path))
+    assert outcomes[0].exitcode == HANG_EXIT_CODE
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["status"], status["saved"], status["failures"]) == ("failed", STEP, 1)
+    assert re.match(
+        rf"failed at step \d+ \(rank 1 on {HOST} failed in on_step_end", status["sentence"]
+    )
+    assert "HangError: its process is stopped" in status["sentence"]
 
 
 @pytest.mark.parametrize(("size", "rank"), [(2, 0), (2, 1), (3, 0), (3, 2)])
