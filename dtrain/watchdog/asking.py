@@ -7,6 +7,7 @@ from dtrain.errors import Failure
 from dtrain.watchdog.judgement import ALL_LOOK, SILENT_S, judge
 from dtrain.watchdog.store import TICK_S, Others, WatchdogStore
 
+_LOOK_S = 0.05
 _GRACE_S = 3.0  # for others to find out
 _LOST = Phase("finding out which rank was lost", slow=True)
 #: A failure is to be told; see :func:`are_in_a_verb`.
@@ -79,7 +80,7 @@ def are_in_a_verb(told: WatchdogStore, world: World) -> bool:
                 return False  # all have failed
             if any(not post.inside for post in posts):
                 return False
-            _pause(TICK_S / 2)
+            _pause(_LOOK_S)
         return False
     finally:
         activity.enter(before)

@@ -55,6 +55,7 @@ GRACE_S = 3.0  # for the main thread to raise what the watchdog has found
 _FLUSH_S = 1.0  # for what a report is written to
 _AT_EXIT_S = 10.0  # for a call that is still under way when the process ends
 _LINGER_S = 1.5  # for the other ranks to read it, before this one's end ends them too
+_SOON_S = 0.1  # how soon a rank that has come to where it waits is looked at again
 _LOST_S = 8.0  # a store that does not answer for so long will not
 #: Where no other rank is left that could end it: a process whose interpreter is held for so many
 #: times its limit ends itself. (Another clock does not run then, so it counts a stop as well.)
@@ -92,6 +93,7 @@ class Watch(threading.Thread):
         self._others: Others | None = None
         self._looked_at = self._asked_at = -math.inf
         self._failure: Failure | None = None  # what another rank has found, or is
+        self._pause_s = TICK_S
         self._why = ""  # it ends, for the run's files
         self._heeded_at: float | None = None
         self._worker_stopped_at: float | None = None
@@ -115,7 +117,7 @@ class Watch(threading.Thread):
                 self._outside = replace(self._outside, address=door.address, port=door.port)
             # At once: a rank that is lost before it has posted would pass for one outside of fit.
             self._tick()
-            while not self._ended.wait(TICK_S):
+            while not self._ended.wait(self._pause_s):
                 self._tick()
                 if door is not None:
                     door.clear()
@@ -157,6 +159,9 @@ class Watch(threading.Thread):
         mine = self._heartbeat(stack)
         self._arm(mine.limit_s)
         self.told.post(mine)
+        # Whoever failed finds out by two posts that this rank waits, and where.
+        just_came = mine.waits and not self._quiet_s and self._pause_s == TICK_S
+        self._pause_s = _SOON_S if just_came else TICK_S
         if self._quiet_s >= self._name_s / 2 and not math.isinf(mine.limit_s):
             self._consult(mine, stack)
 
