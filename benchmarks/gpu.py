@@ -383,7 +383,7 @@ def part(name: str, arguments: argparse.Namespace, until: float) -> dict[str, An
     left = until - time.monotonic()
     needs = 15 if arguments.tiny else NEEDS.get(name, 15)
     if left < needs:
-        return {"left_out": f"{left:.0f} s were left for it, of the {needs} that it may take"}
+        return {"left_out": f"{max(left, 0):.0f} s were left, of the {needs} that it may take"}
     here += ["--seconds", f"{left - 10:.0f}"] if name == "start" else []
     try:
         told = subprocess.run(here, capture_output=True, text=True, timeout=left)

@@ -66,7 +66,7 @@ def test_it_ends_early_where_time_is_short(tmp_path):
     found = json.loads(figures.read_text())
     assert found["models"]["mlp"]["rounds"] == 2
     assert "2 of 50 rounds of 3 steps" in told
-    assert found["parts"]["start"] == {"left_out": "no time was left"}
+    assert found["parts"]["start"] == {"left_out": "0 s were left, of the 15 that it may take"}
 
 
 def test_the_script_says_what_it_cannot_do(tmp_path):
