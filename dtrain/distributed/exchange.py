@@ -121,7 +121,10 @@ class Exchange:
             if heads[:, -1].any():
                 told = remote_error(self.gather_objects(label, None))
                 vars(told)["_dtrain_left"] = True
-                raise told
+                try:
+                    raise told
+                finally:
+                    del told  # its traceback has this frame
             row = f"step {self.failures.step}  {verb}({label!r})  {detail or '-'}  at {site}"
             rows = enumerate(self.gather_objects(label, row))
             table = "\n".join(f"  rank {rank}: {row}" for rank, row in rows)

@@ -75,8 +75,9 @@ def come_together(
     local_rank, local_size = int(given or found[0]), int(on_host or found[1])
     if opens:
         found_out = {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size)}
-        variables |= {name: one for name, one in found_out.items() if not os.environ.get(name)}
-        os.environ.update(variables)
+        os.environ.update({n: one for n, one in found_out.items() if not os.environ.get(n)})
+        # As they are now: another port may have been found, or another name for this host.
+        variables |= {name: os.environ[name] for name in (*variables, *found_out)}
     return Place(rank, local_rank, local_size, store_process)
 
 

@@ -178,7 +178,10 @@ class Engine:
         if self.micro_step.trouble is None:
             comm.record(error, where)  # for ranks that wait for this one in a verb of their hooks
             self._parted |= where != "on_step_start"
-            self.micro_step.fail(error, where)
+            try:
+                self.micro_step.fail(error, where)
+            finally:
+                del error
 
     def check_whole(self) -> None:
         """Refuses to go on after a failure on one rank only. Ranks: all, communicates."""

@@ -154,7 +154,10 @@ class MicroStep(nn.Module):
         # one that it has been told of another's failure, which has left.
         if comm.has_left(error) or comm.activity.are_in_a_verb():
             comm.fail(error, where)
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback has this frame
         self.trouble = error, where
         self.lane.say(Slot.ERROR)
 
