@@ -36,6 +36,15 @@ def step(name, timeout_s=100, more="", options="--overlap -n2"):
     return f'srun {options} "$PYTHON" train.py {name} {timeout_s} {more}'
 
 
+def test_two_steps_of_an_allocation_do_not_meet(cluster, tmp_path):
+    job = batch(cluster, tmp_path, [step("a") + " &", step("b") + " &"])
+    job.wait()
+    log = (tmp_path / "log").read_text()
+    for name in "ab":
+        assert log.count(f"{name}: ['{name}', '{name}'] at ") == 2, log
+    assert len(set(re.findall(r"\] at (\d+)", log))) == 2, log
+
+
 def test_two_steps_with_one_exported_port(cluster, tmp_path):
     """The one that comes second ends, on all its tasks, and names the first; that one goes on."""
     go = tmp_path / "go"
