@@ -353,7 +353,7 @@ class Trainer:
         same = {k: v for k, v in fingerprint.items() if not (data.is_stream and k == "samples")}
         sizes = {label: str(one) for label, one in evals.items()}
         same |= {"override": self._run_state.override, "plan": plan, "evaluation": sizes}
-        check_same_call(same, self.world.comm)
+        check_same_call(same | {"run_dir": bool(context.run_dir)}, self.world.comm)
         if self._live:
             compare_fits(self._run_state.fingerprint, fingerprint, context.say)
         self._run_state.fingerprint = fingerprint

@@ -25,22 +25,8 @@ class _Place:
     """What a rank has for ``run_dir``."""
 
     host: str
-    run_dir: str  # nothing where it has none
+    run_dir: str
     sees: bool = True
-
-
-def check_same(run_dir: Path | None, world: World) -> None:
-    """Raises RankMismatch on all ranks where some have a ``run_dir``, and others have none."""
-    if world.size == 1:
-        return
-    given = world.comm.gather_objects("who has a run_dir", run_dir is not None)
-    if any(given) and not all(given):
-        with_it = some_of([str(rank) for rank, has in enumerate(given) if has])
-        without = some_of([str(rank) for rank, has in enumerate(given) if not has])
-        raise RankMismatch(
-            f"rank {with_it} has a run_dir, and rank {without} has none: pass the same "
-            "Trainer(run_dir=...) on all ranks. Only rank 0 writes what is not shared out."
-        )
 
 
 def check_shared(run_dir: Path, world: World) -> None:

@@ -70,7 +70,6 @@ class RunFiles:
         """
         run_dir, run_state = self._run_dir, self._run_state
         check_mode(mode)
-        one_folder.check_same(run_dir, self._world)
         if run_dir is None:
             if mode == "must":
                 raise ConfigError("resume='must' needs a run_dir to resume from")

@@ -63,8 +63,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
 # Else, in torch 2.13, a restart within the job (RESTARTS=1 sbatch ...) cannot connect.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# torchrun; where it fails, its own stack says nothing: a rank's does.
-torchrun='import sys; from torch.distributed.run import main; sys.tracebacklimit = 0; main()'
 """
 
 _SRUN_SETTINGS = """
@@ -137,7 +135,7 @@ _PLACE = """
 _START_TORCHRUN = """\
 srun --quiet --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \\
     --kill-on-bad-exit=1 --wait=60 \\
-    "${pyxis[@]}" "${container[@]}" "${PYTHON:-python}" -c "$torchrun" \\
+    "${pyxis[@]}" "${container[@]}" "${PYTHON:-python}" -m dtrain.cluster.torchrun \\
     --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-0}" """
 
 _AT_ENDPOINT = """\\

@@ -42,7 +42,7 @@ from dtrain.distributed.random_streams import (
     seeded_generator,
     streams_apart,
 )
-from dtrain.distributed.rendezvous import local_store, serve_store
+from dtrain.distributed.rendezvous import local_store, read_all, serve_store
 from dtrain.distributed.replicas import (
     Replicas,
     as_bytes,
@@ -75,7 +75,8 @@ __all__ += ["METRICS", "OWN_BACKWARD", "SAVING", "UPDATE", "Activity", "Heartbea
 __all__ += ["Comm", "DataParallel", "Rule", "TransportOp", "World", "current", "inhabited", "init"]
 __all__ += ["check_same_call", "check_same_model", "digest_of", "on_main", "shapes_of"]
 __all__ += ["Replicas", "as_bytes", "digests", "not_finite", "own_memory", "some_of"]
-__all__ += ["heartbeat_key", "launcher_gone", "local_store", "serve_store", "share_buffers"]
+__all__ += ["heartbeat_key", "launcher_gone", "local_store", "read_all", "serve_store"]
+__all__ += ["share_buffers"]
 __all__ += ["check_same_lines", "give_rank_0s", "tensors_of_state"]
 __all__ += ["Process", "end_process", "end_with", "look_up", "started", "stopped_children"]
 __all__ += ["this_machine"]

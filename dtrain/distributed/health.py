@@ -26,6 +26,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from dtrain.distributed.environment import has_gpu, share_cores
 from dtrain.distributed.health_verdict import Health, judge, pairings
 from dtrain.distributed.launchers import find_launcher
+from dtrain.distributed.rendezvous import find_store, read_all
 from dtrain.distributed.transport import yielding_threads
 from dtrain.errors import ConfigError, LaunchError
 
@@ -39,7 +40,6 @@ _SLOT_S = 5.0  # a pair has so long in its round, should one of it or of the rou
 _MET_S = 60.0  # ranks that have opened their groups are all there
 _COME_S = 15.0  # a device may have to be woken first
 _LOOK_S = 0.05
-_BATCH = 256  # keys of the store in one call
 _ADVICE = (
     "in each step all ranks wait for the slowest. `dtrain submit --spares 1` leaves such a node "
     "out; to look again: `dtrain health`; not to look: dtrain.init(health=False), DTRAIN_HEALTH=off"
@@ -154,7 +154,7 @@ def examine_job(within_s: float) -> tuple[int, Health | None]:
     timeout = timedelta(seconds=within_s)
     try:  # rank 0 outlives what the others ask of it
         if not serves:
-            _find(host, int(port), within_s)
+            find_store(None, [int(port)], within_s)
         store: Store = TCPStore(host, int(port), None, serves, timeout, wait_for_workers=False)
     except RuntimeError as error:
         what = "cannot serve" if serves else f"has met no rank 0 in {within_s:g} s"
@@ -168,18 +168,6 @@ def examine_job(within_s: float) -> tuple[int, Health | None]:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives it
     store = PrefixStore(f"dtrain-health/{attempt}", store)
     return rank, examine(store, rank, size, devices=devices, backend=backend, come_s=within_s)
-
-
-def _find(host: str, port: int, within_s: float) -> None:
-    """Waits for rank 0: torch would tell at length, on stderr, that it is not there yet."""
-    until = time.monotonic() + within_s
-    while True:
-        try:
-            return socket.create_connection((host, port), timeout=within_s).close()
-        except OSError as error:
-            if time.monotonic() > until:
-                raise RuntimeError(str(error)) from error
-        select([], [], [], _LOOK_S)
 
 
 def _sum_up(size: int, here: Mapping[int, str], reports: Mapping[int, Any]) -> Health:
@@ -229,10 +217,7 @@ def _collect(store: Store, what: str, ranks: Any, within_s: float) -> dict[int, 
     keys = {rank: f"{what}/{rank}" for rank in ranks}
     if not _come(store, list(keys.values()), within_s):
         keys = {rank: key for rank, key in keys.items() if store.check([key])}
-    told: list[bytes] = []
-    there = list(keys.values())
-    for first in range(0, len(there), _BATCH):
-        told += store.multi_get(there[first : first + _BATCH])
+    told = read_all(store, list(keys.values()))
     return {rank: json.loads(text) for rank, text in zip(keys, told, strict=True)}
 
 

@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain.distributed.addresses import this_network, unreachable_by_gloo
-from dtrain.distributed.rendezvous import MET, Patience, refuse
+from dtrain.distributed.rendezvous import KEYS_AT_ONCE, MET, Patience, read_all, refuse
 from dtrain.errors import LaunchError
 
-_KEYS_AT_ONCE = 256  # more in one call cost the store more each
 _NAMED = 8  # so many of those that are missing are named
 _HEARD_S = 5.0  # how long rank 0 waits until all have heard of an error, and may end its store
 
@@ -214,16 +213,13 @@ def _absent(store: Store, size: int) -> list[int]:
 
 
 def _read(store: Store, size: int) -> list[Arrival]:
-    texts = [
-        text for ranks in _batches(size) for text in store.multi_get([_key(rank) for rank in ranks])
-    ]
+    texts = read_all(store, [_key(rank) for rank in range(size)])
     return [Arrival(**json.loads(text)) for text in texts]
 
 
 def _batches(size: int) -> list[range]:
-    return [
-        range(first, min(first + _KEYS_AT_ONCE, size)) for first in range(0, size, _KEYS_AT_ONCE)
-    ]
+    firsts = range(0, size, KEYS_AT_ONCE)
+    return [range(first, min(first + KEYS_AT_ONCE, size)) for first in firsts]
 
 
 def _key(rank: int) -> str:

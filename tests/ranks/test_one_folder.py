@@ -60,7 +60,10 @@ def some_have_one(run_dirs):
 def test_only_some_have_one(tmp_path):
     found = run_ranks(some_have_one, 3, [None, tmp_path / "run", None])
     assert found == [found[0]] * 3
-    assert found[0][0].startswith("rank 1 has a run_dir, and rank 0, 2 has none: ")
+    words, steps = found[0]
+    assert words.startswith("the ranks called fit with different arguments")
+    told = [f"  rank {rank}: run_dir: {rank == 1}" for rank in range(3)]
+    assert (words.splitlines()[1:], steps) == (told, 0)
 
 
 def test_what_shows_late_is_waited_for(tmp_path, monkeypatch):

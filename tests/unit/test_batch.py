@@ -85,7 +85,7 @@ def test_it_prints_what_it_would_submit(script: str) -> None:
     code, text = dry(*options, script, "--nodes", "3")
     assert code == 0
     assert f"\nPYTHON={sys.executable}\nRANKS=8\nset -- {script} --nodes 3\n" in text
-    assert "from torch.distributed.run import main" in text
+    assert "-m dtrain.cluster.torchrun" in text
     assert "warning: --nodes comes after the script's name, so it is passed to the script" in text
     assert directives(text) == [
         "--job-name=train",
@@ -138,6 +138,7 @@ def test_without_torchrun_a_rank_is_a_task(script: str) -> None:
     code, text = dry("--no-torchrun", "--ranks=4", "--cpus=8", script)
     assert code == 0
     assert "torch.distributed.run" not in text
+    assert "cluster.torchrun" not in text
     told = directives(text)
     assert told[1:3] == ["--nodes=1", "--ntasks-per-node=4"]
     assert "--cpus-per-task=2" in told

@@ -38,7 +38,7 @@ from dtrain.watchdog.asking import find_lost
 from dtrain.watchdog.judgement import LOOKERS, Seen, behind, gives_way, judge, looks, stuck, table
 from dtrain.watchdog.reach import Door, call
 from dtrain.watchdog.stacks import Stack, main_stack
-from dtrain.watchdog.store import KEYS_AT_ONCE, Bounded, Others, RunningClock, WatchdogStore
+from dtrain.watchdog.store import Bounded, Others, RunningClock, WatchdogStore
 from dtrain.watchdog.thread import HANG_EXIT_CODE, Watch
 
 SIZES = [2, 3, 64]
@@ -562,7 +562,7 @@ def test_a_rank_that_waits_leaves_looking_to_others_in_a_large_world():
     looker, other = watch_of(0, size, store), watch_of(1, size, store)
     assert len(looker._look(waiting(0, quiet_s=3.0))) == size
     # A few hundred at a time: the store's work for one call grows with the square of its keys.
-    assert store.read == [KEYS_AT_ONCE, KEYS_AT_ONCE, size - 2 * KEYS_AT_ONCE]
+    assert store.read == [256, 256, size - 2 * 256]
     assert other._look(waiting(1, quiet_s=3.0)) == []
     assert len(store.read) == 3
     assert len(other._look(waiting(1, quiet_s=4.0))) == size  # nobody has found anything
