@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -219,6 +220,41 @@ def test_a_second_rank_0_warns_those_that_gather(lives):
     words = json.loads(store.get(f"p/{MET}"))["error"]
     assert f"two jobs of 2 ranks start at the same port {store.port}, or RANK=0 was given" in words
     assert f"process {os.getpid()} on host7 and process 5 on host7 are both rank 0" in words
+
+
+TASK = """
+import os
+import dtrain
+world = dtrain.init(timeout_s=30)
+world.connect().set(f"said by {world.rank}", "here")  # a further connection, as the watchdog's
+print(world.comm.gather_objects("all", os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"])
+"""
+
+
+def test_what_the_ranks_have_found_is_what_they_go_on_with():
+    """A port that follows from the job is taken, and the node's name is none that resolves."""
+    for job in range(1, 1000):
+        with suppress(OSError):
+            other = socket.create_server(("", 20000 + job))
+            break
+    srun = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    srun |= {"SLURM_STEP_NODELIST": "no-such-node", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
+    with other:
+        tasks = [
+            subprocess.Popen(
+                [sys.executable, "-c", TASK],
+                env=plain | srun | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        told = [task.communicate(timeout=60)[0].split() for task in tasks]
+    ports = {int(port.strip("[',]")) for words in told for port in words[:2]}
+    assert len(ports) == 1
+    assert ports <= set(range(20001 + job, 20008 + job))
+    assert [words[2] for words in told] == ["127.0.0.1"] * 2
 
 
 @pytest.mark.slow

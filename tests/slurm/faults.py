@@ -26,69 +26,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import ENV, Cluster, Job, wait_for
+from cluster import ENV, TRAIN, Cluster, Job, wait_for
 
-from dtrain.cluster import render
+from dtrain.cluster import Kind, render
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
-STEPS = 2000  # more than all faults take, at SLOW_STEP_S each
+STEPS = 4000  # more than all faults take, at 0.1 s each
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-
-#: Trains; notes by job, start and rank where it began, is, and ended. Slow while there is `slow`.
-TRAIN = """
-import os, sys, threading
-from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
-from torch import nn
-from torch.utils.data import TensorDataset
-
-import dtrain
-from dtrain.callbacks import Checkpoint
-
-world = dtrain.init(seed=3)
-folder = Path(sys.argv[1])
-start = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}-{world.rank}"
-
-
-def note(what, words):
-    aside = folder / f".{what}-{start}"
-    aside.write_text(str(words))
-    aside.rename(folder / f"{what}-{start}")
-
-
-class Notes(dtrain.Callback):
-    def on_fit_start(self, ctx):
-        note("pid", os.getpid())
-
-    def on_step_start(self, ctx, step):
-        if not self.began:
-            note("start", step.number)
-        self.began = True
-
-    def on_step_end(self, ctx, step):
-        note("at", step.number)
-        if (folder / "slow").exists():
-            threading.Event().wait(0.2)
-
-    began = False
-
-
-x = torch.randn(48, 6, generator=torch.Generator().manual_seed(5))
-model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 1))
-trainer = dtrain.Trainer(
-    model,
-    torch.optim.AdamW(model.parameters(), lr=1e-2),
-    lambda model, batch: (model(batch[0]) - batch[0].sum(1, True)).square().mean(),
-    callbacks=[Notes(), Checkpoint(every_steps=5)],
-    sinks=[],
-    run_dir=folder / "run",
-)
-result = trainer.fit(TensorDataset(x), batch_size=8, max_steps=int(sys.argv[2]))
-if not result.preempted:
-    save_file(model.state_dict(), folder / f"model-{world.rank}.safetensors")
-"""
 
 
 class Untrue(Exception):
@@ -101,31 +45,41 @@ class Run:
 
     cluster: Cluster
     folder: Path
-    kind: str
+    kind: Kind
+    slow: bool = False
     job: Job = field(init=False)
-    read: int = 0  # so much of the job's log was looked at
+    jobs: int = 0
     count: int = 0  # which start of the job
+    read: int = 0  # so much of the job's log was looked at
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "train.py").write_text(TRAIN)
-        options = {"exclusive": None, "nodes": "2", "ntasks-per-node": "1", "output": "log-%j"}
-        (self.folder / "job.sbatch").write_text(render(self.kind, options=options))  # type: ignore[arg-type]
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         self.submit()
 
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
     def submit(self) -> None:
-        """Submits a job for what is left to do."""
-        arguments = [str(self.folder / "train.py"), str(self.folder), str(STEPS)]
-        script = self.folder / "job.sbatch"
-        self.job = self.cluster.submit(self.folder, script, *arguments, RANKS="1")
-        self.read = self.count = 0
+        """Submits a job for what is left to do, with a folder of its own for what it notes."""
+        notes = self.folder / f"job-{self.jobs}"
+        notes.mkdir()
+        (notes / "run").symlink_to(self.run_dir)
+        if self.slow:
+            (notes / "slow").touch()
+        options = {"exclusive": None, "nodes": "2", "ntasks-per-node": "1", "output": "log"}
+        script = notes / "job.sbatch"
+        script.write_text(render(self.kind, options=options))
+        numbers = {"STEPS": str(STEPS), "EVERY_STEPS": "5", "RANKS": "1"}
+        self.job = self.cluster.submit(notes, script, str(TRAIN), str(notes), "0", **numbers)
+        self.jobs, self.read, self.count = self.jobs + 1, 0, 0
 
     def log(self) -> str:
-        path = self.folder / f"log-{self.job.number}"
+        path = self.job.folder / "log"
         return path.read_text() if path.exists() else ""
 
     def note(self, what: str, rank: int) -> str | None:
-        path = self.folder / f"{what}-{self.job.number}-{self.count}-{rank}"
+        path = self.job.folder / f"{what}-{self.count}-{rank}"
         return path.read_text() if path.exists() else None
 
     def step(self) -> int:
@@ -273,7 +227,7 @@ def port_taken(run: Run, after: ExitStack) -> Expected:
 
 
 def disk_full(run: Run, after: ExitStack) -> Expected:
-    ballast = run.folder / "run" / "ballast"
+    ballast = run.run_dir / "ballast"
     with ballast.open("wb") as file:
         try:
             while True:
@@ -394,7 +348,7 @@ def own_cluster(folder: Path) -> Any:
         control("stop")
 
 
-def play(cluster: Cluster, folder: Path, kind: str, drawn: list[tuple[str, int]]) -> None:
+def play(cluster: Cluster, folder: Path, kind: Kind, drawn: list[tuple[str, int]]) -> None:
     """Has all faults happen, and compares the end; raises Untrue."""
     plain = Run(cluster, folder / "plain", kind)
     plain.wait_for("end of the plain run", plain.has_ended)
@@ -405,8 +359,7 @@ def play(cluster: Cluster, folder: Path, kind: str, drawn: list[tuple[str, int]]
         run_dir.mkdir(parents=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", run_dir], check=True)
         mounted.callback(subprocess.run, ["umount", "-l", run_dir], check=True)
-        (folder / "drawn" / "slow").touch()
-        run = Run(cluster, folder / "drawn", kind)
+        run = Run(cluster, folder / "drawn", kind, slow=True)
         run.wait_until_training()
         for number, (name, steps) in enumerate(drawn, 1):
             reached = run.step() + steps
@@ -417,7 +370,7 @@ def play(cluster: Cluster, folder: Path, kind: str, drawn: list[tuple[str, int]]
             except Untrue as wrong:
                 raise Untrue(f"{number} {name}: {wrong}") from None
             print(f"{number:2} {name:22} {time.monotonic() - began:4.0f} s  {sentence}", flush=True)
-        (folder / "drawn" / "slow").unlink()
+        (run.job.folder / "slow").unlink()
         run.wait_for("end", run.has_ended)
         if run.job.state() != "COMPLETED":
             raise Untrue(f"it ended as {run.job.state()}: {run.log()[run.read :]}")

@@ -2,9 +2,10 @@
 
 slurm_train.py FOLDER SLOW_STARTS [raise]
 
-Into FOLDER go `run` (run_dir); of each start and rank `start-COUNT-RANK`, with the step it began
-at, `at-COUNT-RANK`, with a step that it has reached, and `end-COUNT-RANK`, with the step it ended
-at and why; and `model-RANK.safetensors`, at the end.
+Into FOLDER go `run` (run_dir); of each start and rank `pid-COUNT-RANK`, `start-COUNT-RANK`, with
+the step it began at, `at-COUNT-RANK`, with a step that it has reached, and `end-COUNT-RANK`, with
+the step it ended at and why; and `model-RANK.safetensors`, at the end. While FOLDER/slow is there,
+steps are slow as well. STEPS and EVERY_STEPS in the environment are other numbers than 600 and 25.
 """
 
 import os
@@ -20,7 +21,9 @@ from torch.utils.data import TensorDataset
 import dtrain
 from dtrain.callbacks import Checkpoint
 
-STEPS, EVERY_STEPS, SLOW_STEP_S = 600, 25, 0.1
+STEPS = int(os.environ.get("STEPS", "600"))
+EVERY_STEPS = int(os.environ.get("EVERY_STEPS", "25"))  # a checkpoint
+SLOW_STEP_S = 0.1
 
 world = dtrain.init(seed=3)
 folder, slow_starts, fails = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["raise"]
@@ -35,6 +38,7 @@ def note(what, words):
 
 class Watched(dtrain.Callback):
     def on_fit_start(self, ctx):
+        note("pid", os.getpid())
         note("start", ctx.progress.step)
 
     def on_step_end(self, ctx, step):
@@ -42,7 +46,7 @@ class Watched(dtrain.Callback):
             raise ValueError("planted")
         if step.number % EVERY_STEPS == 2:
             note("at", step.number)
-        if count < slow_starts:
+        if count < slow_starts or (folder / "slow").exists():
             threading.Event().wait(SLOW_STEP_S)
 
 
@@ -55,7 +59,6 @@ trainer = dtrain.Trainer(
     callbacks=[Watched(), Checkpoint(every_steps=EVERY_STEPS)],
     sinks=[],
     run_dir=folder / "run",
-    hang_after_s=30,  # many ranks share a few cores here
 )
 result = trainer.fit(TensorDataset(x), batch_size=8, max_steps=STEPS)
 if not result.preempted:
