@@ -32,8 +32,9 @@ from dtrain.errors import (
 )
 from dtrain.plan import FitResult
 from dtrain.sinks import Report, Sink
+from dtrain.studies import Table, compare_runs
 from dtrain.trainer import Trainer
-from dtrain.trials import Equivalence, check_equivalence
+from dtrain.trials import Equivalence, Study, ablate, check_equivalence
 
 __all__ = [
     "Callback",
@@ -68,10 +69,14 @@ __all__ = [
     "Sink",
     "SinkError",
     "Step",
+    "Study",
+    "Table",
     "Trainer",
     "UnusedParameters",
     "World",
+    "ablate",
     "check_equivalence",
+    "compare_runs",
     "export_model",
     "init",
     "load_model",

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from dtrain.cli.ablate import InOrder, ablate
 from dtrain.cli.health import health
 from dtrain.cli.submit import submit
+from dtrain.cli.tables import compare
 from dtrain.cli.trials import check, drill, refusing
 from dtrain.errors import CheckpointError, ConfigError
 
@@ -23,6 +25,8 @@ app = typer.Typer(
 for command in (check, drill, submit):
     app.command(context_settings={"allow_interspersed_args": False})(command)
 
+app.command(cls=InOrder, context_settings={"ignore_unknown_options": True})(ablate)
+app.command()(compare)
 app.command()(health)
 
 

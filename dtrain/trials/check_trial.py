@@ -93,7 +93,7 @@ class CheckTrial(Trial):
             "run_dir": None if given.get("run_dir") is None else self.folder / "run",
         }
 
-    def fit_arguments(self, data: Data, given: dict[str, Any]) -> dict[str, Any]:
+    def fit_arguments(self, trainer: Trainer, data: Data, given: dict[str, Any]) -> dict[str, Any]:
         self.record.batch_size = data.batch_size
         if self.setup.batch_size is not None:
             data.batch_size = self.setup.batch_size

@@ -122,7 +122,7 @@ class DrillTrial(Trial):
         callbacks.append(_Injector(self.start.disturbance, log, self._folder, world))
         return given | {"callbacks": callbacks, "sinks": [], "run_dir": self.start.run_dir}
 
-    def fit_arguments(self, data: Data, given: dict[str, Any]) -> dict[str, Any]:
+    def fit_arguments(self, trainer: Trainer, data: Data, given: dict[str, Any]) -> dict[str, Any]:
         never = given.get("resume") == "never"
         self._log.tell("facts", facts={"stream": data.is_stream, "never_resumes": never})
         # A report for each step: a save that is not planned closes none before its time.

@@ -36,7 +36,8 @@ _GRACE_S = 2.0  # how long ranks go on after one has failed: time to say which o
 # What scripts need, and takes long to import. The first optimizer imports _dynamo.
 _IMPORTS = (
     *("torch._dynamo", "numpy.random"),
-    *("dtrain.trials.check_trial", "dtrain.trials.drill_trial", "dtrain.callbacks"),
+    *("dtrain.trials.check_trial", "dtrain.trials.drill_trial", "dtrain.trials.study_trial"),
+    "dtrain.callbacks",
 )
 
 
@@ -293,7 +294,8 @@ def _fork(order: Order, rank: int, *, fresh: bool) -> int:
 def _be_rank(order: Order, rank: int, *, fresh: bool) -> int:
     os.setsid()  # a group of its own, so that its data workers can be killed with it
     nothing = os.open(os.devnull, os.O_RDONLY)
-    out = os.open(f"{order.folder}/rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    # A study's run that goes on does so in the same file.
+    out = os.open(f"{order.folder}/rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for handle, target in ((nothing, 0), (out, 1), (out, 2)):
         os.dup2(handle, target)
     os.close(nothing)

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +77,10 @@ class Launch:
     def _which(self, rank: int) -> str:
         return f" (rank {rank})" if len(self.codes) > 1 else ""
 
+    def said(self) -> str:
+        """Returns the last lines of the rank that failed, else of the first."""
+        return self._said(self.failed[0] if self.failed else 0)
+
     def _said(self, rank: int) -> str:
         return _tail(self.folder / f"rank-{rank}.txt")
 
@@ -89,7 +93,12 @@ class Launcher:
     """
 
     def __init__(
-        self, *, most_ranks: int, command: str = "check", progress: Progress | None = None
+        self,
+        *,
+        most_ranks: int,
+        command: str = "check",
+        progress: Progress | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self._command = command
         self.say = progress or (lambda words: None)  # what runs next
@@ -103,19 +112,26 @@ class Launcher:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=_environment(most_ranks),
+                env=_environment(most_ranks, command) | dict(variables or {}),
                 start_new_session=True,  # Ctrl-C is for us; the server sees its stdin close
             )
 
     def launch(
-        self, setup: Any, ranks: int, script: str | Path, args: Sequence[str], timeout_s: float
+        self,
+        setup: Any,
+        ranks: int,
+        script: str | Path,
+        args: Sequence[str],
+        timeout_s: float,
+        folder: Path | None = None,
     ) -> Launch:
         """Runs a script once, on so many ranks, and waits until all of them have ended.
 
         ``setup`` is a dataclass, of a module whose ``make_trial`` takes it on each rank. If it
-        has ``double``, and that is true, torch's default dtype is float64 there.
+        has ``double``, and that is true, torch's default dtype is float64 there. What ranks print
+        and record is in ``folder``, else in a temporary one.
         """
-        folder = tempfile.mkdtemp(prefix="run-", dir=self.folder)
+        place = str(folder) if folder else tempfile.mkdtemp(prefix="run-", dir=self.folder)
         environments: list[dict[str, str]] = [{}]
         if ranks > 1:
             from dtrain.distributed import serve_store
@@ -127,18 +143,24 @@ class Launcher:
         words = [str(arg) for arg in args]
         trial, given = type(setup).__module__, asdict(setup)
         double = given.get("double", False)
-        order = Order(trial, given, double, folder, str(script), words, environments, timeout_s)
-        assert self._server.stdin is not None
+        order = Order(trial, given, double, place, str(script), words, environments, timeout_s)
+        answer, orders = "", self._server.stdin
         assert self._server.stdout is not None
-        answer = ""
-        with suppress(BrokenPipeError):
-            self._server.stdin.write(json.dumps(asdict(order)) + "\n")
-            self._server.stdin.flush()
-            answer = self._server.stdout.readline()
+        with suppress(BrokenPipeError, ValueError):  # it has died, or was abandoned
+            if orders is not None:
+                orders.write(json.dumps(asdict(order)) + "\n")
+                orders.flush()
+                answer = self._server.stdout.readline()
         if not answer:
             raise CheckError(f"the process that starts the ranks has died:\n{_tail(self._log)}")
         codes, late = json.loads(answer)
-        return Launch(self._command, str(script), Path(folder), tuple(codes), late, timeout_s)
+        return Launch(self._command, str(script), Path(place), tuple(codes), late, timeout_s)
+
+    def abandon(self) -> None:
+        """Has all that runs killed; a launch under way, in another thread, raises CheckError."""
+        orders, self._server.stdin = self._server.stdin, None
+        if orders is not None:
+            orders.close()
 
     def __enter__(self) -> "Launcher":
         return self
@@ -165,12 +187,13 @@ def last_line(error: CheckError) -> str:
     return str(error).splitlines()[-1].strip(" |.")
 
 
-def _environment(most_ranks: int) -> dict[str, str]:
+def _environment(most_ranks: int, command: str) -> dict[str, str]:
     """What all ranks have in common; OpenMP reads its threads when torch is imported."""
     threads = max(1, len(os.sched_getaffinity(0)) // most_ranks)
     variables = {
         "OMP_NUM_THREADS": str(threads),  # equal in all runs: so are sums, then
-        "WANDB_MODE": "disabled",  # a check is no experiment to keep
+        # A check is no experiment to keep.
+        **({} if command == "ablate" else {"WANDB_MODE": "disabled"}),
         # Asking whether there is a GPU must not make CUDA unusable in forks.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }

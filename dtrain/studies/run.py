@@ -1,0 +1,66 @@
+"""One run of a comparison, and the figures that it left in its folder."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+_TEXTS = ("kind",)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One variant with one seed."""
+
+    variant: str
+    seed: int
+    state: Literal["finished", "failed", "unfinished"]
+    rows: Sequence[Mapping[str, Any]] = ()  # as :func:`read_rows` gives them
+    error: str = ""  # the first line of what a failed one raised
+    step_s: float | None = None  # median seconds of a step
+    memory: int | None = None  # bytes, the most
+    start: str = ""  # digest of the weights that its training began with
+    evaluated: Mapping[str, float] = field(default_factory=dict)  # by its last Trainer.evaluate
+    path: Path | None = None
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns the figures that a run's ``JSONLines`` or ``CSV`` left, one dict a report.
+
+    ``seconds`` count on over restarts, which begin at 0 in the files.
+    """
+    rows: list[dict[str, Any]] = []
+    if (file := run_dir / "metrics.jsonl").exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # the last one, cut short
+            if isinstance(row, dict):
+                rows.append(_numbers(row))
+    elif (file := run_dir / "metrics.csv").exists():
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = [_numbers(row) for row in csv.DictReader(lines)]
+    before = last = 0.0
+    for row in rows:
+        seconds = row.get("seconds", 0.0)
+        if seconds < last:
+            before += last
+        last = seconds
+        row["seconds"] = before + seconds
+    return rows
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if name in _TEXTS:
+            found[name] = value
+        elif name and value not in ("", None):
+            try:
+                found[name] = float(value)  # "nan" and "inf" are texts there
+            except (TypeError, ValueError):
+                continue
+    return found
