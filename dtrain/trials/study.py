@@ -225,7 +225,8 @@ def pick_of(note: StudyNote) -> Pick:
 
 def compared(folder: StudyFolder, note: StudyNote) -> Table:
     """Returns what there is of a study so far, compared."""
-    words = " ".join([os.path.relpath(note.script), *note.args])
+    near = os.path.relpath(note.script)
+    words = " ".join([note.script if near.startswith("..") else near, *note.args])
     order = [one.name for one in note.variants]
     table = make_table(
         folder.runs(note.runs), pick_of(note), base=order[0], order=order, title=words
