@@ -202,6 +202,6 @@ def digest_of_file(file: Path) -> str:
 def slug(name: str) -> str:
     """Returns a name of a folder for a variant; no two variants have the same."""
     plain = re.sub(r"[^A-Za-z0-9.=+-]+", "-", name).strip("-.")[:60]
-    if plain == name.replace(" ", "-"):
+    if "-" not in name and plain == name.replace(" ", "-"):
         return plain
     return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"

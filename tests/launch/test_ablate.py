@@ -1,8 +1,7 @@
-"""`dtrain ablate` says of planted tweaks what they are, goes on where it was killed, and refuses."""
+"""`dtrain ablate` says of planted tweaks what they are, and goes on where it was killed."""
 
 import csv
 import json
-import os
 import random
 import shutil
 import signal
@@ -11,10 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import dtrain
-from dtrain.errors import CheckError, ConfigError
-from dtrain.trials.changes import Change, Variant, numbered, plan_variants
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("study_script.py")
