@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -157,12 +158,17 @@ def ablate(
     except KeyboardInterrupt:
         typer.echo("dtrain ablate: interrupted; the same command goes on where it was", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    if sys.stderr.isatty():
+        typer.echo("\r\x1b[K", err=True, nl=False)
     show_table(study.report, markdown=markdown, json=json)
     typer.echo(f"\nfiles and picture are in {os.path.relpath(study.folder)}", err=True)
 
 
 def _progress(words: str) -> None:
-    typer.echo(f"  {words} ...", err=True)
+    if sys.stderr.isatty():  # in one line, for there may be hundreds
+        typer.echo(f"\r\x1b[K  {words} ...", err=True, nl=False)
+    else:
+        typer.echo(f"  {words} ...", err=True)
 
 
 def _seeds(text: str) -> list[int]:

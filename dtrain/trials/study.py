@@ -146,7 +146,12 @@ class StudyRunner:
         Raises CheckError where what is compared with fails at once, ConfigError where no such
         metric comes.
         """
-        queue, lock, began = list(due), threading.Lock(), time.monotonic()
+        # Those of the same arguments after one another: a process that has made the script's
+        # imports serves them all.
+        arguments = [tuple(one.arguments) for one in self.note.variants]
+        names = [one.name for one in self.note.variants]
+        queue = sorted(due, key=lambda one: arguments.index(arguments[names.index(one[0])]))
+        lock, began = threading.Lock(), time.monotonic()
         done = 0
 
         def work(launcher: Launcher) -> None:
