@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -165,6 +166,10 @@ def study_runner(
     script = Path(script)
     timeout_s = NO_LIMIT_S if timeout_s is None else timeout_s
     check_script(script, timeout_s)
+    if missing := [name for name in ("scipy", "matplotlib") if find_spec(name) is None]:
+        raise ConfigError(  # now, not after hours of training
+            f"a study needs {' and '.join(missing)}: pip install 'dtrain[ablate]'"
+        )
     if min(jobs, ranks) < 1:
         raise ConfigError(f"jobs={jobs}, ranks={ranks}: both must be 1 or more")
     where = Path("runs") / f"ablate-{script.stem}" if folder is None else Path(folder).expanduser()

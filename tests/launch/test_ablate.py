@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import dtrain
+from dtrain.errors import CheckError, ConfigError
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("study_script.py")
 
@@ -140,3 +143,90 @@ def test_killed_five_times_it_ends_as_if_left_alone(study, tmp_path):
                 for at in (study[0], tmp_path)
             )
             assert there == here, (name, seed)
+
+
+ODD = """
+import sys
+import torch
+from torch import nn
+import dtrain
+from dtrain.callbacks import ClipGradients
+
+modes = sys.argv[1:]
+dtrain.init(seed=0)
+x = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
+data = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+
+
+class Base(dtrain.Callback):
+    pass
+
+
+class Needs(dtrain.Callback):
+    def on_step_start(self, ctx, step):
+        if "raises" in modes:
+            raise ValueError("planted\\nin two lines")
+
+
+def loss_fn(model, batch):
+    loss = (model(batch[0]) - batch[1]).square().mean()
+    return loss * float("nan") if "diverges" in modes else loss
+
+
+def make():
+    model = nn.Linear(4, 1)
+    return dtrain.Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss_fn,
+        callbacks=[ClipGradients(1.0), Base(), Needs()],
+    )
+
+
+if "broken" in modes:
+    raise RuntimeError("it never trains")
+trainer = make()
+trainer.fit(data, batch_size=8, epochs=1, eval_set=data)
+if "fits" in modes:
+    trainer.fit(data, batch_size=8, epochs=2, eval_set=data)
+if "trainers" in modes:
+    make().fit(data, batch_size=8, epochs=3, eval_set=data)
+print(trainer.evaluate(data, batch_size=8))
+if "exits" in modes:
+    sys.exit("not good enough")
+"""
+
+
+def test_what_goes_wrong_is_a_row_or_words(tmp_path):
+    script = tmp_path / "odd.py"
+    script.write_text(ODD)
+    modes = ("raises", "diverges", "broken", "fits", "trainers", "exits")
+    study = dtrain.ablate(script, arg=modes, seeds=2, folder=tmp_path / "study", jobs=2)
+    rows = {row["variant"]: row for row in study.table}
+    assert [*rows] == ["base", *modes]
+    assert (rows["raises"]["failed"], rows["raises"]["error"]) == (2, "ValueError: planted")
+    assert (rows["broken"]["failed"], rows["broken"]["error"]) == (
+        2,
+        "RuntimeError: it never trains",
+    )
+    assert (rows["diverges"]["diverged"], rows["diverges"]["mean"]) == (2, None)
+    assert "diverged in 2 of 2 seeds, the base in none" in rows["diverges"]["sentence"]
+    # What it did last is compared, and what else is to be known is said.
+    assert rows["fits"]["mean"] < rows["base"]["mean"]
+    assert rows["trainers"]["mean"] < rows["base"]["mean"]
+    assert rows["exits"]["difference"] == 0
+    notes = "\n".join(study.report.notes)
+    assert "odd.py calls fit 2 times: what is compared is of the last (trainer-2)" in notes
+    assert "exits, seed 0: after its training the script ended with exit status 'not good" in notes
+    last = study.folder / "trainers" / "seed-1" / "trainer-2" / "metrics.jsonl"
+    assert json.loads(last.read_text().splitlines()[-1])["step"] == 12
+
+    with pytest.raises(ConfigError, match=r"no metric 'eval/los'.*eval/loss"):
+        dtrain.ablate(script, arg=["fits"], metric="eval/los", mode="min", folder=tmp_path / "two")
+    with pytest.raises(CheckError, match="it never trains"):
+        dtrain.ablate(script, ["broken"], without=["Base"], folder=tmp_path / "three")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        dtrain.ablate(script, without=["Base"], folder="/proc/study")
+    script.write_text(ODD + "# changed")
+    with pytest.raises(ConfigError, match=r"odd\.py has changed since the study"):
+        dtrain.ablate(script, arg=modes, folder=tmp_path / "study")
