@@ -76,7 +76,7 @@ def test_all_are_judged_after_the_first_that_is_not_significant():
 numbers = st.floats(-1e6, 1e6, allow_nan=False).map(lambda value: round(value, 6))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.dictionaries(
         st.text("abcdef", min_size=1, max_size=2),
