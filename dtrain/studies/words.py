@@ -33,12 +33,12 @@ def plain(value: float, scale: float, share: bool) -> str:
 def number(value: float, scale: float) -> str:
     """Returns a number with two digits of its scale, such as its spread."""
     if not (value and scale and math.isfinite(scale)):
-        return f"{value:.4g}"
+        return f"{value:z.4g}"
     digits = 1 - math.floor(math.log10(abs(scale)))
     if digits > 6 or abs(value) >= 1e6:
         whole = math.floor(math.log10(abs(value))) + digits + 1
         return f"{value:.{min(9, max(2, whole))}g}"
-    return f"{value:.{max(0, digits)}f}"
+    return f"{value:z.{max(0, digits)}f}"
 
 
 def signed(value: float, scale: float) -> str:
