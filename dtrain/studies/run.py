@@ -32,7 +32,8 @@ class Run:
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the figures that a run's ``JSONLines`` or ``CSV`` left, one dict a report.
 
-    ``seconds`` count on over restarts, which begin at 0 in the files. ConfigError where a file is
+    ``seconds`` count on over restarts, which begin at 0 in the files (one whose first report took
+    longer than all before it looks like none). ConfigError where a file is
     damaged; a last line that is not whole is left out.
     """
     rows: list[dict[str, Any]] = []
@@ -51,12 +52,12 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
         text = file.read_text(encoding="utf-8", errors="replace")
         whole = text[: text.rfind("\n") + 1]  # a number that is cut short is another number
         rows = [_numbers(row) for row in csv.DictReader(io.StringIO(whole, newline=""))]
-    before = last = samples = 0.0
+    before = last = 0.0
     for row in rows:
         seconds = row.get("seconds", last)
-        if seconds < last or row.get("samples", samples) < samples:  # both begin anew
+        if seconds < last:
             before += last
-        last, samples = seconds, row.get("samples", samples)
+        last = seconds
         row["seconds"] = before + seconds
     return rows
 
