@@ -30,6 +30,7 @@ class Curves:
 
     variant: str
     lines: tuple[tuple[tuple[float, float], ...], ...]  # (step, value), of each seed
+    differences: tuple[float, ...] = ()  # to the base, of each pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Table:
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of what :meth:`cells` returns."""
-        return ("variant", "mean", "difference", "p", "seeds", "ms a step", "memory")
+        return ("variant", "mean", "difference", "p (Holm)", "seeds", "ms a step", "memory")
 
     def cells(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """Returns a row for people."""
@@ -188,6 +189,7 @@ def make_table(
                 tuple((step, value) for step, _, value in curve(run, pick.metric))
                 for run in by_name[name]
             ),
+            tuple(variant - base for base, variant in pairs.get(name, ())),
         )
         for name in names
     )

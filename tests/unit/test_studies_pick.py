@@ -89,7 +89,7 @@ def test_an_unknown_metric_is_told_with_those_there_are():
     )
     with pytest.raises(ConfigError, match="In fact it has no figures at all"):
         check_metric(run_of([]), Pick("eval/loss", "min"))
-    with pytest.raises(ConfigError, match="it never calls Trainer.evaluate after its training"):
+    with pytest.raises(ConfigError, match=r"it never calls Trainer\.evaluate after its training"):
         check_metric(run_of([1]), Pick("eval/loss", "min", "evaluate"))
     check_metric(run_of([1]), Pick("eval/loss", "min"))
 

@@ -280,7 +280,7 @@ def a_table():
 def test_as_text():
     lines = str(a_table()).splitlines()
     assert lines[0] == "train.py: eval/loss, final (less is better)"
-    assert " ".join(lines[2].split()) == "variant mean difference p seeds ms a step memory"
+    assert " ".join(lines[2].split()) == "variant mean difference p (Holm) seeds ms a step memory"
     assert " ".join(lines[3].split()) == "base 0.513 ± 0.013 5 of 5 1 2 MB"
     assert lines[4].split("  ")[0] == "without EMA"
     assert "(1 diverged)" in lines[6]
