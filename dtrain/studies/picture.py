@@ -68,7 +68,7 @@ def _draw_differences(
         axes.plot([row["difference"]], [place], "o", color=color, markerfacecolor=fill)
     names = [short(row["variant"]) for row in compared]
     axes.set_yticks(range(len(compared)), names, **text)
-    axes.set_ylim(len(compared) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(compared)) - 0.5, -0.5)
     side = "right" if table.pick.mode == "max" else "left"
     about = f"difference of {table.pick.metric} to {table.base}, better to the {side}"
     axes.set_xlabel(f"{about} (filled: it matters)", **text)
@@ -96,7 +96,8 @@ def _draw_far_off(
 
 
 def _draw_curves(axes: Any, table: Table, text: dict[str, Any]) -> None:
-    clipped = []
+    clipped: list[str] = []
+    broken: list[str] = []
     span = span_of_curves(table)
     low, high = span or (0.0, 1.0)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
@@ -105,12 +106,16 @@ def _draw_curves(axes: Any, table: Table, text: dict[str, Any]) -> None:
         is_base = one.variant == table.base
         style: dict[str, Any] = {"color": "black" if is_base else f"C{(number - 1) % 10}"}
         style |= {"linestyle": _DASHES[number % 4], "zorder": 4 if is_base else 3}
-        lines = [[p for p in line if math.isfinite(p[1])] for line in one.lines]
-        lines = [line for line in lines if line]
+        lines = []
+        for whole in one.lines:
+            if line := [point for point in whole if math.isfinite(point[1])]:
+                lines.append(line)
+                axes.plot(*zip(*line, strict=True), alpha=0.35, linewidth=0.7, label="_", **style)
+            if line and len(line) < len(whole):
+                axes.plot(*line[-1], "x", color=style["color"], zorder=5)
+                broken.append(short(one.variant))
         if not lines:
             continue
-        for line in lines:
-            axes.plot(*zip(*line, strict=True), alpha=0.35, linewidth=0.7, label="_", **style)
         marker = {"marker": "."} if max(map(len, lines)) == 1 else {}
         middle = mean_curve(one)
         axes.plot(
@@ -128,9 +133,9 @@ def _draw_curves(axes: Any, table: Table, text: dict[str, Any]) -> None:
     if span is None:
         return
     axes.set_ylim(low, high)
-    if clipped:
-        words = f"ends beyond what is shown: {cut(', '.join(clipped), 90)}"
-        axes.set_title(words, loc="left", fontsize=8, **text)
+    words = [f"beyond what is shown: {', '.join(clipped)}"] * bool(clipped)
+    words += [f"x: no longer a number ({', '.join(dict.fromkeys(broken))})"] * bool(broken)
+    axes.set_title(cut("; ".join(words), 130), loc="left", fontsize=8, **text)
     legend = axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     for label in legend.get_texts():
         label.set_parse_math(False)

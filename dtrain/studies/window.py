@@ -9,7 +9,7 @@ from dtrain.studies.table import Curves, Table
 from dtrain.studies.words import cut
 
 _FAR = 4  # so many times as far as the variants' median
-_EARLY = 0.1  # of the steps: there curves fall from where all begin
+_EARLY = 0.25  # of the steps: there curves fall from where all begin
 _LONGEST = 32  # characters of a name
 
 
@@ -41,7 +41,7 @@ def span_of_differences(table: Table) -> tuple[float, float]:
     """Returns what to show of the differences, zero included; (0, 0) where there is nothing."""
     far = far_off(table)
     shown = [end for row in table.rows if row["variant"] not in far for end in ends(row)]
-    return min(0.0, *shown, 0.0), max(0.0, *shown, 0.0)
+    return min([0.0, *shown]), max([0.0, *shown])
 
 
 def span_of_curves(table: Table) -> tuple[float, float] | None:
