@@ -48,7 +48,9 @@ def _draw_differences(
     for place, row in enumerate(compared):
         color = {"better": "C2", "worse": "C3"}.get(row["verdict"], "0.35")
         if not (reach := ends(row)):
-            words = row["verdict"] + (f": {cut(row['error'], 70)}" if row["error"] else "")
+            diverged = f"diverged in {row['diverged']} of {row['runs']} seeds"
+            why = cut(row["error"], 70) or (diverged if row["diverged"] else "")
+            words = row["verdict"] + (f": {why}" if why else "")
             where = axes.get_yaxis_transform()
             axes.text(0.01, place, words, transform=where, va="center", fontsize=8, **text)
             continue

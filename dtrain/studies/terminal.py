@@ -74,10 +74,9 @@ def _curves(table: Table, names: int, room: int, levels: str) -> list[str]:
             f"{short(one.variant).rjust(names)}  {text}  {_in_words(values[-1], (high - low) / 10)}"
         )
     scale = (high - low) / 10
-    lines.append(
-        " " * (names + 2) + f"the mean over seeds, from {number(low, scale)} or less to "
-        f"{number(high, scale)} or more, {last:g} steps; ?: not a number"
-    )
+    low_words, high_words = number(low, scale), number(high, scale)
+    about = f"{levels[0]} {low_words} or less, {levels[-1]} {high_words} or more"
+    lines.append(f"mean over seeds: {about}; {last:g} steps; ? not a number")
     return lines
 
 

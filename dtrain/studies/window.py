@@ -8,7 +8,7 @@ from typing import Any
 from dtrain.studies.table import Curves, Table
 from dtrain.studies.words import cut
 
-_FAR = 4  # so many times as far as the variants' median
+_FAR = 20  # so many times as far as the variants' median
 _EARLY = 0.25  # of the steps: there curves fall from where all begin
 _LONGEST = 32  # characters of a name
 
