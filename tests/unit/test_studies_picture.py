@@ -151,7 +151,7 @@ def test_in_a_terminal():
     assert "○" in lines[1]
     assert "< -0.79, far off" in lines[2]
     assert "difference to base, better to the right; ● matters" in lines[3]
-    assert found["base"].rstrip().endswith("0.907 (0.894 to 0.919)")
+    assert found["base"].rstrip().endswith("0.907 (0.894 to 0.920)")
     assert "?" in found["without Guard"]
     assert found["without Guard"].rstrip().endswith("3 not a number")
 
