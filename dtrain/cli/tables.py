@@ -26,7 +26,8 @@ def show_table(table: Table, *, markdown: bool = False, json: bool = False) -> N
     picture = draw_in_terminal(table, console.width, ascii_only=plain)
     if not console.is_terminal:
         text = f"{table}\n\n{picture}"
-        typer.echo(text.replace("±", "+-") if plain else text)
+        plain_text = text.replace("±", "+-").encode("ascii", "replace").decode()
+        typer.echo(plain_text if plain else text)
         return
     console.print(table.heading, style="bold")
     shown = RichTable(*table.columns)

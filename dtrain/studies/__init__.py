@@ -2,9 +2,10 @@
 
 from dtrain.studies.existing import compare_runs
 from dtrain.studies.pick import Pick, check_metric, guess_mode
-from dtrain.studies.picture import draw, draw_in_terminal
+from dtrain.studies.picture import draw
 from dtrain.studies.run import Run, read_rows
 from dtrain.studies.table import Table, make_table
+from dtrain.studies.terminal import draw_in_terminal
 
 __all__ = [
     "Pick",

@@ -2,7 +2,9 @@
 
 import glob
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +13,8 @@ from dtrain.studies.pick import Mode, Pick, check_metric, guess_mode
 from dtrain.studies.run import Run, read_rows
 from dtrain.studies.table import Table, make_table
 
-#: What of a run's make-up is its seed, or follows from where it ran.
-_NOT_A_GROUP = ("seed", "ablation", "run_dir", "run-dir", "output_dir", "name")
+#: What of a run's make-up is its seed, or where its files are.
+_NOT_A_GROUP = ("seed", "run_dir", "run-dir", "output_dir", "ablation.seed")
 _STATES: dict[str, Literal["finished", "failed", "unfinished"]] = {
     "finished": "finished",
     "failed": "failed",
@@ -48,8 +50,14 @@ def compare_runs(
     """
     named, unnamed = _folders(runs)
     found = [_read(folder, name) for name, folder in named]
-    found += _grouped([_facts(folder) for folder in unnamed])
-    if not found:
+    grouped = _grouped([(folder, _made(folder)) for folder in unnamed])
+    if both := {run.variant for run in found} & {run.variant for run in grouped}:
+        raise ConfigError(
+            f"{', '.join(sorted(both))} names a group, and would be the name of runs without one: "
+            "name all groups, such as base=runs/base-* ema=runs/ema-*"
+        )
+    found += grouped
+    if len(found) < 2:
         raise ConfigError("name two runs or more, or groups of them: base=runs/base-*")
     _check_seeds(found)
     names = list(dict.fromkeys(run.variant for run in found))
@@ -58,8 +66,9 @@ def compare_runs(
         raise ConfigError(f"--base {first}: the groups are {', '.join(names)}")
     if len(names) == 1:
         raise ConfigError(
-            f"all {len(found)} runs are made alike but for the seed, so they are one group: name "
-            "groups to compare, such as base=runs/base-* ema=runs/ema-*"
+            f"all {len(found)} runs are one group, {names[0]!r}"
+            + (", made alike but for the seed as far as can be seen" if grouped else "")
+            + ": name groups to compare, such as base=runs/base-* ema=runs/ema-*"
         )
     if metric is None:
         have = [{name for row in run.rows for name in row} for run in found if run.rows]
@@ -69,7 +78,29 @@ def compare_runs(
         if run.variant == first and run.state == "finished":
             check_metric(run, pick)
     order = [first, *(name for name in names if name != first)]
-    return make_table(found, pick, base=first, order=order, title=f"{len(found)} runs")
+    table = make_table(found, pick, base=first, order=order, title=f"{len(found)} runs")
+    return replace(table, notes=[*table.notes, *_notes(grouped)])
+
+
+def _notes(grouped: Sequence[Run]) -> list[str]:
+    """Says which runs were taken for one group, and what of them cannot be seen."""
+    groups: dict[str, list[str]] = {}
+    for run in grouped:
+        groups.setdefault(run.variant, []).append(str(run.path))
+    if not groups:
+        return []
+    if len(groups) == len(grouped):
+        return [
+            "each run is made otherwise, so each is a group of its own: if some are alike but for "
+            "the seed, name groups, such as base=runs/base-* ema=runs/ema-*"
+        ]
+    notes = [f"{name} is {', '.join(ones)}" for name, ones in groups.items()]
+    return [
+        *notes,
+        "runs were grouped by what they note: model, optimizer's class, names of callbacks, data, "
+        "Trainer(config=...). Arguments of callbacks and of the optimizer are not seen unless they "
+        "are in the config: if they differ within a group, name groups",
+    ]
 
 
 def _folders(runs: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], list[Path]]:
@@ -87,11 +118,20 @@ def _folders(runs: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], list[P
     return named, unnamed
 
 
-def _facts(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Returns a run's folder and what it is made of, less its seed."""
-    status, config = _json(folder / "status.json"), _json(folder / "config.json")
-    made = {**status.get("fingerprint", {}), **config}
-    return folder, {key: value for key, value in made.items() if key not in _NOT_A_GROUP}
+def _made(folder: Path) -> dict[str, Any]:
+    """Returns what a run is made of, less its seed; of settings in settings, ``outer.inner``."""
+    made = {**_fingerprint(folder), **_flat(_json(folder / "config.json"))}
+    return {key: value for key, value in made.items() if key not in _NOT_A_GROUP}
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def _grouped(runs: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
@@ -101,9 +141,11 @@ def _grouped(runs: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
     for folder, made in runs:
         name = next((name for others, name in groups if others == made), None)
         if name is None:
-            name = _difference(groups[0][0], made) if groups else "base"
-            if not name or any(name == other for _, other in groups):
-                name = folder.name
+            name = str(made.get("ablation.variant", "base"))
+            name = _difference(groups[0][0], made) if groups else name
+            taken = {other for _, other in groups}
+            if not name or name in taken:
+                name = folder.name if folder.name not in {*taken, ""} else str(folder)
             groups.append((made, name))
         found.append(_read(folder, name))
     return found
@@ -111,34 +153,50 @@ def _grouped(runs: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
 
 def _difference(base: Mapping[str, Any], made: Mapping[str, Any]) -> str:
     """Says in a few words how a run is made otherwise."""
+    if "ablation.variant" in made:
+        return str(made["ablation.variant"])
     parts = []
     for key in dict.fromkeys([*base, *made]):
         old, new = base.get(key), made.get(key)
-        if old == new:
+        if old == new and (key in base) == (key in made):
             continue
         if key == "callbacks" and isinstance(old, list) and isinstance(new, list):
-            parts += [f"without {one}" for one in old if one not in new]
-            parts += [f"with {one}" for one in new if one not in old]
-        elif key != "model" and not isinstance(new, list | dict):
-            parts.append(f"{key}={new}")
-        else:
+            less, more = Counter(old) - Counter(new), Counter(new) - Counter(old)
+            parts += [f"without {one}" for one in less.elements()]
+            parts += [f"with {one}" for one in more.elements()]
+            parts += [] if less or more else ["callbacks in another order"]
+        elif key not in made:
+            parts.append(f"no {key}")
+        elif key == "model" or isinstance(new, list):
             parts.append(f"another {key}")
+        else:
+            parts.append(f"{key}={new}")
     return ", ".join(parts)
 
 
 def _read(folder: Path, name: str) -> Run:
-    status = _json(folder / "status.json")
-    rows = read_rows(folder) if folder.is_dir() else []
-    if not status and not rows:
-        raise ConfigError(
-            f"{folder} holds no run: there is no status.json, metrics.jsonl or metrics.csv (those "
-            "are of the sinks JSONLines and CSV)"
-        )
-    note = _json(folder / "run.json")
-    seed = note.get("seed", status.get("fingerprint", {}).get("seed", 0))
-    state = _STATES.get(str(status.get("status", "finished")), "unfinished")
+    seed = _fingerprint(folder).get("seed")
+    if not isinstance(seed, int):
+        raise ConfigError(f"{folder}/status.json tells no seed: it is of a run that never began")
+    status, note = _json(folder / "status.json"), _json(folder / "run.json")
+    state = _STATES.get(str(status.get("status")), "unfinished")
     error = str(status.get("reason") or "").partition("\n")[0] if state == "failed" else ""
-    return Run(name, int(seed), state, rows, error=error, path=folder)
+    about = {key: note[key] for key in ("step_s", "memory", "start", "evaluated") if key in note}
+    return Run(name, seed, state, read_rows(folder), error=error, path=folder, **about)
+
+
+def _fingerprint(folder: Path) -> dict[str, Any]:
+    """Returns what a run's status.json says of its make-up; ConfigError where there is no run."""
+    status = _json(folder / "status.json")
+    if not status:
+        study = (folder / "study.json").exists()
+        raise ConfigError(
+            f"{folder} is a study: compare it by itself, or its runs, such as base={folder}/base/*"
+            if study
+            else f"{folder} holds no run: there is no status.json, which a Trainer with a run_dir "
+            "writes"
+        )
+    return dict(status.get("fingerprint") or status.get("make_up") or {})  # the latter until 0.1
 
 
 def _check_seeds(runs: Sequence[Run]) -> None:
@@ -154,8 +212,11 @@ def _check_seeds(runs: Sequence[Run]) -> None:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    """Returns what a file says, nothing where there is none; ConfigError where it is damaged."""
     try:
         found = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
     return found if isinstance(found, dict) else {}

@@ -3,13 +3,18 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from dtrain.errors import ConfigError
 
 ALPHA, POWER = 0.05, 0.8
 _MOST_SEEDS = 1000
+_QUANTILES = 1000
+_MOST_PARTS = 16  # of the smallest gap: a finer grid than that hides nothing
 
 Pairs = Sequence[tuple[float, float]]  # (base, variant), each of one seed
 
@@ -44,7 +49,7 @@ def differences(pairs: Mapping[str, Pairs]) -> dict[str, Difference]:
     a difference (Sheppard: step^2 / 12 for each of both).
 
     Sources: S. Holm, "A simple sequentially rejective multiple test procedure" (1979); J. Cohen,
-    "Statistical power analysis" (1988), for the noncentral t.
+    "Statistical power analysis for the behavioral sciences" (1988).
     """
     stats = scipy_stats()
     found: dict[str, tuple[int, float, float, float]] = {}
@@ -54,8 +59,8 @@ def differences(pairs: Mapping[str, Pairs]) -> dict[str, Difference]:
         if count < 2 or not any(deltas):
             continue
         mean = math.fsum(deltas) / count
-        var = math.fsum((one - mean) ** 2 for one in deltas) / (count - 1)
-        sd = max(math.sqrt(var), grid([value for pair in ones for value in pair]) / math.sqrt(6))
+        sd = math.hypot(*(one - mean for one in deltas)) / math.sqrt(count - 1)
+        sd = max(sd, grid([value for pair in ones for value in pair]) / math.sqrt(6))
         p = float(2 * stats.t.sf(abs(mean) / (sd / math.sqrt(count)), count - 1))
         found[name] = count, mean, sd, p
     result: dict[str, Difference] = {}
@@ -77,21 +82,44 @@ def differences(pairs: Mapping[str, Pairs]) -> dict[str, Difference]:
 
 
 def grid(values: Sequence[float]) -> float:
-    """Returns the smallest gap between two values, which is the step if they lie on a grid."""
+    """Returns the step of the grid on which values lie; almost nothing where they lie on none.
+
+    All gaps must be multiples of the step, which is the smallest gap or a fraction of it. Were it
+    the smallest gap of any values, differences that are alike in all seeds would never be seen.
+    """
     ordered = sorted({*values})
     scale = max(map(abs, ordered), default=0.0)
-    gaps = [b - a for a, b in pairwise(ordered)]
-    least = 1e-9 * scale  # what is closer differs by rounding
-    return min((gap for gap in gaps if gap > least), default=least)
+    near = 1e-6 * scale  # what is closer differs by the rounding of float32
+    gaps = [gap for a, b in pairwise(ordered) if (gap := b - a) > near]
+    for parts in range(1, _MOST_PARTS + 1) if gaps else ():
+        step = min(gaps) / parts
+        counts = [round(gap / step) for gap in gaps]
+        # The step has an error of its own, and so many steps have so many of them.
+        if all(
+            abs(gap - count * step) <= min(near * (1 + count / 4), step / 8)
+            for gap, count in zip(gaps, counts, strict=True)
+        ):
+            return step
+    return 1e-9 * scale
 
 
 def power(difference: float, sd: float, count: int, level: float) -> float:
-    """Returns how often so many pairs would see a difference of that size."""
-    stats = scipy_stats()
-    critical = stats.t.isf(level / 2, count - 1)
+    """Returns how often so many pairs would see a difference of that size.
+
+    That is the noncentral t, as a mean over what its standard deviation may come to: SciPy's own
+    is NaN for few pairs at small levels.
+    """
+    norm = scipy_stats().norm
+    critical = float(scipy_stats().t.isf(level / 2, count - 1)) * _seen_sds(count)
     shift = difference / sd * math.sqrt(count)
-    seen = stats.nct.sf(critical, count - 1, shift) + stats.nct.cdf(-critical, count - 1, shift)
-    return float(seen)
+    return float((norm.sf(critical - shift) + norm.cdf(-critical - shift)).mean())
+
+
+@lru_cache
+def _seen_sds(count: int) -> Any:
+    """Returns equally likely standard deviations of so many values, of which the true one is 1."""
+    shares = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
+    return np.sqrt(scipy_stats().chi2.ppf(shares, count - 1) / (count - 1))
 
 
 def detectable(sd: float, count: int, level: float) -> float:

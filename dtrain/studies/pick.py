@@ -17,6 +17,11 @@ _MORE = (
     "ssim reward score "
 )
 _LESS = " loss error err perplexity ppl mse mae rmse nll bpb wer cer fid bce ce kl regret "
+#: What makes another thing of them: "neg_mse", "accuracy_gap", "loss_scale".
+_TURNS = (
+    " neg negative minus inverse gap drop diff difference delta change std var variance scale "
+    "weight ratio forgetting "
+)
 _FIXED = ("step", "epoch", "kind", "seconds", "samples")
 _HOW = "final, best, steps, time, steps=500, time=60 (seconds) or evaluate"
 
@@ -52,23 +57,33 @@ class Pick:
 
     def values(self, runs: Sequence[Run]) -> list[float | None]:
         """Returns each run's number; None where it has none."""
+        return [None if point is None else point[2] for point in self.points(runs)]
+
+    def points(self, runs: Sequence[Run]) -> list[tuple[float, float, float] | None]:
+        """Returns each run's step, seconds and number (the former are NaN for ``evaluate``)."""
         kind, _, given = self.at.partition("=")
         limit = math.inf
         if kind in ("steps", "time"):
             ends = [c[-1][kind == "time"] for run in runs if (c := curve(run, self.metric))]
             limit = float(given) if given else min(ends, default=math.inf)
-        return [self._value(run, kind, limit) for run in runs]
+        return [self._point(run, kind, limit) for run in runs]
 
-    def _value(self, run: Run, kind: str, limit: float) -> float | None:
+    def _point(self, run: Run, kind: str, limit: float) -> tuple[float, float, float] | None:
         if kind == "evaluate":
-            return run.evaluated.get(self.metric)
+            value = run.evaluated.get(self.metric)
+            return None if value is None else (math.nan, math.nan, value)
         points = curve(run, self.metric)
         if kind == "best":
-            finite = [value for _, _, value in points if math.isfinite(value)]
+            finite = [point for point in points if math.isfinite(point[2])]
             best = min if self.mode == "min" else max
-            return best(finite) if finite else (points[-1][2] if points else None)
-        upto = [p for p in points if (p[1] if kind == "time" else p[0]) <= limit]
-        return upto[-1][2] if upto else None
+            if finite:
+                return best(finite, key=lambda point: point[2])
+        if kind in ("steps", "time"):
+            came_to = run.rows[-1].get("seconds" if kind == "time" else "step", 0) if points else 0
+            if came_to < limit:  # what it has is of an earlier place than that of the others
+                return None
+            points = [point for point in points if point[kind == "time"] <= limit]
+        return points[-1] if points else None
 
 
 def curve(run: Run, metric: str) -> list[tuple[float, float, float]]:
@@ -94,10 +109,12 @@ def check_metric(run: Run, pick: Pick) -> None:
 
 def guess_mode(metric: str) -> Mode:
     """Returns which way a metric of a usual name is better; ConfigError for any other name."""
-    words = re.split(r"[^a-z0-9]+", metric.lower())
+    words = [word for word in re.split(r"[^a-z0-9]+", metric.lower()) if word]
     for word in reversed(words):
-        if word and f" {word} " in _MORE:
+        if any(f" {other} " in _TURNS for other in words):
+            break
+        if f" {word} " in _MORE:
             return "max"
-        if word and f" {word} " in _LESS:
+        if f" {word} " in _LESS:
             return "min"
     raise ConfigError(f"is more of {metric!r} better, or less? Say --mode max or --mode min")

@@ -1,11 +1,14 @@
 """One run of a comparison, and the figures that it left in its folder."""
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from dtrain.errors import ConfigError
 
 _TEXTS = ("kind",)
 
@@ -29,23 +32,29 @@ class Run:
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the figures that a run's ``JSONLines`` or ``CSV`` left, one dict a report.
 
-    ``seconds`` count on over restarts, which begin at 0 in the files.
+    ``seconds`` count on over restarts, which begin at 0 in the files (one whose first report took
+    longer than all before it looks like none). ConfigError where a file is
+    damaged; a last line that is not whole is left out.
     """
     rows: list[dict[str, Any]] = []
     if (file := run_dir / "metrics.jsonl").exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line or "{}")
             except ValueError:
-                continue  # the last one, cut short
-            if isinstance(row, dict):
+                if number < len(lines):
+                    raise ConfigError(f"{file}, line {number} is damaged: {line[:60]!r}") from None
+                continue
+            if row and isinstance(row, dict):
                 rows.append(_numbers(row))
     elif (file := run_dir / "metrics.csv").exists():
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = [_numbers(row) for row in csv.DictReader(lines)]
+        text = file.read_text(encoding="utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]  # a number that is cut short is another number
+        rows = [_numbers(row) for row in csv.DictReader(io.StringIO(whole, newline=""))]
     before = last = 0.0
     for row in rows:
-        seconds = row.get("seconds", 0.0)
+        seconds = row.get("seconds", last)
         if seconds < last:
             before += last
         last = seconds

@@ -7,27 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median, stdev
-from typing import Any, Literal
+from typing import Any
 
 from dtrain.errors import ConfigError
-from dtrain.studies.paired import Difference, Pairs, differences
+from dtrain.studies.notes import notes_on
+from dtrain.studies.paired import Pairs, differences
 from dtrain.studies.pick import Pick, curve
 from dtrain.studies.run import Run
-from dtrain.studies.words import escaped, is_share, number, plain, signed, size
+from dtrain.studies.verdict import Facts, judge
+from dtrain.studies.words import escaped, is_share, number, signed
 
-Verdict = Literal[
-    "base",
-    "better",
-    "worse",
-    "negligible",
-    "no difference seen",
-    "identical",
-    "one seed",
-    "breaks",
-    "no runs",
-]
-#: A difference below this part of the spread between the base's seeds is real, but hardly matters.
-_SMALL = 0.1
 _METHOD = (
     "Differences to {base} are paired by seed; intervals of 95 % by the paired t, corrected for "
     "the number of variants by Holm's method, as are the verdicts; what could have been seen is "
@@ -41,6 +30,7 @@ class Curves:
 
     variant: str
     lines: tuple[tuple[tuple[float, float], ...], ...]  # (step, value), of each seed
+    differences: tuple[float, ...] = ()  # to the base, of each pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +65,7 @@ class Table:
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of what :meth:`cells` returns."""
-        return ("variant", "mean", "difference", "p", "seeds", "ms a step", "memory")
+        return ("variant", "mean", "difference", "p (Holm)", "seeds", "ms a step", "memory")
 
     def cells(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """Returns a row for people."""
@@ -143,7 +133,8 @@ class Table:
         """Returns it as JSON, in which what cannot be known is null."""
         pick = {"metric": self.pick.metric, "mode": self.pick.mode, "at": self.pick.at}
         facts = {"title": self.title, **pick, "base": self.base, "rows": self.rows}
-        return json.dumps(facts | {"notes": self.notes, "method": self.method}, indent=1) + "\n"
+        more = {"notes": self.notes, "method": self.method}
+        return json.dumps(facts | more, indent=1, allow_nan=False) + "\n"
 
 
 def make_table(
@@ -160,7 +151,8 @@ def make_table(
     """
     names = list(dict.fromkeys([base, *(order or ()), *(run.variant for run in runs)]))
     ended = [run for run in runs if run.state == "finished"]
-    values = dict(zip([(run.variant, run.seed) for run in ended], pick.values(ended), strict=True))
+    points = dict(zip([(run.variant, run.seed) for run in ended], pick.points(ended), strict=True))
+    values = {key: None if point is None else point[2] for key, point in points.items()}
     if not any(variant == base for variant, _ in values):
         failed = [run for run in runs if run.variant == base and run.state == "failed"]
         why = f": it failed ({failed[0].error})" if failed else ""
@@ -168,7 +160,9 @@ def make_table(
             f"no run of {base!r}, with which all is compared, has come to its end{why}"
         )
     by_name = {name: [run for run in runs if run.variant == name] for name in names}
-    good = {key: value for key, value in values.items() if value is not None and _is_finite(value)}
+    good = {
+        key: value for key, value in values.items() if value is not None and math.isfinite(value)
+    }
     pairs: dict[str, Pairs] = {
         name: [
             (good[base, run.seed], good[name, run.seed])
@@ -185,7 +179,8 @@ def make_table(
         row = _facts(name, by_name, values, good)
         if name != base:
             spread = rows[0]["spread"]
-            _judge(row, pairs[name], compared.get(name), pick, share, spread, by_name[base], values)
+            facts = Facts(pick, share, spread, by_name[base], values)
+            row |= judge(row, pairs[name], compared.get(name), facts)
         rows.append(row)
     curves = tuple(
         Curves(
@@ -194,10 +189,12 @@ def make_table(
                 tuple((step, value) for step, _, value in curve(run, pick.metric))
                 for run in by_name[name]
             ),
+            tuple(variant - base for base, variant in pairs.get(name, ())),
         )
         for name in names
     )
-    return Table(title, pick, base, rows, _notes(runs, names, by_name, base, values), curves)
+    notes = notes_on(names, by_name, base, pick, points)
+    return Table(title, pick, base, rows, notes, curves)
 
 
 def _facts(
@@ -236,139 +233,3 @@ def _facts(
         "memory_mb": max(memory) if memory else None,
         "error": failed[0].error if failed else "",
     }
-
-
-def _judge(
-    row: dict[str, Any],
-    pairs: Pairs,
-    difference: Difference | None,
-    pick: Pick,
-    share: bool,
-    spread: float | None,
-    base: Sequence[Run],
-    values: Mapping[tuple[str, int], float | None],
-) -> None:
-    """Adds the difference, the verdict and the sentence to a variant's row."""
-    name, runs = row["variant"], row["runs"]
-    deltas = [variant - base for base, variant in pairs]
-    row["pairs"] = len(pairs)
-    lost = row["diverged"] + row["failed"]
-    prefix = _lost_in_words(row, base, values) if lost else ""
-    if deltas:
-        row["difference"] = fmean(deltas)
-    if difference is not None:
-        row |= {"low": difference.low, "high": difference.high}
-        row |= {"p": difference.p, "p_holm": difference.p_holm}
-    verdict: Verdict
-    if not runs:
-        verdict, words = "no runs", "no run has come to its end yet"
-    elif not deltas and lost:
-        others = len([r for r in base if r.state == "failed" or not _ended_well(r, values)])
-        whole = lost == runs and runs >= 3 and not others
-        verdict, words = (
-            "breaks",
-            "it breaks the training" if whole else "nothing is left to compare",
-        )
-    elif not deltas:
-        verdict, words = "no runs", "it has no seed in common with the base"
-    elif not any(deltas):
-        verdict = "identical"
-        words = (
-            f"identical in {len(deltas)} of {len(deltas)} seeds, to the last bit: what was changed "
-            "has no effect on this figure"
-        )
-    elif difference is None:
-        verdict = "one seed"
-        words = (
-            f"{size(deltas[0], deltas[0], pick, share)}; one seed shows nothing: ask for 3 or more"
-        )
-    elif difference.significant:
-        verdict = "better" if (difference.mean > 0) == (pick.mode == "max") else "worse"
-        agreeing = sum((delta > 0) == (difference.mean > 0) for delta in deltas if delta)
-        ends = sorted(abs(one) for one in (difference.low, difference.high))
-        scale = (difference.high - difference.low) / 2
-        between = " to ".join(plain(one, scale, share) for one in ends)
-        words = (
-            f"{size(difference.mean, scale, pick, share)} ({between}), in {agreeing} of "
-            f"{len(deltas)} seeds: "
-        )
-        small = spread is not None and abs(difference.mean) < _SMALL * spread
-        words += "real, but small beside the spread between seeds" if small else "it matters"
-        verdict = "negligible" if small else verdict
-    else:
-        verdict, seen = "no difference seen", difference.detectable
-        more = difference.seeds_for_half
-        about = f"about {more}" if more is not None else "more than 1000"
-        words = (
-            f"no difference seen; {len(deltas)} seeds could have seen one of "
-            f"{plain(seen, seen / 10, share)}{' points' if share else ''}; {about} would see "
-            f"{plain(seen / 2, seen / 10, share)}"
-        )
-    row["verdict"] = verdict
-    row["sentence"] = f"{name}: {prefix}{words}"
-
-
-def _lost_in_words(
-    row: Mapping[str, Any], base: Sequence[Run], values: Mapping[tuple[str, int], float | None]
-) -> str:
-    """Says how many runs diverged or failed, and of the base, before what the others come to."""
-    parts = [f"{name} in {row[name]} of {row['runs']} seeds" for name in ("diverged", "failed")]
-    parts = [part for part, name in zip(parts, ("diverged", "failed"), strict=True) if row[name]]
-    of_base = sum(not _ended_well(run, values) for run in base if run.state != "unfinished")
-    words = f"{' and '.join(parts)}, the base in {of_base or 'none'}"
-    if row["error"]:
-        words += f" ({row['error']})"
-    return words + ("; where both ended, " if row["pairs"] else "; ")
-
-
-def _ended_well(run: Run, values: Mapping[tuple[str, int], float | None]) -> bool:
-    value = values.get((run.variant, run.seed))
-    return run.state == "finished" and value is not None and _is_finite(value)
-
-
-def _notes(
-    runs: Sequence[Run],
-    names: Sequence[str],
-    by_name: Mapping[str, Sequence[Run]],
-    base: str,
-    values: Mapping[tuple[str, int], float | None],
-) -> list[str]:
-    notes = []
-    if waiting := [run for run in runs if run.state == "unfinished"]:
-        notes.append(f"{len(waiting)} of {len(runs)} runs have not come to their end yet")
-    for name in names:
-        none = [r.seed for r in by_name[name] if values.get((name, r.seed), 0.0) is None]
-        if none:
-            notes.append(f"{name}: no value of the metric there, in seeds {_listed(none)}")
-        if name != base and by_name[name] and by_name[name][0].state != "unfinished":
-            lacking = {r.seed for r in by_name[base]} ^ {r.seed for r in by_name[name]}
-            if lacking:
-                notes.append(
-                    f"{name} and {base} do not have all seeds in common: compared without "
-                    f"{_listed(sorted(lacking))}"
-                )
-    starts = {run.seed: run.start for run in by_name[base] if run.start}
-    if len(starts) > 1 and len({*starts.values()}) < len(starts):
-        notes.append(
-            "seeds begin with the same weights: the seed does not reach the model, as where the "
-            "script seeds torch itself, so the spread between seeds is too small. Call "
-            "dtrain.init(seed=...) before the model is made, and no torch.manual_seed after it"
-        )
-    for name in names:
-        other = [
-            r.seed for r in by_name[name] if r.start and r.start != starts.get(r.seed, r.start)
-        ]
-        if other:
-            notes.append(
-                f"{name} begins with other weights than {base} does with the same seed: what is "
-                "seen may be due to these, too"
-            )
-    return notes
-
-
-def _listed(seeds: Sequence[int]) -> str:
-    return ", ".join(map(str, seeds))
-
-
-def _is_finite(value: float) -> bool:
-    return math.isfinite(value)

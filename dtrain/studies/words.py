@@ -1,6 +1,7 @@
 """Numbers of a comparison as people say them."""
 
 import math
+import re
 from collections.abc import Iterable
 
 from dtrain.studies.pick import Pick
@@ -31,12 +32,13 @@ def plain(value: float, scale: float, share: bool) -> str:
 
 def number(value: float, scale: float) -> str:
     """Returns a number with two digits of its scale, such as its spread."""
-    if not (scale and math.isfinite(scale)):
-        return f"{value:.4g}"
+    if not (value and scale and math.isfinite(scale)):
+        return f"{value:z.4g}"
     digits = 1 - math.floor(math.log10(abs(scale)))
     if digits > 6 or abs(value) >= 1e6:
-        return f"{value:.3g}"
-    return f"{value:.{max(0, digits)}f}"
+        whole = math.floor(math.log10(abs(value))) + digits + 1
+        return f"{value:.{min(9, max(2, whole))}g}"
+    return f"{value:z.{max(0, digits)}f}"
 
 
 def signed(value: float, scale: float) -> str:
@@ -47,4 +49,9 @@ def signed(value: float, scale: float) -> str:
 
 def escaped(text: str) -> str:
     """Returns a text in which Markdown finds no marks."""
-    return text.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
+    return re.sub(r"([\\|*_<>`\[\]~$])", r"\\\1", " ".join(text.split()))
+
+
+def cut(text: str, most: int = 120) -> str:
+    """Returns a text that is no longer than that."""
+    return text if len(text) <= most else text[: most - 3].rstrip() + "..."
