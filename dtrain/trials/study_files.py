@@ -63,6 +63,7 @@ class StudyNote:
     callbacks: list[str] = field(default_factory=list)  # that the script has
     variants: list[Variant] = field(default_factory=list)  # the first is compared with
     runs: list[tuple[str, int]] = field(default_factory=list)  # variant and seed; only ever longer
+    jobs: list[str] = field(default_factory=list)  # SLURM's, that were submitted
     format: int = FORMAT
 
 
