@@ -40,8 +40,7 @@ def main(folder: str, number: str) -> int:
     code = run_script(trial, note.script)
     if main_rank and code != RECORDED and (run := study.read_run(name, seed)).state == "unfinished":
         # Before there was a Trainer, which notes it by itself.
-        error = f"{in_a_line(trial.error)} (before it trained; its log says more)"
-        fail_run(place, replace(run, changes=words), error)
+        fail_run(place, replace(run, changes=words), in_a_line(trial.error))
     return code
 
 

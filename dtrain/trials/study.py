@@ -203,7 +203,13 @@ class StudyRunner:
         args = [*self.args, *variant.arguments]
         launch = launcher.launch(setup, self.ranks, self.script, args, self.timeout_s, folder)
         note = self.folder.read_run(name, seed)
-        if note.state == "unfinished" and (error := _what_went_wrong(launch)):
+        error = _what_went_wrong(launch)
+        if not (error or note.left):
+            error = (
+                "the script ended its own process (os._exit), so it is not known whether it had "
+                "come to its end: have it return, or call sys.exit"
+            )
+        if note.state == "unfinished" and error:
             files.fail_run(folder, replace(note, changes=setup.words), error)
             note = self.folder.read_run(name, seed)
         if variant is not self.note.variants[0]:

@@ -149,7 +149,10 @@ class StudyTrial(Trial):
         if not self.done:
             facts = {"state": "failed", "error": in_a_line(error)}
         elif self._preempted:
-            facts = {"state": "unfinished"}
+            facts = {"left": True}
+        elif self._is_main and not (self._folder / self._note.place / "status.json").exists():
+            gone = "the script has deleted its run_dir, and its figures with it"
+            facts = {"state": "failed", "error": gone}
         elif error is not None:
             facts["notes"] = [f"after its training the script ended with {in_a_line(error)}"]
         step_s = median(self._steps_s) if self._steps_s else None
