@@ -1,4 +1,4 @@
-"""What tests of `dtrain ablate --slurm` train: a hundred steps, slow while there is a file `slow`."""
+"""What tests of `dtrain ablate --slurm` train: 100 steps, slow while there is a file `slow`."""
 
 import sys
 import threading
