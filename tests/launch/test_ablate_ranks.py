@@ -60,7 +60,7 @@ def test_a_lost_rank_is_a_row_and_goes_on_when_asked_to(tmp_path):
     assert "1 of 1: lost, seed 0" in done.stderr
     assert "2 of " not in done.stderr
     said = (study / "lost" / "seed-0" / "rank-0.txt").read_text()
-    assert "going on from step 10" in said
+    assert "continuing at step 10 from " in said
     assert rows["lost"]["mean"] == rows["base"]["mean"]  # to the last bit, as if not lost
 
 

@@ -326,7 +326,7 @@ def test_gpus_are_divided(monkeypatch):
     assert devices_of(0, jobs=3, ranks=2) == {}
 
 
-class MakesItself(dtrain.Callback):
+class MakesItself(Callback):
     """Hands nothing on of what it is made of."""
 
     def __new__(cls, *args, **kwargs):
@@ -339,9 +339,9 @@ class MakesItself(dtrain.Callback):
 def test_a_callback_with_a_new_of_its_own_keeps_its_arguments():
     """Made again it would lose those that are not changed, so it is refused."""
     one = MakesItself(2, kept=7)
-    assert overriding.judged_by([one]) is None
+    assert judged_by([one]) is None
     change = Change.parse("set", "MakesItself.size=3")
     with pytest.raises(ConfigError, match="made by a __new__ of its own"):
-        overriding.check(change, [one])
+        check(change, [one])
     assert (one.size, one.kept) == (2, 7)
-    assert overriding.override([Change.parse("without", "MakesItself")], [one])[0] == []
+    assert override([Change.parse("without", "MakesItself")], [one])[0] == []
