@@ -146,7 +146,7 @@ def _changed(one: Callback, argument: str, change: Change) -> tuple[Any, Any]:
     if (made_of := _made_of(one)) is None:
         cls = type(one).__name__
         raise ConfigError(
-            f"{change}: {cls} is made by a __new__ of its own, so what it was made of is not known. "
+            f"{change}: {cls} is made by a __new__ of its own, so its arguments are not known. "
             "Have the script take it as an argument of its own, and change that (--arg)"
         )
     args, kwargs = made_of
