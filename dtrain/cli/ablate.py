@@ -2,7 +2,9 @@
 
 import os
 import re
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,7 +114,9 @@ def ablate(
     folder: Annotated[
         Path | None, typer.Option(help="Where the study is; runs/ablate-SCRIPT by default.")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="So many runs at a time.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(help="So many runs at a time; 1 here, with --slurm no limit.")
+    ] = None,
     ranks: Annotated[int, typer.Option(help="Of each run.")] = 1,
     timeout: Annotated[float | None, typer.Option(help="Seconds that a run may take.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run again what has failed.")] = False,
@@ -137,10 +141,10 @@ def ablate(
     """
     try:
         with refusing("ablate", CheckError, ConfigError):
-            if sbatch and not slurm:
-                raise ConfigError("--sbatch is for --slurm")
+            _check_where(slurm, sbatch or (), timeout)
             say = _progress
-            runner = study_runner(script, args or (), folder, jobs, ranks, timeout, retry, say)
+            runner = study_runner(script, args or (), folder, jobs or 1, ranks, timeout, retry, say)
+            runner.elsewhere = slurm
             with runner.folder.locked():
                 runner.begin()
                 due = runner.plan(
@@ -152,7 +156,7 @@ def ablate(
                     only=only,
                 )
                 if slurm and due:
-                    _submit(runner, due, sbatch or [])
+                    _submit(runner, due, jobs, sbatch or [])
                     return
                 study = run_and_show(runner, due)
     except KeyboardInterrupt:
@@ -162,6 +166,24 @@ def ablate(
         typer.echo("\r\x1b[K", err=True, nl=False)
     show_table(study.report, markdown=markdown, json=json)
     typer.echo(f"\nfiles and picture are in {os.path.relpath(study.folder)}", err=True)
+
+
+def _check_where(slurm: bool, sbatch: Sequence[str], timeout: float | None) -> None:
+    """Refuses what does not go with where the runs are to be."""
+    if not slurm:
+        if sbatch:
+            raise ConfigError("--sbatch is for --slurm")
+        return
+    if any(one.removeprefix("--").partition("=")[0] == "array" for one in sbatch):
+        raise ConfigError(
+            "--sbatch array: the array's tasks are the study's runs that are missing. Write "
+            "--jobs 4 for four of them at a time"
+        )
+    if timeout is not None:
+        raise ConfigError(
+            "--timeout is for runs on this machine. With --slurm write a job's limit, such as "
+            "--sbatch time=30:00; what is not done by then is requeued, and goes on"
+        )
 
 
 def _progress(words: str) -> None:
@@ -202,20 +224,30 @@ def _variants(taken: list[tuple[str, str]]) -> list[Variant]:
     return found
 
 
-def _submit(runner: Any, due: list[tuple[str, int]], sbatch: list[str]) -> None:
-    """Submits what is due as one array of jobs."""
+def _submit(runner: Any, due: list[tuple[str, int]], jobs: int | None, sbatch: list[str]) -> None:
+    """Submits what is due as one array of jobs, so many at a time."""
     folder, numbers = runner.folder.path, [runner.note.runs.index(one) for one in due]
     for one in due:
         runner.folder.prepare_run(*one)
     tasks = ",".join(map(str, numbers))
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
         tasks = f"{numbers[0]}-{numbers[-1]}"
-    output = str(folder / "slurm-%a.log").replace("\\", "\\\\")
-    submit(
+    tasks += f"%{jobs}" if jobs else ""
+    # Of its folder's name SLURM replaces nothing.
+    output = str(folder).replace("%", "%%") + "/slurm-%a.log"
+    job = submit(
         RUN_OF_STUDY,
         [str(folder), "{task}"],
         ranks=runner.ranks,
         name=f"ablate-{runner.script.stem}",
         sbatch=[f"array={tasks}", f"output={output}", *sbatch],
     )
-    typer.echo(f"then  dtrain compare {os.path.relpath(folder)}      the table of what there is")
+    runner.note.jobs.append(job)
+    runner.folder.write(runner.note)
+    typer.echo(
+        f"runs  {len(due)}, a task each, which names its run in its log's first line\n"
+        f"then  dtrain compare {shlex.quote(os.path.relpath(folder))}      the table of what there "
+        "is so far\n"
+        "      the same command again: submits what is missing; where nothing is, writes the "
+        "table and the picture"
+    )

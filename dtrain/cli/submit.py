@@ -72,7 +72,7 @@ def submit(
             help="Say where a run and its job stand, and do no more.",
         ),
     ] = None,
-) -> None:
+) -> str | None:
     """Submit a script as a SLURM job, which saves and requeues itself before its time is up.
 
     Options come before the script's name: all after it is the script's own.
@@ -128,12 +128,13 @@ def submit(
     _warn_of_own(args or ())
     if dry_run:
         typer.echo(text, nl=False)
-        return
+        return None
     for key in ("output", "error"):
         _make_folder(options.get(key) or "", options, folder)
     job = _submit(text)
     log = _log_path(options.get("output") or "%x-%j.log", options, folder, job)
-    one = f"{job}_0" if is_array else job
+    first = re.match(r"\d*", given["array"])[0] or "0" if is_array else ""  # type: ignore[index]
+    one = f"{job}_{first}" if is_array else job
     typer.echo(
         f"job   {job}: {shlex.join(command)}\n"
         f"log   {log}\n"
@@ -144,8 +145,10 @@ def submit(
     )
     if is_array:
         typer.echo(
-            f"      {one} is task 0 of the array {given['array']}; scancel {job} ends all of them"
+            f"      {one} is task {first} of the array {given['array']}; scancel {job} ends all of "
+            "them"
         )
+    return job
 
 
 def _check(script: Path, command: list[str], given: dict[str, str], folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from dtrain.cluster.batch import Kind, render
 from dtrain.cluster.signals import Deadline, Launcher, Signals
-from dtrain.cluster.slurm import describe_job, lacking, log_path
+from dtrain.cluster.slurm import describe_job, lacking, log_path, tasks_in_queue
 
 __all__ = [
     "Deadline",
@@ -13,4 +13,5 @@ __all__ = [
     "lacking",
     "log_path",
     "render",
+    "tasks_in_queue",
 ]

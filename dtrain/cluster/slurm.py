@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from subprocess import DEVNULL
@@ -127,6 +127,13 @@ def _troubles(
 def _gpus(gres: str) -> int:
     """Returns how many GPUs a node has that SLURM lists as ``gpu:a100:4(S:0-1),gpu:2``."""
     return sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)(?=[,(]|$)", gres))
+
+
+def tasks_in_queue(jobs: Sequence[str]) -> dict[int, str]:
+    """Returns which tasks of these arrays wait or run, and of which job each is."""
+    shown = ask("squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%K %F") if jobs else None
+    found = [line.split() for line in (shown or "").splitlines()]
+    return {int(task): job for task, job in found if task.isdigit()}
 
 
 def describe_job(job: str) -> list[tuple[str, str]]:

@@ -25,6 +25,13 @@ def remember_arguments() -> None:
     setattr(Callback, "__new__", new)  # noqa: B010 -- mypy knows that it is no method
 
 
+def _made_of(one: Callback) -> tuple[Any, Any] | None:
+    """Returns the arguments of a callback; None where they are not known."""
+    if type(one).__new__ is not Callback.__new__:
+        return None
+    return vars(one).get(_MADE_OF)
+
+
 def callback_names(callbacks: Sequence[Callback]) -> list[str]:
     """Returns how changes name these callbacks."""
     return numbered([type(one).__name__ for one in callbacks])
@@ -104,7 +111,9 @@ def judged_by(callbacks: Sequence[Callback]) -> list[str] | None:
     """Returns the metric and mode by which the script itself says what is best, if it does."""
     for name in ("best", "monitor"):  # Checkpoint's, and then EarlyStopping's
         for one in callbacks:
-            args, kwargs = vars(one)[_MADE_OF]
+            if (made_of := _made_of(one)) is None:
+                continue
+            args, kwargs = made_of
             made = inspect.signature(type(one)).bind(*args, **kwargs)
             made.apply_defaults()
             metric, mode = made.arguments.get(name), made.arguments.get("mode")
@@ -134,7 +143,13 @@ def _remake(one: Callback, argument: str, change: Change) -> None:
 
 def _changed(one: Callback, argument: str, change: Change) -> tuple[Any, Any]:
     """Returns the arguments that a callback was made of, with one of them changed."""
-    args, kwargs = vars(one)[_MADE_OF]
+    if (made_of := _made_of(one)) is None:
+        cls = type(one).__name__
+        raise ConfigError(
+            f"{change}: {cls} is made by a __new__ of its own, so its arguments are not known. "
+            "Have the script take it as an argument of its own, and change that (--arg)"
+        )
+    args, kwargs = made_of
     made = inspect.signature(type(one)).bind(*args, **kwargs)
     made.apply_defaults()
     cls = type(one).__name__

@@ -9,13 +9,14 @@ import sys
 
 def main(folder: str, number: str) -> int:
     """Runs a study's script as the run of that number; returns an exit code."""
+    from dataclasses import replace
     from pathlib import Path
 
     from dtrain.errors import ConfigError
     from dtrain.trials.fork_server import RECORDED
     from dtrain.trials.runner import run_script
-    from dtrain.trials.study_files import StudyFolder
-    from dtrain.trials.study_trial import make_trial
+    from dtrain.trials.study_files import StudyFolder, fail_run
+    from dtrain.trials.study_trial import in_a_line, make_trial
 
     study = StudyFolder(Path(folder))
     note = study.read()
@@ -29,10 +30,18 @@ def main(folder: str, number: str) -> int:
     main_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     place = study.prepare_run(name, seed) if main_rank else study.run_dir(name, seed)
     setup = {"variant": name, "seed": seed, "overrides": variant.overrides}
-    trial = make_trial(setup | {"words": [str(one) for one in variant.changes]}, place)
+    words = [str(one) for one in variant.changes]
+    trial = make_trial(setup | {"words": words}, place)
+    if main_rank:
+        told = f"run {number} of the study: {name}, seed {seed}, in {place}"
+        print(f"dtrain ablate: {told}", flush=True)  # noqa: T201
     sys.argv = [note.script, *note.args, *variant.arguments]
     sys.path.insert(0, str(Path(note.script).parent))
-    return run_script(trial, note.script)
+    code = run_script(trial, note.script)
+    if main_rank and code != RECORDED and (run := study.read_run(name, seed)).state == "unfinished":
+        # Before there was a Trainer, which notes it by itself.
+        fail_run(place, replace(run, changes=words), in_a_line(trial.error))
+    return code
 
 
 if __name__ == "__main__":

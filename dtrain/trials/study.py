@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from dtrain.cluster import tasks_in_queue
 from dtrain.errors import CheckError, ConfigError
 from dtrain.studies import Pick, Table, check_metric, guess_mode, make_table
 from dtrain.trials import study_files as files
@@ -33,6 +34,7 @@ class StudyRunner:
     timeout_s: float
     retry: bool  # runs that have failed, too
     progress: Progress
+    elsewhere: bool = False  # the runs are not on this machine
     note: StudyNote = field(init=False)
 
     # -- what is to be done ---------------------------------------------------------------------
@@ -101,7 +103,11 @@ class StudyRunner:
         planned = [(name, seed) for seed in seeds for name in wanted]
         note.runs += [one for one in planned if one not in note.runs]
         self.folder.write(note)
-        return [one for one in note.runs if self._is_due(*one)]
+        queued = {note.runs[task]: job for task, job in tasks_in_queue(note.jobs).items()}
+        if queued:
+            of = ", ".join(sorted({*queued.values()}))
+            self.progress(f"{len(queued)} of its runs are in SLURM's queue already (job {of})")
+        return [one for one in note.runs if one not in queued and self._is_due(*one)]
 
     def _is_due(self, variant: str, seed: int) -> bool:
         state = self.folder.read_run(variant, seed).state
@@ -202,7 +208,13 @@ class StudyRunner:
         args = [*self.args, *variant.arguments]
         launch = launcher.launch(setup, self.ranks, self.script, args, self.timeout_s, folder)
         note = self.folder.read_run(name, seed)
-        if note.state == "unfinished" and (error := _what_went_wrong(launch)):
+        error = _what_went_wrong(launch)
+        if not (error or note.left):
+            error = (
+                "the script ended its own process (os._exit), so it is not known whether it had "
+                "come to its end: have it return, or call sys.exit"
+            )
+        if note.state == "unfinished" and error:
             files.fail_run(folder, replace(note, changes=setup.words), error)
             note = self.folder.read_run(name, seed)
         if variant is not self.note.variants[0]:
@@ -220,7 +232,8 @@ class StudyRunner:
 
     def _variables(self, job: int) -> dict[str, str]:
         """Returns what ranks of a job find in their environment: its cores and GPUs."""
-        return {"OMP_NUM_THREADS": str(self.note.threads)} | devices_of(job, self.jobs, self.ranks)
+        threads = {"OMP_NUM_THREADS": str(self.note.threads)}
+        return threads if self.elsewhere else threads | devices_of(job, self.jobs, self.ranks)
 
 
 def pick_of(note: StudyNote) -> Pick:

@@ -45,6 +45,7 @@ class RunNote:
     seconds: float = 0.0  # from the script's first line to its last, of the last start
     step_s: float | None = None  # median seconds of a step, of the last start
     memory: int | None = None  # bytes, the most of rank 0: of its GPU, else of its process
+    left: bool = False  # it was told to leave, and goes on another time
     evaluated: dict[str, float] = field(default_factory=dict)  # by the last Trainer.evaluate
     notes: list[str] = field(default_factory=list)
 
@@ -63,6 +64,7 @@ class StudyNote:
     callbacks: list[str] = field(default_factory=list)  # that the script has
     variants: list[Variant] = field(default_factory=list)  # the first is compared with
     runs: list[tuple[str, int]] = field(default_factory=list)  # variant and seed; only ever longer
+    jobs: list[str] = field(default_factory=list)  # SLURM's, that were submitted
     format: int = FORMAT
 
 
@@ -174,7 +176,8 @@ class StudyFolder:
 
 
 def write_run(folder: Path, note: RunNote) -> None:
-    """Writes what became of a run."""
+    """Writes what became of a run, of whose folder the script may have left nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / _RUN, asdict(note))
 
 

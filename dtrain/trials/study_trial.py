@@ -14,7 +14,7 @@ from dtrain.callback import listed
 from dtrain.context import Context, Step
 from dtrain.data import Data
 from dtrain.distributed import World, derive_seed, seed_everything
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, CrashLoop
 from dtrain.plan import FitResult
 from dtrain.sinks import Console, JSONLines
 from dtrain.trainer import Trainer
@@ -71,6 +71,7 @@ class StudyTrial(Trial):
     """
 
     ends_script = False
+    error: BaseException | None = None  # with which the script has ended
 
     def __init__(self, setup: Setup, folder: Path) -> None:
         self.setup, self._folder = setup, folder
@@ -141,15 +142,19 @@ class StudyTrial(Trial):
         self._note = replace(self._note, evaluated=dict(figures))
 
     def ended(self, error: BaseException | None) -> None:
+        self.error = error
         if self.setup.wanted is not None or not self._trainers:
             return
         facts: dict[str, Any] = {"state": "finished"}
         if not self.done:
-            facts = {"state": "failed", "error": _in_a_line(error)}
+            facts = {"state": "failed", "error": in_a_line(error)}
         elif self._preempted:
-            facts = {"state": "unfinished"}
+            facts = {"left": True}
+        elif self._is_main and not (self._folder / self._note.place / "status.json").exists():
+            gone = "the script has deleted its run_dir, and its figures with it"
+            facts = {"state": "failed", "error": gone}
         elif error is not None:
-            facts["notes"] = [f"after its training the script ended with {_in_a_line(error)}"]
+            facts["notes"] = [f"after its training the script ended with {in_a_line(error)}"]
         step_s = median(self._steps_s) if self._steps_s else None
         seconds = time.perf_counter() - self._began
         self._write(**facts, seconds=seconds, step_s=step_s, memory=self._memory())
@@ -203,10 +208,10 @@ class StudyTrial(Trial):
             write_run(self._folder, self._note)
 
 
-def _in_a_line(error: BaseException | None) -> str:
+def in_a_line(error: BaseException | None) -> str:
     """Returns what a script ended with, in one line."""
     if error is None:
         return "the script ended without having called Trainer.fit"
     if isinstance(error, SystemExit):
-        return f"exit status {error.code!r}"
+        return str(error) if isinstance(error, CrashLoop) else f"exit status {error.code!r}"
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -324,3 +324,24 @@ def test_gpus_are_divided(monkeypatch):
         devices_of(0, jobs=3, ranks=2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert devices_of(0, jobs=3, ranks=2) == {}
+
+
+class MakesItself(Callback):
+    """Hands nothing on of what it is made of."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, size, kept=1):
+        self.size, self.kept = size, kept
+
+
+def test_a_callback_with_a_new_of_its_own_keeps_its_arguments():
+    """Made again it would lose those that are not changed, so it is refused."""
+    one = MakesItself(2, kept=7)
+    assert judged_by([one]) is None
+    change = Change.parse("set", "MakesItself.size=3")
+    with pytest.raises(ConfigError, match="made by a __new__ of its own"):
+        check(change, [one])
+    assert (one.size, one.kept) == (2, 7)
+    assert override([Change.parse("without", "MakesItself")], [one])[0] == []
