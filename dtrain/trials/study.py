@@ -107,7 +107,7 @@ class StudyRunner:
         if queued:
             of = ", ".join(sorted({*queued.values()}))
             self.progress(f"{len(queued)} of its runs are in SLURM's queue already (job {of})")
-        return [one for one in note.runs if one not in queued and self._is_due(*one)]
+        return [one for one in planned if one not in queued and self._is_due(*one)]
 
     def _is_due(self, variant: str, seed: int) -> bool:
         state = self.folder.read_run(variant, seed).state
@@ -176,7 +176,8 @@ class StudyRunner:
                 except BaseException:
                     queue.clear()
                     raise
-                done += 1
+                with lock:
+                    done += 1
 
         jobs = min(self.jobs, len(due))
         with ExitStack() as stack:

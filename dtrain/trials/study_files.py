@@ -105,11 +105,16 @@ class StudyFolder:
 
     def read_run(self, variant: str, seed: int) -> RunNote:
         """Returns what became of a run; where nothing is known of it, it is unfinished."""
+        file = self.run_dir(variant, seed) / _RUN
         try:
-            facts = json.loads((self.run_dir(variant, seed) / _RUN).read_bytes())
-            return RunNote(**facts)
-        except (OSError, ValueError, TypeError):
+            return RunNote(**json.loads(file.read_bytes()))
+        except FileNotFoundError:
             return RunNote(variant, seed)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{file} cannot be read ({error}), so whether that run is done cannot be known. "
+                f"Delete {file.parent} to have it run again"
+            ) from error
 
     def prepare_run(self, variant: str, seed: int) -> Path:
         """Returns a run's folder, ready for a start, which goes on with what is there.

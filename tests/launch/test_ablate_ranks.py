@@ -1,6 +1,7 @@
 """`dtrain ablate --ranks 2`: the table of one rank, and what becomes of ranks that are lost."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def of(study, place):
     return json.loads((study / place / "run.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_table_of_one(tmp_path):
     """Also where the script does all that makes seeds and folders hard."""
     asked = ["--without=EMA", "--seeds=2", "--jobs=2"]
@@ -47,6 +49,7 @@ def test_two_ranks_give_the_table_of_one(tmp_path):
         assert two[name]["finished"] == 2
 
 
+@pytest.mark.slow
 def test_a_lost_rank_is_a_row_and_goes_on_when_asked_to(tmp_path):
     asked = ["--variant=lost", "--set=Odd.at=13", "--set=Odd.what=kill", "--seeds=1", "--ranks=2"]
     rows, done, study = ablate(tmp_path, "study", *asked)
@@ -60,7 +63,8 @@ def test_a_lost_rank_is_a_row_and_goes_on_when_asked_to(tmp_path):
     assert "1 of 1: lost, seed 0" in done.stderr
     assert "2 of " not in done.stderr
     said = (study / "lost" / "seed-0" / "rank-0.txt").read_text()
-    assert "continuing at step 10 from " in said
+    # The one of step 10 may have been under way.
+    assert re.search(r"continuing at step (5|10) from ", said)
     assert rows["lost"]["mean"] == rows["base"]["mean"]  # to the last bit, as if not lost
 
 

@@ -298,6 +298,7 @@ def train(folder, seed, sink, callbacks):
     return folder
 
 
+@pytest.mark.slow
 def test_real_runs(tmp_path):
     runs = [
         train(tmp_path / f"{len(callbacks)}-{seed}", seed, sink(), callbacks)
