@@ -145,7 +145,7 @@ def ablate(
             say = _progress
             runner = study_runner(script, args or (), folder, jobs or 1, ranks, timeout, retry, say)
             runner.elsewhere = slurm
-            with runner.folder.locked():
+            with runner.folder.locked(), runner:
                 runner.begin()
                 due = runner.plan(
                     _variants(ctx.meta[_CHANGES]),

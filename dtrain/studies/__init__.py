@@ -2,7 +2,7 @@
 
 from dtrain.studies.existing import compare_runs
 from dtrain.studies.pick import Pick, check_metric, guess_mode
-from dtrain.studies.picture import draw
+from dtrain.studies.picture import draw, make_ready
 from dtrain.studies.run import Run, read_rows
 from dtrain.studies.table import Table, make_table
 from dtrain.studies.terminal import draw_in_terminal
@@ -16,6 +16,7 @@ __all__ = [
     "draw",
     "draw_in_terminal",
     "guess_mode",
+    "make_ready",
     "make_table",
     "read_rows",
 ]

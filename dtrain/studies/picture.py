@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dtrain.errors import ConfigError
@@ -13,6 +15,13 @@ if TYPE_CHECKING:  # an extra
     from matplotlib.figure import Figure
 
 _DASHES = ("-", "--", "-.", ":")
+
+
+def make_ready() -> None:
+    """Imports what a table and its picture need, in a thread, so that nobody waits for it later."""
+    with suppress(ImportError):  # which is told where it is needed
+        for name in ("scipy.stats", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+            import_module(name)
 
 
 def draw(table: Table) -> "Figure":

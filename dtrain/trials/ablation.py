@@ -122,7 +122,7 @@ def ablate(
     """
     runner = study_runner(script, args, folder, jobs, ranks, timeout_s, retry, progress)
     given = listed_variants(without, set, arg, variants or {})
-    with runner.folder.locked():
+    with runner.folder.locked(), runner:
         runner.begin()
         due = runner.plan(
             given,

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -91,9 +92,9 @@ def start(line: str) -> None:
     _end(lambda: _run(Order(**json.loads(line))))
 
 
-def _kind(order: Order) -> tuple[Any, ...]:
+def _kind(order: Order, *, by_arguments: bool = True) -> tuple[Any, ...]:
     """Returns what launches have in common that may be served by one heir."""
-    return order.script, order.args, order.double
+    return order.script, order.args if by_arguments else None, order.double
 
 
 def _heir(line: str, answers: TextIO) -> str | None:
@@ -125,19 +126,39 @@ def _heir(line: str, answers: TextIO) -> str | None:
 def _inherit(line: str, answers: TextIO, left: int, imported: int) -> int:
     os.setsid()
     opened, first = _opened(), Order(**json.loads(line))
-    if why := _make_imports(first) or _unfit(opened):
+    arguments = _watched([first.script, *first.args])
+    if why := _make_imports(first, arguments) or _unfit(opened):
         print(f"{first.script} is not imported ahead: {why}", file=sys.stderr)  # noqa: T201
         return _UNFIT
     os.close(imported)
-    while line and _kind(order := Order(**json.loads(line))) == _kind(first):
+    kind = partial(_kind, by_arguments=vars(arguments).get("read", False))
+    while line and kind(order := Order(**json.loads(line))) == kind(first):
         line = _launch(order, answers)
     os.write(left, line.encode())
     return 0
 
 
-def _make_imports(order: Order) -> str:
+def _watched(arguments: list[str]) -> list[str]:
+    """Returns arguments that have an attribute ``read`` once anybody has looked at them."""
+
+    def noting(look: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(self: Any, *args: Any) -> Any:
+            self.read = True
+            return look(self, *args)
+
+        return noted
+
+    looks = ("getitem", "iter", "len", "contains", "eq", "add", "reversed", "repr")
+    methods = {f"__{name}__": noting(getattr(list, f"__{name}__")) for name in looks}
+    methods |= {name: noting(getattr(list, name)) for name in ("copy", "count", "index", "pop")}
+    watching: type[list[str]] = type("Arguments", (list,), methods)
+    return watching(arguments)
+
+
+def _make_imports(order: Order, arguments: list[str]) -> str:
     """Imports what the script does; says why a rank could tell that from doing so itself."""
     _be(order)
+    sys.argv = arguments
     drawn = _random_state()
     main = sys.modules["__main__"] = ModuleType("__main__")
     main.__file__ = order.script

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 from dtrain.cluster import tasks_in_queue
 from dtrain.errors import CheckError, ConfigError
-from dtrain.studies import Pick, Table, check_metric, guess_mode, make_table
+from dtrain.studies import Pick, Table, check_metric, guess_mode, make_ready, make_table
 from dtrain.trials import study_files as files
 from dtrain.trials.changes import BASE, Variant, plan_variants
 from dtrain.trials.launcher import Launch, Launcher, Progress, last_line
@@ -24,7 +24,10 @@ Due = tuple[str, int]  # a variant and a seed
 
 @dataclass
 class StudyRunner:
-    """Plans a study, runs what of it is not done, and collects. Ranks: none; it starts them."""
+    """Plans a study, runs what of it is not done, and collects. Ranks: none; it starts them.
+
+    When it is left, all that it started is stopped.
+    """
 
     script: Path
     args: list[str]
@@ -36,6 +39,8 @@ class StudyRunner:
     progress: Progress
     elsewhere: bool = False  # the runs are not on this machine
     note: StudyNote = field(init=False)
+    _launchers: list[Launcher] = field(default_factory=list)
+    _stack: ExitStack = field(default_factory=ExitStack)  # which stops them
 
     # -- what is to be done ---------------------------------------------------------------------
 
@@ -75,8 +80,7 @@ class StudyRunner:
         before its first ``fit``.
         """
         note = self.note
-        with Launcher(most_ranks=self.ranks, command="ablate", variables=self._variables(0)) as at:
-            found = self._probe(at, given)
+        found = self._probe(given)
         note.callbacks = found["callbacks"]
         variants = plan_variants(given, note.callbacks, each=each, pairs=pairs, only=only)
         known = note.variants
@@ -113,7 +117,7 @@ class StudyRunner:
         state = self.folder.read_run(variant, seed).state
         return state == "unfinished" or (state == "failed" and self.retry)
 
-    def _probe(self, launcher: Launcher, given: Sequence[Variant]) -> dict[str, Any]:
+    def _probe(self, given: Sequence[Variant]) -> dict[str, Any]:
         """Returns what the script has, having tried whether each change could be made."""
         import json
 
@@ -122,7 +126,7 @@ class StudyRunner:
         self.progress("what the script has")
         wanted = [change for variant in given for change in variant.overrides]
         setup = Setup(BASE, 0, [], [], wanted=wanted)
-        launch = launcher.launch(setup, self.ranks, self.script, self.args, self.timeout_s)
+        launch = self._launcher(0).launch(setup, self.ranks, self.script, self.args, self.timeout_s)
         launch.insist("before it trained")
         found: dict[str, Any] = json.loads((launch.folder / PROBE).read_bytes())
         if found["refused"]:
@@ -180,25 +184,36 @@ class StudyRunner:
                     done += 1
 
         jobs = min(self.jobs, len(due))
-        with ExitStack() as stack:
-            launchers = [
-                stack.enter_context(
-                    Launcher(
-                        most_ranks=self.ranks, command="ablate", variables=self._variables(number)
-                    )
+        launchers = [self._launcher(number) for number in range(jobs)]
+        # What the table and its picture need is imported meanwhile.
+        threading.Thread(target=make_ready, daemon=True).start()
+        with ThreadPoolExecutor(max(1, jobs)) as pool:
+            futures = [pool.submit(work, launcher) for launcher in launchers]
+            try:
+                ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for one in ended:
+                    one.result()
+            finally:  # also at Ctrl-C: what runs is killed, and goes on next time
+                queue.clear()
+                for launcher in launchers:
+                    launcher.abandon()
+
+    def _launcher(self, job: int) -> Launcher:
+        """Returns a job's, which has imported torch once for all that it starts."""
+        while len(self._launchers) <= job:
+            variables = self._variables(len(self._launchers))
+            self._launchers.append(
+                self._stack.enter_context(
+                    Launcher(most_ranks=self.ranks, command="ablate", variables=variables)
                 )
-                for number in range(jobs)
-            ]
-            with ThreadPoolExecutor(max(1, jobs)) as pool:
-                futures = [pool.submit(work, launcher) for launcher in launchers]
-                try:
-                    ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                    for one in ended:
-                        one.result()
-                finally:  # also at Ctrl-C: what runs is killed, and goes on next time
-                    queue.clear()
-                    for launcher in launchers:
-                        launcher.abandon()
+            )
+        return self._launchers[job]
+
+    def __enter__(self) -> "StudyRunner":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
 
     def _run_one(self, launcher: Launcher, name: str, seed: int) -> None:
         from dtrain.trials.study_trial import Setup

@@ -57,6 +57,7 @@ PACKAGES = {
     "seeds": "import torch; torch.manual_seed(1)",
     "draws": "import numpy; numpy.random.rand()",
     "opens_cuda": "import torch; torch.cuda._is_in_bad_fork = lambda: True",
+    "reads_arguments": "import sys; seen = sys.argv[1:]",
     "leaves": "raise SystemExit('planted')",
     "hangs": "import threading; threading.Event().wait()",
 }
@@ -76,12 +77,12 @@ def launched(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "2")  # numpy's OpenBLAS starts threads as it is imported
         with Launcher(most_ranks=2) as launcher:
 
-            def launch(package, ranks=1, *, before="", double=True, timeout_s=60):
+            def launch(package, ranks=1, *, before="", double=True, size="tiny", timeout_s=60):
                 script = folder / f"{package}_{len(before)}.py"
                 imports = f"{before}\nimport {package}"
                 script.write_text(SCRIPT.format(imports=imports, package=package))
                 setup = Setup(ranks, 1, 1, double=double)
-                done = launcher.launch(setup, ranks, script, ["--size", "tiny"], timeout_s)
+                done = launcher.launch(setup, ranks, script, ["--size", size], timeout_s)
                 texts = [(done.folder / f"rank-{r}.txt").read_text() for r in range(ranks)]
                 return done.codes, texts
 
@@ -115,6 +116,20 @@ def test_another_dtype_has_imports_of_its_own(launched):
     assert [one["dtype"] for one in once] == ["torch.float64", "torch.float32", "torch.float32"]
     importers = [one["imported by"] for one in once]
     assert importers[0] != importers[1] == importers[2]
+
+
+@pytest.mark.parametrize("package", ["calm", "reads_arguments"])
+def test_other_arguments_have_imports_of_their_own_if_these_look(launched, package):
+    launch, _ = launched
+    sizes = ("small", "large", "large")
+    once = [json.loads(launch(package, size=size)[1][0]) for size in sizes]
+    assert [one["argv"] for one in once] == [["--size", size] for size in sizes]
+    importers = [one["imported by"] for one in once]
+    if package == "calm":
+        assert importers[0] == importers[1] == importers[2]
+    else:
+        assert importers[0] != importers[1] == importers[2]
+        assert [one["seen"] for one in once] == [one["argv"] for one in once]
 
 
 @pytest.mark.parametrize(
