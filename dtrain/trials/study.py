@@ -124,7 +124,8 @@ class StudyRunner:
         from dtrain.trials.study_trial import PROBE, Setup
 
         self.progress("what the script has")
-        wanted = [change for variant in given for change in variant.overrides]
+        # With other arguments the script may have other callbacks: such a run looks for itself.
+        wanted = [one for variant in given if not variant.arguments for one in variant.overrides]
         setup = Setup(BASE, 0, [], [], wanted=wanted)
         launch = self._launcher(0).launch(setup, self.ranks, self.script, self.args, self.timeout_s)
         launch.insist("before it trained")

@@ -180,6 +180,14 @@ class StudyFolder:
             os.close(handle)
 
 
+def start_of(folder: Path) -> str:
+    """Returns the digest of the weights that an earlier start of a run began with, if there is."""
+    try:
+        return str(json.loads((folder / _RUN).read_bytes())["start"])
+    except FileNotFoundError:
+        return ""
+
+
 def write_run(folder: Path, note: RunNote) -> None:
     """Writes what became of a run, of whose folder the script may have left nothing."""
     folder.mkdir(parents=True, exist_ok=True)

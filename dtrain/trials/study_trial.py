@@ -30,7 +30,7 @@ from dtrain.trials.overriding import (
 )
 from dtrain.trials.records import digest_of_tensors
 from dtrain.trials.runner import ScriptEnds, Trial
-from dtrain.trials.study_files import RunNote, write_json, write_run
+from dtrain.trials.study_files import RunNote, start_of, write_json, write_run
 
 PROBE = "probe.json"
 _TIMED = 4096  # so many steps, the newest, are looked at for how long one takes
@@ -83,7 +83,8 @@ class StudyTrial(Trial):
         self._step_began: float | None = None
         self._steps_s: deque[float] = deque(maxlen=_TIMED)
         self._preempted = False
-        self._note = RunNote(setup.variant, setup.seed, changes=setup.words)
+        # One that goes on began where its first start did.
+        self._note = RunNote(setup.variant, setup.seed, changes=setup.words, start=start_of(folder))
         remember_arguments()
         # A script that seeds nothing makes its model of these.
         seed_everything(setup.seed)
@@ -148,6 +149,8 @@ class StudyTrial(Trial):
         facts: dict[str, Any] = {"state": "finished"}
         if not self.done:
             facts = {"state": "failed", "error": in_a_line(error)}
+            if error is None:
+                facts["error"] = "its training failed, and the script went on without it"
         elif self._preempted:
             facts = {"left": True}
         elif self._is_main and not (self._folder / self._note.place / "status.json").exists():

@@ -143,6 +143,11 @@ def test_killed_five_times_it_ends_as_if_left_alone(study, tmp_path):
                 for at in (study[0], tmp_path)
             )
             assert there == here, (name, seed)
+            starts = {
+                json.loads((at / "study" / name / f"seed-{seed}" / "run.json").read_text())["start"]
+                for at in (study[0], tmp_path)
+            }
+            assert len(starts) == 1
 
 
 ODD = """
@@ -152,7 +157,7 @@ from torch import nn
 import dtrain
 from dtrain.callbacks import ClipGradients
 
-modes = sys.argv[1:]
+modes = [one.removeprefix("--") for one in sys.argv[1:]]
 dtrain.init(seed=0)
 x = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
 data = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
@@ -179,14 +184,23 @@ def make():
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
         loss_fn,
-        callbacks=[ClipGradients(1.0), Base(), Needs()],
+        callbacks=[ClipGradients(1.0), Base(), Needs(), *([Extra()] if "more" in modes else [])],
     )
 
+
+if "more" in modes:
+    class Extra(Base):
+        pass
 
 if "broken" in modes:
     raise RuntimeError("it never trains")
 trainer = make()
-trainer.fit(data, batch_size=8, epochs=1, eval_set=data)
+try:
+    trainer.fit(data, batch_size=8, epochs=1, eval_set=data)
+except ValueError:
+    if "catches" not in modes:
+        raise
+    sys.exit()
 if "fits" in modes:
     trainer.fit(data, batch_size=8, epochs=2, eval_set=data)
 if "trainers" in modes:
@@ -201,9 +215,20 @@ def test_what_goes_wrong_is_a_row_or_words(tmp_path):
     script = tmp_path / "odd.py"
     script.write_text(ODD)
     modes = ("raises", "diverges", "broken", "fits", "trainers", "exits")
-    study = dtrain.ablate(script, arg=modes, seeds=2, folder=tmp_path / "study", jobs=2)
+    named = {
+        "caught": ["--raises", "--catches"],
+        "without Extra": ["--more", "without Extra"],
+        "without more": ["--fits", "without Extra"],
+    }
+    study = dtrain.ablate(
+        script, arg=modes, variants=named, seeds=2, folder=tmp_path / "study", jobs=2
+    )
     rows = {row["variant"]: row for row in study.table}
-    assert [*rows] == ["base", *modes]
+    assert [*rows] == ["base", *modes, *named]
+    # With other arguments it has other callbacks.
+    assert rows["without Extra"]["difference"] == 0
+    assert rows["without more"]["error"].startswith("ConfigError: without Extra touches nothing")
+    assert rows["caught"]["error"] == "its training failed, and the script went on without it"
     assert (rows["raises"]["failed"], rows["raises"]["error"]) == (2, "ValueError: planted")
     assert (rows["broken"]["failed"], rows["broken"]["error"]) == (
         2,
