@@ -20,7 +20,7 @@ from dtrain.checkpoint import (
     json_values,
 )
 from dtrain.cluster import Deadline, Launcher, Signals
-from dtrain.context import Context, Outbox, Progress, Request
+from dtrain.context import Context, Optimizers, Outbox, Progress, Request, Several, as_one
 from dtrain.data import AccumulationSlot, Data, Feed, open_evals, open_feed, sizes_of
 from dtrain.distributed import (
     Replicas,
@@ -63,7 +63,8 @@ class Trainer:
     Args:
         model: your module, on any device; it is moved to this rank's. It may be compiled, whole or
             in parts; from DistributedDataParallel it is unwrapped.
-        optimizer: an optimizer of the model's parameters, or a function from the model to one.
+        optimizer: an optimizer of the model's parameters, a list of some that are stepped together,
+            or a function from the model to these.
         loss_fn: from ``(model, batch)`` or ``(model, batch, ctx)`` to a scalar mean or a
             :class:`~dtrain.Loss`; runs on every rank, with its own micro-batch. A ``ctx`` may
             be optional, by that name.
@@ -83,9 +84,8 @@ class Trainer:
             so after 5 seconds; what is known to be wrong (a process that is gone or stopped, calls
             that only some ranks make) ends the run within seconds: docs/hangs.md. A hook that takes
             longer says so by ``ctx.heartbeat()``. None switches all this off, as one rank does.
-        check_ranks: compare the ranks' parameters, by a digest, at reports (every 50 steps at
-            most), checkpoints and the end of ``fit`` (docs/numbers.md). False is for machines that
-            round differently.
+        check_ranks: compare ranks' parameters, by a digest, at reports (every 50 steps at most),
+            checkpoints and the end of ``fit``; False is for machines that round differently.
         keep_modes: leave parts of the model in train or eval mode as they are (as all are after
             ``fit``). Else a model in eval mode, as pretrained ones come, is trained in train mode,
             but for parts without a parameter to train; one in train mode may have parts in eval.
@@ -102,7 +102,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | Callable[[nn.Module], Optimizer],
+        optimizer: Optimizers,
         loss_fn: UserLoss,
         *,
         callbacks: Sequence[Callback] = (),
@@ -186,8 +186,8 @@ class Trainer:
         return self.context.optimizer
 
     @optimizer.setter
-    def optimizer(self, optimizer: Optimizer) -> None:
-        self.context.optimizer = optimizer  # looked at when fit begins, or in the next step
+    def optimizer(self, optimizer: Optimizer | Several) -> None:
+        self.context.optimizer = as_one(optimizer)  # looked at when fit begins, or in the next step
 
     def __reduce__(self) -> NoReturn:
         raise ConfigError(

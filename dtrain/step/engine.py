@@ -9,6 +9,7 @@ from weakref import WeakMethod
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dtrain import accelerator
 from dtrain.callback import Callback, Hooks
@@ -246,10 +247,11 @@ class Engine:
         with self.precision.autocast():
             return as_loss(self.loss_fn(ctx.model, batch, ctx), 1)
 
-    def gradients(self) -> list[Tensor]:
-        if self.context.reads_at_once:  # then nothing is left to be done to them
-            return self.strategy.gradients(self.context.optimizer)
-        return self._gradients.tensors()
+    def gradients(self, optimizer: Optimizer | None) -> list[Tensor]:
+        if not self.context.reads_at_once:  # else nothing is left to be done to them
+            every = self._gradients.tensors()
+            return every if optimizer is None else self.strategy.gradients(optimizer)
+        return self.strategy.gradients(optimizer or self.context.optimizer)
 
     def gradient_norm(self) -> Tensor:
         return self._gradients.norm()

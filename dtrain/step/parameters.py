@@ -1,5 +1,6 @@
 """What is trained: the model's parameters, and whether the optimizer still has them."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from inspect import signature
 from itertools import chain
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.context import Context
+from dtrain.context import Context, Together, parts_of
 from dtrain.distributed import named_parameters, some_of
 from dtrain.errors import ConfigError
 
@@ -141,8 +142,9 @@ class Parameters:
             )
         # Of parameters that were replaced: it could not be saved.
         held = {id(p) for p in _held(optimizer)}
-        for p in [p for p in optimizer.state if isinstance(p, Tensor) and id(p) not in held]:
-            del optimizer.state[p]
+        for one in context.optimizers.values():
+            for p in [p for p in one.state if isinstance(p, Tensor) and id(p) not in held]:
+                del one.state[p]
 
     def lines(self) -> list[str]:
         """Returns what must be equal on all ranks: what is trained, and how."""
@@ -184,14 +186,23 @@ def lacking(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"the optimizer is {optimizer!r}, no torch.optim.Optimizer")
-    closure = signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise ConfigError(
-            f"{type(optimizer).__name__} cannot be used yet: its step evaluates the loss several "
-            "times, by a closure, and a Trainer takes one gradient a step. Use another optimizer"
-        )
+    for one in parts_of(optimizer).values():
+        closure = signature(one.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ConfigError(
+                f"{type(one).__name__} cannot be used yet: its step evaluates the loss several "
+                "times, by a closure, and a Trainer takes one gradient a step. Use another "
+                "optimizer"
+            )
     held = _held(optimizer)
     ids, ours = {id(p) for p in held}, {id(p) for p in model.parameters()}
+    if len(ids) < len(held) and isinstance(optimizer, Together):
+        counts = Counter(map(id, held))
+        twice = [name for name, p in named_parameters(model) if counts[id(p)] > 1]
+        raise ConfigError(
+            f"{some_of(twice, _SHOWN)} in several of the optimizers "
+            f"({', '.join(map(repr, optimizer.parts))}): each parameter is stepped by one"
+        )
     left = [n for n, p in named_parameters(model) if p.requires_grad and id(p) not in ids]
     if strange := [p for p in held if id(p) not in ours]:
         shapes = ", ".join(str(list(p.shape)) for p in strange[:5])
