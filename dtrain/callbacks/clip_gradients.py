@@ -20,8 +20,8 @@ class ClipGradients(Callback):
         max_norm: largest joint norm.
         max_value: largest absolute value of each entry; a complex one keeps its direction. One
             of the two must be given.
-        optimizer: of which of several optimizers, by its name or place; of all, with one norm, if
-            None. Its norm is logged as ``grad_norm/<optimizer>``.
+        optimizer: of which of several optimizers, by its name or place; of all if None, with one
+            norm where they are stepped together. Its norm is logged as ``grad_norm/<optimizer>``.
     """
 
     asks_for_gradients = True
@@ -49,15 +49,19 @@ class ClipGradients(Callback):
         ctx.optimizer_of(self._optimizer)  # there is one
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        key = self._optimizer
+        if step.update and key not in (None, step.update):
+            return
         if self._max_value is not None:
-            for grad in ctx.gradients(self._optimizer):
+            for grad in ctx.gradients(key):
                 _clamp(grad, self._max_value)
-        elif self._max_norm is not None and self._optimizer is not None:
-            grads = ctx.gradients(self._optimizer)
-            ctx.log(f"grad_norm/{self._optimizer}", norm := joint_norm(grads))
+        elif self._max_norm is not None and (step.update or key is None):
+            name = f"grad_norm/{step.update}" if step.update else "grad_norm"
+            ctx.log(name, ctx.clip_gradient_norm(self._max_norm))
+        elif self._max_norm is not None:  # some of those that are stepped together
+            grads = ctx.gradients(key)
+            ctx.log(f"grad_norm/{key}", norm := joint_norm(grads))
             torch._foreach_mul_(grads, (self._max_norm / (norm + 1e-6)).clamp(max=1.0))
-        elif self._max_norm is not None:
-            ctx.log("grad_norm", ctx.clip_gradient_norm(self._max_norm))
 
 
 def _clamp(grad: Tensor, largest: float) -> None:

@@ -20,7 +20,7 @@ from dtrain.callbacks.schedulers import (
     put,
     rates_of,
 )
-from dtrain.context import Context, Key, Step
+from dtrain.context import Context, Key, Step, has_updates
 from dtrain.errors import ConfigError
 from dtrain.schedules import Schedule, made_of
 
@@ -46,7 +46,7 @@ class LRSchedule(Callback):
             left, from the optimizer's own rate. False: the old one; the rate stays what it is at
             its end. None: ConfigError, unless the curve is the same for both lengths.
         optimizer: which of several optimizers, by its name or place; all of them if None, or that
-            of the scheduler that is given.
+            of the scheduler that is given. Steps without its update count.
     """
 
     late_step_end = True  # only the next update needs the new rate
@@ -129,6 +129,8 @@ class LRSchedule(Callback):
             )
         self._scheduler, self._groups = scheduler, len(owner.param_groups)
         self._made = self._words_of(scheduler)
+        if has_updates(ctx.optimizer):
+            has_stepped(owner)  # it may not for some steps, and the curve is of steps
         if progress.step and not self._began:  # nor begun above
             self._new = [dict(plain(group)) for group in owner.param_groups]
 
@@ -149,7 +151,8 @@ class LRSchedule(Callback):
         ctx.say(f"LRSchedule is new in this run: its {type(self._scheduler).__name__} {where}")
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
-        if self._every == "step" and step.applied:
+        key = self._optimizer
+        if self._every == "step" and (step.applied if key is None else step.applied_to(key)):
             self._advance()
 
     def on_epoch_end(self, ctx: Context) -> None:

@@ -7,6 +7,7 @@ from dtrain.context.optimizers import (
     Several,
     Together,
     as_one,
+    has_updates,
     kind_of,
     kinds_of_groups,
     parts_of,
@@ -16,5 +17,5 @@ from dtrain.context.step import Loss, Mean, Number, Progress, Step, on_device
 
 __all__ = ["Context", "Loss", "Mean", "Number", "Progress", "Request", "Step", "on_device"]
 __all__ += ["Key", "Optimizers", "Together", "as_one", "kind_of", "kinds_of_groups"]
-__all__ += ["Several", "parts_of"]
+__all__ += ["Several", "has_updates", "parts_of"]
 __all__ += ["Outbox", "Reduce", "Shown", "check_name"]

@@ -143,6 +143,11 @@ def parts_of(optimizer: Optimizer) -> dict[Key, Optimizer]:
     return optimizer.parts if isinstance(optimizer, Together) else {0: optimizer}
 
 
+def has_updates(optimizer: Optimizer) -> bool:
+    """Says whether each of several optimizers is stepped in an update of its own."""
+    return isinstance(optimizer, Together) and optimizer.named
+
+
 def kind_of(optimizer: Optimizer) -> str:
     """Returns of what kind it is, or they are, in words."""
     if not isinstance(optimizer, Together):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.context import Context, Together, parts_of
+from dtrain.context import Context, Key, Together, parts_of
 from dtrain.distributed import named_parameters, some_of
 from dtrain.errors import ConfigError
 
@@ -26,8 +26,9 @@ class Parameters:
     :meth:`dtrain.step.Strategy.adopt`, once a look has found it.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, optimizer: Key | None = None) -> None:
         self._context, self._model = context, context.model
+        self._key = optimizer  # of several, whose parameters alone are reduced
         # What was told of when the Trainer was made. By name: it may be replaced.
         self._lacking = {*lacking(context.optimizer, context.model)}
         self._optimizer: Optimizer | None = None
@@ -46,9 +47,10 @@ class Parameters:
     def take(self) -> None:
         """Takes what is to be trained from now on; raises ConfigError if nothing is."""
         context, model = self._context, self._model
-        trainable = [p for p in model.parameters() if p.requires_grad]
+        trainable = self.mine()
         if not trainable:
-            raise ConfigError("every parameter of the model is frozen: nothing to train")
+            whose = "the model" if self._key is None else f"optimizer {self._key!r}"
+            raise ConfigError(f"every parameter of {whose} is frozen: nothing to train")
         self.since = context.progress.updates if self.trainable else 0
         context._taken += 1
         self.trainable, self._optimizer = trainable, context.optimizer
@@ -61,6 +63,14 @@ class Parameters:
         self._params = [*model.parameters()]
         self._flags = [*map(_FLAG, self._params)]
         self._take_parts()
+
+    def mine(self) -> list[nn.Parameter]:
+        """Returns those of the model that are to be trained now, and reduced."""
+        params = [p for p in self._context.model.parameters() if p.requires_grad]
+        if self._key is None:
+            return params
+        held = {*map(id, _held(self._context.optimizers[self._key]))}
+        return [p for p in params if id(p) in held]
 
     def changed(self) -> bool:
         """Says whether others are to be trained than were taken; that costs some microseconds.
@@ -130,7 +140,9 @@ class Parameters:
         self._check_forms()
         if begins and self._optimizer is not None and optimizer is not self._optimizer:
             self._lacking = {*(left := lacking(optimizer, self._model))}
-            context.say(note_of(left) or "note: trained by another optimizer from now on")
+            note = note_of(left) or "note: trained by another optimizer from now on"
+            if self._key in (None, next(iter(context.optimizers))):
+                context.say(note)
             self._optimizer = optimizer
         left = [n for n in lacking(optimizer, self._model) if n not in self._lacking]
         if left:

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dtrain import accelerator
-from dtrain.context import Optimizers, as_one
+from dtrain.context import Optimizers, as_one, has_updates
 from dtrain.data import Data
 from dtrain.distributed import (
     World,
@@ -142,4 +142,5 @@ def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:
     hang on what ranks say.
     """
     on_host = accelerator.of(device) is None
-    return not on_host and takes_a_veto(optimizer) and not data.is_stream
+    together = takes_a_veto(optimizer) and not has_updates(optimizer)
+    return not on_host and together and not data.is_stream
