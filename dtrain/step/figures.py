@@ -32,7 +32,7 @@ class Figures:
         self._names = {name: f"train/{name}/loss".replace("//", "/") for name in self.lanes}
         self.counted = False  # whether anything weighed something since
         self.epoch_sums: dict[str, list[float]] = {}  # since the epoch began: of means, and weights
-        self.rates: dict[str, list[Any]] = {}  # by update and group, the newest learning rates
+        self.rates: list[Any] = []  # by group, the learning rates of the newest step
         self._warned_nonfinite = False
 
     def restart(self) -> None:
@@ -104,12 +104,11 @@ class Figures:
     def _learning_rates(self) -> dict[str, float]:
         """Returns each group's, by its name or number; the first's in any case as ``lr``."""
         rates: dict[str, float] = {}
+        known = iter(self.rates)
         for update in self.lanes:
             groups = self.context.optimizer_of(update or None).param_groups
             first = f"lr/{update}" if update else "lr"
-            for number, (group, rate) in enumerate(
-                zip(groups, self.rates.get(update, ()), strict=False)
-            ):
+            for number, (group, rate) in enumerate(zip(groups, known, strict=False)):
                 name = f"lr/{update}/{number}" if update else f"lr/{group.get('name', number)}"
                 if rate is not None and not number:
                     rates[first] = float(rate)
