@@ -101,7 +101,7 @@ class Lane:
         #: What backward starts from, times a share: 1, or what makes a sum over ranks a mean.
         self.start = 1.0
         #: Of what backward computes gradients, beside the lane's; if None, of all there is.
-        self.inputs: Callable[[], list[nn.Parameter]] | None = None
+        self.inputs: Callable[[], list[Tensor]] | None = None
         self._size = size
         self._shares = size if shares is None else shares
         self.expect(self._shares)

@@ -76,7 +76,7 @@ class MicroStep(nn.Module):
         self.prefix = f"train/{self.update}/" if self.update else "train/"  # of its figures
         self.suffix = f" (update {self.update!r})" if self.update else ""  # of where it failed
         if self.update:
-            self.lane.inputs = self.trained.mine
+            self.lane.inputs = self._inputs
         self.trainable: list[nn.Parameter] = []  # the model's parameters that are reduced
         self.changed = False  # this rank has found others to train, in this step
         self._tie: Tensor | None = None
@@ -111,6 +111,10 @@ class MicroStep(nn.Module):
         self.lane.attach()  # before: the lane stays the last that autograd comes to
         self._tie = idle(self.trainable[::-1], self._sparse)
         self.trained.watch_nodes()
+
+    def _inputs(self) -> list[Tensor]:
+        """Returns what backward is to reach: of several updates, only this one's parameters."""
+        return [*self.trained.mine(), *self.gathers.anchors]
 
     def forward(self, step: Step, feed: MicroBatches | None, last: bool) -> tuple[Tensor, ...]:
         """Runs a micro-batch; returns what to call backward on: terms of the loss, if any.

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 
 import pytest
 import tiny
@@ -89,6 +90,7 @@ def train(strategy="auto", micros=1, batch_size=14, loss=losses, updates=None, m
     return params_of(run), result
 
 
+@cache
 def by_hand(batch_size=14, updates=None):
     """The same in plain torch, on the batches that dtrain makes."""
     batches = []
@@ -338,9 +340,9 @@ def resumable(run_dir, stop_at=None, strategy="auto"):
         Leave(),
     ]
     run = trainer(callbacks, loss, run_dir=run_dir, updates=plan, strategy=strategy)
-    result = run.fit(tiny.dataset(50), batch_size=14, max_steps=STEPS, log_every=4)
+    result = run.fit(tiny.dataset(50), batch_size=14, max_steps=STEPS, log_every=1)
     states = [one.state_dict() for one in run.context.optimizers.values()]
-    return params_of(run), states, result.metrics
+    return params_of(run), states, [row for row in result.history if row["step"] > 4]
 
 
 def interrupted(run_dir, strategy):
@@ -352,13 +354,12 @@ def interrupted(run_dir, strategy):
 def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path, world_size, strategy):
     whole = run_ranks(resumable, world_size, tmp_path / "whole", None, strategy)
     parts = run_ranks(interrupted, world_size, tmp_path / "parts", strategy)
-    for (params, states, metrics), (theirs, their_states, their_metrics) in zip(
-        whole, parts, strict=True
-    ):
+    for mine, others in zip(whole, parts, strict=True):
+        (params, states, rows), (theirs, their_states, their_rows) = mine, others
         assert all(torch.equal(theirs[name], value) for name, value in params.items())
         flat = [repr(sorted(flatten(one))) for one in (*states, *their_states)]
         assert flat[:2] == flat[2:]
-        assert metrics == their_metrics
+        assert rows == their_rows
     fingerprint = json.loads((tmp_path / "parts/status.json").read_text())["fingerprint"]
     assert fingerprint["optimizer"] == "d: AdamW, g: SGD"
 
@@ -505,6 +506,63 @@ def test_ranks_with_different_plans_are_told_at_the_start():
     for one in try_ranks(fit, 2):
         assert isinstance(one.error, RankMismatch)
         assert re.search(r"rank 1: updates: d; d, g; d", str(one.error))
+
+
+class Stream:
+    """So many batches of 4, of each rank's own."""
+
+    def __init__(self, lengths):
+        self.rank, self.count = dtrain.init().rank, lengths[dtrain.init().rank]
+
+    def __iter__(self):
+        x, y = tiny.dataset(64).tensors
+        for number in range(self.count):
+            at = 32 * self.rank + 4 * number
+            yield x[at : at + 4], y[at : at + 4]
+
+
+def streamed(lengths):
+    run = trainer()
+    result = run.fit(dtrain.Data(Stream(lengths)), epochs=2)
+    return params_of(run), result.steps
+
+
+def test_a_rank_whose_stream_has_ended_idles_in_each_update():
+    ranks = run_ranks(streamed, 2, (4, 2))
+    model = nets()
+    opts = optimizers(model)
+    x, y = tiny.dataset(64).tensors
+    for number in (0, 1, 2, 3) * 2:
+        rows = [*range(4 * number, 4 * number + 4)]
+        rows += [32 + row for row in rows] if number < 2 else []
+        for name, loss in losses(model, (x[rows], y[rows])):
+            opts[name].zero_grad()
+            loss = loss.mean if isinstance(loss, dtrain.Loss) else loss
+            loss.backward(inputs=[*model[name].parameters()])
+            opts[name].step()
+    for params, steps in ranks:
+        assert steps == 8
+        for name, value in model.named_parameters():
+            assert torch.allclose(params[name], value, rtol=1e-12, atol=1e-14), name
+
+
+def gathering():
+    def loss(model, batch, ctx):
+        x = batch[0].double()
+        yield "d", model["d"](x).square().mean()
+        mine = F.normalize(model["g"](x), dim=1)
+        every = ctx.comm.gather_with_grad("rows", mine)
+        yield "g", (mine @ every.T).square().mean()
+
+    run = trainer(loss=loss)
+    run.fit(tiny.dataset(50), batch_size=12, max_steps=6)  # the last batch of an epoch is of 2
+    return params_of(run)
+
+
+def test_a_later_update_may_gather_from_all_ranks():
+    (alone,) = run_ranks(gathering, 1)
+    for params in run_ranks(gathering, 3):
+        assert all(torch.allclose(params[n], p, rtol=1e-10, atol=1e-12) for n, p in alone.items())
 
 
 def test_an_update_may_come_twice_in_a_step():
