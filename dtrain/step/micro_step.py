@@ -114,7 +114,9 @@ class MicroStep(nn.Module):
 
     def _inputs(self) -> list[Tensor]:
         """Returns what backward is to reach: of several updates, only this one's parameters."""
-        return [*self.trained.mine(), *self.gathers.anchors]
+        groups = self.context.optimizers[self.update].param_groups
+        mine = [p for group in groups for p in group["params"] if p.requires_grad]
+        return [*mine, *self.gathers.anchors]
 
     def forward(self, step: Step, feed: MicroBatches | None, last: bool) -> tuple[Tensor, ...]:
         """Runs a micro-batch; returns what to call backward on: terms of the loss, if any.
