@@ -109,7 +109,7 @@ class MicroStep(nn.Module):
         back, which has another node.
         """
         self.lane.attach()  # before: the lane stays the last that autograd comes to
-        self._tie = idle(self.trainable[::-1], self._sparse)
+        self._tie = idle(self.trainable[::-1], self._sparse) if self.trainable else None
         self.trained.watch_nodes()
 
     def _inputs(self) -> list[Tensor]:
@@ -150,7 +150,7 @@ class MicroStep(nn.Module):
             if self.changed and self._tie is not None:
                 terms.append(self._tie)
             # With find_unused, gradients of zero would make AdamW decay an unused parameter.
-            elif loss is None and not self.find_unused:
+            elif loss is None and not self.find_unused and self.trainable:
                 terms.append(idle(self.trainable[::-1], self._sparse))
             self.clock.forwarded()
         return tuple(terms)

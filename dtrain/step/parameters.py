@@ -48,9 +48,8 @@ class Parameters:
         """Takes what is to be trained from now on; raises ConfigError if nothing is."""
         context, model = self._context, self._model
         trainable = self.mine()
-        if not trainable:
-            whose = "the model" if self._key is None else f"optimizer {self._key!r}"
-            raise ConfigError(f"every parameter of {whose} is frozen: nothing to train")
+        if not trainable and self._key is None:  # of several, an update may be left out
+            raise ConfigError("every parameter of the model is frozen: nothing to train")
         self.since = context.progress.updates if self.trainable else 0
         context._taken += 1
         self.trainable, self._optimizer = trainable, context.optimizer

@@ -92,6 +92,11 @@ class Updates:
                 step.counted = any(result.applied for _, result in step.done)
                 step.vetoed, step.held, step._flags = "", None, 0
                 part = self.parts[name]
+                if not part.micro_step.trainable:
+                    raise ConfigError(
+                        f"step {step.number} has update {name!r}, and every parameter of that "
+                        "optimizer is frozen: leave the update out, by Trainer(updates=...)"
+                    )
                 self.take(part)
                 yield _Again(self, feed.micros) if place else feed
                 part.micro_step.under_way = None

@@ -18,6 +18,7 @@ from dtrain.callbacks import (
     EMA,
     Checkpoint,
     ClipGradients,
+    Freeze,
     GradientAccumulation,
     GradientStats,
     LossSpikeGuard,
@@ -27,6 +28,7 @@ from dtrain.callbacks import (
     ParamSchedule,
 )
 from dtrain.errors import ConfigError, LossError, RankMismatch
+from dtrain.strategies import DDP
 from dtrain.testing import run_processes, run_ranks, try_ranks
 
 STEPS = 12
@@ -79,7 +81,7 @@ def params_of(run):
 
 def train(strategy="auto", micros=1, batch_size=14, loss=losses, updates=None, more=()):
     callbacks = [
-        GradientAccumulation(micros),
+        *([GradientAccumulation(micros)] if micros > 1 else []),
         ClipGradients(0.3, optimizer="g"),
         LRSchedule(lambda opt, steps: ExponentialLR(opt, 0.9), optimizer="g"),
         ParamSchedule("weight_decay", lambda p: 0.01 * p.step, optimizer="d"),
@@ -585,8 +587,67 @@ def test_an_evaluation_has_a_function_of_its_own():
     assert "epoch/g/loss" in result.metrics
 
 
-def test_a_frozen_network_of_an_update_is_an_error():
-    run = trainer()
-    run.model["g"].requires_grad_(False)
-    with pytest.raises(ConfigError, match="every parameter of optimizer 'g' is frozen"):
-        run.fit(tiny.dataset(48), batch_size=16, max_steps=1)
+def warmed_up(strategy, plan):
+    """The critic learns alone in the first epoch, in which the generator is frozen."""
+
+    def loss(model, batch, ctx):
+        made = losses(model, batch)
+        yield next(made)
+        if ctx.progress.epoch:
+            yield next(made)
+
+    run = trainer([Freeze("g.*", until_epoch=1)], loss, strategy=strategy, updates=plan)
+    before = params_of(run)
+    run.fit(tiny.dataset(48), batch_size=16, epochs=1)
+    first = params_of(run)
+    run.fit(tiny.dataset(48), batch_size=16, epochs=2)
+    moved = [
+        {n for n in one if not torch.equal(one[n], two[n])}
+        for one, two in ((before, first), (first, params_of(run)))
+    ]
+    return moved
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "flat"), (2, "flat"), (2, "ddp")])
+def test_a_frozen_network_is_left_alone(world_size, strategy):
+    def by_epoch(progress):
+        return ("d", "g") if progress.epoch else ("d",)
+
+    names = {name for name, _ in nets().named_parameters()}
+    for first, second in run_ranks(warmed_up, world_size, strategy, by_epoch):
+        assert first == {name for name in names if name.startswith("d")}
+        assert second == names
+    words = "step 0 has update 'g', and every parameter of that optimizer is frozen"
+    for one in try_ranks(warmed_up, world_size, strategy, None):
+        assert words in str(one.error)
+
+
+def unused(strategy):
+    def loss(model, batch):
+        x = batch[0].double()
+        yield "d", model["d"](x).mean()
+        yield "g", model["g"][0](x).mean()
+
+    run = trainer(loss=loss, strategy=strategy)
+    run.fit(tiny.dataset(48), batch_size=16, max_steps=1)
+
+
+@pytest.mark.parametrize("strategy", ["flat", "ddp"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_parameter_that_an_update_does_not_reach_is_named(world_size, strategy):
+    for one in try_ranks(unused, world_size, strategy):
+        assert "no gradient reached g.2.weight, g.2.bias" in str(one.error)
+
+
+def with_options():
+    return [
+        train(DDP(**options))[0]
+        for options in ({"find_unused_parameters": True}, {"static_graph": True}, {})
+    ]
+
+
+def test_options_of_ddp_change_nothing():
+    for unused, static, plain in run_processes(with_options, 2, timeout_s=60):
+        for name, value in plain.items():
+            assert torch.equal(unused[name], value)
+            assert torch.equal(static[name], value)
