@@ -6,10 +6,12 @@ from dtrain.context.optimizers import (
     Optimizers,
     Several,
     Together,
+    WithClosure,
     as_one,
     has_updates,
     kind_of,
     kinds_of_groups,
+    needs_closure,
     parts_of,
 )
 from dtrain.context.outbox import Outbox, Reduce, Request, Shown, check_name
@@ -17,5 +19,5 @@ from dtrain.context.step import Loss, Mean, Number, Progress, Step, on_device
 
 __all__ = ["Context", "Loss", "Mean", "Number", "Progress", "Request", "Step", "on_device"]
 __all__ += ["Key", "Optimizers", "Together", "as_one", "kind_of", "kinds_of_groups"]
-__all__ += ["Several", "has_updates", "parts_of"]
+__all__ += ["Several", "WithClosure", "has_updates", "needs_closure", "parts_of"]
 __all__ += ["Outbox", "Reduce", "Shown", "check_name"]

@@ -1,6 +1,7 @@
 """Several optimizers: as one, for whoever does not ask which, and each by its name or place."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
 from itertools import islice
 from types import MethodType
 from typing import Any
@@ -147,6 +148,23 @@ def as_one(given: Any) -> Any:
 def parts_of(optimizer: Optimizer) -> dict[Key, Optimizer]:
     """Returns each optimizer by its name, or by its place; the only one is 0."""
     return optimizer.parts if isinstance(optimizer, Together) else {0: optimizer}
+
+
+def WithClosure(optimizer: Optimizer) -> Optimizer:
+    """Says that an optimizer's ``step`` takes a closure that it cannot do without; returns it.
+
+    As SAM's; that of LBFGS shows in its signature. The closure runs the step's micro-batches again
+    and returns the mean loss over all ranks.
+    """
+    vars(optimizer)["_dtrain_closure"] = True
+    return optimizer
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Says whether its ``step`` evaluates the loss again."""
+    closure = signature(optimizer.step).parameters.get("closure")
+    required = closure is not None and closure.default is closure.empty
+    return required or bool(vars(optimizer).get("_dtrain_closure"))
 
 
 def has_updates(optimizer: Optimizer) -> bool:

@@ -119,6 +119,7 @@ class Step:
         ends: whether that is the step's last.
         done: by name, what became of the updates so far.
         counted: for the loop: whether one of them was applied.
+        replayed: the step's micro-batches run again, for an optimizer that takes a closure.
     """
 
     number: int
@@ -135,6 +136,7 @@ class Step:
     ends: bool = True
     done: tuple[tuple[str, _Result], ...] = ()
     counted: bool = False
+    replayed: bool = False
 
     @property
     def loss_mean(self) -> float:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from dtrain import accelerator
 from dtrain.callback import Callback, Hooks
-from dtrain.context import Context, Loss, Outbox, Step, has_updates, kind_of
+from dtrain.context import Context, Loss, Outbox, Step, has_updates, kind_of, needs_closure
 from dtrain.distributed import (
     BETWEEN,
     UPDATE,
@@ -26,6 +26,7 @@ from dtrain.distributed import (
     share_buffers,
 )
 from dtrain.errors import ConfigError
+from dtrain.step.closures import Closures
 from dtrain.step.device_lane import make_lane
 from dtrain.step.evaluation import Evaluation
 from dtrain.step.figures import Figures
@@ -93,7 +94,17 @@ class Engine:
         self.parts = (*parts.values(),)
         self._take(self.parts[0])
         if names:
-            self.updates = Updates(context, self.loss_fn, precision, self.plan, parts, self._take)
+            self.updates = Updates(
+                context, self.loss_fn, precision, self.plan, parts, WeakMethod(self._take)
+            )
+        self.closures: Closures | None = None
+        if needs_closure(context.optimizer):
+            if precision.scales_loss or self.graph:
+                raise ConfigError(
+                    f"{kind_of(context.optimizer)} evaluates the loss several times in a step, "
+                    "which neither a loss scale (fp16) nor graph=True allows"
+                )
+            self.closures = Closures(context, self.loss_fn, precision, hooks, self.parts[0])
         self.graphed: Graphed | None = None
         if self.graph:
             trained, device = self.micro_step.trained, accelerator.of(self.world.device)
@@ -253,7 +264,10 @@ class Engine:
             if step.vetoed:
                 precision.skip()
             else:
-                blocked = precision.step(optimizer, Order(closed, held, divisor, gate.waits))
+                stepped = optimizer
+                if self.closures is not None:
+                    stepped = self.closures.of(step, optimizer, self.raise_failures)
+                blocked = precision.step(stepped, Order(closed, held, divisor, gate.waits))
         except Exception as error:  # noqa: BLE001 -- every rank learns of it
             self.carry(error)
         if step.update and step.ends:
@@ -270,7 +284,12 @@ class Engine:
             error, where = self.agreement.trouble or (None, "")
             self.context.comm.raise_failures("failures in a step", error, where)
         except Exception as error:
-            if step.counted:
+            if step.replayed:
+                error.add_note(
+                    f"(the update of step {step.number} was under way: there is no state before it "
+                    "any more, and none is saved for resume='emergency')"
+                )
+            elif step.counted:
                 names = ", ".join(repr(name) for name, result in step.done if result.applied)
                 error.add_note(
                     f"(of step {step.number}, the update {names} was applied before update "

@@ -8,6 +8,7 @@ waits for a rank that had nothing to say.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -76,7 +77,7 @@ class MicroStep(nn.Module):
         self.prefix = f"train/{self.update}/" if self.update else "train/"  # of its figures
         self.suffix = f" (update {self.update!r})" if self.update else ""  # of where it failed
         if self.update:
-            self.lane.inputs = self._inputs
+            self.lane.inputs = partial(_inputs, self.context, self.update, self.gathers)
         self.trainable: list[nn.Parameter] = []  # the model's parameters that are reduced
         self.changed = False  # this rank has found others to train, in this step
         self._tie: Tensor | None = None
@@ -112,12 +113,6 @@ class MicroStep(nn.Module):
         self._tie = idle(self.trainable[::-1], self._sparse) if self.trainable else None
         self.trained.watch_nodes()
 
-    def _inputs(self) -> list[Tensor]:
-        """Returns what backward is to reach: of several updates, only this one's parameters."""
-        groups = self.context.optimizers[self.update].param_groups
-        mine = [p for group in groups for p in group["params"] if p.requires_grad]
-        return [*mine, *self.gathers.anchors]
-
     def forward(self, step: Step, feed: MicroBatches | None, last: bool) -> tuple[Tensor, ...]:
         """Runs a micro-batch; returns what to call backward on: terms of the loss, if any.
 
@@ -142,7 +137,8 @@ class MicroStep(nn.Module):
         terms += ties
         if last:
             if feed is not None:  # nobody listens to a step that only fixes the buckets
-                self.agreement.say(self.lane)
+                if not step.replayed:
+                    self.agreement.say(self.lane)
                 self._look_ahead(feed)
                 self.changed = self.trained.changed()
             if self.changed:
@@ -280,9 +276,17 @@ class MicroStep(nn.Module):
         assert weight is not None
         if not isinstance(weight, Tensor) and weight == 0:
             return None  # not `0 * mean`: the mean may be NaN
-        for name, value in loss.metrics.items():
+        replayed = self.under_way is not None and self.under_way.replayed  # counted already
+        for name, value in () if replayed else loss.metrics.items():
             self.means.add(f"{self.prefix}{name}", value, weight)
         return loss
+
+
+def _inputs(context: Context, update: str, gathers: Gathers) -> list[Tensor]:
+    """Returns what backward is to reach: of several updates, only this one's parameters."""
+    groups = context.optimizers[update].param_groups
+    mine = [p for group in groups for p in group["params"] if p.requires_grad]
+    return [*mine, *gathers.anchors]
 
 
 def of_backward(error: Exception) -> Exception:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from inspect import signature
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.context import Context, Key, Together, parts_of
+from dtrain.context import Context, Key, Together, needs_closure, parts_of
 from dtrain.distributed import named_parameters, some_of
 from dtrain.errors import ConfigError
 
@@ -197,14 +196,12 @@ def lacking(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"the optimizer is {optimizer!r}, no torch.optim.Optimizer")
-    for one in parts_of(optimizer).values():
-        closure = signature(one.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            raise ConfigError(
-                f"{type(one).__name__} cannot be used yet: its step evaluates the loss several "
-                "times, by a closure, and a Trainer takes one gradient a step. Use another "
-                "optimizer"
-            )
+    closed = [one for one in parts_of(optimizer).values() if needs_closure(one)]
+    if closed and isinstance(optimizer, Together):
+        raise ConfigError(
+            f"{type(closed[0]).__name__} cannot be one of several optimizers: its step evaluates "
+            "the loss several times, by a closure. Use it alone, or another one"
+        )
     held = _held(optimizer)
     ids, ours = {id(p) for p in held}, {id(p) for p in model.parameters()}
     if len(ids) < len(held) and isinstance(optimizer, Together):

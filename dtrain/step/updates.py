@@ -7,7 +7,8 @@ the next one begins, and what a function has computed stays at hand for its late
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakMethod
 
 from dtrain.context import Context, Loss, Progress, Step
 from dtrain.data import MicroBatch, MicroBatches
@@ -55,14 +56,15 @@ class Updates:
     precision: Precision
     plan: UpdatePlan | None  # each optimizer once, in order, if None
     parts: dict[str, Update]  # by the name of the optimizer
-    take: Callable[[Update], None]  # makes one the engine's
+    #: Makes one the engine's. Weak: that holds this.
+    take: Callable[[], Callable[[Update], None] | None]
 
     def __post_init__(self) -> None:
         self._names: tuple[str, ...] = ()  # of the step's updates
         self._open: dict[int, _Open] = {}  # by micro-batch; only those that this rank has
         self._now = ""
         for part in self.parts.values():
-            part.micro_step.computed = self._advance
+            part.micro_step.computed = weakly(self._advance)
 
     def planned(self, progress: Progress) -> tuple[str, ...]:
         """Returns which updates a step has; raises ConfigError where it can have no such."""
@@ -97,8 +99,10 @@ class Updates:
                         f"step {step.number} has update {name!r}, and every parameter of that "
                         "optimizer is frozen: leave the update out, by Trainer(updates=...)"
                     )
-                self.take(part)
-                yield _Again(self, feed.micros) if place else feed
+                take = self.take()
+                assert take is not None
+                take(part)
+                yield Again(self, feed.micros) if place else feed
                 part.micro_step.under_way = None
                 activity.pass_on()
         finally:
@@ -145,6 +149,18 @@ class Updates:
         raise LossError(f"the loss function did not yield {self._now!r} this time")
 
 
+def weakly(compute: Callable[[Step], Loss]) -> Callable[[Step], Loss]:
+    """Returns a method that does not hold its owner, for whoever that holds."""
+    method = WeakMethod(compute)
+
+    def call(step: Step) -> Loss:
+        computes = method()
+        assert computes is not None
+        return computes(step)
+
+    return call
+
+
 def _generator(made: object) -> Generator[Any, None, None]:
     if isinstance(made, Generator):
         return made
@@ -170,16 +186,20 @@ def _name_of(one: _Open, yielded: Any) -> str:
     return name
 
 
-class _Again:
-    """The micro-batches of a step, for a later update: those whose loss functions are under way."""
+class _Keeper(Protocol):
+    def kept(self, micro: int) -> MicroBatch: ...
 
-    def __init__(self, updates: Updates, micros: int) -> None:
+
+class Again:
+    """The micro-batches of a step once more, as they were kept, and none for those that are not."""
+
+    def __init__(self, keeper: "_Keeper", micros: int) -> None:
         self.micros = micros
-        self._updates, self._micro = updates, 0
+        self._keeper, self._micro = keeper, 0
 
     def next(self) -> MicroBatch:
         micro, self._micro = self._micro, self._micro + 1
-        return self._updates.kept(micro)
+        return self._keeper.kept(micro)
 
     def is_last(self) -> bool:
         return False  # the first has told

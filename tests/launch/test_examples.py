@@ -108,6 +108,7 @@ def test_gpt_trains_evaluates_and_writes(tmp_path):
         "docs/drill.md",
         "docs/scaling.md",
         "docs/testing.md",
+        "docs/updates.md",
     ],
 )
 def test_links_lead_somewhere(page):

@@ -65,7 +65,10 @@ def adam_and_schedule(net):
         (lambda net: {"optimizer 1": tiny.adam(net)}, ("named 'optimizer 1'", "a plain word")),
         (torch.optim.AdamW, ("takes parameters, not a model", "lambda m: AdamW(m.parameters()")),
         (functools.partial(torch.optim.SGD, lr=0.1), ("lambda m: SGD(m.parameters(), ...)",)),
-        (lambda net: torch.optim.LBFGS(net.parameters()), ("LBFGS cannot be used", "closure")),
+        (
+            lambda net: [torch.optim.LBFGS(net[0].parameters()), tiny.adam(net[2])],
+            ("LBFGS cannot be one of several", "closure"),
+        ),
         ("adam", ("'adam', no torch.optim.Optimizer",)),
     ],
 )
