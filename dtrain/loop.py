@@ -57,7 +57,7 @@ class Loop:
             "epoch_is_cut": self.epoch_is_cut,
             "owes_evaluation": self.owes_evaluation,
             "evaluated_at": self._evaluated_at,
-            "weight": self.engine.lane.expected if self.engine.micro_step.weighed else 0.0,
+            "weight": self.engine.expected(),
             "epoch_sums": self.engine.figures.epoch_sums,
             "stop_reason": "" if self.preempted else self.stop_reason,
             "ranks": self.engine.world.size,
@@ -72,9 +72,7 @@ class Loop:
         """Takes up what both returned; the progress is restored already."""
         progress = self.context.progress
         self.epoch_evaluated, self.epoch_is_cut = state["epoch_evaluated"], state["epoch_is_cut"]
-        if state["weight"]:
-            self.engine.lane.expect(state["weight"])
-            self.engine.micro_step.weighed = True
+        self.engine.expect(state["weight"])
         self.engine.figures.restore_epoch(state.get("epoch_sums"))
         # A run that had fulfilled its plan is continued by a larger one.
         reason = state["stop_reason"]
@@ -133,7 +131,8 @@ class Loop:
                 self.feed.begin(progress.epoch)
                 if changed := self.plan.take_length(progress, self.feed.steps_per_epoch):
                     context.say(changed)
-                self.engine.strategy.refresh()  # a callback may have frozen or added something
+                for part in self.engine.parts:
+                    part.strategy.refresh()  # a callback may have frozen or added something
                 self.engine.modes.note()
             # Resumed from a checkpoint of an epoch's last step, there is none left to take.
             left = self.feed.epoch(progress.epoch, progress.step_in_epoch)
@@ -195,31 +194,35 @@ class Loop:
 
     def _step(self, feed: MicroBatches) -> bool:
         """Takes one global step; returns False where a step had to be left undone."""
-        context, progress = self.context, self.context.progress
-        with self.engine.in_step(progress.step):
+        engine, context, progress = self.engine, self.context, self.context.progress
+        with engine.in_step(progress.step):
             if not context.model.training:
-                self.engine.modes.mend()
+                engine.modes.mend()
             step = Step(number=progress.step, micros=feed.micros)
-            result = self._accumulate(step, feed)
-            if not self._finish():  # what is in flight: by now it has arrived
-                return False
-            # Fused SGD has no momentum that it could leave alone before its first update.
-            waits = not self.runs_ahead or progress.updates <= self.engine.micro_step.trained.since
-            gate = result.gate(waits=waits)
-            if not gate.undone:
-                blocked = self.engine.update(step, gate)
-                result.settle(blocked, step.held)
-                progress.step += 1
-                progress.step_in_epoch += 1
-                if not waits:
-                    self.hooks.fire_step_end(context, step, late=False)
-            self._in_flight.append((step, result, waits))
-            return not waits or self._finish()
+            self.hooks.fire(Callback.on_step_start, context, step)
+            updates = engine.updates  # of several optimizers, each has one
+            for batches in (feed,) if updates is None else updates.turns(step, feed):
+                result = self._accumulate(step, batches)
+                if not self._finish():  # what is in flight: by now it has arrived
+                    return False
+                # Fused SGD has no momentum that it could leave alone before its first update.
+                waits = not self.runs_ahead or progress.updates <= engine.micro_step.trained.since
+                gate = result.gate(waits=waits)
+                if not gate.undone:
+                    blocked = engine.update(step, gate)
+                    result.settle(blocked, step.held)
+                    progress.step += step.ends
+                    progress.step_in_epoch += step.ends
+                    if not waits:
+                        self.hooks.fire_step_end(context, step, late=False)
+                self._in_flight.append((step, result, waits))
+                if waits and not self._finish():
+                    return False
+            return True
 
     def _accumulate(self, step: Step, feed: MicroBatches) -> StepResult:
         """Runs the micro-batches and reduces their gradients; nothing is read."""
         engine, context, strategy = self.engine, self.context, self.engine.strategy
-        self.hooks.fire(Callback.on_step_start, context, step)
         strategy.clear(context.optimizer)
         engine.lane.open()
         for micro in range(feed.micros):
@@ -230,7 +233,7 @@ class Loop:
             step.loss.mean = step.loss.mean.detach()
         engine.clock.reduced()
         context.comm.activity.enter(ARRIVAL)
-        step.result = result = StepResult(strategy, context.progress)
+        step.result = result = StepResult(strategy, context.progress, counts=not step.counted)
         return result
 
     def _finish(self) -> bool:
@@ -249,20 +252,19 @@ class Loop:
                 progress.step -= 1  # it changed nothing: whoever goes on takes it again
                 progress.step_in_epoch -= 1
             if verdict.errors:
-                self.failed_together = True
-                self.context.comm.raise_failures(
-                    "failures in a step", *(self.engine.micro_step.trouble or (None, ""))
-                )
+                self.failed_together = not step.counted
+                self.engine.raise_failures(step)
             if verdict.stop or verdict.save or verdict.preempt:
                 self._heed(self.engine.agreement.carried())
             if verdict.changed and not waited:
                 self.engine.strategy.adopt(in_step=True)
-            self.epoch_is_cut = bool(verdict.ending)
+            self.epoch_is_cut |= bool(verdict.ending)
             if verdict.undone:
                 return False
             if waited:
                 self.engine.figures.count(step, verdict)
-                self.hooks.fire(Callback.on_step_end, self.context, step)
+                if step.ends:
+                    self.hooks.fire(Callback.on_step_end, self.context, step)
             else:
                 result.arrive()
                 self.engine.figures.count(step, verdict)

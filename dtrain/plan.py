@@ -138,3 +138,18 @@ class FitResult:
     updates: int = 0
     last_checkpoint: Path | None = None
     best_checkpoint: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        progress: Progress,
+        metrics: dict[str, float],
+        stop_reason: str,
+        preempted: bool,
+        history: list[dict[str, float]],
+        last: Path | None,
+        best: Path | None,
+    ) -> "FitResult":
+        """Returns what a fit has come to, which has come so far."""
+        done, updates = (progress.step, progress.epoch, stop_reason), progress.updates
+        return cls(*done, metrics, history, preempted, updates, last, best)

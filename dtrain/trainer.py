@@ -20,7 +20,7 @@ from dtrain.checkpoint import (
     json_values,
 )
 from dtrain.cluster import Deadline, Launcher, Signals
-from dtrain.context import Context, Outbox, Progress, Request
+from dtrain.context import Context, Optimizers, Outbox, Progress, Request, Several, as_one
 from dtrain.data import AccumulationSlot, Data, Feed, open_evals, open_feed, sizes_of
 from dtrain.distributed import (
     Replicas,
@@ -40,6 +40,7 @@ from dtrain.step import (
     Engine,
     Precision,
     PrecisionSlot,
+    UpdatePlan,
     UserLoss,
     adapt,
     may_delay,
@@ -63,7 +64,8 @@ class Trainer:
     Args:
         model: your module, on any device; it is moved to this rank's. It may be compiled, whole or
             in parts; from DistributedDataParallel it is unwrapped.
-        optimizer: an optimizer of the model's parameters, or a function from the model to one.
+        optimizer: an optimizer of the model's parameters, or a list or dict of several
+            (docs/updates.md), or a function from the model to one of these.
         loss_fn: from ``(model, batch)`` or ``(model, batch, ctx)`` to a scalar mean or a
             :class:`~dtrain.Loss`; runs on every rank, with its own micro-batch. A ``ctx`` may
             be optional, by that name.
@@ -83,14 +85,15 @@ class Trainer:
             so after 5 seconds; what is known to be wrong (a process that is gone or stopped, calls
             that only some ranks make) ends the run within seconds: docs/hangs.md. A hook that takes
             longer says so by ``ctx.heartbeat()``. None switches all this off, as one rank does.
-        check_ranks: compare the ranks' parameters, by a digest, at reports (every 50 steps at
-            most), checkpoints and the end of ``fit`` (docs/numbers.md). False is for machines that
-            round differently.
+        check_ranks: compare ranks' parameters, by a digest, at reports (every 50 steps at most),
+            checkpoints and the end of ``fit``; False is for machines that round differently.
         keep_modes: leave parts of the model in train or eval mode as they are (as all are after
             ``fit``). Else a model in eval mode, as pretrained ones come, is trained in train mode,
             but for parts without a parameter to train; one in train mode may have parts in eval.
         graph: replay the loss function and its backward as CUDA graphs, for batches of one shape;
             what these cannot hold (``.item()``, ``ctx.progress``) is refused (docs/gpu.md).
+        updates: of a dict of optimizers, the names of those that a step updates, in order, as a
+            function of ``ctx.progress``; each once if None.
 
     Raises:
         ConfigError: what was asked for cannot work.
@@ -102,7 +105,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | Callable[[nn.Module], Optimizer],
+        optimizer: Optimizers,
         loss_fn: UserLoss,
         *,
         callbacks: Sequence[Callback] = (),
@@ -116,6 +119,7 @@ class Trainer:
         check_ranks: bool = True,
         keep_modes: bool = False,
         graph: bool = False,
+        updates: UpdatePlan | None = None,
     ) -> None:
         self.world = world = current() or init_late(seed or 0)
         self._seed = world.seed if seed is None else seed
@@ -168,6 +172,7 @@ class Trainer:
             replicas=replicas,
             keep_modes=keep_modes,
             graph=graph,
+            plan=updates,
         )
         # Weakly: a model must not wait for the garbage collector to be freed.
         self.context._engine = weakref.ref(self._engine)
@@ -186,8 +191,8 @@ class Trainer:
         return self.context.optimizer
 
     @optimizer.setter
-    def optimizer(self, optimizer: Optimizer) -> None:
-        self.context.optimizer = optimizer  # looked at when fit begins, or in the next step
+    def optimizer(self, optimizer: Optimizer | Several) -> None:
+        self.context.optimizer = as_one(optimizer)  # looked at when fit begins, or in the next step
 
     def __reduce__(self) -> NoReturn:
         raise ConfigError(
@@ -290,18 +295,8 @@ class Trainer:
         except BaseException as error:
             self._fail(loop, error, dispatcher)
             raise
-        progress = self.context.progress
-        return FitResult(
-            steps=progress.step,
-            epochs=progress.epoch,
-            stop_reason=loop.stop_reason,
-            metrics=dict(self.context.metrics),
-            history=list(loop.history.rows),
-            preempted=loop.preempted,
-            updates=progress.updates,
-            last_checkpoint=last,
-            best_checkpoint=best,
-        )
+        reached = loop.stop_reason, loop.preempted, list(loop.history.rows), last, best
+        return FitResult.of(self.context.progress, dict(self.context.metrics), *reached)
 
     def evaluate(self, data: Any, *, batch_size: int | None = None) -> dict[str, float]:
         """Returns ``eval/loss`` and the other metrics over all of ``data``, each sample once.
@@ -351,14 +346,14 @@ class Trainer:
         fingerprint = self._run_state.describe(about, self._seed)
         # A stream is each rank's own, and so is its length.
         same = {k: v for k, v in fingerprint.items() if not (data.is_stream and k == "samples")}
-        sizes = {label: str(one) for label, one in evals.items()}
-        same |= {"override": self._run_state.override, "plan": plan, "evaluation": sizes}
+        same |= {"evaluation": {label: str(one) for label, one in evals.items()}}
+        plan.begin(context.progress, feed.steps_per_epoch)
+        same |= {"override": self._run_state.override, "plan": plan, "updates": engine.ahead()}
         check_same_call(same | {"run_dir": bool(context.run_dir)}, self.world.comm)
         if self._live:
             compare_fits(self._run_state.fingerprint, fingerprint, context.say)
         self._run_state.fingerprint = fingerprint
         engine.restart(data.batch_size or 0)
-        plan.begin(context.progress, feed.steps_per_epoch)
         context.has_eval = bool(evals)
         return Loop(
             plan=self.recorder.plan(plan),
@@ -436,7 +431,7 @@ class Trainer:
         self._outbox.logged.clear()
         if loop is not None and self._live:
             if loop.failed_together:
-                state, here = loop.state_dict, self._engine.micro_step.trouble is not None
+                state, here = loop.state_dict, self._engine.agreement.trouble is not None
                 self._files.save_emergency(state, loop.data_state, failed_here=here, error=error)
             self._files.fail(error, cause)
         if history := getattr(loop, "history", None):  # there is none before sinks are open

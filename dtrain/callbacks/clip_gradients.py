@@ -1,10 +1,12 @@
 """Gradient clipping, after unscaling, once an optimizer step."""
 
+import torch
 from torch import Tensor
 
 from dtrain.callback import Callback
-from dtrain.context import Context, Step
+from dtrain.context import Context, Key, Step
 from dtrain.errors import ConfigError
+from dtrain.step import joint_norm
 
 
 class ClipGradients(Callback):
@@ -18,11 +20,19 @@ class ClipGradients(Callback):
         max_norm: largest joint norm.
         max_value: largest absolute value of each entry; a complex one keeps its direction. One
             of the two must be given.
+        optimizer: of which of several optimizers, by its name or place; of all if None, with one
+            norm where they are stepped together. Its norm is logged as ``grad_norm/<optimizer>``.
     """
 
     asks_for_gradients = True
 
-    def __init__(self, max_norm: float | None = None, *, max_value: float | None = None) -> None:
+    def __init__(
+        self,
+        max_norm: float | None = None,
+        *,
+        max_value: float | None = None,
+        optimizer: Key | None = None,
+    ) -> None:
         if (max_norm is None) == (max_value is None):
             raise ConfigError("ClipGradients: give max_norm or max_value, one of them")
         if not (max_norm or max_value or 0) > 0:
@@ -31,13 +41,27 @@ class ClipGradients(Callback):
             )
         self._max_norm = max_norm
         self._max_value = max_value
+        self._optimizer = optimizer
+        if optimizer is not None:
+            self.name = f"ClipGradients({optimizer!r})"
+
+    def on_fit_start(self, ctx: Context) -> None:
+        ctx.optimizer_of(self._optimizer)  # there is one
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        key = self._optimizer
+        if step.update and key not in (None, step.update):
+            return
         if self._max_value is not None:
-            for grad in ctx.gradients():
+            for grad in ctx.gradients(key):
                 _clamp(grad, self._max_value)
-        elif self._max_norm is not None:
-            ctx.log("grad_norm", ctx.clip_gradient_norm(self._max_norm))
+        elif self._max_norm is not None and (step.update or key is None):
+            name = f"grad_norm/{step.update}" if step.update else "grad_norm"
+            ctx.log(name, ctx.clip_gradient_norm(self._max_norm))
+        elif self._max_norm is not None:  # some of those that are stepped together
+            grads = ctx.gradients(key)
+            ctx.log(f"grad_norm/{key}", norm := joint_norm(grads))
+            torch._foreach_mul_(grads, (self._max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 def _clamp(grad: Tensor, largest: float) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, check_counts
-from dtrain.context import Context, Step
+from dtrain.context import Context, Key, Step
 from dtrain.distributed import named_parameters
 
 
@@ -21,24 +21,39 @@ class GradientStats(Callback):
     Args:
         every: compute them every so many global steps; a report has the mean of those since the
             last. At ``fit``'s ``log_every``, it has the norms of its last step.
+        optimizer: of which of several optimizers, by its name or place; of all if None.
         per: a layer is a ``"parameter"``, or a ``"module"``: a direct child of the model.
     """
 
     asks_for_gradients = True
 
     def __init__(
-        self, every: int = 50, *, per: Literal["parameter", "module"] = "parameter"
+        self,
+        every: int = 50,
+        *,
+        per: Literal["parameter", "module"] = "parameter",
+        optimizer: Key | None = None,
     ) -> None:
         check_counts("GradientStats", every=every)
         check_choice("GradientStats", "per", per, ("parameter", "module"))
         self._every = every
         self._per_module = per == "module"
+        self._optimizer = optimizer
+        if optimizer is not None:
+            self.name = f"GradientStats({optimizer!r})"
+
+    def on_fit_start(self, ctx: Context) -> None:
+        ctx.optimizer_of(self._optimizer)  # there is one
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         if (step.number + 1) % self._every:
             return
         ctx.gradients()  # normalised and clipped from here on
-        found = {n: _numbers(p.grad) for n, p in named_parameters(ctx.model) if p.grad is not None}
+        groups = ctx.optimizer_of(self._optimizer).param_groups
+        mine = {id(p) for group in groups for p in group["params"]}
+        every = self._optimizer is None
+        named = [(n, p) for n, p in named_parameters(ctx.model) if every or id(p) in mine]
+        found = {n: _numbers(p.grad) for n, p in named if p.grad is not None}
         if not found:
             return
         norms = dict(zip(found, _norms(list(found.values())), strict=True))

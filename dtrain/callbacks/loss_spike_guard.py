@@ -9,7 +9,8 @@ import torch
 
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, check_counts, check_positive
-from dtrain.context import Context, Step
+from dtrain.context import Context, Step, has_updates
+from dtrain.errors import ConfigError
 
 
 class LossSpikeGuard(Callback):
@@ -31,6 +32,7 @@ class LossSpikeGuard(Callback):
         action: ``"skip"``: the step's update is not applied; ``"stop"``: nor is it, and the
             run stops after the next step; ``"warn"``: only tell.
         patience: after how many skipped spikes in a row the run stops; None bears any number.
+        optimizer: of several with updates of their own, whose loss it is; a guard for each.
     """
 
     asks_for_gradients = True  # it never looks
@@ -43,6 +45,7 @@ class LossSpikeGuard(Callback):
         window: int = 128,
         action: Literal["skip", "stop", "warn"] = "skip",
         patience: int | None = 10,
+        optimizer: str | None = None,
     ) -> None:
         check_positive("LossSpikeGuard", factor=factor)
         check_counts("LossSpikeGuard", least=2, window=window)
@@ -56,8 +59,21 @@ class LossSpikeGuard(Callback):
         self.spikes_in_a_row = 0
         self._bound = 0.0  # of the step under way
         self._flag = 0
+        self._optimizer = optimizer
+        if optimizer is not None:
+            self.name = f"LossSpikeGuard({optimizer!r})"
+
+    def on_fit_start(self, ctx: Context) -> None:
+        ctx.optimizer_of(self._optimizer)  # there is one
+        if self._optimizer is None and has_updates(ctx.optimizer):
+            raise ConfigError(
+                "LossSpikeGuard: each update has a loss of its own. Say whose, such as "
+                f"LossSpikeGuard(optimizer={next(iter(ctx.optimizers))!r}), in a guard for each"
+            )
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
+        if step.update and step.update != self._optimizer:
+            return
         self._bound = self.bound()
         if ctx.reads_at_once:
             self._judge(ctx, step, is_spike=not step.loss_mean <= self._bound)

@@ -15,11 +15,12 @@ from dtrain.callbacks.schedulers import (
     has_stepped,
     in_words,
     new_rates,
+    owner_of,
     plain,
     put,
     rates_of,
 )
-from dtrain.context import Context, Step
+from dtrain.context import Context, Key, Step, has_updates
 from dtrain.errors import ConfigError
 from dtrain.schedules import Schedule, made_of
 
@@ -44,6 +45,8 @@ class LRSchedule(Callback):
             (``fit(override={"lr": ...})``) or with another scheduler. True: a new one, over what is
             left, from the optimizer's own rate. False: the old one; the rate stays what it is at
             its end. None: ConfigError, unless the curve is the same for both lengths.
+        optimizer: which of several optimizers, by its name or place; all of them if None, or that
+            of the scheduler that is given. Steps without its update count.
     """
 
     late_step_end = True  # only the next update needs the new rate
@@ -55,6 +58,7 @@ class LRSchedule(Callback):
         every: Literal["step", "epoch"] = "step",
         monitor: str | None = None,
         replan: bool | None = None,
+        optimizer: Key | None = None,
     ) -> None:
         check_choice("LRSchedule", "every", every, ("step", "epoch"))
         if not isinstance(scheduler, LRScheduler) and not callable(scheduler):
@@ -68,6 +72,9 @@ class LRSchedule(Callback):
         self._every = every
         self._monitor = monitor
         self.replan = replan
+        self._optimizer = optimizer
+        if optimizer is not None:
+            self.name = f"LRSchedule({optimizer!r})"
         self.monitors = () if monitor is None else (monitor,)
         self._scheduler: LRScheduler | None = None
         self._groups = 0  # of the optimizer, for which the scheduler was made
@@ -89,14 +96,15 @@ class LRSchedule(Callback):
         self._ends = not by_step and progress.step_in_epoch == progress.steps_per_epoch
         self._done = progress.step if by_step else progress.epoch + self._ends
         self._say, self._asked = ctx.say, total
-        if self._scheduler is not None and self._scheduler.optimizer is ctx.optimizer:
-            self._go_on(self._total, total, new_rates(ctx.optimizer))  # a further fit
+        owner = self._owner = owner_of(self._given, self._optimizer, ctx)
+        if self._scheduler is not None and self._scheduler.optimizer is owner:
+            self._go_on(self._total, total, new_rates(owner))  # a further fit
             return
         scheduler = self._given
         if isinstance(scheduler, LRScheduler):
-            check_owner(scheduler, ctx.optimizer)
+            check_owner(scheduler, owner)
             self._refuse_short(scheduler)
-            self._refuse_rates(new_rates(ctx.optimizer))
+            self._refuse_rates(new_rates(owner))
             self._tell_turn(scheduler)
         else:
             if total is None:
@@ -109,39 +117,42 @@ class LRSchedule(Callback):
                 self._began, self._stepped = self._done, 0
                 left = f"{total - self._done} {self._every}s of {total}"
                 ctx.say(f"LRSchedule: another optimizer, and a new curve, over the {left} left")
-            self._total, self._rates = total, rates_of(ctx.optimizer)
-            scheduler = scheduler(ctx.optimizer, total - self._began)
+            self._total, self._rates = total, rates_of(owner)
+            scheduler = scheduler(owner, total - self._began)
         if not isinstance(scheduler, LRScheduler):
             raise ConfigError(f"LRSchedule: the function returned {scheduler!r}, no scheduler")
-        check_owner(scheduler, ctx.optimizer)
+        check_owner(scheduler, owner)
         if isinstance(scheduler, ReduceLROnPlateau) != (self._monitor is not None):
             raise ConfigError(
                 "LRSchedule: ReduceLROnPlateau needs monitor='eval/loss' or another metric, and no "
                 "other scheduler takes one"
             )
-        self._scheduler, self._groups = scheduler, len(ctx.optimizer.param_groups)
+        self._scheduler, self._groups = scheduler, len(owner.param_groups)
         self._made = self._words_of(scheduler)
+        if has_updates(ctx.optimizer):
+            has_stepped(owner)  # it may not for some steps, and the curve is of steps
         if progress.step and not self._began:  # nor begun above
-            self._new = [dict(plain(group)) for group in ctx.optimizer.param_groups]
+            self._new = [dict(plain(group)) for group in owner.param_groups]
 
     def on_epoch_start(self, ctx: Context) -> None:
         if not self._new:
             return
         # The run that goes on had no schedule: nothing was loaded.
-        made, self._new, total = self._new, [], self._total
+        made, self._new, total, owner = self._new, [], self._total, self._owner
         self._skips = self._ends and ctx.progress.epoch < self._done
         where = "begins here"
         if isinstance(self._given, LRScheduler):
-            for group, held in zip(ctx.optimizer.param_groups, made, strict=True):
+            for group, held in zip(owner.param_groups, made, strict=True):
                 put(group, "lr", held["lr"])
                 group |= {name: held[name] for name in held.keys() - group.keys()}
         elif self._monitor is None and total is not None and total > self._done:
-            self._began, self._rates = self._done, rates_of(ctx.optimizer)
+            self._began, self._rates = self._done, rates_of(owner)
             where += f", over the {self._begin(total - self._done)} {self._every}s that are left"
         ctx.say(f"LRSchedule is new in this run: its {type(self._scheduler).__name__} {where}")
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
-        if self._every == "step" and step.applied:
+        key = self._optimizer
+        if self._every == "step" and (step.applied if key is None else step.applied_to(key)):
             self._advance()
 
     def on_epoch_end(self, ctx: Context) -> None:

@@ -61,7 +61,9 @@ class NonFiniteGuard(Callback):
         self._action = action
         self._patience = patience
         self.bad_in_a_row = 0
+        self._bad_update = ""  # of several, which was bad
         self._kept: list[_Kept] = []  # of the step under way
+        self._streams: dict[int, list[Tensor]] = {}  # as its micro-batches began
         self._before = _Copies([])  # of buffers, as they were before it
         self._turns: list[_Copies] = []  # two: a step may be in flight while the next begins
         # The same of the step whose update the device has just decided on, and the veto's number.
@@ -79,13 +81,15 @@ class NonFiniteGuard(Callback):
         self._before = self._copied() if self._with_buffers else _Copies([])
 
     def on_batch(self, ctx: Context, step: Step) -> None:
-        self._streams = [generator.get_state() for generator in self._generators]
+        self._streams[step.micro] = [generator.get_state() for generator in self._generators]
 
     def on_loss(self, ctx: Context, step: Step) -> None:
         loss = step.loss
         if loss is not None and not ctx.request.skipped:
             mean = loss.mean.detach()  # neither the graph nor the outputs
-            self._kept.append(_Kept(step.micro, step.batch, self._streams, mean, loss.weight))
+            self._kept.append(
+                _Kept(step.micro, step.batch, self._streams[step.micro], mean, loss.weight)
+            )
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         if ctx.reads_at_once:
@@ -93,6 +97,8 @@ class NonFiniteGuard(Callback):
             if is_bad or self.bad_in_a_row:
                 self._judge(ctx, step, is_bad=is_bad)
             self._kept.clear()
+            if step.update and self._with_buffers:
+                self._before = self._copied()  # of what the next update changes
             return
         number = None
         if self._action != "ignore":
@@ -119,13 +125,16 @@ class NonFiniteGuard(Callback):
     def _judge(self, ctx: Context, step: Step, *, is_bad: bool) -> None:
         """Says why a step is bad, and leaves it out, if the device has not."""
         if not is_bad:
-            self.bad_in_a_row = 0
+            if step.update == self._bad_update:
+                self.bad_in_a_row = 0
             return
+        self._bad_update = step.update
         self.bad_in_a_row += 1
         if self._action == "ignore" and self.bad_in_a_row > 1:
             return
         by_rank = ctx.comm.gather_objects("non-finite: where from", self._look(ctx, step))
-        why = f"step {step.number}: {_words(by_rank, step.nonfinite)}"
+        of_update = f", update {step.update!r}" if step.update else ""
+        why = f"step {step.number}{of_update}: {_words(by_rank, step.nonfinite)}"
         if self._action == "ignore":
             ctx.say(f"warning: {why}")
             return

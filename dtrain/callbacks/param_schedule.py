@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import some_of
-from dtrain.context import Context, Progress, Step
+from dtrain.context import Context, Key, Progress, Step
 from dtrain.errors import ConfigError
 
 Group = dict[str, Any]
@@ -36,6 +36,7 @@ class ParamSchedule(Callback):
         module: an attribute of a submodule instead, as ``"path.to.module:attribute"``.
         log: report the value, if it is a number, as ``name``, or as ``name/group``. (``lr`` is
             reported anyway.)
+        optimizer: which of several optimizers, by its name or place; all of them if None.
     """
 
     def __init__(
@@ -46,13 +47,15 @@ class ParamSchedule(Callback):
         group: int | str | Callable[[Group], bool] | None = None,
         module: str | None = None,
         log: bool = True,
+        optimizer: Key | None = None,
     ) -> None:
         if not callable(fn):
             raise ConfigError(f"ParamSchedule({name!r}, {fn!r}): pass a function of the progress")
-        if module is not None and (group is not None or module.count(":") != 1):
+        of_groups = group is not None or optimizer is not None
+        if module is not None and (of_groups or module.count(":") != 1):
             raise ConfigError(
                 f"ParamSchedule({name!r}, group={group!r}, module={module!r}): module is "
-                "'path.to.module:attribute', and cannot be combined with group"
+                "'path.to.module:attribute', and cannot be combined with group or optimizer"
             )
         self._value_name = name
         self._fn = fn
@@ -61,14 +64,16 @@ class ParamSchedule(Callback):
         self._log = log and (module is not None or name != "lr")
         self._places: list[int] = []
         self._target: tuple[nn.Module, str] | None = None
-        self._label = name if group is None else f"{name}/{getattr(group, '__name__', group)}"
+        self._optimizer = optimizer
+        self._label = name if optimizer is None else f"{name}/{optimizer}"
+        self._label += "" if group is None else f"/{getattr(group, '__name__', group)}"
         # The name in checkpoints: a run may have several of these.
         self.name = f"ParamSchedule({module or self._label})"
 
     def on_fit_start(self, ctx: Context) -> None:
         if self._module is None:
-            self._places = self._find_groups(ctx.optimizer.param_groups)
-            old = ctx.optimizer.param_groups[self._places[0]][self._value_name]
+            self._places = self._find_groups(ctx.optimizer_of(self._optimizer).param_groups)
+            old = ctx.optimizer_of(self._optimizer).param_groups[self._places[0]][self._value_name]
         else:
             self._target = self._find_module(ctx.model, self._module)
             old = getattr(*self._target)
@@ -78,8 +83,9 @@ class ParamSchedule(Callback):
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
         value = self._value(ctx.progress)
+        groups = ctx.optimizer_of(self._optimizer).param_groups if self._places else []
         for place in self._places:  # the groups are not kept: a resume puts new ones there
-            group = ctx.optimizer.param_groups[place]
+            group = groups[place]
             group[self._value_name] = _renewed(group[self._value_name], value)
         if self._target is not None:
             module, attribute = self._target

@@ -7,7 +7,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dtrain.context import Context, Key
 from dtrain.errors import ConfigError
+
+
+def owner_of(given: object, key: Key | None, ctx: Context) -> Optimizer:
+    """Returns which optimizer is meant: that of a scheduler that is given, or of that key."""
+    if key is None and isinstance(given, LRScheduler):
+        own = given.optimizer
+        return own if any(own is one for one in ctx.optimizers.values()) else ctx.optimizer
+    return ctx.optimizer_of(key)
 
 
 def check_owner(scheduler: LRScheduler, optimizer: Optimizer) -> None:

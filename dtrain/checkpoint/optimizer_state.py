@@ -1,7 +1,7 @@
 """An optimizer's state in a checkpoint: matched by parameters' names, and told where it differs.
 
 Its groups are noted as the script made them, before any schedule: ``{"params": [names],
-"values": {"lr": 0.1, ...}}``, one a group.
+"values": {"lr": 0.1, ...}}``, one a group; of several optimizers with their ``"kind"``.
 """
 
 import difflib
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtrain.context import kinds_of_groups
 from dtrain.distributed import named_parameters, some_of
 from dtrain.errors import ConfigError, ResumeError
 
@@ -26,12 +27,14 @@ _OF_FIRST_STEP = ("amsgrad", "centered")
 def groups_of(optimizer: Optimizer, model: nn.Module) -> list[Group]:
     """Returns of each group the names of its parameters, and its plain values."""
     named = {id(p): name for name, p in named_parameters(model)}
+    kinds = [*kinds_of_groups(optimizer)]
     return [
         {
             # What is not the model's goes by its place.
             "params": [named.get(id(p), f"? {i}.{j}") for j, p in enumerate(group["params"])],
             "values": _values(group),
         }
+        | ({"kind": kinds[i]} if kinds else {})
         for i, group in enumerate(optimizer.param_groups)
     ]
 
@@ -126,7 +129,7 @@ def arrange(
         there = [{"params": note["params"], "values": _values(group)} for note, group in pairs]
     places: list[int] = []
     for group in here:
-        same = [i for i, g in enumerate(there) if sorted(g["params"]) == sorted(group["params"])]
+        same = [i for i, other in enumerate(there) if _is_same(other, group)]
         places += [place for place in same if place not in places][:1]
     if not len(places) == len(here) == len(there):
         raise _regrouped(there, here, run)
@@ -137,7 +140,7 @@ def arrange(
     }
     order = [numbers[place, n] for place, g in zip(places, here, strict=True) for n in g["params"]]
     there = [
-        {"params": group["params"], "values": there[place]["values"]}
+        group | {"values": there[place]["values"]}
         for place, group in zip(places, here, strict=True)
     ]
     if order == [number for group in saved for number in group["params"]]:
@@ -152,12 +155,17 @@ def arrange(
     return {**state, "state": moved, "param_groups": groups}, there
 
 
+def _is_same(there: Group, here: Group) -> bool:
+    same = sorted(there["params"]) == sorted(here["params"])
+    return same and there.get("kind") == here.get("kind")
+
+
 def _regrouped(there: list[Group], here: list[Group], run: str) -> ResumeError:
     differing = "\n".join(
-        f"  {where}, group {place}: {_parameters(group['params'])}"
+        f"  {where}, group {place}{_kind(group)}: {_parameters(group['params'])}"
         for where, groups, others in (("there", there, here), ("here", here, there))
         for place, group in enumerate(groups)
-        if sorted(group["params"]) not in [sorted(other["params"]) for other in others]
+        if not any(_is_same(other, group) for other in others)
     )
     return ResumeError(
         f"the run in {run} cannot go on with this optimizer: it has {_groups(there)} there, "
@@ -165,6 +173,10 @@ def _regrouped(there: list[Group], here: list[Group], run: str) -> ResumeError:
         "Make groups of the same parameters (their order does not count; what was added later, add "
         "before fit), choose another run_dir, or pass resume='never' to begin anew here."
     )
+
+
+def _kind(group: Group) -> str:
+    return f" ({group['kind']})" if "kind" in group else ""
 
 
 def _groups(groups: list[Group]) -> str:

@@ -23,7 +23,7 @@ from dtrain.checkpoint.optimizer_state import (
 )
 from dtrain.checkpoint.status import renamed
 from dtrain.checkpoint.writer import Content
-from dtrain.context import Context, Progress
+from dtrain.context import Context, Progress, kind_of
 from dtrain.distributed import (
     World,
     digest_of,
@@ -111,7 +111,7 @@ class RunState:
         """Returns what of the run is compared when it is continued. Ranks: all, local."""
         return {
             "model": digest_of(shapes_of(self.context.model)),
-            "optimizer": type(self.context.optimizer).__name__,
+            "optimizer": kind_of(self.context.optimizer),
             "callbacks": [callback.name for callback in self.callbacks],
             "precision": self.precision.name,
             **data,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtrain.context.optimizers import Key, parts_of
 from dtrain.context.outbox import Logged, Outbox, Reduce, Request, Shown, check_name
 from dtrain.context.step import Loss, Number, Progress
 from dtrain.distributed import Comm
@@ -19,7 +20,7 @@ from dtrain.errors import ConfigError
 class _Engine(Protocol):  # what computes for hooks, behind the methods of the same names
     def loss_of(self, ctx: "Context", batch: Any) -> Loss: ...
 
-    def gradients(self) -> list[Tensor]: ...
+    def gradients(self, optimizer: Optimizer | None) -> list[Tensor]: ...
 
     def gradient_norm(self) -> Tensor: ...
 
@@ -34,7 +35,7 @@ class Context:
 
     Attributes:
         model: the user's own module, never wrapped.
-        optimizer: the user's own optimizer.
+        optimizer: the user's own optimizer; of several, one that has the groups of all.
         progress: how far the run is.
         comm: verbs between ranks; all ranks must call them.
         request: ask to stop, skip or save; never communicates.
@@ -71,6 +72,24 @@ class Context:
     _outbox: Outbox = field(default_factory=Outbox, repr=False)
     #: Weak: the engine holds this context.
     _engine: Callable[[], _Engine | None] = field(default=lambda: None, repr=False)
+
+    @property
+    def optimizers(self) -> dict[Key, Optimizer]:
+        """The user's own optimizers, by name, or by place in a list; the only one is 0."""
+        return parts_of(self.optimizer)
+
+    def optimizer_of(self, key: Key | None) -> Optimizer:
+        """Returns the optimizer of that name or place; for None, ``ctx.optimizer``.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if key is None:
+            return self.optimizer
+        if key not in self.optimizers:
+            known = ", ".join(map(repr, self.optimizers))
+            raise ConfigError(f"optimizer={key!r}: there is no such optimizer; there are {known}")
+        return self.optimizers[key]
 
     def log(self, name: str, value: Number, reduce: Reduce = "mean") -> None:
         """Keeps a value; all values are reported as one number at the next sync point.
@@ -167,16 +186,20 @@ class Context:
         finally:
             outbox.logged = logged
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self, optimizer: Key | None = None) -> list[Tensor]:
         """In ``on_grads_ready``: tensors that hold all gradients, and otherwise zeros only.
 
         For what is done to all of them alike, such as a norm: there may be fewer of them than of
         parameters. What is done to them in place is done to the gradients. Equal on all ranks.
 
+        Args:
+            optimizer: which of several optimizers', by its name or place; all if None.
+
         Raises:
-            ConfigError: called outside of ``fit``.
+            ConfigError: called outside of ``fit``; or there is no such optimizer.
         """
-        return (self._engine() or _too_early("gradients")).gradients()
+        which = None if optimizer is None else self.optimizer_of(optimizer)
+        return (self._engine() or _too_early("gradients")).gradients(which)
 
     def gradient_norm(self) -> Tensor:
         """In ``on_grads_ready``: the joint Euclidean norm of all gradients; equal on all ranks.

@@ -114,6 +114,12 @@ class Step:
         held: 0-dim, on the device: more than 0 where the update is not to be applied, if
             :meth:`veto_where` was called, whose flags are its bits.
         result: what became of the step; behind the properties below.
+        update: of several, the name of the update under way: of each alone are ``loss``,
+            ``vetoed`` and the properties below, which are the last one's in ``on_step_end``.
+        ends: whether that is the step's last.
+        done: by name, what became of the updates so far.
+        counted: for the loop: whether one of them was applied.
+        replayed: the step's micro-batches run again, for an optimizer that takes a closure.
     """
 
     number: int
@@ -126,6 +132,11 @@ class Step:
     held: Tensor | None = None
     _flags: int = 0
     result: _Result | None = None
+    update: str = ""
+    ends: bool = True
+    done: tuple[tuple[str, _Result], ...] = ()
+    counted: bool = False
+    replayed: bool = False
 
     @property
     def loss_mean(self) -> float:
@@ -147,8 +158,15 @@ class Step:
 
     @property
     def applied(self) -> bool:
-        """In ``on_step_end``: whether the optimizer's update was applied."""
+        """In ``on_step_end``: whether the optimizer's update was applied; of several, any."""
+        if self.done:
+            return any(result.applied for _, result in self.done)
         return self.result is not None and self.result.applied
+
+    def applied_to(self, optimizer: int | str) -> bool:
+        """As :attr:`applied`, of the update of that name, if the step had it."""
+        its = [result.applied for name, result in self.done if name == optimizer]
+        return any(its) if its else self.applied
 
     def veto(self, why: str) -> None:
         """In ``on_grads_ready``: leaves parameters and optimizer as they are in this step.

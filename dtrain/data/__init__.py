@@ -1,7 +1,7 @@
 """What to train on, in which order, and who gets which part."""
 
 from dtrain.data.counting import parts_of, tensors_of
-from dtrain.data.feed import EndOfStream, Feed, MicroBatches
+from dtrain.data.feed import EndOfStream, Feed, MicroBatch, MicroBatches
 from dtrain.data.map_feed import fetch
 from dtrain.data.opening import open_evals, open_feed
 from dtrain.data.order import Bucketed, Order, Sequential, Shuffled, Weighted
@@ -14,6 +14,7 @@ __all__ = [
     "Data",
     "EndOfStream",
     "Feed",
+    "MicroBatch",
     "MicroBatches",
     "Order",
     "Sequential",

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 _FORGET = 0.99  # how fast the slowest lap is forgotten: by half in about 70 laps
 
 
+_UPDATE = 16  # more than any order within an update
+
+
 @dataclass(frozen=True, slots=True)
 class Phase:
     """Somewhere the main thread can be."""
@@ -71,6 +74,7 @@ class Activity:
     signs: int = 0  # grows with every sign of progress
     step: int = 0  # the global step it is in, or was in last
     order: int = 0  # where in that step
+    base: int = 0  # what phases of its updates before this one have come to
     watched: bool = False  # whether a watchdog looks at all this
     #: Says, once it is known, whether the others wait for this rank in a verb; a watchdog's.
     are_in_a_verb: Callable[[], bool] = lambda: False
@@ -95,7 +99,7 @@ class Activity:
         before, self.phase = self.phase, phase
         self.signs += 1
         if phase.order:
-            self.order = phase.order
+            self.order = self.base + phase.order
         return before
 
     @contextmanager
@@ -112,10 +116,14 @@ class Activity:
 
     def begin_step(self, step: int) -> None:
         """A global step begins."""
-        self.step = step
+        self.step, self.base = step, 0
         self.laps = self.steps
         self.steps.begin()
         self.enter(STEP)
+
+    def pass_on(self) -> None:
+        """Another update of the same step begins."""
+        self.base += _UPDATE
 
     def has_data(self, *, first: bool) -> None:
         """The data of a step has come; what the ``first`` of an epoch took does not count."""

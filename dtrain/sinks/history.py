@@ -121,9 +121,10 @@ def describe_start(
             )
     if world.size > 1 and strategy:
         lines.append(strategy)
-    if _fusable(context.optimizer):  # a user's optimizer is never altered
+    slow = [one for one in context.optimizers.values() if _fusable(one)]
+    if slow:  # a user's optimizer is never altered
         lines.append(
-            f"advice: {type(context.optimizer).__name__}(..., fused=True) computes the same in one "
+            f"advice: {type(slow[0]).__name__}(..., fused=True) computes the same in one "
             "pass; of a small model's step that saves about a fifth"
         )
     if context.progress.total_steps is not None:

@@ -2,10 +2,12 @@
 
 from dtrain.step.engine import Engine
 from dtrain.step.lane import Heard, LaneSilent
-from dtrain.step.micro_step import MicroStep, UserLoss, adapt, as_loss, of_backward
+from dtrain.step.loss_forms import UserLoss, adapt, as_loss
+from dtrain.step.micro_step import MicroStep, of_backward
 from dtrain.step.precision import Autocast, Factor, Precision, PrecisionSlot, ScaledAutocast
 from dtrain.step.strategy import StepResult, Strategy, joint_norm
 from dtrain.step.taking import may_delay, take_model, unwrapped
+from dtrain.step.updates import UpdatePlan
 from dtrain.step.votes import Agreed
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "ScaledAutocast",
     "StepResult",
     "Strategy",
+    "UpdatePlan",
     "UserLoss",
     "adapt",
     "as_loss",

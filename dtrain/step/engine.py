@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from operator import methodcaller
 from typing import Any
@@ -9,10 +10,11 @@ from weakref import WeakMethod
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dtrain import accelerator
 from dtrain.callback import Callback, Hooks
-from dtrain.context import Context, Loss, Outbox, Step
+from dtrain.context import Context, Loss, Outbox, Step, has_updates, kind_of, needs_closure
 from dtrain.distributed import (
     BETWEEN,
     UPDATE,
@@ -24,18 +26,22 @@ from dtrain.distributed import (
     share_buffers,
 )
 from dtrain.errors import ConfigError
+from dtrain.step.closures import Closures
 from dtrain.step.device_lane import make_lane
 from dtrain.step.evaluation import Evaluation
 from dtrain.step.figures import Figures
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.gradients import Gradients
 from dtrain.step.graphed import Graphed
+from dtrain.step.lane import Lane
+from dtrain.step.loss_forms import LossFn, as_loss
 from dtrain.step.memory_words import explain_memory
-from dtrain.step.micro_step import LossFn, MicroStep, as_loss
+from dtrain.step.micro_step import MicroStep
 from dtrain.step.modes import Modes
 from dtrain.step.precision import Order, Precision, fresh_casts
 from dtrain.step.stand_in import StandIn
 from dtrain.step.strategy import Gate, Strategy
+from dtrain.step.updates import Update, UpdatePlan, Updates
 from dtrain.step.votes import Agreement
 from dtrain.watchdog import StragglerClock
 
@@ -63,32 +69,42 @@ class Engine:
     replicas: Replicas
     keep_modes: bool  # the user means the modes that the model is in
     graph: bool = False  # micro-steps are captured
+    plan: UpdatePlan | None = None  # which updates a step has, of several optimizers
 
     def __post_init__(self) -> None:
         context, hooks, precision = self.context, self.hooks, self.precision
-        rank, size, comm = self.world.rank, self.world.size, self.world.comm
-        context.reads_at_once = on_host = accelerator.of(self.world.device) is None
+        size, comm = self.world.size, self.world.comm
+        names = [str(key) for key in context.optimizers] if has_updates(context.optimizer) else []
+        if self.plan is not None and not names:
+            raise ConfigError("Trainer(updates=...) is for named optimizers: optimizer={'a': ...}")
+        if self.graph and names:
+            raise ConfigError("Trainer(graph=True) cannot capture a loss function that yields")
+        # What becomes of an update is waited for before the next one of the same step begins.
+        context.reads_at_once = accelerator.of(self.world.device) is None or bool(names)
         shares = 1 if precision.scales_loss else size
-        self.lane = make_lane(context.model, self.world, shares)
+        lanes = {name: make_lane(context.model, self.world, shares) for name in names or [""]}
         self.agreement = Agreement(context.request, comm, self.world.host)
         self.stand_in = StandIn(context, hooks.callbacks)
         self.clock = StragglerClock(comm, host=self.world.host, size=size)
         self.figures = Figures(
-            context, self.outbox, self.world, self.lane, precision, self.replicas, self.clock
+            context, self.outbox, self.world, lanes, precision, self.replicas, self.clock
         )
-        self.micro_step = MicroStep(
-            context=context,
-            loss_fn=self.loss_fn,
-            lane=self.lane,
-            precision=precision,
-            hooks=hooks,
-            agreement=self.agreement,
-            gathers=Gathers(comm, rank, size),
-            means=self.figures.means,
-            clock=self.clock,
-            find_unused=self.strategy.find_unused,
-            may_idle=self.strategy.may_idle,
-        )
+        parts = {name: self._part(name, lane) for name, lane in lanes.items()}
+        self.updates: Updates | None = None
+        self.parts = (*parts.values(),)
+        self._take(self.parts[0])
+        if names:
+            self.updates = Updates(
+                context, self.loss_fn, precision, self.plan, parts, WeakMethod(self._take)
+            )
+        self.closures: Closures | None = None
+        if needs_closure(context.optimizer):
+            if precision.scales_loss or self.graph:
+                raise ConfigError(
+                    f"{kind_of(context.optimizer)} evaluates the loss several times in a step, "
+                    "which neither a loss scale (fp16) nor graph=True allows"
+                )
+            self.closures = Closures(context, self.loss_fn, precision, hooks, self.parts[0])
         self.graphed: Graphed | None = None
         if self.graph:
             trained, device = self.micro_step.trained, accelerator.of(self.world.device)
@@ -100,21 +116,44 @@ class Engine:
         self.evaluation = Evaluation(
             context, self.outbox, self.world, self.eval_fn, precision, hooks, self.figures.means
         )
-        self._gradients = Gradients(
-            self.strategy,
-            precision,
-            # Fused optimizers take a number of 32 bits.
-            may_wait=not on_host
-            and self.lane.param.dtype == torch.float32
-            and hooks.all_ask_for_gradients(),
-            on_host=on_host,
-        )
         self._parted = False  # a step was ended by a failure on this rank only
         hooks.carry = WeakMethod(self.carry)
 
+    def _part(self, name: str, lane: Lane) -> Update:
+        """Returns what the gradients of one optimizer meet by; of the only one, without a name."""
+        context, comm = self.context, self.world.comm
+        strategy = copy(self.strategy) if name else self.strategy
+        micro_step = MicroStep(
+            context=context,
+            loss_fn=self.loss_fn,
+            lane=lane,
+            precision=self.precision,
+            hooks=self.hooks,
+            agreement=self.agreement,
+            gathers=Gathers(comm, self.world.rank, self.world.size),
+            means=self.figures.means,
+            clock=self.clock,
+            find_unused=strategy.find_unused,
+            may_idle=strategy.may_idle,
+            update=name,
+        )
+        # Fused optimizers take a number of 32 bits.
+        may_wait = lane.param.dtype == torch.float32 and self.hooks.all_ask_for_gradients()
+        at_once = context.reads_at_once
+        gradients = Gradients(
+            strategy, self.precision, may_wait=may_wait and not at_once, on_host=at_once
+        )
+        return Update(strategy, lane, micro_step, gradients)
+
+    def _take(self, part: Update) -> None:
+        """Has it be the turn of one of several updates, until another is taken."""
+        self.strategy, self.lane = part.strategy, part.lane
+        self.micro_step, self._gradients = part.micro_step, part.gradients
+
     def restart(self, weight: float) -> None:
         """Begins a fit on all ranks, whose steps weigh so much over all ranks; 0: nobody knows."""
-        self.micro_step.restart(weight)
+        for part in self.parts:
+            part.micro_step.restart(weight)
         if self.graphed is not None:
             self.graphed.restart()
         self.figures.restart()
@@ -123,10 +162,19 @@ class Engine:
     def begin(self, *, first: bool) -> None:
         """Takes model and optimizer as a fit finds them. Ranks: all, communicates."""
         self.context.model.to(self.world.device)  # it may have been away
-        self.micro_step.trained.check(begins=True)
+        now = self.context.optimizer
+        names = [*self.context.optimizers] if has_updates(now) else [""]
+        if {*names} != {part.micro_step.update for part in self.parts}:
+            raise ConfigError(
+                f"trainer.optimizer was set to others ({kind_of(now)}): make a Trainer"
+            )
+        for part in self.parts:
+            part.micro_step.trained.check(begins=True)
         self.make_equal()
-        if first:  # a later fit's first epoch looks what to wrap anew
-            self.strategy.wrap(self.micro_step, self.world)
+        for part in (
+            self.parts if first else ()
+        ):  # a later fit's first epoch looks what to wrap anew
+            part.strategy.wrap(part.micro_step, self.world)
 
     def make_equal(self) -> None:
         """Gives all ranks rank 0's model, should the script have changed it since, and says so.
@@ -154,9 +202,9 @@ class Engine:
         comm = self.context.comm
         comm.activity.enter(phase)
         with comm.lockstep(lambda: self.hooks.failed_in or phase.name):
-            if self.micro_step.trouble is not None:
-                self.hooks.failed_in = self.micro_step.trouble[1]
-                raise self.micro_step.trouble[0]
+            if self.agreement.trouble is not None:
+                self.hooks.failed_in = self.agreement.trouble[1]
+                raise self.agreement.trouble[0]
             yield
         comm.activity.enter(BETWEEN)
 
@@ -175,7 +223,7 @@ class Engine:
                 raise error
             finally:
                 del error  # its traceback has this frame
-        if self.micro_step.trouble is None:
+        if self.agreement.trouble is None:
             comm.record(error, where)  # for ranks that wait for this one in a verb of their hooks
             self._parted |= where != "on_step_start"
             try:
@@ -193,17 +241,17 @@ class Engine:
 
     def update(self, step: Step, gate: Gate) -> bool | Tensor:
         """Updates the parameters by the gradient of the global mean; returns whether it was not."""
-        context, optimizer, precision = self.context, self.context.optimizer, self.precision
+        context, precision = self.context, self.precision
+        optimizer = context.optimizers[step.update] if step.update else context.optimizer
         context.comm.activity.enter(UPDATE)
+        if step.update and step.result is not None:
+            step.done = (*step.done, (step.update, step.result))
         self._gradients.take(optimizer, gate)
         self.hooks.fire(Callback.on_grads_ready, context, step)
-        rates = [*map(_RATE, optimizer.param_groups)]
+        rates = [*map(_RATE, context.optimizer.param_groups)]
         if Tensor in map(type, rates):  # its owner writes the next step's into it
             rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
         self.figures.rates = rates
-        if step.vetoed:
-            precision.skip()
-            return True
         closed, held = gate.closed, step.held
         if held is not None and gate.waits:
             closed, held = closed or float(held) > 0, None
@@ -211,11 +259,69 @@ class Engine:
             held = step.one_flag()
         left = self._gradients.divisor
         divisor = None if left is None else self._gradients.number_of(left)
+        blocked: bool | Tensor = True
         try:
-            return precision.step(optimizer, Order(closed, held, divisor, gate.waits))
+            if step.vetoed:
+                precision.skip()
+            else:
+                stepped = optimizer
+                if self.closures is not None:
+                    stepped = self.closures.of(step, optimizer, self.raise_failures)
+                blocked = precision.step(stepped, Order(closed, held, divisor, gate.waits))
         except Exception as error:  # noqa: BLE001 -- every rank learns of it
             self.carry(error)
-            return True
+        if step.update and step.ends:
+            self._end_updates()
+        return blocked
+
+    def ahead(self) -> str:
+        """Returns in words which updates come next, which must be equal on all ranks."""
+        return "" if self.updates is None else self.updates.ahead()
+
+    def raise_failures(self, step: Step) -> None:
+        """Raises what any rank has failed by in a step, and says what of it was applied."""
+        try:
+            error, where = self.agreement.trouble or (None, "")
+            self.context.comm.raise_failures("failures in a step", error, where)
+        except Exception as error:
+            if step.replayed:
+                error.add_note(
+                    f"(the update of step {step.number} was under way: there is no state before it "
+                    "any more, and none is saved for resume='emergency')"
+                )
+            elif step.counted:
+                names = ", ".join(repr(name) for name, result in step.done if result.applied)
+                error.add_note(
+                    f"(of step {step.number}, the update {names} was applied before update "
+                    f"{step.update!r} failed: there is no state before the step any more, and none "
+                    "is saved for resume='emergency')"
+                )
+            raise
+
+    def _end_updates(self) -> None:
+        """Has the loss functions go on after a step's last update; an error is as a hook's."""
+        assert self.updates is not None
+        try:
+            self.updates.finish()
+        except Exception as error:  # noqa: BLE001 -- every rank learns of it
+            self.hooks.failed_in = "loss_fn"
+            self.carry(error)
+
+    def expected(self) -> Any:
+        """Returns what steps are expected to weigh, for checkpoints; 0 where nobody knows yet."""
+        each = {
+            part.micro_step.update: part.lane.expected if part.micro_step.weighed else 0.0
+            for part in self.parts
+        }
+        return each if self.updates else each[""]
+
+    def expect(self, saved: Any) -> None:
+        """Takes up what :meth:`expected` returned."""
+        for part in self.parts:
+            name = part.micro_step.update
+            if weight := saved.get(name) if isinstance(saved, dict) else saved:
+                part.lane.expect(weight)
+                part.micro_step.weighed = True
 
     # -- what a fit leaves as it found it ------------------------------------
 
@@ -236,7 +342,7 @@ class Engine:
                 yield
         finally:
             self.context.in_fit = False
-            self.micro_step.trouble = None  # its frames hold all this
+            self.agreement.trouble = None  # its frames hold all this
             if self.graphed is not None:
                 self.graphed.restart()  # the memory is free for something else
 
@@ -244,12 +350,14 @@ class Engine:
 
     def loss_of(self, ctx: Context, batch: Any) -> Loss:
         with self.precision.autocast():
-            return as_loss(self.loss_fn(ctx.model, batch, ctx), 1)
+            returned = self.loss_fn(ctx.model, batch, ctx)
+            return as_loss(self.updates.replayed(returned) if self.updates else returned, 1)
 
-    def gradients(self) -> list[Tensor]:
-        if self.context.reads_at_once:  # then nothing is left to be done to them
-            return self.strategy.gradients(self.context.optimizer)
-        return self._gradients.tensors()
+    def gradients(self, optimizer: Optimizer | None) -> list[Tensor]:
+        if not self.context.reads_at_once:  # else nothing is left to be done to them
+            every = self._gradients.tensors()
+            return every if optimizer is None else self.strategy.gradients(optimizer)
+        return self.strategy.gradients(optimizer or self._gradients.optimizer)
 
     def gradient_norm(self) -> Tensor:
         return self._gradients.norm()

@@ -20,14 +20,17 @@ class Figures:
     context: Context
     outbox: Outbox  # what hooks have logged
     world: World
-    lane: Lane
+    lanes: dict[str, Lane]  # by update; "" where a step has one
     precision: Precision
     replicas: Replicas
     clock: StragglerClock
 
     def __post_init__(self) -> None:
         self.means = Means("train", self.context.device, names=[SECONDS_METRIC])
-        self._loss_sum = self.counted = 0.0  # since the last report: loss and weight, both agreed
+        #: Since the last report, by update: loss and weight, both agreed.
+        self._losses = {name: [0.0, 0.0] for name in self.lanes}
+        self._names = {name: f"train/{name}/loss".replace("//", "/") for name in self.lanes}
+        self.counted = False  # whether anything weighed something since
         self.epoch_sums: dict[str, list[float]] = {}  # since the epoch began: of means, and weights
         self.rates: list[Any] = []  # by group, the learning rates of the newest step
         self._warned_nonfinite = False
@@ -40,23 +43,26 @@ class Figures:
     def count(self, step: Step, verdict: Verdict) -> None:
         """Counts a step, of which all ranks know now what became."""
         context = self.context
-        context.progress.samples += verdict.samples
-        self.lane.observe(verdict)
+        if not step.done[1:]:
+            context.progress.samples += verdict.samples
+        self.lanes[step.update].observe(verdict)
         # A step that was left out for its loss must not make the whole report's loss NaN.
         left_out = bool(step.vetoed) if step.held is None else step.left_out()
         if left_out:
             self.outbox.add("vetoed", 1 / self.world.size, "sum")
         if verdict.weight > 0 and not (left_out and verdict.nonfinite):
-            self._loss_sum += (loss_sum := verdict.loss_mean * verdict.weight)
-            self.counted += verdict.weight
-            of_epoch = self.epoch_sums.setdefault("train/loss", [0.0, 0.0])
-            of_epoch[0] += loss_sum
-            of_epoch[1] += verdict.weight
+            loss_sum, self.counted = verdict.loss_mean * verdict.weight, True
+            of_epoch = self.epoch_sums.setdefault(self._names[step.update], [0.0, 0.0])
+            for sums in (self._losses[step.update], of_epoch):
+                sums[0] += loss_sum
+                sums[1] += verdict.weight
         if verdict.nonfinite and not self._warned_nonfinite:
             self._warned_nonfinite = True
-            context.say(f"warning: the loss is not finite at step {step.number}")
+            whose = f" of update {step.update!r}" * bool(step.update)
+            context.say(f"warning: the loss{whose} is not finite at step {step.number}")
+        result = step.result  # of this update
         looked_at = self.precision.scales_loss and verdict.weight > 0 and not left_out
-        if looked_at and (note := self.precision.watch(applied=step.applied)):
+        if looked_at and result and (note := self.precision.watch(applied=result.applied)):
             context.say(note)
         if verdict.skipped:
             self.outbox.add("skipped", verdict.skipped / self.world.size, "sum")
@@ -70,8 +76,9 @@ class Figures:
         for name, logged in self.outbox.logged.items():
             self.means.add_logged(name, logged.values, logged.reduce)
         self.outbox.logged.clear()
-        values = {"train/loss": self._loss_sum / self.counted} if self.counted else {}
-        self._loss_sum = self.counted = 0.0
+        losses = {self._names[name]: sums for name, sums in self._losses.items() if sums[1]}
+        values = {name: total / weight for name, (total, weight) in losses.items()}
+        self._losses, self.counted = {name: [0.0, 0.0] for name in self.lanes}, False
         self.means.add(SECONDS_METRIC, self.clock.seconds, 1)
         mark = self.replicas.mark(context.progress.step)
         values |= self.means.agree(context.comm, mark)
@@ -97,18 +104,22 @@ class Figures:
     def _learning_rates(self) -> dict[str, float]:
         """Returns each group's, by its name or number; the first's in any case as ``lr``."""
         rates: dict[str, float] = {}
-        groups = self.context.optimizer.param_groups
-        for number, (group, rate) in enumerate(zip(groups, self.rates, strict=False)):
-            name = f"lr/{group.get('name', number)}"
-            if rate is not None and not number:
-                rates["lr"] = float(rate)
-            if rate is not None and (number or "name" in group) and len(groups) > 1:
-                rates[f"lr/{number}" if name in rates else name] = float(rate)
+        known = iter(self.rates)
+        for update in self.lanes:
+            groups = self.context.optimizer_of(update or None).param_groups
+            first = f"lr/{update}" if update else "lr"
+            for number, (group, rate) in enumerate(zip(groups, known, strict=False)):
+                name = f"lr/{update}/{number}" if update else f"lr/{group.get('name', number)}"
+                if rate is not None and not number:
+                    rates[first] = float(rate)
+                if rate is not None and (number or "name" in group) and len(groups) > 1:
+                    rates[f"lr/{number}" if name in rates else name] = float(rate)
         return rates
 
     def end_epoch(self) -> dict[str, float]:
         """Returns figures of the epoch, as ``epoch/...``: NaN where nothing weighed anything."""
-        self.epoch_sums.setdefault("train/loss", [0.0, 0.0])
+        for name in self._names.values():
+            self.epoch_sums.setdefault(name, [0.0, 0.0])
         sums, self.epoch_sums = self.epoch_sums, {name: [0.0, 0.0] for name in self.epoch_sums}
         means = {n: total / weight if weight else math.nan for n, (total, weight) in sums.items()}
         self.context._take(means)

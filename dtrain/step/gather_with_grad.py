@@ -53,6 +53,10 @@ class Gathers:
     _used: bool | None = None  # whether loss functions gather; None until all ranks know
     _calls: int = 0
     _ties: list[Tensor] = field(default_factory=list)
+    #: What ties are made of, by which backward comes only if it is to reach these: those of the
+    #: ties that were taken last.
+    anchors: list[Tensor] = field(default_factory=list)
+    _anchors: list[Tensor] = field(default_factory=list)
 
     def restart(self) -> None:
         """Forgets whether loss functions gather; must be called on all ranks."""
@@ -113,6 +117,7 @@ class Gathers:
     def take_ties(self) -> list[Tensor]:
         """Returns zeros, one for each gather; their backward takes part in that of the others."""
         ties, self._ties = self._ties, []
+        self.anchors, self._anchors = self._anchors, []
         return ties
 
     def _announce(self, mine: Rows | Done) -> list[Rows | Done]:
@@ -132,6 +137,7 @@ class Gathers:
             mine, anchor, whole, self.comm, gathering[0].label, slice(start, start + len(mine))
         )
         self._ties.append(tie)
+        self._anchors.append(anchor)
         return gathered
 
 

@@ -29,7 +29,7 @@ class Gradients:
 
     def take(self, optimizer: Optimizer, gate: Gate) -> None:
         """Begins with those of a step."""
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._norm: Tensor | None = None  # of the gradients as they are, while they wait
         #: What they are to be divided by still.
         self.divisor: Factor | None = None
@@ -44,7 +44,7 @@ class Gradients:
 
     def tensors(self) -> list[Tensor]:
         """Returns them all, to be looked at and changed: from here on nothing waits."""
-        gradients = self.strategy.gradients(self._optimizer)
+        gradients = self.strategy.gradients(self.optimizer)
         self._waits, self._norm = False, None
         if self.divisor is not None:
             torch._foreach_div_(gradients, self.divisor)
@@ -55,7 +55,7 @@ class Gradients:
         """Returns their joint Euclidean norm, 0-dim."""
         norm = self._norm
         if norm is None:
-            norm = self.strategy.gradient_norm(self._optimizer)
+            norm = self.strategy.gradient_norm(self.optimizer)
         if self._waits:  # then nobody changes them
             self._norm = norm
         return norm if self.divisor is None else norm / self.divisor
@@ -64,7 +64,7 @@ class Gradients:
         """Returns a number, 0-dim, that is finite if every gradient is, and their norm is."""
         if self._norm is not None:
             return self._norm
-        gradients = self.strategy.gradients(self._optimizer)
+        gradients = self.strategy.gradients(self.optimizer)
         norm = joint_norm(gradients)
         if self._waits and self.strategy.norm_is_of(gradients):
             self._norm = norm  # clipping need not compute it once more
@@ -84,17 +84,17 @@ class Gradients:
                 least = 1.0 if before is None else before
                 self.divisor = ((raw + 1e-6 * least) / max_norm).clamp(min=least)
             return norm
-        norm = self.strategy.gradient_norm(self._optimizer)
+        norm = self.strategy.gradient_norm(self.optimizer)
         # No multiplication by 1, where the host knows.
         if not self.on_host or not float(norm) + 1e-6 < 0.999 * max_norm:
             # As torch.nn.utils.clip_grads_with_norm_ does, which wants parameters.
             coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(self.strategy.gradients(self._optimizer), coefficient)
+            torch._foreach_mul_(self.strategy.gradients(self.optimizer), coefficient)
         return norm
 
     def number_of(self, divisor: Factor) -> Tensor:
         """Returns what an optimizer is to divide by, as it takes it."""
         if isinstance(divisor, Tensor):
             return divisor
-        device = self.strategy.gradients(self._optimizer)[0].device
+        device = self.strategy.gradients(self.optimizer)[0].device
         return torch.full((), divisor, device=device)

@@ -34,7 +34,7 @@ from dtrain.step.graph_limits import (
     rebuilt,
     shapes_of,
 )
-from dtrain.step.micro_step import LossFn, as_loss
+from dtrain.step.loss_forms import LossFn, as_loss
 from dtrain.step.parameters import Parameters
 from dtrain.step.precision import Precision
 

@@ -100,6 +100,8 @@ class Lane:
         self.param = nn.Parameter(torch.zeros(len(Slot), dtype=dtype, device=device))
         #: What backward starts from, times a share: 1, or what makes a sum over ranks a mean.
         self.start = 1.0
+        #: Of what backward computes gradients, beside the lane's; if None, of all there is.
+        self.inputs: Callable[[], list[Tensor]] | None = None
         self._size = size
         self._shares = size if shares is None else shares
         self.expect(self._shares)
@@ -202,8 +204,11 @@ class Lane:
         """
         first, self._seed = self._seed, None
         starts = [None] * len(terms) if first is None else [first, *[None] * (len(terms) - 1)]
+        inputs = None if self.inputs is None else [*self.inputs(), self.param]
         if voice is not None and not self.is_alone():
-            torch.autograd.backward((voice, *terms), (self.message(), *starts))
+            torch.autograd.backward((voice, *terms), (self.message(), *starts), inputs=inputs)
+        elif terms and inputs is not None:
+            torch.autograd.backward(terms, starts, inputs=inputs)
         elif terms:
             run(terms, starts)
 

@@ -6,33 +6,30 @@ and an exception or a skip becomes an *idle* term: zero weight, reduced like any
 waits for a rank that had nothing to say.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtrain import accelerator
 from dtrain.callback import Callback, Hooks
-from dtrain.context import Context, Loss, Number, Step
+from dtrain.context import Context, Loss, Step
 from dtrain.data import EndOfStream, MicroBatches
 from dtrain.distributed import DATA, FIRST_DATA
 from dtrain.errors import ConfigError, LossError
-from dtrain.metrics import Means, as_metrics
+from dtrain.metrics import Means
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Backward, Lane, Slot, idle
+from dtrain.step.loss_forms import LossFn, as_loss
 from dtrain.step.loss_words import explain
 from dtrain.step.memory_words import explain_memory
 from dtrain.step.parameters import Parameters
 from dtrain.step.precision import Precision
 from dtrain.step.votes import Agreement
 from dtrain.watchdog import StragglerClock
-
-UserLoss = Callable[..., Loss | Tensor]
-LossFn = Callable[[nn.Module, Any, Context], Loss | Tensor]
 
 _OWN_BACKWARD = (
     "a backward() ran in the loss function or a hook, before dtrain's own, which alone is reduced "
@@ -56,13 +53,16 @@ class MicroStep(nn.Module):
     clock: StragglerClock  # told how long this rank waits for data
     find_unused: bool  # the reduction looks for unused parameters itself
     may_idle: bool  # False where ranks wait for one another inside of the model
-    trouble: tuple[Exception, str] | None = None  # and where; until all ranks learn of it
     under_way: Step | None = None  # which it is the turn of
     weighed: bool = False  # the reference weight is that of real batches, not a guess
     has_loss: bool = False  # this rank had a loss in this micro-batch
     meets_in_backward: bool = False  # backward of this micro-batch takes part in a gather
-    computed: Callable[[Step], Loss] | None = None  # what calls the loss function, if captured
+    #: What calls the loss function, if that is captured, or yields several.
+    computed: Callable[[Step], Loss] | None = None
     backward: Backward = torch.autograd.backward  # what runs backward, likewise
+    update: str = (
+        ""  # of several, whose parameters are reduced: those of the optimizer of that name
+    )
 
     # A module's own looks for parameters in whatever is set: a microsecond for each, in each step.
     __setattr__ = object.__setattr__  # type: ignore[assignment]
@@ -73,14 +73,18 @@ class MicroStep(nn.Module):
         self.model = self.context.model
         # Registered here, so that DDP reduces it; the user's model never sees it.
         self.register_parameter("lane_param", self.lane.param)
-        self.trained = Parameters(self.context)
+        self.trained = Parameters(self.context, self.update or None)
+        self.prefix = f"train/{self.update}/" if self.update else "train/"  # of its figures
+        self.suffix = f" (update {self.update!r})" if self.update else ""  # of where it failed
+        if self.update:
+            self.lane.inputs = partial(_inputs, self.context, self.update, self.gathers)
         self.trainable: list[nn.Parameter] = []  # the model's parameters that are reduced
         self.changed = False  # this rank has found others to train, in this step
         self._tie: Tensor | None = None
         self._sparse: list[Tensor] = []
 
     def restart(self, weight: float) -> None:
-        self.trouble = None  # of an earlier fit, if that failed
+        self.agreement.trouble = None  # of an earlier fit, if that failed
         self.lane.restart(weight)
         self.weighed = not self.precision.scales_loss
         self.gathers.restart()
@@ -89,6 +93,10 @@ class MicroStep(nn.Module):
         """Looks up which parameters require a gradient now."""
         self.trained.take()
         self.trainable, self.changed, self._tie = self.trained.trainable, False, None
+        if self.update:  # for DistributedDataParallel, which reduces all others
+            mine = {*map(id, self.trainable)}
+            others = [n for n, p in self.model.named_parameters() if id(p) not in mine]
+            self._ddp_params_and_buffers_to_ignore = {f"model.{name}" for name in others}
         self._sparse = [
             module.weight
             for module in self.model.modules()
@@ -102,7 +110,7 @@ class MicroStep(nn.Module):
         back, which has another node.
         """
         self.lane.attach()  # before: the lane stays the last that autograd comes to
-        self._tie = idle(self.trainable[::-1], self._sparse)
+        self._tie = idle(self.trainable[::-1], self._sparse) if self.trainable else None
         self.trained.watch_nodes()
 
     def forward(self, step: Step, feed: MicroBatches | None, last: bool) -> tuple[Tensor, ...]:
@@ -129,7 +137,8 @@ class MicroStep(nn.Module):
         terms += ties
         if last:
             if feed is not None:  # nobody listens to a step that only fixes the buckets
-                self.agreement.say(self.lane)
+                if not step.replayed:
+                    self.agreement.say(self.lane)
                 self._look_ahead(feed)
                 self.changed = self.trained.changed()
             if self.changed:
@@ -137,7 +146,7 @@ class MicroStep(nn.Module):
             if self.changed and self._tie is not None:
                 terms.append(self._tie)
             # With find_unused, gradients of zero would make AdamW decay an unused parameter.
-            elif loss is None and not self.find_unused:
+            elif loss is None and not self.find_unused and self.trainable:
                 terms.append(idle(self.trainable[::-1], self._sparse))
             self.clock.forwarded()
         return tuple(terms)
@@ -158,13 +167,13 @@ class MicroStep(nn.Module):
                 raise error
             finally:
                 del error  # its traceback has this frame
-        self.trouble = error, where
+        self.agreement.trouble = error, where + self.suffix
         self.lane.say(Slot.ERROR)
 
     def _refuse_to_idle(self) -> None:
         """Raises here and now: the others wait in the model, and must find this rank gone."""
-        if self.trouble is not None:
-            raise self.trouble[0]
+        if self.agreement.trouble is not None:
+            raise self.agreement.trouble[0]
         raise ConfigError(
             "this rank has no batch in this micro-step, left it out, or its loss weighs nothing; "
             "but the other ranks wait for it in SyncBatchNorm. Use batches of at least one sample "
@@ -189,7 +198,7 @@ class MicroStep(nn.Module):
 
     def _try(self, step: Step, feed: MicroBatches) -> Loss | None:
         """Runs the loss function; returns None where this rank has nothing to say."""
-        if self.trouble is not None:
+        if self.agreement.trouble is not None:
             self.lane.say(Slot.ERROR)  # it may be from before this step
             return None
         context, hooks = self.context, self.hooks
@@ -212,7 +221,8 @@ class MicroStep(nn.Module):
             where = "on_batch"
             comm.activity.has_data(first=first)
             comm.serve_gathers(self.gathers)
-            hooks.fire(Callback.on_batch, context, step)
+            if not step.done:
+                hooks.fire(Callback.on_batch, context, step)
             if not request.skipped:
                 where = "loss_fn"
                 if self.computed is not None:
@@ -252,7 +262,7 @@ class MicroStep(nn.Module):
             comm.serve_gathers(None)
 
     def _look_ahead(self, feed: MicroBatches) -> None:
-        if self.trouble is not None:
+        if self.agreement.trouble is not None:
             return
         try:
             if feed.is_last():
@@ -266,9 +276,17 @@ class MicroStep(nn.Module):
         assert weight is not None
         if not isinstance(weight, Tensor) and weight == 0:
             return None  # not `0 * mean`: the mean may be NaN
-        for name, value in loss.metrics.items():
-            self.means.add(f"train/{name}", value, weight)
+        replayed = self.under_way is not None and self.under_way.replayed  # counted already
+        for name, value in () if replayed else loss.metrics.items():
+            self.means.add(f"{self.prefix}{name}", value, weight)
         return loss
+
+
+def _inputs(context: Context, update: str, gathers: Gathers) -> list[Tensor]:
+    """Returns what backward is to reach: of several updates, only this one's parameters."""
+    groups = context.optimizers[update].param_groups
+    mine = [p for group in groups for p in group["params"] if p.requires_grad]
+    return [*mine, *gathers.anchors]
 
 
 def of_backward(error: Exception) -> Exception:
@@ -278,123 +296,3 @@ def of_backward(error: Exception) -> Exception:
     meant = LossError(_OWN_BACKWARD)
     meant.__cause__ = error
     return meant.with_traceback(error.__traceback__)
-
-
-def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
-    """Returns what a loss function returned as a checked :class:`Loss` with a weight."""
-    loss = Loss(returned) if isinstance(returned, Tensor) else returned
-    if not isinstance(loss, Loss):
-        raise LossError(
-            f"loss_fn returned {type(returned).__name__}; return a scalar tensor or dtrain.Loss"
-        )
-    if not isinstance(loss.mean, Tensor):
-        raise LossError(f"Loss.mean is {type(loss.mean).__name__}, not a tensor")
-    if loss.mean.is_complex():
-        raise LossError(f"the loss is complex ({loss.mean.dtype}); take its .real, or its .abs()")
-    if loss.mean.numel() != 1:
-        raise LossError(
-            f"the loss has shape {list(loss.mean.shape)}, not one number: use reduction='mean', "
-            "or Loss.from_sum(total, weight) for a sum"
-        )
-    if loss.mean.dim():
-        loss.mean = loss.mean.reshape(())
-    weight = samples if loss.weight is None else loss.weight
-    if isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.numel() != 1:
-        shape = list(weight.shape)
-        raise LossError(f"the loss has a weight of shape {shape}, not one number")
-    if not isinstance(weight, Tensor) or weight.device.type == "cpu":
-        try:
-            weight = float(weight)  # no sync: it is here already. NumPy's may be short of digits
-        except (TypeError, ValueError, RuntimeError):
-            raise LossError(f"the loss has weight {weight!r}, not one number") from None
-        if not 0 <= weight < float("inf"):
-            raise LossError(f"the loss has weight {weight}; it must be 0 or more, and finite")
-    loss.weight = weight
-    as_metrics(loss.metrics)
-    if "loss" in loss.metrics:
-        raise LossError("a metric is named 'loss', which is the loss itself; name it otherwise")
-    if trains and not loss.mean.requires_grad:
-        if _is_nothing(loss.weight):
-            loss.weight = 0.0  # then it needs no gradient
-            return loss
-        raise LossError(
-            "the loss has no gradient: it was detached, made under no_grad, or does not "
-            "depend on any parameter that requires one"
-        )
-    return loss
-
-
-def _is_nothing(weight: Number) -> bool:
-    """Says whether a weight is 0. On the GPU it is waited for, but where else there is an error."""
-    try:
-        return float(weight) == 0
-    except (TypeError, ValueError, RuntimeError):
-        return False  # not one number, which is told elsewhere
-
-
-_FORMS = "(model, batch) or (model, batch, ctx)"
-
-
-def adapt(loss_fn: UserLoss, model: nn.Module | None = None) -> LossFn:
-    """Returns ``loss_fn`` with three arguments, whether it was written with two or three.
-
-    One that is a module must have no parameters that would be trained, but were not the model's.
-    """
-    given = written = loss_fn
-    if isinstance(loss_fn, nn.Module):
-        ours = set(map(id, model.parameters())) if model is not None else set()
-        own = [n for n, p in loss_fn.named_parameters() if p.requires_grad and id(p) not in ours]
-        if model is not None and own:
-            raise LossError(
-                f"loss_fn has parameters of its own, which nobody would train: {', '.join(own)}. "
-                "Make them a part of the model, or freeze them (`requires_grad_(False)`)"
-            )
-        # How a module is called tells nothing: its `__call__` takes anything.
-        written, loss_fn = loss_fn.forward, loss_fn.__call__
-    try:
-        parameters = list(inspect.signature(written).parameters.values())
-    except (TypeError, ValueError):
-        raise LossError(f"loss_fn must be a function that takes {_FORMS}, not {given!r}") from None
-    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    first, second = [*(p.name for p in by_place), "", ""][:2]
-    if first == "batch" or second in ("target", "targets", "labels", "y_true"):
-        raise LossError(
-            f"loss_fn must take {_FORMS}, in this order, and {given!r} takes ({first}, {second}). "
-            "A loss of outputs and targets is called in a function of your own, such as `lambda "
-            "model, batch: criterion(model(batch[0]), batch[1])`"
-        )
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return loss_fn if by_place else _of_any(loss_fn)
-    # An optional context is known by its name: a third argument may as well be a number.
-    wants = next((p for p in parameters if p.name == "ctx" or p.annotation is Context), None)
-    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    if needed == by_place[:3] and len(needed) == 3 and (wants is None or wants in needed):
-        return loss_fn
-    if needed in (by_place[:2], [*by_place[:2], wants]) and len(by_place) >= 2:
-        if wants is None or not (wants.default is None or wants.default is wants.empty):
-            return lambda model, batch, ctx: loss_fn(model, batch)
-        if wants in by_place[2:3]:
-            return loss_fn
-        name = wants.name
-        return lambda model, batch, ctx: loss_fn(model, batch, **{name: ctx})
-    raise LossError(
-        f"loss_fn must take {_FORMS}; {given!r} takes "
-        f"{', '.join(p.name for p in parameters) or 'nothing'}"
-    )
-
-
-def _of_any(loss_fn: UserLoss) -> LossFn:
-    """Returns a function of any arguments with words for what it may pass them on to."""
-
-    def called(model: nn.Module, batch: Any, ctx: Context) -> Loss | Tensor:
-        try:
-            return loss_fn(model, batch, ctx)
-        except TypeError as error:
-            if "positional argument" in str(error):
-                error.add_note(
-                    "(loss_fn takes any arguments, so it was given model, batch and ctx. If that "
-                    "is a decorator's doing, let it say what it wraps: functools.wraps)"
-                )
-            raise
-
-    return called

@@ -1,7 +1,7 @@
 """What is trained: the model's parameters, and whether the optimizer still has them."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from inspect import signature
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.context import Context
+from dtrain.context import Context, Key, Together, needs_closure, parts_of
 from dtrain.distributed import named_parameters, some_of
 from dtrain.errors import ConfigError
 
@@ -25,8 +25,9 @@ class Parameters:
     :meth:`dtrain.step.Strategy.adopt`, once a look has found it.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, optimizer: Key | None = None) -> None:
         self._context, self._model = context, context.model
+        self._key = optimizer  # of several, whose parameters alone are reduced
         # What was told of when the Trainer was made. By name: it may be replaced.
         self._lacking = {*lacking(context.optimizer, context.model)}
         self._optimizer: Optimizer | None = None
@@ -45,8 +46,8 @@ class Parameters:
     def take(self) -> None:
         """Takes what is to be trained from now on; raises ConfigError if nothing is."""
         context, model = self._context, self._model
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        if not trainable:
+        trainable = self.mine()
+        if not trainable and self._key is None:  # of several, an update may be left out
             raise ConfigError("every parameter of the model is frozen: nothing to train")
         self.since = context.progress.updates if self.trainable else 0
         context._taken += 1
@@ -60,6 +61,14 @@ class Parameters:
         self._params = [*model.parameters()]
         self._flags = [*map(_FLAG, self._params)]
         self._take_parts()
+
+    def mine(self) -> list[nn.Parameter]:
+        """Returns those of the model that are to be trained now, and reduced."""
+        params = [p for p in self._context.model.parameters() if p.requires_grad]
+        if self._key is None:
+            return params
+        held = {*map(id, _held(self._context.optimizers[self._key]))}
+        return [p for p in params if id(p) in held]
 
     def changed(self) -> bool:
         """Says whether others are to be trained than were taken; that costs some microseconds.
@@ -129,7 +138,9 @@ class Parameters:
         self._check_forms()
         if begins and self._optimizer is not None and optimizer is not self._optimizer:
             self._lacking = {*(left := lacking(optimizer, self._model))}
-            context.say(note_of(left) or "note: trained by another optimizer from now on")
+            note = note_of(left) or "note: trained by another optimizer from now on"
+            if self._key in (None, next(iter(context.optimizers))):
+                context.say(note)
             self._optimizer = optimizer
         left = [n for n in lacking(optimizer, self._model) if n not in self._lacking]
         if left:
@@ -141,8 +152,9 @@ class Parameters:
             )
         # Of parameters that were replaced: it could not be saved.
         held = {id(p) for p in _held(optimizer)}
-        for p in [p for p in optimizer.state if isinstance(p, Tensor) and id(p) not in held]:
-            del optimizer.state[p]
+        for one in context.optimizers.values():
+            for p in [p for p in one.state if isinstance(p, Tensor) and id(p) not in held]:
+                del one.state[p]
 
     def lines(self) -> list[str]:
         """Returns what must be equal on all ranks: what is trained, and how."""
@@ -184,14 +196,21 @@ def lacking(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"the optimizer is {optimizer!r}, no torch.optim.Optimizer")
-    closure = signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
+    closed = [one for one in parts_of(optimizer).values() if needs_closure(one)]
+    if closed and isinstance(optimizer, Together):
         raise ConfigError(
-            f"{type(optimizer).__name__} cannot be used yet: its step evaluates the loss several "
-            "times, by a closure, and a Trainer takes one gradient a step. Use another optimizer"
+            f"{type(closed[0]).__name__} cannot be one of several optimizers: its step evaluates "
+            "the loss several times, by a closure. Use it alone, or another one"
         )
     held = _held(optimizer)
     ids, ours = {id(p) for p in held}, {id(p) for p in model.parameters()}
+    if len(ids) < len(held) and isinstance(optimizer, Together):
+        counts = Counter(map(id, held))
+        twice = [name for name, p in named_parameters(model) if counts[id(p)] > 1]
+        raise ConfigError(
+            f"{some_of(twice, _SHOWN)} in several of the optimizers "
+            f"({', '.join(map(repr, optimizer.parts))}): each parameter is stepped by one"
+        )
     left = [n for n, p in named_parameters(model) if p.requires_grad and id(p) not in ids]
     if strange := [p for p in held if id(p) not in ours]:
         shapes = ", ".join(str(list(p.shape)) for p in strange[:5])

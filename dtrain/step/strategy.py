@@ -111,7 +111,7 @@ class Strategy(ABC):
                 "note: parameters that were added differed between ranks, which draw random "
                 "numbers of their own; all have rank 0's now"
             )
-        before, now = {*step.trainable}, [p for p in step.model.parameters() if p.requires_grad]
+        before, now = {*step.trainable}, step.trained.mine()
         if in_step and waited:
             self._reduce_new([p for p in now if p not in before])
         kept = [p.grad if in_step and (waited or p in before) else None for p in now]
@@ -195,8 +195,9 @@ class Strategy(ABC):
 
     def missing(self) -> list[str]:
         """Returns names of the parameters that have no gradient."""
+        mine = {*map(id, self._micro_step.trained.mine())}
         named = named_parameters(self._micro_step.model)
-        return [name for name, p in named if p.requires_grad and p.grad is None]
+        return [name for name, p in named if id(p) in mine and p.grad is None]
 
 
 class Gate(NamedTuple):
@@ -215,9 +216,10 @@ class StepResult:
     Whoever asks first may get UnusedParameters, with those whose gradients never arrived.
     """
 
-    def __init__(self, strategy: Strategy, progress: Progress) -> None:
+    def __init__(self, strategy: Strategy, progress: Progress, *, counts: bool = True) -> None:
         self._strategy = strategy
         self._progress = progress  # counts the update, once it is known whether it was applied
+        self._counts = int(counts)  # of several in a step, one
         self._heard = strategy.heard()
         #: Whether the update was held back; None where that may still be on its way.
         self._blocked: bool | None = True
@@ -281,7 +283,7 @@ class StepResult:
             blocked = bool(blocked)  # the host has it at once
         self._blocked = blocked if isinstance(blocked, bool) else None
         if blocked is False:
-            self._progress.updates += 1
+            self._progress.updates += self._counts
 
     def arrive(self) -> None:
         """Waits until it is known whether the update was held back."""

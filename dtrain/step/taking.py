@@ -2,7 +2,6 @@
 
 import gc
 import sys
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dtrain import accelerator
+from dtrain.context import Optimizers, as_one, has_updates
 from dtrain.data import Data
 from dtrain.distributed import (
     World,
@@ -49,7 +49,7 @@ def _let_go_of_frames() -> None:
 
 def take_model(
     model: nn.Module,
-    optimizer: Optimizer | Callable[[nn.Module], Optimizer],
+    optimizer: Optimizers,
     strategy: Strategy,
     world: World,
 ) -> tuple[nn.Module, Optimizer, list[str]]:
@@ -98,14 +98,7 @@ def _made(given: Any, model: nn.Module) -> Any:
         except Exception as error:
             error.add_note(f"(while the optimizer was made: {given!r} was called with the model)")
             raise
-    if isinstance(made, list | tuple | dict):
-        parts = made.values() if isinstance(made, dict) else made
-        raise ConfigError(
-            f"the optimizer is several ({', '.join(type(one).__name__ for one in parts)}), and a "
-            "Trainer steps one: give it groups of parameters, such as AdamW([{'params': ..., "
-            "'lr': ...}, ...]). A scheduler is a callback: dtrain.callbacks.LRSchedule"
-        )
-    return made
+    return as_one(made)
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -149,4 +142,5 @@ def may_delay(device: torch.device, optimizer: Optimizer, data: Data) -> bool:
     hang on what ranks say.
     """
     on_host = accelerator.of(device) is None
-    return not on_host and takes_a_veto(optimizer) and not data.is_stream
+    together = takes_a_veto(optimizer) and not has_updates(optimizer)
+    return not on_host and together and not data.is_stream

@@ -30,6 +30,8 @@ class Agreement:
     request: Request
     comm: Comm
     host: str
+    #: What this rank has failed by, and where; until all ranks learn of it.
+    trouble: tuple[Exception, str] | None = None
     _carried: Reasons = field(default_factory=dict)
 
     def say(self, lane: Lane) -> None:

@@ -227,8 +227,8 @@ class DDP(Strategy):
         )
 
     def check_arrived(self) -> None:
-        params = () if self.find_unused else self._micro_step.model.parameters()
-        if any(p.requires_grad and p.grad is None for p in params):
+        params = () if self.find_unused else self._micro_step.trained.mine()
+        if any(p.grad is None for p in params):
             raise self.unused()
 
 

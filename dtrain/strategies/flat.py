@@ -106,15 +106,15 @@ class Flat(Strategy):
         world = self._world
         params = [micro_step.trainable] if self._is_alone else [*map(_OF_FLAT, self._flats)]
         grads = [[*map(_GRAD, some)] for some in params]
-        if self._spoke and micro_step.trouble is None and (error := self._look(grads)):
+        if self._spoke and micro_step.agreement.trouble is None and (error := self._look(grads)):
             micro_step.fail(error, "backward")
         if self._is_alone:
-            if micro_step.trouble is not None or not (self._spoke or self._may_be_unused):
+            if micro_step.agreement.trouble is not None or not (self._spoke or self._may_be_unused):
                 for p in micro_step.trainable:
                     p.grad = torch.zeros_like(p)  # as where it is summed with others
             return
         for flat, given in zip(self._flats, grads, strict=True):
-            flat.fill(given, silent=micro_step.trouble is not None)
+            flat.fill(given, silent=micro_step.agreement.trouble is not None)
         if world.size > 1:
             self._tail.copy_(micro_step.lane.message())
         for flat in self._flats:

@@ -188,7 +188,9 @@ class Averaged:
         self, micro_step: MicroStep, transport: ThreadTransport, find_unused: bool
     ) -> None:
         self._micro_step, self._transport, self._find_unused = micro_step, transport, find_unused
-        self._params = [p for p in micro_step.parameters() if p.requires_grad]
+        apart = vars(micro_step).get("_ddp_params_and_buffers_to_ignore", ())
+        named = micro_step.named_parameters()
+        self._params = [p for name, p in named if p.requires_grad and name not in apart]
         # The lane's gradient arrives last, and only in the last backward of a step. The hook must
         # end with this object: another one takes its place where parameters are frozen.
         itself = weakref.ref(self)

@@ -1,6 +1,6 @@
 """A check's trial: it leaves out what writes files or rounds numbers, and records a few steps."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from torch.utils.data import TensorDataset
 from dtrain.callback import Callback
 from dtrain.callbacks import GradientAccumulation, Mixup
 from dtrain.checkpoint import CheckpointSlot
-from dtrain.context import Context, Step
+from dtrain.context import Context, Loss, Step
 from dtrain.data import AccumulationSlot, Data, fetch
 from dtrain.distributed import World, seed_everything, tensors_of_state
+from dtrain.errors import LossError
 from dtrain.plan import FitResult, Plan
 from dtrain.step import PrecisionSlot, adapt
 from dtrain.trainer import Trainer
@@ -121,7 +122,7 @@ class CheckTrial(Trial):
 
             def loss_of(batch: Any) -> Any:
                 with CallOverrides(double=self.setup.double, without=without):
-                    return self._loss_fn(model, batch, trainer.context)
+                    return _whole(self._loss_fn(model, batch, trainer.context))
 
             data = None if self._data.is_stream else self._data
 
@@ -171,13 +172,18 @@ class CheckTrial(Trial):
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         self.record.losses.append(step.loss_mean)
-        self.record.settings.append([_numbers(group) for group in ctx.optimizer.param_groups])
-        grads = {  # none counts as zero: what an optimizer makes of either, parameters tell
-            name: torch.zeros_like(p) if p.grad is None else p.grad
-            for name, p in ctx.model.named_parameters()
-            if p.requires_grad
-        }
-        self._write(gradients_name(step.number), grads)
+        if not step.done[1:]:
+            self._grads: dict[str, torch.Tensor] = {}
+        named = [(name, p) for name, p in ctx.model.named_parameters() if p.requires_grad]
+        given = {name: p.grad for name, p in named if p.grad is not None}
+        # Those of an earlier update may be clipped before they are written.
+        self._grads |= given if step.ends else {name: g.clone() for name, g in given.items()}
+        if step.ends:
+            groups = ctx.optimizer.param_groups
+            self.record.settings.append([_numbers(group) for group in groups])
+            # None counts as zero: what an optimizer makes of either, parameters tell.
+            grads = {name: self._grads.get(name, torch.zeros_like(p)) for name, p in named}
+            self._write(gradients_name(step.number), grads)
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
         self.record.moving_buffers = [
@@ -214,6 +220,18 @@ def _own_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         if not isinstance(module, nn.modules.batchnorm._NormBase):
             yield from module.named_buffers(prefix, recurse=False)
+
+
+def _whole(returned: Any) -> Any:
+    """Returns one loss of what a loss function has yielded for several updates: their sum."""
+    if not isinstance(returned, Generator):
+        return returned
+    each = [loss if isinstance(loss, Loss) else Loss(loss) for _, loss in returned]
+    weights = [one.weight for one in each]
+    if len({None if weight is None else float(weight) for weight in weights}) > 1:
+        raise LossError("its updates have different weights")
+    total = sum((one.mean for one in each[1:]), each[0].mean)
+    return Loss(total, weights[0])
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,15 @@ def test_digits_gives_the_same_figures_however_it_is_launched(tmp_path):
             assert theirs["eval/accuracy"] == pytest.approx(mine["eval/accuracy"], abs=1e-4)
 
 
+@pytest.mark.slow
+def test_the_gan_is_the_same_on_any_ranks_and_survives_kills(tmp_path):
+    script = [ROOT / "examples" / "gan.py", "--epochs", "1", "--run-dir", tmp_path / "gan"]
+    told = run([sys.executable, "-m", "dtrain", "check", *script])
+    assert "EQUAL: " in told
+    told = run([sys.executable, "-m", "dtrain", "drill", "--kills", "1", "--steps", "9", *script])
+    assert "SURVIVES: " in told
+
+
 def test_digits_reaches_97_percent_on_two_ranks(tmp_path):
     run([*TORCHRUN, ROOT / "examples" / "digits.py", "--run-dir", tmp_path / "run"])
     best = max(row["eval/accuracy"] for row in evaluations(tmp_path / "run"))
@@ -99,6 +108,7 @@ def test_gpt_trains_evaluates_and_writes(tmp_path):
         "docs/drill.md",
         "docs/scaling.md",
         "docs/testing.md",
+        "docs/updates.md",
     ],
 )
 def test_links_lead_somewhere(page):

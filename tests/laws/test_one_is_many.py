@@ -94,6 +94,21 @@ class SkipMarked(dtrain.Callback):
         step.batch = (x, y, lengths)
 
 
+TWO = "mlp in two updates"  # each of half of the parameters; the second sees what the first did
+
+
+def two_losses(model, batch):
+    yield "weights", loss_fn(model, batch)
+    yield "biases", loss_fn(model, batch)
+
+
+def two_optimizers(model):
+    parts = {"weights": [], "biases": []}
+    for p in model.parameters():
+        parts["weights" if p.dim() > 1 else "biases"].append(p)
+    return {n: torch.optim.AdamW(part, lr=3e-3, weight_decay=0.1) for n, part in parts.items()}
+
+
 def loss_fn(model, batch):
     x, y, lengths = batch
     mask = torch.arange(LENGTH) < lengths[:, None]
@@ -125,12 +140,12 @@ def make_model(name):
 
 def train(name, strategy, micros, batch_size, samples):
     dtrain.init(seed=0)
-    model, optimizer = make_model(name)
+    model, optimizer = make_model("mlp" if name == TWO else name)
     losses = Losses()
     trainer = dtrain.Trainer(
         model,
-        optimizer,
-        loss_fn,
+        two_optimizers(model) if name == TWO else optimizer,
+        two_losses if name == TWO else loss_fn,
         callbacks=[
             SkipMarked(),
             GradientAccumulation(micros),
@@ -147,7 +162,8 @@ def train(name, strategy, micros, batch_size, samples):
 
 
 def train_all(strategy, cases):
-    return {(name, case): train(name, strategy, *case) for name in MODELS for case in cases}
+    names = [*MODELS, TWO]
+    return {(name, case): train(name, strategy, *case) for name in names for case in cases}
 
 
 def of_world(size):

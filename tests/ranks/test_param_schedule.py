@@ -250,17 +250,19 @@ def constant(progress):
 )
 def test_what_is_not_there_is_refused_with_what_is(make, words):
     net = model()
+    opt = groups(net)
     with pytest.raises(ConfigError) as caught:
         make().on_fit_start(
-            SimpleNamespace(model=net, optimizer=groups(net), progress=dtrain.Progress())
+            SimpleNamespace(model=net, optimizer_of=lambda _: opt, progress=dtrain.Progress())
         )
     assert words in str(caught.value)
 
 
 def test_says_that_the_number_of_steps_is_unknown():
     net = model()
+    opt = groups(net)
     with pytest.raises(TypeError) as caught:
         ParamSchedule("lr", decay).on_fit_start(
-            SimpleNamespace(model=net, optimizer=groups(net), progress=dtrain.Progress())
+            SimpleNamespace(model=net, optimizer_of=lambda _: opt, progress=dtrain.Progress())
         )
     assert caught.value.__notes__ == ["(progress.total_steps is None: pass max_steps to fit)"]

@@ -51,20 +51,24 @@ def refused(fn, size, kind, *words):
 # -- the optimizer ---------------------------------------------------------------------------------
 
 
-def adam_and_sgd(net):
-    return [torch.optim.Adam(net[0].parameters()), torch.optim.SGD(net[2].parameters(), 0.1)]
+def adam_and_schedule(net):
+    adam = torch.optim.Adam(net.parameters())
+    return [adam], [torch.optim.lr_scheduler.StepLR(adam, 10)]
 
 
 @SIZES
 @pytest.mark.parametrize(
     ("optimizer", "words"),
     [
-        (adam_and_sgd, ("several (Adam, SGD)", "groups of parameters")),
-        (adam_and_sgd(tiny.model()), ("several (Adam, SGD)",)),
-        (lambda net: {"optimizer": tiny.adam(net)}, ("several (AdamW)", "LRSchedule")),
+        (adam_and_schedule, ("several (list, list)", "LRSchedule")),
+        (lambda net: [*adam_and_schedule(net)[0], None], ("several (Adam, NoneType)",)),
+        (lambda net: {"optimizer 1": tiny.adam(net)}, ("named 'optimizer 1'", "a plain word")),
         (torch.optim.AdamW, ("takes parameters, not a model", "lambda m: AdamW(m.parameters()")),
         (functools.partial(torch.optim.SGD, lr=0.1), ("lambda m: SGD(m.parameters(), ...)",)),
-        (lambda net: torch.optim.LBFGS(net.parameters()), ("LBFGS cannot be used", "closure")),
+        (
+            lambda net: [torch.optim.LBFGS(net[0].parameters()), tiny.adam(net[2])],
+            ("LBFGS cannot be one of several", "closure"),
+        ),
         ("adam", ("'adam', no torch.optim.Optimizer",)),
     ],
 )
