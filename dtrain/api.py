@@ -9,7 +9,18 @@ from dtrain import strategies as strategies
 from dtrain import testing as testing
 from dtrain.callback import Callback
 from dtrain.checkpoint import ResumeMode, export_model, load_model
-from dtrain.context import Context, Loss, Mean, Number, Progress, Reduce, Request, Shown, Step
+from dtrain.context import (
+    Context,
+    Loss,
+    Mean,
+    Metrics,
+    Number,
+    Progress,
+    Reduce,
+    Request,
+    Shown,
+    Step,
+)
 from dtrain.data import Data
 from dtrain.distributed import Comm, World, init, on_main
 from dtrain.errors import (
@@ -54,6 +65,7 @@ __all__ = [
     "Loss",
     "LossError",
     "Mean",
+    "Metrics",
     "Number",
     "Progress",
     "RankMismatch",

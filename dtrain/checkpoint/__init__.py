@@ -1,5 +1,6 @@
 """What of a run is on disk: whole, intact, and written by one start only."""
 
+from dtrain.checkpoint.disk import discard, sync, write
 from dtrain.checkpoint.format import find as find_checkpoint
 from dtrain.checkpoint.format import load_model as load_tensors
 from dtrain.checkpoint.format import load_state
@@ -18,10 +19,13 @@ __all__ = [
     "compare_fits",
     "copy_state",
     "describe_run",
+    "discard",
     "export_model",
     "find_checkpoint",
     "json_values",
     "load_model",
     "load_state",
     "load_tensors",
+    "sync",
+    "write",
 ]

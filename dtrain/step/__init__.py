@@ -2,10 +2,11 @@
 
 from dtrain.step.engine import Engine
 from dtrain.step.lane import Heard, LaneSilent
-from dtrain.step.micro_step import MicroStep, UserLoss, adapt, as_loss, of_backward
+from dtrain.step.micro_step import LossFn, MicroStep, UserLoss, adapt, of_backward
 from dtrain.step.precision import Autocast, Factor, Precision, PrecisionSlot, ScaledAutocast
+from dtrain.step.returned import as_loss
 from dtrain.step.strategy import StepResult, Strategy, joint_norm
-from dtrain.step.taking import may_delay, take_model, unwrapped
+from dtrain.step.taking import check_trains, may_delay, take_model, unwrapped
 from dtrain.step.votes import Agreed
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Factor",
     "Heard",
     "LaneSilent",
+    "LossFn",
     "MicroStep",
     "Precision",
     "PrecisionSlot",
@@ -24,6 +26,7 @@ __all__ = [
     "UserLoss",
     "adapt",
     "as_loss",
+    "check_trains",
     "joint_norm",
     "may_delay",
     "of_backward",

@@ -31,9 +31,10 @@ from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.gradients import Gradients
 from dtrain.step.graphed import Graphed
 from dtrain.step.memory_words import explain_memory
-from dtrain.step.micro_step import LossFn, MicroStep, as_loss
+from dtrain.step.micro_step import LossFn, MicroStep
 from dtrain.step.modes import Modes
 from dtrain.step.precision import Order, Precision, fresh_casts
+from dtrain.step.returned import as_loss
 from dtrain.step.stand_in import StandIn
 from dtrain.step.strategy import Gate, Strategy
 from dtrain.step.votes import Agreement

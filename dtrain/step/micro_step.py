@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 from dtrain import accelerator
 from dtrain.callback import Callback, Hooks
-from dtrain.context import Context, Loss, Number, Step
+from dtrain.context import Context, Loss, Step
 from dtrain.data import EndOfStream, MicroBatches
 from dtrain.distributed import DATA, FIRST_DATA
 from dtrain.errors import ConfigError, LossError
-from dtrain.metrics import Means, as_metrics
+from dtrain.metrics import Means
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Backward, Lane, Slot, idle
 from dtrain.step.loss_words import explain
 from dtrain.step.memory_words import explain_memory
 from dtrain.step.parameters import Parameters
 from dtrain.step.precision import Precision
+from dtrain.step.returned import as_loss
 from dtrain.step.votes import Agreement
 from dtrain.watchdog import StragglerClock
 
@@ -278,58 +279,6 @@ def of_backward(error: Exception) -> Exception:
     meant = LossError(_OWN_BACKWARD)
     meant.__cause__ = error
     return meant.with_traceback(error.__traceback__)
-
-
-def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
-    """Returns what a loss function returned as a checked :class:`Loss` with a weight."""
-    loss = Loss(returned) if isinstance(returned, Tensor) else returned
-    if not isinstance(loss, Loss):
-        raise LossError(
-            f"loss_fn returned {type(returned).__name__}; return a scalar tensor or dtrain.Loss"
-        )
-    if not isinstance(loss.mean, Tensor):
-        raise LossError(f"Loss.mean is {type(loss.mean).__name__}, not a tensor")
-    if loss.mean.is_complex():
-        raise LossError(f"the loss is complex ({loss.mean.dtype}); take its .real, or its .abs()")
-    if loss.mean.numel() != 1:
-        raise LossError(
-            f"the loss has shape {list(loss.mean.shape)}, not one number: use reduction='mean', "
-            "or Loss.from_sum(total, weight) for a sum"
-        )
-    if loss.mean.dim():
-        loss.mean = loss.mean.reshape(())
-    weight = samples if loss.weight is None else loss.weight
-    if isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.numel() != 1:
-        shape = list(weight.shape)
-        raise LossError(f"the loss has a weight of shape {shape}, not one number")
-    if not isinstance(weight, Tensor) or weight.device.type == "cpu":
-        try:
-            weight = float(weight)  # no sync: it is here already. NumPy's may be short of digits
-        except (TypeError, ValueError, RuntimeError):
-            raise LossError(f"the loss has weight {weight!r}, not one number") from None
-        if not 0 <= weight < float("inf"):
-            raise LossError(f"the loss has weight {weight}; it must be 0 or more, and finite")
-    loss.weight = weight
-    as_metrics(loss.metrics)
-    if "loss" in loss.metrics:
-        raise LossError("a metric is named 'loss', which is the loss itself; name it otherwise")
-    if trains and not loss.mean.requires_grad:
-        if _is_nothing(loss.weight):
-            loss.weight = 0.0  # then it needs no gradient
-            return loss
-        raise LossError(
-            "the loss has no gradient: it was detached, made under no_grad, or does not "
-            "depend on any parameter that requires one"
-        )
-    return loss
-
-
-def _is_nothing(weight: Number) -> bool:
-    """Says whether a weight is 0. On the GPU it is waited for, but where else there is an error."""
-    try:
-        return float(weight) == 0
-    except (TypeError, ValueError, RuntimeError):
-        return False  # not one number, which is told elsewhere
 
 
 _FORMS = "(model, batch) or (model, batch, ctx)"
