@@ -41,6 +41,7 @@ from dtrain.errors import (
     SinkError,
     UnusedParameters,
 )
+from dtrain.inference import load_predictions
 from dtrain.plan import FitResult
 from dtrain.sinks import Report, Sink
 from dtrain.trainer import Trainer
@@ -87,5 +88,6 @@ __all__ = [
     "export_model",
     "init",
     "load_model",
+    "load_predictions",
     "on_main",
 ]

@@ -204,5 +204,5 @@ def share_out(
     """Returns a rank's part of each batch; or, of what is only looked at, as ``cut`` says."""
     if cut is None:
         return Shares(order, samples, batch_size, rank, size, split, of)
-    unit = min(batch_size, cut.unit or -(-batch_size // size))
+    unit = min(batch_size, cut.unit or -(-min(batch_size, samples) // size))
     return Blocks(order, samples, unit * size, rank, size, split, of, unit, cut.apart)

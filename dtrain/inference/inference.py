@@ -22,7 +22,7 @@ from dtrain.data import (
 from dtrain.distributed import World, check_same_call
 from dtrain.errors import ConfigError, DataError, LossError
 from dtrain.inference.parts import Parts
-from dtrain.metrics import Batch, Outputs, in_order, kept, listed
+from dtrain.metrics import Outputs, in_order, kept, listed
 from dtrain.sinks import History, Sink
 from dtrain.step import Engine, LossFn, adapt
 from dtrain.watchdog import Watchdog
@@ -83,7 +83,7 @@ class Inference:
         batch_size: int | None = None,
         fn: Callable[..., Any] | None = None,
         to: str | Path,
-    ) -> list[Path]: ...
+    ) -> Path: ...
 
     def predict(
         self,
@@ -92,7 +92,7 @@ class Inference:
         batch_size: int | None = None,
         fn: Callable[..., Any] | None = None,
         to: str | Path | None = None,
-    ) -> list[Any]:
+    ) -> list[Any] | Path:
         """Returns a list with the model's output for each sample of ``data``, equal on all ranks.
 
         In the dataset's order, each sample once, on the CPU; where ``Data(order=[...])`` lists
@@ -111,9 +111,9 @@ class Inference:
                 these, of which each sample's output is then one. ``eval_fn``'s (or ``loss_fn``'s)
                 ``outputs`` if None.
             to: a folder that is not there yet, which all ranks share, for sets that do not fit into
-                memory: each rank writes its samples in parts, which follow one another, and their
-                paths are returned. It is there only once it is whole. To read it:
-                ``for part in sorted(Path(to).glob("*.pt")): for output in torch.load(part)``.
+                memory: each rank writes its samples in parts, which follow one another, and the
+                folder is returned. It is there only once it is whole;
+                :func:`~dtrain.load_predictions` reads it.
 
         Raises:
             ConfigError: ``to`` is there already, or not on all ranks.
@@ -135,8 +135,9 @@ class Inference:
             outputs_of = _outputs_of(self._engine.eval_fn) if fn is None else _adapted(fn)
             scattered = given.order is not None and not given.is_listed
             if to is None:
-                found: list[Any] = self._listed(feed, outputs_of, by_row=scattered)
-                count = len(found)
+                outputs = self._listed(feed, outputs_of, by_row=scattered)
+                found: list[Any] | Path = outputs
+                count = len(outputs)
             else:
                 if scattered:
                     raise ConfigError(
@@ -162,16 +163,16 @@ class Inference:
         self._engine.evaluation.run_through(feed, outputs_of, take)
         return listed(*in_order(outputs.gather(self.world.comm, keeps=True), "predict"))
 
-    def _written(self, feed: Feed, outputs_of: LossFn, to: str | Path) -> tuple[list[Path], int]:
+    def _written(self, feed: Feed, outputs_of: LossFn, to: str | Path) -> tuple[Path, int]:
         parts = Parts(to, self.world, self.context)
 
         def take(of: MicroBatches, samples: int, returned: Any) -> None:
-            parts.add(listed([Batch(kept(returned, samples, "predict"), samples, None)]))
+            parts.add(kept(returned, samples, "predict"), samples)
 
         try:
             parts.open()
             self._engine.evaluation.run_through(feed, outputs_of, take)
-            return parts.close()
+            return parts.folder, parts.close(feed.samples)
         except BaseException:
             parts.drop()
             raise

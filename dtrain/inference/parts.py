@@ -1,8 +1,12 @@
-"""Predictions in files: parts that follow one another, in a folder that is there once all are."""
+"""Predictions in files: parts that follow one another, in a folder that is there once all are.
 
-import io
+A part is a safetensors file: of each batch its samples and outputs, as JSON in a tensor of bytes,
+and the tensors in them. `predictions.json` lists the parts. Nothing is unpickled.
+"""
+
+import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +14,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain.checkpoint import discard, sync, write
+from dtrain.checkpoint import (
+    discard,
+    dtype_name,
+    join,
+    read_tensors,
+    split,
+    sync,
+    write_bytes,
+    write_tensors,
+)
 from dtrain.context import Context
 from dtrain.distributed import World
-from dtrain.errors import ConfigError, LossError
+from dtrain.errors import CheckpointError, ConfigError, DataError, LossError
+from dtrain.metrics import Batch, listed
 
 _PART_BYTES, _PART_SAMPLES = 64 * 2**20, 2**16
-_UNFINISHED = ".unfinished"
-_ATOMS = (Tensor, bool, int, float, complex, str, bytes, type(None))
+_UNFINISHED, _LIST, _PLAIN, _NUMPY = ".unfinished", "predictions.json", "plain", "__numpy__"
 
 
 class Parts:
-    """Writes a rank's predictions. ``torch.load`` reads a part, a list, and runs no code for it.
-
-    Ranks: all, local where a method does not say so.
-    """
+    """Writes a rank's predictions. Ranks: all, local where a method does not say so."""
 
     def __init__(self, to: str | Path, world: World, context: Context) -> None:
-        self._folder = Path(to).expanduser().absolute()
+        self.folder = Path(to).expanduser().absolute()
         self._world, self._context = world, context
-        self._written: list[tuple[str, int]] = []  # names, and of how many samples
-        self._waiting: list[Any] = []
+        self._written: list[dict[str, Any]] = []  # what the list says of them
+        self._waiting: list[tuple[int, Any]] = []  # samples and outputs of batches
         self._bytes = 0
-        self._at = self._folder  # where they are written; known once it is open
+        self._at = self.folder  # where they are written; known once it is open
 
     def open(self) -> None:
         """Makes the place to write to. Ranks: all, communicates."""
@@ -40,14 +50,14 @@ class Parts:
         self._at = Path(path)
         if not self._at.is_dir():
             raise ConfigError(
-                f"predict(to={str(self._folder)!r}): this rank, on {self._world.host}, does not "
-                "see the folder that rank 0 has made there: it must be one that all ranks share"
+                f"predict(to={str(self.folder)!r}): this rank, on {self._world.host}, does not see "
+                "the folder that rank 0 has made there: it must be one that all ranks share"
             )
         if left:
             self._context.say(f"removed what unfinished calls of predict had left: {left}")
 
     def _make(self) -> tuple[str, str]:
-        folder, before = self._folder, f".{self._folder.name}."
+        folder, before = self.folder, f".{self.folder.name}."
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ConfigError(
                 f"predict(to={str(folder)!r}): it is there already, and nothing is overwritten: "
@@ -62,76 +72,130 @@ class Parts:
         at.mkdir()
         return str(at), ", ".join(left)
 
-    def add(self, samples: list[Any]) -> None:
-        """Takes the next samples' predictions; writes a part when there are enough."""
-        for sample in samples:
-            self._waiting.append(self._plain(sample))
-        if self._bytes >= _PART_BYTES or len(self._waiting) >= _PART_SAMPLES:
+    def add(self, outputs: Any, samples: int) -> None:
+        """Takes a batch's outputs, which are its own; writes a part when there are enough."""
+        self._waiting.append((samples, self._plain(outputs)))
+        if self._bytes >= _PART_BYTES or sum(n for n, _ in self._waiting) >= _PART_SAMPLES:
             self._write()
 
-    def _write(self) -> None:
-        if not self._waiting:
-            return
-        name = f"part-{self._world.rank:05d}-{len(self._written):06d}.pt"
-        file = io.BytesIO()
-        torch.save(self._waiting, file)
-        self._written.append((name, len(self._waiting)))
-        self._waiting, self._bytes = [], 0
-        try:
-            write(self._at / name, [file.getbuffer()])
-        except OSError as error:
-            error.add_note(
-                f"({self._at / name}, a part of predict(to={str(self._folder)!r}), could not be "
-                "written; what was is removed. With room for all of them, call it again)"
-            )
-            raise
-
-    def close(self) -> tuple[list[Path], int]:
-        """Returns all ranks' parts, in order, and of how many samples. Ranks: all, communicates."""
-        self._write()
-        comm = self._world.comm
-        parts = [
-            one for each in comm.gather_objects("predict: parts", self._written) for one in each
-        ]
-        comm.on_main("predict: finish", lambda: self._finish([name for name, _ in parts]))
-        return [self._folder / name for name, _ in parts], sum(count for _, count in parts)
-
-    def _finish(self, names: list[str]) -> None:
-        if gone := [name for name in names if not (self._at / name).is_file()]:
-            raise ConfigError(
-                f"predict(to={str(self._folder)!r}): {gone[0]} is gone, as if another run wrote to "
-                "the same folder: give each its own"
-            )
-        sync(self._at)
-        self._at.rename(self._folder)
-        sync(self._folder.parent)
-
-    def drop(self) -> None:
-        """Removes what was written, as after a failure: rank 0 all of it, others their own."""
-        if self._at == self._folder:
-            return
-        if self._world.is_main:
-            discard(self._at)
-        for name, _ in self._written:
-            discard(self._at / name)
-
     def _plain(self, value: Any) -> Any:
-        """Returns it as what is read again without running code; arrays of numbers as tensors."""
-        if isinstance(value, np.generic):
-            value = value.item()
+        """Returns what files can hold, as it will be told apart again."""
+        if isinstance(value, Tensor):
+            self._bytes += value.nbytes
+            if not dtype_name(value.dtype) or value.layout != torch.strided:
+                raise LossError(f"predict(to=...): files cannot hold a tensor of {value.dtype}")
+            return value.resolve_conj().resolve_neg().contiguous()
         if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value) if value.dtype.kind in "biufc" else value.tolist()
-        if isinstance(value, _ATOMS):
-            self._bytes += value.nbytes if isinstance(value, Tensor) else 16
-            self._bytes += len(value) if isinstance(value, str | bytes) else 0
-            return value
+            if value.dtype.kind not in "biufc":
+                return self._plain(value.tolist())
+            return {_NUMPY: self._plain(torch.from_numpy(value))}
+        self._bytes += 16 + (len(value) if isinstance(value, str) else 0)
         if isinstance(value, Mapping):
             return {key: self._plain(one) for key, one in value.items()}
         if isinstance(value, list):
             return [*map(self._plain, value)]
-        if isinstance(value, tuple):
-            return tuple(map(self._plain, value))
-        raise LossError(
-            f"predict(to=...): a prediction holds {type(value).__name__}, and files hold tensors, "
-            "arrays, numbers and texts, and lists, tuples and dicts of them"
+        return tuple(map(self._plain, value)) if isinstance(value, tuple) else value
+
+    def _write(self) -> None:
+        if not self._waiting:
+            return
+        name = f"part-{self._world.rank:05d}-{len(self._written):06d}.safetensors"
+        samples = sum(count for count, _ in self._waiting)
+        try:
+            plain, tensors = split(self._waiting)
+        except CheckpointError as error:
+            words = str(error).replace("a checkpoint holds", "files hold arrays,")
+            raise LossError(f"predict(to=...): of the outputs, {words}") from None
+        self._waiting, self._bytes = [], 0
+        tensors[_PLAIN] = torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
+        try:
+            told = write_tensors(self._at / name, tensors)
+        except OSError as error:
+            error.add_note(
+                f"({self._at / name}, a part of predict(to={str(self.folder)!r}), could not be "
+                "written; what was is removed. With room for all of them, call it again)"
+            )
+            raise
+        self._written.append({"name": name, "samples": samples, "bytes": told["bytes"]})
+
+    def close(self, expected: int | None) -> int:
+        """Puts the folder in its place, if it holds as many samples as expected.
+
+        Returns how many it holds. Ranks: all, communicates.
+        """
+        self._write()
+        everyones = self._world.comm.gather_objects("predict: parts", self._written)
+        parts = [one for each in everyones for one in each]
+        found: int = sum(one["samples"] for one in parts)
+        if expected in (None, found):
+            self._world.comm.on_main("predict: finish", lambda: self._place(parts))
+        else:
+            self.drop()
+        return found
+
+    def _place(self, parts: list[dict[str, Any]]) -> None:
+        if gone := [one["name"] for one in parts if not (self._at / one["name"]).is_file()]:
+            raise ConfigError(
+                f"predict(to={str(self.folder)!r}): {gone[0]} is gone, as if another run wrote to "
+                "the same folder: give each its own"
+            )
+        write_bytes(self._at / _LIST, json.dumps({"format": 1, "parts": parts}).encode())
+        sync(self._at)
+        self._at.rename(self.folder)
+        sync(self.folder.parent)
+
+    def drop(self) -> None:
+        """Removes what was written, as after a failure: rank 0 all of it, others their own."""
+        if self._at == self.folder:
+            return
+        if self._world.is_main:
+            discard(self._at)
+        for file in self._at.glob(f"part-{self._world.rank:05d}-*"):
+            discard(file)
+
+
+def load_predictions(folder: str | Path) -> Iterator[Any]:
+    """Yields the output of each sample, in order, that ``predict(to=folder)`` wrote.
+
+    One part is in memory at a time.
+
+    Example::
+
+        scores = torch.stack([one["score"] for one in dtrain.load_predictions("out")])
+
+    Raises:
+        DataError: no whole predictions are there.
+
+    Ranks: this one, local.
+    """
+    path = Path(folder).expanduser()
+    if not (path / _LIST).is_file():
+        raise DataError(
+            f"{path} holds no predictions: predict(to=...) makes such a folder, once all are there"
         )
+    parts = json.loads((path / _LIST).read_text(encoding="utf-8"))["parts"]
+    for one in parts:
+        file = path / one["name"]
+        there = file.stat().st_size if file.is_file() else None
+        if there != one["bytes"]:
+            found = "is missing" if there is None else f"has {there} bytes, not {one['bytes']}"
+            raise DataError(f"{file} {found}: the predictions are not whole; make them again")
+    return _samples(path, parts)
+
+
+def _samples(path: Path, parts: list[dict[str, Any]]) -> Iterator[Any]:
+    for one in parts:
+        tensors = read_tensors(path / one["name"])
+        plain = json.loads(tensors[_PLAIN].numpy().tobytes())
+        for samples, outputs in join(plain, tensors):
+            yield from listed([Batch(_restored(outputs), samples, None)])
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        if {*value} == {_NUMPY}:
+            return value[_NUMPY].numpy()
+        return {key: _restored(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [*map(_restored, value)]
+    return tuple(map(_restored, value)) if isinstance(value, tuple) else value

@@ -196,6 +196,7 @@ class Evaluation:
                 # Let go of, before the next batch is made: it may be as large as memory allows.
                 step.batch = step.loss = None
                 activity.end_lap(EVALUATION)
+                comm.look_for_failures()
             # Where loss functions gather, a rank whose stream has ended waits for the others.
             if ended and all(one.ended for one in done):
                 break

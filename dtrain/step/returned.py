@@ -1,21 +1,24 @@
 """What loss functions return, looked at once."""
 
+import torch
 from torch import Tensor
 
 from dtrain.context import Loss, Metrics, Number
 from dtrain.errors import LossError
 from dtrain.metrics import as_metrics
 
+_HAS = "the loss (or dtrain.Metrics) has"
+
 
 def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
     """Returns what a loss function returned as a checked :class:`Loss` with a weight."""
     loss = Loss(returned) if isinstance(returned, Tensor) else returned
-    if isinstance(loss, Metrics):
-        raise LossError(
-            "loss_fn returned dtrain.Metrics, which has no loss to train by: return "
-            "dtrain.Loss, and dtrain.Metrics from another function, Trainer(eval_fn=...)"
-        )
     if not isinstance(loss, Loss):
+        if isinstance(loss, Metrics):
+            raise LossError(
+                "loss_fn returned dtrain.Metrics, which has no loss to train by: return "
+                "dtrain.Loss, and dtrain.Metrics from another function, Trainer(eval_fn=...)"
+            )
         raise LossError(
             f"loss_fn returned {type(returned).__name__}; return a scalar tensor or dtrain.Loss"
         )
@@ -30,7 +33,20 @@ def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
         )
     if loss.mean.dim():
         loss.mean = loss.mean.reshape(())
-    _check_rest(loss, samples, "the loss has")
+    weight = samples if loss.weight is None else loss.weight
+    if isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.numel() != 1:
+        raise LossError(f"{_HAS} a weight of shape {list(weight.shape)}, not one number")
+    if not isinstance(weight, Tensor) or weight.device.type == "cpu":
+        try:
+            weight = float(weight)  # no sync: it is here already. NumPy's may be short of digits
+        except (TypeError, ValueError, RuntimeError):
+            raise LossError(f"{_HAS} weight {weight!r}, not one number") from None
+        if not 0 <= weight < float("inf"):
+            raise LossError(f"{_HAS} weight {weight}; it must be 0 or more, and finite")
+    loss.weight = weight
+    as_metrics(loss.metrics)
+    if "loss" in loss.metrics:
+        raise LossError("a metric is named 'loss', which is the loss itself; name it otherwise")
     if trains and not loss.mean.requires_grad:
         if _is_nothing(loss.weight):
             loss.weight = 0.0  # then it needs no gradient
@@ -46,26 +62,9 @@ def as_evaluated(returned: object, samples: int) -> Loss | Metrics:
     """Returns what a function for evaluation returned, checked, and with a weight."""
     if not isinstance(returned, Metrics):
         return as_loss(returned, samples)
-    _check_rest(returned, samples, "dtrain.Metrics have")
+    checked = as_loss(Loss(torch.zeros(()), returned.weight, returned.metrics), samples)
+    returned.weight = checked.weight
     return returned
-
-
-def _check_rest(given: Loss | Metrics, samples: int, who: str) -> None:
-    """Gives it a weight, and looks at its metrics."""
-    weight = samples if given.weight is None else given.weight
-    if isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.numel() != 1:
-        raise LossError(f"{who} a weight of shape {list(weight.shape)}, not one number")
-    if not isinstance(weight, Tensor) or weight.device.type == "cpu":
-        try:
-            weight = float(weight)  # no sync: it is here already. NumPy's may be short of digits
-        except (TypeError, ValueError, RuntimeError):
-            raise LossError(f"{who} weight {weight!r}, not one number") from None
-        if not 0 <= weight < float("inf"):
-            raise LossError(f"{who} weight {weight}; it must be 0 or more, and finite")
-    given.weight = weight
-    as_metrics(given.metrics)
-    if "loss" in given.metrics:
-        raise LossError("a metric is named 'loss', which is the loss itself; name it otherwise")
 
 
 def _is_nothing(weight: Number | None) -> bool:
