@@ -3,7 +3,9 @@
 import errno
 import multiprocessing
 import os
+import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -523,3 +525,12 @@ def test_a_part_that_is_gone_is_told(tmp_path):
     for error in told(try_ranks(loses_its_folder, 2, tmp_path / "out")):
         assert "-000000.safetensors is gone, as if another run wrote to the same folder" in error
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_example_of_the_page(capsys):
+    page = Path(__file__).parents[2] / "docs" / "evaluation.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.M)
+    run_ranks(exec, 1, example, {})
+    told = capsys.readouterr().out
+    assert "'eval/auc': " in told
+    assert "torch.Size([101, 1])" in told
