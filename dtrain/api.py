@@ -46,6 +46,7 @@ from dtrain.plan import FitResult
 from dtrain.sinks import Report, Sink
 from dtrain.trainer import Trainer
 from dtrain.trials import Equivalence, check_equivalence
+from dtrain.tuning import LRRange, find_batch_size, lr_range_test
 
 __all__ = [
     "Callback",
@@ -62,6 +63,7 @@ __all__ = [
     "Equivalence",
     "FitResult",
     "HangError",
+    "LRRange",
     "LaunchError",
     "Loss",
     "LossError",
@@ -86,8 +88,10 @@ __all__ = [
     "World",
     "check_equivalence",
     "export_model",
+    "find_batch_size",
     "init",
     "load_model",
     "load_predictions",
+    "lr_range_test",
     "on_main",
 ]

@@ -7,8 +7,6 @@ from dtrain.context import Loss, Metrics, Number
 from dtrain.errors import LossError
 from dtrain.metrics import as_metrics
 
-_HAS = "the loss (or dtrain.Metrics) has"
-
 
 def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
     """Returns what a loss function returned as a checked :class:`Loss` with a weight."""
@@ -35,14 +33,14 @@ def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
         loss.mean = loss.mean.reshape(())
     weight = samples if loss.weight is None else loss.weight
     if isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.numel() != 1:
-        raise LossError(f"{_HAS} a weight of shape {list(weight.shape)}, not one number")
+        raise LossError(f"the loss has a weight of shape {list(weight.shape)}, not one number")
     if not isinstance(weight, Tensor) or weight.device.type == "cpu":
         try:
             weight = float(weight)  # no sync: it is here already. NumPy's may be short of digits
         except (TypeError, ValueError, RuntimeError):
-            raise LossError(f"{_HAS} weight {weight!r}, not one number") from None
+            raise LossError(f"the loss has weight {weight!r}, not one number") from None
         if not 0 <= weight < float("inf"):
-            raise LossError(f"{_HAS} weight {weight}; it must be 0 or more, and finite")
+            raise LossError(f"the loss has weight {weight}; it must be 0 or more, and finite")
     loss.weight = weight
     as_metrics(loss.metrics)
     if "loss" in loss.metrics:
@@ -62,7 +60,10 @@ def as_evaluated(returned: object, samples: int) -> Loss | Metrics:
     """Returns what a function for evaluation returned, checked, and with a weight."""
     if not isinstance(returned, Metrics):
         return as_loss(returned, samples)
-    checked = as_loss(Loss(torch.zeros(()), returned.weight, returned.metrics), samples)
+    try:
+        checked = as_loss(Loss(torch.zeros(()), returned.weight, returned.metrics), samples)
+    except LossError as error:
+        raise LossError(str(error).replace("the loss has", "dtrain.Metrics have")) from None
     returned.weight = checked.weight
     return returned
 

@@ -474,7 +474,7 @@ WRONG = {
     ),
     "the weight": (
         lambda: evaluated(giving(lambda x, y: x, weight=-1), {"n": len}),
-        "the loss (or dtrain.Metrics) has weight -1",
+        "dtrain.Metrics have weight -1",
     ),
     "no number": (
         lambda: evaluated(giving(lambda x, y: x, metrics={"m": x_of_all}), {"n": len}),
