@@ -16,7 +16,7 @@ from dtrain.distributed import Comm
 from dtrain.errors import LossError
 
 #: What all ranks together send at once, and each of them at least.
-_AT_ONCE, _AT_LEAST = 32 * 2**20, 2**16
+_AT_ONCE, _AT_LEAST = 8 * 2**20, 2**14
 
 _FORMS = (
     "outputs are a tensor or array with a row for each sample, a list with one item for each, or a "
