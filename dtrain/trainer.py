@@ -78,7 +78,8 @@ class Trainer(Inference):
         run_dir: a folder for checkpoints, metrics and status (``~`` is expanded); None writes
             nothing.
         seed: of the order of data and the ranks' random streams; ``dtrain.init``'s if None.
-        eval_fn: another function for evaluation, of the same form as ``loss_fn``.
+        eval_fn: another function for evaluation, of the same form as ``loss_fn``; it may return
+            :class:`~dtrain.Metrics`, without a loss (docs/evaluation.md).
         config: your own settings (JSON values), kept in ``run_dir/config.json``, in checkpoints
             and in sinks.
         hang_after_s: a rank that makes no progress for this long (or for ten times the slowest

@@ -1,6 +1,7 @@
 """Evaluating and predicting: the model as it is, on all ranks, each sample once."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, overload
 
@@ -43,10 +44,11 @@ class Inference:
     def evaluate(self, data: Any, *, batch_size: int | None = None) -> dict[str, float]:
         """Returns ``eval/loss`` and the other metrics over all of ``data``, each sample once.
 
-        It is of the model as it is. Evaluation hooks fire as in ``fit``, with ``ctx.in_fit`` False,
-        so what callbacks add is there, too; what they log or ask for is forgotten, and nothing
-        judges by it. What it draws at random follows the script's seed, and moves no stream: the
-        same in two calls between which nothing was drawn or trained.
+        It is of the model as it is; without a loss where the function returns
+        :class:`~dtrain.Metrics`. Evaluation hooks fire as in ``fit``, with ``ctx.in_fit`` False, so
+        what callbacks add is there, too; what they log or ask for is forgotten, and nothing judges
+        by it. What it draws at random follows the script's seed, and moves no stream: the same in
+        two calls between which nothing was drawn or trained.
 
         Args:
             data: like ``fit``'s ``eval_set``.
@@ -124,7 +126,8 @@ class Inference:
 
         Ranks: all, communicates.
         """
-        with self._watchdog, self.world.comm.lockstep("predict"):
+        parts = None if to is None else Parts(to, self.world, self.context)
+        with parts or nullcontext(), self._watchdog, self.world.comm.lockstep("predict"):
             self._engine.make_equal()
             given = Data.of(data, batch_size, shuffle=False)
             slot = self._accumulation
@@ -134,7 +137,7 @@ class Inference:
             check_same_call(told, self.world.comm, "predict")
             outputs_of = _outputs_of(self._engine.eval_fn) if fn is None else _adapted(fn)
             scattered = given.order is not None and not given.is_listed
-            if to is None:
+            if parts is None:
                 outputs = self._listed(feed, outputs_of, by_row=scattered)
                 found: list[Any] | Path = outputs
                 count = len(outputs)
@@ -144,7 +147,7 @@ class Inference:
                         f"predict(to=...): order={given.order_name} would scatter each part's "
                         "samples over the dataset: leave `order` out, or `to`"
                     )
-                found, count = self._written(feed, outputs_of, to)
+                found, count = parts.folder, self._written(feed, outputs_of, parts)
             if feed.samples not in (None, count):
                 raise DataError(
                     f"predict: collate_fn has left out {feed.samples - count} of {feed.samples} "
@@ -163,16 +166,14 @@ class Inference:
         self._engine.evaluation.run_through(feed, outputs_of, take)
         return listed(*in_order(outputs.gather(self.world.comm, keeps=True), "predict"))
 
-    def _written(self, feed: Feed, outputs_of: LossFn, to: str | Path) -> tuple[Path, int]:
-        parts = Parts(to, self.world, self.context)
-
+    def _written(self, feed: Feed, outputs_of: LossFn, parts: Parts) -> int:
         def take(of: MicroBatches, samples: int, returned: Any) -> None:
             parts.add(kept(returned, samples, "predict"), samples)
 
         try:
             parts.open()
             self._engine.evaluation.run_through(feed, outputs_of, take)
-            return parts.folder, parts.close(feed.samples)
+            return parts.close(feed.samples)
         except BaseException:
             parts.drop()
             raise

@@ -129,8 +129,6 @@ class Parts:
         found: int = sum(one["samples"] for one in parts)
         if expected in (None, found):
             self._world.comm.on_main("predict: finish", lambda: self._place(parts))
-        else:
-            self.drop()
         return found
 
     def _place(self, parts: list[dict[str, Any]]) -> None:
@@ -145,13 +143,18 @@ class Parts:
         sync(self.folder.parent)
 
     def drop(self) -> None:
-        """Removes what was written, as after a failure: rank 0 all of it, others their own."""
-        if self._at == self.folder:
-            return
-        if self._world.is_main:
+        """Removes what this rank has written, so that there is room: others may still write."""
+        if self._at != self.folder:
+            for file in self._at.glob(f"part-{self._world.rank:05d}-*"):
+                discard(file)
+
+    def __enter__(self) -> "Parts":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Removes what is left of a failure, of which all ranks know by now."""
+        if kind and self._world.is_main and self._at != self.folder:
             discard(self._at)
-        for file in self._at.glob(f"part-{self._world.rank:05d}-*"):
-            discard(file)
 
 
 def load_predictions(folder: str | Path) -> Iterator[Any]:

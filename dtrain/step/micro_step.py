@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dtrain import accelerator
 from dtrain.callback import Callback, Hooks
-from dtrain.context import Context, Loss, Step
+from dtrain.context import Context, Loss, Metrics, Step
 from dtrain.data import EndOfStream, MicroBatches
 from dtrain.distributed import DATA, FIRST_DATA
 from dtrain.errors import ConfigError, LossError
@@ -32,8 +32,8 @@ from dtrain.step.returned import as_loss
 from dtrain.step.votes import Agreement
 from dtrain.watchdog import StragglerClock
 
-UserLoss = Callable[..., Loss | Tensor]
-LossFn = Callable[[nn.Module, Any, Context], Loss | Tensor]
+UserLoss = Callable[..., Loss | Metrics | Tensor]  # Metrics where it is for evaluation only
+LossFn = Callable[[nn.Module, Any, Context], Loss | Metrics | Tensor]
 
 _OWN_BACKWARD = (
     "a backward() ran in the loss function or a hook, before dtrain's own, which alone is reduced "
@@ -335,7 +335,7 @@ def adapt(loss_fn: UserLoss, model: nn.Module | None = None) -> LossFn:
 def _of_any(loss_fn: UserLoss) -> LossFn:
     """Returns a function of any arguments with words for what it may pass them on to."""
 
-    def called(model: nn.Module, batch: Any, ctx: Context) -> Loss | Tensor:
+    def called(model: nn.Module, batch: Any, ctx: Context) -> Loss | Metrics | Tensor:
         try:
             return loss_fn(model, batch, ctx)
         except TypeError as error:
