@@ -90,6 +90,8 @@ class Evaluation:
                     f"the torchmetrics object {mixed[0]!r} holds batches of the training, too: "
                     "evaluate at an epoch's end, or with other objects (an eval_fn)"
                 )
+            if note := feed.look_apart():
+                context.say(f"{note} (This is of {label}.)")
             found, none = means.agree(context.comm), f"{label}: no figures"
             if not (found or context.comm.vote(none, asked_for_none)):
                 raise DataError(
@@ -144,6 +146,8 @@ class Evaluation:
             feed.compare("predict")
             with torch.no_grad(), _eval_mode(context.model):
                 self._each(feed, "predict", fn, handed, skips=False)
+            if note := feed.look_apart():
+                context.say(f"{note} (This is of predict: each has an output as often.)")
 
     def _each(
         self,

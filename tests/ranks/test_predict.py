@@ -534,3 +534,27 @@ def test_the_example_of_the_page(capsys):
     told = capsys.readouterr().out
     assert "'eval/auc': " in told
     assert "torch.Size([101, 1])" in told
+
+
+def told_of_streams(own, call):
+    words = tiny.Words()
+    run = dtrain.Trainer(
+        nn.Linear(1, 1), None, lambda m, b: dtrain.Metrics(outputs=b), sinks=[words]
+    )
+    rank = dtrain.init().rank if own else 0
+    found = getattr(run, call)([torch.arange(2.0)[:, None] + 10 * rank])
+    return found, [text for text in words.words if "the same first batch" in text]
+
+
+@pytest.mark.parametrize(
+    ("call", "last"), [("predict", "an output as often.)"), ("evaluate", "(This is of eval.)")]
+)
+def test_ranks_that_all_have_the_whole_stream_are_told_of(call, last):
+    (found, words), (_, none) = run_ranks(told_of_streams, 2, False, call)
+    assert len(found) == (4 if call == "predict" else 0)
+    (text,) = words
+    assert text.startswith("warning: all ranks' streams gave the same first batch: each rank seems")
+    assert text.endswith(last)
+    assert not none
+    assert not any(words for _, words in run_ranks(told_of_streams, 2, True, call))
+    assert not any(words for _, words in run_ranks(told_of_streams, 1, False, call))
