@@ -47,7 +47,7 @@ TESTS = {
     "dtrain/inference/": ["test_predict", "test_outputs"],
     "dtrain/tuning/": ["test_tuning"],
     "dtrain/callbacks/eval_outputs": ["test_outputs"],
-    "dtrain/step/returned": ["test_words", "test_bad_input", "test_outputs"],
+    "dtrain/step/loss_forms": ["test_words", "test_bad_input", "test_outputs"],
     "dtrain/step/evaluation": [
         *(
             "test_outputs",

@@ -83,7 +83,8 @@ class Parts:
         if isinstance(value, Tensor):
             self._bytes += value.nbytes
             if not dtype_name(value.dtype) or value.layout != torch.strided:
-                raise LossError(f"predict(to=...): files cannot hold a tensor of {value.dtype}")
+                kind = f"{value.dtype}, {value.layout}"
+                raise LossError(f"predict(to=...): files cannot hold a tensor that is {kind}")
             return value.resolve_conj().resolve_neg().contiguous()
         if isinstance(value, np.ndarray):
             if value.dtype.kind not in "biufc":

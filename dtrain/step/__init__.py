@@ -2,9 +2,9 @@
 
 from dtrain.step.engine import Engine
 from dtrain.step.lane import Heard, LaneSilent
-from dtrain.step.micro_step import LossFn, MicroStep, UserLoss, adapt, of_backward
+from dtrain.step.loss_forms import LossFn, UserLoss, adapt, as_loss
+from dtrain.step.micro_step import MicroStep, of_backward
 from dtrain.step.precision import Autocast, Factor, Precision, PrecisionSlot, ScaledAutocast
-from dtrain.step.returned import as_loss
 from dtrain.step.strategy import StepResult, Strategy, joint_norm
 from dtrain.step.taking import check_trains, may_delay, take_model, unwrapped
 from dtrain.step.votes import Agreed

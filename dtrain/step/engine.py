@@ -30,11 +30,11 @@ from dtrain.step.figures import Figures
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.gradients import Gradients
 from dtrain.step.graphed import Graphed
+from dtrain.step.loss_forms import LossFn, as_loss
 from dtrain.step.memory_words import explain_memory
-from dtrain.step.micro_step import LossFn, MicroStep
+from dtrain.step.micro_step import MicroStep
 from dtrain.step.modes import Modes
 from dtrain.step.precision import Order, Precision, fresh_casts
-from dtrain.step.returned import as_loss
 from dtrain.step.stand_in import StandIn
 from dtrain.step.strategy import Gate, Strategy
 from dtrain.step.votes import Agreement

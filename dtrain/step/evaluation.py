@@ -15,11 +15,10 @@ from dtrain.distributed import EVAL_LOSS_FN, EVALUATION, World, share_buffers, s
 from dtrain.errors import ConfigError, DataError, LossError
 from dtrain.metrics import Means, with_added
 from dtrain.step.gather_with_grad import Gathers
+from dtrain.step.loss_forms import LossFn, as_evaluated
 from dtrain.step.loss_words import explain
 from dtrain.step.memory_words import explain_memory
-from dtrain.step.micro_step import LossFn
 from dtrain.step.precision import Precision, fresh_casts
-from dtrain.step.returned import as_evaluated
 
 
 @dataclass(eq=False)

@@ -34,10 +34,9 @@ from dtrain.step.graph_limits import (
     rebuilt,
     shapes_of,
 )
-from dtrain.step.micro_step import LossFn
+from dtrain.step.loss_forms import LossFn, as_loss
 from dtrain.step.parameters import Parameters
 from dtrain.step.precision import Precision
-from dtrain.step.returned import as_loss
 
 _WARM = 3  # micro-steps of a form that run one by one before it is captured
 _FORMS = 16  # that are kept in mind

@@ -6,34 +6,29 @@ and an exception or a skip becomes an *idle* term: zero weight, reduced like any
 waits for a rank that had nothing to say.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtrain import accelerator
 from dtrain.callback import Callback, Hooks
-from dtrain.context import Context, Loss, Metrics, Step
+from dtrain.context import Context, Loss, Step
 from dtrain.data import EndOfStream, MicroBatches
 from dtrain.distributed import DATA, FIRST_DATA
 from dtrain.errors import ConfigError, LossError
 from dtrain.metrics import Means
 from dtrain.step.gather_with_grad import Gathers
 from dtrain.step.lane import Backward, Lane, Slot, idle
+from dtrain.step.loss_forms import LossFn, as_loss
 from dtrain.step.loss_words import explain
 from dtrain.step.memory_words import explain_memory
 from dtrain.step.parameters import Parameters
 from dtrain.step.precision import Precision
-from dtrain.step.returned import as_loss
 from dtrain.step.votes import Agreement
 from dtrain.watchdog import StragglerClock
-
-UserLoss = Callable[..., Loss | Metrics | Tensor]  # Metrics where it is for evaluation only
-LossFn = Callable[[nn.Module, Any, Context], Loss | Metrics | Tensor]
 
 _OWN_BACKWARD = (
     "a backward() ran in the loss function or a hook, before dtrain's own, which alone is reduced "
@@ -279,71 +274,3 @@ def of_backward(error: Exception) -> Exception:
     meant = LossError(_OWN_BACKWARD)
     meant.__cause__ = error
     return meant.with_traceback(error.__traceback__)
-
-
-_FORMS = "(model, batch) or (model, batch, ctx)"
-
-
-def adapt(loss_fn: UserLoss, model: nn.Module | None = None) -> LossFn:
-    """Returns ``loss_fn`` with three arguments, whether it was written with two or three.
-
-    One that is a module must have no parameters that would be trained, but were not the model's.
-    """
-    given = written = loss_fn
-    if isinstance(loss_fn, nn.Module):
-        ours = set(map(id, model.parameters())) if model is not None else set()
-        own = [n for n, p in loss_fn.named_parameters() if p.requires_grad and id(p) not in ours]
-        if model is not None and own:
-            raise LossError(
-                f"loss_fn has parameters of its own, which nobody would train: {', '.join(own)}. "
-                "Make them a part of the model, or freeze them (`requires_grad_(False)`)"
-            )
-        # How a module is called tells nothing: its `__call__` takes anything.
-        written, loss_fn = loss_fn.forward, loss_fn.__call__
-    try:
-        parameters = list(inspect.signature(written).parameters.values())
-    except (TypeError, ValueError):
-        raise LossError(f"loss_fn must be a function that takes {_FORMS}, not {given!r}") from None
-    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    first, second = [*(p.name for p in by_place), "", ""][:2]
-    if first == "batch" or second in ("target", "targets", "labels", "y_true"):
-        raise LossError(
-            f"loss_fn must take {_FORMS}, in this order, and {given!r} takes ({first}, {second}). "
-            "A loss of outputs and targets is called in a function of your own, such as `lambda "
-            "model, batch: criterion(model(batch[0]), batch[1])`"
-        )
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return loss_fn if by_place else _of_any(loss_fn)
-    # An optional context is known by its name: a third argument may as well be a number.
-    wants = next((p for p in parameters if p.name == "ctx" or p.annotation is Context), None)
-    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    if needed == by_place[:3] and len(needed) == 3 and (wants is None or wants in needed):
-        return loss_fn
-    if needed in (by_place[:2], [*by_place[:2], wants]) and len(by_place) >= 2:
-        if wants is None or not (wants.default is None or wants.default is wants.empty):
-            return lambda model, batch, ctx: loss_fn(model, batch)
-        if wants in by_place[2:3]:
-            return loss_fn
-        name = wants.name
-        return lambda model, batch, ctx: loss_fn(model, batch, **{name: ctx})
-    raise LossError(
-        f"loss_fn must take {_FORMS}; {given!r} takes "
-        f"{', '.join(p.name for p in parameters) or 'nothing'}"
-    )
-
-
-def _of_any(loss_fn: UserLoss) -> LossFn:
-    """Returns a function of any arguments with words for what it may pass them on to."""
-
-    def called(model: nn.Module, batch: Any, ctx: Context) -> Loss | Metrics | Tensor:
-        try:
-            return loss_fn(model, batch, ctx)
-        except TypeError as error:
-            if "positional argument" in str(error):
-                error.add_note(
-                    "(loss_fn takes any arguments, so it was given model, batch and ctx. If that "
-                    "is a decorator's doing, let it say what it wraps: functools.wraps)"
-                )
-            raise
-
-    return called
