@@ -81,10 +81,10 @@ class Parts:
     def _plain(self, value: Any) -> Any:
         """Returns what files can hold, as it will be told apart again."""
         if isinstance(value, Tensor):
-            self._bytes += value.nbytes
             if not dtype_name(value.dtype) or value.layout != torch.strided:
                 kind = f"{value.dtype}, {value.layout}"
                 raise LossError(f"predict(to=...): files cannot hold a tensor that is {kind}")
+            self._bytes += value.nbytes
             return value.resolve_conj().resolve_neg().contiguous()
         if isinstance(value, np.ndarray):
             if value.dtype.kind not in "biufc":

@@ -467,14 +467,14 @@ def test_what_cannot_be_in_files(tmp_path, kind):
         if kind == "sparse":
             data, fn = dtrain.Data(X, 7), lambda m, x: x.to_sparse()
         if kind == "dtype":
-            data, fn = dtrain.Data(X, 7), lambda m, x: torch.complex(x, x).to(torch.complex32)
+            data, fn = dtrain.Data(X, 7), lambda m, x: torch.complex(x, x).cdouble()
         if kind == "left out":
             data = LACKING
         trainer().predict(data, fn=fn, to=tmp_path / "out")
 
     words = {
         "sparse": "files cannot hold a tensor that is torch.float32, torch.sparse_coo",
-        "dtype": "files cannot hold a tensor that is torch.complex32, torch.strided",
+        "dtype": "files cannot hold a tensor that is torch.complex128, torch.strided",
         "left out": f"predict: collate_fn has left out {LEFT} of 31 samples",
         "order": "order=Shuffled would scatter each part's samples over the dataset",
         "object": "of the outputs, 0/1/0 is object; files hold arrays, dicts, lists, tuples,",
