@@ -141,7 +141,6 @@ class Evaluation:
             take(micro_batches, step.samples, returned)
 
         with self._apart():
-            share_buffers(context.model, context.comm)
             feed.compare("predict")
             with torch.no_grad(), _eval_mode(context.model):
                 self._each(feed, "predict", fn, handed, skips=False)

@@ -414,20 +414,26 @@ class Endless:
             yield torch.ones(1, 1)
 
 
-def test_ranks_that_are_at_work_for_long_learn_of_a_failure(run_outcomes):
-    first, second = run_outcomes(fails_for_endless, 2)
-    assert "ZeroDivisionError" in str(first.error)
-    assert isinstance(second.error, ZeroDivisionError)
-
-
-def fails_for_endless():
+def fails_beside_endless():
     def fn(model, batch):
         if run.world.rank == 1:
             raise ZeroDivisionError("at once")
         return batch.mean()
 
     run = trainer(fn)
-    run.evaluate(Endless())
+    try:
+        run.evaluate(Endless())
+    except (dtrain.RemoteError, ZeroDivisionError) as error:
+        told = str(error)
+    run.world.comm.barrier("all have caught it, and go on")
+    return told
+
+
+def test_ranks_that_are_at_work_for_long_learn_of_a_failure(run_processes):
+    first, second = run_processes(fails_beside_endless, 2)
+    assert first.startswith("rank 1 on")
+    assert "ZeroDivisionError: at once" in first
+    assert second == "at once"
 
 
 # ------------------------------------------------------------------------------- Metrics, and skips
@@ -524,6 +530,38 @@ def test_an_evaluation_of_nothing_but_skips():
     for error in told(try_ranks(skips, 2, lambda rank, x: True)):
         assert "weighs nothing" in error
         assert "or every batch was skipped" in error
+
+
+class SkipsAndEvaluates(dtrain.Callback):
+    def on_batch(self, ctx, step):
+        ctx.request.skip("this one")
+        self.run.evaluate(TensorDataset(*data(6)), batch_size=3)
+
+
+def skipped_all():
+    hook = SkipsAndEvaluates()
+    run = hook.run = trainer(scored, hook, loss=lossy, optimizer=sgd)
+    return run.fit(TensorDataset(*data()), batch_size=17, max_steps=2).updates
+
+
+def test_an_evaluation_within_a_step_that_is_skipped():
+    assert run_ranks(skipped_all, 2) == [0, 0]
+
+
+def outputs_sometimes():
+    asked = []
+    run = trainer(
+        lambda model, batch: dtrain.Metrics({"m": 1.0}, outputs=batch if asked else None),
+        EvalOutputs({"n": len}),
+    )
+    with pytest.raises(dtrain.ConfigError, match="returned no outputs"):
+        run.evaluate(data()[0], batch_size=8)
+    asked.append(1)
+    return run.evaluate(data()[0], batch_size=8)
+
+
+def test_an_evaluation_after_one_without_outputs():
+    assert run_ranks(outputs_sometimes, 1) == [{"eval/m": 1.0, "eval/n": 101.0}]
 
 
 class SkipsTooLate(dtrain.Callback):

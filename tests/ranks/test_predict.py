@@ -217,6 +217,25 @@ def test_without_a_function_it_is_the_outputs_of_the_evaluations():
         assert torch.equal(torch.stack(found), X[:, 0])
 
 
+def reused():
+    """What the function returns is a view of what it writes to again."""
+    kept, array = torch.empty(16, 8), np.empty((16, 8))
+
+    def fn(model, x):
+        kept[: len(x)] = x
+        array[: len(x)] = x
+        return kept[: len(x)], array[: len(x)], [*kept[: len(x)]]
+
+    return trainer().predict(X, batch_size=7, fn=fn)
+
+
+def test_outputs_are_copied():
+    for found in run_ranks(reused, 2):
+        assert torch.equal(torch.stack([one for one, _, _ in found]), X)
+        assert np.array_equal(np.stack([one for _, one, _ in found]), X.double().numpy())
+        assert torch.equal(torch.stack([one for _, _, one in found]), X)
+
+
 # ------------------------------------------------------------------------------- no optimizer
 
 
@@ -431,6 +450,20 @@ def test_predictions_that_are_not_whole(tmp_path):
     part.unlink()
     with pytest.raises(dtrain.DataError, match=r"part-00001-000000\.safetensors is missing"):
         dtrain.load_predictions(folder)
+
+
+def test_a_rank_removes_its_own_parts_at_once(tmp_path):
+    run = trainer()
+    parts = parts_of.Parts(tmp_path / "out", run.world, run.context)
+    parts.open()
+    parts._bytes = parts_of._PART_BYTES
+    parts.add(X, len(X))
+    (folder,) = tmp_path.iterdir()
+    assert [*folder.iterdir()]
+    parts.drop()
+    assert not [*folder.iterdir()]
+    parts.__exit__(ValueError, ValueError("told to all"), None)
+    assert not [*tmp_path.iterdir()]
 
 
 def full(folder):

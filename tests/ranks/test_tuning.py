@@ -135,6 +135,7 @@ def with_groups():
     class Rates(dtrain.Callback):
         def on_grads_ready(self, ctx, step):
             rates.append(tuple(group["lr"] for group in ctx.optimizer.param_groups))
+            ctx.optimizer.param_groups[0]["extra"] = 1
 
         def __deepcopy__(self, memo):
             return self
@@ -142,6 +143,7 @@ def with_groups():
     rates = []
     run = tiny.trainer([Rates()], net=net, optimizer=opt)
     found = dtrain.lr_range_test(run, DATA, batch_size=16, steps=5, start=0.01, end=0.16)
+    assert "extra" not in opt.param_groups[0]
     return rates, found.rates, [group["lr"] for group in opt.param_groups]
 
 
@@ -182,6 +184,22 @@ def test_it_ends_where_the_loss_is_no_number():
     )[0]
     assert len(found.losses) == 7
     assert len(steps) < 12
+
+
+def grows(net, batch):
+    steps.append(1)
+    return tiny.loss_fn(net, batch).mean * (9 if len(steps) > 7 else 1)
+
+
+def test_it_ends_where_the_loss_has_grown():
+    steps.clear()
+    run = lambda: dtrain.lr_range_test(  # noqa: E731
+        tiny.trainer(loss=grows, optimizer=sgd), DATA, batch_size=16, end=1e-6
+    )
+    (found,) = run_ranks(run, 1)
+    over = [n for n, loss in enumerate(found.smoothed) if loss > 4 * min(found.smoothed)]
+    assert over[0] > 8
+    assert len(found.losses) <= over[0] + 2  # a request is heard in the next step
 
 
 def after_a_fit(call):
