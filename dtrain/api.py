@@ -13,6 +13,7 @@ from dtrain.context import (
     Context,
     Loss,
     Mean,
+    Metrics,
     Number,
     Progress,
     Reduce,
@@ -41,11 +42,13 @@ from dtrain.errors import (
     SinkError,
     UnusedParameters,
 )
+from dtrain.inference import load_predictions
 from dtrain.plan import FitResult
 from dtrain.sinks import Report, Sink
 from dtrain.studies import Table, compare_runs
 from dtrain.trainer import Trainer
 from dtrain.trials import Equivalence, Study, ablate, check_equivalence
+from dtrain.tuning import LRRange, find_batch_size, lr_range_test
 
 __all__ = [
     "Callback",
@@ -62,10 +65,12 @@ __all__ = [
     "Equivalence",
     "FitResult",
     "HangError",
+    "LRRange",
     "LaunchError",
     "Loss",
     "LossError",
     "Mean",
+    "Metrics",
     "Number",
     "Progress",
     "RankMismatch",
@@ -90,7 +95,10 @@ __all__ = [
     "check_equivalence",
     "compare_runs",
     "export_model",
+    "find_batch_size",
     "init",
     "load_model",
+    "load_predictions",
+    "lr_range_test",
     "on_main",
 ]

@@ -50,6 +50,8 @@ class Callback:
             with an ``on_grads_ready`` of its own.
         monitors: the metrics that the callback judges by, such as ``("eval/loss",)``. One that
             cannot exist is an error when ``fit`` begins.
+        adds: what ``on_eval_end`` adds to the figures of each set, such as ``("auc",)``. Who judges
+            by it must come later in the list.
 
     Ranks: all.
     """
@@ -58,6 +60,7 @@ class Callback:
     late_step_end: bool = False
     asks_for_gradients: bool = False
     monitors: tuple[str, ...] = ()
+    adds: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -333,7 +336,8 @@ def check_monitors(callbacks: Iterable[Callback], sets: Iterable[str], *, evalua
                 raise ConfigError(f"{who}: the evaluation's metrics are {'/..., '.join(sets)}/...")
             judges = type(callback).on_eval_end is not Callback.on_eval_end
             for later in callbacks[place + 1 :] if judges else ():
-                if name in _added_by(later):
+                adds = {f"{one}/{added}" for one in sets for added in later.adds}
+                if name in adds | _added_by(later):
                     raise ConfigError(
                         f"{who} stands before {later.name} in callbacks=[...], which adds this "
                         "metric: put it after that"

@@ -21,7 +21,7 @@ from dtrain.checkpoint import (
 )
 from dtrain.cluster import Deadline, Launcher, Signals
 from dtrain.context import Context, Optimizers, Outbox, Progress, Request, Several, as_one
-from dtrain.data import AccumulationSlot, Data, Feed, open_evals, open_feed, sizes_of
+from dtrain.data import AccumulationSlot, Data, Feed, open_feed
 from dtrain.distributed import (
     Replicas,
     check_same_call,
@@ -33,6 +33,7 @@ from dtrain.distributed import (
     seeded_generator,
 )
 from dtrain.errors import ConfigError
+from dtrain.inference import Inference
 from dtrain.loop import Loop
 from dtrain.plan import FitResult, Plan, Recorder
 from dtrain.sinks import Console, Dispatcher, History, Sink, describe_end, describe_start
@@ -43,6 +44,7 @@ from dtrain.step import (
     UpdatePlan,
     UserLoss,
     adapt,
+    check_trains,
     may_delay,
     take_model,
     unwrapped,
@@ -53,7 +55,7 @@ from dtrain.watchdog import HANG_AFTER_S, Watchdog
 _RANK_STREAM, _SHARED_STREAM, _OWN_STREAM, _ORDER_STREAM = 0, 1, 2, 4
 
 
-class Trainer:
+class Trainer(Inference):
     """Trains a model on all ranks as if they were one.
 
     Example::
@@ -65,7 +67,8 @@ class Trainer:
         model: your module, on any device; it is moved to this rank's. It may be compiled, whole or
             in parts; from DistributedDataParallel it is unwrapped.
         optimizer: an optimizer of the model's parameters, or a list or dict of several
-            (docs/updates.md), or a function from the model to one of these.
+            (docs/updates.md), or a function from the model to one of these. None for evaluating and
+            predicting only, also where the model is frozen.
         loss_fn: from ``(model, batch)`` or ``(model, batch, ctx)`` to a scalar mean or a
             :class:`~dtrain.Loss`; runs on every rank, with its own micro-batch. A ``ctx`` may
             be optional, by that name.
@@ -77,7 +80,8 @@ class Trainer:
         run_dir: a folder for checkpoints, metrics and status (``~`` is expanded); None writes
             nothing.
         seed: of the order of data and the ranks' random streams; ``dtrain.init``'s if None.
-        eval_fn: another function for evaluation, of the same form as ``loss_fn``.
+        eval_fn: another function for evaluation, of the same form as ``loss_fn``; it may return
+            :class:`~dtrain.Metrics`, without a loss (docs/evaluation.md).
         config: your own settings (JSON values), kept in ``run_dir/config.json``, in checkpoints
             and in sinks.
         hang_after_s: a rank that makes no progress for this long (or for ten times the slowest
@@ -105,7 +109,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizers,
+        optimizer: Optimizers | None,
         loss_fn: UserLoss,
         *,
         callbacks: Sequence[Callback] = (),
@@ -200,7 +204,7 @@ class Trainer:
             "holds one, such as a dataset with workers: send what it is made from, or its model"
         )
 
-    # -- the two things a user calls ------------------------------------------------------------
+    # -- what a user calls, beside what the base has --------------------------------------------
 
     def fit(
         self,
@@ -258,6 +262,7 @@ class Trainer:
         """
 
         def take() -> tuple[Plan, Data]:
+            check_trains(self.model, self.optimizer)
             plan = Plan(epochs, max_steps, eval_every, log_every, eval_first, history)
             return plan, Data.of(train, batch_size, shuffle=True)
 
@@ -281,7 +286,7 @@ class Trainer:
                 with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan, data = take()
                     self._run_state.override = override
-                    evals = open_evals(eval_set, data.batch_size, self.world, self._split, data)
+                    evals = self._open_evals(eval_set, data.batch_size, data)
                     loop = self._assemble(plan, data, evals)
                     self._begin(loop, data, dispatcher, resume)
                 loop.run()
@@ -298,36 +303,7 @@ class Trainer:
         reached = loop.stop_reason, loop.preempted, list(loop.history.rows), last, best
         return FitResult.of(self.context.progress, dict(self.context.metrics), *reached)
 
-    def evaluate(self, data: Any, *, batch_size: int | None = None) -> dict[str, float]:
-        """Returns ``eval/loss`` and the other metrics over all of ``data``, each sample once.
-
-        It is of the model as it is. Evaluation hooks fire as in ``fit``, with ``ctx.in_fit`` False,
-        so what callbacks add is there, too; what they log or ask for is forgotten, and nothing
-        judges by it. What it draws at random follows the script's seed, and moves no stream: the
-        same in two calls between which nothing was drawn or trained.
-
-        Args:
-            data: like ``fit``'s ``eval_set``.
-            batch_size: the global batch, where ``data`` is a dataset.
-
-        Raises:
-            DataError: the data cannot be evaluated on.
-            RemoteError: another rank failed.
-
-        Ranks: all, communicates.
-        """
-        with self._watchdog, self.world.comm.lockstep(lambda: self.hooks.failed_in or "evaluate"):
-            self._engine.make_equal()
-            evals = open_evals(data, batch_size, self.world, self._split)
-            metrics = self._engine.evaluation.run_apart(evals)
-        if not self.context.in_fit:  # no sink is open that could tell
-            History.say_apart(self._outbox, self._sinks, active=self.world.is_main)
-        return metrics
-
     # -- assembling -----------------------------------------------------------------------------
-
-    def _split(self, share: int) -> list[int]:
-        return [share] if (slot := self._accumulation) is None else sizes_of(slot, share)
 
     def _assemble(self, plan: Plan, data: Data, evals: dict[str, Feed]) -> Loop:
         context, engine, slot = self.context, self._engine, self._accumulation

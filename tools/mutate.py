@@ -43,8 +43,19 @@ TESTS = {
     "dtrain/step/figures": [
         *("test_figures", "test_metrics", "test_nothing_in_silence", "test_guards"),
     ],
+    "dtrain/metrics/outputs": ["test_outputs", "test_predict"],
+    "dtrain/inference/": ["test_predict", "test_outputs"],
+    "dtrain/tuning/": ["test_tuning"],
+    "dtrain/callbacks/eval_outputs": ["test_outputs"],
+    "dtrain/step/loss_forms": ["test_words", "test_bad_input", "test_outputs"],
     "dtrain/step/evaluation": [
-        *("test_figures", "test_global_state", "test_metric_objects", "test_gathers"),
+        *(
+            "test_outputs",
+            "test_figures",
+            "test_global_state",
+            "test_metric_objects",
+            "test_gathers",
+        ),
         *("test_data_in_fit", "test_words"),
     ],
     "dtrain/step/gather": ["test_gathers"],
@@ -81,6 +92,7 @@ TESTS = {
     "dtrain/data/counting": ["test_counting", "test_data_in_fit", "test_streams"],
     "dtrain/data/": [
         *("test_order", "test_order_checks", "test_shares", "test_data", "test_batch"),
+        *("test_predict", "test_outputs"),
         *("test_streams", "test_live_data", "test_data_in_fit", "test_words"),
     ],
     "dtrain/callbacks/lr_schedule": ["test_schedules", "test_schedules_go_on", "test_figures"],

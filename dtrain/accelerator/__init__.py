@@ -3,7 +3,7 @@
 Callers write ``accelerator.of(device)``, so that a test can put something in its place.
 """
 
-from dtrain.accelerator.cuda import Accelerator, of
+from dtrain.accelerator.cuda import Accelerator, let_go, of
 from dtrain.accelerator.faults import give_up, is_lost, is_out_of_memory, is_this_ranks
 
-__all__ = ["Accelerator", "give_up", "is_lost", "is_out_of_memory", "is_this_ranks", "of"]
+__all__ = ["Accelerator", "give_up", "is_lost", "is_out_of_memory", "is_this_ranks", "let_go", "of"]

@@ -5,6 +5,7 @@ would have computed half of its step: so buffers and events are made once and go
 small operations become one launch.
 """
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
@@ -113,6 +114,13 @@ class _Captured:
 def of(device: torch.device) -> Accelerator | None:
     """Returns the device's accelerator; None for the CPU, whose numbers the host has at once."""
     return Accelerator(device) if device.type == "cuda" else None
+
+
+def let_go() -> None:
+    """Gives back what torch keeps of a device for later, as after a failure for want of memory."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 _stream_of_copies = cache(torch.cuda.Stream)  # one for each device

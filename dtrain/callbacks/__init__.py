@@ -15,6 +15,7 @@ from dtrain.callbacks.checkpoint import Checkpoint
 from dtrain.callbacks.clip_gradients import ClipGradients
 from dtrain.callbacks.early_stopping import EarlyStopping
 from dtrain.callbacks.ema import EMA
+from dtrain.callbacks.eval_outputs import EvalOutputs
 from dtrain.callbacks.freeze import Freeze
 from dtrain.callbacks.gradient_accumulation import GradientAccumulation
 from dtrain.callbacks.gradient_noise import GradientNoise
@@ -40,6 +41,7 @@ __all__ = [
     "Checkpoint",
     "ClipGradients",
     "EarlyStopping",
+    "EvalOutputs",
     "Freeze",
     "GradientAccumulation",
     "GradientNoise",

@@ -15,7 +15,8 @@ class GradientAccumulation(Callback):
     Args:
         steps: into how many micro-batches.
         micro_batch_size: into micro-batches of how many samples; the last may be smaller. One of
-            the two must be given.
+            the two must be given. Evaluations and predictions are then cut into micro-batches of
+            this size, alike at any number of ranks.
     """
 
     def __init__(self, steps: int | None = None, *, micro_batch_size: int | None = None) -> None:
@@ -25,13 +26,13 @@ class GradientAccumulation(Callback):
             "GradientAccumulation", or_none=True, steps=steps, micro_batch_size=micro_batch_size
         )
         self._steps = steps
-        self._micro_batch_size = micro_batch_size or 0
+        self.micro_batch_size = micro_batch_size or 0
 
     def split(self, share: int) -> list[int]:
         if self._steps is not None:
             return split_share(share, steps=self._steps)
-        whole, rest = divmod(share, self._micro_batch_size)
-        return [self._micro_batch_size] * whole + [rest] * (rest > 0)
+        whole, rest = divmod(share, self.micro_batch_size)
+        return [self.micro_batch_size] * whole + [rest] * (rest > 0)
 
     def batches_per_step(self) -> int:
         if self._steps is None:

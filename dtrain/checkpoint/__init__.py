@@ -1,12 +1,14 @@
 """What of a run is on disk: whole, intact, and written by one start only."""
 
+from dtrain.checkpoint.disk import discard, dtype_name, sync, write_bytes, write_tensors
 from dtrain.checkpoint.format import find as find_checkpoint
 from dtrain.checkpoint.format import load_model as load_tensors
 from dtrain.checkpoint.format import load_state
+from dtrain.checkpoint.format import load_tensors as read_tensors
 from dtrain.checkpoint.resume import ResumeMode, compare_fits
 from dtrain.checkpoint.run_files import RunFiles
 from dtrain.checkpoint.run_state import CheckpointSlot, RunState, json_values
-from dtrain.checkpoint.tree import copy_state
+from dtrain.checkpoint.tree import copy_state, join, split
 from dtrain.checkpoint.weights import Which, describe_run, export_model, load_model
 
 __all__ = [
@@ -18,10 +20,18 @@ __all__ = [
     "compare_fits",
     "copy_state",
     "describe_run",
+    "discard",
+    "dtype_name",
     "export_model",
     "find_checkpoint",
+    "join",
     "json_values",
     "load_model",
     "load_state",
     "load_tensors",
+    "read_tensors",
+    "split",
+    "sync",
+    "write_bytes",
+    "write_tensors",
 ]

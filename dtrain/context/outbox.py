@@ -81,11 +81,12 @@ class Request:
         """Leaves this rank's micro-batch out, as if its weight were 0.
 
         Raises:
-            ConfigError: called outside of ``on_batch`` and ``on_loss``.
+            ConfigError: called outside of ``on_batch``, ``on_loss`` and the loss function, that of
+                an evaluation included.
         """
         if not self.skippable:
             raise ConfigError(
-                f"request.skip({why!r}) works in on_batch and on_loss only: elsewhere no "
-                "micro-batch is under way that could be left out"
+                f"request.skip({why!r}) works in on_batch and on_loss only, and in the loss "
+                "function: elsewhere no micro-batch is under way that could be left out"
             )
         self.skipped.append(why)

@@ -7,8 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dtrain.errors import LossError
+
 Number = float | int | Tensor
-Metrics = Mapping[str, "Number | Mean"]
+Figures = Mapping[str, "Number | Mean"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +41,41 @@ class Loss:
 
     mean: Tensor
     weight: Number | None = None
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Figures = field(default_factory=dict)
     outputs: Any = None
 
     @classmethod
     def from_sum(
-        cls, total: Tensor, weight: Number, metrics: Metrics | None = None, outputs: Any = None
+        cls, total: Tensor, weight: Number, metrics: Figures | None = None, outputs: Any = None
     ) -> "Loss":
         """A loss given as a sum over ``weight`` units. With weight 0 nothing is divided by 0."""
         safe = weight.masked_fill(weight == 0, 1) if isinstance(weight, Tensor) else weight or 1
         return cls(total / safe, weight, metrics or {}, outputs)
+
+
+@dataclass(slots=True)
+class Metrics:
+    """What a function for evaluation may return instead: figures and outputs, without a loss.
+
+    The evaluation then has no ``eval/loss``.
+
+    Attributes:
+        metrics: as :class:`Loss` has them.
+        weight: how many units they are means over, likewise.
+        outputs: likewise; what :class:`~dtrain.callbacks.EvalOutputs` brings together.
+    """
+
+    metrics: Figures = field(default_factory=dict)
+    weight: Number | None = None
+    outputs: Any = None
+
+    @property
+    def mean(self) -> Tensor:
+        """Raises LossError: there is none."""
+        raise LossError(
+            "a callback looked for the loss of an evaluation whose function returned "
+            "dtrain.Metrics, which has none: return dtrain.Loss, or leave the callback out"
+        )
 
 
 @dataclass(slots=True)
@@ -109,7 +136,10 @@ class Step:
             micro-batches, as of a ragged batch or a stream that has ended, idles in the last.
         samples: samples in the micro-batch, on this rank.
         batch: the micro-batch, on the device; writable in ``on_batch``.
-        loss: what the loss function returned; writable in ``on_loss``.
+        loss: what the loss function returned; writable in ``on_loss``. In an evaluation whose
+            function returns :class:`Metrics`: these.
+        rows: in ``on_eval_batch``: the dataset's rows that were asked for; None of a stream.
+        prefix: in ``on_eval_batch``: what the set's figures begin with, ``eval`` or ``eval/name``.
         vetoed: why the update is not to be applied, if :meth:`veto` was called.
         held: 0-dim, on the device: more than 0 where the update is not to be applied, if
             :meth:`veto_where` was called, whose flags are its bits.
@@ -128,6 +158,8 @@ class Step:
     samples: int = 0
     batch: Any = None
     loss: Loss | None = None
+    rows: list[int] | None = None
+    prefix: str = ""
     vetoed: str = ""
     held: Tensor | None = None
     _flags: int = 0

@@ -5,12 +5,13 @@ from dtrain.data.feed import EndOfStream, Feed, MicroBatch, MicroBatches
 from dtrain.data.map_feed import fetch
 from dtrain.data.opening import open_evals, open_feed
 from dtrain.data.order import Bucketed, Order, Sequential, Shuffled, Weighted
-from dtrain.data.shares import AccumulationSlot, sizes_of, split_share
+from dtrain.data.shares import AccumulationSlot, Cut, SizedSlot, sizes_of, split_share
 from dtrain.data.source import Data
 
 __all__ = [
     "AccumulationSlot",
     "Bucketed",
+    "Cut",
     "Data",
     "EndOfStream",
     "Feed",
@@ -19,6 +20,7 @@ __all__ = [
     "Order",
     "Sequential",
     "Shuffled",
+    "SizedSlot",
     "Weighted",
     "fetch",
     "open_evals",

@@ -27,11 +27,16 @@ class MicroBatches(Protocol):
         """Says whether the epoch must end with this step, for want of data on this rank."""
         return False
 
+    def rows(self) -> list[int] | None:
+        """Returns the dataset's rows in the micro-batch that came last; None where it has none."""
+        return None
+
 
 class Feed(Protocol):
     """All steps of a run, on one rank; ``str()`` must be equal on all. Ranks: all, local."""
 
     steps_per_epoch: int | None  # None where nobody can know
+    samples: int | None = None  # of an epoch, over all ranks; likewise
 
     def begin(self, epoch: int) -> None:
         """Tells the data that an epoch of training begins, and looks how long it is now.

@@ -24,7 +24,7 @@ from dtrain.data.alike import POSITIONS, ROWS_READ, check_alike, rows_within
 from dtrain.data.counting import Count, count_made
 from dtrain.data.feed import Feed, MicroBatch, MicroBatches, tell_epoch
 from dtrain.data.order import Indices, check_rows
-from dtrain.data.shares import Shares, Split
+from dtrain.data.shares import Cut, Shares, Split, share_out
 from dtrain.data.shipping import Shipper, is_numeric
 from dtrain.data.source import Columns, Data, has_rows
 from dtrain.distributed import World, derive_seed, random_state_kept, seed_everything
@@ -52,8 +52,13 @@ class MapFeed(Feed):
     A checkpoint holds nothing of it: the order is a function of seed, epoch and position.
     """
 
-    def __init__(self, data: Data, world: World, split: Split, seed: int) -> None:
+    samples: int  # never None
+
+    def __init__(
+        self, data: Data, world: World, split: Split, seed: int, cut: Cut | None = None
+    ) -> None:
         self._data, self._world, self._split, self._seed = data, world, split, seed
+        self._cut = cut
         self._shipper = Shipper(world.device)
         # Not of this rank: which one has a sample must not matter.
         of_samples = derive_seed(seed, _SAMPLE_STREAM) if data.seed_samples else None
@@ -74,7 +79,8 @@ class MapFeed(Feed):
         order, size = data.positions(self._seed), data.batch_size
         self.samples = len(order) - len(order) % size if data.drop_last else len(order)
         of = len(data.dataset)
-        self._shares = Shares(order, self.samples, size, world.rank, world.size, self._split, of)
+        mine = world.rank, world.size, self._split, of
+        self._shares = share_out(self._cut, order, self.samples, size, *mine)
         self.steps_per_epoch = self._shares.steps
         # Asked here, so that a split that cannot be is found before a step is taken.
         self._sizes, self._last_sizes = map(self._shares.sizes, (0, self._shares.steps - 1))
@@ -110,7 +116,7 @@ class MapFeed(Feed):
         for step in range(first_step, self._shares.steps):
             last = step == self._shares.steps - 1
             sizes, micros = self._last_sizes if last else self._sizes
-            yield _MapStep(micros, batches, iter(sizes))
+            yield _MapStep(micros, batches, iter(sizes), self._shares, (epoch, step))
 
     def rows(self, epoch: int, step: int) -> list[int]:
         """Returns the dataset's rows that this rank has in a step."""
@@ -162,11 +168,20 @@ class _MapStep(MicroBatches):
     micros: int
     batches: Iterator[MicroBatch]
     sizes: Iterator[int]  # samples that are fetched
+    shares: Shares
+    place: tuple[int, int]  # epoch and step
+    before: int = 0  # samples of this step that were fetched before
+    size: int = 0  # and last
 
     def next(self) -> MicroBatch | None:
-        if next(self.sizes, None) is None:
+        size = next(self.sizes, None)
+        if size is None:
             return None
+        self.before, self.size = self.before + self.size, size
         return next(self.batches)
+
+    def rows(self) -> list[int]:
+        return self.shares.rows_of(*self.place)[self.before : self.before + self.size]
 
 
 @dataclass(eq=False)

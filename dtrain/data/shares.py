@@ -28,6 +28,21 @@ class AccumulationSlot(Protocol):
         """Returns how many ready-made batches of a stream make a step."""
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How what is only looked at is cut, where no optimizer step is to see a global batch."""
+
+    unit: int = 0  # samples of a micro-batch; 0: a rank's part of a batch
+    apart: bool = False  # each rank has samples that follow one another, and not its part of each
+
+
+@runtime_checkable
+class SizedSlot(Protocol):
+    """Fills it with micro-batches of one size, where that is not 0; the last may be smaller."""
+
+    micro_batch_size: int
+
+
 def sizes_of(slot: AccumulationSlot, share: int) -> list[int]:
     """Returns a share's micro-batches' sizes; raises ConfigError where they are not all of it."""
     sizes = list(slot.split(share))
@@ -138,3 +153,56 @@ class Shares:
                 yield step, first, rows[done : done + end - first]
                 done += end - first
             begin, at_once = steps.stop, min(2 * at_once, _AT_MOST)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks(Shares):
+    """What ranks have where there is no step to take together: blocks of ``unit`` positions each.
+
+    A block is a micro-batch, so they are cut alike at every world size if the unit is. Ranks take
+    turns; or, ``apart``, each has blocks that follow one another, and rank 1's those of rank 0.
+    """
+
+    unit: int
+    apart: bool
+
+    @property
+    def steps(self) -> int:
+        return -(-self._blocks // self.size)
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.samples // self.unit)
+
+    def share(self, step: int) -> tuple[int, int]:
+        block, end = step * self.size + self.rank, self._blocks
+        if self.apart:
+            first, end = share_of(0, self._blocks, rank=self.rank, size=self.size)
+            block = first + step
+        start = min(block, end) * self.unit
+        stop = start + self.unit if block < end else start
+        return min(start, self.samples), min(stop, self.samples)
+
+    def sizes(self, step: int) -> tuple[list[int], int]:
+        first, end = self.share(step)
+        return [end - first] * (end > first), 1
+
+    def _split(self, share: int) -> list[int]:
+        return [share] * (share > 0)
+
+
+def share_out(
+    cut: Cut | None,
+    order: Order,
+    samples: int,
+    batch_size: int,
+    rank: int,
+    size: int,
+    split: Split,
+    of: int,
+) -> Shares:
+    """Returns a rank's part of each batch; or, of what is only looked at, as ``cut`` says."""
+    if cut is None:
+        return Shares(order, samples, batch_size, rank, size, split, of)
+    unit = min(batch_size, cut.unit or -(-min(batch_size, samples) // size))
+    return Blocks(order, samples, unit * size, rank, size, split, of, unit, cut.apart)

@@ -170,6 +170,11 @@ class Data:
             return None
 
     @property
+    def is_listed(self) -> bool:
+        """True where its rows are listed, in an order that is meant."""
+        return self.order is not None and isinstance(as_order(self.order), Listed)
+
+    @property
     def order_name(self) -> str:
         """Names the order in which samples come."""
         if self.is_stream or self.order is None:

@@ -72,7 +72,7 @@ class StreamFeed(Feed):
         if not scale or bool((everyones != everyones[0]).any()):
             return ""
         return (
-            "warning: all ranks' streams gave the same first batch: each rank seems to train on "
+            "warning: all ranks' streams gave the same first batch: each rank seems to have "
             "all of the data, as from a DataLoader in a wrapper. Pass the dataset itself with the "
             "global batch_size, or have each rank's stream give its own part"
         )

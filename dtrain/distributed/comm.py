@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
@@ -26,6 +27,8 @@ Where = str | Callable[[], str]  # where something failed; a function if that is
 
 # What torch says where the other end of a connection is gone; it has no type for that.
 _BROKEN = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|Broken pipe")
+
+_LOOK_EVERY_S = 2.0
 
 
 class _Gatherer(Protocol):  # of :mod:`dtrain.step`
@@ -58,6 +61,7 @@ class Comm:
         self._rank = rank
         self._size = size
         self._closed = False
+        self._next_look = 0.0
         self._on_main = ""  # the label, while rank 0 runs a function alone
         self._gatherer: _Gatherer | None = None  # while a loss function runs
         self.activity = Activity()  # where this rank's main thread is
@@ -230,6 +234,16 @@ class Comm:
             accelerator.give_up(error)
             self.fail(error, where if isinstance(where, str) else where())
             raise
+
+    def look_for_failures(self) -> None:
+        """Raises what another rank that waits to tell of it has failed with.
+
+        For where ranks meet in no verb for long. Ranks: all, local, until there is a failure.
+        """
+        if (now := monotonic()) >= self._next_look:
+            self._next_look = now + _LOOK_EVERY_S
+            if self._failures.is_recorded():
+                self.barrier("a failure on another rank")
 
     def leave(self, error: Exception, where: str) -> None:
         """Leaves an exception in the store, for ranks that wait in a reduction.

@@ -78,6 +78,15 @@ class Failures:
         except RuntimeError as unreachable:
             error.add_note(f"(could not be recorded for the other ranks: {unreachable})")
 
+    def is_recorded(self) -> bool:
+        """Says whether another rank has left a record: it waits to tell, or has left."""
+        try:
+            found = self.store is not None and self.store.check(["failure"])
+            text = self.store.get("failure") if self.store is not None and found else b""
+        except RuntimeError:
+            return False  # as below
+        return bool(text) and json.loads(text)["rank"] != self.rank
+
     def forget(self) -> None:
         """Removes the record: all ranks know, and a later failure must not be taken for it."""
         if self.store is not None:

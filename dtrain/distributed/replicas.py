@@ -361,9 +361,9 @@ def check_same_lines(what: str, mine: list[str], comm: Comm) -> None:
     raise RankMismatch(f"{what} (compared with rank 0):\n" + "\n".join(rows))
 
 
-def check_same_call(arguments: Mapping[str, object], comm: Comm) -> None:
+def check_same_call(arguments: Mapping[str, object], comm: Comm, call: str = "fit") -> None:
     """Raises RankMismatch where ``fit`` has different arguments. Ranks: all, communicates."""
-    everyones = comm.gather_objects("fit", {name: str(value) for name, value in arguments.items()})
+    everyones = comm.gather_objects(call, {name: str(value) for name, value in arguments.items()})
     differing = [n for n in arguments if len({one.get(n) for one in everyones}) > 1]
     if differing:
         table = "\n".join(
@@ -371,5 +371,6 @@ def check_same_call(arguments: Mapping[str, object], comm: Comm) -> None:
             for rank, one in enumerate(everyones)
         )
         raise RankMismatch(
-            f"the ranks called fit with different arguments or data of different length:\n{table}"
+            f"the ranks called {call} with different arguments or data of different length:\n"
+            + table
         )

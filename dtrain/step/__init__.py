@@ -2,11 +2,11 @@
 
 from dtrain.step.engine import Engine
 from dtrain.step.lane import Heard, LaneSilent
-from dtrain.step.loss_forms import UserLoss, adapt, as_loss
+from dtrain.step.loss_forms import LossFn, UserLoss, adapt, as_loss
 from dtrain.step.micro_step import MicroStep, of_backward
 from dtrain.step.precision import Autocast, Factor, Precision, PrecisionSlot, ScaledAutocast
 from dtrain.step.strategy import StepResult, Strategy, joint_norm
-from dtrain.step.taking import may_delay, take_model, unwrapped
+from dtrain.step.taking import check_trains, may_delay, take_model, unwrapped
 from dtrain.step.updates import UpdatePlan
 from dtrain.step.votes import Agreed
 
@@ -17,6 +17,7 @@ __all__ = [
     "Factor",
     "Heard",
     "LaneSilent",
+    "LossFn",
     "MicroStep",
     "Precision",
     "PrecisionSlot",
@@ -27,6 +28,7 @@ __all__ = [
     "UserLoss",
     "adapt",
     "as_loss",
+    "check_trains",
     "joint_norm",
     "may_delay",
     "of_backward",

@@ -4,14 +4,16 @@ import inspect
 from collections.abc import Callable, Generator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dtrain.context import Context, Loss, Number
+from dtrain.context import Context, Loss, Metrics, Number
 from dtrain.errors import LossError
 from dtrain.metrics import as_metrics
 
-#: What one returns; or a generator of each update's name and that.
-Returned = Loss | Tensor | Generator[Any, None, None]
+#: What one returns: Metrics where it is for evaluation only; or a generator of each update's name
+#: and loss.
+Returned = Loss | Metrics | Tensor | Generator[Any, None, None]
 UserLoss = Callable[..., Returned]
 LossFn = Callable[[nn.Module, Any, Context], Returned]
 
@@ -25,6 +27,11 @@ def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
         )
     loss = Loss(returned) if isinstance(returned, Tensor) else returned
     if not isinstance(loss, Loss):
+        if isinstance(loss, Metrics):
+            raise LossError(
+                "loss_fn returned dtrain.Metrics, which has no loss to train by: return "
+                "dtrain.Loss, and dtrain.Metrics from another function, Trainer(eval_fn=...)"
+            )
         raise LossError(
             f"loss_fn returned {type(returned).__name__}; return a scalar tensor or dtrain.Loss"
         )
@@ -65,10 +72,22 @@ def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
     return loss
 
 
-def _is_nothing(weight: Number) -> bool:
+def as_evaluated(returned: object, samples: int) -> Loss | Metrics:
+    """Returns what a function for evaluation returned, checked, and with a weight."""
+    if not isinstance(returned, Metrics):
+        return as_loss(returned, samples)
+    try:
+        checked = as_loss(Loss(torch.zeros(()), returned.weight, returned.metrics), samples)
+    except LossError as error:
+        raise LossError(str(error).replace("the loss has", "dtrain.Metrics have")) from None
+    returned.weight = checked.weight
+    return returned
+
+
+def _is_nothing(weight: Number | None) -> bool:
     """Says whether a weight is 0. On the GPU it is waited for, but where else there is an error."""
     try:
-        return float(weight) == 0
+        return float(weight) == 0  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         return False  # not one number, which is told elsewhere
 

@@ -33,6 +33,11 @@ _WRAPPERS = (
     "DeepSpeedEngine",
 )
 
+_NO_OPTIMIZER = (
+    "this Trainer was made without an optimizer, Trainer(model, None, ...), and so evaluates and "
+    "predicts only: to train, pass one, or set trainer.optimizer"
+)
+
 _DYNAMO_WAS_THERE = "torch._dynamo" in sys.modules
 
 
@@ -47,9 +52,28 @@ def _let_go_of_frames() -> None:
         gc.collect()
 
 
+class NoOptimizer(Optimizer):
+    """Stands where there is none, for a Trainer that evaluates and predicts only."""
+
+    def __init__(self) -> None:
+        super().__init__([{"params": []}], {})
+
+    def step(self, closure: Any = None) -> Any:
+        """Raises ConfigError."""
+        raise ConfigError(_NO_OPTIMIZER)
+
+
+def check_trains(model: nn.Module, optimizer: object) -> None:
+    """Raises ConfigError where there is nothing to train, or nothing to train it with."""
+    if isinstance(optimizer, NoOptimizer):
+        raise ConfigError(_NO_OPTIMIZER)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("no parameter of the model requires a gradient: nothing to train")
+
+
 def take_model(
     model: nn.Module,
-    optimizer: Optimizers,
+    optimizer: Optimizers | None,
     strategy: Strategy,
     world: World,
 ) -> tuple[nn.Module, Optimizer, list[str]]:
@@ -57,13 +81,16 @@ def take_model(
 
     Ranks: all, communicates.
     """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("no parameter of the model requires a gradient: nothing to train")
+    if optimizer is None:
+        optimizer = NoOptimizer()
+    else:
+        check_trains(model, optimizer)
     own_memory(model)
     model = strategy.prepare_model(model.to(world.device), world)
     made = _made(optimizer, model)
     _let_go_of_frames()
-    notes = [note] if (note := note_of(lacking(made, model))) else []
+    lacks = [] if isinstance(made, NoOptimizer) else lacking(made, model)
+    notes = [note] if (note := note_of(lacks)) else []
     hooked = [name for name, p in named_parameters(model) if p._backward_hooks]
     if hooked and world.size > 1:
         notes.append(

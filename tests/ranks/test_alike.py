@@ -15,6 +15,7 @@ from dtrain.callbacks import (
     Checkpoint,
     ClipGradients,
     EarlyStopping,
+    EvalOutputs,
     Freeze,
     GradientAccumulation,
     GradientNoise,
@@ -163,6 +164,7 @@ CALLBACKS = {
     "EarlyStopping": functools.partial(
         EarlyStopping, "eval/loss", mode="max", patience=1, restore_best=True
     ),
+    "EvalOutputs": functools.partial(EvalOutputs, {"spread": lambda logits: float(logits.std())}),
     "Freeze": functools.partial(Freeze, "0", until_epoch=1),
     "GradientAccumulation": functools.partial(GradientAccumulation, steps=2),
     "GradientNoise": functools.partial(GradientNoise, 0.1),

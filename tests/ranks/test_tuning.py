@@ -1,0 +1,300 @@
+"""A range test of learning rates, a batch size that fits: equal on all ranks, nothing is left."""
+
+import copy
+import functools
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import tiny
+import torch
+from torch.optim.lr_scheduler import StepLR
+
+import dtrain
+from dtrain.callbacks import (
+    EMA,
+    Checkpoint,
+    ClipGradients,
+    GradientAccumulation,
+    LRSchedule,
+    MixedPrecision,
+    NonFiniteGuard,
+)
+from dtrain.distributed import derive_seed
+from dtrain.testing import run_processes, run_ranks, try_ranks
+
+DATA = tiny.dataset(96)
+DOUBLES = torch.utils.data.TensorDataset(DATA.tensors[0].double(), DATA.tensors[1])
+
+
+def told(outcomes):
+    """What each rank's error says, with its notes."""
+    return [
+        " ".join([f"{type(one.error).__name__}: {one.error}", *getattr(one.error, "__notes__", ())])
+        for one in outcomes
+    ]
+
+
+def sgd(net):
+    return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+
+def swept(*callbacks, strategy="auto", **options):
+    run = tiny.trainer(
+        callbacks, net=tiny.model(dtype=torch.float64), optimizer=sgd, strategy=strategy
+    )
+    return dtrain.lr_range_test(
+        run, DOUBLES, batch_size=16, **({"steps": 30, "end": 100.0} | options)
+    )
+
+
+@functools.cache
+def plain(steps=30, start=1e-7, end=100.0):
+    """The same by hand: epochs in dtrain's order follow one another."""
+    net = tiny.model(dtype=torch.float64)
+    opt, order, losses = sgd(net), dtrain.data.Shuffled(96, derive_seed(0, 4)), []
+    for step in range(steps):
+        epoch, at = divmod(step, 6)
+        rows = order.indices(epoch, at * 16, at * 16 + 16)
+        opt.param_groups[0]["lr"] = start * (end / start) ** (step / (steps - 1))
+        loss = tiny.loss_fn(net, DOUBLES[rows]).mean
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("callbacks", [(), (GradientAccumulation(3),)])
+def test_its_losses_are_those_of_one_process(ranks, callbacks):
+    first, *others = run_ranks(swept, ranks, *callbacks)
+    assert all(other == first for other in others)
+    assert 10 < len(first.losses) <= 30
+    assert first.losses == pytest.approx(plain()[: len(first.losses)], rel=1e-9)
+    assert first.losses[:20] == pytest.approx(plain()[:20], rel=1e-12)
+    assert first.rates[0] == 1e-7
+    assert len(first.rates) == len(first.smoothed) == len(first.losses)
+    assert 1e-3 < first.suggestion < 10
+
+
+def swept_with_ddp():
+    return swept(strategy="ddp").losses
+
+
+def test_processes_find_what_threads_do():
+    assert run_processes(swept_with_ddp, 2) == run_ranks(swept_with_ddp, 2)
+
+
+def then_trained(folder, tries):
+    """Trains, perhaps after both attempts; returns all that must not differ."""
+    callbacks = [
+        MixedPrecision("bf16"),
+        ClipGradients(1.0),
+        NonFiniteGuard(),
+        EMA(0.9),
+        LRSchedule(lambda opt, steps: StepLR(opt, 4)),
+        Checkpoint(every_epochs=1),
+    ]
+    net = torch.nn.Sequential(tiny.model(), torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.2))
+    opt = tiny.adam(net, fused=True)
+    opt.param_groups[0]["mine"] = 1
+    run = tiny.trainer(callbacks, net=net, optimizer=opt, run_dir=folder)
+    before = copy.deepcopy((net.state_dict(), opt.state_dict()))
+    if tries:
+        for result in (
+            dtrain.lr_range_test(run, DATA, batch_size=16, steps=20, picture=folder / "a.svg"),
+            dtrain.find_batch_size(run, DATA, batch_size=16),
+        ):
+            assert result
+        (folder / "a.svg").unlink(missing_ok=True) if run.world.is_main else None
+        run.world.comm.barrier("removed")
+        assert not [*folder.iterdir()]
+        now = net.state_dict(), opt.state_dict()
+        assert str(now) == str(before)
+        assert all(map(torch.equal, now[0].values(), before[0].values()))
+        assert all(p.grad is None for p in net.parameters())
+    result = run.fit(DATA, batch_size=16, epochs=2)
+    return tiny.digest(net), result.metrics, torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nothing_of_it_is_left(ranks, tmp_path):
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
+    with_it = run_ranks(then_trained, ranks, tmp_path / "with", True)
+    without = run_ranks(then_trained, ranks, tmp_path / "without", False)
+    assert with_it == without
+
+
+def with_groups():
+    net = tiny.model()
+    opt = torch.optim.SGD(
+        [{"params": net[0].parameters(), "lr": 0.1}, {"params": net[2].parameters(), "lr": 0.2}]
+    )
+
+    class Rates(dtrain.Callback):
+        def on_grads_ready(self, ctx, step):
+            rates.append(tuple(group["lr"] for group in ctx.optimizer.param_groups))
+            ctx.optimizer.param_groups[0]["extra"] = 1
+
+        def __deepcopy__(self, memo):
+            return self
+
+    rates = []
+    run = tiny.trainer([Rates()], net=net, optimizer=opt)
+    found = dtrain.lr_range_test(run, DATA, batch_size=16, steps=5, start=0.01, end=0.16)
+    assert "extra" not in opt.param_groups[0]
+    return rates, found.rates, [group["lr"] for group in opt.param_groups]
+
+
+def test_groups_keep_their_proportion():
+    for rates, first, after in run_ranks(with_groups, 2):
+        assert first == pytest.approx([0.01, 0.02, 0.04, 0.08, 0.16])
+        assert rates == [(rate, 2 * rate) for rate in first]
+        assert after == [0.1, 0.2]
+
+
+def test_the_picture(tmp_path):
+    found, other = run_ranks(lambda: swept(picture=tmp_path / "rates.svg"), 2)
+    assert found.svg() == other.svg() == (tmp_path / "rates.svg").read_text()
+    root = ElementTree.fromstring(found.svg())
+    lines = [one for one in root if one.tag.endswith("polyline")]
+    assert [len(one.get("points").split()) for one in lines] == [len(found.rates)] * 2
+    words = [one.text for one in root if one.tag.endswith("text")]
+    assert "1e-7" in words
+    assert f"{found.suggestion:.2g}" in words
+
+
+def no_number(net, batch):
+    loss = tiny.loss_fn(net, batch).mean
+    steps.append(1)
+    return loss * float("nan") if len(steps) > 7 else loss
+
+
+steps = []
+
+
+def test_it_ends_where_the_loss_is_no_number():
+    steps.clear()
+    found = run_ranks(
+        lambda: dtrain.lr_range_test(
+            tiny.trainer(loss=no_number, optimizer=sgd), DATA, batch_size=16
+        ),
+        1,
+    )[0]
+    assert len(found.losses) == 7
+    assert len(steps) < 12
+
+
+def grows(net, batch):
+    steps.append(1)
+    return tiny.loss_fn(net, batch).mean * (9 if len(steps) > 7 else 1)
+
+
+def test_it_ends_where_the_loss_has_grown():
+    steps.clear()
+    run = lambda: dtrain.lr_range_test(  # noqa: E731
+        tiny.trainer(loss=grows, optimizer=sgd), DATA, batch_size=16, end=1e-6
+    )
+    (found,) = run_ranks(run, 1)
+    over = [n for n, loss in enumerate(found.smoothed) if loss > 4 * min(found.smoothed)]
+    assert over[0] > 8
+    assert len(found.losses) <= over[0] + 2  # a request is heard in the next step
+
+
+def after_a_fit(call):
+    run = tiny.trainer(optimizer=sgd)
+    run.fit(DATA, batch_size=16, max_steps=1)
+    call(run, DATA, batch_size=16)
+
+
+def fails_on_one(call):
+    def loss(net, batch):
+        if run.world.rank == 1:
+            raise ValueError("torn")
+        return tiny.loss_fn(net, batch)
+
+    run = tiny.trainer(loss=loss, optimizer=sgd)
+    before = tiny.digest(run.model)
+    try:
+        call(run, DATA, batch_size=16)
+    finally:
+        assert tiny.digest(run.model) == before
+
+
+BOTH = [dtrain.lr_range_test, dtrain.find_batch_size]
+
+
+@pytest.mark.parametrize("call", BOTH)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_cannot_be_is_told(call, ranks):
+    for error in told(try_ranks(after_a_fit, ranks, call)):
+        assert f"{call.__name__} comes before the Trainer's first fit: make a new Trainer" in error
+    none = try_ranks(lambda: call(tiny.trainer(optimizer=None), DATA, batch_size=16), ranks)
+    for error in told(none):
+        assert "made without an optimizer" in error
+    for error in told(try_ranks(fails_on_one, 2, call)):
+        assert "torn" in error
+
+
+@pytest.mark.parametrize("options", [{"start": 0.0}, {"start": 1.0, "end": 1.0}, {"steps": 1}])
+def test_rates_that_cannot_be(options):
+    for error in told(try_ranks(lambda: swept(**options), 2)):
+        assert "rates above 0 that grow, in 2 steps or more" in error
+
+
+# ------------------------------------------------------------------------------- a batch size
+
+
+def fitting(limit, batch_size=64, strategy="auto", where="loss_fn"):
+    """On the last rank, more samples than the limit do not fit."""
+    tried = []
+
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def loss(net, batch):
+        found = tiny.loss_fn(net, batch)
+        if run.world.rank == run.world.size - 1:
+            tried.append(len(batch[0]))
+            if len(batch[0]) > limit and where == "loss_fn":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            if len(batch[0]) > limit:
+                found.mean = Full.apply(found.mean)
+        return found
+
+    run = tiny.trainer([GradientAccumulation(2)], loss=loss, optimizer=sgd, strategy=strategy)
+    before = tiny.digest(run.model)
+    micro = dtrain.find_batch_size(run, DATA, batch_size=batch_size)
+    assert tiny.digest(run.model) == before
+    return micro, tried
+
+
+@pytest.mark.parametrize("strategy", ["flat", "ddp"])
+@pytest.mark.parametrize("where", ["loss_fn", "backward"])
+@pytest.mark.parametrize(("ranks", "limit", "micro"), [(1, 9, 8), (2, 12, 11), (2, 99, 32)])
+def test_the_largest_micro_batch_that_fits_on_all_ranks(ranks, limit, micro, where, strategy):
+    found = run_ranks(fitting, ranks, limit, 64, strategy, where)
+    assert [one for one, _ in found] == [micro] * ranks
+    assert max(n for n in found[-1][1] if n <= limit) == micro
+
+
+def test_one_sample_that_does_not_fit():
+    first, second = told(try_ranks(fitting, 2, 0))
+    assert "RemoteError: rank 1 on" in first
+    assert "OutOfMemoryError: CUDA out of memory" in second
+    assert "(find_batch_size: with micro-batches of 1, the smallest)" in second
+
+
+def test_ready_batches_have_their_size():
+    def run():
+        dtrain.find_batch_size(tiny.trainer(optimizer=sgd), [DATA[:4]])
+
+    for error in told(try_ranks(run, 2)):
+        assert "find_batch_size takes a dataset with a batch_size" in error
