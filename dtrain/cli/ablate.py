@@ -1,5 +1,6 @@
 """``dtrain ablate``: what each tweak of a training is worth, in one command."""
 
+import difflib
 import os
 import re
 import shlex
@@ -35,7 +36,8 @@ class InOrder(TyperCommand):
         ctx.meta[_CHANGES] = [
             (one.name, values[one.name].pop(0)) for one in order if values.get(one.name or "")
         ]
-        self._check_whose(ctx, own)
+        if not script:
+            self._check_whose(ctx, own)
         return super().parse_args(ctx, [*own, "--", *script] if script else own)
 
     def _check_whose(self, ctx: Any, args: list[str]) -> None:
@@ -51,7 +53,13 @@ class InOrder(TyperCommand):
         ours = {name for one in self.params for name in one.opts if name.startswith("--")}
         for word in options.get("args") or ():
             name = word.partition("=")[0]
-            if name in ours and re.search(rf"""["']{name}["']""", text):
+            is_its = re.search(rf"""["']{re.escape(name)}["']""", text)
+            close = difflib.get_close_matches(name, ours, 1, 0.8)
+            if name.startswith("--") and name not in ours and close and not is_its:
+                raise typer.BadParameter(
+                    f"{name}: did you mean {close[0]}? If it is {script}'s own, write it after --"
+                )
+            if name in ours and is_its:
                 raise typer.BadParameter(
                     f"{name} stands after {script}, which seems to have an option {name} as well: "
                     f"put those of dtrain ablate before {script}, and the script's after -- at the "

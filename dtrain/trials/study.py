@@ -102,6 +102,8 @@ class StudyRunner:
                 )
             by_changes.setdefault(frozenset(one.changes), one)
         note.variants = list(by_changes.values())
+        if metric_asked := pick[0]:  # before it is noted
+            check_asked(self.folder, note, metric_asked, pick[2])
         self._pick(found, *pick)
         wanted = [by_changes[frozenset(one.changes)].name for one in variants]
         planned = [(name, seed) for seed in seeds for name in wanted]
@@ -251,6 +253,15 @@ class StudyRunner:
         """Returns what ranks of a job find in their environment: its cores and GPUs."""
         threads = {"OMP_NUM_THREADS": str(self.note.threads)}
         return threads if self.elsewhere else threads | devices_of(job, self.jobs, self.ranks)
+
+
+def check_asked(folder: StudyFolder, note: StudyNote, metric: str, at: str) -> None:
+    """Raises ConfigError where a study has runs to compare with, and these have no such metric."""
+    base = note.variants[0].name
+    for run in folder.runs(one for one in note.runs if one[0] == base):
+        if run.state == "finished":
+            check_metric(run, Pick(metric, "min", at))
+            return
 
 
 def pick_of(note: StudyNote) -> Pick:

@@ -102,6 +102,10 @@ def test_asked_again_it_runs_only_what_is_missing(study, tmp_path):
     done = run(folder, *WITHOUT, "--folder=study")
     assert "1 of" not in done.stderr
     assert done.stdout == study[1].stdout
+    before = (folder / "study" / "study.json").read_text()
+    done = run(folder, "--without=Useless", "--metric=eval/los", "--folder=study", status=2)
+    assert "has no metric 'eval/los'. Did you mean eval/loss?" in done.stderr
+    assert (folder / "study" / "study.json").read_text() == before
     done = run(folder, "--without=Useless", "--set=Harmful.size=0", "--seeds=4", "--folder=study")
     ran = [line for line in done.stderr.splitlines() if " of 6: " in line]
     # The base and its variant with the new seed; the new variant with all four.
