@@ -251,7 +251,7 @@ def test_a_variant_that_begins_with_other_weights():
 def test_runs_of_unequal_length():
     short = runs_of("without EarlyStopping", shifted(0.02), steps=300)
     assert table_of(short).notes == [
-        "figures are not all of the same step (base 100, without EarlyStopping 300); at=steps "
+        "figures are not all of the same step (base 100, without EarlyStopping 300); --at steps "
         "compares where all have come to"
     ]
     assert table_of(short, pick=Pick("eval/loss", "min", "best")).notes == []
