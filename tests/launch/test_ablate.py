@@ -96,6 +96,7 @@ def test_the_same_seed_is_the_same_start(study):
     assert all(starts["base", seed] == starts["without-Useless", seed] for seed in range(3))
 
 
+@pytest.mark.slow
 def test_asked_again_it_runs_only_what_is_missing(study, tmp_path):
     shutil.copytree(study[0], tmp_path / "again")
     folder = tmp_path / "again"

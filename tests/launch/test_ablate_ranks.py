@@ -76,6 +76,7 @@ def test_a_rank_that_stops_is_a_row(tmp_path):
     assert "its process is stopped" in of(study, "stops/seed-0")["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("habit", "words"),
     [

@@ -258,6 +258,26 @@ def test_what_the_ranks_have_found_is_what_they_go_on_with():
 
 
 @pytest.mark.slow
+def test_torchruns_port_may_be_taken_by_the_time_it_is_served():
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # who takes calls, and says nothing
+        port = silent.getsockname()[1]
+        torchrun = {"TORCHELASTIC_RUN_ID": "abc", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT],
+                env=os.environ | rank_environment(rank, 2, port) | torchrun,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        said = [one.communicate("\n", timeout=60)[0] for one in ranks]
+    assert [f"rank {rank} is in" in text for rank, text in enumerate(said)] == [True, True], said
+
+
+@pytest.mark.slow
 def test_a_second_job_at_the_port_of_a_running_one():
     port, another = free_port(), free_port()
     first = list(job(port))
