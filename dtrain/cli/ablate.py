@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from dtrain.cli.submit import submit
-from dtrain.cli.tables import show_table
+from dtrain.cli.tables import AsJSON, AsMarkdown, Mode, show_table
 from dtrain.cli.trials import INTERRUPTED, refusing
 from dtrain.errors import CheckError, ConfigError
 from dtrain.trials import RUN_OF_STUDY, Change, Variant, listed_seeds, run_and_show, study_runner
@@ -109,9 +109,7 @@ def ablate(
     metric: Annotated[
         str | None, typer.Option(help="What to compare; by default what the script judges by.")
     ] = None,
-    mode: Annotated[
-        str | None, typer.Option(help="max if more is better, min if less; known for usual names.")
-    ] = None,
+    mode: Mode = None,
     at: Annotated[
         str,
         typer.Option(
@@ -135,10 +133,8 @@ def ablate(
         list[str] | None,
         typer.Option(help="With --slurm: an option of sbatch, such as gpus-per-node=1."),
     ] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table as Markdown.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    markdown: AsMarkdown = False,
+    json: AsJSON = False,
 ) -> None:
     """Find out what each tweak of a script's training is worth.
 
@@ -154,7 +150,6 @@ def ablate(
             runner = study_runner(script, args or (), folder, jobs or 1, ranks, timeout, retry, say)
             runner.elsewhere = slurm
             with runner.folder.locked(), runner:
-                runner.begin()
                 due = runner.plan(
                     _variants(ctx.meta[_CHANGES]),
                     _seeds(seeds),

@@ -123,7 +123,6 @@ def ablate(
     runner = study_runner(script, args, folder, jobs, ranks, timeout_s, retry, progress)
     given = listed_variants(without, set, arg, variants or {})
     with runner.folder.locked(), runner:
-        runner.begin()
         due = runner.plan(
             given,
             listed_seeds(seeds),

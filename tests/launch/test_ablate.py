@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ablating
 import pytest
 
 import dtrain
@@ -20,18 +21,8 @@ SCRIPT = Path(__file__).with_name("study_script.py")
 pytestmark = pytest.mark.timeout(120)
 
 
-def run(folder, *arguments, script=SCRIPT, status=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "dtrain", "ablate", *arguments, str(script)],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+def run(folder, *arguments, status=0):
+    return ablating.run(folder, *arguments, SCRIPT, status=status)
 
 
 def verdicts(folder):
