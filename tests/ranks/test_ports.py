@@ -142,6 +142,7 @@ def test_a_named_job_is_found_at_one_of_the_next_ports(at):
     assert os.environ["MASTER_PORT"] == str(own.port)
 
 
+@pytest.mark.slow
 def test_rank_0_takes_the_next_port_and_says_who_has_the_last(at):
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
@@ -231,6 +232,7 @@ print(world.comm.gather_objects("all", os.environ["MASTER_PORT"]), os.environ["M
 """
 
 
+@pytest.mark.slow
 def test_what_the_ranks_have_found_is_what_they_go_on_with():
     """A port that follows from the job is taken, and the node's name is none that resolves."""
     for job in range(1, 1000):
