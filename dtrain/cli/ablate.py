@@ -1,5 +1,6 @@
 """``dtrain ablate``: what each tweak of a training is worth, in one command."""
 
+import difflib
 import os
 import re
 import shlex
@@ -12,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from dtrain.cli.submit import submit
-from dtrain.cli.tables import show_table
+from dtrain.cli.tables import AsJSON, AsMarkdown, Mode, show_table
 from dtrain.cli.trials import INTERRUPTED, refusing
 from dtrain.errors import CheckError, ConfigError
 from dtrain.trials import RUN_OF_STUDY, Change, Variant, listed_seeds, run_and_show, study_runner
@@ -35,7 +36,8 @@ class InOrder(TyperCommand):
         ctx.meta[_CHANGES] = [
             (one.name, values[one.name].pop(0)) for one in order if values.get(one.name or "")
         ]
-        self._check_whose(ctx, own)
+        if not script:
+            self._check_whose(ctx, own)
         return super().parse_args(ctx, [*own, "--", *script] if script else own)
 
     def _check_whose(self, ctx: Any, args: list[str]) -> None:
@@ -51,7 +53,13 @@ class InOrder(TyperCommand):
         ours = {name for one in self.params for name in one.opts if name.startswith("--")}
         for word in options.get("args") or ():
             name = word.partition("=")[0]
-            if name in ours and re.search(rf"""["']{name}["']""", text):
+            is_its = re.search(rf"""["']{re.escape(name)}["']""", text)
+            close = difflib.get_close_matches(name, ours, 1, 0.8)
+            if name.startswith("--") and name not in ours and close and not is_its:
+                raise typer.BadParameter(
+                    f"{name}: did you mean {close[0]}? If it is {script}'s own, write it after --"
+                )
+            if name in ours and is_its:
                 raise typer.BadParameter(
                     f"{name} stands after {script}, which seems to have an option {name} as well: "
                     f"put those of dtrain ablate before {script}, and the script's after -- at the "
@@ -101,9 +109,7 @@ def ablate(
     metric: Annotated[
         str | None, typer.Option(help="What to compare; by default what the script judges by.")
     ] = None,
-    mode: Annotated[
-        str | None, typer.Option(help="max if more is better, min if less; known for usual names.")
-    ] = None,
+    mode: Mode = None,
     at: Annotated[
         str,
         typer.Option(
@@ -127,10 +133,8 @@ def ablate(
         list[str] | None,
         typer.Option(help="With --slurm: an option of sbatch, such as gpus-per-node=1."),
     ] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table as Markdown.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    markdown: AsMarkdown = False,
+    json: AsJSON = False,
 ) -> None:
     """Find out what each tweak of a script's training is worth.
 
@@ -146,7 +150,6 @@ def ablate(
             runner = study_runner(script, args or (), folder, jobs or 1, ranks, timeout, retry, say)
             runner.elsewhere = slurm
             with runner.folder.locked(), runner:
-                runner.begin()
                 due = runner.plan(
                     _variants(ctx.meta[_CHANGES]),
                     _seeds(seeds),

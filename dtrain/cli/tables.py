@@ -14,6 +14,13 @@ from dtrain.trials import table_of_study
 
 _STYLES = {"better": "green", "worse": "red", "breaks": "bold red"}
 
+#: What all that shows a comparison takes.
+Mode = Annotated[
+    str | None, typer.Option(help="max if more is better, min if less; known for usual names.")
+]
+AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
+
 
 def show_table(table: Table, *, markdown: bool = False, json: bool = False) -> None:
     """Prints a comparison: in colours and with its picture at a terminal, else as text."""
@@ -54,19 +61,15 @@ def compare(
     metric: Annotated[
         str | None, typer.Option(help="What to compare; eval/loss by default, or train/loss.")
     ] = None,
-    mode: Annotated[
-        str | None, typer.Option(help="max if more is better, min if less; known for usual names.")
-    ] = None,
+    mode: Mode = None,
     at: Annotated[
         str | None, typer.Option(help="final, best, steps, time, steps=500, time=60, evaluate.")
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Write the picture to this file (.png, .pdf, .svg).")
     ] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table as Markdown.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    markdown: AsMarkdown = False,
+    json: AsJSON = False,
 ) -> None:
     """Compare runs that exist, paired by seed; or show the table of a study.
 

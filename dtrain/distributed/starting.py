@@ -50,7 +50,9 @@ def come_together(
             find_address(timeout_s)
             job = Job.of(os.environ, launcher, by_launcher="RANK" in variables)
             port = int(os.environ["MASTER_PORT"])
-            ports = ports_for(port, job, chosen=bool(before.get("MASTER_PORT", port)))
+            # torchrun's is one that was free a moment before.
+            chosen = before.get("MASTER_PORT", port) and "TORCHELASTIC_RUN_ID" not in os.environ
+            ports = ports_for(port, job, chosen=bool(chosen))
             store_process = serve_apart(job, ports, timeout_s)
             if store_process is None:
                 find_store(None, [port], timeout_s)

@@ -108,6 +108,9 @@ def _folders(runs: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], list[P
     unnamed: list[Path] = []
     for given in runs:
         name, equals, pattern = str(given).partition("=")
+        if not equals and not Path(given).exists() and (found := sorted(glob.glob(str(given)))):
+            unnamed += [Path(one) for one in found if Path(one).is_dir()]  # a quoted pattern
+            continue
         if not equals or Path(given).is_dir():
             unnamed.append(Path(given))
             continue

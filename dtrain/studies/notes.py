@@ -50,7 +50,7 @@ def _on_steps(names: Sequence[str], by_name: ByName, pick: Pick, points: Points)
     if len({*found.values()}) < 2 and not any(" to " in steps for steps in found.values()):
         return []
     listed = ", ".join(f"{name} {steps}" for name, steps in found.items())
-    more = "" if pick.at != "final" else "; at=steps compares where all have come to"
+    more = "" if pick.at != "final" else "; --at steps compares where all have come to"
     return [f"figures are not all of the same step ({listed}){more}"]
 
 

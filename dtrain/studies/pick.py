@@ -55,10 +55,6 @@ class Pick:
         at = f"at {limit} {'steps' if kind == 'steps' else 'seconds'}" if limit else where[kind]
         return f"{self.metric}, {at}"
 
-    def values(self, runs: Sequence[Run]) -> list[float | None]:
-        """Returns each run's number; None where it has none."""
-        return [None if point is None else point[2] for point in self.points(runs)]
-
     def points(self, runs: Sequence[Run]) -> list[tuple[float, float, float] | None]:
         """Returns each run's step, seconds and number (the former are NaN for ``evaluate``)."""
         kind, _, given = self.at.partition("=")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,24 @@ class Run:
     start: str = ""  # digest of the weights that its training began with
     evaluated: Mapping[str, float] = field(default_factory=dict)  # by its last Trainer.evaluate
     path: Path | None = None
+
+
+def losses_of(run: Run) -> dict[tuple[float, str], str]:
+    """Returns all losses of a run, by step and name, as texts: not-a-number equals itself so."""
+    return {
+        (row["step"], name): repr(value)
+        for row in run.rows
+        for name, value in row.items()
+        if name.endswith("loss") and "step" in row
+    }
+
+
+def ends_badly(run: Run) -> bool:
+    """Says whether a run's last loss is not finite; its accuracy may be, and means nothing."""
+    last: dict[str, float] = {}
+    for row in run.rows:
+        last |= {name: v for name, v in row.items() if name.endswith("loss")}
+    return not all(map(math.isfinite, last.values()))
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from dtrain.errors import ConfigError
 from dtrain.studies.notes import notes_on
 from dtrain.studies.paired import Pairs, differences
 from dtrain.studies.pick import Pick, curve
-from dtrain.studies.run import Run
+from dtrain.studies.run import Run, ends_badly, losses_of
 from dtrain.studies.verdict import Facts, judge
 from dtrain.studies.words import escaped, is_share, number, signed
 
@@ -22,6 +22,10 @@ _METHOD = (
     "the number of variants by Holm's method, as are the verdicts; what could have been seen is "
     "seen in 80 % of such studies."
 )
+
+
+#: So much may the ratios of a step's time differ between seeds, for one to be told.
+_AGREEING = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,7 @@ def make_table(
     ended = [run for run in runs if run.state == "finished"]
     points = dict(zip([(run.variant, run.seed) for run in ended], pick.points(ended), strict=True))
     values = {key: None if point is None else point[2] for key, point in points.items()}
+    values |= {(run.variant, run.seed): math.nan for run in ended if ends_badly(run)}
     if not any(variant == base for variant, _ in values):
         failed = [run for run in runs if run.variant == base and run.state == "failed"]
         why = f": it failed ({failed[0].error})" if failed else ""
@@ -179,7 +184,8 @@ def make_table(
         row = _facts(name, by_name, values, good)
         if name != base:
             spread = rows[0]["spread"]
-            facts = Facts(pick, share, spread, by_name[base], values)
+            alike = _alike(by_name[base], by_name[name])
+            facts = Facts(pick, share, spread, by_name[base], values, alike)
             row |= judge(row, pairs[name], compared.get(name), facts)
         rows.append(row)
     curves = tuple(
@@ -197,6 +203,14 @@ def make_table(
     return Table(title, pick, base, rows, notes, curves)
 
 
+def _alike(base: Sequence[Run], variant: Sequence[Run]) -> bool:
+    """Says whether runs of the same seed have the same losses."""
+    others = {run.seed: run for run in base}
+    return all(
+        losses_of(run) == losses_of(others[run.seed]) for run in variant if run.seed in others
+    )
+
+
 def _facts(
     name: str,
     by_name: Mapping[str, Sequence[Run]],
@@ -211,6 +225,7 @@ def _facts(
     memory = [run.memory / 1e6 for run in mine if run.memory is not None]
     base = {run.seed: run.step_s for run in next(iter(by_name.values()))}
     ratios = [r.step_s / one for r in mine if r.step_s and (one := base.get(r.seed))]
+    agree = ratios and max(ratios) <= _AGREEING * min(ratios)
     is_base = name == next(iter(by_name))
     return {
         "variant": name,
@@ -229,7 +244,8 @@ def _facts(
         "verdict": "base" if is_base else "",
         "sentence": "",
         "step_ms": median(steps) if steps else None,
-        "step_ratio": median(ratios) if ratios and not is_base else None,
+        # Seeds that do not agree on it tell of the machine, not of the variant.
+        "step_ratio": median(ratios) if agree and not is_base else None,
         "memory_mb": max(memory) if memory else None,
         "error": failed[0].error if failed else "",
     }

@@ -52,8 +52,12 @@ def _differences(table: Table, names: int, room: int, marks: tuple[str, ...]) ->
     size = (high - low) / 20
     left, right = signed(low, size) if low else "0", signed(high, size) if high else "0"
     side = "right" if table.pick.mode == "max" else "left"
-    about = f"difference to {short(table.base)}, better to the {side}; {marks[2]} matters"
     gap = room - len(left) - len(right)
+    about = f"better to the {side}"
+    if len(more := f"{about}; {marks[2]} matters") + 2 <= gap:
+        about = more
+    if len(more := f"difference to {short(table.base)}, {about}") + 2 <= gap:
+        about = more
     lines.append(" " * (names + 2) + left + about[: max(0, gap - 2)].center(gap) + right)
     return [*lines, ""]
 

@@ -37,6 +37,7 @@ class Facts:
     spread: float | None  # of the base
     base: Sequence[Run]
     values: Values
+    alike: bool = True  # the variant has the base's losses, in all seeds that both have
 
 
 def judge(
@@ -52,6 +53,12 @@ def judge(
         found |= {"p": difference.p, "p_holm": difference.p_holm}
     if not deltas:
         verdict, words = _without_pairs(row, facts)
+    elif not (any(deltas) or facts.alike):
+        verdict = "no difference seen"
+        words = (
+            f"the same {facts.pick.metric} in {len(deltas)} of {len(deltas)} seeds, but not the "
+            "same losses: that metric is too coarse to tell them apart here"
+        )
     elif not any(deltas):
         verdict = "identical"
         words = (

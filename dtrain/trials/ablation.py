@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dtrain.errors import ConfigError
-from dtrain.studies import Table, check_metric, draw, guess_mode
+from dtrain.studies import Table, draw, guess_mode
 from dtrain.trials.changes import Change, Variant
 from dtrain.trials.launcher import Progress, check_script
-from dtrain.trials.study import NO_LIMIT_S, Due, StudyRunner, compared, pick_of
+from dtrain.trials.study import NO_LIMIT_S, Due, StudyRunner, check_asked, compared
 from dtrain.trials.study_files import StudyFolder
 
 #: The script that a batch job runs, with a study's folder and a run's number.
@@ -123,7 +123,6 @@ def ablate(
     runner = study_runner(script, args, folder, jobs, ranks, timeout_s, retry, progress)
     given = listed_variants(without, set, arg, variants or {})
     with runner.folder.locked(), runner:
-        runner.begin()
         due = runner.plan(
             given,
             listed_seeds(seeds),
@@ -215,11 +214,8 @@ def table_of_study(
     files = StudyFolder(folder)
     if (note := files.read()) is None:
         raise ConfigError(f"{folder} holds no study: there is no study.json")
+    check_asked(files, note, metric or note.metric, at or note.at)
     if metric is not None and metric != note.metric:
         note.metric, note.mode = metric, mode or guess_mode(metric)
     note.mode, note.at = mode or note.mode, at or note.at
-    for run in files.runs(note.runs):
-        if run.variant == note.variants[0].name and run.state == "finished":
-            check_metric(run, pick_of(note))
-            break
     return Study(folder, compared(files, note))

@@ -41,10 +41,10 @@ class Change:
                     "value, such as EMA.decay=0.99 or optimizer.lr=1e-3"
                 )
             return cls(kind, what.strip(), value.strip())
-        if kind == "without" and not re.fullmatch(r"[^\s#=]+(#[1-9]\d*)?", text):
+        if kind == "without" and not re.fullmatch(r"[^\s#=,]+(#[1-9]\d*)?", text):
             raise ConfigError(
                 f"--without {text or repr(text)}: write a callback's class, such as EMA, or EMA#2 "
-                "for the second of that class"
+                "for the second of that class; another one takes a --without of its own"
             )
         if kind == "arg":
             try:
@@ -123,7 +123,7 @@ def plan_variants(
     single = [v for v in given if len(v.changes) == 1 and v.changes[0].kind == "without"]
     targets = [v.changes[0].what for v in single]
     if only:
-        return _added_to_none(given, targets or list(callbacks), single, each or pairs)
+        return _added_to_none(given, targets, callbacks, single, each or pairs)
     variants = [Variant(BASE), *given]
     if each:
         targets += [name for name in callbacks if name not in targets]
@@ -146,21 +146,28 @@ def plan_variants(
 
 
 def _added_to_none(
-    given: Sequence[Variant], targets: list[str], single: list[Variant], more: bool
+    given: Sequence[Variant],
+    named: list[str],
+    callbacks: Sequence[str],
+    single: list[Variant],
+    more: bool,
 ) -> list[Variant]:
     if more or len(single) != len(given):
         raise ConfigError(
             "--only leaves out all callbacks (or those of --without), and adds one at a time: it "
             "goes with --without alone, not with --each, --pairs, --set, --arg or --variant"
         )
+    targets = named or list(callbacks)
     if not targets:
         raise ConfigError("--only: the script has no callbacks to add one at a time")
     out = [Change("without", name) for name in targets]
+    # Where others stay, "only" and "none" would not be true.
+    word, base = ("with", "") if named else ("only", NONE)
     ones = [
-        Variant.of([one for one in out if one.what != name], f"only {name}") for name in targets
+        Variant.of([one for one in out if one.what != name], f"{word} {name}") for name in targets
     ]
     whole = [Variant("all")] if len(targets) > 1 else []
-    return [Variant.of(out, NONE), *ones, *whole]
+    return [Variant.of(out, base), *ones, *whole]
 
 
 def _unlike(variants: list[Variant]) -> list[Variant]:

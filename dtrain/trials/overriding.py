@@ -70,7 +70,7 @@ def refuse(idle: Sequence[Change], callbacks: Sequence[Callback]) -> None:
     for change in idle:
         owner = change.what if change.kind == "without" else change.what.rpartition(".")[0]
         close = difflib.get_close_matches(owner, [*names, *(n.partition("#")[0] for n in names)], 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = f"; did you mean {close[0]}?" if close else "."
         raise ConfigError(
             f"{change} touches nothing: the script's Trainer has no such callback{hint} It has "
             f"{', '.join(names) or 'none'}"
@@ -167,7 +167,9 @@ def _changed(one: Callback, argument: str, change: Change) -> tuple[Any, Any]:
     values = made.arguments if argument in fixed else made.arguments[str(more)]
     old, new = values.get(argument), change.value
     if isinstance(old, bool | int | float) and isinstance(new, str):
-        raise ConfigError(f"{change}: it is {old!r}, whose place no text can take")
+        raise ConfigError(
+            f"{change}: {argument} is a number in the script ({old!r}), and {new!r} is none"
+        )
     if type(old) is type(new) and old == new:
         raise ConfigError(f"{change} changes nothing: it is {old!r} in the script, too")
     values[argument] = new

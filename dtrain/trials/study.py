@@ -1,5 +1,6 @@
 """A study: a script's training as it is and with changes, on several seeds, and what that shows."""
 
+import json
 import os
 import threading
 import time
@@ -44,7 +45,7 @@ class StudyRunner:
 
     # -- what is to be done ---------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Takes up the study in the folder, or begins one; ConfigError where that is another."""
         threads = max(1, len(os.sched_getaffinity(0)) // (self.jobs * self.ranks))
         digest = files.digest_of_file(self.script)
@@ -74,11 +75,12 @@ class StudyRunner:
         pairs: bool,
         only: bool,
     ) -> list[Due]:
-        """Looks at the script, notes variants and seeds beside those there are; says what is due.
+        """Takes up the study, looks at the script, notes what is to be run; returns what is due.
 
         Raises ConfigError where what is wanted cannot be changed, CheckError where the script fails
         before its first ``fit``.
         """
+        self._begin()
         note = self.note
         found = self._probe(given)
         note.callbacks = found["callbacks"]
@@ -102,6 +104,8 @@ class StudyRunner:
                 )
             by_changes.setdefault(frozenset(one.changes), one)
         note.variants = list(by_changes.values())
+        if metric_asked := pick[0]:  # before it is noted
+            check_asked(self.folder, note, metric_asked, pick[2])
         self._pick(found, *pick)
         wanted = [by_changes[frozenset(one.changes)].name for one in variants]
         planned = [(name, seed) for seed in seeds for name in wanted]
@@ -119,8 +123,6 @@ class StudyRunner:
 
     def _probe(self, given: Sequence[Variant]) -> dict[str, Any]:
         """Returns what the script has, having tried whether each change could be made."""
-        import json
-
         from dtrain.trials.study_trial import PROBE, Setup
 
         self.progress("what the script has")
@@ -251,6 +253,15 @@ class StudyRunner:
         """Returns what ranks of a job find in their environment: its cores and GPUs."""
         threads = {"OMP_NUM_THREADS": str(self.note.threads)}
         return threads if self.elsewhere else threads | devices_of(job, self.jobs, self.ranks)
+
+
+def check_asked(folder: StudyFolder, note: StudyNote, metric: str, at: str) -> None:
+    """Raises ConfigError where a study has runs to compare with, and these have no such metric."""
+    base = note.variants[0].name
+    for run in folder.runs(one for one in note.runs if one[0] == base):
+        if run.state == "finished":
+            check_metric(run, Pick(metric, "min", at))
+            return
 
 
 def pick_of(note: StudyNote) -> Pick:

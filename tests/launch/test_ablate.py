@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ablating
 import pytest
 
 import dtrain
@@ -20,18 +21,8 @@ SCRIPT = Path(__file__).with_name("study_script.py")
 pytestmark = pytest.mark.timeout(120)
 
 
-def run(folder, *arguments, script=SCRIPT, status=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "dtrain", "ablate", *arguments, str(script)],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+def run(folder, *arguments, status=0):
+    return ablating.run(folder, *arguments, SCRIPT, status=status)
 
 
 def verdicts(folder):
@@ -96,12 +87,17 @@ def test_the_same_seed_is_the_same_start(study):
     assert all(starts["base", seed] == starts["without-Useless", seed] for seed in range(3))
 
 
+@pytest.mark.slow
 def test_asked_again_it_runs_only_what_is_missing(study, tmp_path):
     shutil.copytree(study[0], tmp_path / "again")
     folder = tmp_path / "again"
     done = run(folder, *WITHOUT, "--folder=study")
     assert "1 of" not in done.stderr
     assert done.stdout == study[1].stdout
+    before = (folder / "study" / "study.json").read_text()
+    done = run(folder, "--without=Useless", "--metric=eval/los", "--folder=study", status=2)
+    assert "has no metric 'eval/los'. Did you mean eval/loss?" in done.stderr
+    assert (folder / "study" / "study.json").read_text() == before
     done = run(folder, "--without=Useless", "--set=Harmful.size=0", "--seeds=4", "--folder=study")
     ran = [line for line in done.stderr.splitlines() if " of 6: " in line]
     # The base and its variant with the new seed; the new variant with all four.

@@ -2,10 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import ablating
 import pytest
 
 SCRIPT = Path(__file__).with_name("ranks_script.py")
@@ -16,16 +15,8 @@ pytestmark = pytest.mark.timeout(150)
 def ablate(folder, name, *arguments, habits=(), status=0):
     """Returns the rows of its table, what it printed, and the study's folder."""
     more = ["--", "--habits", *habits] if habits else []
-    done = subprocess.run(
-        [sys.executable, "-m", "dtrain", "ablate", f"--folder={name}", *arguments, SCRIPT, *more],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
+    asked = [f"--folder={name}", *arguments, SCRIPT, *more]
+    done = ablating.run(folder, *asked, status=status)
     rows = json.loads((folder / name / "table.json").read_text())["rows"] if status == 0 else []
     return {row["variant"]: row for row in rows}, done, folder / name
 
@@ -76,6 +67,7 @@ def test_a_rank_that_stops_is_a_row(tmp_path):
     assert "its process is stopped" in of(study, "stops/seed-0")["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("habit", "words"),
     [

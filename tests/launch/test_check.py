@@ -369,6 +369,7 @@ def test_status_2_is_for_what_cannot_be_checked(arguments, told):
     assert told in done.output
 
 
+@pytest.mark.slow
 def test_a_script_that_hangs_is_stopped_and_says_where(folder, launcher):
     (folder / "hang.py").write_text("import threading\nthreading.Event().wait()\n")
     with pytest.raises(CheckError, match=r"longer than 8 seconds(.|\n)*hang.py., line 2"):

@@ -115,6 +115,7 @@ def one_after_another():
     return told
 
 
+@pytest.mark.slow
 def test_ranks_find_their_places_under_each_launcher():
     everyones = run_processes(one_after_another, 2, timeout_s=100)
     figures = everyones[0]["torchrun"][-1]

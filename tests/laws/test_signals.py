@@ -249,6 +249,7 @@ def to_the_workers(folder):
     return [*found, (result.steps, result.preempted)]
 
 
+@pytest.mark.slow
 def test_signals_to_loader_workers(tmp_path):
     term = f"SIGTERM (asked by rank 1 on {socket.gethostname()})"
     expected = [(STEPS, False), (True, True, term), (STEPS, False)]

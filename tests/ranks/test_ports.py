@@ -142,6 +142,7 @@ def test_a_named_job_is_found_at_one_of_the_next_ports(at):
     assert os.environ["MASTER_PORT"] == str(own.port)
 
 
+@pytest.mark.slow
 def test_rank_0_takes_the_next_port_and_says_who_has_the_last(at):
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
@@ -231,6 +232,7 @@ print(world.comm.gather_objects("all", os.environ["MASTER_PORT"]), os.environ["M
 """
 
 
+@pytest.mark.slow
 def test_what_the_ranks_have_found_is_what_they_go_on_with():
     """A port that follows from the job is taken, and the node's name is none that resolves."""
     for job in range(1, 1000):
@@ -255,6 +257,26 @@ def test_what_the_ranks_have_found_is_what_they_go_on_with():
     assert len(ports) == 1
     assert ports <= set(range(20001 + job, 20008 + job))
     assert [words[2] for words in told] == ["127.0.0.1"] * 2
+
+
+@pytest.mark.slow
+def test_torchruns_port_may_be_taken_by_the_time_it_is_served():
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # who takes calls, and says nothing
+        port = silent.getsockname()[1]
+        torchrun = {"TORCHELASTIC_RUN_ID": "abc", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT],
+                env=os.environ | rank_environment(rank, 2, port) | torchrun,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        said = [one.communicate("\n", timeout=60)[0] for one in ranks]
+    assert [f"rank {rank} is in" in text for rank, text in enumerate(said)] == [True, True], said
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ def test_a_death_is_told_with_its_signal():
     assert second.value == "fine"
 
 
+@pytest.mark.slow
 def test_a_stuck_rank_is_killed_and_says_where():
     first, second = run_outcomes(wait_on, 2, 1, timeout_s=10)
     assert first.error is None

@@ -71,6 +71,13 @@ def test_what_could_be_either_ones_is_asked(script):
     assert parsed("--mode", "max", script)[1]["mode"] == "max"
 
 
+def test_a_misspelt_option_is_not_the_scripts(script):
+    with pytest.raises(typer.BadParameter, match=r"--wihtout: did you mean --without\? If it is"):
+        parsed(script, "--wihtout", "EMA", "--without=A")
+    assert parsed("--without=A", script, "--", "--wihtout", "EMA")[0] == ["--wihtout", "EMA"]
+    assert parsed("--seeds=2", script, "--without=A", "--", "--seeds", "4")[0] == ["--seeds", "4"]
+
+
 def test_seeds():
     assert ablate._seeds("3") == [0, 1, 2]
     assert ablate._seeds("7,3") == [7, 3]

@@ -57,6 +57,7 @@ def test_a_change_reads_as_it_is_written():
         ("set", "EMA#0.decay=1"),
         ("without", ""),
         ("without", "EMA, Clip"),
+        ("without", "EMA,Clip"),
         ("without", "EMA.decay=1"),
         ("arg", ""),
         ("arg", "--name 'open"),
@@ -79,9 +80,9 @@ def test_variants_of_a_study():
     assert len(named([], each=True, pairs=True)) == 1 + 3 + 3
     assert named([], only=True) == [NONE, "only EMA", "only Clip", "only Guard", "all"]
     assert named([without("EMA"), without("Clip")], only=True) == [
-        NONE,
-        "only EMA",
-        "only Clip",
+        "without EMA, without Clip",
+        "with EMA",
+        "with Clip",
         "all",
     ]
     only = plan_variants([], ["EMA", "Clip"], each=False, pairs=False, only=True)
@@ -211,7 +212,7 @@ def test_of_several_it_must_be_said_which():
         ("Average.decy=0.1", "no argument 'decy'; did you mean decay.*decay=0.9, every=1"),
         ("Average.decay=0.9", "changes nothing: it is 0.9 in the script, too"),
         ("Average.warmup=True", "changes nothing: it is True"),
-        ("Average.decay=fast", "it is 0.9, whose place no text can take"),
+        ("Average.decay=fast", "decay is a number in the script .0.9., and 'fast' is none"),
     ],
 )
 def test_what_touches_nothing_is_refused_with_what_there_is(text, words):

@@ -24,7 +24,8 @@ def run_of(values, *, every=100, metric="eval/loss", more=0, **about):
 
 
 def picked(at, *runs, mode="min", metric="eval/loss"):
-    return Pick(metric, mode, at).values(runs)
+    points = Pick(metric, mode, at).points(runs)
+    return [None if point is None else point[2] for point in points]
 
 
 def test_final_is_the_last_there_is():

@@ -251,7 +251,7 @@ def test_a_variant_that_begins_with_other_weights():
 def test_runs_of_unequal_length():
     short = runs_of("without EarlyStopping", shifted(0.02), steps=300)
     assert table_of(short).notes == [
-        "figures are not all of the same step (base 100, without EarlyStopping 300); at=steps "
+        "figures are not all of the same step (base 100, without EarlyStopping 300); --at steps "
         "compares where all have come to"
     ]
     assert table_of(short, pick=Pick("eval/loss", "min", "best")).notes == []
@@ -379,3 +379,47 @@ def test_signs():
     assert signed(0.5, 0.1) == "+0.50"
     assert signed(-0.5, 0.1) == "-0.50"
     assert signed(-0.0004, 0.1) == "+0.00"
+
+
+# ---- what one figure alone does not tell -------------------------------------------------------
+
+
+def with_losses(runs, losses):
+    """Returns the runs with a last loss beside their metric."""
+    return [
+        Run(one.variant, one.seed, one.state, [*one.rows, {**one.rows[-1], "train/loss": loss}])
+        for one, loss in zip(runs, losses, strict=True)
+    ]
+
+
+def test_an_accuracy_that_is_too_coarse_is_no_proof_of_no_effect():
+    base = with_losses(runs_of("base", [0.9, 0.95, 0.9], "eval/accuracy"), [0.3, 0.2, 0.4])
+    same = with_losses(runs_of("without EMA", [0.9, 0.95, 0.9], "eval/accuracy"), [0.3, 0.2, 0.4])
+    assert said(same, base=base, pick=ACCURACY)[0] == "identical"
+    near = with_losses(runs_of("without EMA", [0.9, 0.95, 0.9], "eval/accuracy"), [0.3, 0.2, 0.41])
+    assert said(near, base=base, pick=ACCURACY) == (
+        "no difference seen",
+        "without EMA: the same eval/accuracy in 3 of 3 seeds, but not the same losses: that metric "
+        "is too coarse to tell them apart here",
+    )
+
+
+def test_a_model_of_nan_has_diverged_whatever_its_accuracy():
+    base = with_losses(runs_of("base", [0.9, 0.95, 0.9], "eval/accuracy"), [0.3, 0.2, 0.4])
+    lost = with_losses(runs_of("without Clip", [0.1, 0.1, 0.1], "eval/accuracy"), [NAN, NAN, NAN])
+    verdict, sentence = said(lost, base=base, pick=ACCURACY)
+    assert verdict == "breaks"
+    assert sentence.startswith("without Clip: diverged in 3 of 3 seeds, the base in none")
+
+
+def test_seeds_that_do_not_agree_on_a_steps_time_tell_of_the_machine():
+    base = [
+        Run("base", s, "finished", run("base", s, v).rows, step_s=0.1) for s, v in enumerate(BASE)
+    ]
+    for times, ratio in (((0.2, 0.21, 0.2, 0.2, 0.19), 2), ((0.1, 0.4, 0.1, 0.1, 0.1), None)):
+        slow = [
+            Run("slow", s, "finished", run("slow", s, v).rows, step_s=times[s])
+            for s, v in enumerate(BASE)
+        ]
+        found = table_of(slow, base=base).rows[-1]["step_ratio"]
+        assert found == (ratio and pytest.approx(ratio))
