@@ -87,5 +87,5 @@ def test_a_gradient_of_nan_is_clipped_to_nan():
     gradients = Gradients(strategy, Precision(), may_wait=False, on_host=True)
     gradients.take(None, Gate(1.0, 1.0, closed=False, undone=False, waits=True))
     context = SimpleNamespace(clip_gradient_norm=gradients.clip, log=lambda name, value: None)
-    ClipGradients(1.0).on_grads_ready(context, None)
+    ClipGradients(1.0).on_grads_ready(context, SimpleNamespace(update=""))
     assert all(bool(grad.isnan().all()) for grad in grads)
