@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dtrain.callback import Callback
-from dtrain.checkpoint import CheckpointSlot, RunFiles
+from dtrain.checkpoint import ALL_EPOCHS, MAX_STEPS, CheckpointSlot, RunFiles
 from dtrain.context import Step
 from dtrain.data import Feed, MicroBatches
 from dtrain.distributed import ARRIVAL, EVALUATION, METRICS, SAVING, Phase
 from dtrain.errors import DataError, RemoteError
-from dtrain.plan import ALL_EPOCHS, MAX_STEPS, Plan
+from dtrain.plan import Plan
 from dtrain.sinks import History
 from dtrain.step import Agreed, Engine, StepResult
 
@@ -92,7 +92,7 @@ class Loop:
         """Trains until the plan is fulfilled or a stop is agreed."""
         progress, replicas = self.context.progress, self.engine.replicas
         replicas.step = progress.step
-        first = self.plan.eval_first and not progress.step and self._evaluated_at != 0
+        first = self.plan.eval_first and self._evaluated_at != progress.step == progress.first_step
         if self.plan.eval_every and (self.owes_evaluation or first):
             self._evaluate()
             if self._save_asked:

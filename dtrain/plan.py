@@ -4,20 +4,18 @@ from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 
+from dtrain.checkpoint import ALL_EPOCHS, MAX_STEPS, Fit
 from dtrain.context import Progress
 from dtrain.distributed import World
 from dtrain.errors import ConfigError
 from dtrain.sinks import Report
-
-ALL_EPOCHS = "all epochs done"
-MAX_STEPS = "max_steps reached"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How long to train, and what to do on the way; see :meth:`dtrain.Trainer.fit`."""
 
-    epochs: int | None  # in all; None for no such limit
+    epochs: int | None  # of this fit in all; None for no such limit
     max_steps: int | None
     eval_every: int | str | None  # "epoch", or so many steps; None never evaluates
     log_every: int
@@ -40,11 +38,17 @@ class Plan:
             if isinstance(value := getattr(self, name), Integral):  # NumPy's are no JSON
                 object.__setattr__(self, name, int(value))
 
+    @property
+    def limits(self) -> tuple[int | None, int | None]:
+        """How many epochs and steps it has."""
+        return self.epochs, self.max_steps
+
     def fulfilled_by(self, progress: Progress) -> str:
         """Returns why ``progress`` is all that was planned, or nothing where it is not."""
-        if self.max_steps is not None and progress.step >= self.max_steps:
+        step, epoch = progress.step - progress.first_step, progress.epoch - progress.first_epoch
+        if self.max_steps is not None and step >= self.max_steps:
             return MAX_STEPS
-        if self.epochs is not None and progress.epoch >= self.epochs:
+        if self.epochs is not None and epoch >= self.epochs:
             return ALL_EPOCHS
         return ""
 
@@ -52,17 +56,20 @@ class Plan:
         """Raises ConfigError where ``progress`` is all that was planned."""
         if self.fulfilled_by(progress):
             raise ConfigError(
-                f"this trainer has done {progress.epoch} epochs and {progress.step} steps already: "
-                "epochs and max_steps count from the run's beginning, so ask for more"
+                f"this fit has done {progress.epoch - progress.first_epoch} epochs and "
+                f"{progress.step - progress.first_step} steps already, by an earlier call of its "
+                "name: ask for more, or give the new one a name of its own"
             )
 
     def begin(self, progress: Progress, steps_per_epoch: int | None) -> None:
         """Notes in ``progress`` how much is planned."""
-        progress.steps_per_epoch, progress.total_epochs = steps_per_epoch, self.epochs
-        progress.total_steps = self.total_steps(steps_per_epoch)
+        total, epochs = self.total_steps(steps_per_epoch), self.epochs
+        progress.steps_per_epoch = steps_per_epoch
+        progress.total_epochs = None if epochs is None else progress.first_epoch + epochs
+        progress.total_steps = None if total is None else progress.first_step + total
 
     def total_steps(self, steps_per_epoch: int | None) -> int | None:
-        """Returns how many global steps are planned in all; None where nobody can know."""
+        """Returns how many global steps the fit is to have; None where nobody can know."""
         totals = [] if self.max_steps is None else [self.max_steps]
         if self.epochs is not None and steps_per_epoch is not None:
             totals.append(self.epochs * steps_per_epoch)
@@ -74,10 +81,10 @@ class Plan:
         if steps_per_epoch is None or steps_per_epoch == before:
             return ""
         progress.steps_per_epoch = steps_per_epoch
-        totals = [] if self.max_steps is None else [self.max_steps]
-        if self.epochs is not None:
+        totals = [] if self.max_steps is None else [progress.first_step + self.max_steps]
+        if progress.total_epochs is not None:
             done = progress.step - progress.step_in_epoch
-            totals.append(done + (self.epochs - progress.epoch) * steps_per_epoch)
+            totals.append(done + (progress.total_epochs - progress.epoch) * steps_per_epoch)
         progress.total_steps = min(totals)
         return (
             f"note: epoch {progress.epoch} has {steps_per_epoch} steps, where {before} were "
@@ -115,13 +122,13 @@ class FitResult:
     """What ``fit`` returns. Equal on all ranks.
 
     Attributes:
-        steps: global steps taken since the run began, over restarts.
-        epochs: epochs finished.
+        steps: global steps taken since the run began, over restarts and all fits so far.
+        epochs: epochs finished, likewise.
         stop_reason: why it ended, in plain words.
         metrics: the newest agreed metrics, such as ``train/loss`` and ``eval/accuracy``.
         history: one dict a report of this call, with ``step`` and ``epoch``; at most as many as
             ``fit(history=...)`` says, the newest. An epoch's means are with its last report, as
-            ``epoch/...``.
+            ``epoch/...``. Empty where the fit was over when this process began.
         preempted: the run was told to leave and is to be continued by another start.
         updates: steps whose update was applied: not one that a loss scale, a callback or every
             rank left out.
@@ -138,6 +145,12 @@ class FitResult:
     updates: int = 0
     last_checkpoint: Path | None = None
     best_checkpoint: Path | None = None
+
+    @classmethod
+    def of_earlier(cls, fit: Fit, last: Path | None, best: Path | None) -> "FitResult":
+        """Returns what a fit has come to in an earlier process."""
+        done = (fit.steps, fit.epochs, fit.reason)
+        return cls(*done, dict(fit.metrics), [], False, fit.updates, last, best)
 
     @classmethod
     def of(

@@ -15,7 +15,6 @@ from dtrain.checkpoint import (
     ResumeMode,
     RunFiles,
     RunState,
-    compare_fits,
     copy_state,
     json_values,
 )
@@ -29,12 +28,12 @@ from dtrain.distributed import (
     derive_seed,
     init_late,
     launcher_gone,
-    seed_everything,
     seeded_generator,
 )
 from dtrain.errors import ConfigError
 from dtrain.inference import Inference
 from dtrain.loop import Loop
+from dtrain.phases import Phases
 from dtrain.plan import FitResult, Plan, Recorder
 from dtrain.sinks import Console, Dispatcher, History, Sink, describe_end, describe_start
 from dtrain.step import (
@@ -52,7 +51,7 @@ from dtrain.step import (
 from dtrain.strategies import Strategy, choose
 from dtrain.watchdog import HANG_AFTER_S, Watchdog
 
-_RANK_STREAM, _SHARED_STREAM, _OWN_STREAM, _ORDER_STREAM = 0, 1, 2, 4
+_SHARED_STREAM, _OWN_STREAM, _ORDER_STREAM = 1, 2, 4  # 0: in phases.py
 
 
 class Trainer(Inference):
@@ -182,7 +181,9 @@ class Trainer(Inference):
         self.context._engine = weakref.ref(self._engine)
         self._files = RunFiles(self.context.run_dir, world, self._run_state, replicas)
         self.recorder = Recorder()  # what a trial of the script changes, and is told
-        self._live = False  # a fit has begun in this process
+        own = [name for sink in self._sinks for name in sink.files]
+        parts = self.context, self._files, self._run_state, self._engine, self.hooks
+        self._phases = Phases(*parts, own, self._seed)
 
     @property
     def model(self) -> nn.Module:
@@ -220,15 +221,21 @@ class Trainer(Inference):
         history: int | None = None,
         resume: ResumeMode = "auto",
         override: Mapping[str, Any] | None = None,
+        name: str | None = None,
     ) -> FitResult:
         """Trains until ``epochs`` or ``max_steps`` are reached, or a stop is agreed.
+
+        A script may call it several times: each call is a fit of the run, with a plan, an order of
+        the data, schedules and a patience of its own. Started again, the script's calls of fits
+        that are over return their result at once, and the one that was interrupted goes on
+        (docs/fits.md).
 
         Args:
             train: a map-style dataset, an iterable of ready batches, or :class:`~dtrain.Data`.
             batch_size: the *global* batch: samples that one optimizer step sees, over all
                 ranks; where ``train`` is a dataset.
-            epochs: how many epochs the run has in all, those before a restart included.
-            max_steps: how many global steps the run has in all.
+            epochs: how many epochs the fit has in all, those before a restart included.
+            max_steps: how many global steps the fit has in all.
             eval_set: what to evaluate on, like ``train``; or a dict of several (one of columns is
                 taken for one set where ``train`` has the same columns).
             eval_every: ``"epoch"``, or every so many steps.
@@ -237,10 +244,12 @@ class Trainer(Inference):
             history: how many of the newest reports the result keeps; all of them if None.
             resume: ``"auto"`` continues an unfinished run in ``run_dir``; ``"must"`` insists
                 on one; ``"never"`` begins anew and moves the old run's files aside;
-                ``"emergency"`` continues from what was saved when the run failed. A second
+                ``"emergency"`` continues from what was saved when the run failed. A further
                 ``fit`` of a live trainer goes on in memory.
             override: values of the optimizer for this and later starts, such as ``{"lr": 1e-3}``
                 (or a list: one for each group), where a run keeps those that it was begun with.
+            name: tells this fit from the run's others; its number does if None. A call with the
+                name of the fit before goes on with that.
 
         A TERM, HUP, USR1, USR2 or INT (Ctrl-C) to any one rank ends the run in order: all ranks
         stop after the same step and save, and ``status.json`` says ``preempted``. A second INT ends
@@ -267,7 +276,26 @@ class Trainer(Inference):
             return plan, Data.of(train, batch_size, shuffle=True)
 
         with self._watchdog, self._engine.in_fit(), self._files.in_fit():
-            return self._fit(take, eval_set, resume, override or {})
+            result = self._fit(take, eval_set, resume, override or {}, name)
+        self._say_apart()
+        return result
+
+    def restore(self) -> Progress:
+        """Loads weights and progress of the run in ``run_dir``, if there is one to go on with.
+
+        For scripts that need them before their first ``fit``; fits then need names. What is
+        returned counts the fits that are over (``phase``), and steps.
+
+        Raises:
+            ConfigError: a fit has begun in this process.
+            ResumeError: what there is cannot be read.
+
+        Ranks: all, communicates.
+        """
+        with self._watchdog, self._files.in_fit(), self.world.comm.lockstep("restore"):
+            progress = self._phases.restore()
+        self._say_apart()
+        return progress
 
     def _fit(
         self,
@@ -275,23 +303,29 @@ class Trainer(Inference):
         eval_set: Any,
         resume: ResumeMode,
         override: Mapping[str, Any],
+        name: str | None,
     ) -> FitResult:
         loop: Loop | None = None
         comm = self.world.comm
         dispatcher = Dispatcher(self._sinks, self.context.run_dir, active=self.world.is_main)
-        preempt = self.context.request.preempt
+        preempt, phases = self.context.request.preempt, self._phases
+        if phases.must_end:
+            return phases.left_undone()
         try:
             main, gone = self.world.is_main, launcher_gone(self.world)
             with Signals(preempt), Deadline(preempt, active=main), Launcher(preempt, gone):
                 with comm.lockstep(lambda: self.hooks.failed_in or "the start of fit"):
                     plan, data = take()
                     self._run_state.override = override
+                    if over := phases.enter(name, data, plan, resume):
+                        return over
                     evals = self._open_evals(eval_set, data.batch_size, data)
                     loop = self._assemble(plan, data, evals)
-                    self._begin(loop, data, dispatcher, resume)
+                    self._begin(loop, data, dispatcher)
                 loop.run()
                 with comm.lockstep("the end of fit"):
                     state = "preempted" if loop.preempted else "finished"
+                    phases.ended(loop.stop_reason, preempted=loop.preempted)
                     self._files.finish(loop.stop_reason, preempted=loop.preempted)
                     words = describe_end(state, self.context, loop.stop_reason)
                     loop.history.report("end", {}, words)
@@ -307,28 +341,27 @@ class Trainer(Inference):
 
     def _assemble(self, plan: Plan, data: Data, evals: dict[str, Feed]) -> Loop:
         context, engine, slot = self.context, self._engine, self._accumulation
+        fingerprint = self._run_state.fingerprint
+        phase = (context.progress.phase,) if context.progress.phase else ()
         feed = open_feed(
             data,
             self.recorder.samples_of(self.world),
             self._split,
-            seed=derive_seed(self._seed, _ORDER_STREAM),
+            seed=derive_seed(self._seed, _ORDER_STREAM, *phase),
             batches_per_step=slot.batches_per_step() if slot and data.is_stream else 1,
             copy_state=None if context.run_dir is None else copy_state,
         )
         if not evals:
             plan = replace(plan, eval_every=None)
         check_monitors(self.hooks.callbacks, evals, evaluates=bool(plan.eval_every))
-        about = {"batch size": data.batch_size, "order": data.order_name, "samples": data.length}
-        fingerprint = self._run_state.describe(about, self._seed)
         # A stream is each rank's own, and so is its length.
         same = {k: v for k, v in fingerprint.items() if not (data.is_stream and k == "samples")}
         same |= {"evaluation": {label: str(one) for label, one in evals.items()}}
         plan.begin(context.progress, feed.steps_per_epoch)
+        self._run_state.fits.plan(context.progress)
+        same |= {"fit": self._run_state.fits.words(context.progress.phase)}
         same |= {"override": self._run_state.override, "plan": plan, "updates": engine.ahead()}
         check_same_call(same | {"run_dir": bool(context.run_dir)}, self.world.comm)
-        if self._live:
-            compare_fits(self._run_state.fingerprint, fingerprint, context.say)
-        self._run_state.fingerprint = fingerprint
         engine.restart(data.batch_size or 0)
         context.has_eval = bool(evals)
         return Loop(
@@ -342,36 +375,30 @@ class Trainer(Inference):
             runs_ahead=may_delay(self.world.device, self.optimizer, data),
         )
 
-    def _begin(self, loop: Loop, data: Data, dispatcher: Dispatcher, resume: ResumeMode) -> None:
+    def _begin(self, loop: Loop, data: Data, dispatcher: Dispatcher) -> None:
         """Everything before the first step: resume, hooks, wrapping, the start block."""
         comm, context, files, plan = self.world.comm, self.context, self._files, loop.plan
-        saved = None
-        if self._live:
-            self._engine.check_whole()
-            files.take_again()
-            plan.check_left(context.progress)
-        else:
-            own = [name for sink in self._sinks for name in sink.files]
-            saved = files.find(resume, own, epochs=plan.epochs, max_steps=plan.max_steps)
-        self._run_state.begin(live=self._live, resumes=saved is not None)
+        saved, live = self._phases.saved, self._phases.live
+        self._run_state.begin(live=live, resumes=saved is not None)
         files.saver.flush = dispatcher.flush
-        self._engine.stand_in.take_out()
-        state = {} if saved is None else self._run_state.restore_model(saved)
+        state = {} if saved is None else self._run_state.restore(saved, weights=True)
         tell = self.recorder.report if self.world.is_main else None
         loop.history = History(context.progress, self._outbox, dispatcher, tell, plan.history)
         comm.on_main("open sinks", dispatcher.open)
         self._engine.modes.wake()
         self.hooks.fire(Callback.on_fit_start, context)
+        if live and self._phases.new:
+            self._run_state.note_groups()  # as the script may have changed them
         self._engine.streams.begin()  # what is drawn from here on is the training's
         if saved is not None:
-            mine = self._run_state.restore_rest(saved, state, self._seed_rank)
+            mine = self._run_state.restore_rest(saved, state, self._phases.seed_rank)
             loop.load_state_dict(state["loop"], mine)
-        elif not self._live:
-            self._seed_rank()
-        self._engine.begin(first=not self._live)
-        if not self._live:
+        elif not live:
+            self._phases.seed_rank()
+        self._engine.begin()
+        if not live:
             files.open()
-        self._live = True
+        self._phases.live = True
         files.start()
         words = describe_start(
             context,
@@ -380,12 +407,9 @@ class Trainer(Inference):
             strategy=self._engine.strategy.describe(),
             batch_size=data.batch_size,
             split=self._split,
+            fit=self._run_state.fits.words(context.progress.phase),
         )
         loop.history.report("start", {}, words, config=self._run_state.config)
-
-    def _seed_rank(self) -> None:
-        # Its own streams; a later start of the run draws fresh ones.
-        seed_everything(self._seed, _RANK_STREAM, self.world.rank, self.context.progress.step)
 
     # -- failures -------------------------------------------------------------------------------
 
@@ -405,7 +429,9 @@ class Trainer(Inference):
         # A further fit must not take up what was asked or logged in this one.
         self._engine.agreement.drop()
         self._outbox.logged.clear()
-        if loop is not None and self._live:
+        if not self._phases.live:
+            self._files.forget()
+        elif loop is not None:
             if loop.failed_together:
                 state, here = loop.state_dict, self._engine.agreement.trouble is not None
                 self._files.save_emergency(state, loop.data_state, failed_here=here, error=error)

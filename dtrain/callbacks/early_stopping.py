@@ -69,8 +69,12 @@ class EarlyStopping(Callback):
         self.bad_checks = 0
         self._weights: dict[str, Tensor] = {}
         self._told_later = ""
+        self._phase = 0  # of the run's fits, the one that is judged
 
     def on_fit_start(self, ctx: Context) -> None:
+        if ctx.progress.phase != self._phase:  # another fit of the run, with a patience of its own
+            self._phase = ctx.progress.phase
+            self.best, self.bad_checks, self._weights = math.inf, 0, {}
         if self.bad_checks and self.bad_checks >= self._patience:  # a further fit of this process
             ctx.say(f"EarlyStopping had stopped after {self.bad_checks} checks; they count anew")
             self.bad_checks = 0
@@ -91,7 +95,7 @@ class EarlyStopping(Callback):
             self._check(ctx, find_metric("EarlyStopping", self._metric, ctx.metrics))
 
     def on_fit_end(self, ctx: Context) -> None:
-        if not (self._after_evaluation or ctx.progress.epoch):
+        if not (self._after_evaluation or ctx.progress.of_phase().epoch):
             ctx.say(
                 "EarlyStopping has judged nothing: it does at the end of an epoch, and none ended"
             )

@@ -14,10 +14,12 @@ from dtrain.callbacks.schedulers import (
     check_takes_length,
     has_stepped,
     in_words,
+    lrs_of,
     new_rates,
     owner_of,
     plain,
     put,
+    put_back,
     rates_of,
 )
 from dtrain.context import Context, Key, Step, has_updates
@@ -30,8 +32,8 @@ class LRSchedule(Callback):
 
     Never more often on more ranks, nor with accumulation. Steps that were left out (a loss
     scale overflowed, every rank skipped) are not counted. ``ReduceLROnPlateau`` is stepped
-    with an agreed metric, so that all ranks decide alike: with ``eval/...`` after each evaluation,
-    with the epoch's mean of ``train/...`` at the end of each epoch.
+    with an agreed metric, so that all ranks decide alike: ``eval/...`` after each evaluation, the
+    epoch's mean of ``train/...`` at the end of each epoch.
     Example: ``LRSchedule(lambda opt, steps: CosineAnnealingLR(opt, steps), every="step")``.
 
     Args:
@@ -40,11 +42,11 @@ class LRSchedule(Callback):
             not known) to one.
         every: ``"step"`` or ``"epoch"``.
         monitor: the metric for ``ReduceLROnPlateau``, such as ``"eval/loss"``.
-        replan: what becomes of the curve where a run goes on, by a restart or a further ``fit``,
-            for longer or shorter than the function was told, with another rate
-            (``fit(override={"lr": ...})``) or with another scheduler. True: a new one, over what is
-            left, from the optimizer's own rate. False: the old one; the rate stays what it is at
-            its end. None: ConfigError, unless the curve is the same for both lengths.
+        replan: what becomes of the curve where a fit goes on for longer or shorter than the
+            function was told, with another rate (``fit(override={"lr": ...})``) or another
+            scheduler. True: a new one, over what is left, from the optimizer's own rate. False: the
+            old one; the rate stays what it is at its end. None: ConfigError, unless the curve is
+            the same for both lengths. (Another fit of the script has a new curve in any case.)
         optimizer: which of several optimizers, by its name or place; all of them if None, or that
             of the scheduler that is given. Steps without its update count.
     """
@@ -86,21 +88,28 @@ class LRSchedule(Callback):
         self._rates: list[float] = []  # which it begins with, of each group
         self._skips = False  # the end of an epoch that was over when the curve was made
         self._made: dict[str, str] = {}  # of what, in words
+        self._phase = 0  # for which of the run's fits the curve was made
+        self._left: list[float] = []  # the rates at the end of the fit before
         # The groups as the scheduler made them, where a run may go on that had none.
         self._new: list[dict[str, Any]] = []
 
     def on_fit_start(self, ctx: Context) -> None:
-        by_step, progress = self._every == "step", ctx.progress
+        by_step, is_made = self._every == "step", isinstance(self._given, LRScheduler)
+        progress = ctx.progress if is_made else ctx.progress.of_phase()  # it is of the whole run
         total = progress.total_steps if by_step else progress.total_epochs
         # Resumed where an epoch is over but for `on_epoch_end`, which comes next.
         self._ends = not by_step and progress.step_in_epoch == progress.steps_per_epoch
         self._done = progress.step if by_step else progress.epoch + self._ends
         self._say, self._asked = ctx.say, total
         owner = self._owner = owner_of(self._given, self._optimizer, ctx)
+        scheduler, new_phase = self._given, self._phase != ctx.progress.phase
+        self._phase = ctx.progress.phase
         if self._scheduler is not None and self._scheduler.optimizer is owner:
-            self._go_on(self._total, total, new_rates(owner))  # a further fit
-            return
-        scheduler = self._given
+            if isinstance(scheduler, LRScheduler) or not new_phase:
+                self._go_on(self._total, total, new_rates(owner))  # the fit is gone on with
+                return
+            put_back(owner, self._rates, self._left)
+            self._began = self._stepped = self._waits = 0
         if isinstance(scheduler, LRScheduler):
             check_owner(scheduler, owner)
             self._refuse_short(scheduler)
@@ -113,7 +122,7 @@ class LRSchedule(Callback):
                     f"{self._every}s there will be: pass max_steps to fit (for every='epoch', "
                     "epochs), or a scheduler instead of a function"
                 )
-            if self._scheduler is not None:  # of another optimizer, that of an earlier fit
+            if self._scheduler is not None and not new_phase:
                 self._began, self._stepped = self._done, 0
                 left = f"{total - self._done} {self._every}s of {total}"
                 ctx.say(f"LRSchedule: another optimizer, and a new curve, over the {left} left")
@@ -134,12 +143,15 @@ class LRSchedule(Callback):
         if progress.step and not self._began:  # nor begun above
             self._new = [dict(plain(group)) for group in owner.param_groups]
 
+    def on_fit_end(self, ctx: Context) -> None:
+        self._left = lrs_of(self._owner)
+
     def on_epoch_start(self, ctx: Context) -> None:
         if not self._new:
             return
         # The run that goes on had no schedule: nothing was loaded.
         made, self._new, total, owner = self._new, [], self._total, self._owner
-        self._skips = self._ends and ctx.progress.epoch < self._done
+        self._skips = self._ends and ctx.progress.of_phase().epoch < self._done
         where = "begins here"
         if isinstance(self._given, LRScheduler):
             for group, held in zip(owner.param_groups, made, strict=True):
@@ -374,6 +386,7 @@ class LRSchedule(Callback):
         if "scheduler" not in state or self._scheduler is None:
             return
         self._new = []
+        self._left = lrs_of(self._owner)
         planned, total = state.get("total"), self._total
         if not isinstance(self._given, LRScheduler) and planned is not None and total is not None:
             self._began, self._rates = state.get("began", 0), state.get("rates") or self._rates

@@ -30,7 +30,8 @@ class ParamSchedule(Callback):
     Args:
         name: what to set in the optimizer's groups: ``lr``, ``weight_decay``, ``momentum``,
             ``betas`` and so on. With ``module``: any name, to report the value as.
-        fn: from the :class:`~dtrain.Progress` to the value.
+        fn: from the :class:`~dtrain.Progress` to the value; counted from the fit's beginning, where
+            a script has several.
         group: only this parameter group: its place, its ``group["name"]``, or a function that
             says of each group whether it is meant; None means all groups.
         module: an attribute of a submodule instead, as ``"path.to.module:attribute"``.
@@ -95,7 +96,7 @@ class ParamSchedule(Callback):
 
     def _value(self, progress: Progress) -> Any:
         try:
-            return self._fn(progress)
+            return self._fn(progress.of_phase())
         except TypeError as error:
             if progress.total_steps is None:
                 error.add_note("(progress.total_steps is None: pass max_steps to fit)")

@@ -52,6 +52,22 @@ def rates_of(optimizer: Optimizer) -> list[float]:
     return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
 
 
+def lrs_of(optimizer: Optimizer) -> list[float]:
+    """Returns each group's rate, as it is now."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def put_back(optimizer: Optimizer, rates: list[float], left: list[float]) -> None:
+    """Gives groups their own rates, for another curve, where a curve has left its last in them.
+
+    Where somebody has set another since, that is meant.
+    """
+    for group, rate, last in zip(optimizer.param_groups, rates, left, strict=False):
+        if float(group["lr"]) == last:
+            put(group, "lr", group.get("initial_lr", rate))
+        group.pop("initial_lr", None)
+
+
 def new_rates(optimizer: Optimizer) -> list[float] | None:
     """Returns the rates that ``fit`` was told to set since a schedule was made, if it was."""
     known = all("initial_lr" in group for group in optimizer.param_groups)

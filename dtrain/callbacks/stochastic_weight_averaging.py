@@ -40,6 +40,13 @@ class StochasticWeightAveraging(AveragedWeights):
         self._start_epoch = start_epoch
         self._every_steps = every_steps
         self.count = 0
+        self._phase = 0  # of the run's fits, the one that is averaged
+
+    def on_fit_start(self, ctx: Context) -> None:
+        super().on_fit_start(ctx)
+        if ctx.progress.phase != self._phase:
+            self._phase = ctx.progress.phase
+            self.averages, self.count = {}, 0
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
         every = self._every_steps
@@ -75,7 +82,7 @@ class StochasticWeightAveraging(AveragedWeights):
         self.count = state["count"]
 
     def _take_in(self, ctx: Context) -> None:
-        if ctx.progress.epoch >= self._start_epoch:
+        if ctx.progress.of_phase().epoch >= self._start_epoch:
             if self._taken != ctx._taken:
                 self._follow(ctx)
             self._begin(ctx)

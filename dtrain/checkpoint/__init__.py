@@ -1,21 +1,28 @@
 """What of a run is on disk: whole, intact, and written by one start only."""
 
 from dtrain.checkpoint.disk import discard, dtype_name, sync, write_bytes, write_tensors
+from dtrain.checkpoint.fits import ALL_EPOCHS, MAX_STEPS, Fit, Fits
+from dtrain.checkpoint.format import Saved, load_state
 from dtrain.checkpoint.format import find as find_checkpoint
 from dtrain.checkpoint.format import load_model as load_tensors
-from dtrain.checkpoint.format import load_state
 from dtrain.checkpoint.format import load_tensors as read_tensors
-from dtrain.checkpoint.resume import ResumeMode, compare_fits
+from dtrain.checkpoint.resume import Asked, ResumeMode, compare_fits
 from dtrain.checkpoint.run_files import RunFiles
 from dtrain.checkpoint.run_state import CheckpointSlot, RunState, json_values
 from dtrain.checkpoint.tree import copy_state, join, split
 from dtrain.checkpoint.weights import Which, describe_run, export_model, load_model
 
 __all__ = [
+    "ALL_EPOCHS",
+    "MAX_STEPS",
+    "Asked",
     "CheckpointSlot",
+    "Fit",
+    "Fits",
     "ResumeMode",
     "RunFiles",
     "RunState",
+    "Saved",
     "Which",
     "compare_fits",
     "copy_state",

@@ -149,10 +149,16 @@ def load_model(path: Path) -> dict[str, Tensor]:
 
 def whose_weights(path: Path) -> dict[str, Any]:
     """Returns whose weights count as what in a checkpoint, and by which metric one is the best."""
+    known: dict[str, Any] = load_plain(path).get("weights", {})
+    return {"whose": {}, "held": {}, "best_by": None} | known
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """Returns what was saved as ``state`` but for its tensors, of which there are but names."""
     file = path / f"{STATE}.json"
     with disk.plain_words(file, "cannot be read", CheckpointError, *disk.DAMAGE):
-        known: dict[str, Any] = json.loads(file.read_bytes()).get("weights", {})
-        return {"whose": {}, "held": {}, "best_by": None} | known
+        plain: dict[str, Any] = json.loads(file.read_bytes())
+        return plain
 
 
 def load_held(path: Path, which: str) -> dict[str, Tensor]:

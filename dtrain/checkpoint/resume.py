@@ -1,14 +1,15 @@
 """Whether the run in a folder is gone on with, and from where."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dtrain.checkpoint import format as files
+from dtrain.checkpoint.fits import BY_PLAN, Fit
 from dtrain.checkpoint.format import Saved
-from dtrain.checkpoint.status import Status, read, renamed
+from dtrain.checkpoint.status import PROCESS, Status, read, renamed
 from dtrain.errors import ConfigError, ResumeError
 
 ResumeMode = Literal["auto", "never", "must", "emergency"]
@@ -19,6 +20,8 @@ EMERGENCY = "emergency"
 NOT_FINITE = "not-finite"
 #: What of a run must be the same to go on; any other difference is told.
 MUST = ("model", "optimizer", "batch size", "seed", "order")
+#: And of a run whose next fit begins, which has data of its own.
+MUST_BETWEEN = ("model", "optimizer", "seed")
 _MEANS = {
     "samples": "an epoch's order is drawn from those here; in one under way, some may come twice "
     "or not at all",
@@ -39,6 +42,17 @@ class Decision:
     notes: tuple[str, ...] = ()  # what was decided, in plain words
     # What the last start left, as far as that can be known.
     before: Status | None = field(default=None, compare=False)
+    fits: tuple[Fit, ...] = field(default=(), compare=False)  # that the run has had
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a call of ``fit`` asks for: which fit of the run it is, and for how long."""
+
+    place: int
+    name: str | None
+    epochs: int | None
+    max_steps: int | None
 
 
 def check_mode(mode: str) -> None:
@@ -47,20 +61,11 @@ def check_mode(mode: str) -> None:
         raise ConfigError(f"resume={mode!r}: choose one of {', '.join(get_args(ResumeMode))}")
 
 
-def decide(
-    run_dir: Path,
-    mode: ResumeMode,
-    fingerprint: Mapping[str, Any],
-    *,
-    epochs: int | None,
-    max_steps: int | None,
-    own: Iterable[str] = (),
-) -> Decision:
-    """Decides whether to continue the run in ``run_dir``, as ``Trainer.fit`` tells of ``mode``.
+def look(run_dir: Path, mode: ResumeMode, own: Iterable[str] = ()) -> Decision:
+    """Looks for the run in ``run_dir``: its newest intact checkpoint, and which fits it has had.
 
     ``own`` are files in ``run_dir`` that are the run's beside the usual ones. A ResumeError says
-    that the old run is finished, or of another make-up, or that there is none.
-    Ranks: rank 0 only.
+    that there is none, where ``mode`` insists on one. Ranks: rank 0 only.
     """
     check_mode(mode)
     if mode == "never":
@@ -75,9 +80,10 @@ def decide(
         status = None
         notes.append(str(error))
     if status is None and saved is not None:  # what the run was when it made the checkpoint
-        state = renamed(files.load_state(saved.path))
-        epoch = state["progress"]["epoch"]
-        status = Status("running", "", saved.step, epoch, state["fingerprint"])
+        state = renamed(files.load_plain(saved.path))
+        epoch, fits = state["progress"]["epoch"], state.get("fits", [])
+        facts = {"fingerprint": state["fingerprint"], "fit": max(len(fits) - 1, 0)}
+        status = Status("running", "", saved.step, epoch, **facts)
         notes.append("there is no status.json to go by: the checkpoint says of which run it is")
     if status is None or (saved is None and status.status != "finished"):
         if mode in ("must", EMERGENCY):
@@ -89,7 +95,54 @@ def decide(
                 + "".join(f"\n  {note}" for note in notes)
             )
         return Decision(None, tuple(notes), status)
-    must, may = differences(status.fingerprint, fingerprint)
+    if saved is None:
+        raise ResumeError(
+            f"{_finished(run_dir, status)}It left no intact checkpoint to go on from. To begin "
+            f"another, {_ANEW}"
+        )
+    return Decision(saved, tuple(notes), status, _fits_of(saved, status))
+
+
+def _fits_of(saved: Saved, status: Status) -> tuple[Fit, ...]:
+    """Returns the fits that a run has had until its newest checkpoint, and how they ended."""
+    noted = files.load_plain(saved.path).get("fits")
+    fits = [Fit(**one) for one in noted or [{}]]
+    last = fits[-1]
+    if status.fit == len(fits) - 1:  # whether its last hooks were called is known there only
+        done = {"reason": status.reason, "steps": status.step, "epochs": status.epoch}
+        last = replace(last, **(done if status.status == "finished" else {"reason": ""}))
+    return (*fits[:-1], last)
+
+
+def decide(
+    run_dir: Path, found: Decision, fingerprint: Mapping[str, Any], asked: Asked
+) -> tuple[bool, tuple[str, ...]]:
+    """Decides what becomes of a call of ``fit`` in the run that was found.
+
+    Returns whether there is anything to train (else its result is returned), and what to tell.
+    A ResumeError says that the old run is finished, or of another make-up. Ranks: rank 0 only.
+    """
+    saved, status, fits = found.saved, found.before, found.fits
+    assert saved is not None
+    assert status is not None
+    place, last = asked.place, len(fits) - 1
+    there = status.fingerprint
+    if status.fit != place:
+        there = renamed(files.load_plain(saved.path)).get("fingerprint", there)
+    between = place > last
+    if not between:
+        fit = fits[place]
+        done = place < last or fit.fulfils(asked.epochs, asked.max_steps)
+        # Where there are several, or a name, the script is written to be started again. And one
+        # that was killed after its fit may have had more to do.
+        ended = status.over or status.process in ("", PROCESS)
+        plain = last == status.fit == 0 and asked.name is None and ended
+        if done and plain and not differences(there, fingerprint)[0]:
+            raise ResumeError(_finished(run_dir, status) + _choices(run_dir, status))
+        if done and place < last:
+            return False, ()
+        between = done and not plain and saved.step >= fit.steps  # its end is what was saved
+    must, may = differences(there, fingerprint, MUST_BETWEEN if between else MUST)
     if must:
         raise ResumeError(
             f"the run in {run_dir} is of another make-up:\n"
@@ -97,32 +150,36 @@ def decide(
             + "\nChoose another run_dir, or pass resume='never' to begin anew here (the old files "
             "are moved aside)."
         )
-    limits = ((epochs, status.epoch), (max_steps, status.step))
-    more = all(limit is None or limit > done for limit, done in limits)
-    # A run that stopped by itself (early stopping) is not continued by a larger plan.
-    by_plan = status.reason in ("all epochs done", "max_steps reached")
-    if saved is None or (status.status == "finished" and not (more and by_plan)):
-        ended = f"the run in {run_dir} is finished ({status.reason}; step {status.step}, "
-        ended += f"{status.epoch} epochs). "
-        anew = (
-            "choose another run_dir; to begin anew here, pass resume='never' (the old files are "
-            "moved aside)."
-        )
-        if by_plan and saved is not None:
-            ended += "To go on, ask for more (a larger epochs or max_steps); to begin another, "
-        elif saved is not None:
-            ended += (
-                "It stopped by itself, and a larger plan does not undo that. To train its weights "
-                f"further, load them (dtrain.load_model({str(run_dir)!r}, model)) and "
-            )
-        else:
-            ended += "It left no intact checkpoint to go on from. To begin another, "
-        raise ResumeError(ended + anew)
-    same = [key for key, here in fingerprint.items() if status.fingerprint.get(key) == here]
-    notes.append(
-        f"continuing at step {saved.step} from {saved.path} (the same make-up: {', '.join(same)})"
+    if between and place == last:
+        return False, ()
+    same = [key for key, here in fingerprint.items() if there.get(key) == here]
+    which = "" if place == 0 else f", fit {place}"
+    which = f", fit {asked.name!r}" if asked.name else which
+    at = f"step {saved.step}{which}"
+    note = f"continuing at {at} from {saved.path} (the same make-up: {', '.join(same)})"
+    return True, (note, *([] if between else may))
+
+
+_ANEW = (
+    "choose another run_dir; to begin anew here, pass resume='never' (the old files are moved "
+    "aside)."
+)
+
+
+def _finished(run_dir: Path, status: Status) -> str:
+    return (
+        f"the run in {run_dir} is finished ({status.reason}; step {status.step}, "
+        f"{status.epoch} epochs). "
     )
-    return Decision(saved, (*notes, *may), status)
+
+
+def _choices(run_dir: Path, status: Status) -> str:
+    if status.reason in BY_PLAN:
+        return f"To go on, ask for more (a larger epochs or max_steps); to begin another, {_ANEW}"
+    return (
+        "It stopped by itself, and a larger plan does not undo that. To train its weights "
+        f"further, load them (dtrain.load_model({str(run_dir)!r}, model)) and {_ANEW}"
+    )
 
 
 def differences(
@@ -146,7 +203,7 @@ def differences(
 def compare_fits(
     before: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]
 ) -> None:
-    """Compares a further ``fit`` of a live trainer with the one before.
+    """Compares a further call of a live trainer, of the same fit, with the one before.
 
     Model and optimizer may have been changed by hand in between; what else must be the same for a
     restart must be for this, or a ConfigError says so.
@@ -154,9 +211,9 @@ def compare_fits(
     must, may = differences(before, now, ("batch size", "order"))
     if must:
         raise ConfigError(
-            f"this trainer goes on with the run that it has begun ({'; '.join(must)}), in which "
-            "this must not change. Pass what was passed before, or make another Trainer of the "
-            "model (with another run_dir)."
+            f"this trainer goes on with the fit that it has begun ({'; '.join(must)}), in which "
+            "this must not change. Pass what was passed before; or, once that is over, call a "
+            "further fit, of another name."
         )
     for line in may:
         say(line)

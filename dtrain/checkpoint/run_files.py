@@ -1,7 +1,8 @@
 """The files of a run: its folder, its checkpoints, and the word on where it stands."""
 
+import atexit
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -11,8 +12,18 @@ from typing import Any
 from dtrain import accelerator
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import one_folder, status
+from dtrain.checkpoint.fits import Fits
 from dtrain.checkpoint.format import Saved
-from dtrain.checkpoint.resume import EMERGENCY, NOT_FINITE, Decision, ResumeMode, check_mode, decide
+from dtrain.checkpoint.resume import (
+    EMERGENCY,
+    NOT_FINITE,
+    Asked,
+    Decision,
+    ResumeMode,
+    check_mode,
+    decide,
+)
+from dtrain.checkpoint.resume import look as look_for
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.run_state import RunState
 from dtrain.checkpoint.saver import Saver
@@ -50,30 +61,29 @@ class RunFiles:
         self._run_state = run_state
         self._replicas = replicas
         self._progress = run_state.context.progress
+        self.found: Decision | None = None  # in ``run_dir``, when this process began
         self._failures = Failures()  # of earlier starts; known on rank 0
         self._broken: set[str] = set()  # weights that were not finite when the fit began
         self._told: set[str] = set()  # whose state differs between ranks
         self._saved = -1  # the step of the newest checkpoint; known on rank 0
         self._failed: Exception | None = None  # the last save that was told of
+        self._tells_end = False  # when Python ends, status.json will say so
 
-    def find(
-        self,
-        mode: ResumeMode,
-        own: Iterable[str] = (),
-        *,
-        epochs: int | None,
-        max_steps: int | None,
-    ) -> Saved | None:
-        """Takes the run's folder, and returns the checkpoint to go on from, if any.
+    def find(self, mode: ResumeMode, own: Iterable[str] = ()) -> None:
+        """Takes the run's folder, and looks what there is to go on from: once in a process.
 
         ``own`` are names of files in it that sinks write.
         """
         run_dir, run_state = self._run_dir, self._run_state
         check_mode(mode)
+        if self.found is not None:
+            self.take_again()
+            return
         if run_dir is None:
             if mode == "must":
                 raise ConfigError("resume='must' needs a run_dir to resume from")
-            return None
+            self.found = Decision(None)
+            return
 
         def take() -> None:
             prepare(run_dir)
@@ -81,20 +91,49 @@ class RunFiles:
             self.saver.run_lock.take()
 
         def look() -> Decision:
-            decision = decide(
-                run_dir, mode, run_state.fingerprint, epochs=epochs, max_steps=max_steps, own=own
-            )
+            decision = look_for(run_dir, mode, own)
             if self._world.restarted and decision.before is not None:
                 self._failures = status.failures_before(run_dir, decision.before)
             return decision
 
         self._world.comm.on_main("run lock", take)
         one_folder.check_shared(run_dir, self._world)
-        decision = self._world.comm.on_main("resume", look)
+        self.found = decision = self._world.comm.on_main("resume", look)
+        run_state.fits = Fits(decision.fits)
         self._saved = -1 if decision.saved is None else decision.saved.step
         for note in decision.notes:
             run_state.context.say(note)
-        return decision.saved
+
+    def decide(self, fingerprint: Mapping[str, Any], asked: Asked) -> bool:
+        """Says whether a call of ``fit`` goes on from what was found; else it is over already.
+
+        Raises ResumeError where it may not.
+        """
+        found, run_dir, comm = self.found, self._run_dir, self._world.comm
+        assert found is not None
+        assert run_dir is not None
+        on_main = comm.on_main(
+            "which fit", lambda: (asked, decide(run_dir, found, fingerprint, asked))
+        )
+        theirs, (goes_on, notes) = on_main
+        if theirs != asked:
+            raise ConfigError(f"fit was called otherwise on rank 0: {theirs} there, {asked} here")
+        for note in notes:
+            self._run_state.context.say(note)
+        return goes_on
+
+    @property
+    def saved(self) -> Saved | None:
+        """The checkpoint that was found when this process began, if any."""
+        return None if self.found is None else self.found.saved
+
+    def state_of(self, saved: Saved) -> dict[str, Any]:
+        """Returns what a checkpoint holds beside the model. Ranks: all, local."""
+        return files.load_state(saved.path)
+
+    def forget(self) -> None:
+        """Has the next call look anew what is in ``run_dir``. Ranks: all, local."""
+        self.found, self._run_state.fits = None, Fits()
 
     def take_again(self) -> None:
         """Takes the run's folder for a further ``fit``, which goes on in memory."""
@@ -258,6 +297,9 @@ class RunFiles:
         def write() -> None:
             try:
                 self._write_status(state, reason)
+                if not self._tells_end:  # that the script has ended, too
+                    self._tells_end = True
+                    atexit.register(_script_ends, self.saver.run_lock)
             except RunTaken:
                 raise
             except CheckpointError as error:  # what was trained is worth more
@@ -332,10 +374,21 @@ class RunFiles:
             at.epoch,
             self._run_state.fingerprint,
             *failures,
-            requeue=state != "finished" and not failures.is_loop,
+            requeue=(state != "finished" or self._run_state.fits.are_many) and not failures.is_loop,
             saved=self._saved,
+            fit=at.phase,
+            process=status.PROCESS,
         )
         status.write(lock.run_dir, now)
+
+
+def _script_ends(lock: RunLock | None) -> None:
+    """Has a run that is finished be known to go on with no further fit; nobody waits for this."""
+    with suppress(OSError, DtrainError):
+        if lock is not None and (now := status.read(lock.run_dir)) is not None:
+            lock.check()
+            if now.status == "finished":
+                status.write(lock.run_dir, replace(now, over=True, requeue=False))
 
 
 def prepare(run_dir: Path) -> None:

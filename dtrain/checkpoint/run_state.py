@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from dtrain.callback import Callback, CountAs, take_on, weights_of
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import tree
+from dtrain.checkpoint.fits import Fits
 from dtrain.checkpoint.format import Saved
 from dtrain.checkpoint.optimizer_state import (
     Group,
@@ -105,6 +106,7 @@ class RunState:
     # The optimizer's groups, with the values that are in force before any schedule.
     groups: list[Group] = field(default_factory=list)
     override: Mapping[str, Any] = field(default_factory=dict)  # of the optimizer's, by ``fit``
+    fits: Fits = field(default_factory=Fits)  # that the run has had
     _mark: object = field(default_factory=object)  # that callbacks bear: no reference to the run
 
     def describe(self, data: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -133,6 +135,10 @@ class RunState:
             put_override(override, optimizer.param_groups, now, begun=bool(optimizer.state))
             self._tell(in_force, lines)
 
+    def note_groups(self) -> None:
+        """Notes what values the optimizer has now, before schedules. Ranks: all, local."""
+        self.groups = groups_of(self.context.optimizer, self.context.model)
+
     def _tell(self, in_force: dict[str, Any], lines: list[str]) -> None:
         self.config = self.config | in_force
         for line in lines:
@@ -152,7 +158,10 @@ class RunState:
         the device is not well, no more of it is touched than names. Once ``fit`` has ``ended``,
         other weights may count.
         """
-        context, held = self.context, self._held()
+        context, held, fits = self.context, self._held(), self.fits
+        if ended and loop["stop_reason"]:
+            fits = Fits(fits.known)
+            fits.end(context.progress, loop["stop_reason"], context.metrics)
         capture = random_state if device_is_well else random_state_of_host
         own = {c.name: state for c in self.callbacks if (state := c.rank_state_dict())}
         return Content(
@@ -165,6 +174,7 @@ class RunState:
                     "precision": self.precision.state_dict(),
                     "callbacks": {c.name: c.state_dict() for c in self.callbacks},
                     "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
+                    "fits": fits.state_dict(),
                     "loop": loop,
                     "shared_rng": context.shared_rng.get_state(),
                     "metrics": context.metrics,
@@ -263,15 +273,29 @@ class RunState:
         """By which metric a checkpoint is the best, and whether the least or the most."""
         return self.slot.best_by if isinstance(self.slot, BestSlot) else None
 
-    def restore_model(self, saved: Saved) -> dict[str, Any]:
-        """Restores parameters, buffers and progress; returns the rest, for :meth:`restore_rest`."""
+    def restore(self, saved: Saved, *, weights: bool) -> dict[str, Any]:
+        """Restores progress and (but where ``weights`` is False) parameters and buffers.
+
+        Returns the rest, for :meth:`restore_rest`.
+        """
         state = files.load_state(saved.path)
         run = str(saved.path.parent.parent)
         there, here = state.get("groups"), self.groups
         state["optimizer"], state["groups"] = arrange(state["optimizer"], there, here, run)
         if there is None:  # compared with the optimizer once schedules are made, as it was saved
             self.groups = []
-        tensors: dict[str, Any] = files.load_model(saved.path) | state.get("extra", {})
+        if weights:
+            self.restore_weights(saved, state.get("extra", {}))
+        self.restore_progress(state)
+        return state
+
+    def restore_weights(
+        self, saved: Saved, extra: Mapping[str, Any], *, over: bool = False
+    ) -> None:
+        """Restores the model: as training goes on; or, once a fit is over, as that has left it."""
+        tensors: dict[str, Any] = files.load_model(saved.path) | dict(extra)
+        if over:
+            tensors |= files.load_held(saved.path, "final")
         missing = [name for name in named_state(self.context.model) if name not in tensors]
         if missing and not (self.slot is not None and self.slot.trainable_only):
             raise CheckpointError(
@@ -280,9 +304,11 @@ class RunState:
                 "base model before fit."
             )
         load_named(self.context.model, tensors, strict=not missing)
+
+    def restore_progress(self, state: Mapping[str, Any]) -> None:
+        """Takes up how far the run was."""
         for name in _PROGRESS:
             setattr(self.context.progress, name, state["progress"][name])
-        return state
 
     def restore_rest(
         self, saved: Saved, state: dict[str, Any], new_rank: Callable[[], None]

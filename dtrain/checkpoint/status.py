@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ COPY_VARIABLE = "DTRAIN_STATUS_FILE"
 #: So often in a row a run may fail without having come any further.
 MAX_FAILURES = 3
 _LONGEST = 300  # characters of a reason in a sentence
+#: Names this process; processes that it forks have the same.
+PROCESS = uuid.uuid4().hex
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,9 @@ class Status:
     # False where there is nothing left to do, or another start would only fail in the same way.
     requeue: bool = True
     saved: int = -1  # the step of the newest checkpoint; -1 where there is none
+    fit: int = 0  # which of the run's fits, from 0
+    process: str = ""  # which one wrote this, or its parent
+    over: bool = False  # the script has ended, too, as far as that can be seen
     sentence: str = ""  # all this, to end a log with
     updated: float = field(default_factory=time.time)  # in seconds since 1970
 
@@ -123,10 +129,10 @@ def failures_before(run_dir: Path, before: Status) -> Failures:
 
     For a start that a launcher makes by itself; a person has a reason to.
     """
-    if before.status not in ("running", "failed"):
+    if before.status == "preempted" or not before.requeue:
         return Failures()
     failures = Failures(before.failed_at, before.failures)
-    if before.status == "running":  # killed: nobody has counted that yet
+    if before.status != "failed":  # killed: nobody has counted that yet
         failures = failures.then(before.step)
     if failures.is_loop:
         reason = before.reason or "killed"

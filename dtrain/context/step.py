@@ -1,7 +1,7 @@
 """What hooks and loss functions are handed, and what a loss function returns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -90,9 +90,12 @@ class Progress:
         epoch: the epoch under way, from 0; after ``fit``, how many were finished.
         step_in_epoch: steps taken in this epoch.
         samples: samples all ranks trained on since the run began.
-        total_steps: steps planned, or None where nobody can know.
+        total_steps: steps planned until this fit's end, or None where nobody can know.
         steps_per_epoch: steps planned in an epoch, or None.
-        total_epochs: epochs planned, or None.
+        total_epochs: epochs planned until this fit's end, or None.
+        phase: which of the run's fits this is, from 0.
+        first_step: global steps before this fit.
+        first_epoch: epochs finished before this fit.
     """
 
     step: int = 0
@@ -103,6 +106,22 @@ class Progress:
     total_steps: int | None = None
     steps_per_epoch: int | None = None
     total_epochs: int | None = None
+    phase: int = 0
+    first_step: int = 0
+    first_epoch: int = 0
+
+    def of_phase(self) -> "Progress":
+        """Returns it counted from this fit's beginning, as its plan and its schedules are."""
+        if not self.phase:
+            return self
+        step, epoch, total, epochs = self.step, self.epoch, self.total_steps, self.total_epochs
+        return replace(
+            self,
+            step=step - self.first_step,
+            epoch=epoch - self.first_epoch,
+            total_steps=None if total is None else total - self.first_step,
+            total_epochs=None if epochs is None else epochs - self.first_epoch,
+        )
 
 
 class _Result(Protocol):  # what became of a step; asking may wait for the device

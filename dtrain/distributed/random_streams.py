@@ -125,6 +125,11 @@ class StreamsOfFits:
         if self._ours is not None:
             restore_random_state(self._ours)
 
+    def rest(self) -> None:
+        """From here on they are the script's again, until :meth:`begin`."""
+        self._ours, self._begun = random_state(), False
+        restore_random_state(self._scripts)
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # A device that has failed may fail here as well; then the first error counts.
         with suppress(RuntimeError) if kind else nullcontext():

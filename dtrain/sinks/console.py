@@ -141,8 +141,8 @@ def _place(report: Report) -> list[str]:
     step, epoch = f"step {report.step}", f"epoch {report.epoch + 1}"
     if report.total_steps:
         step += f"/{report.total_steps}"
-        if report.steps_per_epoch:
-            epoch += f"/{math.ceil(report.total_steps / report.steps_per_epoch)}"
+        if report.total_epochs:
+            epoch += f"/{report.total_epochs}"
     return [step, epoch]
 
 

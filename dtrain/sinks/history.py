@@ -79,11 +79,20 @@ class History:
             updates=progress.updates,
             total_steps=progress.total_steps,
             steps_per_epoch=progress.steps_per_epoch,
+            total_epochs=_epochs_of(progress),
             **what,
         )
         if self.tell is not None:
             self.tell(report)
         self.dispatcher.send(report)
+
+
+def _epochs_of(progress: Progress) -> int | None:
+    """Returns how many epochs there will have been, the last one perhaps cut short."""
+    if progress.total_steps is None or not progress.steps_per_epoch:
+        return None
+    own = progress.total_steps - progress.first_step
+    return progress.first_epoch + -(-own // progress.steps_per_epoch)
 
 
 def describe_start(
@@ -94,6 +103,7 @@ def describe_start(
     strategy: str,  # how gradients meet, in words
     batch_size: int | None,  # None for a stream
     split: Callable[[int], list[int]],
+    fit: str,  # which of the run's, in words
 ) -> str:
     """Returns the start block: what is trained, where, and how a batch is shared out."""
     name, parameters = type(context.model).__name__, context.model.parameters()
@@ -127,8 +137,14 @@ def describe_start(
             f"advice: {type(slow[0]).__name__}(..., fused=True) computes the same in one "
             "pass; of a small model's step that saves about a fifth"
         )
-    if context.progress.total_steps is not None:
-        lines.append(f"{context.progress.total_steps:,} steps in all")
+    progress = context.progress
+    steps = "" if progress.total_steps is None else f"{progress.total_steps:,} steps in all"
+    if progress.phase:
+        steps = f"{fit} of this run, from step {progress.first_step:,}; {steps}".removesuffix("; ")
+    elif fit != "fit 0":  # it has a name
+        steps = f"{fit} of this run; {steps}".removesuffix("; ")
+    if steps:
+        lines.append(steps)
     return "\n".join(lines)
 
 

@@ -31,6 +31,7 @@ class Report:
         updates: steps whose update was applied, since the run began.
         total_steps: steps planned, or None.
         steps_per_epoch: steps planned in an epoch, or None.
+        total_epochs: epochs planned, or None.
         config: for ``start``: the user's own settings.
         sample: for ``sample``: what to show.
     """
@@ -45,6 +46,7 @@ class Report:
     updates: int = 0
     total_steps: int | None = None
     steps_per_epoch: int | None = None
+    total_epochs: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     sample: Shown | None = None
 

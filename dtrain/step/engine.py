@@ -116,6 +116,7 @@ class Engine:
         self.evaluation = Evaluation(
             context, self.outbox, self.world, self.eval_fn, precision, hooks, self.figures.means
         )
+        self._wrapped = False  # a fit has begun
         self._parted = False  # a step was ended by a failure on this rank only
         hooks.carry = WeakMethod(self.carry)
 
@@ -159,7 +160,7 @@ class Engine:
         self.figures.restart()
         self.hooks.failed_in = ""
 
-    def begin(self, *, first: bool) -> None:
+    def begin(self) -> None:
         """Takes model and optimizer as a fit finds them. Ranks: all, communicates."""
         self.context.model.to(self.world.device)  # it may have been away
         now = self.context.optimizer
@@ -171,9 +172,9 @@ class Engine:
         for part in self.parts:
             part.micro_step.trained.check(begins=True)
         self.make_equal()
-        for part in (
-            self.parts if first else ()
-        ):  # a later fit's first epoch looks what to wrap anew
+        first, self._wrapped = not self._wrapped, True
+        # A later fit's first epoch looks what to wrap anew.
+        for part in self.parts if first else ():
             part.strategy.wrap(part.micro_step, self.world)
 
     def make_equal(self) -> None:

@@ -90,8 +90,17 @@ class StandIn:
                 "checkpoint has that: weights that are to count must come from its weights(which)"
             )
 
+    def leave(self) -> None:
+        """Has what a fit has left in the model be its own, where another fit begins."""
+        if self._own:
+            self._context.say(
+                "this fit goes on from the weights that the one before has left in the model, not "
+                "from those of its last step"
+            )
+        self._own, self._put = {}, {}
+
     def take_out(self) -> None:
-        """Gives the model its own weights back where a further ``fit`` begins; or says why not."""
+        """Gives the model its own weights back where the same fit goes on; or says why not."""
         own, put, self._own, self._put = self._own, self._put, {}, {}
         now = self._tensors()
         changed = [

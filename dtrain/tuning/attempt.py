@@ -43,7 +43,7 @@ def attempt(
     """
     with trainer.world.comm.lockstep(call):
         check_trains(trainer.model, trainer.optimizer)
-        if trainer._live:
+        if trainer._phases.live:
             raise ConfigError(f"{call} comes before the Trainer's first fit: make a new Trainer")
     model, optimizer = trainer.model, trainer.optimizer
     tensors = [*model.parameters(), *model.buffers()]

@@ -1,5 +1,6 @@
 """Whether the run in a folder is gone on with."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from saved import save
 
 from dtrain.checkpoint import status
-from dtrain.checkpoint.resume import Decision, decide
+from dtrain.checkpoint.resume import Asked, Decision, decide, look
 from dtrain.checkpoint.status import Status
 from dtrain.errors import ConfigError, ResumeError
 
@@ -25,7 +26,19 @@ def old_run(run_dir: Path, state: Any = "running", *, saved: int | None = 30, **
 def choose(
     run_dir: Path, mode: Any = "auto", epochs: int | None = 3, max_steps: int | None = None
 ) -> Decision:
-    return decide(run_dir, mode, MAKE_UP, epochs=epochs, max_steps=max_steps)
+    return asked(run_dir, mode, MAKE_UP, epochs, max_steps)
+
+
+def asked(
+    run_dir: Path, mode: Any, make_up: Any, epochs: int | None, max_steps: int | None = None
+) -> Decision:
+    """What becomes of a run's only fit."""
+    found = look(run_dir, mode)
+    if found.saved is None:
+        return found
+    goes_on, notes = decide(run_dir, found, make_up, Asked(0, None, epochs, max_steps))
+    assert goes_on
+    return replace(found, notes=(*found.notes, *notes))
 
 
 # ----------------------------------------------------------------------------- nothing there
@@ -162,7 +175,7 @@ def test_another_make_up_is_refused_with_the_differences(tmp_path: Path, state: 
     there = {"model": "abd", "batch size": 32, "callbacks": ["Checkpoint", "EarlyStopping"]}
     old_run(tmp_path, state, fingerprint=there)
     with pytest.raises(ResumeError) as raised:
-        decide(tmp_path, "auto", MAKE_UP, epochs=9, max_steps=None)
+        asked(tmp_path, "auto", MAKE_UP, 9)
     first, *differences, last = str(raised.value).splitlines()
     assert first == f"the run in {tmp_path} is of another make-up:"
     assert differences == [
@@ -177,7 +190,7 @@ def test_what_may_differ_is_told_and_gone_on_with(tmp_path: Path) -> None:
     there = MAKE_UP | {"callbacks": ["EarlyStopping"], "precision": "bf16", "seed": 1}
     old_run(tmp_path, fingerprint=there)
     here = MAKE_UP | {"precision": "float32", "order": "shuffled", "seed": 1}
-    decision = decide(tmp_path, "auto", here, epochs=9, max_steps=None)
+    decision = asked(tmp_path, "auto", here, 9)
     assert decision.saved is not None
     # "order" is younger than that run.
     assert decision.notes[0].endswith("(the same make-up: model, batch size, seed)")

@@ -11,7 +11,7 @@ from saved import save
 
 from dtrain.checkpoint import disk, run_lock
 from dtrain.checkpoint import format as files
-from dtrain.checkpoint.resume import decide
+from dtrain.checkpoint.resume import look
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.errors import CheckpointError, RunTaken
 
@@ -136,7 +136,7 @@ def test_a_token_that_cannot_be_read_is_no_other_start(tmp_path):
 def test_beginning_anew_leaves_the_lock_where_it_is(tmp_path):
     mine = taken(tmp_path)
     (tmp_path / "status.json").write_text("{}")
-    decide(tmp_path, "never", {}, epochs=1, max_steps=None)
+    look(tmp_path, "never")
     mine.check()
     assert sorted(os.listdir(tmp_path)) == [".writer", ".writer.lock", "before-1"]
 
