@@ -33,8 +33,7 @@ from dtrain.distributed import (
 from dtrain.errors import ConfigError
 from dtrain.inference import Inference
 from dtrain.loop import Loop
-from dtrain.phases import Phases
-from dtrain.plan import FitResult, Plan, Recorder
+from dtrain.plan import FitResult, Phases, Plan, Recorder
 from dtrain.sinks import Console, Dispatcher, History, Sink, describe_end, describe_start
 from dtrain.step import (
     Engine,
@@ -51,7 +50,7 @@ from dtrain.step import (
 from dtrain.strategies import Strategy, choose
 from dtrain.watchdog import HANG_AFTER_S, Watchdog
 
-_SHARED_STREAM, _OWN_STREAM, _ORDER_STREAM = 1, 2, 4  # 0: in phases.py
+_SHARED_STREAM, _OWN_STREAM, _ORDER_STREAM = 1, 2, 4  # 0 is a rank's own
 
 
 class Trainer(Inference):

@@ -105,7 +105,7 @@ class LRSchedule(Callback):
         scheduler, new_phase = self._given, self._phase != ctx.progress.phase
         self._phase = ctx.progress.phase
         if self._scheduler is not None and self._scheduler.optimizer is owner:
-            if isinstance(scheduler, LRScheduler) or not new_phase:
+            if is_made or not new_phase:
                 self._go_on(self._total, total, new_rates(owner))  # the fit is gone on with
                 return
             put_back(owner, self._rates, self._left)
@@ -124,8 +124,8 @@ class LRSchedule(Callback):
                 )
             if self._scheduler is not None and not new_phase:
                 self._began, self._stepped = self._done, 0
-                left = f"{total - self._done} {self._every}s of {total}"
-                ctx.say(f"LRSchedule: another optimizer, and a new curve, over the {left} left")
+                left = f"{total - self._done} {self._every}s of {total} left"
+                ctx.say(f"LRSchedule: another optimizer, and a new curve, over the {left}")
             self._total, self._rates = total, rates_of(owner)
             scheduler = scheduler(owner, total - self._began)
         if not isinstance(scheduler, LRScheduler):

@@ -95,6 +95,11 @@ class Fits:
             )
         return place
 
+    @property
+    def are_many(self) -> bool:
+        """Whether the script may go on with another fit, as far as one can know."""
+        return len(self.known) > 1 or any(fit.name for fit in self.known)
+
     def is_over(self, place: int, epochs: int | None, max_steps: int | None) -> bool:
         """Says whether an earlier process has trained it, and all that a plan asks for."""
         earlier = place < min(self.own, len(self.known))

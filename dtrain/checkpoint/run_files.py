@@ -127,10 +127,6 @@ class RunFiles:
         """The checkpoint that was found when this process began, if any."""
         return None if self.found is None else self.found.saved
 
-    def state_of(self, saved: Saved) -> dict[str, Any]:
-        """Returns what a checkpoint holds beside the model. Ranks: all, local."""
-        return files.load_state(saved.path)
-
     def forget(self) -> None:
         """Has the next call look anew what is in ``run_dir``. Ranks: all, local."""
         self.found, self._run_state.fits = None, Fits()

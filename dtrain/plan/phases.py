@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dtrain.callback import Callback, Hooks
-from dtrain.checkpoint import Asked, ResumeMode, RunFiles, RunState, Saved, compare_fits
+from dtrain.checkpoint import Asked, ResumeMode, RunFiles, RunState, Saved, compare_fits, load_state
 from dtrain.context import Context, Progress
 from dtrain.data import Data
 from dtrain.distributed import seed_everything
 from dtrain.errors import ConfigError
-from dtrain.plan import FitResult, Plan
+from dtrain.plan.plan import FitResult, Plan
 from dtrain.step import Engine
 
 _RANK_STREAM = 0  # of those that are derived from a seed; others are the Trainer's
@@ -106,7 +106,7 @@ class Phases:
         fits, now = self.run_state.fits.known, self.context.progress
         if self._has_weights:
             return
-        state = self.files.state_of(saved)
+        state = load_state(saved.path)
         self.run_state.restore_progress(state)
         now.phase = len(fits) - (not fits[-1].is_over)
         now.first_step = now.step if fits[-1].is_over else fits[-1].step
