@@ -88,8 +88,7 @@ class LRSchedule(Callback):
         self._rates: list[float] = []  # which it begins with, of each group
         self._skips = False  # the end of an epoch that was over when the curve was made
         self._made: dict[str, str] = {}  # of what, in words
-        self._phase = 0  # for which of the run's fits the curve was made
-        self._left: list[float] = []  # the rates at the end of the fit before
+        self._phase, self._left = 0, list[float]()  # of which fit the curve is, and how it ended
         # The groups as the scheduler made them, where a run may go on that had none.
         self._new: list[dict[str, Any]] = []
 
@@ -102,8 +101,8 @@ class LRSchedule(Callback):
         self._done = progress.step if by_step else progress.epoch + self._ends
         self._say, self._asked = ctx.say, total
         owner = self._owner = owner_of(self._given, self._optimizer, ctx)
-        scheduler, new_phase = self._given, self._phase != ctx.progress.phase
-        self._phase = ctx.progress.phase
+        new_phase, self._phase = self._phase != ctx.progress.phase, ctx.progress.phase
+        scheduler = self._given
         if self._scheduler is not None and self._scheduler.optimizer is owner:
             if is_made or not new_phase:
                 self._go_on(self._total, total, new_rates(owner))  # the fit is gone on with

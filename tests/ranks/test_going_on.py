@@ -247,18 +247,18 @@ def test_more_data_and_other_callbacks_are_told(tmp_path):
     ],
 )
 def test_what_must_be_the_same_is_refused_by_a_restart_and_by_a_further_fit(tmp_path, how, words):
-    trainer, _, _ = fit(tmp_path / "run", [Checkpoint()])
+    trainer, _, _ = fit(tmp_path / "run", [Checkpoint()], name="main")
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     with pytest.raises(ResumeError, match=words):
-        fit(tmp_path / "again", [Checkpoint()], epochs=2, **how)
-    again = {"batch_size": 8, "data": tiny.dataset(32)} | how
+        fit(tmp_path / "again", [Checkpoint()], epochs=2, name="main", **how)
+    again = {"batch_size": 8, "data": tiny.dataset(32), "name": "main"} | how
     if isinstance(again["data"], dtrain.Data):
         again.pop("batch_size")
     data = again.pop("data")
     for _ in range(2):
         with pytest.raises(ConfigError, match=words):
             trainer.fit(data, epochs=2, **again)
-    assert trainer.fit(tiny.dataset(32), batch_size=8, epochs=2).steps == 8
+    assert trainer.fit(tiny.dataset(32), batch_size=8, epochs=2, name="main").steps == 8
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -354,7 +354,7 @@ def test_after_an_early_stop_the_advice_is_true(tmp_path):
         return [EarlyStopping("eval/loss", mode="max", patience=1), Checkpoint()]
 
     data = tiny.dataset(32)
-    trainer, result, told = fit(tmp_path / "run", callbacks(), epochs=9, eval_set=data)
+    trainer, result, _ = fit(tmp_path / "run", callbacks(), epochs=9, eval_set=data)
     assert result.epochs < 9
     again = shutil.copytree(tmp_path / "run", tmp_path / "again")
     with pytest.raises(ResumeError) as raised:
@@ -363,10 +363,8 @@ def test_after_an_early_stop_the_advice_is_true(tmp_path):
     assert "It stopped by itself, and a larger plan does not undo that" in str(raised.value)
     assert f"dtrain.load_model('{again}', model)" in str(raised.value)
     # In the same process a further fit is a wish of its own.
-    before = result.epochs
     more = trainer.fit(data, batch_size=8, epochs=20, eval_set=data)
-    assert more.epochs > before
-    assert "EarlyStopping had stopped after 1 checks; they count anew" in told.words
+    assert more.epochs > result.epochs
 
 
 # ------------------------------------------------------------------------ evaluations and saves

@@ -141,10 +141,10 @@ def fit_twice():
     whole = tiny.trainer([tiny.Record()])
     whole.fit(tiny.dataset(), batch_size=24, epochs=3)
     twice = tiny.trainer([tiny.Record()])
-    twice.fit(tiny.dataset(), batch_size=24, epochs=1)
-    result = twice.fit(tiny.dataset(), batch_size=24, epochs=3)
+    twice.fit(tiny.dataset(), batch_size=24, epochs=1, name="main")
+    result = twice.fit(tiny.dataset(), batch_size=24, epochs=3, name="main")
     return tiny.digest(whole.model) == tiny.digest(twice.model), result.epochs, result.steps
 
 
-def test_a_second_fit_goes_on_in_memory():
+def test_a_second_call_of_a_fit_goes_on_in_memory():
     assert run_processes(fit_twice, 2) == [(True, 3, 12)] * 2

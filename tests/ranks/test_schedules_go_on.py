@@ -37,13 +37,14 @@ def go_on(how, run_dir, curve, *, replan=None, every="step", first=1, then=2, **
     def callbacks():
         return [LRSchedule(curve, every=every, replan=replan), Checkpoint(), rates]
 
-    trainer, _, told = fit(run_dir, callbacks(), epochs=first, **SGD)
+    name = {} if how == "restart" else {"name": "main"}
+    trainer, _, told = fit(run_dir, callbacks(), epochs=first, **SGD, **name)
     rates.rates.clear()
     if how == "restart":
         _, _, told = fit(run_dir, callbacks(), epochs=then, **SGD, **more)
     else:
         told.words.clear()
-        trainer.fit(tiny.dataset(32), batch_size=8, epochs=then, **more)
+        trainer.fit(tiny.dataset(32), batch_size=8, epochs=then, **name, **more)
     return rates.rates, [line for line in told.words if line.startswith("LRSchedule")]
 
 
@@ -142,10 +143,10 @@ def test_a_group_that_was_added_between_two_fits_gets_a_new_curve():
     callbacks = [LRSchedule(CURVES["cosine"], replan=True)]
     net[2].requires_grad_(False)
     trainer = dtrain.Trainer(net, optimizer, tiny.loss_fn, callbacks=callbacks, sinks=[told])
-    trainer.fit(tiny.dataset(32), batch_size=8, epochs=1)
+    trainer.fit(tiny.dataset(32), batch_size=8, epochs=1, name="main")
     net[2].requires_grad_(True)
     optimizer.add_param_group({"params": list(net[2].parameters()), "lr": 0.2})
-    trainer.fit(tiny.dataset(32), batch_size=8, epochs=2)
+    trainer.fit(tiny.dataset(32), batch_size=8, epochs=2, name="main")
     assert told.words[-1].endswith("over the 4 that are left of 8, from lr 0.1, 0.2")
 
 
@@ -161,9 +162,9 @@ def test_another_optimizer_gets_a_new_curve_over_what_is_left(every):
     first = torch.optim.SGD(net.parameters(), lr=0.1)
     callbacks = [LRSchedule(lambda o, n: LinearLR(o, 1.0, 0.1, n), every=every), Notes()]
     trainer = dtrain.Trainer(net, first, tiny.loss_fn, callbacks=callbacks, sinks=[told])
-    trainer.fit(tiny.dataset(32), batch_size=8, epochs=1)
+    trainer.fit(tiny.dataset(32), batch_size=8, epochs=1, name="main")
     trainer.optimizer = torch.optim.SGD(net.parameters(), lr=0.4)
-    trainer.fit(tiny.dataset(32), batch_size=8, epochs=3)
+    trainer.fit(tiny.dataset(32), batch_size=8, epochs=3, name="main")
     left = {"step": "8 steps of 12", "epoch": "2 epochs of 3"}[every]
     assert f"LRSchedule: another optimizer, and a new curve, over the {left} left" in told.words
     curve = [0.4 * (1 - 0.9 * step / 8) for step in range(8)]
