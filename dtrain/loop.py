@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dtrain.callback import Callback
-from dtrain.checkpoint import ALL_EPOCHS, MAX_STEPS, CheckpointSlot, RunFiles
+from dtrain.checkpoint import BY_PLAN, CheckpointSlot, RunFiles, due_after_fit
 from dtrain.context import Step
 from dtrain.data import Feed, MicroBatches
 from dtrain.distributed import ARRIVAL, EVALUATION, METRICS, SAVING, Phase
@@ -74,9 +74,9 @@ class Loop:
         self.epoch_evaluated, self.epoch_is_cut = state["epoch_evaluated"], state["epoch_is_cut"]
         self.engine.expect(state["weight"])
         self.engine.figures.restore_epoch(state.get("epoch_sums"))
-        # A run that had fulfilled its plan is continued by a larger one.
+        # One that had fulfilled its plan is continued by a larger one.
         reason = state["stop_reason"]
-        self.stop_reason = "" if reason in (ALL_EPOCHS, MAX_STEPS) else reason
+        self.stop_reason = "" if reason in BY_PLAN else reason
         self._saved_at = progress.step
         self.owes_evaluation = state.get("owes_evaluation", False)
         at = progress.step if self.epoch_evaluated else -1
@@ -101,7 +101,7 @@ class Loop:
             self._run_epoch()
         if not self.preempted and self.plan.eval_every and self._evaluated_at != progress.step:
             self._evaluate()
-        if self.checkpoint is not None or self.preempted or self._save_asked:
+        if due_after_fit(self.checkpoint, progress) or self.preempted or self._save_asked:
             self._save_last()
         self._log(final=True)
         with self.engine.together(Phase("the end of fit", slow=True)):

@@ -31,7 +31,9 @@ class Checkpoint(Callback):
 
     Args:
         every_steps: save after every so many global steps.
-        every_epochs: save after every so many epochs, after their evaluation.
+        every_epochs: save after every so many epochs, after their evaluation; 1 by default.
+        every_fits: where a script has many short fits: save at the end of every so many of them,
+            not of each. (A run that is told to leave is saved in any case.)
         keep: how many of the newest to keep; None keeps all.
         best: keep also the one with the best value of this metric, ``eval/...`` or ``train/...``.
             Whenever an evaluation (or an epoch's mean) is the best so far, these very weights are
@@ -52,6 +54,7 @@ class Checkpoint(Callback):
         *,
         every_steps: int | None = None,
         every_epochs: int | None = None,
+        every_fits: int | None = None,
         keep: int | None = 3,
         best: str | None = None,
         mode: Literal["min", "max"] = "min",
@@ -59,10 +62,10 @@ class Checkpoint(Callback):
         modules: Mapping[str, nn.Module] | None = None,
         background: bool = True,
     ) -> None:
-        if every_steps is None and every_epochs is None:
+        if every_steps is None and every_epochs is None and every_fits is None:
             every_epochs = 1
         check_counts("Checkpoint", or_none=True, every_steps=every_steps, every_epochs=every_epochs)
-        check_counts("Checkpoint", or_none=True, keep=keep)
+        check_counts("Checkpoint", or_none=True, every_fits=every_fits, keep=keep)
         check_choice("Checkpoint", "mode", mode, ("min", "max"))
         self.background = background
         self.trainable_only = trainable_only
@@ -71,6 +74,7 @@ class Checkpoint(Callback):
         self._frozen_sums: dict[str, int] = {}  # of all others, as the script made them
         self._every_steps = every_steps
         self._every_epochs = every_epochs
+        self._every_fits = every_fits or 1
         self._keep = keep
         self._best = best or ""
         self.monitors = (best,) if best else ()
@@ -135,6 +139,9 @@ class Checkpoint(Callback):
     def due_after_epoch(self, progress: Progress) -> bool:
         by_epoch = self._every_epochs is not None and (progress.epoch + 1) % self._every_epochs == 0
         return by_epoch or self.due_after_step(progress)  # which may fall on the epoch's end
+
+    def due_after_fit(self, progress: Progress) -> bool:
+        return (progress.phase + 1) % self._every_fits == 0
 
     def due_for(self, kind: Literal["eval", "epoch"], figures: Mapping[str, float]) -> bool:
         if not figure_of(self._best).startswith(f"{kind}/"):

@@ -1,7 +1,7 @@
 """What of a run is on disk: whole, intact, and written by one start only."""
 
 from dtrain.checkpoint.disk import discard, dtype_name, sync, write_bytes, write_tensors
-from dtrain.checkpoint.fits import ALL_EPOCHS, MAX_STEPS, Fit, Fits
+from dtrain.checkpoint.fits import ALL_EPOCHS, BY_PLAN, MAX_STEPS, Fit, Fits, due_after_fit
 from dtrain.checkpoint.format import Saved, load_state
 from dtrain.checkpoint.format import find as find_checkpoint
 from dtrain.checkpoint.format import load_model as load_tensors
@@ -14,6 +14,7 @@ from dtrain.checkpoint.weights import Which, describe_run, export_model, load_mo
 
 __all__ = [
     "ALL_EPOCHS",
+    "BY_PLAN",
     "MAX_STEPS",
     "Asked",
     "CheckpointSlot",
@@ -29,6 +30,7 @@ __all__ = [
     "describe_run",
     "discard",
     "dtype_name",
+    "due_after_fit",
     "export_model",
     "find_checkpoint",
     "join",

@@ -1,9 +1,10 @@
 """The fits of a run: which of them a call of ``fit`` is, also where a script is started again."""
 
+import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 from dtrain.context import Progress
 from dtrain.errors import ConfigError
@@ -30,6 +31,10 @@ class Fit:
     steps_per_epoch: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    def as_text(self) -> str:
+        """Returns it in JSON."""
+        return json.dumps({name: getattr(self, name) for name in self.__slots__})
+
     @property
     def is_over(self) -> bool:
         """It has fulfilled its plan, or stopped by itself."""
@@ -45,6 +50,19 @@ class Fit:
         return self.is_over and not (more and self.reason in BY_PLAN)
 
 
+@runtime_checkable
+class FitsSlot(Protocol):
+    """A checkpoint slot that says also which of a script's fits are saved at their end."""
+
+    def due_after_fit(self, progress: Progress) -> bool:
+        """Says whether this one is; equal on all ranks, must not communicate."""
+
+
+def due_after_fit(slot: object, progress: Progress) -> bool:
+    """Says whether a fit that ends is to be saved; each is, if the slot does not say otherwise."""
+    return slot is not None and (not isinstance(slot, FitsSlot) or slot.due_after_fit(progress))
+
+
 class Fits:
     """Which fits a run has had, in their order. Ranks: all, local; equal on all of them.
 
@@ -57,6 +75,7 @@ class Fits:
         self.own = sys.maxsize  # the first that this process trains
         self.restored = False  # the script has asked where the run is, and may leave fits out
         self._next = 0  # the place of the next call without a name
+        self._texts: list[str] = []  # of those that are not gone on with any more
 
     def place(self, name: str | None) -> int:
         """Returns which fit of the run, from 0, a call is.
@@ -147,6 +166,12 @@ class Fits:
             last, steps=progress.step, epochs=progress.epoch, updates=progress.updates
         )
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """Returns what a checkpoint holds of them."""
-        return [asdict(fit) for fit in self.known]
+    def as_text(self) -> str:
+        """Returns them as a checkpoint holds them: in one text, as there may be thousands."""
+        self._texts += [fit.as_text() for fit in self.known[len(self._texts) : -1]]
+        return f"[{', '.join([*self._texts, self.known[-1].as_text()])}]"
+
+    @classmethod
+    def of_text(cls, text: str) -> "Fits":
+        """Returns what :meth:`as_text` has noted."""
+        return cls(Fit(**one) for one in json.loads(text))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dtrain.checkpoint import format as files
-from dtrain.checkpoint.fits import BY_PLAN, Fit
+from dtrain.checkpoint.fits import BY_PLAN, Fit, Fits
 from dtrain.checkpoint.format import Saved
 from dtrain.checkpoint.status import PROCESS, Status, read, renamed
 from dtrain.errors import ConfigError, ResumeError
@@ -81,8 +81,8 @@ def look(run_dir: Path, mode: ResumeMode, own: Iterable[str] = ()) -> Decision:
         notes.append(str(error))
     if status is None and saved is not None:  # what the run was when it made the checkpoint
         state = renamed(files.load_plain(saved.path))
-        epoch, fits = state["progress"]["epoch"], state.get("fits", [])
-        facts = {"fingerprint": state["fingerprint"], "fit": max(len(fits) - 1, 0)}
+        epoch, fits = state["progress"]["epoch"], Fits.of_text(state.get("fits", "[{}]")).known
+        facts = {"fingerprint": state["fingerprint"], "fit": len(fits) - 1}
         status = Status("running", "", saved.step, epoch, **facts)
         notes.append("there is no status.json to go by: the checkpoint says of which run it is")
     if status is None or (saved is None and status.status != "finished"):
@@ -105,8 +105,7 @@ def look(run_dir: Path, mode: ResumeMode, own: Iterable[str] = ()) -> Decision:
 
 def _fits_of(saved: Saved, status: Status) -> tuple[Fit, ...]:
     """Returns the fits that a run has had until its newest checkpoint, and how they ended."""
-    noted = files.load_plain(saved.path).get("fits")
-    fits = [Fit(**one) for one in noted or [{}]]
+    fits = Fits.of_text(files.load_plain(saved.path).get("fits", "[{}]")).known
     last = fits[-1]
     if status.fit == len(fits) - 1:  # whether its last hooks were called is known there only
         done = {"reason": status.reason, "steps": status.step, "epochs": status.epoch}

@@ -174,7 +174,7 @@ class RunState:
                     "precision": self.precision.state_dict(),
                     "callbacks": {c.name: c.state_dict() for c in self.callbacks},
                     "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
-                    "fits": fits.state_dict(),
+                    "fits": fits.as_text(),
                     "loop": loop,
                     "shared_rng": context.shared_rng.get_state(),
                     "metrics": context.metrics,
