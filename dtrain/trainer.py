@@ -360,7 +360,7 @@ class Trainer(Inference):
         self._run_state.fits.plan(context.progress)
         same |= {"fit": self._run_state.fits.words(context.progress.phase)}
         same |= {"override": self._run_state.override, "plan": plan, "updates": engine.ahead()}
-        check_same_call(same | {"run_dir": bool(context.run_dir)}, self.world.comm)
+        check_same_call(same, self.world.comm)
         engine.restart(data.batch_size or 0)
         context.has_eval = bool(evals)
         return Loop(
@@ -388,6 +388,7 @@ class Trainer(Inference):
         self.hooks.fire(Callback.on_fit_start, context)
         if live and self._phases.new:
             self._run_state.note_groups()  # as the script may have changed them
+            self._engine.figures.restore_epoch({})
         self._engine.streams.begin()  # what is drawn from here on is the training's
         if saved is not None:
             mine = self._run_state.restore_rest(saved, state, self._phases.seed_rank)

@@ -6,13 +6,14 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dtrain.checkpoint import disk
-from dtrain.errors import CrashLoop, ResumeError
+from dtrain.errors import CrashLoop, DtrainError, ResumeError
 
 State = Literal["running", "finished", "preempted", "failed"]
 
@@ -86,6 +87,17 @@ def write(run_dir: Path, status: Status) -> None:
                 disk.overwrite(path, text.encode())
 
 
+def script_ends(run_dir: Path, check: Callable[[], None]) -> None:
+    """Has a run that is finished be known to go on with no further fit; nobody waits for this.
+
+    ``check`` raises where another start of the run has begun since.
+    """
+    with suppress(OSError, DtrainError):
+        if (now := read(run_dir)) is not None and now.status == "finished":
+            check()
+            write(run_dir, replace(now, over=True, requeue=False))
+
+
 def read(run_dir: Path) -> Status | None:
     """Returns where the run in ``run_dir`` stands, or None if there is none.
 
@@ -129,7 +141,7 @@ def failures_before(run_dir: Path, before: Status) -> Failures:
 
     For a start that a launcher makes by itself; a person has a reason to.
     """
-    if before.status == "preempted" or not before.requeue:
+    if before.status == "preempted" or (before.status == "finished" and not before.requeue):
         return Failures()
     failures = Failures(before.failed_at, before.failures)
     if before.status != "failed":  # killed: nobody has counted that yet
