@@ -67,8 +67,8 @@ def main() -> None:
     if world.is_main:
         print(
             f"{world.size} ranks, a step of {statistics.median(steps) * 1e3:.1f} ms"
-            f"{f', a save every {args.checkpoints} fits' if saves else ''}: a fit of one step takes "
-            f"{statistics.median(ratios):.2f} times that ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{f', a save every {args.checkpoints} fits' if saves else ''}: a fit of one step "
+            f"takes {statistics.median(ratios):.2f} times that ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 
