@@ -65,10 +65,11 @@ def main() -> None:
         ratios.append((time.perf_counter() - between) / (between - began))
         steps.append((between - began) / args.fits)
     if world.is_main:
+        step, ratio = statistics.median(steps) * 1e3, statistics.median(ratios)
+        saved = f", a save every {args.checkpoints} fits" if saves else ""
         print(
-            f"{world.size} ranks, a step of {statistics.median(steps) * 1e3:.1f} ms"
-            f"{f', a save every {args.checkpoints} fits' if saves else ''}: a fit of one step "
-            f"takes {statistics.median(ratios):.2f} times that ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{world.size} ranks, a step of {step:.1f} ms{saved}: a fit of one step takes "
+            f"{ratio:.2f} times that ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 
