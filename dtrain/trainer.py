@@ -429,9 +429,8 @@ class Trainer(Inference):
         # A further fit must not take up what was asked or logged in this one.
         self._engine.agreement.drop()
         self._outbox.logged.clear()
-        if not self._phases.live:
-            self._files.forget()
-        elif loop is not None:
+        self._phases.failed()
+        if loop is not None and self._phases.live:
             if loop.failed_together:
                 state, here = loop.state_dict, self._engine.agreement.trouble is not None
                 self._files.save_emergency(state, loop.data_state, failed_here=here, error=error)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint.fits import BY_PLAN, Fit, Fits
 from dtrain.checkpoint.format import Saved
-from dtrain.checkpoint.status import PROCESS, Status, read, renamed
+from dtrain.checkpoint.status import Status, read, renamed, this_process
 from dtrain.errors import ConfigError, ResumeError
 
 ResumeMode = Literal["auto", "never", "must", "emergency"]
@@ -134,7 +134,7 @@ def decide(
         done = place < last or fit.fulfils(asked.epochs, asked.max_steps)
         # Where there are several, or a name, the script is written to be started again. And one
         # that was killed after its fit may have had more to do.
-        ended = status.over or status.process in ("", PROCESS)
+        ended = status.over or status.process in ("", this_process())
         plain = last == status.fit == 0 and asked.name is None and ended
         if done and plain and not differences(there, fingerprint)[0]:
             raise ResumeError(_finished(run_dir, status) + _choices(run_dir, status))

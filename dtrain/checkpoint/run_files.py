@@ -1,11 +1,11 @@
 """The files of a run: its folder, its checkpoints, and the word on where it stands."""
 
-import atexit
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +306,8 @@ class RunFiles:
         if self.saver.run_lock is not None and not self._tells_end:
             self._tells_end = True
             lock = self.saver.run_lock
-            atexit.register(status.script_ends, lock.run_dir, lock.check)
+            # By multiprocessing: processes that it has started call nothing of atexit.
+            Finalize(None, status.script_ends, (lock.run_dir, lock.check), exitpriority=0)
 
     def last_and_best(self) -> tuple[Path | None, Path | None]:
         """Returns the newest checkpoint, and the best, as far as there are such."""
@@ -378,7 +379,7 @@ class RunFiles:
             requeue=(state != "finished" or self._run_state.fits.are_many) and not failures.is_loop,
             saved=self._saved,
             fit=at.phase,
-            process=status.PROCESS,
+            process=status.this_process(),
         )
         status.write(lock.run_dir, now)
 

@@ -22,8 +22,7 @@ COPY_VARIABLE = "DTRAIN_STATUS_FILE"
 #: So often in a row a run may fail without having come any further.
 MAX_FAILURES = 3
 _LONGEST = 300  # characters of a reason in a sentence
-#: Names this process; processes that it forks have the same.
-PROCESS = uuid.uuid4().hex
+_PROCESS = uuid.uuid4().hex
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Status:
     requeue: bool = True
     saved: int = -1  # the step of the newest checkpoint; -1 where there is none
     fit: int = 0  # which of the run's fits, from 0
-    process: str = ""  # which one wrote this, or its parent
+    process: str = ""  # which one wrote this
     over: bool = False  # the script has ended, too, as far as that can be seen
     sentence: str = ""  # all this, to end a log with
     updated: float = field(default_factory=time.time)  # in seconds since 1970
@@ -85,6 +84,11 @@ def write(run_dir: Path, status: Status) -> None:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 disk.overwrite(path, text.encode())
+
+
+def this_process() -> str:
+    """Returns a name for this process, which no other one has."""
+    return f"{_PROCESS}-{os.getpid()}"
 
 
 def script_ends(run_dir: Path, check: Callable[[], None]) -> None:

@@ -60,7 +60,7 @@ class Phases:
         if self.live and place < len(fits.known):
             compare_fits(self.run_state.fingerprint, fingerprint, self.context.say)
             plan.check_left(now)
-        self.run_state.fingerprint, self.saved = fingerprint, None
+        self.run_state.fingerprint, self.saved, self.new = fingerprint, None, False
         if not self.live and files.saved is not None:
             goes_on = files.decide(fingerprint, Asked(place, name, *plan.limits))
             # What the script changes after its last call of a fit that is over, it changes as then.
@@ -130,11 +130,8 @@ class Phases:
         state = self.run_state.restore(saved, weights=False)
         if not self._has_weights:
             self.run_state.restore_weights(saved, state.get("extra", {}), over=True)
-        now.phase, now.first_step, now.first_epoch = (
-            len(self.run_state.fits.known) - 1,
-            last.step,
-            last.epoch,
-        )
+        now.phase = len(self.run_state.fits.known) - 1
+        now.first_step, now.first_epoch = last.step, last.epoch
         now.total_steps, now.total_epochs = last.total_steps, last.total_epochs
         now.steps_per_epoch = last.steps_per_epoch
         # Callbacks take up what they had then; and next begin a further fit, as they would have.
@@ -163,6 +160,14 @@ class Phases:
             self.left = reason
         else:
             fits.returned(len(fits.known) - 1)
+
+    def failed(self) -> None:
+        """Has the next call begin what this one was to, if nothing of that was trained."""
+        now = self.context.progress
+        if not self.live:
+            self.files.forget()
+        elif self.new and now.step == now.first_step:
+            self.run_state.fits.known.pop()
 
     @property
     def must_end(self) -> bool:

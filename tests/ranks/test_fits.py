@@ -231,6 +231,17 @@ def test_the_next_fit_trains_what_the_one_before_has_left(average):
     assert any(line.startswith(words) for line in told.words)
 
 
+def test_a_further_fit_that_was_called_wrongly_is_called_again():
+    trainer = make(None)
+    trainer.fit(tiny.dataset(24), batch_size=12, epochs=1)
+    for wrong in ({"batch_size": 0, "epochs": 1}, {"batch_size": 12}):
+        with pytest.raises(dtrain.DtrainError):
+            trainer.fit(tiny.dataset(48), **wrong)
+    with pytest.raises(ConfigError, match="eval_every"):
+        trainer.fit(tiny.dataset(48), batch_size=6, epochs=1, eval_every="never")
+    assert trainer.fit(tiny.dataset(48), batch_size=16, epochs=1).steps == 2 + 3
+
+
 # ------------------------------------------------------------------------------- names and words
 
 
