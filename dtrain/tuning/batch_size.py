@@ -8,7 +8,7 @@ from dtrain.data import AccumulationSlot, Data
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.strategies import Flat
 from dtrain.trainer import Trainer
-from dtrain.tuning.attempt import attempt, shaping
+from dtrain.tuning.attempt import attempt, begin, shaping
 
 _CALL = "find_batch_size"
 
@@ -31,8 +31,8 @@ def find_batch_size(
         )
 
     Args:
-        trainer: one that has not trained yet. Its precision, and callbacks that change batches,
-            losses or gradients, take part.
+        trainer: one that has not trained yet, with any optimizers. Its precision, ``Freeze``, and
+            callbacks that change batches, losses or gradients, take part.
         train: a dataset, or :class:`~dtrain.Data`. It meets the first batches only: where samples
             differ in size, list large ones, ``Data(..., order=[rows])``.
         batch_size: the global batch, as for ``fit``.
@@ -44,15 +44,18 @@ def find_batch_size(
 
     Ranks: all, communicates.
     """
-    world = trainer.world
-    with world.comm.lockstep(_CALL):
+
+    def take() -> Data:
         data = Data.of(train, batch_size, shuffle=True)
-        if data.batch_size is None or steps < 1:
+        if data.is_stream or steps < 1:
             raise ConfigError(
                 "find_batch_size takes a dataset with a batch_size (an iterable comes in ready "
                 f"batches), and steps from 1 on, not {steps}"
             )
-    share = -(-data.batch_size // world.size)
+        return data
+
+    data = begin(trainer, _CALL, take)
+    share = -(-(data.batch_size or 0) // trainer.world.size)
     too_few, parts = 0, 1
     while not _fits(trainer, data, -(-share // parts), steps, last=parts >= share):
         too_few, parts = parts, min(2 * parts, share)
