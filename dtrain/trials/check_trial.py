@@ -133,7 +133,11 @@ class CheckTrial(Trial):
                 batch = fetch(data.dataset, rows, data.collate_fn)
                 return of.placed(batch, trainer.context.device, double=self.setup.double)
 
-            examine(model, loss_of, self.batches, data, record, fetched, self.rows)
+            def at(step: int) -> None:  # some losses ask for it
+                trainer.context.progress.step = step
+
+            examine(model, loss_of, self.batches, data, record, fetched, self.rows, at)
+            at(result.steps)
         record.steps = result.steps
         record.seen = sorted({*record.seen, *self.overrides.seen})
         parameters = dict(model.named_parameters())
