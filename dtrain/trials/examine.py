@@ -34,7 +34,7 @@ def examine(
     """Records what the loss function does with batches, and the data (if any) with a sample.
 
     ``batches`` are each step's, as the loss function got it, and its samples; ``rows`` are each
-    step's, too, of which ``fetched`` makes a batch. ``at`` has a step, from 0, be the one under way.
+    step's, too, of which ``fetched`` makes a batch. ``at`` has a step be the one under way.
     """
     if data is not None:
         _look_at_data(data, found)
