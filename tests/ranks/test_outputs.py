@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from test_tuning import swept_with_ddp
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -18,6 +19,7 @@ from dtrain.callbacks import (
     GradientAccumulation,
     LogSamples,
 )
+from dtrain.distributed import comm as comm_of
 from dtrain.metrics import outputs as outputs_of
 from dtrain.testing import run_processes, run_ranks, try_ranks
 
@@ -92,7 +94,7 @@ def told(outcomes):
 # ------------------------------------------------------------------------------- one is many
 
 
-CASES = [(n, size) for n in (2, 3, 5, 101) for size in (1, 7, 32, 200)]
+CASES = [(2, 1), (2, 200), (3, 2), (5, 1), (5, 3), (101, 7), (101, 32), (101, 200)]
 
 
 def areas(make, *callbacks):
@@ -128,19 +130,6 @@ def test_micro_batches_of_one_size_are_cut_alike_at_every_world_size():
         for (y, score), (first_y, first_score) in zip(given, first, strict=True):
             assert torch.equal(y, first_y)
             assert torch.equal(score, first_score)
-
-
-def areas_of_processes():
-    return areas(ByRow)[0]
-
-
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_find_what_threads_do(ranks):
-    wanted = run_ranks(areas, 1, ByRow)[0][0]
-    found = run_processes(areas_of_processes, ranks)
-    assert [[one["eval/auc"] for one in each] for each in found] == [
-        [one["eval/auc"] for one in wanted]
-    ] * ranks
 
 
 # ------------------------------------------------------------------------------- orders and sets
@@ -415,6 +404,8 @@ class Endless:
 
 
 def fails_beside_endless():
+    """In a process of its own, which looks for failures more often than every two seconds."""
+    comm_of._LOOK_EVERY_S = 0.1
     seen = []
 
     def fn(model, batch):
@@ -432,11 +423,17 @@ def fails_beside_endless():
     return told
 
 
-def test_ranks_that_are_at_work_for_long_learn_of_a_failure(run_processes):
-    first, second = run_processes(fails_beside_endless, 2)
-    assert first.startswith("rank 1 on")
-    assert "ZeroDivisionError: by then" in first
-    assert second == "by then"
+def in_processes():
+    return areas(ByRow)[0], swept_with_ddp(), fails_beside_endless()
+
+
+def test_processes_find_what_threads_do_and_learn_of_a_failure_amid_an_evaluation():
+    first, second = run_processes(in_processes, 2, timeout_s=60)
+    assert first[0] == second[0] == run_ranks(areas, 2, ByRow)[0][0]
+    assert first[1] == second[1] == run_ranks(swept_with_ddp, 2)[0]
+    assert first[2].startswith("rank 1 on")
+    assert "ZeroDivisionError: by then" in first[2]
+    assert second[2] == "by then"
 
 
 # ------------------------------------------------------------------------------- Metrics, and skips
