@@ -159,7 +159,7 @@ class Exchange:
         digest = hashlib.blake2b(text.encode(), digest_size=_TOLD - 1).digest()
         header = (digest + bytes([failed])).ljust(_HEADER_BYTES - _CARRIED_BYTES, b"\0")
         if carried is not None:
-            header += carried.reshape(-1).view(torch.uint8).numpy().tobytes()
+            header += raw_bytes(carried).numpy().tobytes()
         padded = bytearray(header.ljust(_HEADER_BYTES, b"\0"))
         return self.gather(label, torch.frombuffer(padded, dtype=torch.uint8), call="verb")
 
@@ -197,7 +197,7 @@ class Exchange:
 
     def gather_any(self, label: str, mine: Tensor) -> Tensor:
         """Gathers as bytes, so that every dtype can travel; stacks what comes."""
-        everyones = self.gather(label, mine.reshape(-1).view(torch.uint8))
+        everyones = self.gather(label, raw_bytes(mine))
         return everyones.view(-1).view(mine.dtype).view(self.size, *mine.shape)
 
     def all_reduce(self, label: str, mine: Tensor, op: TransportOp) -> Tensor:
@@ -258,6 +258,14 @@ def reduce_here(parts: Tensor, op: TransportOp) -> Tensor:
 def remote_error(failures: list[Failure | None]) -> RemoteError:
     """Returns an error that names all ranks that failed."""
     return RemoteError("; ".join(str(failure) for failure in failures if failure is not None))
+
+
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """Returns a dense tensor's memory as bytes, flat; that of a copy, if it is not contiguous."""
+    flat = tensor.contiguous().reshape(-1)
+    if flat.stride() != (1,):  # of a single number, torch takes any stride for contiguous
+        flat = flat.as_strided(flat.shape, (1,))
+    return flat.view(torch.uint8)
 
 
 def digest_of(value: object) -> str:

@@ -86,6 +86,9 @@ def take_model(
     else:
         check_trains(model, optimizer)
     own_memory(model)
+    for p in model.parameters():
+        if p.numel() == 1:  # for torch, it is contiguous with any strides, and for others not
+            p.data = p.data.as_strided(p.shape, (1,) * p.dim())
     model = strategy.prepare_model(model.to(world.device), world)
     made = _made(optimizer, model)
     _let_go_of_frames()

@@ -11,7 +11,7 @@ from typing import Any
 from dtrain.callback import Callback
 from dtrain.context import Context, Key, Step, has_updates
 from dtrain.data import Data
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, LossError
 from dtrain.trainer import Trainer
 from dtrain.tuning.attempt import attempt, begin, shaping
 from dtrain.tuning.snapshot import set_value
@@ -112,6 +112,7 @@ def lr_range_test(
 
     Raises:
         ConfigError: the Trainer has trained already, or an argument is out of range.
+        LossError: the loss is no number in the first step already, or all steps were skipped.
 
     Ranks: all, communicates; rank 0 draws.
     """
@@ -136,6 +137,12 @@ def lr_range_test(
     shapes = shaping(trainer)
     with attempt(trainer, _CALL, [*shapes, sweep]) as tried, _stream_kept(data):
         tried.fit(data, max_steps=steps, log_every=steps, history=1)
+    if not sweep.losses:
+        why = sweep.why or "all steps were skipped"
+        raise LossError(
+            f"lr_range_test: there is no curve, for {why}. That is not the rate's doing: "
+            "look at the data, the model and the loss (NonFiniteGuard names the module it is from)"
+        )
     found = LRRange(sweep.rates, sweep.losses, sweep.smoothed, sweep.suggestion())
     if picture is not None:
         path = Path(picture).expanduser()
@@ -169,6 +176,7 @@ class _Sweep(Callback):
         self.rates: list[float] = []
         self.losses: list[float] = []
         self.smoothed: list[float] = []
+        self.why = ""  # there may be no curve
         self._sum = self._weight = 0.0
         self._parts: Sequence[float] = ()
 
@@ -195,6 +203,9 @@ class _Sweep(Callback):
             return  # every rank skipped
         loss = result.loss_mean
         if not math.isfinite(loss):
+            self.why = (
+                self.why or f"at the first rate, {self._rate(step.number):g}, the loss is {loss}"
+            )
             ctx.request.stop("the loss is no number")
             return
         self._sum, self._weight = _KEEP * self._sum + loss, _KEEP * self._weight + 1

@@ -217,6 +217,7 @@ def kinds(model, batch):
             "complex": torch.complex(x, -x).conj(),
             "bits": (x > 0, y.to(torch.uint8)),
             "empty": x[:, :0],
+            "column": x[:, 1],  # of a batch of one, its stride may be anything
             "numpy": x.double().numpy(),
             "names": np.array([f"n{int(v)}" for v in y]),
             "objects": [{"y": v, "none": None} for v in y.tolist()],
@@ -239,7 +240,7 @@ def test_outputs_of_all_kinds_come_whole(ranks):
         warnings.simplefilter("error")
         (found,) = run_ranks(all_kinds, ranks, 7)[0]
     assert list(found) == list(wanted)
-    for name in ("half", "complex", "empty"):
+    for name in ("half", "complex", "empty", "column"):
         assert found[name].dtype == wanted[name].dtype
         assert torch.equal(found[name], wanted[name])
     assert all(map(torch.equal, found["bits"], wanted["bits"]))
@@ -321,6 +322,16 @@ REFUSED = {
     ),
     "one text": (giving(lambda x, y: (x, "text")), len, ("outputs[1] is str: outputs are a ten",)),
     "a list of outputs": (giving(lambda x, y: [x, y]), len, ("a list of 2, for a batch of 4 sam",)),
+    "several for each": (
+        giving(lambda x, y: [*y.tolist()] * 2),
+        len,
+        ("a list of 8, for", "2 for each sample go in a list of their own, [[...], ...]"),
+    ),
+    "bfloat16": (
+        giving(lambda x, y: x.bfloat16()),
+        lambda out: out[:, 0].numpy().sum(),
+        ("(NumPy has no bfloat16: return outputs in float32, x.float())",),
+    ),
     "rows that lack": (giving(lambda x, y: x[1:]), len, ("of shape [3, 8], for a batch of 4 sa",)),
     "padded": (
         giving(lambda x, y: x[:, : 3 + len(x)]),

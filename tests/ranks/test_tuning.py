@@ -185,6 +185,29 @@ def test_it_ends_where_the_loss_is_no_number():
     assert len(steps) < 12
 
 
+class Skips(dtrain.Callback):
+    def on_batch(self, ctx, step):
+        ctx.request.skip("none of these")
+
+
+def without_a_curve(skips):
+    nan = lambda net, batch: tiny.loss_fn(net, batch).mean * float("nan")  # noqa: E731
+    run = tiny.trainer([Skips()]) if skips else tiny.trainer(loss=nan)
+    dtrain.lr_range_test(run, DATA, batch_size=16, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("skips", "words"),
+    [
+        (True, "for all steps were skipped"),
+        (False, "for at the first rate, 1e-07, the loss is nan"),
+    ],
+)
+def test_where_there_is_no_curve_that_is_said(skips, words):
+    for error in told(try_ranks(without_a_curve, 2, skips)):
+        assert f"LossError: lr_range_test: there is no curve, {words}. That is not the" in error
+
+
 def grows(net, batch):
     steps.append(1)
     return tiny.loss_fn(net, batch).mean * (9 if len(steps) > 7 else 1)
@@ -479,6 +502,39 @@ def test_what_could_not_be_put_back_is_refused(run, words):
 
 
 # ------------------------------------------------------------------------------- a batch size
+
+
+def later(kind):
+    """On the last rank, more than 3 samples do not fit: a second update, a second evaluation."""
+    seen = []
+
+    def full(batch):
+        seen.append(1)
+        is_late = kind == "update" or len(seen) % 3 == 0
+        if run.world.rank == run.world.size - 1 and len(batch[0]) > 3 and is_late:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def updates(net, batch):
+        yield "hidden", tiny.loss_fn(net, batch).mean
+        full(batch)
+        yield "out", tiny.loss_fn(net, batch).mean
+
+    def plain(net, batch):
+        full(batch)
+        return tiny.loss_fn(net, batch).mean
+
+    if kind == "update":
+        run = tiny.trainer(optimizer=MAKES["a dict"]["optimizer"], loss=updates)
+    else:
+        run = tiny.trainer(optimizer=MAKES["LBFGS"]["optimizer"], loss=plain)
+    before = tiny.digest(run.model)
+    micro = dtrain.find_batch_size(run, DATA, batch_size=12)
+    return micro, tiny.digest(run.model) == before
+
+
+@pytest.mark.parametrize("kind", ["update", "closure"])
+def test_what_does_not_fit_later_in_a_step_does_not_fit(kind):
+    assert run_ranks(later, 2, kind) == [(3, True)] * 2
 
 
 def fitting(limit, batch_size=64, strategy="auto", where="loss_fn"):
