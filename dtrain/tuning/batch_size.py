@@ -1,11 +1,12 @@
 """The largest micro-batch that fits into memory, found by trying."""
 
+import math
 from typing import Any
 
 from dtrain import accelerator
 from dtrain.callbacks import GradientAccumulation
 from dtrain.data import AccumulationSlot, Data
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import CommError, ConfigError, DtrainError, RankMismatch
 from dtrain.strategies import Flat
 from dtrain.trainer import Trainer
 from dtrain.tuning.attempt import attempt, begin, shaping
@@ -55,7 +56,8 @@ def find_batch_size(
         return data
 
     data = begin(trainer, _CALL, take)
-    share = -(-(data.batch_size or 0) // trainer.world.size)
+    largest = min(data.batch_size or 0, data.length or math.inf)  # that there is to be tried
+    share = -(-int(largest) // trainer.world.size)
     too_few, parts = 0, 1
     while not _fits(trainer, data, -(-share // parts), steps, last=parts >= share):
         too_few, parts = parts, min(2 * parts, share)
@@ -79,6 +81,8 @@ def _fits(trainer: Trainer, data: Data, micro: int, steps: int, *, last: bool = 
     try:
         with attempt(trainer, _CALL, callbacks, flat) as tried:
             tried.fit(data, max_steps=steps, history=1)
+    except (RankMismatch, CommError):
+        raise  # on all ranks
     except (DtrainError, RuntimeError, MemoryError) as error:
         failure = error
     try:

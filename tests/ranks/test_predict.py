@@ -288,6 +288,7 @@ def predicts(fn, data=X, batch_size=7, **options):
     return lambda: trainer().predict(data, batch_size=batch_size, fn=fn, **options)
 
 
+USED_UP = iter([])
 LACKING = dtrain.Data(X, 7, collate_fn=keeps_some, count=counted)
 LEFT = int((X[:, 0] <= -1).sum())
 REFUSED = {
@@ -324,6 +325,10 @@ REFUSED = {
         ),
         "samples has",
     ),
+    "a generator's second time": (
+        lambda: [trainer().predict(USED_UP, fn=described) for _ in range(2)],
+        "DataError: predict: no rank's data gave a sample (a generator gives its batches once",
+    ),
     "nothing to predict": (predicts(described, X[:0]), "the dataset (Tensor) is empty"),
     "on one rank": (predicts(raises_on_one), "torn"),
 }
@@ -345,6 +350,29 @@ def test_ranks_that_are_called_differently():
     for error in told(try_ranks(differs, 2)):
         assert "the ranks called predict with different arguments or data of different" in error
         assert "rank 1: data: 11 samples in batches of 8" in error
+
+
+def on_rank_0_only(call):
+    run = trainer(optimizer=tiny.adam)
+    if run.world.rank == 0:
+        CALLS[call](run)
+    run.fit(tiny.dataset(), batch_size=16, epochs=1)
+
+
+CALLS = {
+    "predict": lambda run: run.predict(X, batch_size=7, fn=described),
+    "evaluate": lambda run: run.evaluate(tiny.dataset(), batch_size=16),
+    "lr_range_test": lambda run: dtrain.lr_range_test(run, tiny.dataset(), batch_size=16),
+    "find_batch_size": lambda run: dtrain.find_batch_size(run, tiny.dataset(), batch_size=16),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_only_some_ranks_call_is_named(call):
+    for error in told(try_ranks(on_rank_0_only, 2, call)):
+        assert error.startswith("RankMismatch: ranks met in different calls")
+        assert f", for {call} at test_predict.py:" in error
+        assert ", for fit at test_predict.py:" in error
 
 
 # ------------------------------------------------------------------------------- in files

@@ -576,6 +576,14 @@ def test_the_largest_micro_batch_that_fits_on_all_ranks(ranks, limit, micro, whe
     assert max(n for n in found[-1][1] if n <= limit) == micro
 
 
+def of_few():
+    return [dtrain.find_batch_size(tiny.trainer(), DATA, batch_size=n) for n in (1, 2, 3, 999)]
+
+
+def test_no_more_is_said_to_fit_than_was_tried():
+    assert run_ranks(of_few, 2) == [[1, 1, 2, 48]] * 2
+
+
 def test_one_sample_that_does_not_fit():
     first, second = told(try_ranks(fitting, 2, 0))
     assert "RemoteError: rank 1 on" in first
