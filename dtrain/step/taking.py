@@ -87,7 +87,7 @@ def take_model(
         check_trains(model, optimizer)
     own_memory(model)
     for p in model.parameters():
-        if p.numel() == 1:  # for torch, it is contiguous with any strides, and for others not
+        if p.numel() == 1 and any(n != 1 for n in p.stride()):  # it cannot be seen as bytes
             p.data = p.data.as_strided(p.shape, (1,) * p.dim())
     model = strategy.prepare_model(model.to(world.device), world)
     made = _made(optimizer, model)
