@@ -86,9 +86,6 @@ def take_model(
     else:
         check_trains(model, optimizer)
     own_memory(model)
-    for p in model.parameters():
-        if p.numel() == 1 and any(n != 1 for n in p.stride()):  # it cannot be seen as bytes
-            p.data = p.data.as_strided(p.shape, (1,) * p.dim())
     model = strategy.prepare_model(model.to(world.device), world)
     made = _made(optimizer, model)
     _let_go_of_frames()
