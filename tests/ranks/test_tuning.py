@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import random
 import threading
 import xml.etree.ElementTree as ElementTree
 
@@ -399,25 +400,55 @@ class Sees(dtrain.Callback):
     def on_grads_ready(self, ctx, step):
         engine = ctx._engine()
         trained = [n for n, p in ctx.model.named_parameters() if p.grad is not None]
-        made = engine.keep_modes, engine.replicas.active, type(engine.strategy).__name__
+        made = (
+            engine.keep_modes,
+            engine.replicas.active,
+            engine.graph,
+            engine.precision.name,
+            engine.eval_fn(None, [], ctx),
+            type(engine.strategy).__name__,
+        )
         self.seen.append((self.net is ctx.model, made, ctx.model.training, trained))
 
 
+class Counts(dtrain.Callback):
+    count = 0
+
+    def on_loss(self, ctx, step):
+        self.count += 1
+        torch.rand(1, generator=ctx.rng)
+        torch.rand(1, generator=ctx.shared_rng)
+        torch.rand(1), random.random()
+
+
+def streams(run):
+    own = [one.get_state().tolist() for one in (run.context.rng, run.context.shared_rng)]
+    return own, torch.get_rng_state().tolist(), random.getstate()
+
+
 def of_the_same_make():
-    net, seen = tiny.model().eval(), []
-    callbacks = [Freeze("0", until_epoch=99), Sees(net, seen), EMA(0.9), NonFiniteGuard()]
-    run = tiny.trainer(callbacks, net=net, strategy="ddp", keep_modes=True, check_ranks=False)
+    net, seen, counts = tiny.model().eval(), [], Counts()
+    callbacks = [Freeze("0", until_epoch=99), Sees(net, seen), EMA(0.9), NonFiniteGuard(), counts]
+    run = tiny.trainer(
+        [*callbacks, MixedPrecision("bf16")],
+        net=net,
+        strategy="ddp",
+        keep_modes=True,
+        check_ranks=False,
+        eval_fn=lambda net, batch: "the evaluation's own",
+    )
+    before = streams(run)
     dtrain.lr_range_test(run, DATA, batch_size=16, steps=2)
     dtrain.find_batch_size(run, DATA, batch_size=16)
     assert all(p.requires_grad for p in net.parameters())
+    assert (streams(run), counts.count) == (before, 0)
     return seen, run._outbox.notes
 
 
 def test_what_is_tried_is_of_the_same_make_and_what_is_not_is_said():
     for seen, notes in run_ranks(of_the_same_make, 2):
-        made = [
-            (True, (True, False, name), False, ["2.weight", "2.bias"]) for name in ("DDP", "Flat")
-        ]
+        options = True, False, False, "bfloat16 autocast", "the evaluation's own"
+        made = [(True, (*options, name), False, ["2.weight", "2.bias"]) for name in ("DDP", "Flat")]
         assert [one for n, one in enumerate(seen) if one not in seen[:n]] == made
         told = [note for note in notes if "without" in note]
         assert told == [f"{c.__name__} tries it without EMA, NonFiniteGuard" for c in BOTH]
