@@ -471,11 +471,22 @@ class Moving(torch.nn.Module):
         return out - self.center
 
 
+class Rebuilds(dtrain.Callback):
+    def on_grads_ready(self, ctx, step):
+        pass
+
+    def on_fit_end(self, ctx):
+        ctx.model.net[0].weight.requires_grad_(False)
+        ctx.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+
+
 def moved():
     net = Moving()
     center = net.center
-    run = tiny.trainer(net=net)
+    run = tiny.trainer([Rebuilds()], net=net)
     dtrain.lr_range_test(run, DATA, batch_size=16, steps=2)
+    assert net.net[0].weight.requires_grad
+    assert len(run.optimizer.param_groups) == 1
     return net.center is center, net.center.tolist(), net.count
 
 
