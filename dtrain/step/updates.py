@@ -68,8 +68,10 @@ class Updates:
 
     def planned(self, progress: Progress) -> tuple[str, ...]:
         """Returns which updates a step has; raises ConfigError where it can have no such."""
-        given: Any = self.parts if self.plan is None else self.plan(progress)
-        names = tuple(given) if isinstance(given, Sequence | dict) else ()
+        if self.plan is None:
+            return (*self.parts,)
+        given: Any = self.plan(progress)
+        names = tuple(given) if isinstance(given, Sequence) else ()
         if not names or isinstance(given, str) or not all(name in self.parts for name in names):
             raise ConfigError(
                 f"Trainer(updates=...) returned {given!r} for step {progress.step}: a tuple of the "
@@ -91,8 +93,9 @@ class Updates:
             for place, name in enumerate(self._names):
                 self._now = step.update = name
                 step.ends = place == len(self._names) - 1
-                step.counted = any(result.applied for _, result in step.done)
-                step.vetoed, step.held, step._flags = "", None, 0
+                if place:
+                    step.counted = any(result.applied for _, result in step.done)
+                    step.vetoed, step.held, step._flags = "", None, 0
                 part = self.parts[name]
                 if not part.micro_step.trainable:
                     raise ConfigError(
