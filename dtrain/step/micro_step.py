@@ -39,9 +39,9 @@ _OWN_BACKWARD = (
     "made of, use torch.autograd.grad(..., create_graph=True)"
 )
 _CLEARED = (
-    "the gradients of this step's earlier micro-batches were cleared or changed in the loss function "
-    "or a hook, as by zero_grad() or backward(): these would be lost. Leave that out: dtrain "
-    "clears gradients where a step begins, and runs backward itself"
+    "the gradients of this step's earlier micro-batches were cleared or changed in the loss "
+    "function or a hook, as by zero_grad() or backward(): they would be lost. Leave that out: "
+    "dtrain clears gradients where a step begins, and runs backward itself"
 )
 
 

@@ -27,8 +27,8 @@ UpdatePlan = Callable[[Progress], Sequence[str]]
 _AHEAD = 64  # steps of a plan that ranks compare as a fit begins
 _END, _FLAG = object(), attrgetter("requires_grad")
 _SWITCHED = (
-    "note: the loss function switched requires_grad, which holds up to its next yield only. It need "
-    "not: an update reaches the parameters of its own optimizer. To freeze some, do it in a hook"
+    "note: the loss function switched requires_grad, which holds up to its next yield only. It "
+    "need not: an update reaches its own optimizer's parameters. To freeze some, do it in a hook"
 )
 
 
