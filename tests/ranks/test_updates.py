@@ -249,24 +249,25 @@ class Skip(dtrain.Callback):
             ctx.request.skip("told to")
 
 
-def skipped(hook, update):
+def skipped(hook, update, strategy):
     seen = []
 
     class See(dtrain.Callback):
         def on_batch(self, ctx, step):
             seen.append(step.batch)
 
-    run = trainer([See(), Skip(hook, update)])
+    run = trainer([See(), Skip(hook, update)], strategy=strategy)
     run.fit(tiny.dataset(48), batch_size=16, max_steps=4)
     return params_of(run), seen
 
 
+@pytest.mark.parametrize("strategy", ["flat", "ddp"])
 @pytest.mark.parametrize(
     ("hook", "update", "left"),
     [("on_batch", "d", "dg"), ("on_loss", "d", "d"), ("on_loss", "g", "g")],
 )
-def test_a_skip_leaves_out_what_it_says(hook, update, left):
-    ranks = run_ranks(skipped, 2, hook, update)
+def test_a_skip_leaves_out_what_it_says(hook, update, left, strategy):
+    ranks = run_ranks(skipped, 2, hook, update, strategy)
     model = nets()
     opts = optimizers(model)
     for number, (mine, theirs) in enumerate(zip(ranks[0][1], ranks[1][1], strict=True)):
@@ -283,7 +284,7 @@ def test_a_skip_leaves_out_what_it_says(hook, update, left):
         assert torch.equal(ranks[0][0][name], ranks[1][0][name])
 
 
-def stopped():
+def stopped(strategy):
     def loss(model, batch, ctx):
         made = losses(model, batch)
         yield next(made)
@@ -291,14 +292,16 @@ def stopped():
             ctx.request.stop("enough")
         yield next(made)
 
-    run = trainer(loss=loss)
+    run = trainer(loss=loss, strategy=strategy)
     result = run.fit(tiny.dataset(48), batch_size=16, max_steps=STEPS)
     return result.steps, result.stop_reason
 
 
-def test_a_stop_asked_for_in_a_later_update_is_heard():
-    assert [steps for steps, _ in run_ranks(stopped, 3)] == [4] * 3
-    assert all("asked by rank 1" in why for _, why in run_ranks(stopped, 3))
+@pytest.mark.parametrize("strategy", ["flat", "ddp"])
+def test_a_stop_asked_for_in_a_later_update_is_heard(strategy):
+    for steps, why in run_ranks(stopped, 3, strategy):
+        assert steps == 4
+        assert "asked by rank 1" in why
 
 
 def test_a_veto_is_of_one_update():
@@ -526,14 +529,15 @@ class Stream:
             yield x[at : at + 4], y[at : at + 4]
 
 
-def streamed(lengths):
-    run = trainer()
+def streamed(lengths, strategy):
+    run = trainer(strategy=strategy)
     result = run.fit(dtrain.Data(Stream(lengths)), epochs=2)
     return params_of(run), result.steps
 
 
-def test_a_rank_whose_stream_has_ended_idles_in_each_update():
-    ranks = run_ranks(streamed, 2, (4, 2))
+@pytest.mark.parametrize("strategy", ["flat", "ddp"])
+def test_a_rank_whose_stream_has_ended_idles_in_each_update(strategy):
+    ranks = run_ranks(streamed, 2, (4, 2), strategy)
     model = nets()
     opts = optimizers(model)
     x, y = tiny.dataset(64).tensors
