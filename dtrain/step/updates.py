@@ -25,10 +25,14 @@ from dtrain.step.strategy import Strategy
 UpdatePlan = Callable[[Progress], Sequence[str]]
 
 _AHEAD = 64  # steps of a plan that ranks compare as a fit begins
-_END, _FLAG = object(), attrgetter("requires_grad")
+_END, _FLAG, _VERSION = object(), attrgetter("requires_grad"), attrgetter("_version")
 _SWITCHED = (
     "note: the loss function switched requires_grad, which holds up to its next yield only. It "
     "need not: an update reaches its own optimizer's parameters. To freeze some, do it in a hook"
+)
+_CHANGED = (
+    "warning: the loss function changes parameters, which it does once for each micro-batch, and "
+    "not on a rank without a batch, whose model then differs. Do it in a hook: on_step_end"
 )
 
 
@@ -68,7 +72,7 @@ class Updates:
         self._names: tuple[str, ...] = ()  # of the step's updates
         self._open: dict[int, _Open] = {}  # by micro-batch; only those that this rank has
         self._now = ""
-        self._told = False
+        self._told: set[str] = set()
         for part in self.parts.values():
             part.micro_step.computed = weakly(self._advance)
 
@@ -135,7 +139,7 @@ class Updates:
         without a batch nobody has frozen it.
         """
         params = self.parts[self._now].micro_step.trained.params
-        flags = [*map(_FLAG, params)]
+        flags, versions = [*map(_FLAG, params)], [*map(_VERSION, params)]
         try:
             with self.precision.autocast():
                 return next(one.generator, _END)
@@ -143,9 +147,15 @@ class Updates:
             if [*map(_FLAG, params)] != flags:
                 for p, flag in zip(params, flags, strict=True):
                     p.requires_grad_(flag)
-                if not self._told:
-                    self._told = True
-                    self.context.say(_SWITCHED)
+                self._tell(_SWITCHED)
+            if [*map(_VERSION, params)] != versions:
+                self._tell(_CHANGED)
+
+    def _tell(self, note: str) -> None:
+        """Says it, once."""
+        if note not in self._told:
+            self._told.add(note)
+            self.context.say(note)
 
     def finish(self) -> None:
         """Runs the loss functions on from their last update to their ends."""

@@ -706,11 +706,40 @@ def test_networks_are_frozen_and_thawed_in_the_middle_of_an_epoch(world_size, st
                 assert (value - truth[name]).norm() <= 1e-12 * truth[name].norm(), name
 
 
-def test_what_the_loss_function_freezes_is_told_once():
+def moving(model, batch):
+    yield from losses(model, batch)
+    with torch.no_grad():
+        model["d"][0].weight.mul_(0.99)
+
+
+@pytest.mark.parametrize(
+    ("loss", "note"),
+    [
+        (toggled, "note: the loss function switched requires_grad"),
+        (moving, "warning: the loss function changes parameters, which it does once for each"),
+    ],
+)
+def test_what_the_loss_function_does_to_parameters_is_told_once(loss, note):
     words = tiny.Words()
-    run = trainer(loss=toggled, sinks=[words])
+    run = trainer(loss=loss, sinks=[words])
     run.fit(tiny.dataset(48), batch_size=16, max_steps=4)
-    assert "\n".join(words.words).count("the loss function switched requires_grad") == 1
+    assert "\n".join(words.words).count(note) == 1
+
+
+def test_a_spike_of_one_update_leaves_out_that_one():
+    def loss(model, batch, ctx):
+        for name, value in losses(model, batch):
+            yield name, value * 50 if name == "d" and ctx.progress.step == 5 else value
+
+    class Look(dtrain.Callback):
+        def on_step_end(self, ctx, step):
+            found.append((step.applied_to("d"), step.applied_to("g")))
+
+    found, words = [], tiny.Words()
+    run = trainer([LossSpikeGuard(50, window=4, optimizer="d"), Look()], loss, sinks=[words])
+    run.fit(tiny.dataset(48), batch_size=16, max_steps=7)
+    assert found == [(True, True)] * 5 + [(False, True), (True, True)]
+    assert re.search(r"step 5: the loss \S+ of update 'd' is above", "\n".join(words.words))
 
 
 def clearing(how, strategy):
