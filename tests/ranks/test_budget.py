@@ -153,7 +153,12 @@ BUDGET = {
 PARTS = {"first": 0, "last": 2}  # layers of the model
 
 
-@pytest.mark.parametrize("what", BUDGET)
+SLOW = "flat, two updates"
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(one, marks=pytest.mark.slow) if one == SLOW else one for one in BUDGET]
+)
 def test_a_step_stays_within_its_budget(tmp_path, what):
     for found, by_name in run_processes(counted, 2, what, tmp_path):
         over = {name: n for name, n in found.items() if n > BUDGET[what][name]}

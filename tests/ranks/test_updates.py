@@ -696,7 +696,8 @@ def frozen_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("world_size", "strategy", "micros"), [(1, "flat", 2), (2, "ddp", 2), (3, "flat", 1)]
+    ("world_size", "strategy", "micros"),
+    [pytest.param(1, "flat", 2, marks=pytest.mark.slow), (2, "ddp", 2), (3, "flat", 1)],
 )
 def test_networks_are_frozen_and_thawed_in_the_middle_of_an_epoch(world_size, strategy, micros):
     expected = [*frozen_by_hand(), by_hand(), by_hand(batch_size=2)]
