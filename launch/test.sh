@@ -33,9 +33,17 @@ set -- .venv/bin/python -m pytest "$@"
 
 # Sixteen times a start each of them asks for that of 127.0.0.1, which hosts files do not have as IPv6
 # writes it. Where that is allowed, they find it in one that nobody else sees, and no server is asked.
-if [[ $EUID == 0 ]] && unshare --mount true 2>/dev/null; then
-    hosts=$(mktemp)
-    { cat /etc/hosts && printf '\n::ffff:127.0.0.1 localhost-as-ipv6\n'; } >"$hosts"
-    set -- unshare --mount bash -c 'mount --bind "$0" /etc/hosts; rm -- "$0"; exec "$@"' "$hosts" "$@"
+with_name() { # in a mount namespace of its own: adds the name, and does what it is asked
+    local folder
+    folder=$(mktemp -d)
+    mount -t tmpfs hosts "$folder"
+    { cat /etc/hosts && printf '\n::ffff:127.0.0.1 localhost-as-ipv6\n'; } >"$folder/hosts"
+    mount --bind "$folder/hosts" /etc/hosts
+    umount "$folder"
+    rmdir "$folder"
+    exec "$@"
+}
+if [[ $EUID == 0 ]] && unshare --mount mount -t tmpfs hosts /tmp 2>/dev/null; then
+    set -- unshare --mount bash -c "set -e; $(declare -f with_name); with_name \"\$@\"" test "$@"
 fi
 exec "$@"
