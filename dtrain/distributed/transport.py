@@ -91,7 +91,11 @@ def open_default(store: Store, rank: int, size: int, timeout: timedelta) -> None
 def open_gloo(timeout: timedelta) -> GroupTransport:
     """Opens one more group of all ranks, over which tensors on the CPU travel."""
     with yielding_threads():
-        return GroupTransport(dist.new_group(backend="gloo", timeout=timeout))
+        group = dist.new_group(backend="gloo", timeout=timeout)
+    # A rank has its own connections by now. Were it to leave at once, one that has not could not
+    # tell that from a failure.
+    dist.barrier(group)
+    return GroupTransport(group)
 
 
 @contextmanager

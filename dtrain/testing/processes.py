@@ -79,7 +79,12 @@ def run_outcomes(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         # The first optimizer imports the first of these, for more than two seconds.
-        ["torch._dynamo", "dtrain.testing.processes", "dtrain", "torch.nn.parallel"]
+        [
+            *("torch._dynamo", "torch.nn.parallel", "torch.distributed.nn.functional"),
+            *("accelerate.state", "dtrain.api", "encodings.idna"),
+            *(["pytest"] if "pytest" in sys.modules else []),  # for the module that has the test
+            "dtrain.testing.forked",
+        ]
     )
     payload = pickle.dumps((fn, args, list(warnings.filters)))
     deadline = time.monotonic() + timeout_s

@@ -46,44 +46,12 @@ told = {
 Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(told))
 """
 
-FAILING_SCRIPT = """
-import sys
-
-import torch
-from torch.utils.data import TensorDataset
-
-import dtrain
-
-
-class Fails(dtrain.Callback):
-    def on_step_end(self, ctx, step):
-        fail("on_step_end", step.number)
-
-
-def fail(where, step):
-    if sys.argv[1] == where and world.rank == 1 and step == 2:
-        raise ValueError(f"planted in {where}")
-
-
-def loss_fn(model, batch, ctx):
-    fail("loss_fn", ctx.progress.step)
-    return model(batch[0]).mean()
-
-
-world = dtrain.init()
-model = torch.nn.Linear(3, 1)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-trainer = dtrain.Trainer(model, optimizer, loss_fn, callbacks=[Fails()], sinks=[])
-trainer.fit(TensorDataset(torch.ones(24, 3)), batch_size=6, epochs=2)
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Holds the scripts; its name has a space in it, as names do."""
     folder = tmp_path_factory.mktemp("my runs")
     (folder / "train.py").write_text(SCRIPT)
-    (folder / "fail.py").write_text(FAILING_SCRIPT)
     (folder / "init.py").write_text("import dtrain\nprint(dtrain.init())\n")
     return folder
 
@@ -167,18 +135,15 @@ def test_torchrun(folder, alone):
     assert_same(run_ranks([*command, "train.py"], folder, 2, "torchrun"), alone)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_torchrun_script(folder, alone, ranks):
+def test_torchrun_script(folder, alone):
     command = ["bash", str(ROOT / "launch" / "torchrun.sh"), "train.py"]
-    assert_same(run_ranks(command, folder, ranks, "torchrun", RANKS=str(ranks)), alone)
+    assert_same(run_ranks(command, folder, 3, "torchrun", RANKS="3"), alone)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_accelerate_launch(folder, alone, processes):
+def test_accelerate_launch(folder, alone):
     # On CPUs of one machine, accelerate starts one process, however many it is asked for.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    command += [f"--num_processes={processes}", "--num_machines=1", "--mixed_precision=no"]
-    command += ["--dynamo_backend=no", "train.py"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "train.py"]
     (told,) = run_ranks(command, folder, 1, "solo")
     assert told == alone
 
@@ -254,50 +219,15 @@ def test_a_group_of_the_scripts_own_ends_in_order(folder, ends):
     assert "terminate called" not in done.stderr
 
 
-HALF_SET = {
-    "RANK alone": (
-        {"RANK": "0"},
-        "the environment has RANK=0 but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. "
-        "Start with torchrun (`torchrun --nproc-per-node=2 train.py`), or unset them all",
-    ),
-    "no port": (
-        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"},
-        "WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR=localhost but not MASTER_PORT.",
-    ),
-    "a rank beyond the world": (
-        {
-            "RANK": "2",
-            "WORLD_SIZE": "2",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": "29500",
-        },
-        "RANK must be from 0 to WORLD_SIZE - 1: RANK=2, WORLD_SIZE=2",
-    ),
-    "srun without SLURM_PROCID": (
-        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"},
-        "srun started 2 tasks, but the environment has no SLURM_PROCID. Start with srun",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", HALF_SET)
-def test_a_half_set_environment_is_told_at_once(folder, name):
-    variables, words = HALF_SET[name]
-    done = run([sys.executable, "init.py"], folder, **variables)
+def test_a_half_set_environment_is_told_at_once(folder):
+    done = run([sys.executable, "init.py"], folder, RANK="0")  # others: tests/unit/test_world.py
     assert done.returncode == 1
     assert done.stdout == ""
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("dtrain.errors.LaunchError: ")
-    assert words in last
-
-
-@pytest.mark.parametrize("where", ["loss_fn", "on_step_end"])
-def test_a_rank_that_raises_ends_the_job(folder, where):
-    command = ["bash", str(ROOT / "launch" / "torchrun.sh"), "fail.py", where]
-    done = run(command, folder, RANKS="2")
-    assert done.returncode == 1
-    assert f"ValueError: planted in {where}" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        "dtrain.errors.LaunchError: the environment has RANK=0 but not WORLD_SIZE, LOCAL_RANK, "
+        "MASTER_ADDR, MASTER_PORT. Start with torchrun (`torchrun --nproc-per-node=2 train.py`), "
+        "or unset them all"
+    )
 
 
 USAGE = {

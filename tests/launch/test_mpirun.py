@@ -10,7 +10,7 @@ import sys
 import threading
 
 import pytest
-from launch.test_launchers import FAILING_SCRIPT, SCRIPT, environment, read_ranks, run
+from launch.test_launchers import SCRIPT, environment, read_ranks, run
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +19,37 @@ COMMANDS = {
     "Open MPI": ("mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "-n"),
     "MPICH": ("mpiexec.hydra", "-n"),
 }
+
+FAILING_SCRIPT = """
+import sys
+
+import torch
+from torch.utils.data import TensorDataset
+
+import dtrain
+
+
+class Fails(dtrain.Callback):
+    def on_step_end(self, ctx, step):
+        fail("on_step_end", step.number)
+
+
+def fail(where, step):
+    if sys.argv[1] == where and world.rank == 1 and step == 2:
+        raise ValueError(f"planted in {where}")
+
+
+def loss_fn(model, batch, ctx):
+    fail("loss_fn", ctx.progress.step)
+    return model(batch[0]).mean()
+
+
+world = dtrain.init()
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+trainer = dtrain.Trainer(model, optimizer, loss_fn, callbacks=[Fails()], sinks=[])
+trainer.fit(TensorDataset(torch.ones(24, 3)), batch_size=6, epochs=2)
+"""
 
 LEAVING_SCRIPT = """
 import sys

@@ -120,7 +120,7 @@ def processes_of(folder):
 
 HOOKS = sorted(name for name in vars(dtrain.Callback) if name.startswith("on_"))
 PLACES = ["loss_fn", "dataset", "worker", *(hook for hook in HOOKS if hook != "on_error")]
-QUICK = [("loss_fn", 1), ("on_grads_ready", 0), ("worker", 1), ("on_main", 0), ("sink", 0)]
+QUICK = [("loss_fn", 1), ("worker", 1), ("on_main", 0), ("sink", 0)]
 LATER = [(f"{where} of a later update", 1) for where in ("loss_fn", "on_grads_ready")]
 REST = [(where, rank) for where in PLACES for rank in (0, 1) if (where, rank) not in QUICK]
 REST += LATER

@@ -426,7 +426,9 @@ class Stuck(Dataset):
         raise AssertionError("it was waited for in vain")
 
 
-def test_a_worker_that_gives_nothing_is_waited_for_so_long() -> None:
+def test_a_worker_that_gives_nothing_is_waited_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    # How long torch waits for it to leave, before it is killed: 5 seconds by default.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 1.0)
     feed = MapFeed(Data(Stuck(), 2, num_workers=1, timeout_s=1), world(), whole, SEED)
     with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
         rows(feed)
