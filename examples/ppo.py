@@ -37,7 +37,7 @@ class CartPoles:
 
     def step(self, goes_right):
         """Pushes each cart; returns which poles fell."""
-        place, speed, angle, spin = self.state.unbind(1)
+        _, speed, angle, spin = self.state.unbind(1)
         push = (torch.where(goes_right, 10.0, -10.0) + 0.05 * spin**2 * angle.sin()) / 1.1
         spins = 9.8 * angle.sin() - angle.cos() * push
         spins = spins / (0.5 * (4 / 3 - 0.1 * angle.cos() ** 2 / 1.1))
