@@ -360,7 +360,7 @@ class Trainer(Inference):
         self._run_state.fits.plan(context.progress)
         same |= {"fit": self._run_state.fits.words(context.progress.phase)}
         same |= {"override": self._run_state.override, "plan": plan, "updates": engine.ahead()}
-        check_same_call(same | {"run_dir": bool(context.run_dir)}, self.world.comm)
+        check_same_call(same, self.world.comm)
         engine.restart(data.batch_size or 0)
         context.has_eval = bool(evals)
         return Loop(
@@ -388,6 +388,7 @@ class Trainer(Inference):
         self.hooks.fire(Callback.on_fit_start, context)
         if live and self._phases.new:
             self._run_state.note_groups()  # as the script may have changed them
+            self._engine.figures.restore_epoch({})
         self._engine.streams.begin()  # what is drawn from here on is the training's
         if saved is not None:
             mine = self._run_state.restore_rest(saved, state, self._phases.seed_rank)
@@ -428,9 +429,8 @@ class Trainer(Inference):
         # A further fit must not take up what was asked or logged in this one.
         self._engine.agreement.drop()
         self._outbox.logged.clear()
-        if not self._phases.live:
-            self._files.forget()
-        elif loop is not None:
+        self._phases.failed()
+        if loop is not None and self._phases.live:
             if loop.failed_together:
                 state, here = loop.state_dict, self._engine.agreement.trouble is not None
                 self._files.save_emergency(state, loop.data_state, failed_here=here, error=error)

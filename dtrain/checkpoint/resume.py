@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint.fits import BY_PLAN, Fit, Fits
 from dtrain.checkpoint.format import Saved
-from dtrain.checkpoint.status import PROCESS, Status, read, renamed
+from dtrain.checkpoint.status import Status, read, renamed, this_process
 from dtrain.errors import ConfigError, ResumeError
 
 ResumeMode = Literal["auto", "never", "must", "emergency"]
@@ -128,7 +128,7 @@ def _is_plain(fits: Sequence[Fit], status: Status) -> bool:
 
 def _has_ended(status: Status) -> bool:
     """Says whether a script was over where a fit was: one that was killed may have had more."""
-    return status.over or status.process in ("", PROCESS)
+    return status.over or status.process in ("", this_process())
 
 
 def decide(

@@ -1,11 +1,11 @@
 """The files of a run: its folder, its checkpoints, and the word on where it stands."""
 
-import atexit
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class RunFiles:
         self._told: set[str] = set()  # whose state differs between ranks
         self._saved = -1  # the step of the newest checkpoint; known on rank 0
         self._failed: Exception | None = None  # the last save that was told of
-        self._tells_end = False  # when Python ends, status.json will say so
+        self._tells_end = False
 
     def find(self, mode: ResumeMode, own: Iterable[str] = ()) -> None:
         """Takes the run's folder, and looks what there is to go on from: once in a process.
@@ -295,15 +295,21 @@ class RunFiles:
         def write() -> None:
             try:
                 self._write_status(state, reason)
-                if not self._tells_end:  # that the script has ended, too
-                    self._tells_end = True
-                    atexit.register(_script_ends, self.saver.run_lock)
+                self.tell_end_of_script()
             except RunTaken:
                 raise
             except CheckpointError as error:  # what was trained is worth more
                 self._run_state.context.say(f"warning: how the run ended is not noted: {error}")
 
         self._world.comm.on_main("status", write)
+
+    def tell_end_of_script(self) -> None:
+        """Has status.json say, when Python ends, that the script has, too. Ranks: all, local."""
+        if self.saver.run_lock is not None and not self._tells_end:
+            self._tells_end = True
+            lock = self.saver.run_lock
+            # By multiprocessing: processes that it has started call nothing of atexit.
+            Finalize(None, status.script_ends, (lock.run_dir, lock.check), exitpriority=0)
 
     def last_and_best(self) -> tuple[Path | None, Path | None]:
         """Returns the newest checkpoint, and the best, as far as there are such."""
@@ -375,18 +381,9 @@ class RunFiles:
             requeue=(state != "finished" or self._run_state.fits.are_many) and not failures.is_loop,
             saved=self._saved,
             fit=at.phase,
-            process=status.PROCESS,
+            process=status.this_process(),
         )
         status.write(lock.run_dir, now)
-
-
-def _script_ends(lock: RunLock | None) -> None:
-    """Has a run that is finished be known to go on with no further fit; nobody waits for this."""
-    with suppress(OSError, DtrainError):
-        if lock is not None and (now := status.read(lock.run_dir)) is not None:
-            lock.check()
-            if now.status == "finished":
-                status.write(lock.run_dir, replace(now, over=True, requeue=False))
 
 
 def prepare(run_dir: Path) -> None:

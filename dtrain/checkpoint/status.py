@@ -6,13 +6,14 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dtrain.checkpoint import disk
-from dtrain.errors import CrashLoop, ResumeError
+from dtrain.errors import CrashLoop, DtrainError, ResumeError
 
 State = Literal["running", "finished", "preempted", "failed"]
 
@@ -21,8 +22,7 @@ COPY_VARIABLE = "DTRAIN_STATUS_FILE"
 #: So often in a row a run may fail without having come any further.
 MAX_FAILURES = 3
 _LONGEST = 300  # characters of a reason in a sentence
-#: Names this process; processes that it forks have the same.
-PROCESS = uuid.uuid4().hex
+_PROCESS = uuid.uuid4().hex
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Status:
     requeue: bool = True
     saved: int = -1  # the step of the newest checkpoint; -1 where there is none
     fit: int = 0  # which of the run's fits, from 0
-    process: str = ""  # which one wrote this, or its parent
+    process: str = ""  # which one wrote this
     over: bool = False  # the script has ended, too, as far as that can be seen
     sentence: str = ""  # all this, to end a log with
     updated: float = field(default_factory=time.time)  # in seconds since 1970
@@ -84,6 +84,22 @@ def write(run_dir: Path, status: Status) -> None:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 disk.overwrite(path, text.encode())
+
+
+def this_process() -> str:
+    """Returns a name for this process, which no other one has."""
+    return f"{_PROCESS}-{os.getpid()}"
+
+
+def script_ends(run_dir: Path, check: Callable[[], None]) -> None:
+    """Has a run that is finished be known to go on with no further fit; nobody waits for this.
+
+    ``check`` raises where another start of the run has begun since.
+    """
+    with suppress(OSError, DtrainError):
+        if (now := read(run_dir)) is not None and now.status == "finished":
+            check()
+            write(run_dir, replace(now, over=True, requeue=False))
 
 
 def read(run_dir: Path) -> Status | None:
@@ -129,7 +145,7 @@ def failures_before(run_dir: Path, before: Status) -> Failures:
 
     For a start that a launcher makes by itself; a person has a reason to.
     """
-    if before.status == "preempted" or not before.requeue:
+    if before.status == "preempted" or (before.status == "finished" and not before.requeue):
         return Failures()
     failures = Failures(before.failed_at, before.failures)
     if before.status != "failed":  # killed: nobody has counted that yet

@@ -8,7 +8,7 @@ from dtrain.callback import Callback, Hooks
 from dtrain.checkpoint import Asked, ResumeMode, RunFiles, RunState, Saved, compare_fits, load_state
 from dtrain.context import Context, Progress
 from dtrain.data import Data
-from dtrain.distributed import seed_everything
+from dtrain.distributed import check_same_call, seed_everything
 from dtrain.errors import ConfigError
 from dtrain.plan.plan import FitResult, Plan
 from dtrain.step import Engine
@@ -48,6 +48,8 @@ class Phases:
             self.engine.check_whole()
             files.take_again()
         else:
+            where = {"run_dir": bool(self.context.run_dir)}
+            check_same_call(where, self.run_state.world.comm)
             files.find(resume, self.sinks_files)
             fits = self.run_state.fits
         place = fits.place(name)
@@ -57,7 +59,8 @@ class Phases:
             return self._returned(place)
         if self.live and place < len(fits.known):
             compare_fits(self.run_state.fingerprint, fingerprint, self.context.say)
-        self.run_state.fingerprint, self.saved = fingerprint, None
+            plan.check_left(now)
+        self.run_state.fingerprint, self.saved, self.new = fingerprint, None, False
         if not self.live and files.saved is not None:
             goes_on = files.decide(fingerprint, Asked(place, name, *plan.limits))
             # What the script changes after its last call of a fit that is over, it changes as then.
@@ -74,13 +77,12 @@ class Phases:
             self.engine.stand_in.leave()
         else:
             self.engine.stand_in.take_out()
-        if self.live and not self.new:
-            plan.check_left(now)
         return None
 
     def _returned(self, place: int) -> FitResult:
         fits = self.run_state.fits
         fit = fits.returned(place)
+        self.files.tell_end_of_script()
         self.context.say(
             f"{fits.words(place)} of this run is over ({fit.reason}, at step {fit.steps}): its "
             "result is returned, and nothing is trained"
@@ -128,11 +130,8 @@ class Phases:
         state = self.run_state.restore(saved, weights=False)
         if not self._has_weights:
             self.run_state.restore_weights(saved, state.get("extra", {}), over=True)
-        now.phase, now.first_step, now.first_epoch = (
-            len(self.run_state.fits.known) - 1,
-            last.step,
-            last.epoch,
-        )
+        now.phase = len(self.run_state.fits.known) - 1
+        now.first_step, now.first_epoch = last.step, last.epoch
         now.total_steps, now.total_epochs = last.total_steps, last.total_epochs
         now.steps_per_epoch = last.steps_per_epoch
         # Callbacks take up what they had then; and next begin a further fit, as they would have.
@@ -161,6 +160,14 @@ class Phases:
             self.left = reason
         else:
             fits.returned(len(fits.known) - 1)
+
+    def failed(self) -> None:
+        """Has the next call begin what this one was to, if nothing of that was trained."""
+        now = self.context.progress
+        if not self.live:
+            self.files.forget()
+        elif self.new and now.step == now.first_step:
+            self.run_state.fits.known.pop()
 
     @property
     def must_end(self) -> bool:

@@ -68,7 +68,7 @@ class Updates:
 
     def planned(self, progress: Progress) -> tuple[str, ...]:
         """Returns which updates a step has; raises ConfigError where it can have no such."""
-        given: Any = self.parts if self.plan is None else self.plan(progress.of_phase())
+        given: Any = self.parts if self.plan is None else self.plan(progress)
         names = tuple(given) if isinstance(given, Sequence | dict) else ()
         if not names or isinstance(given, str) or not all(name in self.parts for name in names):
             raise ConfigError(

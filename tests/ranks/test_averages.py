@@ -26,9 +26,9 @@ def data():
     return TensorDataset(x.double(), y)
 
 
-def fit(callbacks, *, net=None, epochs=EPOCHS, eval_set=None, **options):
+def fit(callbacks, *, net=None, epochs=EPOCHS, eval_set=None, name=None, **options):
     trainer = tiny.trainer(callbacks, net=net or tiny.model(dtype=torch.float64), **options)
-    result = trainer.fit(data(), batch_size=BATCH, epochs=epochs, eval_set=eval_set)
+    result = trainer.fit(data(), batch_size=BATCH, epochs=epochs, eval_set=eval_set, name=name)
     return trainer, result
 
 
@@ -169,19 +169,19 @@ def evaluations():
     assert tiny.digest(trainer.model) == tiny.digest(plain.model)
     assert all(same_bits(a, b) for a, b in zip(follow.steps, own.steps, strict=True))
 
-    # The averages at the end; and a further fit goes on as if they had not been put in.
+    # The averages at the end; and where the fit goes on, it is as if they had not been put in.
     used = EMA(0.9, use_at_end=True)
-    trainer, _ = fit([used])
+    trainer, _ = fit([used], name="main")
     assert same_bits(weights(trainer.model), used.averages)
     assert trainer.evaluate(data(), batch_size=48)["eval/loss"] == pytest.approx(
         loss_of(used.averages), rel=1e-12
     )
-    trainer.fit(data(), batch_size=BATCH, epochs=5)
+    trainer.fit(data(), batch_size=BATCH, epochs=5, name="main")
     whole = EMA(0.9, use_at_end=True)
     assert tiny.digest(trainer.model) == tiny.digest(fit([whole], epochs=5)[0].model)
     swa = StochasticWeightAveraging(1)
-    trainer, _ = fit([swa])
-    trainer.fit(data(), batch_size=BATCH, epochs=5)
+    trainer, _ = fit([swa], name="main")
+    trainer.fit(data(), batch_size=BATCH, epochs=5, name="main")
     again, _ = fit([StochasticWeightAveraging(1)], epochs=5)
     assert tiny.digest(trainer.model) == tiny.digest(again.model)
 

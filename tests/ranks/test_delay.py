@@ -208,9 +208,9 @@ def noticed(delays):
     planted.clear()
     run.fit(tiny.dataset(90), batch_size=24, max_steps=8)
     found["went on"] = tiny.digest(run.model), run.context.progress.samples
-    run, _ = fit([], max_steps=3)
+    run, _ = fit([], max_steps=3, name="main")
     found["before"] = tiny.digest(run.model)
-    run.fit(tiny.dataset(90), batch_size=24, max_steps=8)
+    run.fit(tiny.dataset(90), batch_size=24, max_steps=8, name="main")
     found["unbroken"] = tiny.digest(run.model), run.context.progress.samples
 
     class Unused(torch.nn.Module):

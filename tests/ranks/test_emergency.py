@@ -95,7 +95,8 @@ def state_of(folder):
     assert not damaged
     state = files.load_state(saved.path)
     state["callbacks"]["LRSchedule"].pop("total")  # the run to compare with was planned shorter
-    kept = {k: repr(v) for k, v in state.items() if k not in ("shared_rng", "metrics", "loop")}
+    other = ("shared_rng", "metrics", "loop", "fits")  # the last as the plan was shorter
+    kept = {k: repr(v) for k, v in state.items() if k not in other}
     parameters = {name: t.tolist() for name, t in files.load_model(saved.path).items()}
     return saved.step, kept, parameters
 

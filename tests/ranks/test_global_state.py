@@ -74,7 +74,7 @@ def in_parts(*epochs):
     net = dropout_net()
     trainer = made(net)
     for epoch in epochs:
-        trainer.fit(tiny.dataset(32), batch_size=8, epochs=epoch)
+        trainer.fit(tiny.dataset(32), batch_size=8, epochs=epoch, name="main")
         draw()  # the script's own business
     return tiny.digest(net)
 
@@ -390,7 +390,7 @@ def test_a_launcher_that_is_gone_is_told_of_once(monkeypatch):
 def bounded():
     dtrain.init(seed=0)
     trainer = made(tiny.model())
-    options = {"batch_size": 8, "log_every": 1}
+    options = {"batch_size": 8, "log_every": 1, "name": "main"}
     steps = [
         [
             row["step"]

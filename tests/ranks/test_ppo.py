@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 import dtrain
 from dtrain.callbacks import Checkpoint, ClipGradients, GradientAccumulation
-from dtrain.checkpoint import resume, status
 from dtrain.data import Shuffled
 from dtrain.distributed import derive_seed
 from dtrain.testing import run_outcomes, run_processes
@@ -152,7 +151,6 @@ def test_the_example_is_the_loop_by_hand(world_size):
 
 
 def ends(run_dir, harms, saves):
-    resume.PROCESS = status.PROCESS = str(os.getpid())  # as of a script; ranks here are forks
     networks, _, told = train("flat", 1, run_dir, harms, 5, **saves)
     return tiny.digest(networks), told
 
