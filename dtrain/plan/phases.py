@@ -65,6 +65,7 @@ class Phases:
             goes_on = files.decide(fingerprint, Asked(place, name, *plan.limits))
             # What the script changes after its last call of a fit that is over, it changes as then.
             if place == len(fits.known) - (not goes_on) and fits.known[-1].is_over:
+                self._has_weights &= goes_on  # what it changed before that, that fit has trained
                 self._take_up_end(files.saved)
             elif goes_on:
                 self.saved = files.saved
