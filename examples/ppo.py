@@ -138,8 +138,8 @@ def main():
         networks,
         make_optimizer(networks),
         loss_fn,
-        # Told to leave, a run is saved at once; killed, it takes up to 5 iterations again.
-        callbacks=[ClipGradients(0.5), Checkpoint(every_fits=5, keep=2)],
+        # Told to leave, a run is saved at once, too; killed, it takes up to an iteration again.
+        callbacks=[ClipGradients(0.5), Checkpoint(every_fits=1, keep=2)],
         sinks=[JSONLines()],
         run_dir=args.run_dir,
     )

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 import dtrain
 from dtrain.callbacks import EMA, Checkpoint, EarlyStopping, LRSchedule
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, RemoteError
 from dtrain.testing import run_outcomes, run_processes
 
 KILLED = 9
@@ -131,7 +131,7 @@ class CountsEpochs(dtrain.Callback):
 
     def on_step_start(self, ctx, step):
         for group in ctx.optimizer.param_groups:
-            group["lr"] = 0.1 / (1 + self.epochs)
+            group["lr"] = 0.01 / (1 + self.epochs)
 
     def state_dict(self):
         return {"epochs": self.epochs}
@@ -155,7 +155,7 @@ def folds(run_dir, at, after):
     for fold in range(3):
         mine = (at, after) if fold == 1 else (-1, -1)
         script = Script(run_dir / f"fold {fold}", *mine, adam)
-        script.fit(epochs=2, name="fold")
+        script.fit(epochs=3, name="fold")
         ends.append(script.end())
     return ends
 
@@ -175,24 +175,23 @@ SCRIPTS = [thaw, new_head, shrink, grow, a_bit_more, folds, two_trainers]
 PLACES = [(8, -1), (-1, 1), (-1, 2)]
 
 
-def check(script, tmp_path, world_size, places, whole=None):
-    whole = whole or run_processes(script, world_size, tmp_path / "whole", -1, -1)
+def check(script, tmp_path, world_size, places):
+    whole = run_processes(script, world_size, tmp_path / "whole", -1, -1)
     for at, after in places:
         run_dir = tmp_path / f"{at} {after}"
         codes = {o.exitcode for o in run_outcomes(script, world_size, run_dir, at, after)}
-        assert KILLED in codes or (script is folds and codes == {0})  # has but one fit
+        assert KILLED in codes
         assert run_processes(script, world_size, run_dir, -1, -1) == whole, (at, after)
 
 
-@pytest.mark.parametrize("script", [shrink])
-def test_killed_and_started_again_they_end_alike(tmp_path, script):
-    check(script, tmp_path, 1, [(-1, 2)])
+def test_what_was_changed_before_a_fit_that_is_over_was_trained_since(tmp_path):
+    check(shrink, tmp_path, 1, [(-1, 2)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_anywhere_and_started_again_they_end_alike(tmp_path, script):
-    check(script, tmp_path, 2, PLACES)
+    check(script, tmp_path, 2, PLACES[: 2 if script is folds else 3])  # that has but one fit
 
 
 def renamed(run_dir, at, name):
@@ -239,4 +238,6 @@ def of_ranks(run_dir):
 
 def test_ranks_that_differ_in_how_many_fits_they_call_end_with_words(tmp_path):
     outcomes = run_outcomes(of_ranks, 2, tmp_path, timeout_s=40)
-    assert outcomes[1].error is not None or outcomes[1].exitcode not in (0, None)
+    assert isinstance(outcomes[1].error, RemoteError)
+    assert "rank 0" in str(outcomes[1].error)
+    assert "its process is gone" in str(outcomes[1].error)

@@ -185,21 +185,3 @@ def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path, saves):
     outcomes = run_outcomes(ends, 2, tmp_path / "run", None, saves, timeout_s=60)
     for outcome, end in zip(outcomes, whole, strict=True):
         assert outcome.value[0] == end[0]
-
-
-@pytest.mark.slow
-def test_it_learns():
-    ppo = loaded()
-    dtrain.init(seed=0)
-    networks, told = ppo.make_networks(), []
-    trainer = dtrain.Trainer(
-        networks,
-        ppo.make_optimizer(networks),
-        ppo.loss_fn,
-        callbacks=[ClipGradients(0.5)],
-        sinks=[],
-    )
-    ppo.train(trainer, iterations=12, tell=told.append)
-    stood = [float(text.split()[-2]) for text in told]
-    assert stood[0] < 30
-    assert max(stood) > 90
