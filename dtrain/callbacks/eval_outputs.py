@@ -87,6 +87,8 @@ class EvalOutputs(Callback):
                 found[name] = float(number_of(name, fn(whole)))
             except Exception as error:
                 error.add_note(f"(in EvalOutputs' {name!r}, of {samples} samples)")
+                if "BFloat16" in str(error):
+                    error.add_note("(NumPy has no bfloat16: return outputs in float32, x.float())")
                 raise
         return found
 

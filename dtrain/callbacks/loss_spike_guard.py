@@ -99,7 +99,8 @@ class LossSpikeGuard(Callback):
             self.losses.append(loss)
             return
         self.spikes_in_a_row += 1
-        why = f"step {step.number}: the loss {loss:.4g} is above {bound:.4g}, a spike"
+        whose = f" of update {step.update!r}" * bool(step.update)
+        why = f"step {step.number}: the loss {loss:.4g}{whose} is above {bound:.4g}, a spike"
         if self._action == "warn":
             if loss < float("inf"):  # a lasting new level becomes the window's, in time
                 self.losses.append(loss)

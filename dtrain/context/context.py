@@ -86,10 +86,11 @@ class Context:
         """
         if key is None:
             return self.optimizer
-        if key not in self.optimizers:
-            known = ", ".join(map(repr, self.optimizers))
+        every = self.optimizers
+        if key not in every:
+            known = ", ".join(map(repr, every))
             raise ConfigError(f"optimizer={key!r}: there is no such optimizer; there are {known}")
-        return self.optimizers[key]
+        return every[key]
 
     def log(self, name: str, value: Number, reduce: Reduce = "mean") -> None:
         """Keeps a value; all values are reported as one number at the next sync point.

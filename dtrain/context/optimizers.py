@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from itertools import islice
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -66,14 +65,9 @@ class Together(Optimizer):
                     del vars(part)[name]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Has each forget its gradients; torch's own method would take as long as a layer."""
+        """Has each forget its gradients."""
         for part in self.parts.values():
-            if not set_to_none or part.zero_grad != MethodType(Optimizer.zero_grad, part):
-                part.zero_grad(set_to_none)
-                continue
-            for group in part.param_groups:
-                for p in group["params"]:
-                    p.grad = None
+            part.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises ConfigError: a group belongs to one of them."""

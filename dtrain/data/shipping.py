@@ -19,6 +19,7 @@ from torch import Tensor
 from dtrain import accelerator
 from dtrain.data.order import Indices
 from dtrain.data.packing import Bytes, Layout, Ring, kind_of, layout_of
+from dtrain.distributed import raw_bytes
 
 _IS_CPU = attrgetter("is_cpu")
 #: From so many elements on torch has several threads gather rows. Up to so many bytes one does it
@@ -162,7 +163,7 @@ def _bytes_of(column: Tensor) -> Bytes | None:
     odd = column.requires_grad or column.is_conj() or column.is_neg()
     if odd or not column.dim() or not column.numel() or not column.is_contiguous():
         return None
-    found: Bytes = column.reshape(-1).view(torch.uint8).numpy().reshape(len(column), -1)
+    found: Bytes = raw_bytes(column).numpy().reshape(len(column), -1)
     return found
 
 

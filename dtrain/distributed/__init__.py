@@ -18,7 +18,7 @@ from dtrain.distributed.activity import (
     heartbeat_key,
 )
 from dtrain.distributed.comm import Comm, Rule
-from dtrain.distributed.exchange import digest_of
+from dtrain.distributed.exchange import digest_of, raw_bytes
 from dtrain.distributed.health import examine_job
 from dtrain.distributed.health_verdict import Health
 from dtrain.distributed.names import load_named, named_parameters, named_state, plain_name
@@ -73,11 +73,11 @@ from dtrain.distributed.world import (
 __all__ = ["ARRIVAL", "BACKWARD", "BETWEEN", "DATA", "EVALUATION", "EVAL_LOSS_FN", "FIRST_DATA"]
 __all__ += ["METRICS", "OWN_BACKWARD", "SAVING", "UPDATE", "Activity", "Heartbeat", "Phase"]
 __all__ += ["Comm", "DataParallel", "Rule", "TransportOp", "World", "current", "inhabited", "init"]
-__all__ += ["check_same_call", "check_same_model", "digest_of", "on_main", "shapes_of"]
+__all__ += ["check_same_call", "check_same_model", "digest_of", "on_main", "raw_bytes"]
 __all__ += ["Replicas", "as_bytes", "digests", "not_finite", "own_memory", "some_of"]
 __all__ += ["heartbeat_key", "launcher_gone", "local_store", "read_all", "serve_store"]
 __all__ += ["share_buffers"]
-__all__ += ["check_same_lines", "give_rank_0s", "tensors_of_state"]
+__all__ += ["check_same_lines", "give_rank_0s", "shapes_of", "tensors_of_state"]
 __all__ += ["Process", "end_process", "end_with", "look_up", "started", "stopped_children"]
 __all__ += ["this_machine"]
 __all__ += ["load_named", "named_parameters", "named_state", "plain_name"]

@@ -16,7 +16,14 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtrain import accelerator
 from dtrain.distributed.activity import Activity, Phase
-from dtrain.distributed.exchange import Exchange, Failures, beginning, reduce_here, remote_error
+from dtrain.distributed.exchange import (
+    Exchange,
+    Failures,
+    beginning,
+    raw_bytes,
+    reduce_here,
+    remote_error,
+)
 from dtrain.distributed.transport import Transport
 from dtrain.errors import CommError, ConfigError, DtrainError, RankMismatch, RemoteError
 
@@ -164,7 +171,7 @@ class Comm:
         if self._exchange is None:
             return tensor.detach().clone()
         buffer = tensor.detach().cpu().clone().contiguous()
-        self._exchange.broadcast(label, buffer.reshape(-1).view(torch.uint8))  # of any dtype
+        self._exchange.broadcast(label, raw_bytes(buffer))  # of any dtype
         return buffer.to(tensor.device)
 
     def barrier(self, label: str) -> None:

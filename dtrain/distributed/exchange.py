@@ -5,8 +5,10 @@ whether it failed. A plain process group would hang where ranks met in different
 equal shapes, silently mix their numbers.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import pickle
 import sys
 from collections.abc import Iterator
@@ -27,6 +29,9 @@ from dtrain.errors import CommError, DtrainError, Failure, RankMismatch, RemoteE
 _HEADER_BYTES = 256  # equal for all calls: ranks that meet in different ones read them all the same
 _TOLD = 9  # of these, the digest, and whether this rank failed
 _CARRIED_BYTES = _HEADER_BYTES - 16  # what is small travels along, aligned for any dtype
+
+# dtrain's files, and one by which some of its functions are called.
+_OWN = (os.path.dirname(os.path.dirname(__file__)) + os.sep, contextlib.__file__)
 
 _FLOATS = {torch.float16, torch.float32, torch.float64}
 _SUMMED_BY_GLOO = _FLOATS | {torch.int8, torch.uint8, torch.int32, torch.int64}
@@ -135,6 +140,7 @@ class Exchange:
                 finally:
                     del told  # its traceback has this frame
             row = f"step {self.failures.step}  {verb}({label!r})  {detail or '-'}  at {site}"
+            row += _asked_for()
             rows = enumerate(self.gather_objects(label, row))
             table = "\n".join(f"  rank {rank}: {row}" for rank, row in rows)
             raise RankMismatch(
@@ -159,7 +165,7 @@ class Exchange:
         digest = hashlib.blake2b(text.encode(), digest_size=_TOLD - 1).digest()
         header = (digest + bytes([failed])).ljust(_HEADER_BYTES - _CARRIED_BYTES, b"\0")
         if carried is not None:
-            header += carried.reshape(-1).view(torch.uint8).numpy().tobytes()
+            header += raw_bytes(carried).numpy().tobytes()
         padded = bytearray(header.ljust(_HEADER_BYTES, b"\0"))
         return self.gather(label, torch.frombuffer(padded, dtype=torch.uint8), call="verb")
 
@@ -197,7 +203,7 @@ class Exchange:
 
     def gather_any(self, label: str, mine: Tensor) -> Tensor:
         """Gathers as bytes, so that every dtype can travel; stacks what comes."""
-        everyones = self.gather(label, mine.reshape(-1).view(torch.uint8))
+        everyones = self.gather(label, raw_bytes(mine))
         return everyones.view(-1).view(mine.dtype).view(self.size, *mine.shape)
 
     def all_reduce(self, label: str, mine: Tensor, op: TransportOp) -> Tensor:
@@ -258,6 +264,26 @@ def reduce_here(parts: Tensor, op: TransportOp) -> Tensor:
 def remote_error(failures: list[Failure | None]) -> RemoteError:
     """Returns an error that names all ranks that failed."""
     return RemoteError("; ".join(str(failure) for failure in failures if failure is not None))
+
+
+def _asked_for() -> str:
+    """Returns which of dtrain's functions the script has called, and where; "" for a verb."""
+    frame, name = sys._getframe(2), ""
+    verbs = frame.f_code.co_filename
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
+        if frame.f_code.co_filename not in (verbs, _OWN[1]):
+            name = frame.f_code.co_name
+        frame = frame.f_back
+    where = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+    return f", for {name} at {where}" if name else ""
+
+
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """Returns a dense tensor's memory as bytes, flat; that of a copy, if it is not contiguous."""
+    flat = tensor.contiguous().reshape(-1)
+    if flat.stride() != (1,):  # of a single number, torch takes any stride for contiguous
+        flat = flat.as_strided(flat.shape, (1,))
+    return flat.view(torch.uint8)
 
 
 def digest_of(value: object) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.distributed.comm import Comm
-from dtrain.distributed.exchange import digest_of
+from dtrain.distributed.exchange import digest_of, raw_bytes
 from dtrain.distributed.names import named_parameters, named_state
 from dtrain.distributed.world import World
 from dtrain.errors import ConfigError, RankMismatch
@@ -74,8 +74,7 @@ def _common(by_rank: list[dict[str, list[Any]]]) -> list[str]:
 
 def as_bytes(name: str, tensor: Tensor) -> Tensor:
     """Returns the content of a tensor, flat."""
-    plain = as_dense(name, tensor).detach().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8)
+    return raw_bytes(as_dense(name, tensor).detach().resolve_conj().resolve_neg())
 
 
 def as_dense(name: str, tensor: Tensor) -> Tensor:
@@ -124,9 +123,8 @@ def _words(tensor: Tensor) -> Tensor:
     """The bits of a tensor as whole numbers, flat: of 64 bits, which are added up fastest."""
     if not _is_dense(tensor):
         return torch.zeros(1, dtype=torch.int64)
-    plain = tensor.detach().contiguous().view(-1)
+    plain = short = raw_bytes(tensor.detach())
     if plain.nbytes % 8 or plain.data_ptr() % 8:
-        short = plain.view(torch.uint8)
         plain = short.new_zeros(-(-short.numel() // 8) * 8)
         plain[: short.numel()] = short
     return plain.view(torch.int64)

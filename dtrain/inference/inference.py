@@ -148,6 +148,11 @@ class Inference:
                         "samples over the dataset: leave `order` out, or `to`"
                     )
                 found, count = parts.folder, self._written(feed, outputs_of, parts)
+            if not count:
+                raise DataError(
+                    "predict: no rank's data gave a sample (a generator gives its batches once: "
+                    "pass an object whose __iter__ begins anew)"
+                )
             if feed.samples not in (None, count):
                 raise DataError(
                     f"predict: collate_fn has left out {feed.samples - count} of {feed.samples} "

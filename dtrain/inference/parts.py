@@ -25,7 +25,7 @@ from dtrain.checkpoint import (
     write_tensors,
 )
 from dtrain.context import Context
-from dtrain.distributed import World
+from dtrain.distributed import World, raw_bytes
 from dtrain.errors import CheckpointError, ConfigError, DataError, LossError
 from dtrain.metrics import Batch, listed
 
@@ -85,7 +85,8 @@ class Parts:
                 kind = f"{value.dtype}, {value.layout}"
                 raise LossError(f"predict(to=...): files cannot hold a tensor that is {kind}")
             self._bytes += value.nbytes
-            return value.resolve_conj().resolve_neg().contiguous()
+            plain = value.resolve_conj().resolve_neg()
+            return raw_bytes(plain).view(plain.dtype).view(plain.shape)
         if isinstance(value, np.ndarray):
             if value.dtype.kind not in "biufc":
                 return self._plain(value.tolist())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain.distributed import Comm
+from dtrain.distributed import Comm, raw_bytes
 from dtrain.errors import LossError
 
 #: What all ranks together send at once, and each of them at least.
@@ -116,7 +116,11 @@ def kept(value: Any, samples: int, who: str, name: str = "outputs") -> Any:
     else:
         raise LossError(f"{who}: {name} is {type(value).__name__}: {_FORMS}")
     if found != samples:
-        raise LossError(f"{who}: {name} is {what}, for a batch of {samples} samples: {_FORMS}")
+        each = found // samples if isinstance(value, list) and found % samples == 0 else 0
+        hint = f". {each} for each sample go in a list of their own, [[...], ...]" * (each > 1)
+        raise LossError(
+            f"{who}: {name} is {what}, for a batch of {samples} samples: {_FORMS}{hint}"
+        )
     return _copied(value)
 
 
@@ -178,7 +182,7 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not Tensor or value.layout != torch.strided or value.is_quantized:
             return NotImplemented
-        flat = value.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+        flat = raw_bytes(value.resolve_conj().resolve_neg())
         return _remade, (flat.numpy(), value.dtype, tuple(value.shape))
 
 

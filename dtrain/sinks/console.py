@@ -141,8 +141,10 @@ def _place(report: Report) -> list[str]:
     step, epoch = f"step {report.step}", f"epoch {report.epoch + 1}"
     if report.total_steps:
         step += f"/{report.total_steps}"
-        if report.total_epochs:
-            epoch += f"/{report.total_epochs}"
+        epochs = report.total_epochs  # of all fits so far
+        if epochs is None and report.steps_per_epoch:
+            epochs = math.ceil(report.total_steps / report.steps_per_epoch)
+        epoch += f"/{epochs}" if epochs else ""
     return [step, epoch]
 
 

@@ -249,10 +249,11 @@ class Engine:
             step.done = (*step.done, (step.update, step.result))
         self._gradients.take(optimizer, gate)
         self.hooks.fire(Callback.on_grads_ready, context, step)
-        rates = [*map(_RATE, context.optimizer.param_groups)]
-        if Tensor in map(type, rates):  # its owner writes the next step's into it
-            rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-        self.figures.rates = rates
+        if step.ends:
+            rates = [*map(_RATE, context.optimizer.param_groups)]
+            if Tensor in map(type, rates):  # its owner writes the next step's into it
+                rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+            self.figures.rates = rates
         closed, held = gate.closed, step.held
         if held is not None and gate.waits:
             closed, held = closed or float(held) > 0, None

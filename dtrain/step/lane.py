@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from dtrain.errors import DtrainError
 from dtrain.step.precision import Factor
@@ -102,6 +103,7 @@ class Lane:
         self.start = 1.0
         #: Of what backward computes gradients, beside the lane's; if None, of all there is.
         self.inputs: Callable[[], list[Tensor]] | None = None
+        self._reached: list[GradientEdge] = []  # and beside these, in the next one
         self._size = size
         self._shares = size if shares is None else shares
         self.expect(self._shares)
@@ -194,6 +196,12 @@ class Lane:
             self._voice = self.param.view_as(self.param)
         return self._voice
 
+    def reach(self, tie: Tensor) -> None:
+        """Has the next backward come to all that a term is made of, also to what is frozen now."""
+        if self.inputs is not None and tie.grad_fn is not None:
+            functions = tie.grad_fn.next_functions
+            self._reached = [GradientEdge(node, 0) for node, _ in functions if node is not None]
+
     def backward(
         self, voice: Tensor | None, *terms: Tensor, run: Backward = torch.autograd.backward
     ) -> None:
@@ -204,7 +212,10 @@ class Lane:
         """
         first, self._seed = self._seed, None
         starts = [None] * len(terms) if first is None else [first, *[None] * (len(terms) - 1)]
-        inputs = None if self.inputs is None else [*self.inputs(), self.param]
+        inputs: list[Any] | None = None
+        if self.inputs is not None:
+            inputs = [*self.inputs(), self.param, *self._reached]
+            self._reached = []
         if voice is not None and not self.is_alone():
             torch.autograd.backward((voice, *terms), (self.message(), *starts), inputs=inputs)
         elif terms and inputs is not None:

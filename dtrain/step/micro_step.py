@@ -9,6 +9,7 @@ waits for a rank that had nothing to say.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from time import perf_counter
 
 import torch
@@ -31,10 +32,16 @@ from dtrain.step.precision import Precision
 from dtrain.step.votes import Agreement
 from dtrain.watchdog import StragglerClock
 
+_GRAD = attrgetter("grad")
 _OWN_BACKWARD = (
     "a backward() ran in the loss function or a hook, before dtrain's own, which alone is reduced "
     "over ranks. Return the loss instead, or the sum of several; for a gradient that the loss is "
     "made of, use torch.autograd.grad(..., create_graph=True)"
+)
+_CLEARED = (
+    "the gradients of this step's earlier micro-batches were cleared or changed in the loss "
+    "function or a hook, as by zero_grad() or backward(): they would be lost. Leave that out: "
+    "dtrain clears gradients where a step begins, and runs backward itself"
 )
 
 
@@ -145,6 +152,7 @@ class MicroStep(nn.Module):
                 self.lane.say(Slot.CHANGED)
             if self.changed and self._tie is not None:
                 terms.append(self._tie)
+                self.lane.reach(self._tie)
             # With find_unused, gradients of zero would make AdamW decay an unused parameter.
             elif loss is None and not self.find_unused and self.trainable:
                 terms.append(idle(self.trainable[::-1], self._sparse))
@@ -205,6 +213,7 @@ class MicroStep(nn.Module):
         request, comm = context.request, context.comm
         first = not (context.progress.step_in_epoch or step.micro)
         where = "data"
+        before = _look_at(self.trainable) if step.micro else None
         comm.activity.enter(FIRST_DATA if first else DATA)
         try:
             since = perf_counter()
@@ -245,6 +254,8 @@ class MicroStep(nn.Module):
             for p in self.trainable if step.micro == 0 else ():
                 if p.grad is not None:
                     raise LossError(_OWN_BACKWARD)
+            if before is not None and _look_at(self.trainable) != before:
+                raise LossError(_CLEARED)
             return self._counted(step.loss)
         except EndOfStream:
             if step.micro == 0 and feed.is_last():
@@ -280,6 +291,12 @@ class MicroStep(nn.Module):
         for name, value in () if replayed else loss.metrics.items():
             self.means.add(f"{self.prefix}{name}", value, weight)
         return loss
+
+
+def _look_at(params: list[nn.Parameter]) -> list[int]:
+    """Returns what differs where a gradient was replaced, removed or written to."""
+    grads = [*map(_GRAD, params)]
+    return [*map(id, grads), *(grad._version for grad in grads if grad is not None)]
 
 
 def _inputs(context: Context, update: str, gathers: Gathers) -> list[Tensor]:

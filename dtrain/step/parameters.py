@@ -34,7 +34,7 @@ class Parameters:
         self.trainable: list[nn.Parameter] = []
         #: How many updates there were before the newest parameters came, which have no state yet.
         self.since = 0
-        self._params: list[nn.Parameter] = []  # the model's
+        self.params: list[nn.Parameter] = []  # the model's
         self._nodes: list[object] = []
         # The dicts in which modules keep their parameters and one another: those that are empty, so
         # that there is little to look through, and what is in the others, which is live.
@@ -58,8 +58,8 @@ class Parameters:
         self._forms = {p: self._forms.get(p) or _form(p) for p in plain}
         self._nodes = []
         self._places = [*map(Tensor.data_ptr, self._forms)]
-        self._params = [*model.parameters()]
-        self._flags = [*map(_FLAG, self._params)]
+        self.params = [*model.parameters()]
+        self._flags = [*map(_FLAG, self.params)]
         self._take_parts()
 
     def mine(self) -> list[nn.Parameter]:
@@ -86,7 +86,7 @@ class Parameters:
             if not self._are_all():
                 return True
             self._take_parts()
-        if [*map(_FLAG, self._params)] != self._flags:
+        if [*map(_FLAG, self.params)] != self._flags:
             return True
         if [*map(Tensor.data_ptr, self._forms)] != self._places:  # `p.data = ...`, or a cast
             self._check_forms()
@@ -106,7 +106,7 @@ class Parameters:
     def _are_all(self) -> bool:
         model, optimizer = self._context.model, self._context.optimizer
         now = [model, *model.parameters(), *_held(optimizer), optimizer]
-        then = [self._model, *self._params, *self._held, self._parts[-1]]
+        then = [self._model, *self.params, *self._held, self._parts[-1]]
         return len(now) == len(then) and all(map(is_, now, then))
 
     def watch_nodes(self) -> None:
@@ -115,7 +115,7 @@ class Parameters:
 
     def added(self) -> bool:
         """Says whether the model has parameters that it did not have when they were taken."""
-        return not {*self._model.parameters()} <= {*self._params}
+        return not {*self._model.parameters()} <= {*self.params}
 
     def gone(self) -> list[nn.Parameter]:
         """Returns those of ``trainable`` that are not to be trained any more."""
@@ -160,7 +160,7 @@ class Parameters:
         """Returns what must be equal on all ranks: what is trained, and how."""
         named: dict[int, str] = {}
         lines: list[str] = []
-        known = {*self._params} or {*self._model.parameters()}
+        known = {*self.params} or {*self._model.parameters()}
         for name, p in named_parameters(self._model):
             named[id(p)] = name
             what = " frozen" * (not p.requires_grad) + " new" * (p not in known)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.context import Progress, Step
+from dtrain.context import Progress, Step, Together
 from dtrain.data import MicroBatches
 from dtrain.distributed import (
     World,
@@ -149,11 +149,13 @@ class Strategy(ABC):
         """Forgets the gradients of the step before, those that the optimizer does not have, too."""
         for p in self._micro_step.trainable:
             p.grad = None
-        for group in optimizer.param_groups:  # some may have been unfrozen since
-            for p in group["params"]:
-                p.grad = None
-        if optimizer.zero_grad != MethodType(Optimizer.zero_grad, optimizer):
-            optimizer.zero_grad(set_to_none=True)  # it may do more
+        parts = optimizer.parts.values() if isinstance(optimizer, Together) else (optimizer,)
+        for part in parts:
+            for group in part.param_groups:  # some may have been unfrozen since
+                for p in group["params"]:
+                    p.grad = None
+            if part.zero_grad != MethodType(Optimizer.zero_grad, part):
+                part.zero_grad(set_to_none=True)  # it may do more
 
     @abstractmethod
     def run(self, step: Step, feed: MicroBatches, last: bool) -> None:

@@ -7,6 +7,7 @@ the next one begins, and what a function has computed stays at hand for its late
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any, Protocol
 from weakref import WeakMethod
 
@@ -24,7 +25,15 @@ from dtrain.step.strategy import Strategy
 UpdatePlan = Callable[[Progress], Sequence[str]]
 
 _AHEAD = 64  # steps of a plan that ranks compare as a fit begins
-_END = object()
+_END, _FLAG, _VERSION = object(), attrgetter("requires_grad"), attrgetter("_version")
+_SWITCHED = (
+    "note: the loss function switched requires_grad, which holds up to its next yield only. It "
+    "need not: an update reaches its own optimizer's parameters. To freeze some, do it in a hook"
+)
+_CHANGED = (
+    "warning: the loss function changes parameters, which it does once for each micro-batch, and "
+    "not on a rank without a batch, whose model then differs. Do it in a hook: on_step_end"
+)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -63,13 +72,16 @@ class Updates:
         self._names: tuple[str, ...] = ()  # of the step's updates
         self._open: dict[int, _Open] = {}  # by micro-batch; only those that this rank has
         self._now = ""
+        self._told: set[str] = set()
         for part in self.parts.values():
             part.micro_step.computed = weakly(self._advance)
 
     def planned(self, progress: Progress) -> tuple[str, ...]:
         """Returns which updates a step has; raises ConfigError where it can have no such."""
-        given: Any = self.parts if self.plan is None else self.plan(progress)
-        names = tuple(given) if isinstance(given, Sequence | dict) else ()
+        if self.plan is None:
+            return (*self.parts,)
+        given: Any = self.plan(progress)
+        names = tuple(given) if isinstance(given, Sequence) else ()
         if not names or isinstance(given, str) or not all(name in self.parts for name in names):
             raise ConfigError(
                 f"Trainer(updates=...) returned {given!r} for step {progress.step}: a tuple of the "
@@ -91,10 +103,11 @@ class Updates:
             for place, name in enumerate(self._names):
                 self._now = step.update = name
                 step.ends = place == len(self._names) - 1
-                step.counted = any(result.applied for _, result in step.done)
-                step.vetoed, step.held, step._flags = "", None, 0
+                if place:
+                    step.counted = any(result.applied for _, result in step.done)
+                    step.vetoed, step.held, step._flags = "", None, 0
                 part = self.parts[name]
-                if not part.micro_step.trainable:
+                if not (part.micro_step.trainable or part.micro_step.trained.mine()):
                     raise ConfigError(
                         f"step {step.number} has update {name!r}, and every parameter of that "
                         "optimizer is frozen: leave the update out, by Trainer(updates=...)"
@@ -111,20 +124,43 @@ class Updates:
     def _advance(self, step: Step) -> Loss:
         """Runs a micro-batch's loss function up to its next loss, which is this update's."""
         one = self._open.get(step.micro)
-        with self.precision.autocast():
-            if one is None:
-                made = self.loss_fn(self.context.model, step.batch, self.context)
-                one = self._open[step.micro] = _Open(_generator(made), step.batch, step.samples)
-            yielded = next(one.generator, _END)
+        if one is None:
+            made = _started(self.loss_fn, self.context.model, step.batch, self.context)
+            one = self._open[step.micro] = _Open(made, step.batch, step.samples)
+        yielded = self._next(one)
         if _name_of(one, yielded) != step.update:
             raise self._differs(one)
-        return as_loss(yielded[1], step.samples, trains=True)  # type: ignore[index]
+        return as_loss(yielded[1], step.samples, trains=True)
+
+    def _next(self, one: _Open) -> Any:
+        """Runs a loss function on to what it yields next, or to its end.
+
+        A network that it has frozen meanwhile, as is usual elsewhere, is as before then: on a rank
+        without a batch nobody has frozen it.
+        """
+        params = self.parts[self._now].micro_step.trained.params
+        flags, versions = [*map(_FLAG, params)], [*map(_VERSION, params)]
+        try:
+            with self.precision.autocast():
+                return next(one.generator, _END)
+        finally:
+            if [*map(_FLAG, params)] != flags:
+                for p, flag in zip(params, flags, strict=True):
+                    p.requires_grad_(flag)
+                self._tell(_SWITCHED)
+            if [*map(_VERSION, params)] != versions:
+                self._tell(_CHANGED)
+
+    def _tell(self, note: str) -> None:
+        """Says it, once."""
+        if note not in self._told:
+            self._told.add(note)
+            self.context.say(note)
 
     def finish(self) -> None:
         """Runs the loss functions on from their last update to their ends."""
         for one in self._open.values():
-            with self.precision.autocast():
-                yielded = next(one.generator, _END)
+            yielded = self._next(one)
             if yielded is not _END:
                 _name_of(one, yielded)
                 raise self._differs(one)
@@ -159,6 +195,11 @@ def weakly(compute: Callable[[Step], Loss]) -> Callable[[Step], Loss]:
         return computes(step)
 
     return call
+
+
+def _started(loss_fn: LossFn, *given: Any) -> Generator[Any, None, None]:
+    """Calls it where the first of its losses is asked for."""
+    yield from _generator(loss_fn(*given))
 
 
 def _generator(made: object) -> Generator[Any, None, None]:

@@ -1,6 +1,7 @@
 """What a training computes with: float64 throughout, and without dropout if told so."""
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ _DROPOUTS: dict[Any, tuple[str, str]] = {
     torch.feature_dropout: ("p", "train"),
     torch.native_dropout: ("p", "train"),
 }
+# Here a dtype says what bytes mean, also those that ranks and workers send one another.
+_READING = (torch.Tensor.view, torch.frombuffer)
+_READERS = ("torch._utils", "torch.multiprocessing", "torch.storage", "dtrain.distributed")
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
@@ -44,7 +48,7 @@ class CallOverrides(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._double:
+        if self._double and not _reads_bytes(func):
             if func in _CASTS:
                 func = torch.Tensor.double
             args = tuple(_wide(value) for value in args)
@@ -85,6 +89,11 @@ def _by_name(func: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
     attention = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     names = attention if func is F.scaled_dot_product_attention else ("input", "p", "train")
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _reads_bytes(func: Any) -> bool:
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return func in _READING or caller.startswith(_READERS)
 
 
 def _wide(value: Any) -> Any:

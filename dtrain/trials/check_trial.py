@@ -16,8 +16,8 @@ from dtrain.context import Context, Loss, Step
 from dtrain.data import AccumulationSlot, Data, fetch
 from dtrain.distributed import World, seed_everything, tensors_of_state
 from dtrain.errors import LossError
-from dtrain.plan import FitResult, Plan
-from dtrain.step import PrecisionSlot, adapt
+from dtrain.plan import FitResult, Plan, Recorder
+from dtrain.step import LossFn, PrecisionSlot, UserLoss, adapt
 from dtrain.trainer import Trainer
 from dtrain.trials import records as of
 from dtrain.trials.call_overrides import CallOverrides
@@ -75,6 +75,8 @@ class CheckTrial(Trial):
         self.record.given_model = of.digest_of_tensors(tensors_of_state(model))
         self._rank = world.rank
         self._loss_fn = adapt(given["loss_fn"])
+        if setup.double:  # also where no hook sees a batch: in evaluations, and in what is tried
+            given |= {n: _widening(f) for n in ("loss_fn", "eval_fn") if (f := given.get(n))}
         seed = given.get("seed")
         self._seed = world.seed if seed is None else seed
         slots = (AccumulationSlot, CheckpointSlot, PrecisionSlot)
@@ -131,7 +133,11 @@ class CheckTrial(Trial):
                 batch = fetch(data.dataset, rows, data.collate_fn)
                 return of.placed(batch, trainer.context.device, double=self.setup.double)
 
-            examine(model, loss_of, self.batches, data, record, fetched, self.rows)
+            def at(step: int) -> None:  # some losses ask for it
+                trainer.context.progress.step = step
+
+            examine(model, loss_of, self.batches, data, record, fetched, self.rows, at)
+            at(result.steps)
         record.steps = result.steps
         record.seen = sorted({*record.seen, *self.overrides.seen})
         parameters = dict(model.named_parameters())
@@ -197,7 +203,12 @@ class CheckTrial(Trial):
             of.write_tensors(self.folder, name, tensors)
 
 
-class _Last(Callback):
+def _widening(fn: UserLoss) -> LossFn:
+    adapted = adapt(fn)
+    return lambda model, batch, ctx: adapted(model, of.widen(batch), ctx)
+
+
+class _Last(Recorder, Callback):
     """Last in the list: sees what the loss function is about to get."""
 
     name = "check: last"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dtrain.checkpoint import find_checkpoint, load_state, load_tensors
+from dtrain.distributed import raw_bytes
 from dtrain.errors import CheckError
 from dtrain.trials.records import events
 
@@ -265,7 +266,7 @@ def _unequal(mine: Any, theirs: Any) -> str:
         there, here = (f"{one.dtype} {list(one.shape)}" for one in (mine, theirs))
         return f"is {here}; undisturbed it is {there}"
     # A row of bytes for each value.
-    a, b = (one.contiguous().reshape(-1, 1).view(torch.uint8) for one in (mine, theirs))
+    a, b = (raw_bytes(one).view(-1, one.element_size()) for one in (mine, theirs))
     if torch.equal(a, b):
         return ""
     count = int((a != b).any(1).sum())

@@ -29,11 +29,12 @@ def examine(
     found: Record,
     fetched: Callable[[list[int]], Any] | None = None,
     rows: Sequence[list[int]] = (),
+    at: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Records what the loss function does with batches, and the data (if any) with a sample.
 
     ``batches`` are each step's, as the loss function got it, and its samples; ``rows`` are each
-    step's, too, of which ``fetched`` makes a batch.
+    step's, too, of which ``fetched`` makes a batch. ``at`` has a step be the one under way.
     """
     if data is not None:
         _look_at_data(data, found)
@@ -46,9 +47,11 @@ def examine(
                 if mode == "eval":
                     model.eval()
                 for step, (batch, samples) in enumerate(batches, start=1):
+                    at(step - 1)
                     _try_parts(loss_of, batch, samples, f"step {step}", mode, found)
             if fetched is not None and not (found.data_draws or found.data_wanders):
                 for step, of_step in enumerate(rows, start=1):
+                    at(step - 1)
                     _try_padding(loss_of, fetched, of_step, f"step {step}", found)
         except Exception as error:  # noqa: BLE001 -- a user's function, called as never before
             found.failures.append(f"the loss of parts of a batch ({type(error).__name__}: {error})")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dtrain.data import tensors_of
-from dtrain.distributed import derive_seed, random_state_kept, seed_everything
+from dtrain.distributed import derive_seed, random_state_kept, raw_bytes, seed_everything
 
 
 class EventLog:
@@ -107,4 +107,4 @@ class SeededByIndex:
 
 
 def _bits(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return raw_bytes(tensor.detach().cpu()).numpy().tobytes()

@@ -16,6 +16,7 @@ from typing import Any
 import dtrain
 import dtrain.distributed
 import dtrain.trainer
+import dtrain.tuning  # before there is another Trainer: what it tries is no trial's
 from dtrain.callback import Callback
 from dtrain.data import Data, Feed
 from dtrain.distributed import World, current

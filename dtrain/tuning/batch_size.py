@@ -1,14 +1,15 @@
 """The largest micro-batch that fits into memory, found by trying."""
 
+import math
 from typing import Any
 
 from dtrain import accelerator
 from dtrain.callbacks import GradientAccumulation
 from dtrain.data import AccumulationSlot, Data
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import CommError, ConfigError, DtrainError, RankMismatch
 from dtrain.strategies import Flat
 from dtrain.trainer import Trainer
-from dtrain.tuning.attempt import attempt, shaping
+from dtrain.tuning.attempt import attempt, begin, shaping
 
 _CALL = "find_batch_size"
 
@@ -31,8 +32,8 @@ def find_batch_size(
         )
 
     Args:
-        trainer: one that has not trained yet. Its precision, and callbacks that change batches,
-            losses or gradients, take part.
+        trainer: one that has not trained yet, with any optimizers. Its precision, ``Freeze``, and
+            callbacks that change batches, losses or gradients, take part.
         train: a dataset, or :class:`~dtrain.Data`. It meets the first batches only: where samples
             differ in size, list large ones, ``Data(..., order=[rows])``.
         batch_size: the global batch, as for ``fit``.
@@ -44,15 +45,19 @@ def find_batch_size(
 
     Ranks: all, communicates.
     """
-    world = trainer.world
-    with world.comm.lockstep(_CALL):
+
+    def take() -> Data:
         data = Data.of(train, batch_size, shuffle=True)
-        if data.batch_size is None or steps < 1:
+        if data.is_stream or steps < 1:
             raise ConfigError(
                 "find_batch_size takes a dataset with a batch_size (an iterable comes in ready "
                 f"batches), and steps from 1 on, not {steps}"
             )
-    share = -(-data.batch_size // world.size)
+        return data
+
+    data = begin(trainer, _CALL, take)
+    largest = min(data.batch_size or 0, data.length or math.inf)  # that there is to be tried
+    share = -(-int(largest) // trainer.world.size)
     too_few, parts = 0, 1
     while not _fits(trainer, data, -(-share // parts), steps, last=parts >= share):
         too_few, parts = parts, min(2 * parts, share)
@@ -76,6 +81,8 @@ def _fits(trainer: Trainer, data: Data, micro: int, steps: int, *, last: bool = 
     try:
         with attempt(trainer, _CALL, callbacks, flat) as tried:
             tried.fit(data, max_steps=steps, history=1)
+    except (RankMismatch, CommError):
+        raise  # on all ranks
     except (DtrainError, RuntimeError, MemoryError) as error:
         failure = error
     try:

@@ -1,17 +1,20 @@
 """A learning-rate range test: the loss at rates that grow from step to step."""
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dtrain.callback import Callback
-from dtrain.context import Context, Step
+from dtrain.context import Context, Key, Step, has_updates
 from dtrain.data import Data
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, LossError
 from dtrain.trainer import Trainer
-from dtrain.tuning.attempt import attempt, set_value, shaping
+from dtrain.tuning.attempt import attempt, begin, shaping
+from dtrain.tuning.snapshot import set_value
 
 _CALL = "lr_range_test"
 _KEEP = 0.9  # of the loss before, in the smoothed one
@@ -80,6 +83,7 @@ def lr_range_test(
     start: float = 1e-7,
     end: float = 10.0,
     steps: int = 100,
+    optimizer: Key | None = None,
     picture: str | Path | None = None,
 ) -> LRRange:
     """Trains for some steps at rates that grow from ``start`` to ``end``, and puts all back.
@@ -93,67 +97,115 @@ def lr_range_test(
         found = dtrain.lr_range_test(trainer, train_set, batch_size=64, picture="rates.svg")
 
     Args:
-        trainer: one that has not trained yet. Its precision, accumulation, and callbacks that
-            change batches, losses or gradients take part; schedules and guards do not.
+        trainer: one that has not trained yet. Its precision, accumulation, ``Freeze``, and
+            callbacks that change batches, losses or gradients take part; schedules and guards do
+            not.
         train: as for ``fit``.
         batch_size: as for ``fit``.
         start: the first rate. Of several groups with different rates the first one's; the others'
             keep their proportion to it.
         end: the last rate.
         steps: how many there are; epochs follow one another as needed.
+        optimizer: which of several optimizers, by its name or place; the others keep their rates.
+            All of a list if None. Of a dict it must be one, whose update's loss is looked at.
         picture: where to draw the curve, an SVG file.
 
     Raises:
         ConfigError: the Trainer has trained already, or an argument is out of range.
+        LossError: the loss is no number in the first step already, or all steps were skipped.
 
     Ranks: all, communicates; rank 0 draws.
     """
-    comm = trainer.world.comm
-    with comm.lockstep(_CALL):
+
+    def take() -> Data:
         if not 0 < start < end < math.inf or steps < 2:
             raise ConfigError(
                 f"lr_range_test(start={start}, end={end}, steps={steps}): rates above 0 that grow, "
                 "in 2 steps or more"
             )
-        data = Data.of(train, batch_size, shuffle=True)
-    sweep = _Sweep(start, end, steps)
-    with attempt(trainer, _CALL, [*shaping(trainer), sweep]) as tried:
+        trainer.context.optimizer_of(optimizer)  # there is one
+        if optimizer is None and has_updates(trainer.optimizer):
+            names = " or ".join(f"optimizer={name!r}" for name in trainer.context.optimizers)
+            raise ConfigError(
+                "lr_range_test: each of several losses has a curve, and a rate, of its own: pass "
+                f"{names}; the others then keep their rates"
+            )
+        return Data.of(train, batch_size, shuffle=True)
+
+    data = begin(trainer, _CALL, take)
+    sweep = _Sweep(start, end, steps, optimizer)
+    shapes = shaping(trainer)
+    with attempt(trainer, _CALL, [*shapes, sweep]) as tried, _stream_kept(data):
         tried.fit(data, max_steps=steps, log_every=steps, history=1)
+    if not sweep.losses:
+        why = sweep.why or "all steps were skipped"
+        raise LossError(
+            f"lr_range_test: there is no curve, for {why}. That is not the rate's doing: "
+            "look at the data, the model and the loss (NonFiniteGuard names the module it is from)"
+        )
     found = LRRange(sweep.rates, sweep.losses, sweep.smoothed, sweep.suggestion())
     if picture is not None:
         path = Path(picture).expanduser()
-        comm.on_main(f"{_CALL}: picture", lambda: path.write_text(found.svg(), encoding="utf-8"))
+        draw = lambda: path.write_text(found.svg(), encoding="utf-8")  # noqa: E731
+        trainer.world.comm.on_main(f"{_CALL}: picture", draw)
     return found
+
+
+@contextmanager
+def _stream_kept(data: Data) -> Iterator[None]:
+    """A block after which a stream with a state is where it was."""
+    stream = data.dataset
+    if not (
+        data.is_stream and hasattr(stream, "state_dict") and hasattr(stream, "load_state_dict")
+    ):
+        yield
+        return
+    before = copy.deepcopy(stream.state_dict())
+    try:
+        yield
+    finally:
+        stream.load_state_dict(before)
 
 
 class _Sweep(Callback):
     """Sets the rate of each step, and keeps its loss, which is agreed."""
 
-    def __init__(self, start: float, end: float, steps: int) -> None:
+    def __init__(self, start: float, end: float, steps: int, optimizer: Key | None) -> None:
+        self._optimizer = optimizer
         self._start, self._factor = start, (end / start) ** (1 / (steps - 1))
         self.rates: list[float] = []
         self.losses: list[float] = []
         self.smoothed: list[float] = []
+        self.why = ""  # there may be no curve
         self._sum = self._weight = 0.0
         self._parts: Sequence[float] = ()
 
     def on_fit_start(self, ctx: Context) -> None:
-        rates = [float(group["lr"]) for group in ctx.optimizer.param_groups]
+        rates = [float(group["lr"]) for group in self._groups(ctx)]
         self._parts = [rate / rates[0] if rates[0] else 1.0 for rate in rates]
 
     def on_step_start(self, ctx: Context, step: Step) -> None:
-        for group, part in zip(ctx.optimizer.param_groups, self._parts, strict=True):
+        for group, part in zip(self._groups(ctx), self._parts, strict=True):
             set_value(group, "lr", self._rate(step.number) * part)
+
+    def _groups(self, ctx: Context) -> list[dict[str, Any]]:
+        return ctx.optimizer_of(self._optimizer).param_groups
 
     def _rate(self, step: int) -> float:
         rate: float = self._start * self._factor**step
         return rate
 
     def on_step_end(self, ctx: Context, step: Step) -> None:
-        loss = step.loss_mean
-        if not step.weight:
+        result: Any = step
+        if has_updates(ctx.optimizer):  # the step's first update of that optimizer, if it has one
+            result = next((one for name, one in step.done if name == self._optimizer), None)
+        if result is None or not result.weight:
             return  # every rank skipped
+        loss = result.loss_mean
         if not math.isfinite(loss):
+            self.why = (
+                self.why or f"at the first rate, {self._rate(step.number):g}, the loss is {loss}"
+            )
             ctx.request.stop("the loss is no number")
             return
         self._sum, self._weight = _KEEP * self._sum + loss, _KEEP * self._weight + 1

@@ -23,7 +23,7 @@ class Watchdog:
                 f"hang_after_s={hang_after_s}: must be at least 1 second, or None for no watchdog"
             )
         self._world, self._activity = world, world.comm.activity
-        self._hang_after_s = hang_after_s
+        self.hang_after_s = hang_after_s
         self._watch: Watch | None = None
         self._depth = 0
 
@@ -32,8 +32,8 @@ class Watchdog:
         if self._activity.watched:
             return self  # an evaluation inside of fit
         self._activity.restart()
-        if self._hang_after_s is not None and self._world.connect is not None:
-            self._watch = watch = Watch(self._world, self._hang_after_s, self._world.connect)
+        if self.hang_after_s is not None and self._world.connect is not None:
+            self._watch = watch = Watch(self._world, self.hang_after_s, self._world.connect)
             self._activity.watched = True
             self._activity.are_in_a_verb = lambda: are_in_a_verb(watch.told, self._world)
             watch.start()

@@ -44,6 +44,8 @@ class Marked(torch.utils.data.Dataset):
         lengths = torch.randint(1, 7, (40, 1), generator=generator)
         self.y[torch.arange(6) >= lengths] = -100
         self.noise = torch.Generator().manual_seed(rank)
+        if fault == "odd steps":
+            self.x = self.x.to(torch.float32)  # which ranks send one another, given the same
 
     def __len__(self):
         return len(self.x)
@@ -85,7 +87,7 @@ class OtherOnEachRank(dtrain.Callback):
 noise = torch.Generator().manual_seed(rank)
 
 
-def loss_fn(model, batch):
+def loss_fn(model, batch, ctx):
     x, y = batch
     if fault == "rank in loss":
         x = x + 0.1 * torch.randn(x.shape, generator=noise)
@@ -96,7 +98,7 @@ def loss_fn(model, batch):
     if fault == "rank in weight":
         count = count * (1 + rank)
         total = total * (1 + rank)
-    if "ragged" in fault:
+    if "ragged" in fault or (fault == "odd steps" and ctx.progress.step % 2):
         return total / count
     return dtrain.Loss.from_sum(total, count)
 
@@ -125,6 +127,9 @@ with dtrain.init(seed=0) as world:
     if fault == "never fits":
         sys.exit()
     evals = dtrain.Data(Marked(), 10)
+    if fault == "tries":
+        dtrain.lr_range_test(trainer, Marked(), batch_size=10, steps=5)
+        trainer.evaluate(evals)
     if fault == "stream":
         trainer.fit([(torch.ones(4, 6), torch.zeros(4, 6).long())], max_steps=9, eval_set=evals)
     batch_size = 10 * (world.size if fault == "ranks in batch" else 1)
@@ -190,6 +195,19 @@ def test_a_ragged_mean_is_found_and_told_with_both_numbers(check):
     assert whole != parts
     assert "Loss.from_sum" in found.causes[0].remedy
     assert found.runs[0].first_step == 0
+
+
+def test_a_mean_that_is_ragged_in_some_steps_is_found(check):
+    """Of ranks that are given the same samples, in float32, none sees others."""
+    found = check("odd steps", micro_batches=(1,))
+    assert causes(found) == ["ragged mean"]
+    assert found.runs[0].first_step == 1
+
+
+def test_what_a_script_tries_first_is_not_what_is_checked(check):
+    found = check("tries", micro_batches=(1,))
+    assert found.passed, str(found)
+    assert (found.dtype, found.steps) == ("float64", 4)
 
 
 def test_batchnorm_is_found_and_can_be_allowed(check):

@@ -76,6 +76,22 @@ def test_ppo_learns_on_two_ranks_and_goes_on_where_it_was(tmp_path):
     assert "EQUAL: " in told
 
 
+@pytest.mark.slow
+def test_a_student_is_the_same_on_any_ranks_and_survives_kills(tmp_path):
+    """Of the teacher that a first start has left: what follows is of the script's other fit."""
+    script = [ROOT / "examples" / "distill.py", "--epochs", "2", "--run-dir", tmp_path / "run"]
+    assert run([sys.executable, *script]).count("finished after") == 2
+    (tmp_path / "run" / "student").rename(tmp_path / "first")
+    assert run([*TORCHRUN, *script]).count("finished after") == 1
+    first, second = (evaluations(one) for one in (tmp_path / "first", tmp_path / "run" / "student"))
+    losses = [[row["eval/loss"] for row in rows] for rows in (first, second)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    told = run([sys.executable, "-m", "dtrain", "check", *script])
+    assert "EQUAL: " in told
+    told = run([sys.executable, "-m", "dtrain", "drill", "--kills", "1", "--steps", "9", *script])
+    assert "SURVIVES: " in told
+
+
 def test_digits_reaches_97_percent_on_two_ranks(tmp_path):
     run([*TORCHRUN, ROOT / "examples" / "digits.py", "--run-dir", tmp_path / "run"])
     best = max(row["eval/accuracy"] for row in evaluations(tmp_path / "run"))

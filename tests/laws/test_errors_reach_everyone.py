@@ -25,6 +25,7 @@ import dtrain
 from dtrain.callbacks import Checkpoint
 
 where, failing = sys.argv[1], int(sys.argv[2])
+hook = where.removesuffix(LATER := " of a later update")
 world = dtrain.init(seed=0)
 
 
@@ -52,7 +53,10 @@ class Fails(dtrain.Callback):
 def plant(hook):
     def raises(self, ctx, *step):
         # In a step's hook, in the sixth step; in any other, at once.
-        if world.rank == failing and (hook not in IN_A_STEP or step[0].number == 5):
+        is_now = hook not in IN_A_STEP or step[0].number == 5
+        if world.rank == failing and is_now and step[0:1] and where.endswith(LATER):
+            is_now = step[0].update == "bias"
+        if world.rank == failing and is_now:
             fail()
 
     return raises
@@ -60,7 +64,7 @@ def plant(hook):
 
 IN_A_STEP = ["on_step_start", "on_batch", "on_loss", "on_grads_ready", "on_step_end"]
 if where.startswith("on_") and where != "on_main":
-    setattr(Fails, where, plant(where))
+    setattr(Fails, hook, plant(hook))
 
 
 class FailingSink(dtrain.Sink):
@@ -71,16 +75,27 @@ class FailingSink(dtrain.Sink):
 
 
 def loss_fn(model, batch, ctx):
-    if where == "loss_fn" and world.rank == failing and ctx.progress.step == 5:
+    if hook == "loss_fn" and world.rank == failing and ctx.progress.step == 5:
         fail()
     return model(batch).square().mean() * 1e-3
 
 
+def losses(model, batch, ctx):
+    yield "weight", model(batch).square().mean() * 1e-3
+    yield "bias", loss_fn(model, batch, ctx)
+
+
+def sgd(*params):
+    return torch.optim.SGD(params, lr=1e-6)
+
+
 model = nn.Linear(4, 1)
+several = {"weight": sgd(model.weight), "bias": sgd(model.bias)}
 trainer = dtrain.Trainer(
     model,
-    torch.optim.SGD(model.parameters(), lr=1e-6),
-    loss_fn,
+    several if where.endswith(LATER) else sgd(*model.parameters()),
+    losses if where.endswith(LATER) else loss_fn,
+    eval_fn=loss_fn,
     callbacks=[Fails(), Checkpoint()],
     sinks=[FailingSink()] if where == "sink" else [],
     run_dir="run",
@@ -106,7 +121,9 @@ def processes_of(folder):
 HOOKS = sorted(name for name in vars(dtrain.Callback) if name.startswith("on_"))
 PLACES = ["loss_fn", "dataset", "worker", *(hook for hook in HOOKS if hook != "on_error")]
 QUICK = [("loss_fn", 1), ("on_grads_ready", 0), ("worker", 1), ("on_main", 0), ("sink", 0)]
+LATER = [(f"{where} of a later update", 1) for where in ("loss_fn", "on_grads_ready")]
 REST = [(where, rank) for where in PLACES for rank in (0, 1) if (where, rank) not in QUICK]
+REST += LATER
 
 
 @pytest.mark.parametrize(

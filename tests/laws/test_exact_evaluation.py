@@ -137,6 +137,19 @@ def make_trainer(loss_fn, *callbacks, model=None):
     return dtrain.Trainer(model, optimizer, loss_fn, callbacks=callbacks, sinks=[])
 
 
+def with_two_updates():
+    """A Trainer whose steps have two updates evaluates by a function of its own."""
+
+    def losses(model, batch):
+        yield "weight", plain_loss(model, batch)
+        yield "bias", plain_loss(model, batch)
+
+    model = make_model()
+    parts = {"weight": [model[0].weight], "bias": [model[0].bias]}
+    optimizers = {name: torch.optim.SGD(params, lr=0.1) for name, params in parts.items()}
+    return dtrain.Trainer(model, optimizers, losses, eval_fn=WithObjects(), sinks=[])
+
+
 def evaluate_all():
     world = dtrain.init(seed=0)
     found = {}
@@ -144,6 +157,7 @@ def evaluate_all():
         ("plain", make_trainer(plain_loss), CASES),
         ("objects", make_trainer(WithObjects()), FEW),
         ("objects, accumulated", make_trainer(WithObjects(), GradientAccumulation(3)), FEW[::2]),
+        ("objects, two updates", with_two_updates(), FEW[::2]),
     ):
         for samples, batch_size in cases:
             data = torch.utils.data.TensorDataset(*make_data(samples))
@@ -178,7 +192,7 @@ def test_figures_are_those_of_the_whole_set(world_size):
         warnings.filterwarnings("ignore", "No (positive|negative) samples in targets")
         ranks = run_processes(evaluate_all, world_size)
     assert all(found == ranks[0] for found in ranks)  # bit for bit
-    assert len(ranks[0]) == len(CASES) + len(FEW) + len(FEW[::2]) + len(STREAMS)
+    assert len(ranks[0]) == len(CASES) + len(FEW) + 2 * len(FEW[::2]) + len(STREAMS)
     model = make_model()
     for case, found in ranks[0].items():
         assert ("eval/auroc" in found) == case[0].startswith("objects"), case

@@ -22,6 +22,7 @@ from dtrain.callbacks import (
     EarlyStopping,
     GradientAccumulation,
     GradientNoise,
+    GradientStats,
     L1L2Penalty,
     LossSpikeGuard,
     LRSchedule,
@@ -125,16 +126,27 @@ class SkipOnRank1(dtrain.Callback):
             ctx.request.skip("not this one")
 
 
-def train(*callbacks, buckets=1, data=None, **options):
+def two_losses(model, batch):
+    hidden = model[:4](batch[0])
+    yield "first", hidden.square().mean()
+    yield "last", model[4:](hidden).square().mean()
+
+
+def train(*callbacks, buckets=1, data=None, updates=1, strategy=None, **options):
     """Trains an epoch."""
     dtrain.init(seed=0)
     model = make_model()
+    optimizer, loss = torch.optim.AdamW(model.parameters(), lr=1e-3), loss_fn
+    if updates == 2:
+        parts = {"first": model[:4], "last": model[4:]}
+        optimizer = {n: torch.optim.AdamW(p.parameters(), lr=1e-3) for n, p in parts.items()}
+        loss = two_losses
     trainer = dtrain.Trainer(
         model,
-        torch.optim.AdamW(model.parameters(), lr=1e-3),
-        loss_fn,
+        optimizer,
+        loss,
         callbacks=[Mark(), *callbacks],
-        strategy=DDP(bucket_cap_mb=CAPS[buckets]),
+        strategy=strategy or DDP(bucket_cap_mb=CAPS[buckets]),
         sinks=[],
     )
     options = {"log_every": 1000, "epochs": 1} | options
@@ -223,6 +235,20 @@ def runs():
     for name, make in CALLBACKS.items():
         all_runs[name] = partial(train, *make(), buckets=2, eval_set=make_data())
     return all_runs | {
+        "two updates": partial(train, updates=2),
+        "two updates, flat": partial(train, updates=2, strategy="flat"),
+        "two updates, accumulated": partial(train, GradientAccumulation(3), updates=2),
+        "two updates, skips": partial(train, SkipOnRank1(), updates=2),
+        "two updates, callbacks": partial(
+            train,
+            ClipGradients(max_norm=0.1, optimizer="first"),
+            LRSchedule(lambda opt, steps: CosineAnnealingLR(opt, steps), optimizer="last"),
+            EMA(0.9),
+            GradientStats(),
+            NonFiniteGuard("skip"),
+            LossSpikeGuard(window=4, optimizer="last"),
+            updates=2,
+        ),
         "stream": partial(train, buckets=2, data=dtrain.Data(Stream())),
         "reports": partial(train, log_every=3),
         "planted verb": partial(train, Planted("on_step_end", verb)),
@@ -263,6 +289,15 @@ def test_only_the_last_micro_batch_has_collectives(by_rank):
         for n in CAPS:
             step = ["micro-batch"] * 3 + [ALL_REDUCE] * n
             assert found[f"{n} accumulated"][1:] == [step] * (STEPS - 2)
+
+
+def test_an_update_has_the_reduction_of_its_own_parameters_and_none_more(by_rank):
+    for found in by_rank:
+        steps = {name: found[name][1:] for name in found if name.startswith("two updates")}
+        assert len(steps) == 5
+        for name, taken in steps.items():
+            micros = ["micro-batch"] * (3 if "accumulated" in name else 1)
+            assert taken == [[*micros, ALL_REDUCE, ALL_REDUCE]] * (STEPS - 2), name
 
 
 def test_callbacks_skips_and_streams_add_nothing(by_rank):

@@ -12,9 +12,11 @@ import pickle
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,8 @@ from dtrain.errors import CheckpointError, RemoteError
 from dtrain.sinks import JSONLines
 from dtrain.sinks.sink import Sink
 from dtrain.testing import run_outcomes, run_processes
+
+ROOT = Path(__file__).parents[2]
 
 # ----------------------------------------------------------------------------- file operations
 
@@ -157,13 +161,31 @@ def loss_fn(net, batch):
     return F.cross_entropy(net(batch[0]), batch[1])
 
 
-def train(run_dir, harms=None, *, cures=None, **options):
+def two_losses(net, batch):
+    """The second is that of what the first update made of the first layer."""
+    yield "first", loss_fn(net, batch)
+    yield "last", loss_fn(net, batch)
+
+
+def adamw(net):
+    return torch.optim.AdamW(net.parameters(), lr=1e-2)
+
+
+#: Optimizers and loss function, by how many updates a step has.
+JOBS = {
+    1: (adamw, loss_fn),
+    2: (lambda net: {"first": adamw(net[0]), "last": adamw(net[3])}, two_losses),
+}
+
+
+def train(run_dir, harms=None, *, cures=None, updates=1, **options):
     """Trains to the end, or to where a rank is harmed; returns what must be equal, bit for bit.
 
     Args:
         run_dir: where it is, and may go on.
         harms: from rank to (hook, nth call, what, argument).
         cures: the same, of what mends it.
+        updates: of a step.
         options: of Checkpoint.
     """
     world = dtrain.init(seed=0)
@@ -182,8 +204,8 @@ def train(run_dir, harms=None, *, cures=None, **options):
     net = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 2))
     trainer = dtrain.Trainer(
         net,
-        lambda net: torch.optim.AdamW(net.parameters(), lr=1e-2),
-        loss_fn,
+        *JOBS[updates],
+        eval_fn=loss_fn,
         callbacks=[
             Checkpoint(**{"every_steps": EVERY, "keep": 2} | options),
             harm("harm", harms),
@@ -287,11 +309,24 @@ KILLS = 200 if os.environ.get("DTRAIN_MANY_KILLS") else 20
 
 @pytest.mark.timeout(60 + 8 * KILLS)
 def test_random_kills_cost_no_bit(tmp_path, unbroken):
+    kill_at_random(tmp_path, train, unbroken, KILLS, hooks_at_least=6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100)
+def test_random_kills_of_a_run_with_two_updates_a_step_cost_no_bit(tmp_path):
+    training = partial(train, updates=2)
+    ends = run_processes(training, 2, tmp_path / "unbroken")
+    assert ends[0]["steps"] == STEPS
+    kill_at_random(tmp_path, training, (ends, lines(tmp_path / "unbroken")), 5, hooks_at_least=3)
+
+
+def kill_at_random(tmp_path, train, unbroken, number, hooks_at_least):
     rng = random.Random(20)
     kills, hooks, ends, run = 0, set(), 0, 0
     run_dir = tmp_path / "run-0"
-    while kills < KILLS or run_dir.exists():
-        harms = draw_harms(rng) if kills < KILLS else {}
+    while kills < number or run_dir.exists():
+        harms = draw_harms(rng) if kills < number else {}
         outcomes = run_outcomes(train, 2, run_dir, harms, timeout_s=40)
         codes = [outcome.exitcode for outcome in outcomes]
         if codes == [0, 0]:  # to the end, before or without a kill
@@ -304,9 +339,52 @@ def test_random_kills_cost_no_bit(tmp_path, unbroken):
         assert {rank for rank, code in enumerate(codes) if code == -signal.SIGKILL} <= set(harms)
         kills += 1
         hooks |= {where[0] for where in harms.values()}
-    assert kills == KILLS
+    assert kills == number
     assert ends >= 1
-    assert len(hooks) >= 6
+    assert len(hooks) >= hooks_at_least
+
+
+#: Arguments of an example, and within how many calls of a hook a rank is killed.
+EXAMPLES = {"gan": (["--epochs", "1"], 10), "lbfgs": ([], 5)}
+
+
+def run_example(name, arguments, run_dir, harms):
+    """Runs an example as a user would, but for its checkpoints: one in two steps."""
+    made = []
+
+    class Trainer(dtrain.Trainer):
+        def __init__(self, *given, callbacks=(), sinks=(), **options):
+            hook, nth = harms.get(dtrain.init().rank, (None, 0))
+            callbacks = [one for one in callbacks if not isinstance(one, Checkpoint)]
+            harm = Harm("harm", hook, nth, lambda ctx: kill(ctx, None))
+            callbacks += [Checkpoint(every_steps=2, keep=2), harm]
+            options["run_dir"] = run_dir
+            super().__init__(*given, callbacks=callbacks, sinks=[], **options)
+            made.append(self)
+
+    dtrain.Trainer = Trainer  # in a process of its own
+    sys.argv = [name, *arguments]
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    context = made[-1].context
+    return (
+        context.progress.step,
+        digest(context.model.state_dict()),
+        digest(context.optimizer.state_dict()),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_that_are_killed_end_with_the_same_bits(tmp_path, name):
+    arguments, calls = EXAMPLES[name]
+    rng = random.Random(name)
+    whole = run_processes(run_example, 2, name, arguments, tmp_path / "whole", {})
+    for victim in (0, 1):
+        hook = rng.choice(["on_step_start", "on_loss", "on_grads_ready", "on_step_end", "on_save"])
+        harms = {victim: (hook, rng.randrange(calls) if hook != "on_save" else rng.randrange(3))}
+        outcomes = run_outcomes(run_example, 2, name, arguments, tmp_path / "parts", harms)
+        assert outcomes[victim].exitcode == -signal.SIGKILL, (harms, outcomes[victim].error)
+    assert run_processes(run_example, 2, name, arguments, tmp_path / "parts", {}) == whole
 
 
 def two_checkpoints(folder):

@@ -42,14 +42,22 @@ MOMENTS = [
 
 
 class Sends(dtrain.Callback):
-    """Sends its own process a signal, at one moment of a step or of what follows it."""
+    """Sends its own process a signal, at one moment of a step or of what follows it.
+
+    Of two updates a step has, in the last.
+    """
 
     def __init__(self, number, moment, step, *, mine):
         self.number, self.moment, self.step = number, moment, step
         self.pending = mine
 
-    def at(self, ctx, moment):
-        if self.pending and moment == self.moment and ctx.progress.step >= self.step:
+    def at(self, ctx, moment, update=""):
+        if (
+            update != "first"
+            and self.pending
+            and moment == self.moment
+            and ctx.progress.step >= self.step
+        ):
             self.pending = False
             os.kill(os.getpid(), self.number)
 
@@ -63,11 +71,11 @@ class Sends(dtrain.Callback):
         self.at(ctx, "on_batch")
 
     def on_loss(self, ctx, step):
-        self.at(ctx, "on_loss")
-        step.loss.mean.register_hook(lambda grad: self.at(ctx, "backward"))
+        self.at(ctx, "on_loss", update := step.update)
+        step.loss.mean.register_hook(lambda grad: self.at(ctx, "backward", update))
 
     def on_grads_ready(self, ctx, step):
-        self.at(ctx, "on_grads_ready")
+        self.at(ctx, "on_grads_ready", step.update)
 
     def on_step_end(self, ctx, step):
         self.at(ctx, "on_step_end")
@@ -88,7 +96,27 @@ class Sends(dtrain.Callback):
         self.at(ctx, "on_epoch_end")
 
 
-def fit(run_dir, *sends, **options):
+def loss_fn(net, batch):
+    return F.cross_entropy(net(batch[0]), batch[1])
+
+
+def two_losses(net, batch):
+    yield "first", loss_fn(net, batch)
+    yield "last", loss_fn(net, batch)
+
+
+def adamw(net):
+    return torch.optim.AdamW(net.parameters(), lr=1e-2)
+
+
+#: Optimizers and loss function, by how many updates a step has.
+JOBS = {
+    1: (adamw, loss_fn),
+    2: (lambda net: {"first": adamw(net[0]), "last": adamw(net[2])}, two_losses),
+}
+
+
+def fit(run_dir, *sends, updates=1, **options):
     dtrain.init(seed=0)
     model = nn.Sequential(nn.Linear(8, 12), nn.Dropout(0.2), nn.Linear(12, 2))
     generator = torch.Generator().manual_seed(7)
@@ -96,8 +124,8 @@ def fit(run_dir, *sends, **options):
     data = dtrain.Data(TensorDataset(x, (x[:, 0] > 0).long()), 12, **options)
     trainer = dtrain.Trainer(
         model,
-        torch.optim.AdamW(model.parameters(), lr=1e-2),
-        lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]),
+        *JOBS[updates],
+        eval_fn=loss_fn,
         callbacks=[Checkpoint(every_steps=2), *sends],
         sinks=[],
         run_dir=run_dir,
@@ -106,21 +134,23 @@ def fit(run_dir, *sends, **options):
     return result, {name: tensor.tolist() for name, tensor in model.state_dict().items()}
 
 
-def signalled(folder, cases):
+def signalled(folder, cases, updates=1):
     world = dtrain.init(seed=0)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it
     found = []
     # Of the same make-up as the others: a callback that sends nothing.
-    _, whole = fit(folder / "whole", Sends(0, "", 0, mine=False))
+    _, whole = fit(folder / "whole", Sends(0, "", 0, mine=False), updates=updates)
     for i, (rank, number, moment, step) in enumerate(cases):
         run_dir = folder / str(i)
         before = [signal.getsignal(one) for one in SIGNALS]
-        result, _ = fit(run_dir, Sends(number, moment, step, mine=world.rank == rank))
+        result, _ = fit(
+            run_dir, Sends(number, moment, step, mine=world.rank == rank), updates=updates
+        )
         status = json.loads((run_dir / "status.json").read_text())
         saved, damaged = files.find(run_dir / "checkpoints")
         assert [signal.getsignal(one) for one in SIGNALS] == before
         world.comm.barrier("looked at")
-        again, parameters = fit(run_dir, Sends(0, "", 0, mine=False))
+        again, parameters = fit(run_dir, Sends(0, "", 0, mine=False), updates=updates)
         found.append(
             {
                 "steps": result.steps,
@@ -145,10 +175,12 @@ def draw(world_size):
     ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_one_ranks_signal_saves_and_ends_the_run_on_all(world_size, tmp_path):
+@pytest.mark.parametrize(
+    ("world_size", "updates"), [(1, 1), (2, 1), (3, 1), pytest.param(3, 2, marks=pytest.mark.slow)]
+)
+def test_one_ranks_signal_saves_and_ends_the_run_on_all(world_size, updates, tmp_path):
     cases = draw(world_size)
-    by_rank = run_processes(signalled, world_size, tmp_path, cases, timeout_s=90)
+    by_rank = run_processes(signalled, world_size, tmp_path, cases, updates, timeout_s=90)
     for found in by_rank:
         assert found == by_rank[0]
     for (rank, number, moment, step), found in zip(cases, by_rank[0], strict=True):

@@ -121,20 +121,45 @@ def loss_fn(net, batch):
     return dtrain.Loss(loss, metrics={"accuracy": right}, outputs=logits.argmax(-1))
 
 
+def two_losses(net, batch):
+    yield "first", loss_fn(net, batch)
+    yield "last", loss_fn(net, batch)
+
+
+def adamw(net):
+    return torch.optim.AdamW(net.parameters(), lr=0.01, fused=True)
+
+
+#: Optimizers and loss function, by how many updates a step has.
+JOBS = {
+    1: (adamw, loss_fn),
+    2: (lambda net: {"first": adamw(net[0]), "last": adamw(net[3])}, two_losses),
+}
+OF_TWO = {  # these look at one of them, or leave it something to train
+    "Freeze": lambda: Freeze("0.bias", until_epoch=1),
+    "LossSpikeGuard": lambda: LossSpikeGuard(window=4, optimizer="last"),
+    "ClipGradients": lambda: ClipGradients(max_norm=0.1, optimizer="first"),
+    "GradientStats": lambda: GradientStats(every=2, optimizer="last"),
+    "LRSchedule by step": lambda: LRSchedule(
+        lambda opt, n: CosineAnnealingLR(opt, n), optimizer="last"
+    ),
+}
+
+
 def data():
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(22, 5, generator=generator)
     return torch.utils.data.TensorDataset(x, x[:, :3].argmax(-1))
 
 
-def train(names, run_dir, interrupt_at=-1):
+def train(names, run_dir, interrupt_at=-1, *, updates=1):
     interrupt = Interrupt(interrupt_at)  # before the model: it seeds
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 3))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, fused=True)
-    callbacks = [interrupt, *(MAKE[n]() for n in names)]
+    make = MAKE | (OF_TWO if updates == 2 else {})
+    callbacks = [interrupt, *(make[n]() for n in names)]
     callbacks.append(Checkpoint(every_epochs=2, keep=1))
     trainer = dtrain.Trainer(
-        net, optimizer, loss_fn, callbacks=callbacks, sinks=[], run_dir=run_dir
+        net, *JOBS[updates], eval_fn=loss_fn, callbacks=callbacks, sinks=[], run_dir=run_dir
     )
     result = trainer.fit(data(), batch_size=12, epochs=3, eval_set=data(), log_every=2)
     bits = [p.detach().clone() for p in net.state_dict().values()]
@@ -145,10 +170,10 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def run_case(folder, names, interrupt_at):
+def run_case(folder, names, interrupt_at, updates):
     """Returns what is wrong, or nothing."""
     world = dtrain.init(seed=0)
-    whole, _, steps = train(names, folder / "whole")
+    whole, _, steps = train(names, folder / "whole", updates=updates)
     if steps != 6:
         return f"took {steps} steps"
     everyones = world.comm.gather_objects("bits", [t.double().sum().item() for t in whole])
@@ -156,20 +181,20 @@ def run_case(folder, names, interrupt_at):
         return "the ranks have different parameters"
     if NOT_RESUMABLE & set(names):
         return ""
-    _, preempted, _ = train(names, folder / "parts", interrupt_at)
+    _, preempted, _ = train(names, folder / "parts", interrupt_at, updates=updates)
     if not preempted:
         return "was not interrupted"
-    parts, _, steps = train(names, folder / "parts")
+    parts, _, steps = train(names, folder / "parts", updates=updates)
     if steps != 6 or not same(whole, parts):
         return f"resumed after step {interrupt_at}: other bits, or steps {steps}"
     if set(names) <= COMMUTE:
-        backwards, _, _ = train(names[::-1], folder / "backwards")
+        backwards, _, _ = train(names[::-1], folder / "backwards", updates=updates)
         if not same(whole, backwards):
             return "another order gives other bits"
     return ""
 
 
-def run_cases(cases):
+def run_cases(cases, updates=1):
     """Runs cases on this rank; rank 0 makes and removes the folder."""
     world = dtrain.init(seed=0)
     wrong = []
@@ -178,7 +203,7 @@ def run_cases(cases):
             world.comm.on_main("folder", lambda: tempfile.mkdtemp(prefix="mix-", dir=MEMORY))
         )
         try:
-            told = run_case(folder, names, interrupt_at)
+            told = run_case(folder, names, interrupt_at, updates)
         except Exception as error:
             raise AssertionError(f"case {number}: {names}, stopped at {interrupt_at}") from error
         world.comm.on_main("tidy", lambda folder=folder: shutil.rmtree(folder))
@@ -231,6 +256,10 @@ def test_random_subsets_in_random_order_mix():
     cases = subsets(200)
     assert len(cases) == 200
     assert run_processes(run_cases, 2, cases, timeout_s=400) == [[], []]
+
+
+def test_random_subsets_mix_in_steps_of_two_updates():
+    assert run_processes(run_cases, 2, subsets(24), 2, timeout_s=100) == [[], []]
 
 
 @pytest.mark.parametrize("names", ONE_OF)

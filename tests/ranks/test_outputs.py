@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from test_tuning import swept_with_ddp
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -18,6 +19,7 @@ from dtrain.callbacks import (
     GradientAccumulation,
     LogSamples,
 )
+from dtrain.distributed import comm as comm_of
 from dtrain.metrics import outputs as outputs_of
 from dtrain.testing import run_processes, run_ranks, try_ranks
 
@@ -92,7 +94,7 @@ def told(outcomes):
 # ------------------------------------------------------------------------------- one is many
 
 
-CASES = [(n, size) for n in (2, 3, 5, 101) for size in (1, 7, 32, 200)]
+CASES = [(2, 1), (2, 200), (3, 2), (5, 1), (5, 3), (101, 7), (101, 32), (101, 200)]
 
 
 def areas(make, *callbacks):
@@ -128,19 +130,6 @@ def test_micro_batches_of_one_size_are_cut_alike_at_every_world_size():
         for (y, score), (first_y, first_score) in zip(given, first, strict=True):
             assert torch.equal(y, first_y)
             assert torch.equal(score, first_score)
-
-
-def areas_of_processes():
-    return areas(ByRow)[0]
-
-
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_find_what_threads_do(ranks):
-    wanted = run_ranks(areas, 1, ByRow)[0][0]
-    found = run_processes(areas_of_processes, ranks)
-    assert [[one["eval/auc"] for one in each] for each in found] == [
-        [one["eval/auc"] for one in wanted]
-    ] * ranks
 
 
 # ------------------------------------------------------------------------------- orders and sets
@@ -228,6 +217,7 @@ def kinds(model, batch):
             "complex": torch.complex(x, -x).conj(),
             "bits": (x > 0, y.to(torch.uint8)),
             "empty": x[:, :0],
+            "column": x[:, 1],  # of a batch of one, its stride may be anything
             "numpy": x.double().numpy(),
             "names": np.array([f"n{int(v)}" for v in y]),
             "objects": [{"y": v, "none": None} for v in y.tolist()],
@@ -250,7 +240,7 @@ def test_outputs_of_all_kinds_come_whole(ranks):
         warnings.simplefilter("error")
         (found,) = run_ranks(all_kinds, ranks, 7)[0]
     assert list(found) == list(wanted)
-    for name in ("half", "complex", "empty"):
+    for name in ("half", "complex", "empty", "column"):
         assert found[name].dtype == wanted[name].dtype
         assert torch.equal(found[name], wanted[name])
     assert all(map(torch.equal, found["bits"], wanted["bits"]))
@@ -332,6 +322,16 @@ REFUSED = {
     ),
     "one text": (giving(lambda x, y: (x, "text")), len, ("outputs[1] is str: outputs are a ten",)),
     "a list of outputs": (giving(lambda x, y: [x, y]), len, ("a list of 2, for a batch of 4 sam",)),
+    "several for each": (
+        giving(lambda x, y: [*y.tolist()] * 2),
+        len,
+        ("a list of 8, for", "2 for each sample go in a list of their own, [[...], ...]"),
+    ),
+    "bfloat16": (
+        giving(lambda x, y: x.bfloat16()),
+        lambda out: out[:, 0].numpy().sum(),
+        ("(NumPy has no bfloat16: return outputs in float32, x.float())",),
+    ),
     "rows that lack": (giving(lambda x, y: x[1:]), len, ("of shape [3, 8], for a batch of 4 sa",)),
     "padded": (
         giving(lambda x, y: x[:, : 3 + len(x)]),
@@ -415,6 +415,8 @@ class Endless:
 
 
 def fails_beside_endless():
+    """In a process of its own, which looks for failures more often than every two seconds."""
+    comm_of._LOOK_EVERY_S = 0.1
     seen = []
 
     def fn(model, batch):
@@ -432,11 +434,17 @@ def fails_beside_endless():
     return told
 
 
-def test_ranks_that_are_at_work_for_long_learn_of_a_failure(run_processes):
-    first, second = run_processes(fails_beside_endless, 2)
-    assert first.startswith("rank 1 on")
-    assert "ZeroDivisionError: by then" in first
-    assert second == "by then"
+def in_processes():
+    return areas(ByRow)[0], swept_with_ddp(), fails_beside_endless()
+
+
+def test_processes_find_what_threads_do_and_learn_of_a_failure_amid_an_evaluation():
+    first, second = run_processes(in_processes, 2, timeout_s=60)
+    assert first[0] == second[0] == run_ranks(areas, 2, ByRow)[0][0]
+    assert first[1] == second[1] == run_ranks(swept_with_ddp, 2)[0]
+    assert first[2].startswith("rank 1 on")
+    assert "ZeroDivisionError: by then" in first[2]
+    assert second[2] == "by then"
 
 
 # ------------------------------------------------------------------------------- Metrics, and skips

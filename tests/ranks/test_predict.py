@@ -20,7 +20,7 @@ from dtrain.inference import parts as parts_of
 from dtrain.testing import run_outcomes, run_processes, run_ranks, try_ranks
 
 RANKS = [1, 2, 3, 4]
-CASES = [(n, size) for n in (1, 2, 3, 5, 31) for size in (1, 7, 200)]
+CASES = [(1, 1), (1, 200), (2, 7), (3, 1), (5, 2), (5, 200), (31, 7), (31, 200)]
 X = torch.randn(31, 8, generator=torch.Generator().manual_seed(5))
 
 
@@ -67,12 +67,6 @@ def predicted(*callbacks):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_each_sample_has_one_output_in_order(ranks, callbacks):
     for found in run_ranks(predicted, ranks, *callbacks):
-        for (n, _), one in zip(CASES, found, strict=True):
-            assert same(one, X[:n])
-
-
-def test_processes_predict_what_threads_do():
-    for found in run_processes(predicted, 2):
         for (n, _), one in zip(CASES, found, strict=True):
             assert same(one, X[:n])
 
@@ -294,6 +288,7 @@ def predicts(fn, data=X, batch_size=7, **options):
     return lambda: trainer().predict(data, batch_size=batch_size, fn=fn, **options)
 
 
+USED_UP = iter([])
 LACKING = dtrain.Data(X, 7, collate_fn=keeps_some, count=counted)
 LEFT = int((X[:, 0] <= -1).sum())
 REFUSED = {
@@ -330,6 +325,10 @@ REFUSED = {
         ),
         "samples has",
     ),
+    "a generator's second time": (
+        lambda: [trainer().predict(USED_UP, fn=described) for _ in range(2)],
+        "DataError: predict: no rank's data gave a sample (a generator gives its batches once",
+    ),
     "nothing to predict": (predicts(described, X[:0]), "the dataset (Tensor) is empty"),
     "on one rank": (predicts(raises_on_one), "torn"),
 }
@@ -351,6 +350,29 @@ def test_ranks_that_are_called_differently():
     for error in told(try_ranks(differs, 2)):
         assert "the ranks called predict with different arguments or data of different" in error
         assert "rank 1: data: 11 samples in batches of 8" in error
+
+
+def on_rank_0_only(call):
+    run = trainer(optimizer=tiny.adam)
+    if run.world.rank == 0:
+        CALLS[call](run)
+    run.fit(tiny.dataset(), batch_size=16, epochs=1)
+
+
+CALLS = {
+    "predict": lambda run: run.predict(X, batch_size=7, fn=described),
+    "evaluate": lambda run: run.evaluate(tiny.dataset(), batch_size=16),
+    "lr_range_test": lambda run: dtrain.lr_range_test(run, tiny.dataset(), batch_size=16),
+    "find_batch_size": lambda run: dtrain.find_batch_size(run, tiny.dataset(), batch_size=16),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_only_some_ranks_call_is_named(call):
+    for error in told(try_ranks(on_rank_0_only, 2, call)):
+        assert error.startswith("RankMismatch: ranks met in different calls")
+        assert f", for {call} at test_predict.py:" in error
+        assert ", for fit at test_predict.py:" in error
 
 
 # ------------------------------------------------------------------------------- in files
@@ -380,8 +402,15 @@ def test_parts_follow_one_another(ranks, tmp_path):
     assert [one.name for one in sorted((tmp_path / "runs").iterdir())] == ["0", "1", "2"]
 
 
-def test_processes_write_what_threads_do(tmp_path):
-    run_processes(in_files, 2, tmp_path / "out", X, 7, 3)
+def in_processes(folder):
+    in_files(folder, X, 7, 3)
+    return predicted()
+
+
+def test_processes_predict_and_write_what_threads_do(tmp_path):
+    for found in run_processes(in_processes, 2, tmp_path / "out", timeout_s=60):
+        for (n, _), one in zip(CASES, found, strict=True):
+            assert same(one, X[:n])
     assert same(read(tmp_path / "out"), X)
 
 
@@ -413,7 +442,7 @@ def test_nothing_is_overwritten(tmp_path):
 def files_hold(model, x):
     half = x[:, :3].bfloat16()
     return {
-        7: (half.T.contiguous().T, x[:, :0], torch.complex(x, -x).conj(), x > 0),
+        7: (half.T.contiguous().T, x[:, :0], torch.complex(x, -x).conj(), x > 0, x[:, 1]),
         "ragged": [row[: n % 3] for n, row in enumerate(x)],
         "objects": [{"a": [1, None, True, float("inf")], "é": (row[0].item(),)} for row in x],
         "numbers": x[:, 0].double().numpy(),
@@ -423,8 +452,8 @@ def files_hold(model, x):
 
 def test_files_hold_what_a_list_does(tmp_path):
     run = trainer()
-    wanted = run.predict(X, batch_size=7, fn=files_hold)
-    run.predict(X, batch_size=7, fn=files_hold, to=tmp_path / "out")
+    wanted = run.predict(X, batch_size=5, fn=files_hold)  # the last has one sample
+    run.predict(X, batch_size=5, fn=files_hold, to=tmp_path / "out")
     for one, other in zip(wanted, read(tmp_path / "out"), strict=True):
         assert list(one) == list(other)
         for mine, theirs in zip(one[7], other[7], strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import dtrain
-from dtrain.callbacks import Checkpoint
+from dtrain.callbacks import EMA, Checkpoint
 from dtrain.checkpoint import format as files
 from dtrain.distributed import digests
 from dtrain.errors import ConfigError, RankMismatch
@@ -461,3 +461,38 @@ def has_nan(run_dir):
 def test_nan_of_other_bits_is_no_parting(tmp_path):
     run_ranks(has_nan, 2, tmp_path)
     assert [path.name for path in (tmp_path / "not-finite").iterdir()] == ["step-00000012"]
+
+
+# ----------------------------------------------------------------------------- odd strides
+
+
+class OneNumber(nn.Module):
+    """Of a single number, torch takes any stride for contiguous; it cannot be seen as bytes so."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny.model()
+        self.scale = nn.Parameter(torch.ones(1, 8)[:, 0])
+        self.register_buffer("shift", torch.ones(1, 8)[:, 0])
+
+    def forward(self, x):
+        return self.net(x) * self.scale + self.shift
+
+
+def with_one_number(folder, strategy):
+    callbacks = [EMA(0.9), Checkpoint(every_steps=1, trainable_only=strategy == "flat")]
+    _, made = fit(
+        OneNumber(), callbacks, run_dir=folder, max_steps=2, trainer={"strategy": strategy}
+    )
+    other = OneNumber()
+    dtrain.load_model(folder, other)
+    comm, column = made.world.comm, torch.arange(16.0).view(2, 8)[:1, 3]
+    sent = comm.all_reduce("a", column, op="max"), comm.broadcast("b", column)
+    assert comm.all_gather("c", column).shape == (made.world.size, 1)
+    return [float(one) for one in sent], torch.equal(other.scale, made.model.scale)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "flat"), (2, "flat"), (2, "ddp")])
+def test_a_single_number_with_any_stride(ranks, strategy, tmp_path):
+    found = run_ranks(with_one_number, ranks, tmp_path, strategy)
+    assert found == [([3.0, 3.0], True)] * ranks

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import random
+import threading
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -14,13 +16,14 @@ from dtrain.callbacks import (
     EMA,
     Checkpoint,
     ClipGradients,
+    Freeze,
     GradientAccumulation,
     LRSchedule,
     MixedPrecision,
     NonFiniteGuard,
 )
 from dtrain.distributed import derive_seed
-from dtrain.testing import run_processes, run_ranks, try_ranks
+from dtrain.testing import run_ranks, try_ranks
 
 DATA = tiny.dataset(96)
 DOUBLES = torch.utils.data.TensorDataset(DATA.tensors[0].double(), DATA.tensors[1])
@@ -64,8 +67,9 @@ def plain(steps=30, start=1e-7, end=100.0):
     return losses
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("callbacks", [(), (GradientAccumulation(3),)])
+@pytest.mark.parametrize(
+    ("ranks", "callbacks"), [(1, ()), (2, (GradientAccumulation(3),)), (3, ())]
+)
 def test_its_losses_are_those_of_one_process(ranks, callbacks):
     first, *others = run_ranks(swept, ranks, *callbacks)
     assert all(other == first for other in others)
@@ -77,12 +81,8 @@ def test_its_losses_are_those_of_one_process(ranks, callbacks):
     assert 1e-3 < first.suggestion < 10
 
 
-def swept_with_ddp():
+def swept_with_ddp():  # also in processes: test_outputs.py
     return swept(strategy="ddp").losses
-
-
-def test_processes_find_what_threads_do():
-    assert run_processes(swept_with_ddp, 2) == run_ranks(swept_with_ddp, 2)
 
 
 def then_trained(folder, tries):
@@ -186,6 +186,29 @@ def test_it_ends_where_the_loss_is_no_number():
     assert len(steps) < 12
 
 
+class Skips(dtrain.Callback):
+    def on_batch(self, ctx, step):
+        ctx.request.skip("none of these")
+
+
+def without_a_curve(skips):
+    nan = lambda net, batch: tiny.loss_fn(net, batch).mean * float("nan")  # noqa: E731
+    run = tiny.trainer([Skips()]) if skips else tiny.trainer(loss=nan)
+    dtrain.lr_range_test(run, DATA, batch_size=16, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("skips", "words"),
+    [
+        (True, "for all steps were skipped"),
+        (False, "for at the first rate, 1e-07, the loss is nan"),
+    ],
+)
+def test_where_there_is_no_curve_that_is_said(skips, words):
+    for error in told(try_ranks(without_a_curve, 2, skips)):
+        assert f"LossError: lr_range_test: there is no curve, {words}. That is not the" in error
+
+
 def grows(net, batch):
     steps.append(1)
     return tiny.loss_fn(net, batch).mean * (9 if len(steps) > 7 else 1)
@@ -243,7 +266,317 @@ def test_rates_that_cannot_be(options):
         assert "rates above 0 that grow, in 2 steps or more" in error
 
 
+# ------------------------------------------------------------------------------- of any make
+
+
+class Sam(torch.optim.Optimizer):
+    """With an optimizer within, whose state is its own."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+        self.param_groups = self.base.param_groups
+        self.calls = 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        self.state[self.param_groups[0]["params"][0]]["seen"] = torch.ones(1)
+        self.base.step()
+        torch.enable_grad()(closure)()
+
+
+def two(net):
+    return [
+        torch.optim.SGD(net[0].parameters(), lr=0.1, momentum=0.9),
+        torch.optim.AdamW(net[2].parameters(), lr=0.2),
+    ]
+
+
+def plan(progress):
+    return ("out", "hidden") if progress.step % 2 else ("out",)
+
+
+def in_turn(net, batch, ctx):
+    """Of two losses, the second only in every second step, of what the first has changed."""
+    yield "out", tiny.loss_fn(net, batch).mean
+    if ctx.progress.step % 2:
+        yield "hidden", 2 * tiny.loss_fn(net, batch).mean
+
+
+MAKES = {
+    "a list": {"optimizer": two},
+    "a dict": {
+        "optimizer": lambda net: dict(zip(("hidden", "out"), two(net), strict=True)),
+        "loss": in_turn,
+        "updates": plan,
+    },
+    "LBFGS": {"optimizer": lambda net: torch.optim.LBFGS(net.parameters(), max_iter=3)},
+    "SAM": {"optimizer": lambda net: dtrain.WithClosure(Sam(net.parameters()))},
+}
+
+
+def held(optimizer):
+    """All that an optimizer keeps, as text, but for a parameter's own values."""
+    parts = dtrain.context.parts_of(optimizer).values()
+    each = [*parts, *(one.base for one in parts if hasattr(one, "base"))]
+    names = [str(vars(one).get("calls")) for one in each]
+    return [
+        (str([*one.state.values()]), str(one.state_dict()["param_groups"])) for one in each
+    ], names
+
+
+def of_any_make(tries):
+    """Trains, perhaps after both attempts; returns all that must not differ."""
+    found = {}
+    for name, make in MAKES.items():
+        torch.set_num_threads(1)
+        run = tiny.trainer(net=tiny.model(dtype=torch.float64), **make)
+        before = tiny.digest(run.model), held(run.optimizer)
+        if tries:
+            which = {"optimizer": "out"} if name == "a dict" else {}
+            curve = dtrain.lr_range_test(run, DOUBLES, batch_size=16, steps=7, end=0.1, **which)
+            assert len(curve.losses) == 7
+            assert dtrain.find_batch_size(run, DOUBLES, batch_size=16) == -(-16 // run.world.size)
+            assert (tiny.digest(run.model), held(run.optimizer)) == before
+        found[name] = run.fit(DOUBLES, batch_size=16, max_steps=4).metrics, tiny.digest(run.model)
+    return found
+
+
+def test_nothing_is_left_in_any_optimizers():
+    assert run_ranks(of_any_make, 2, True) == run_ranks(of_any_make, 2, False)
+
+
+def of_one(key):
+    run = tiny.trainer(net=tiny.model(dtype=torch.float64), **MAKES["a dict"])
+    options = {"steps": 8, "start": 0.01, "end": 1.0}
+    found = dtrain.lr_range_test(run, DOUBLES, batch_size=16, optimizer=key, **options)
+    return found.losses, found.rates
+
+
+@functools.cache
+def of_one_by_hand(key):
+    net = tiny.model(dtype=torch.float64)
+    hidden, out = two(net)
+    order, losses = dtrain.data.Shuffled(96, derive_seed(0, 4)), []
+    for step in range(8):
+        epoch, at = divmod(step, 6)
+        batch = DOUBLES[order.indices(epoch, at * 16, at * 16 + 16)]
+        rate = 0.01 * 100 ** (step / 7)
+        (out if key == "out" else hidden).param_groups[0]["lr"] = rate
+        for name, one in (("out", out), ("hidden", hidden))[: 1 + step % 2]:
+            loss = (1 + (name == "hidden")) * tiny.loss_fn(net, batch).mean
+            net.zero_grad()
+            loss.backward()
+            one.step()
+            if name == key:
+                losses.append((rate, loss.item()))
+    return losses
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_of_several_losses_one_has_a_curve(ranks):
+    for key in ("out", "hidden"):
+        rates, losses = zip(*of_one_by_hand(key), strict=True)
+        for found in run_ranks(of_one, ranks, key):
+            assert found[0] == pytest.approx(losses, rel=1e-12)
+            assert found[1] == pytest.approx(rates, rel=1e-12)
+
+
+def test_which_of_several_must_be_known():
+    for key, words in ((None, "pass optimizer='hidden' or optimizer='out'"), ("in", "no such opt")):
+        for error in told(try_ranks(of_one, 2, key)):
+            assert words in error
+
+
+class Sees(dtrain.Callback):
+    """Holds parts of the Trainer; notes what the attempt's one is made of."""
+
+    def __init__(self, net, seen):
+        self.net, self.seen = net, seen
+
+    def __deepcopy__(self, memo):
+        return Sees(copy.deepcopy(self.net, memo), self.seen)
+
+    def on_grads_ready(self, ctx, step):
+        engine = ctx._engine()
+        trained = [n for n, p in ctx.model.named_parameters() if p.grad is not None]
+        made = (
+            engine.keep_modes,
+            engine.replicas.active,
+            engine.graph,
+            engine.precision.name,
+            engine.eval_fn(None, [], ctx),
+            type(engine.strategy).__name__,
+        )
+        self.seen.append((self.net is ctx.model, made, ctx.model.training, trained))
+
+
+class Counts(dtrain.Callback):
+    count = 0
+
+    def on_loss(self, ctx, step):
+        self.count += 1
+        torch.rand(1, generator=ctx.rng)
+        torch.rand(1, generator=ctx.shared_rng)
+        torch.rand(1), random.random()
+
+
+def streams(run):
+    own = [one.get_state().tolist() for one in (run.context.rng, run.context.shared_rng)]
+    return own, torch.get_rng_state().tolist(), random.getstate()
+
+
+def of_the_same_make():
+    net, seen, counts = tiny.model().eval(), [], Counts()
+    callbacks = [Freeze("0", until_epoch=99), Sees(net, seen), EMA(0.9), NonFiniteGuard(), counts]
+    run = tiny.trainer(
+        [*callbacks, MixedPrecision("bf16")],
+        net=net,
+        strategy="ddp",
+        keep_modes=True,
+        check_ranks=False,
+        eval_fn=lambda net, batch: "the evaluation's own",
+    )
+    before = streams(run)
+    dtrain.lr_range_test(run, DATA, batch_size=16, steps=2)
+    dtrain.find_batch_size(run, DATA, batch_size=16)
+    assert all(p.requires_grad for p in net.parameters())
+    assert (streams(run), counts.count) == (before, 0)
+    return seen, run._outbox.notes
+
+
+def test_what_is_tried_is_of_the_same_make_and_what_is_not_is_said():
+    for seen, notes in run_ranks(of_the_same_make, 2):
+        options = True, False, False, "bfloat16 autocast", "the evaluation's own"
+        made = [(True, (*options, name), False, ["2.weight", "2.bias"]) for name in ("DDP", "Flat")]
+        assert [one for n, one in enumerate(seen) if one not in seen[:n]] == made
+        told = [note for note in notes if "without" in note]
+        assert told == [f"{c.__name__} tries it without EMA, NonFiniteGuard" for c in BOTH]
+
+
+class Moving(torch.nn.Module):
+    """Puts buffers in the place of others, counts, keeps tensors that cannot be written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.count, self.cache = tiny.model(), 0, torch.ones(1).expand(4)
+        self.register_buffer("center", torch.zeros(2))
+        with torch.inference_mode():
+            self.table = torch.ones(2)
+
+    def forward(self, x):
+        self.count += 1
+        out = self.net(x)
+        self.center = 0.9 * self.center + out.detach().mean(0)
+        return out - self.center
+
+
+class Rebuilds(dtrain.Callback):
+    def on_grads_ready(self, ctx, step):
+        pass
+
+    def on_fit_end(self, ctx):
+        ctx.model.net[0].weight.requires_grad_(False)
+        ctx.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+
+
+def moved():
+    net = Moving()
+    center = net.center
+    run = tiny.trainer([Rebuilds()], net=net)
+    dtrain.lr_range_test(run, DATA, batch_size=16, steps=2)
+    assert net.net[0].weight.requires_grad
+    assert len(run.optimizer.param_groups) == 1
+    return net.center is center, net.center.tolist(), net.count
+
+
+def test_what_a_forward_replaces_and_counts_is_put_back():
+    assert run_ranks(moved, 1) == [(True, [0.0, 0.0], 0)]
+
+
+class Stream:
+    """Goes on where it was, in a second pass, too."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        while True:
+            self.at += 1
+            yield DATA[self.at : self.at + 4]
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def of_batches():
+    stream = Stream()
+    next(iter(stream))
+    dtrain.lr_range_test(tiny.trainer(), stream, steps=3)
+    assert stream.at == 1
+    dtrain.lr_range_test(tiny.trainer(), iter([DATA[:4]]), steps=3)
+
+
+class Locked(dtrain.Callback):
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def on_loss(self, ctx, step):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (of_batches, "the data are an iterator, which gives its batches once"),
+        (
+            lambda: dtrain.lr_range_test(tiny.trainer([Locked()]), DATA, batch_size=16),
+            "Locked cannot be copied (TypeError: cannot pickle '_thread.lock' object)",
+        ),
+    ],
+)
+def test_what_could_not_be_put_back_is_refused(run, words):
+    for error in told(try_ranks(run, 2)):
+        assert words in error
+
+
 # ------------------------------------------------------------------------------- a batch size
+
+
+def later(kind):
+    """On the last rank, more than 3 samples do not fit: a second update, a second evaluation."""
+    seen = []
+
+    def full(batch):
+        seen.append(1)
+        is_late = kind == "update" or len(seen) % 3 == 0
+        if run.world.rank == run.world.size - 1 and len(batch[0]) > 3 and is_late:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def updates(net, batch):
+        yield "hidden", tiny.loss_fn(net, batch).mean
+        full(batch)
+        yield "out", tiny.loss_fn(net, batch).mean
+
+    def plain(net, batch):
+        full(batch)
+        return tiny.loss_fn(net, batch).mean
+
+    if kind == "update":
+        run = tiny.trainer(optimizer=MAKES["a dict"]["optimizer"], loss=updates)
+    else:
+        run = tiny.trainer(optimizer=MAKES["LBFGS"]["optimizer"], loss=plain)
+    before = tiny.digest(run.model)
+    micro = dtrain.find_batch_size(run, DATA, batch_size=12)
+    return micro, tiny.digest(run.model) == before
+
+
+@pytest.mark.parametrize("kind", ["update", "closure"])
+def test_what_does_not_fit_later_in_a_step_does_not_fit(kind):
+    assert run_ranks(later, 2, kind) == [(3, True)] * 2
 
 
 def fitting(limit, batch_size=64, strategy="auto", where="loss_fn"):
@@ -278,11 +611,19 @@ def fitting(limit, batch_size=64, strategy="auto", where="loss_fn"):
 
 @pytest.mark.parametrize("strategy", ["flat", "ddp"])
 @pytest.mark.parametrize("where", ["loss_fn", "backward"])
-@pytest.mark.parametrize(("ranks", "limit", "micro"), [(1, 9, 8), (2, 12, 11), (2, 99, 32)])
+@pytest.mark.parametrize(("ranks", "limit", "micro"), [(1, 9, 8), (2, 12, 11)])
 def test_the_largest_micro_batch_that_fits_on_all_ranks(ranks, limit, micro, where, strategy):
     found = run_ranks(fitting, ranks, limit, 64, strategy, where)
     assert [one for one, _ in found] == [micro] * ranks
     assert max(n for n in found[-1][1] if n <= limit) == micro
+
+
+def of_few():
+    return [dtrain.find_batch_size(tiny.trainer(), DATA, batch_size=n) for n in (1, 2, 3, 999)]
+
+
+def test_no_more_is_said_to_fit_than_was_tried():
+    assert run_ranks(of_few, 2) == [[1, 1, 2, 48]] * 2
 
 
 def test_one_sample_that_does_not_fit():

@@ -93,7 +93,7 @@ def train(strategy="auto", micros=1, batch_size=14, loss=losses, updates=None, m
 
 
 @cache
-def by_hand(batch_size=14, updates=None):
+def by_hand(batch_size=14, updates=None, freezes=None):
     """The same in plain torch, on the batches that dtrain makes."""
     batches = []
 
@@ -107,13 +107,16 @@ def by_hand(batch_size=14, updates=None):
     for number, batch in enumerate(batches):
         opts["d"].param_groups[0]["weight_decay"] = 0.01 * number
         opts["g"].param_groups[0]["lr"] = 0.1 * 0.9**number
-        names = ("d", "g") if updates is None or number % 3 == 2 else ("d",)
+        names = ("d", "g") if updates is None else updates(dtrain.Progress(step=number))
+        if freezes:
+            model.get_submodule(freezes).requires_grad_(not is_frozen(number))
         for name, loss in losses(model, batch):
             if name not in names:
                 break
             for one in opts.values():
                 one.zero_grad()
-            (loss.mean if isinstance(loss, dtrain.Loss) else loss).backward()
+            loss = loss.mean if isinstance(loss, dtrain.Loss) else loss
+            loss.backward(retain_graph=True)
             if name == "g":
                 torch.nn.utils.clip_grad_norm_(model["g"].parameters(), 0.3)
             opts[name].step()
@@ -246,24 +249,25 @@ class Skip(dtrain.Callback):
             ctx.request.skip("told to")
 
 
-def skipped(hook, update):
+def skipped(hook, update, strategy):
     seen = []
 
     class See(dtrain.Callback):
         def on_batch(self, ctx, step):
             seen.append(step.batch)
 
-    run = trainer([See(), Skip(hook, update)])
+    run = trainer([See(), Skip(hook, update)], strategy=strategy)
     run.fit(tiny.dataset(48), batch_size=16, max_steps=4)
     return params_of(run), seen
 
 
+@pytest.mark.parametrize("strategy", ["flat", "ddp"])
 @pytest.mark.parametrize(
     ("hook", "update", "left"),
     [("on_batch", "d", "dg"), ("on_loss", "d", "d"), ("on_loss", "g", "g")],
 )
-def test_a_skip_leaves_out_what_it_says(hook, update, left):
-    ranks = run_ranks(skipped, 2, hook, update)
+def test_a_skip_leaves_out_what_it_says(hook, update, left, strategy):
+    ranks = run_ranks(skipped, 2, hook, update, strategy)
     model = nets()
     opts = optimizers(model)
     for number, (mine, theirs) in enumerate(zip(ranks[0][1], ranks[1][1], strict=True)):
@@ -280,7 +284,7 @@ def test_a_skip_leaves_out_what_it_says(hook, update, left):
         assert torch.equal(ranks[0][0][name], ranks[1][0][name])
 
 
-def stopped():
+def stopped(strategy):
     def loss(model, batch, ctx):
         made = losses(model, batch)
         yield next(made)
@@ -288,14 +292,16 @@ def stopped():
             ctx.request.stop("enough")
         yield next(made)
 
-    run = trainer(loss=loss)
+    run = trainer(loss=loss, strategy=strategy)
     result = run.fit(tiny.dataset(48), batch_size=16, max_steps=STEPS)
     return result.steps, result.stop_reason
 
 
-def test_a_stop_asked_for_in_a_later_update_is_heard():
-    assert [steps for steps, _ in run_ranks(stopped, 3)] == [4] * 3
-    assert all("asked by rank 1" in why for _, why in run_ranks(stopped, 3))
+@pytest.mark.parametrize("strategy", ["flat", "ddp"])
+def test_a_stop_asked_for_in_a_later_update_is_heard(strategy):
+    for steps, why in run_ranks(stopped, 3, strategy):
+        assert steps == 4
+        assert "asked by rank 1" in why
 
 
 def test_a_veto_is_of_one_update():
@@ -523,14 +529,15 @@ class Stream:
             yield x[at : at + 4], y[at : at + 4]
 
 
-def streamed(lengths):
-    run = trainer()
+def streamed(lengths, strategy):
+    run = trainer(strategy=strategy)
     result = run.fit(dtrain.Data(Stream(lengths)), epochs=2)
     return params_of(run), result.steps
 
 
-def test_a_rank_whose_stream_has_ended_idles_in_each_update():
-    ranks = run_ranks(streamed, 2, (4, 2))
+@pytest.mark.parametrize("strategy", ["flat", "ddp"])
+def test_a_rank_whose_stream_has_ended_idles_in_each_update(strategy):
+    ranks = run_ranks(streamed, 2, (4, 2), strategy)
     model = nets()
     opts = optimizers(model)
     x, y = tiny.dataset(64).tensors
@@ -620,6 +627,142 @@ def test_a_frozen_network_is_left_alone(world_size, strategy):
     words = "step 0 has update 'g', and every parameter of that optimizer is frozen"
     for one in try_ranks(warmed_up, world_size, strategy, None):
         assert words in str(one.error)
+
+
+class Freezes(dtrain.Callback):
+    """Freezes the generator, or its first layer, for some steps: across an epoch's end, or not."""
+
+    def __init__(self, hook, name):
+        self.hook, self.name = hook, name
+
+    def on_step_start(self, ctx, step):
+        self.look("on_step_start", ctx)
+
+    def on_step_end(self, ctx, step):
+        self.look("on_step_end", ctx)
+
+    def look(self, hook, ctx):
+        if hook == self.hook:
+            freezes = is_frozen(ctx.progress.step)
+            ctx.model.get_submodule(self.name).requires_grad_(not freezes)
+
+
+def is_frozen(step):
+    return step in (3, 4, 5, 9, 10)  # an epoch has four steps
+
+
+def without_frozen(progress):
+    return ("d",) if is_frozen(progress.step) else ("d", "g")
+
+
+def by_plan(model, batch, ctx):
+    made = losses(model, batch)
+    yield next(made)
+    if "g" in without_frozen(ctx.progress):
+        yield next(made)
+
+
+def toggled(model, batch):
+    """As GANs are written elsewhere: what the other loss must not reach is frozen."""
+    x = batch[0].double()
+    fake = model["g"](x.flip(1))
+    model["d"].requires_grad_(True)
+    model["g"].requires_grad_(False)
+    yield "d", F.softplus(-model["d"](x)).mean() + F.softplus(model["d"](fake.detach())).mean()
+    model["g"].requires_grad_(True)
+    model["d"].requires_grad_(False)
+    yield "g", F.softplus(-model["d"](fake)).mean()
+
+
+FROZEN = [
+    (Freezes("on_step_start", "g"), by_plan, without_frozen),
+    (Freezes("on_step_end", "g"), by_plan, without_frozen),
+    (Freezes("on_step_start", "g.0"), losses, None),
+]
+
+
+def train_frozen(strategy, micros):
+    found = [
+        train(strategy, micros, loss=loss, updates=updates, more=[freezes])[0]
+        for freezes, loss, updates in FROZEN
+    ]
+    # Ranks without a batch have frozen nothing, and an epoch begins with what the last step left.
+    return found, [train(strategy, micros, size, loss=toggled)[0] for size in (14, 2)]
+
+
+@cache
+def frozen_by_hand():
+    return [by_hand(freezes=one.name, updates=updates) for one, _, updates in FROZEN]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "micros"),
+    [pytest.param(1, "flat", 2, marks=pytest.mark.slow), (2, "ddp", 2), (3, "flat", 1)],
+)
+def test_networks_are_frozen_and_thawed_in_the_middle_of_an_epoch(world_size, strategy, micros):
+    expected = [*frozen_by_hand(), by_hand(), by_hand(batch_size=2)]
+    for by_hook, by_loss in run_processes(train_frozen, world_size, strategy, micros, timeout_s=60):
+        for params, truth in zip([*by_hook, *by_loss], expected, strict=True):
+            for name, value in params.items():
+                assert (value - truth[name]).norm() <= 1e-12 * truth[name].norm(), name
+
+
+def moving(model, batch):
+    yield from losses(model, batch)
+    with torch.no_grad():
+        model["d"][0].weight.mul_(0.99)
+
+
+@pytest.mark.parametrize(
+    ("loss", "note"),
+    [
+        (toggled, "note: the loss function switched requires_grad"),
+        (moving, "warning: the loss function changes parameters, which it does once for each"),
+    ],
+)
+def test_what_the_loss_function_does_to_parameters_is_told_once(loss, note):
+    words = tiny.Words()
+    run = trainer(loss=loss, sinks=[words])
+    run.fit(tiny.dataset(48), batch_size=16, max_steps=4)
+    assert "\n".join(words.words).count(note) == 1
+
+
+def test_a_spike_of_one_update_leaves_out_that_one():
+    def loss(model, batch, ctx):
+        for name, value in losses(model, batch):
+            yield name, value * 50 if name == "d" and ctx.progress.step == 5 else value
+
+    class Look(dtrain.Callback):
+        def on_step_end(self, ctx, step):
+            found.append((step.applied_to("d"), step.applied_to("g")))
+
+    found, words = [], tiny.Words()
+    run = trainer([LossSpikeGuard(50, window=4, optimizer="d"), Look()], loss, sinks=[words])
+    run.fit(tiny.dataset(48), batch_size=16, max_steps=7)
+    assert found == [(True, True)] * 5 + [(False, True), (True, True)]
+    assert re.search(r"step 5: the loss \S+ of update 'd' is above", "\n".join(words.words))
+
+
+def clearing(how, strategy):
+    def loss(model, batch, ctx):
+        made = losses(model, batch)
+        for name, value in made:
+            if name == "g" and dtrain.init().rank == 1:
+                if how == "model":
+                    model.zero_grad()
+                else:
+                    ctx.optimizers["g"].zero_grad(set_to_none=False)
+            yield name, value
+
+    trainer([GradientAccumulation(2)], loss, strategy=strategy).fit(
+        tiny.dataset(48), batch_size=16, max_steps=2
+    )
+
+
+@pytest.mark.parametrize(("how", "strategy"), [("model", "flat"), ("optimizer", "ddp")])
+def test_gradients_that_a_loss_function_clears_amid_a_step_are_an_error(how, strategy):
+    for one in try_ranks(clearing, 2, how, strategy):
+        assert "gradients of this step's earlier micro-batches were cleared" in str(one.error)
 
 
 def unused(strategy):

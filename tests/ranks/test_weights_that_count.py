@@ -325,23 +325,23 @@ def goes_on(tampers):
 
     data = tiny.dataset()
     parts, whole = make(), make()
-    parts.fit(data, batch_size=24, epochs=2, eval_set=data)
+    parts.fit(data, batch_size=24, epochs=2, eval_set=data, name="main")
     if tampers:
         with torch.no_grad():
             parts.model[0].bias.add_(1.0)
-    parts.fit(data, batch_size=24, epochs=4, eval_set=data)
+    parts.fit(data, batch_size=24, epochs=4, eval_set=data, name="main")
     whole.fit(data, batch_size=24, epochs=4, eval_set=data)
     return tiny.digest(parts.model) == tiny.digest(whole.model), "\n".join(hears.said)
 
 
-def test_a_further_fit_goes_on_from_the_models_own_weights():
+def test_the_same_fit_goes_on_from_the_models_own_weights():
     [(same, said)] = run_ranks(goes_on, 1, False)
     assert same
     assert "the model holds the weights of EarlyStopping, not the last step's" in said
     assert "was changed since" not in said
 
 
-def test_what_was_changed_between_two_fits_stays_and_is_said():
+def test_what_was_changed_between_two_calls_stays_and_is_said():
     [(same, said)] = run_ranks(goes_on, 1, True)
     assert not same
     assert "the model was changed since fit left averaged or best weights in it (" in said

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dtrain.distributed import init
+from dtrain.testing import run_processes, run_ranks
 from dtrain.trials import records as of
 from dtrain.trials.call_overrides import CallOverrides
 from dtrain.trials.check_compare import (
@@ -170,6 +172,33 @@ def test_the_overrides_keep_float64():
         assert F.softmax(x, 0, dtype=torch.float32).dtype == torch.float64
     with CallOverrides(double=False, without=frozenset()):
         assert x.float().dtype == torch.float32
+
+
+class Sends:
+    """Numbers in float32, by each verb; small and large ones travel otherwise."""
+
+    def __call__(self):
+        comm, found = init().comm, []
+        for size in (3, 5000):
+            ones = torch.frombuffer(bytearray(b"\0\0\x80\x3f" * size), dtype=torch.float32)
+            with CallOverrides(double=True, without=frozenset()):
+                assert torch.ones(2, dtype=torch.float32).dtype == torch.float64
+                assert torch.equal(ones.view(torch.int32).view(torch.float32), ones)
+                found += [
+                    comm.all_reduce("sum", ones) - 1,
+                    *comm.all_gather("all", ones),
+                    comm.broadcast("first", ones),
+                    comm.on_main("rank 0's", lambda one=ones: one.clone()),
+                    *comm.gather_objects("objects", ones),
+                ]
+        return [(one.dtype, one.unique().tolist()) for one in found]
+
+
+@pytest.mark.parametrize("run", [run_ranks, run_processes])
+def test_what_ranks_send_one_another_stays_what_it_is(run):
+    """Read as float64, the bytes of float32 would be other numbers."""
+    for found in run(Sends(), 2):
+        assert found == [(torch.float32, [1.0])] * 14
 
 
 def attention(x):

@@ -215,7 +215,7 @@ def test_resumed_and_fitted_again(device, tmp_path):
             net = noisy()
             run = tiny.trainer(callbacks, net=net, optimizer=fused, graph=graph, run_dir=place)
             for steps in fits:
-                run.fit(tiny.dataset(52), batch_size=12, max_steps=steps)
+                run.fit(tiny.dataset(52), batch_size=12, max_steps=steps, name="main")
             ends.append(tiny.digest(net))
         return ends
 
