@@ -1,5 +1,6 @@
 """Scripts with several fits, as users of other trainers write them, killed and started again."""
 
+import json
 import os
 
 import pytest
@@ -194,6 +195,13 @@ def test_killed_anywhere_and_started_again_they_end_alike(tmp_path, script):
     check(script, tmp_path, 2, PLACES[: 2 if script is folds else 3])  # that has but one fit
 
 
+def test_a_fit_ends_once_the_checkpoint_under_way_is_written(tmp_path):
+    script = Script(tmp_path, -1, -1, adam, every_steps=2, every_fits=2)
+    script.fit()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["status"], status["step"], status["saved"]) == ("finished", 3, 2)
+
+
 def renamed(run_dir, at, name):
     script = Script(run_dir, at, -1, adam, every_steps=2)
     script.fit(epochs=2, name=name)
@@ -209,7 +217,9 @@ def test_a_name_that_changes_with_each_start_is_told(tmp_path):
 
 def test_the_same_name_for_another_fit_is_told(tmp_path):
     script = Script(tmp_path, -1, -1, adam)
+    begun = script.trainer.restore()
     script.fit(name="train")
+    assert begun.step == 0  # as it was then
     with pytest.raises(ConfigError, match="give the new one a name of its own"):
         script.fit(name="train")
 
