@@ -325,7 +325,7 @@ class Loop:
 
     def _save_last(self) -> None:
         """Saves, and returns once it is written. Here a failure is an error."""
-        if self.engine.stand_in.changes_at_end:
+        if not self.preempted or self.engine.stand_in.changes_at_end:
             self._saved_at = -1  # at this step, but as if the fit went on
         self._save_once(ended=True)
         if self.files.saver.finish() is not None:

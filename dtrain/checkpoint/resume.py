@@ -1,6 +1,6 @@
 """Whether the run in a folder is gone on with, and from where."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -85,7 +85,8 @@ def look(run_dir: Path, mode: ResumeMode, own: Iterable[str] = ()) -> Decision:
         facts = {"fingerprint": state["fingerprint"], "fit": len(fits) - 1}
         status = Status("running", "", saved.step, epoch, **facts)
         notes.append("there is no status.json to go by: the checkpoint says of which run it is")
-    if status is None or (saved is None and status.status != "finished"):
+    ended = status is not None and status.status == "finished" and _has_ended(status)
+    if status is None or (saved is None and not ended):
         if mode in ("must", EMERGENCY):
             what = "no run" if status is None else "no intact checkpoint"
             if mode == EMERGENCY:
@@ -105,12 +106,29 @@ def look(run_dir: Path, mode: ResumeMode, own: Iterable[str] = ()) -> Decision:
 
 def _fits_of(saved: Saved, status: Status) -> tuple[Fit, ...]:
     """Returns the fits that a run has had until its newest checkpoint, and how they ended."""
-    fits = Fits.of_text(files.load_plain(saved.path).get("fits", "[{}]")).known
+    state = files.load_plain(saved.path)
+    fits = Fits.of_text(state.get("fits", "[{}]")).known
     last = fits[-1]
     if status.fit == len(fits) - 1:  # whether its last hooks were called is known there only
+        # What a script may go on from holds the fit's end; a script that is over needs to be told.
+        held = last.is_over or "fits" not in state or _is_plain(fits, status)
         done = {"reason": status.reason, "steps": status.step, "epochs": status.epoch}
-        last = replace(last, **(done if status.status == "finished" else {"reason": ""}))
+        finished = status.status == "finished" and held
+        last = replace(last, **(done if finished else {"reason": ""}))
     return (*fits[:-1], last)
+
+
+def _is_plain(fits: Sequence[Fit], status: Status) -> bool:
+    """Says whether a script had one fit, without a name, and came to its end, if it ended.
+
+    Where there are several, or a name, the script is written to be started again.
+    """
+    return len(fits) == 1 and status.fit == 0 and not fits[0].name and _has_ended(status)
+
+
+def _has_ended(status: Status) -> bool:
+    """Says whether a script was over where a fit was: one that was killed may have had more."""
+    return status.over or status.process in ("", this_process())
 
 
 def decide(
@@ -132,10 +150,7 @@ def decide(
     if not between:
         fit = fits[place]
         done = place < last or fit.fulfils(asked.epochs, asked.max_steps)
-        # Where there are several, or a name, the script is written to be started again. And one
-        # that was killed after its fit may have had more to do.
-        ended = status.over or status.process in ("", this_process())
-        plain = last == status.fit == 0 and asked.name is None and ended
+        plain = asked.name is None and _is_plain(fits, status)
         if done and plain and not differences(there, fingerprint)[0]:
             raise ResumeError(_finished(run_dir, status) + _choices(run_dir, status))
         if done and place < last:

@@ -287,8 +287,10 @@ class RunFiles:
             error.add_note(f"(the state before the failed step could not be saved: {another})")
 
     def finish(self, reason: str, *, preempted: bool) -> None:
-        """Writes how the run ended."""
+        """Writes how the run ended, once no checkpoint is under way that would write otherwise."""
         state: State = "preempted" if preempted else "finished"
+        if self.saver.finish() is not None:
+            self.tell_failed_save("when the next one is due")
 
         def write() -> None:
             try:

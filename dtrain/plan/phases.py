@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dtrain.callback import Callback, Hooks
 from dtrain.checkpoint import Asked, ResumeMode, RunFiles, RunState, Saved, compare_fits, load_state
@@ -65,6 +65,7 @@ class Phases:
             goes_on = files.decide(fingerprint, Asked(place, name, *plan.limits))
             # What the script changes after its last call of a fit that is over, it changes as then.
             if place == len(fits.known) - (not goes_on) and fits.known[-1].is_over:
+                self._has_weights &= goes_on  # what it changed before that, that fit has trained
                 self._take_up_end(files.saved)
             elif goes_on:
                 self.saved = files.saved
@@ -150,7 +151,7 @@ class Phases:
         self.run_state.fits.restored = True
         if self.files.saved is not None:
             self._take_weights(self.files.saved)
-        return self.context.progress
+        return replace(self.context.progress)  # as it was now: the fits to come count on
 
     def ended(self, reason: str, *, preempted: bool) -> None:
         """Notes how the fit has ended."""

@@ -63,6 +63,20 @@ def test_the_gan_is_the_same_on_any_ranks_and_survives_kills(tmp_path):
 
 
 @pytest.mark.slow
+def test_ppo_learns_on_two_ranks_and_goes_on_where_it_was(tmp_path):
+    script = [ROOT / "examples" / "ppo.py", "--run-dir", tmp_path / "ppo", "--iterations"]
+    told = run([*TORCHRUN, *script, 9])
+    stood = [float(found) for found in re.findall(r"stands for ([\d.]+) steps", told)]
+    assert len(stood) == 9
+    assert stood[0] < 30
+    assert max(stood) > 90
+    told = run([*TORCHRUN, *script, 10])
+    assert re.findall(r"iteration (\d+):", told) == ["9"]
+    told = run([sys.executable, "-m", "dtrain", "check", *script, 2])
+    assert "EQUAL: " in told
+
+
+@pytest.mark.slow
 def test_a_student_is_the_same_on_any_ranks_and_survives_kills(tmp_path):
     """Of the teacher that a first start has left: what follows is of the script's other fit."""
     script = [ROOT / "examples" / "distill.py", "--epochs", "2", "--run-dir", tmp_path / "run"]
@@ -122,6 +136,7 @@ def test_gpt_trains_evaluates_and_writes(tmp_path):
         "docs/callbacks.md",
         "docs/check.md",
         "docs/drill.md",
+        "docs/fits.md",
         "docs/scaling.md",
         "docs/testing.md",
         "docs/updates.md",

@@ -96,6 +96,14 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) ->
     assert choose(tmp_path) == Decision(None, ())
 
 
+def test_one_killed_after_a_fit_of_which_nothing_is_saved_begins_anew(tmp_path: Path) -> None:
+    old_run(tmp_path, "finished", saved=None, process="another", over=False)
+    assert choose(tmp_path) == Decision(None, ())
+    old_run(tmp_path, "finished", saved=None, process="another", over=True)
+    with pytest.raises(ResumeError, match="It left no intact checkpoint to go on from"):
+        choose(tmp_path)
+
+
 def test_the_newest_intact_checkpoint_is_taken_and_the_damage_told(tmp_path: Path) -> None:
     old_run(tmp_path, saved=10)
     save(tmp_path / "checkpoints", 20)
