@@ -325,7 +325,7 @@ class Loop:
 
     def _save_last(self) -> None:
         """Saves, and returns once it is written. Here a failure is an error."""
-        if not self.preempted or self.engine.stand_in.changes_at_end:
+        if self.engine.stand_in.changes_at_end or (self.files.may_go_on and not self.preempted):
             self._saved_at = -1  # at this step, but as if the fit went on
         self._save_once(ended=True)
         if self.files.saver.finish() is not None:

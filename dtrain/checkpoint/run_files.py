@@ -109,18 +109,21 @@ class RunFiles:
 
         Raises ResumeError where it may not.
         """
-        found, run_dir, comm = self.found, self._run_dir, self._world.comm
+        found, at, comm = self.found, self._run_dir, self._world.comm
         assert found is not None
-        assert run_dir is not None
-        on_main = comm.on_main(
-            "which fit", lambda: (asked, decide(run_dir, found, fingerprint, asked))
-        )
-        theirs, (goes_on, notes) = on_main
+        assert at is not None
+        decided = comm.on_main("which fit", lambda: (asked, decide(at, found, fingerprint, asked)))
+        theirs, (goes_on, notes) = decided
         if theirs != asked:
             raise ConfigError(f"fit was called otherwise on rank 0: {theirs} there, {asked} here")
         for note in notes:
             self._run_state.context.say(note)
         return goes_on
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether the script may go on with another fit, from how this one ends."""
+        return self._run_state.fits.are_many
 
     @property
     def saved(self) -> Saved | None:
