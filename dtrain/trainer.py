@@ -429,12 +429,12 @@ class Trainer(Inference):
         # A further fit must not take up what was asked or logged in this one.
         self._engine.agreement.drop()
         self._outbox.logged.clear()
-        self._phases.failed()
         if loop is not None and self._phases.live:
             if loop.failed_together:
                 state, here = loop.state_dict, self._engine.agreement.trouble is not None
                 self._files.save_emergency(state, loop.data_state, failed_here=here, error=error)
             self._files.fail(error, cause)
+        self._phases.failed()
         if history := getattr(loop, "history", None):  # there is none before sinks are open
             history.say()
         dispatcher.close()

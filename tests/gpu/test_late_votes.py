@@ -35,7 +35,7 @@ def trainer(callbacks=(), loss=training.loss_fn, optimizer=training.adamw):
 
 def fit(run, **options):
     data = training.dataset(20 * training.BATCH)
-    return run.fit(data, batch_size=training.BATCH, **options)
+    return run.fit(data, batch_size=training.BATCH, name="main", **options)
 
 
 @pytest.mark.parametrize(("hook", "carried_by"), [("on_batch", 5), ("on_step_end", 6)])

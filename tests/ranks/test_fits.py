@@ -242,6 +242,31 @@ def test_a_further_fit_that_was_called_wrongly_is_called_again():
     assert trainer.fit(tiny.dataset(48), batch_size=16, epochs=1).steps == 2 + 3
 
 
+def test_a_further_fit_that_fails_in_its_first_step_is_saved_and_begun_again(tmp_path):
+    planted = [3]
+
+    class Fails(dtrain.Callback):
+        def on_batch(self, ctx, step):
+            if step.number in planted:
+                raise ValueError("planted")
+
+    def two_fits(run_dir):
+        trainer = make(run_dir, [Checkpoint(), Fails()])
+        trainer.fit(tiny.dataset(36), batch_size=12, epochs=1, name="one")
+        more = {"epochs": 1, "name": "two"}
+        try:
+            trainer.fit(tiny.dataset(24), batch_size=12, **more)
+        except ValueError:
+            assert json.loads((run_dir / "status.json").read_text())["status"] == "failed"
+            assert (run_dir / "emergency" / "step-00000003").exists()
+            planted.clear()
+            trainer.fit(tiny.dataset(24), batch_size=8, **more)  # or called otherwise
+        return trainer
+
+    assert two_fits(tmp_path / "run").context.progress.step == 3 + 3
+    assert two_fits(tmp_path / "unbroken").context.progress.step == 3 + 2
+
+
 # ------------------------------------------------------------------------------- names and words
 
 
