@@ -144,6 +144,7 @@ class Trainer(Inference):
             strategy.check(accumulates=self._accumulation is not None)
             module, made, notes = take_model(model, optimizer, strategy, world)
             self._outbox.notes = told + notes
+            self._trains_only = eval_fn is None
             eval_fn, loss_fn = adapt(eval_fn or loss_fn), adapt(loss_fn, module)
             self.context = Context(
                 model=module,

@@ -99,6 +99,11 @@ class Fits:
                 )
         else:
             place = names.index(name) if name in names else len(known)
+            # A script that gives a fit a name which had none until now means the same one.
+            same = place == len(known) and not self.restored and self._next < min(self.own, place)
+            if same and not names[self._next]:
+                place = self._next
+                known[place] = replace(known[place], name=name)
         if place == len(known) and known and not known[-1].is_over:
             before = known[-1].name
             called = f"fit(name={before!r})" if before else f"the fit before it, number {place - 1}"

@@ -132,7 +132,7 @@ def _has_ended(status: Status) -> bool:
 
 
 def decide(
-    run_dir: Path, found: Decision, fingerprint: Mapping[str, Any], asked: Asked
+    found: Decision, fingerprint: Mapping[str, Any], asked: Asked
 ) -> tuple[bool, tuple[str, ...]]:
     """Decides what becomes of a call of ``fit`` in the run that was found.
 
@@ -142,6 +142,7 @@ def decide(
     saved, status, fits = found.saved, found.before, found.fits
     assert saved is not None
     assert status is not None
+    run_dir = saved.path.parent.parent
     place, last = asked.place, len(fits) - 1
     there = status.fingerprint
     if status.fit != place:
@@ -176,7 +177,8 @@ def decide(
 
 _ANEW = (
     "choose another run_dir; to begin anew here, pass resume='never' (the old files are moved "
-    "aside)."
+    "aside). Where the script has more to do after this fit, name it, fit(name='main'): its result "
+    "is then returned."
 )
 
 

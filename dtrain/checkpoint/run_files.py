@@ -109,11 +109,11 @@ class RunFiles:
 
         Raises ResumeError where it may not.
         """
-        found, at, comm = self.found, self._run_dir, self._world.comm
+        found = self.found
         assert found is not None
-        assert at is not None
-        decided = comm.on_main("which fit", lambda: (asked, decide(at, found, fingerprint, asked)))
-        theirs, (goes_on, notes) = decided
+        theirs, (goes_on, notes) = self._world.comm.on_main(
+            "which fit", lambda: (asked, decide(found, fingerprint, asked))
+        )
         if theirs != asked:
             raise ConfigError(f"fit was called otherwise on rank 0: {theirs} there, {asked} here")
         for note in notes:
@@ -122,7 +122,7 @@ class RunFiles:
 
     @property
     def may_go_on(self) -> bool:
-        """Whether the script may go on with another fit, from how this one ends."""
+        """Whether the script may go on with another fit."""
         return self._run_state.fits.are_many
 
     @property
@@ -308,11 +308,11 @@ class RunFiles:
 
     def tell_end_of_script(self) -> None:
         """Has status.json say, when Python ends, that the script has, too. Ranks: all, local."""
-        if self.saver.run_lock is not None and not self._tells_end:
+        lock = self.saver.run_lock
+        if lock is not None and not self._tells_end:
             self._tells_end = True
-            lock = self.saver.run_lock
             # By multiprocessing: processes that it has started call nothing of atexit.
-            Finalize(None, status.script_ends, (lock.run_dir, lock.check), exitpriority=0)
+            Finalize(None, status.script_ends, (lock, self._world), exitpriority=0)
 
     def last_and_best(self) -> tuple[Path | None, Path | None]:
         """Returns the newest checkpoint, and the best, as far as there are such."""

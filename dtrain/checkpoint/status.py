@@ -6,13 +6,15 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dtrain.checkpoint import disk
+from dtrain.checkpoint.run_lock import RunLock
+from dtrain.distributed import World
 from dtrain.errors import CrashLoop, DtrainError, ResumeError
 
 State = Literal["running", "finished", "preempted", "failed"]
@@ -91,15 +93,18 @@ def this_process() -> str:
     return f"{_PROCESS}-{os.getpid()}"
 
 
-def script_ends(run_dir: Path, check: Callable[[], None]) -> None:
+def script_ends(lock: RunLock, world: World) -> None:
     """Has a run that is finished be known to go on with no further fit; nobody waits for this.
 
-    ``check`` raises where another start of the run has begun since.
+    But where the script ends by an exception, or as it was told to leave: it may be started again
+    to go on.
     """
+    failed = sys.exception() is not None or hasattr(sys, "last_value")
     with suppress(OSError, DtrainError):
-        if (now := read(run_dir)) is not None and now.status == "finished":
-            check()
-            write(run_dir, replace(now, over=True, requeue=False))
+        now = read(lock.run_dir)
+        if now is not None and now.status == "finished" and not world.told_to_leave:
+            lock.check()  # another start may have begun since
+            write(lock.run_dir, replace(now, over=not failed, requeue=False))
 
 
 def read(run_dir: Path) -> Status | None:

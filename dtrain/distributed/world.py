@@ -73,6 +73,8 @@ class World:
     open_comm: Callable[[], Comm] | None = field(default=None, repr=False)
     #: Of those that ``connect`` has opened, the ones that nobody uses at the moment.
     idle_connections: list[Store] = field(default_factory=list, repr=False)
+    #: Why this process is to end, once a fit of it was told to leave.
+    told_to_leave: str = field(default="", repr=False)
     _alive: bool = field(default=False, repr=False)
     #: Has opened torch's default group; else the script has, and closes it.
     _opened: bool = field(default=False, repr=False)

@@ -40,6 +40,7 @@ class Inference:
     _outbox: Outbox
     _sinks: Sequence[Sink]
     _accumulation: AccumulationSlot | None
+    _trains_only: bool  # there is no function for evaluation beside that of the loss
 
     def evaluate(self, data: Any, *, batch_size: int | None = None) -> dict[str, float]:
         """Returns ``eval/loss`` and the other metrics over all of ``data``, each sample once.
@@ -186,6 +187,11 @@ class Inference:
     def _open_evals(
         self, given: Any, batch_size: int | None, train: Data | None = None
     ) -> dict[str, Feed]:
+        if given is not None and self._engine.updates is not None and self._trains_only:
+            raise ConfigError(
+                "a loss function that yields cannot evaluate: pass Trainer(eval_fn=...), a "
+                "function from (model, batch) to dtrain.Loss or dtrain.Metrics"
+            )
         slot = self._accumulation
         unit = slot.micro_batch_size if isinstance(slot, SizedSlot) else 0
         return open_evals(given, batch_size, self.world, self._split, train, unit=unit)

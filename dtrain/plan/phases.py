@@ -48,8 +48,13 @@ class Phases:
             self.engine.check_whole()
             files.take_again()
         else:
-            where = {"run_dir": bool(self.context.run_dir)}
-            check_same_call(where, self.run_state.world.comm)
+            where, world = {"run_dir": bool(self.context.run_dir)}, self.run_state.world
+            check_same_call(where, world.comm)
+            if world.told_to_leave:
+                self.context.say(
+                    f"note: a fit of another Trainer was told to leave ({world.told_to_leave}); "
+                    "this one begins all the same: end the script where result.preempted says so"
+                )
             files.find(resume, self.sinks_files)
             fits = self.run_state.fits
         place = fits.place(name)
@@ -82,11 +87,13 @@ class Phases:
 
     def _returned(self, place: int) -> FitResult:
         fits = self.run_state.fits
-        fit = fits.returned(place)
-        self.files.tell_end_of_script()
+        fit, at = fits.returned(place), self.context.progress.step
+        if place == len(fits.known) - 1:
+            self.files.finish(fit.reason, preempted=False)
         self.context.say(
             f"{fits.words(place)} of this run is over ({fit.reason}, at step {fit.steps}): its "
             "result is returned, and nothing is trained"
+            + (f"; the model holds the weights of step {at}" if self._has_weights else "")
         )
         return FitResult.of_earlier(fit, *self.files.last_and_best())
 
@@ -131,6 +138,7 @@ class Phases:
         state = self.run_state.restore(saved, weights=False)
         if not self._has_weights:
             self.run_state.restore_weights(saved, state.get("extra", {}), over=True)
+        self._has_weights = True
         now.phase = len(self.run_state.fits.known) - 1
         now.first_step, now.first_epoch = last.step, last.epoch
         now.total_steps, now.total_epochs = last.total_steps, last.total_epochs
@@ -158,7 +166,7 @@ class Phases:
         fits, now = self.run_state.fits, self.context.progress
         fits.end(now, "" if preempted else reason, self.context.metrics)
         if preempted:
-            self.left = reason
+            self.left = self.run_state.world.told_to_leave = reason
         else:
             fits.returned(len(fits.known) - 1)
 

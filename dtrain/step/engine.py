@@ -271,6 +271,11 @@ class Engine:
                     stepped = self.closures.of(step, optimizer, self.raise_failures)
                 blocked = precision.step(stepped, Order(closed, held, divisor, gate.waits))
         except Exception as error:  # noqa: BLE001 -- every rank learns of it
+            if "closure" in str(error) or "'NoneType' object is not callable" in str(error):
+                error.add_note(
+                    f"(if {type(optimizer).__name__} evaluates the loss again, pass the Trainer "
+                    "dtrain.WithClosure(optimizer))"
+                )
             self.carry(error)
         if step.update and step.ends:
             self._end_updates()

@@ -21,6 +21,7 @@ from dtrain.callbacks import (
     ParamSchedule,
     StochasticWeightAveraging,
 )
+from dtrain.checkpoint import Fit, Fits
 from dtrain.errors import ConfigError, ResumeError
 from dtrain.sinks import JSONLines
 from dtrain.testing import run_outcomes, run_processes, run_ranks
@@ -319,7 +320,19 @@ def test_another_name_or_none_is_no_answer(tmp_path):
     (run_two,) = run_outcomes(script, 1, tmp_path / "two", 5)
     assert run_two.exitcode == 9
     (other,) = run_outcomes(one_fit, 1, tmp_path / "two", "main")
-    assert "which is in the midst of another: call the fit before it, number 0" in str(other.error)
+    assert "batch size: 16 there, 12 here" in str(other.error)  # it is meant, and has a name now
+
+
+def test_a_fit_may_get_a_name_later(tmp_path):
+    (whole,) = run_processes(one_fit, 1, tmp_path / "whole", "main")
+    run_processes(one_fit, 1, tmp_path / "run")
+    (again,) = run_processes(one_fit, 1, tmp_path / "run", "main")
+    assert (again[0], again[2], again[3]) == (whole[0], 0, whole[3])
+
+
+def test_a_fit_under_way_is_asked_for():
+    with pytest.raises(ConfigError, match=r"in the midst of another: call fit\(name='a'\) first"):
+        Fits([Fit("a")]).place("b")
 
 
 SCRIPT = """
@@ -345,14 +358,16 @@ def run_script(run_dir, after=""):
 @pytest.mark.slow
 def test_a_script_that_was_killed_after_its_fit_gets_the_result_again(tmp_path):
     assert run_script(tmp_path / "killed", "os.kill(os.getpid(), 9)")[0] == -signal.SIGKILL
+    assert "ValueError: a typo" in run_script(tmp_path / "killed", "raise ValueError('a typo')")[2]
     status, out, _ = run_script(tmp_path / "killed")
     assert status == 0
-    assert "fit 0 of this run is over (all epochs done, at step 4): its result is returned" in out
+    assert "continuing at step 4" in out  # where there is nothing left to train
     assert out.splitlines()[-1] == "4 all epochs done 0"
     # It has ended now, so whoever starts it once more has something else in mind.
     status, _, err = run_script(tmp_path / "killed")
     assert status == 1
     assert "is finished (all epochs done; step 4, 2 epochs). To go on, ask for more" in err
+    assert "name it, fit(name='main')" in err
     facts = json.loads((tmp_path / "killed" / "status.json").read_text())
     assert (facts["status"], facts["over"], facts["requeue"]) == ("finished", True, False)
 
@@ -380,6 +395,41 @@ def test_a_run_that_is_told_to_leave_begins_no_further_fit(tmp_path):
     (again,) = run_processes(told_to_leave, 1, tmp_path / "left", False)
     assert again == whole
     assert whole[0] == [(3, False), (7, False), (12, False)]
+
+
+def folds(run_dir, leaves):
+    """Cross-validation: a Trainer and a folder for each fold."""
+    told = tiny.Words("message")
+    found = []
+    for fold in range(3):
+        more = [Leaves()] if leaves and fold == 1 else []
+        trainer = make(run_dir / str(fold), [Checkpoint(), *more], sinks=[told])
+        result = trainer.fit(tiny.dataset(24), batch_size=12, max_steps=3)
+        found.append((result.preempted, tiny.digest(trainer.model)))
+        if result.preempted:
+            break
+    return found, told.words
+
+
+def test_folds_that_were_left_go_on(tmp_path):
+    ((whole, _),) = run_processes(folds, 1, tmp_path / "whole", False)
+    ((left, _),) = run_processes(folds, 1, tmp_path / "left", True)
+    assert [preempted for preempted, _ in left] == [False, True]
+    ((again, _),) = run_processes(folds, 1, tmp_path / "left", False)
+    assert again == whole
+
+
+def goes_on_all_the_same():
+    told = tiny.Words("message")
+    for callbacks in ([Leaves()], []):
+        result = make(None, callbacks, sinks=[told]).fit(tiny.dataset(24), batch_size=12, epochs=1)
+    assert not result.preempted
+    return told.words
+
+
+def test_another_trainer_says_that_the_process_was_told_to_leave():
+    (words,) = run_processes(goes_on_all_the_same, 1)
+    assert any("a fit of another Trainer was told to leave" in line for line in words)
 
 
 # ------------------------------------------------------------------------------------- restore

@@ -36,7 +36,7 @@ def asked(
     found = look(run_dir, mode)
     if found.saved is None:
         return found
-    goes_on, notes = decide(run_dir, found, make_up, Asked(0, None, epochs, max_steps))
+    goes_on, notes = decide(found, make_up, Asked(0, None, epochs, max_steps))
     assert goes_on
     return replace(found, notes=(*found.notes, *notes))
 
