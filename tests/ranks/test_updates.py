@@ -497,8 +497,8 @@ def test_what_cannot_be_is_refused():
         callbacks=[ClipGradients(1.0, optimizer="x")],
     )
     refused(ConfigError, "LossSpikeGuard.optimizer='d'", callbacks=[LossSpikeGuard()])
-    fit = {"eval_set": tiny.dataset(8), "eval_first": True}
-    refused(LossError, "pass eval_fn=")
+    fit = {"eval_set": tiny.dataset(8)}  # before anything is trained
+    refused(ConfigError, r"cannot evaluate: pass Trainer\(eval_fn=...\)")
 
 
 def iter_of(*values):
