@@ -224,7 +224,8 @@ tell() { # tell WHAT_SLURM_DID WHAT_NEXT: the cause in dtrain's own words, and t
 # not where SLURM has ended the job (scancel), or requeues it by itself (preemption).
 ask
 requeued=''
-if [[ $state == RUNNING && $(field requeue) == true ]]; then
+[[ $(field status) == finished && $code == 0 ]] && over=yes || over='' # or killed between two fits
+if [[ $state == RUNNING && ! $over && $(field requeue) == true ]]; then
     if said=$(scontrol requeue "$job" 2>&1); then
         requeued=yes
         sleep 5 &>/dev/null & # SLURM has its say first, and ends this

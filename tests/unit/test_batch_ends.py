@@ -103,6 +103,7 @@ def play(tmp_path: Path) -> Play:
             'no "x" \u00e9: requeued as job 12',
         ),
         (STATUS | {"status": "finished"}, RUNS, "exit 0", SAID),
+        (STATUS | {"status": "finished"}, RUNS, "exit 138", f"{SAID}: requeued as job 12"),
         (
             STATUS | {"status": "finished", "requeue": False},
             RUNS,
