@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, check_counts, some_of
-from dtrain.context import Context, Number, Step
+from dtrain.context import Context, Number, Step, has_updates
 from dtrain.data import tensors_of
 from dtrain.distributed import random_state, restore_random_state
+from dtrain.errors import ConfigError
 
 Action = Literal["stop", "skip", "ignore"]
 
@@ -48,6 +49,7 @@ class NonFiniteGuard(Callback):
         action: ``"stop"``: the step is left out, and the run stops after the next; ``"skip"``:
             it is left out; ``"ignore"``: only tell, once in a row.
         patience: after how many skipped steps in a row the run stops; None bears any number.
+        optimizer: of several losses, only that of this update; each if None.
 
     Ranks: all, communicates in a step that is not finite.
     """
@@ -55,19 +57,36 @@ class NonFiniteGuard(Callback):
     asks_for_gradients = True
     late_step_end = True
 
-    def __init__(self, action: Action = "stop", *, patience: int | None = 10) -> None:
+    def __init__(
+        self,
+        action: Action = "stop",
+        *,
+        patience: int | None = 10,
+        optimizer: str | None = None,
+    ) -> None:
         check_choice("NonFiniteGuard", "action", action, get_args(Action))
         check_counts("NonFiniteGuard", or_none=True, patience=patience)
         self._action = action
         self._patience = patience
         self.bad_in_a_row = 0
         self._bad_update = ""  # of several, which was bad
+        self._optimizer = optimizer
+        if optimizer is not None:
+            self.name = f"NonFiniteGuard({optimizer!r})"
         self._kept: list[_Kept] = []  # of the step under way
         self._streams: dict[int, list[Tensor]] = {}  # as its micro-batches began
         self._before = _Copies([])  # of buffers, as they were before it
         self._turns: list[_Copies] = []  # two: a step may be in flight while the next begins
         # The same of the step whose update the device has just decided on, and the veto's number.
         self._decided: tuple[list[_Kept], _Copies, int | None] | None = None
+
+    def on_fit_start(self, ctx: Context) -> None:
+        ctx.optimizer_of(self._optimizer)  # there is one
+        if self._optimizer is not None and not has_updates(ctx.optimizer):
+            raise ConfigError(
+                f"{self.name}: there is one loss for all optimizers, and it is looked at for all: "
+                "leave `optimizer` out"
+            )
 
     def on_epoch_start(self, ctx: Context) -> None:
         self._with_buffers = [module for module in ctx.model.modules() if module._buffers]
@@ -93,9 +112,10 @@ class NonFiniteGuard(Callback):
 
     def on_grads_ready(self, ctx: Context, step: Step) -> None:
         if ctx.reads_at_once:
-            is_bad = step.nonfinite > 0 or not (ctx.loss_scaled or _finite_gradients(ctx))
-            if is_bad or self.bad_in_a_row:
-                self._judge(ctx, step, is_bad=is_bad)
+            if self._optimizer in (None, step.update):
+                is_bad = step.nonfinite > 0 or not (ctx.loss_scaled or _finite_gradients(ctx))
+                if is_bad or self.bad_in_a_row:
+                    self._judge(ctx, step, is_bad=is_bad)
             self._kept.clear()
             if step.update and self._with_buffers:
                 self._before = self._copied()  # of what the next update changes

@@ -402,6 +402,25 @@ def test_a_loss_scale_vetoes_one_update():
     assert result.metrics["updates"] == 4
 
 
+def test_a_guard_of_one_update_leaves_the_other_alone():
+    class Bad(dtrain.Callback):
+        def on_loss(self, ctx, step):
+            if step.number in (1, 2):
+                step.loss = dtrain.Loss(step.loss.mean * float("nan"), step.loss.weight)
+
+        def on_grads_ready(self, ctx, step):
+            if step.update == "g" and step.number == 1:
+                step.veto("planted")  # by somebody else
+
+    words = tiny.Words()
+    run = trainer([Bad(), NonFiniteGuard("skip", optimizer="d")], losses, sinks=[words])
+    run.fit(tiny.dataset(48), batch_size=16, max_steps=2)
+    assert sum("update 'd': rank 0" in line for line in words.words) == 1
+    assert not any("update 'g': rank 0" in line for line in words.words)
+    with pytest.raises(ConfigError, match="there is one loss for all optimizers"):
+        tiny.trainer([NonFiniteGuard(optimizer=0)]).fit(tiny.dataset(24), batch_size=12, epochs=1)
+
+
 def test_a_guard_names_the_update():
     def loss(model, batch, ctx):
         made = losses(model, batch)
