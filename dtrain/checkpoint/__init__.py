@@ -2,7 +2,7 @@
 
 from dtrain.checkpoint.disk import discard, dtype_name, sync, write_bytes, write_tensors
 from dtrain.checkpoint.fits import ALL_EPOCHS, BY_PLAN, MAX_STEPS, Fit, Fits, due_after_fit
-from dtrain.checkpoint.format import Saved, load_state
+from dtrain.checkpoint.format import Saved, load_plain, load_state
 from dtrain.checkpoint.format import find as find_checkpoint
 from dtrain.checkpoint.format import load_model as load_tensors
 from dtrain.checkpoint.format import load_tensors as read_tensors
@@ -36,6 +36,7 @@ __all__ = [
     "join",
     "json_values",
     "load_model",
+    "load_plain",
     "load_state",
     "load_tensors",
     "read_tensors",

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from dtrain.distributed import raw_bytes
 from dtrain.errors import CheckpointError
 
 #: What a file raises that was read and holds something else than was written.
@@ -53,7 +54,7 @@ def write(file: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Writes a safetensors file as :func:`write` does. They are contiguous, and on the CPU."""
     names = order(tensors)
-    parts = [tensors[n].view(-1).view(torch.uint8).numpy().data for n in names]
+    parts = [raw_bytes(tensors[n]).numpy().data for n in names]
     return write(file, [memoryview(header(tensors, names)), *parts])
 
 

@@ -144,18 +144,18 @@ def decide(
     assert status is not None
     run_dir = saved.path.parent.parent
     place, last = asked.place, len(fits) - 1
+    if place < last:
+        return False, ()
     there = status.fingerprint
     if status.fit != place:
         there = renamed(files.load_plain(saved.path)).get("fingerprint", there)
     between = place > last
     if not between:
         fit = fits[place]
-        done = place < last or fit.fulfils(asked.epochs, asked.max_steps)
+        done = fit.fulfils(asked.epochs, asked.max_steps)
         plain = asked.name is None and _is_plain(fits, status)
         if done and plain and not differences(there, fingerprint)[0]:
             raise ResumeError(_finished(run_dir, status) + _choices(run_dir, status))
-        if done and place < last:
-            return False, ()
         between = done and not plain and saved.step >= fit.steps  # its end is what was saved
     must, may = differences(there, fingerprint, MUST_BETWEEN if between else MUST)
     if must:

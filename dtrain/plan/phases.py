@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dtrain.callback import Callback, Hooks
-from dtrain.checkpoint import Asked, ResumeMode, RunFiles, RunState, Saved, compare_fits, load_state
+from dtrain.checkpoint import (
+    Asked,
+    ResumeMode,
+    RunFiles,
+    RunState,
+    Saved,
+    compare_fits,
+    load_plain,
+    load_state,
+)
 from dtrain.context import Context, Progress
 from dtrain.data import Data
 from dtrain.distributed import check_same_call, seed_everything
@@ -116,7 +125,7 @@ class Phases:
         fits, now = self.run_state.fits.known, self.context.progress
         if self._has_weights:
             return
-        state = load_state(saved.path)
+        state = load_plain(saved.path)  # an optimizer's state is not needed yet
         self.run_state.restore_progress(state)
         now.phase = len(fits) - (not fits[-1].is_over)
         now.first_step = now.step if fits[-1].is_over else fits[-1].step
@@ -128,7 +137,8 @@ class Phases:
             )
             return
         self._has_weights = True
-        self.run_state.restore_weights(saved, state.get("extra", {}), over=fits[-1].is_over)
+        extra = load_state(saved.path)["extra"] if state.get("extra") else {}
+        self.run_state.restore_weights(saved, extra, over=fits[-1].is_over)
 
     def _take_up_end(self, saved: Saved) -> None:
         """Takes up a run where one of its fits was over, as if this process had trained that."""

@@ -25,8 +25,8 @@ import pytest
 import torch
 from saved import save
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from updating import JOBS, loss_fn
 
 import dtrain
 from dtrain.callbacks import Checkpoint
@@ -155,27 +155,6 @@ def data():
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(SAMPLES, 8, generator=generator)
     return TensorDataset(x, (x[:, 0] + x[:, 1] > 0).long())
-
-
-def loss_fn(net, batch):
-    return F.cross_entropy(net(batch[0]), batch[1])
-
-
-def two_losses(net, batch):
-    """The second is that of what the first update made of the first layer."""
-    yield "first", loss_fn(net, batch)
-    yield "last", loss_fn(net, batch)
-
-
-def adamw(net):
-    return torch.optim.AdamW(net.parameters(), lr=1e-2)
-
-
-#: Optimizers and loss function, by how many updates a step has.
-JOBS = {
-    1: (adamw, loss_fn),
-    2: (lambda net: {"first": adamw(net[0]), "last": adamw(net[3])}, two_losses),
-}
 
 
 def train(run_dir, harms=None, *, cures=None, updates=1, **options):

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from updating import JOBS, loss_fn
 
 import dtrain
 from dtrain.callbacks import Checkpoint
@@ -94,26 +94,6 @@ class Sends(dtrain.Callback):
 
     def on_epoch_end(self, ctx):
         self.at(ctx, "on_epoch_end")
-
-
-def loss_fn(net, batch):
-    return F.cross_entropy(net(batch[0]), batch[1])
-
-
-def two_losses(net, batch):
-    yield "first", loss_fn(net, batch)
-    yield "last", loss_fn(net, batch)
-
-
-def adamw(net):
-    return torch.optim.AdamW(net.parameters(), lr=1e-2)
-
-
-#: Optimizers and loss function, by how many updates a step has.
-JOBS = {
-    1: (adamw, loss_fn),
-    2: (lambda net: {"first": adamw(net[0]), "last": adamw(net[2])}, two_losses),
-}
 
 
 def fit(run_dir, *sends, updates=1, **options):
