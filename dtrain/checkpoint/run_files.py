@@ -9,6 +9,8 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dtrain import accelerator
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import one_folder, status
@@ -28,9 +30,16 @@ from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.run_state import RunState
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.status import Failures, State, Status
-from dtrain.checkpoint.writer import Content
 from dtrain.context import Progress
-from dtrain.distributed import SAVING, Replicas, World, not_finite, share_buffers, some_of
+from dtrain.distributed import (
+    SAVING,
+    Replicas,
+    World,
+    digest_of,
+    not_finite,
+    share_buffers,
+    some_of,
+)
 from dtrain.errors import CheckpointError, ConfigError, DtrainError, RunTaken
 
 #: How long a failed run waits for the checkpoint under way, in seconds.
@@ -43,8 +52,8 @@ DataState = dict[str, Any] | None
 class RunFiles:
     """All that a run leaves in ``run_dir``; without one, nothing is written.
 
-    In order: :meth:`find` (or :meth:`take_again`, where the run goes on in memory), :meth:`open`,
-    :meth:`start`, any number of :meth:`save`, then :meth:`finish` or :meth:`save_emergency` and
+    In order: :meth:`find` (but where the run goes on in memory), :meth:`open`, :meth:`start`,
+    any number of :meth:`save`, then :meth:`finish` or :meth:`save_emergency` and
     :meth:`fail`, and :meth:`release` in any case.
 
     What checkpoints hold is ``run_state``'s; its ``fingerprint`` is set before :meth:`find`.
@@ -77,7 +86,7 @@ class RunFiles:
         run_dir, run_state = self._run_dir, self._run_state
         check_mode(mode)
         if self.found is not None:
-            self.take_again()
+            self._world.comm.on_main("run lock", self._take_again)
             return
         if run_dir is None:
             if mode == "must":
@@ -86,7 +95,7 @@ class RunFiles:
             return
 
         def take() -> None:
-            prepare(run_dir)
+            one_folder.prepare(run_dir)
             self.saver.run_lock = RunLock(run_dir)
             self.saver.run_lock.take()
 
@@ -134,31 +143,42 @@ class RunFiles:
         """Has the next call look anew what is in ``run_dir``. Ranks: all, local."""
         self.found, self._run_state.fits = None, Fits()
 
-    def take_again(self) -> None:
-        """Takes the run's folder for a further ``fit``, which goes on in memory."""
-        lock = self.saver.run_lock
-        if self._run_dir is not None:
-            self._world.comm.on_main("run lock", lambda: lock.take_again() if lock else None)
+    def _take_again(self) -> None:
+        """Takes the run's folder once more, on rank 0, if it was let go of."""
+        if self.saver.run_lock is not None:
+            self.saver.run_lock.take_again()
 
-    def open(self) -> None:
+    def open(self, open_sinks: Callable[[], None], *, live: bool) -> None:
+        """Opens sinks; where the run goes on in memory (``live``), says that it is under way."""
+
+        def write() -> None:
+            self._take_again()
+            open_sinks()
+            if live:
+                self._write_running()
+
+        self._world.comm.on_main("open sinks", write)
+
+    def open_saver(self) -> None:
         """Makes it possible to write checkpoints beside the training, if that is wanted."""
         if self._saves_beside:
             self.saver.open()
 
-    def start(self) -> None:
-        """Writes that the run is under way, and the user's settings."""
+    def start(self, *, live: bool) -> None:
+        """Says that the run is under way, unless that was said."""
         if self._run_dir is not None:
             self._broken = {*not_finite(self._run_state.context.model)}
             if self._run_state.slot is not None:
                 self.saver.reserve(self._run_state.bulk())
+        if not live:
+            self._world.comm.on_main("status", self._write_running)
 
-        def write() -> None:
-            self._write_status("running")
-            if self._run_dir is not None and self._run_state.config:
-                text = json.dumps(self._run_state.config, indent=1) + "\n"
-                (self._run_dir / "config.json").write_text(text)
-
-        self._world.comm.on_main("status", write)
+    def _write_running(self) -> None:
+        """Writes that the run is under way, and the user's settings."""
+        self._write_status("running")
+        if self._run_dir is not None and self._run_state.config:
+            text = json.dumps(self._run_state.config, indent=1) + "\n"
+            (self._run_dir / "config.json").write_text(text)
 
     def save(self, loop_state: LoopState, data_state: DataState, *, ended: bool = False) -> None:
         """Makes a checkpoint, then deletes what need not be kept.
@@ -186,10 +206,19 @@ class RunFiles:
 
         self._replicas.settle(f"before the checkpoint of step {at.step}")
         content = run_state.take(loop_state, data_state, ended=ended)
-        sharers = [0] if self._tell_differing(content) else None
         folder, then = self._run_dir / "checkpoints", tidy
         broken = [n for n in not_finite(run_state.context.model) if n not in self._broken]
-        if comm.vote("weights that are not finite", bool(broken)):
+        states = run_state.digests(content) if self._replicas.active else {}
+        of_states = int(digest_of([*states.items()]), 16) >> 1
+        mine = torch.tensor([of_states, content.layout(), bool(broken)])
+        everyones = comm.all_gather("checkpoint: what it holds", mine)
+        differ = (everyones != everyones[0]).any(0).tolist()
+        # What is divided among ranks must be the same on all. Callbacks see to theirs, and where
+        # one keeps something of its own on some ranks, rank 0's is what counts.
+        sharers = range(1 if any(differ[:2]) else self._world.size)
+        if differ[0]:
+            self._tell_differing(states)
+        if bool(everyones[:, 2].any()):
             folder = self._run_dir / NOT_FINITE
             then = partial(self._keep_only, folder, at.step)
             more = (
@@ -202,8 +231,9 @@ class RunFiles:
                 f"are kept aside, in {folder}{'' if NOT_FINITE in self._told else more}"
             )
             self._told.add(NOT_FINITE)
-        wait = not self._saves_beside
-        self.saver.save(folder, content, then=then, wait=wait, sharers=sharers)
+        # The last one is waited for, and done sooner without a thread.
+        wait = ended or not self._saves_beside
+        self.saver.save(folder, content, then=then, sharers=sharers, wait=wait)
 
     def retry_failed_save(self) -> None:
         """Asks for another where a checkpoint could not be written; not where that failed, too."""
@@ -231,9 +261,9 @@ class RunFiles:
             if trouble := files.remove(folder, step):
                 self._run_state.context.say(f"warning: {trouble}. Saving goes on.")
 
-    def _tell_differing(self, content: Content) -> bool:
-        """Says whose state is not the same on all ranks; returns whether any is."""
-        differing = self._run_state.differing(content) if self._replicas.active else []
+    def _tell_differing(self, states: Mapping[str, str]) -> None:
+        """Says whose state is not the same on all ranks, by the digests of this one's."""
+        differing = self._run_state.differing(states)
         if new := [name for name in differing if name not in self._told]:
             self._told |= {*new}
             self._run_state.context.say(
@@ -241,7 +271,6 @@ class RunFiles:
                 "holds rank 0's. What is a rank's own belongs in a callback's rank_state_dict() "
                 "and load_rank_state_dict(state); all else must change alike on all ranks."
             )
-        return bool(differing)
 
     def save_emergency(
         self,
@@ -271,14 +300,13 @@ class RunFiles:
                 content = self._run_state.take(
                     loop_state(), data_state(), device_is_well=not failed_here
                 )
-                sharers = [rank for rank, well in enumerate(healthy) if well]
-                self.saver.save(
-                    folder,
-                    content,
-                    then=partial(self._keep_only, folder, step),
-                    wait=True,
-                    sharers=sharers or None,
-                )
+                layout = torch.tensor(content.layout())
+                layouts = comm.all_gather("checkpoint: what it holds", layout)
+                sharers = [rank for rank, well in enumerate(healthy) if well or not any(healthy)]
+                if bool((layouts != layouts[0]).any()):
+                    sharers = sharers[:1]
+                then = partial(self._keep_only, folder, step)
+                self.saver.save(folder, content, then=then, sharers=sharers, wait=True)
             if self.saver.failure is not None:
                 raise self.saver.failure
             if self._world.is_main:
@@ -289,22 +317,30 @@ class RunFiles:
         except (DtrainError, RuntimeError, OSError) as another:
             error.add_note(f"(the state before the failed step could not be saved: {another})")
 
-    def finish(self, reason: str, *, preempted: bool) -> None:
-        """Writes how the run ended, once no checkpoint is under way that would write otherwise."""
+    def finish(
+        self, reason: str, *, preempted: bool, then: Callable[[], None] = lambda: None
+    ) -> tuple[Path | None, Path | None]:
+        """Writes how the run ended, once no checkpoint is under way that would write otherwise.
+
+        ``then`` is called on rank 0. Returns the newest checkpoint, and the best, if there are any.
+        """
         state: State = "preempted" if preempted else "finished"
         if self.saver.finish() is not None:
             self.tell_failed_save("when the next one is due")
 
-        def write() -> None:
+        def end() -> tuple[Path | None, Path | None]:
             try:
+                self._take_again()
                 self._write_status(state, reason)
                 self.tell_end_of_script()
             except RunTaken:
                 raise
             except CheckpointError as error:  # what was trained is worth more
                 self._run_state.context.say(f"warning: how the run ended is not noted: {error}")
+            then()
+            return self._last_and_best()
 
-        self._world.comm.on_main("status", write)
+        return self._world.comm.on_main("the end of fit", end)
 
     def tell_end_of_script(self) -> None:
         """Has status.json say, when Python ends, that the script has, too. Ranks: all, local."""
@@ -316,17 +352,16 @@ class RunFiles:
 
     def last_and_best(self) -> tuple[Path | None, Path | None]:
         """Returns the newest checkpoint, and the best, as far as there are such."""
+        return self._world.comm.on_main("checkpoints", self._last_and_best)
+
+    def _last_and_best(self) -> tuple[Path | None, Path | None]:
         run_dir, by = self._run_dir, self._run_state.best_by
         if run_dir is None:
             return None, None
-
-        def look() -> tuple[Path | None, Path | None]:
-            every = files.listed(run_dir / "checkpoints")
-            saved = [one for one in every if one.step <= self._progress.step]
-            best = files.best_of(saved, *by) if by else None
-            return saved[-1].path if saved else None, best.path if best else None
-
-        return self._world.comm.on_main("checkpoints", look)
+        every = files.listed(run_dir / "checkpoints")
+        saved = [one for one in every if one.step <= self._progress.step]
+        best = files.best_of(saved, *by) if by else None
+        return saved[-1].path if saved else None, best.path if best else None
 
     def fail(self, error: BaseException, cause: BaseException | None) -> None:
         """Ends the checkpoint under way, and writes that the run failed, and why.
@@ -387,14 +422,3 @@ class RunFiles:
             process=status.this_process(),
         )
         status.write(lock.run_dir, now)
-
-
-def prepare(run_dir: Path) -> None:
-    """Makes ``run_dir`` and proves that it can be written, or raises ConfigError."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".can-write"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written: {error}") from error

@@ -45,6 +45,7 @@ from dtrain.distributed.random_streams import (
 from dtrain.distributed.rendezvous import local_store, read_all, serve_store
 from dtrain.distributed.replicas import (
     Replicas,
+    are_equal,
     as_bytes,
     check_same_call,
     check_same_lines,
@@ -73,7 +74,7 @@ from dtrain.distributed.world import (
 __all__ = ["ARRIVAL", "BACKWARD", "BETWEEN", "DATA", "EVALUATION", "EVAL_LOSS_FN", "FIRST_DATA"]
 __all__ += ["METRICS", "OWN_BACKWARD", "SAVING", "UPDATE", "Activity", "Heartbeat", "Phase"]
 __all__ += ["Comm", "DataParallel", "Rule", "TransportOp", "World", "current", "inhabited", "init"]
-__all__ += ["check_same_call", "check_same_model", "digest_of", "on_main", "raw_bytes"]
+__all__ += ["are_equal", "check_same_call", "check_same_model", "digest_of", "on_main", "raw_bytes"]
 __all__ += ["Replicas", "as_bytes", "digests", "not_finite", "own_memory", "some_of"]
 __all__ += ["heartbeat_key", "launcher_gone", "local_store", "read_all", "serve_store"]
 __all__ += ["share_buffers"]

@@ -30,9 +30,7 @@ def share_buffers(model: nn.Module, comm: Comm) -> list[str]:
     batches: that is left alone. Ranks: all, communicates.
     """
     buffers = own_memory(model)
-    layout = {
-        n: [list(b.shape), str(b.dtype), b.device.type, keep] for n, (b, keep) in buffers.items()
-    }
+    layout = _layout_of(buffers)
     everyones = comm.all_gather("buffers", torch.tensor(int(digest_of(layout), 16) >> 1))
     shared = list(layout)
     if bool((everyones != everyones[0]).any()):
@@ -49,6 +47,19 @@ def share_buffers(model: nn.Module, comm: Comm) -> list[str]:
             # A copy, because a part may begin where no number of that dtype may.
             buffer.copy_(values.clone().view(buffer.dtype).view(buffer.shape))
     return shared
+
+
+def _layout_of(buffers: Mapping[str, tuple[Tensor, bool]]) -> dict[str, list[Any]]:
+    return {
+        n: [list(b.shape), str(b.dtype), b.device.type, keep] for n, (b, keep) in buffers.items()
+    }
+
+
+def _digest_of_buffers(model: nn.Module) -> int:
+    """Returns a number that hardly any other buffers have, or of other shapes."""
+    buffers = own_memory(model)
+    layout = int(digest_of(_layout_of(buffers)), 16)
+    return hash((layout, *digests(buffer for buffer, _ in buffers.values())))
 
 
 def _common(by_rank: list[dict[str, list[Any]]]) -> list[str]:
@@ -189,12 +200,13 @@ class Replicas:
 
     def settle(self, when: str) -> None:
         """Gives all ranks rank 0's buffers; raises RankMismatch if their parameters differ."""
-        share_buffers(self.model, self.comm)
-        if not self.active:
-            return
-        mine = hash(tuple(digests(self.model.parameters())))
+        held = digests(self.model.parameters()) if self.active else []
+        mine = [hash(tuple(held)), _digest_of_buffers(self.model)]
         everyones = self.comm.all_gather("model", torch.tensor(mine))
-        if bool((everyones != everyones[0]).any()):
+        parameters_differ, buffers_differ = (everyones != everyones[0]).any(0).tolist()
+        if buffers_differ:
+            share_buffers(self.model, self.comm)
+        if parameters_differ:
             self.tell(when)
 
     def tell(self, when: str) -> str:
@@ -319,11 +331,26 @@ def tensors_of_state(model: nn.Module) -> dict[str, Tensor]:
 
 def check_same_model(model: nn.Module, comm: Comm) -> None:
     """Raises RankMismatch where the ranks have different models. Ranks: all, communicates."""
-    shapes = shapes_of(model)
+    check_same_lines("the ranks have different models", _lines_of(model), comm)
+
+
+def _lines_of(model: nn.Module) -> list[str]:
+    """Returns what the ranks' models must have in common before any number is compared."""
     frozen = [name for name, p in named_parameters(model) if not p.requires_grad]
-    mine = [f"{name} {shape} {dtype}" for name, shape, dtype in shapes]
-    mine += [f"{name} (frozen)" for name in frozen]
-    check_same_lines("the ranks have different models", mine, comm)
+    lines = [f"{name} {shape} {dtype}" for name, shape, dtype in shapes_of(model)]
+    return lines + [f"{name} (frozen)" for name in frozen]
+
+
+def are_equal(model: nn.Module, comm: Comm) -> bool:
+    """Says whether all ranks' models are equal, bit by bit, with all buffers.
+
+    Ranks: all, communicates once.
+    """
+    held = digests(as_dense(name, t) for name, t in tensors_of_state(model).items())
+    lines = int(digest_of(_lines_of(model)), 16)
+    mine = hash((lines, _digest_of_buffers(model), *held))
+    everyones = comm.all_gather("model", torch.tensor(mine))
+    return not bool((everyones != everyones[0]).any())
 
 
 def give_rank_0s(tensors: Mapping[str, Tensor], world: World) -> bool:
@@ -359,9 +386,22 @@ def check_same_lines(what: str, mine: list[str], comm: Comm) -> None:
     raise RankMismatch(f"{what} (compared with rank 0):\n" + "\n".join(rows))
 
 
-def check_same_call(arguments: Mapping[str, object], comm: Comm, call: str = "fit") -> None:
-    """Raises RankMismatch where ``fit`` has different arguments. Ranks: all, communicates."""
-    everyones = comm.gather_objects(call, {name: str(value) for name, value in arguments.items()})
+def check_same_call(
+    arguments: Mapping[str, object], comm: Comm, call: str = "fit", *, parted: bool = False
+) -> None:
+    """Raises RankMismatch where ``fit`` has different arguments.
+
+    And ConfigError where a step failed on one rank only, which so has ``parted`` from the others.
+    Ranks: all, communicates.
+    """
+    mine = {name: str(value) for name, value in arguments.items()}
+    gathered = comm.gather_objects(call, (parted, mine))
+    if any(has_parted for has_parted, _ in gathered):
+        raise ConfigError(
+            "a callback or the optimizer failed on one rank in the fit before: the ranks may "
+            "differ: make a new Trainer, with a new optimizer, or start the run again"
+        )
+    everyones = [theirs for _, theirs in gathered]
     differing = [n for n in arguments if len({one.get(n) for one in everyones}) > 1]
     if differing:
         table = "\n".join(
