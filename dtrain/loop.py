@@ -171,8 +171,7 @@ class Loop:
                 self.hooks.fire(Callback.on_epoch_end, context)
             self._settle()
         self.epoch_evaluated = self.epoch_is_cut = False
-        progress.epoch += 1
-        progress.step_in_epoch = 0
+        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
 
     def _after_step(self) -> None:
         progress = self.context.progress

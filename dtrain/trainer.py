@@ -332,11 +332,7 @@ class Trainer(Inference):
                         loop.history.report("end", {}, words)
                         dispatcher.finish()
 
-                    last, best = self._files.finish(
-                        loop.stop_reason, preempted=loop.preempted, then=tell
-                    )
-                    if not main:
-                        tell()
+                    last, best = self._files.finish(loop.stop_reason, loop.preempted, tell)
         except BaseException as error:
             self._fail(loop, error, dispatcher)
             raise

@@ -9,11 +9,10 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dtrain import accelerator
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import one_folder, status
+from dtrain.checkpoint.comparison import Comparison, sharers_of
 from dtrain.checkpoint.fits import Fits
 from dtrain.checkpoint.format import Saved
 from dtrain.checkpoint.resume import (
@@ -31,15 +30,7 @@ from dtrain.checkpoint.run_state import RunState
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.status import Failures, State, Status
 from dtrain.context import Progress
-from dtrain.distributed import (
-    SAVING,
-    Replicas,
-    World,
-    digest_of,
-    not_finite,
-    share_buffers,
-    some_of,
-)
+from dtrain.distributed import SAVING, Replicas, World, share_buffers, some_of
 from dtrain.errors import CheckpointError, ConfigError, DtrainError, RunTaken
 
 #: How long a failed run waits for the checkpoint under way, in seconds.
@@ -72,8 +63,8 @@ class RunFiles:
         self._progress = run_state.context.progress
         self.found: Decision | None = None  # in ``run_dir``, when this process began
         self._failures = Failures()  # of earlier starts; known on rank 0
-        self._broken: set[str] = set()  # weights that were not finite when the fit began
-        self._told: set[str] = set()  # whose state differs between ranks
+        self._comparison = Comparison(run_state, replicas)
+        self._told_of_broken = False
         self._saved = -1  # the step of the newest checkpoint; known on rank 0
         self._failed: Exception | None = None  # the last save that was told of
         self._tells_end = False
@@ -167,7 +158,7 @@ class RunFiles:
     def start(self, *, live: bool) -> None:
         """Says that the run is under way, unless that was said."""
         if self._run_dir is not None:
-            self._broken = {*not_finite(self._run_state.context.model)}
+            self._comparison.begin()
             if self._run_state.slot is not None:
                 self.saver.reserve(self._run_state.bulk())
         if not live:
@@ -207,18 +198,8 @@ class RunFiles:
         self._replicas.settle(f"before the checkpoint of step {at.step}")
         content = run_state.take(loop_state, data_state, ended=ended)
         folder, then = self._run_dir / "checkpoints", tidy
-        broken = [n for n in not_finite(run_state.context.model) if n not in self._broken]
-        states = run_state.digests(content) if self._replicas.active else {}
-        of_states = int(digest_of([*states.items()]), 16) >> 1
-        mine = torch.tensor([of_states, content.layout(), bool(broken)])
-        everyones = comm.all_gather("checkpoint: what it holds", mine)
-        differ = (everyones != everyones[0]).any(0).tolist()
-        # What is divided among ranks must be the same on all. Callbacks see to theirs, and where
-        # one keeps something of its own on some ranks, rank 0's is what counts.
-        sharers = range(1 if any(differ[:2]) else self._world.size)
-        if differ[0]:
-            self._tell_differing(states)
-        if bool(everyones[:, 2].any()):
+        sharers, broken = self._comparison.of(content)
+        if broken is not None:
             folder = self._run_dir / NOT_FINITE
             then = partial(self._keep_only, folder, at.step)
             more = (
@@ -228,9 +209,9 @@ class RunFiles:
             )
             run_state.context.say(
                 f"warning: at step {at.step} weights are NaN or infinite ({some_of(broken)}): they "
-                f"are kept aside, in {folder}{'' if NOT_FINITE in self._told else more}"
+                f"are kept aside, in {folder}{'' if self._told_of_broken else more}"
             )
-            self._told.add(NOT_FINITE)
+            self._told_of_broken = True
         # The last one is waited for, and done sooner without a thread.
         wait = ended or not self._saves_beside
         self.saver.save(folder, content, then=then, sharers=sharers, wait=wait)
@@ -261,17 +242,6 @@ class RunFiles:
             if trouble := files.remove(folder, step):
                 self._run_state.context.say(f"warning: {trouble}. Saving goes on.")
 
-    def _tell_differing(self, states: Mapping[str, str]) -> None:
-        """Says whose state is not the same on all ranks, by the digests of this one's."""
-        differing = self._run_state.differing(states)
-        if new := [name for name in differing if name not in self._told]:
-            self._told |= {*new}
-            self._run_state.context.say(
-                f"warning: the state of {some_of(new)} differs between ranks, and a checkpoint "
-                "holds rank 0's. What is a rank's own belongs in a callback's rank_state_dict() "
-                "and load_rank_state_dict(state); all else must change alike on all ranks."
-            )
-
     def save_emergency(
         self,
         loop_state: Callable[[], LoopState],
@@ -300,11 +270,7 @@ class RunFiles:
                 content = self._run_state.take(
                     loop_state(), data_state(), device_is_well=not failed_here
                 )
-                layout = torch.tensor(content.layout())
-                layouts = comm.all_gather("checkpoint: what it holds", layout)
-                sharers = [rank for rank, well in enumerate(healthy) if well or not any(healthy)]
-                if bool((layouts != layouts[0]).any()):
-                    sharers = sharers[:1]
+                sharers = sharers_of(content, healthy, comm)
                 then = partial(self._keep_only, folder, step)
                 self.saver.save(folder, content, then=then, sharers=sharers, wait=True)
             if self.saver.failure is not None:
@@ -318,11 +284,11 @@ class RunFiles:
             error.add_note(f"(the state before the failed step could not be saved: {another})")
 
     def finish(
-        self, reason: str, *, preempted: bool, then: Callable[[], None] = lambda: None
+        self, reason: str, preempted: bool = False, then: Callable[[], None] = lambda: None
     ) -> tuple[Path | None, Path | None]:
         """Writes how the run ended, once no checkpoint is under way that would write otherwise.
 
-        ``then`` is called on rank 0. Returns the newest checkpoint, and the best, if there are any.
+        ``then`` is called when that is done. Returns the newest checkpoint, and the best, if any.
         """
         state: State = "preempted" if preempted else "finished"
         if self.saver.finish() is not None:
@@ -340,7 +306,10 @@ class RunFiles:
             then()
             return self._last_and_best()
 
-        return self._world.comm.on_main("the end of fit", end)
+        found = self._world.comm.on_main("the end of fit", end)
+        if not self._world.is_main:
+            then()
+        return found
 
     def tell_end_of_script(self) -> None:
         """Has status.json say, when Python ends, that the script has, too. Ranks: all, local."""

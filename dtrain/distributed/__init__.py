@@ -17,6 +17,7 @@ from dtrain.distributed.activity import (
     Phase,
     heartbeat_key,
 )
+from dtrain.distributed.alike import check_same_call, check_same_lines
 from dtrain.distributed.comm import Comm, Rule
 from dtrain.distributed.exchange import digest_of, raw_bytes
 from dtrain.distributed.health import examine_job
@@ -47,8 +48,6 @@ from dtrain.distributed.replicas import (
     Replicas,
     are_equal,
     as_bytes,
-    check_same_call,
-    check_same_lines,
     check_same_model,
     digests,
     give_rank_0s,

@@ -95,7 +95,7 @@ class Phases:
         fits = self.run_state.fits
         fit, at = fits.returned(place), self.context.progress.step
         if place == len(fits.known) - 1:
-            self.files.finish(fit.reason, preempted=False)
+            self.files.finish(fit.reason)
         self.context.say(
             f"{fits.words(place)} of this run is over ({fit.reason}, at step {fit.steps}): its "
             "result is returned, and nothing is trained"
