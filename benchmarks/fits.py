@@ -4,8 +4,9 @@
     RANKS=2 launch/torchrun.sh benchmarks/fits.py
     RANKS=2 launch/torchrun.sh benchmarks/fits.py --checkpoints 20
 
-An MLP whose step takes some 10 ms is trained, in turns, by a fit of many steps and by as many fits
-of one. A figure is the median over rounds of the ratio of the two, with the least and the most.
+An MLP whose step takes some 10 ms is trained, in turns, by a fit of one epoch of many steps and by
+as many fits of one step. A figure is the median over rounds of the ratio of the two, with the least
+and the most.
 With ``--checkpoints N`` both save: the long fit at its end, the short ones every N of them.
 """
 
@@ -23,7 +24,7 @@ from torch.utils.data import TensorDataset
 import dtrain
 from dtrain.callbacks import Checkpoint
 
-BATCH, FEATURES, WIDTH = 512, 64, 384
+BATCH, FEATURES, WIDTH = 896, 64, 384
 
 
 def loss_fn(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
@@ -33,15 +34,16 @@ def loss_fn(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--fits", type=int, default=20, help="of one step, in a round")
+    parser.add_argument("--fits", type=int, default=40, help="of one step, in a round")
     parser.add_argument("--checkpoints", type=int, default=0)
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     world = dtrain.init(seed=0)
     torch.manual_seed(0)
-    x = torch.randn(BATCH, FEATURES)
-    data = TensorDataset(x, (x.sum(1) > 0).long())
+    x = torch.randn(BATCH * args.fits, FEATURES)
+    many = TensorDataset(x, (x.sum(1) > 0).long())
+    one = TensorDataset(*many[:BATCH])
     hidden = [nn.Linear(FEATURES, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()]
     model = nn.Sequential(*hidden, nn.Linear(WIDTH, 2))
     saves = args.checkpoints > 0
@@ -54,14 +56,14 @@ def main() -> None:
         sinks=[],
         run_dir=Path(folder) / "run" if saves else None,
     )
-    trainer.fit(data, batch_size=BATCH, max_steps=20)
+    trainer.fit(many, batch_size=BATCH, max_steps=20)
     ratios, steps = [], []
     for _ in range(args.rounds):
         began = time.perf_counter()
-        trainer.fit(data, batch_size=BATCH, max_steps=args.fits, log_every=1000)
+        trainer.fit(many, batch_size=BATCH, max_steps=args.fits, log_every=1000)
         between = time.perf_counter()
         for _ in range(args.fits):
-            trainer.fit(data, batch_size=BATCH, max_steps=1)
+            trainer.fit(one, batch_size=BATCH, max_steps=1)
         ratios.append((time.perf_counter() - between) / (between - began))
         steps.append((between - began) / args.fits)
     if world.is_main:

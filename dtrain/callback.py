@@ -252,6 +252,10 @@ class Hooks:
         """Says whether any callback overrides ``hook``."""
         return bool(self._bound[hook])
 
+    def come_after_steps(self) -> bool:
+        """Says whether any is called, and may log, between a fit's last step and its end."""
+        return self.has(Callback.on_epoch_end) or self.has(Callback.on_save)
+
     def all_ask_for_gradients(self) -> bool:
         """Says whether nobody looks at gradients without having asked for them."""
         looking = (c for c in self.callbacks if _overrides(c, "on_grads_ready"))

@@ -75,8 +75,7 @@ class Loop:
         self.engine.expect(state["weight"])
         self.engine.figures.restore_epoch(state.get("epoch_sums"))
         # One that had fulfilled its plan is continued by a larger one.
-        reason = state["stop_reason"]
-        self.stop_reason = "" if reason in BY_PLAN else reason
+        self.stop_reason = "" if state["stop_reason"] in BY_PLAN else state["stop_reason"]
         self._saved_at = progress.step
         self.owes_evaluation = state.get("owes_evaluation", False)
         at = progress.step if self.epoch_evaluated else -1
@@ -103,12 +102,13 @@ class Loop:
             self._evaluate()
         if due_after_fit(self.checkpoint, progress) or self.preempted or self._save_asked:
             self._save_last()
-        self._log(final=True)
+        if self.plan.eval_every or self.hooks.come_after_steps():
+            self._log(final=True)
         with self.engine.together(Phase("the end of fit", slow=True)):
             with self.engine.stand_in.stays():
                 self.hooks.fire(Callback.on_fit_end, self.context)
-            replicas.settle("at the end of fit")
-            late = self.engine.agreement.settle().save
+            asked = replicas.settle("at the end of fit", self.engine.agreement.asked)
+            late = asked > 0 and self.engine.agreement.settle().save
         if late:
             self._saved_at = -1  # the weights may be others now
             self._save_last()
@@ -143,8 +143,7 @@ class Loop:
                 if self.epoch_is_cut:
                     break
                 if self._finished():
-                    self._log()
-                    self._settle()
+                    self._settle(quiet=self._log())
                     return  # in the middle of an epoch
                 if not done:
                     break  # every rank's stream has ended
@@ -154,8 +153,7 @@ class Loop:
                     "when_uneven='stop', not every rank's). A generator gives its batches once: "
                     "pass an object whose __iter__ begins anew."
                 )
-            self._log()
-            self._settle()
+            self._settle(quiet=self._log())
             if self.preempted:
                 return  # first saved; the next start evaluates
             if means := self.engine.figures.end_epoch():
@@ -179,8 +177,7 @@ class Loop:
             self._log()
         every = self.plan.eval_every
         if isinstance(every, int) and progress.step % every == 0:
-            self._log()
-            self._settle()
+            self._settle(quiet=self._log())
             self.owes_evaluation = self.preempted
             if not self.preempted:
                 self._evaluate()
@@ -274,24 +271,27 @@ class Loop:
 
     # -- sync points: what is agreed between steps ----------------------------------------------
 
-    def _log(self, *, final: bool = False) -> None:
+    def _log(self, *, final: bool = False) -> bool:
         """Agrees on training figures since the last report, and reports them.
 
-        Where no step was taken since, only the ``final`` call looks for what was logged.
+        Where no step was taken since, only the ``final`` call looks for what was logged. Returns
+        whether it is agreed that nobody has requested anything.
         """
         self._finish()
         if not final:
             self.files.retry_failed_save()
         if not (final or self.engine.figures.counted):
-            return
+            return False
         with self.engine.together(METRICS):
             if note := self.feed.look_apart():
                 self.context.say(note)
             self.history.check()
-            values = self.engine.figures.agree(self.engine.strategy.check_alike)
+            figures, asked = self.engine.figures, self.engine.agreement.asked
+            values = figures.agree(self.engine.strategy.check_alike, asked)
         if values:
             self.context._take(values)
             self.history.report("train", values)
+        return not figures.means.asked
 
     def _evaluate(self) -> None:
         self._evaluated_at, self.owes_evaluation = self.context.progress.step, False
@@ -338,11 +338,11 @@ class Loop:
                 "saving a checkpoint",
             )
 
-    def _settle(self) -> None:
-        """Agrees on what was requested since the last backward."""
+    def _settle(self, *, quiet: bool = False) -> None:
+        """Agrees on what was requested since the last backward, unless that is nothing."""
         self._finish()
         with self.engine.together(Phase("settling requests", slow=True)):
-            self._heed(self.engine.agreement.settle())
+            self._heed(Agreed() if quiet else self.engine.agreement.settle())
 
     def _heed(self, agreed: Agreed) -> None:
         self._save_asked |= agreed.save

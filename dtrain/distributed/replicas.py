@@ -199,16 +199,20 @@ class Replicas:
             return 0
         return hash(tuple(digests([*self.model.parameters(), *self.model.buffers()]))) % 2**16
 
-    def settle(self, when: str) -> None:
-        """Gives all ranks rank 0's buffers; raises RankMismatch if their parameters differ."""
+    def settle(self, when: str, asked: int = 0) -> int:
+        """Gives all ranks rank 0's buffers; raises RankMismatch if their parameters differ.
+
+        Returns how often all ranks have ``asked`` for something, which travels along.
+        """
         held = digests(self.model.parameters()) if self.active else []
-        mine = [hash(tuple(held)), _digest_of_buffers(self.model)]
+        mine = [hash(tuple(held)), _digest_of_buffers(self.model), asked]
         everyones = self.comm.all_gather("model", torch.tensor(mine))
-        parameters_differ, buffers_differ = (everyones != everyones[0]).any(0).tolist()
+        parameters_differ, buffers_differ, _ = (everyones != everyones[0]).any(0).tolist()
         if buffers_differ:
             share_buffers(self.model, self.comm)
         if parameters_differ:
             self.tell(when)
+        return int(everyones[:, 2].sum())
 
     def tell(self, when: str) -> str:
         """Raises RankMismatch if parameters differ; if only buffers do, all get rank 0's.

@@ -41,6 +41,8 @@ class Means:
         self._told: set[str] = set()  # names of objects without an update
         self._names = list(names)  # agreed
         self.pairs: dict[str, list[float]] = {}  # of the newest agreed means: totals and weights
+        #: What all ranks had ``asked`` for in the last agreement. Agreed.
+        self.asked = 0
         #: Whether the last agreement's ``mark`` was not equal on all ranks. Agreed.
         self.parted = False
 
@@ -133,10 +135,10 @@ class Means:
         self._sums, self._device_sums, self._new_kinds = {}, {}, {}
         self._objects.drop()
 
-    def agree(self, comm: Comm, mark: int = 0) -> dict[str, float]:
+    def agree(self, comm: Comm, mark: int = 0, asked: int = 0) -> dict[str, float]:
         """Returns each metric over all ranks, in the order of first use, and starts anew.
 
-        ``mark``, of 16 bits, is compared between ranks in passing.
+        In passing ``mark``, of 16 bits, is compared between ranks, and ``asked`` is added up.
 
         A rank that had no data, or did not report a name, contributes nothing to it. Ranks: all,
         communicates: one packed reduction; an exchange when a name is new, one for maxima, and one
@@ -153,13 +155,14 @@ class Means:
         states, new_objects, unsummed = self._objects.collect()
         known = [number for name in self._names for number in sums.get(name, (0.0, 0.0))]
         kinds = {n: how.get(n, "mean") for n in [*new, *maxima] if n not in self._kinds}
-        flags = [bool(kinds or new_objects), bool(maxima), unsummed, True, mark, mark * mark]
+        flags = [bool(kinds or new_objects), bool(maxima), unsummed, True, asked, mark, mark * mark]
         figures = torch.tensor([*flags, *known], dtype=torch.float64)
         packed = comm.all_reduce(f"{self._label}: sums", torch.cat([figures, states]))
-        any_new, any_maxima, any_unsummed, ranks, *marks = map(int, packed[:6].tolist())
+        told = map(int, packed[: len(flags)].tolist())
+        any_new, any_maxima, any_unsummed, ranks, self.asked, *marks = told
         # By Cauchy and Schwarz only where all are equal; all ranks compute it from the same sums.
         self.parted = ranks * marks[1] != marks[0] ** 2
-        pairs = packed[6 : len(figures)].view(-1, 2).tolist()
+        pairs = packed[len(flags) : len(figures)].view(-1, 2).tolist()
         agreed = dict(zip(self._names, pairs, strict=True))
         news: list[dict[str, Any]] = []
         if any_new:

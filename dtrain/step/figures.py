@@ -67,8 +67,10 @@ class Figures:
         if verdict.skipped:
             self.outbox.add("skipped", verdict.skipped / self.world.size, "sum")
 
-    def agree(self, check_alike: Callable[[], None]) -> dict[str, float]:
+    def agree(self, check_alike: Callable[[], None], asked: int = 0) -> dict[str, float]:
         """Returns figures since the last report; tells of a straggler. Ranks: all, communicates.
+
+        How often all ranks have ``asked`` is in ``means.asked``.
 
         Where the models differ, ``check_alike`` may know why, and raise that.
         """
@@ -81,7 +83,7 @@ class Figures:
         self._losses, self.counted = {name: [0.0, 0.0] for name in self.lanes}, False
         self.means.add(SECONDS_METRIC, self.clock.seconds, 1)
         mark = self.replicas.mark(context.progress.step)
-        values |= self.means.agree(context.comm, mark)
+        values |= self.means.agree(context.comm, mark, asked)
         if missed := self.means.missed():
             context.say(missed)
         for name, (total, weight) in self.means.pairs.items():

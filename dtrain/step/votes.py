@@ -54,10 +54,14 @@ class Agreement:
         mine, self._carried = self._carried, {}
         return self._gather(mine)
 
+    @property
+    def asked(self) -> int:
+        """How many requests of this rank are pending. Local."""
+        return sum(map(len, self.request.pending.values()))
+
     def settle(self) -> Agreed:
         """Returns what was requested since the last reduction. Ranks: all, communicates."""
-        asked = torch.tensor(sum(map(len, self.request.pending.values())))
-        if not int(self.comm.all_reduce("requests", asked)):
+        if not int(self.comm.all_reduce("requests", torch.tensor(self.asked))):
             return Agreed()
         return self._gather(self._take())
 
