@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.exchange import digest_of, raw_bytes
 from dtrain.distributed.names import named_parameters, named_state
+from dtrain.distributed.sharded import is_sharded, own_part, unsharded
 from dtrain.distributed.world import World
 from dtrain.errors import ConfigError, RankMismatch
 
@@ -185,14 +186,15 @@ class Replicas:
         before, self.step = self.step, step
         if not self.active or (step >= _EVERY and step // _EVERY == before // _EVERY):
             return 0
-        return hash(tuple(digests([*self.model.parameters(), *self.model.buffers()]))) % 2**16
+        every = unsharded([*self.model.parameters(), *self.model.buffers()])
+        return hash(tuple(digests(every))) % 2**16
 
     def settle(self, when: str) -> None:
         """Gives all ranks rank 0's buffers; raises RankMismatch if their parameters differ."""
         share_buffers(self.model, self.comm)
         if not self.active:
             return
-        mine = hash(tuple(digests(self.model.parameters())))
+        mine = hash(tuple(digests(unsharded(self.model.parameters()))))
         everyones = self.comm.all_gather("model", torch.tensor(mine))
         if bool((everyones != everyones[0]).any()):
             self.tell(when)
@@ -202,7 +204,7 @@ class Replicas:
 
         Returns what to tell the user of these, the first time.
         """
-        parameters = dict(named_parameters(self.model))
+        parameters = {n: p for n, p in named_parameters(self.model) if not is_sharded(p)}
         buffers = dict(self.model.named_buffers())
         every = parameters | buffers
         # NaN is one thing, whatever its bits.
@@ -280,6 +282,7 @@ def not_finite(model: nn.Module) -> list[str]:
     (A mask is infinite.) The device is waited for once.
     """
     named = [*model.named_parameters(), *model.named_buffers()]
+    named = [(name, own_part(t)) for name, t in named]
     kinds = [(name, t) for name, t in named if t.is_floating_point() or t.is_complex()]
     found = {name: _largest(t) for name, t in kinds if t.numel() and _is_dense(t)}
     if not found:

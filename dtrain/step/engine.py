@@ -114,8 +114,18 @@ class Engine:
         self.modes = Modes(context.model, context.say, keep=self.keep_modes)
         self.streams = StreamsOfFits()
         self.evaluation = Evaluation(
-            context, self.outbox, self.world, self.eval_fn, precision, hooks, self.figures.means
+            context,
+            self.outbox,
+            self.world,
+            self.eval_fn,
+            precision,
+            hooks,
+            self.figures.means,
+            self.strategy,
         )
+        with comm.lockstep("Trainer(...)"):
+            for part in self.parts:
+                part.strategy.take(part.micro_step, self.world)
         self._wrapped = False  # a fit has begun
         self._parted = False  # a step was ended by a failure on this rank only
         hooks.carry = WeakMethod(self.carry)
@@ -131,7 +141,7 @@ class Engine:
             precision=self.precision,
             hooks=self.hooks,
             agreement=self.agreement,
-            gathers=Gathers(comm, self.world.rank, self.world.size),
+            gathers=Gathers(comm, self.world.rank, self.world.size, strategy.no_gathers),
             means=self.figures.means,
             clock=self.clock,
             find_unused=strategy.find_unused,
@@ -162,7 +172,8 @@ class Engine:
 
     def begin(self) -> None:
         """Takes model and optimizer as a fit finds them. Ranks: all, communicates."""
-        self.context.model.to(self.world.device)  # it may have been away
+        if not self.strategy.meets_in_forward:
+            self.context.model.to(self.world.device)  # it may have been away
         now = self.context.optimizer
         names = [*self.context.optimizers] if has_updates(now) else [""]
         if {*names} != {part.micro_step.update for part in self.parts}:
@@ -356,6 +367,10 @@ class Engine:
     # -- what computes for hooks; see :class:`dtrain.Context` -----------------------------------
 
     def loss_of(self, ctx: Context, batch: Any) -> Loss:
+        if self.strategy.meets_in_forward and self.world.size > 1:
+            raise ConfigError(
+                "ctx.loss_of does not work with this strategy: no rank can run the model by itself"
+            )
         with self.precision.autocast():
             returned = self.loss_fn(ctx.model, batch, ctx)
             return as_loss(self.updates.replayed(returned) if self.updates else returned, 1)

@@ -67,6 +67,7 @@ class MicroStep(nn.Module):
     #: What calls the loss function, if that is captured, or yields several.
     computed: Callable[[Step], Loss] | None = None
     backward: Backward = torch.autograd.backward  # what runs backward, likewise
+    looks_itself: bool = True  # whether others are to be trained; else its strategy does before
     update: str = (
         ""  # of several, whose parameters are reduced: those of the optimizer of that name
     )
@@ -147,7 +148,8 @@ class MicroStep(nn.Module):
                 if not step.replayed:
                     self.agreement.say(self.lane)
                 self._look_ahead(feed)
-                self.changed = self.trained.changed()
+                if self.looks_itself:
+                    self.changed = self.trained.changed()
             if self.changed:
                 self.lane.say(Slot.CHANGED)
             if self.changed and self._tie is not None:

@@ -1,0 +1,466 @@
+"""Torch's fully_shard (FSDP2): each rank holds its rows of parameters, gradients and moments only.
+
+The root of the sharded modules is not the model, but what also runs the loss function. With the
+reduction of its gradients, the last of a step, travels what ranks tell one another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain import accelerator
+from dtrain.callback import Callback
+from dtrain.context import Step, has_updates, kind_of, needs_closure
+from dtrain.data import MicroBatches
+from dtrain.distributed import (
+    BACKWARD,
+    OWN_BACKWARD,
+    World,
+    give_rank_0s,
+    is_sharded,
+    own_part,
+    some_of,
+    tensors_of_state,
+)
+from dtrain.errors import ConfigError, DtrainError, RankMismatch, UnusedParameters
+from dtrain.step import Heard, MicroStep, Strategy, joint_norm, of_backward
+from dtrain.strategies.blocks import Blocks, blocks_of, check_model, words_of
+
+if TYPE_CHECKING:
+    from dtrain.strategies.sharding import Sharding
+    from dtrain.strategies.tape import Node
+
+_NEEDS = (2, 13)
+_RUNS, _FOLLOWS = -1, -2  # what a rank says where it gathers nothing: it is done, or has nothing
+_NEXT = "which sharded module comes next"
+_GATHERS = (
+    "comm.gather_with_grad does not work under strategy='fsdp' yet: a rank without a batch could "
+    "not take part. Use 'ddp' or 'flat', or a loss over each rank's own samples"
+)
+_DTYPES = {None: None, "bf16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
+_REDUCES = (None, "float32", torch.float32)
+
+
+class FSDP(Strategy):
+    """Shards parameters, gradients and the optimizer's state over ranks, by torch's fully_shard.
+
+    Each block is gathered before it runs, and let go of after it (docs/sharded.md). Needs torch
+    2.13 and, for now, ranks on CPUs. One rank alone shards nothing.
+
+    Args:
+        blocks: what is gathered at once: module classes, their names, or a function from a module's
+            name and the module to whether it is one. If None, the model's repeated blocks, as the
+            start block says; all else makes one more part.
+        reshard: let go of a block's parameters after its forward, and gather them again for its
+            backward. False keeps them: more memory, fewer gathers.
+        params: ``"bf16"`` gathers and computes in bfloat16; parameters stay in their own precision.
+            The model's inputs are cast, and its outputs cast back.
+        reduce: in what gradients are summed: ``"float32"`` (or the parameters' own, if None).
+
+    Raises:
+        ConfigError: another value was given, or torch is too old.
+
+    Ranks: all, communicates.
+    """
+
+    find_unused = True  # a rank without a loss takes part as a phantom, not by a term of its loss
+    meets_in_forward = True
+    no_gathers = _GATHERS
+
+    def __init__(
+        self,
+        *,
+        blocks: Blocks | None = None,
+        reshard: bool = True,
+        params: Literal["bf16"] | torch.dtype | None = None,
+        reduce: Literal["float32"] | torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(reshard, bool):
+            raise ConfigError(
+                f"FSDP(reshard={reshard!r}): True or False; a number is not supported"
+            )
+        if params not in _DTYPES:
+            raise ConfigError(f"FSDP(params={params!r}): 'bf16', or None for their own precision")
+        if reduce not in _REDUCES:
+            raise ConfigError(
+                f"FSDP(reduce={reduce!r}): 'float32'. What ranks tell one another travels with the "
+                "gradients, and below float32 it would be rounded"
+            )
+        self._given, self._reshard = blocks, reshard
+        self._dtype = _DTYPES[params]
+        self._blocks: dict[str, nn.Module] = {}
+        self._sharding: Sharding | None = None  # None where this rank is alone
+        self._plan: Node | None = None  # in which order modules run; known to all ranks, or to none
+        self._eval_plan: Node | None = None
+        self._tells = False  # ranks tell one another what they gather next
+        self._parted: DtrainError | None = None  # they would gather different modules
+        self._reduced = True  # the step's last micro-batch had a backward
+        self._spoke = False  # this rank has had a loss in this step
+        self._left_over = False  # a step was left in the middle
+        self._all_have = self._any_has = False  # a batch, in this turn of an evaluation
+
+    # -- before anything runs -------------------------------------------------------------------
+
+    def check(self, *, accumulates: bool, callbacks: Sequence[Callback] = ()) -> None:
+        found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+        if found < _NEEDS:
+            raise ConfigError(
+                f"strategy='fsdp' needs torch 2.13 or newer, for what frees a step that failed in "
+                f"the middle; this is {torch.__version__}"
+            )
+        if whole := [callback.name for callback in callbacks if callback.whole_weights]:
+            raise ConfigError(
+                f"{some_of(whole)}: works on whole weights, and with strategy='fsdp' each rank "
+                "holds some rows only. Leave it out, or use 'ddp' or 'flat'"
+            )
+
+    def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
+        if world.backend == "threads":
+            raise ConfigError(
+                "strategy='fsdp' needs ranks that are processes: dtrain.testing.run_processes"
+            )
+        if accelerator.of(world.device) is not None:
+            raise ConfigError(
+                f"strategy='fsdp' has been run on CPUs only so far, and this rank computes on "
+                f"{world.device}: use 'ddp' until it has been measured there"
+            )
+        if world.size == 1 and self._dtype is not None:
+            raise ConfigError(
+                "FSDP(params='bf16') casts what is gathered, and one rank gathers nothing: leave "
+                "it out here, or use MixedPrecision('bf16')"
+            )
+        self._blocks = blocks_of(model, self._given)
+        check_model(model, self._blocks)
+        return model
+
+    def take(self, micro_step: MicroStep, world: World) -> None:
+        context, precision = micro_step.context, micro_step.precision
+        self._micro_step, self._world = micro_step, world
+        self._activity = world.comm.activity
+        optimizer = context.optimizer
+        if precision.scales_loss:
+            raise ConfigError(
+                "strategy='fsdp' does not work with a loss scale (fp16) yet: use "
+                "MixedPrecision('bf16') or FSDP(params='bf16')"
+            )
+        if has_updates(optimizer) or micro_step.update:
+            raise ConfigError("strategy='fsdp' works with one optimizer only: use 'ddp' or 'flat'")
+        if micro_step.computed is not None:
+            raise ConfigError("strategy='fsdp' cannot be captured: leave graph=True out")
+        if needs_closure(optimizer) or type(optimizer).__name__ in ("Adafactor", "LBFGS"):
+            raise ConfigError(
+                f"{kind_of(optimizer)} looks at whole parameters, or evaluates the loss again, "
+                "which does not work with sharded ones: use AdamW, SGD or another whose update is "
+                "element by element; or strategy='ddp'"
+            )
+        if world.size == 1:
+            return
+        from dtrain.strategies.sharding import Sharding
+
+        self._sharding = Sharding(
+            micro_step, self._blocks, world, self._message, reshard=self._reshard, dtype=self._dtype
+        )
+        micro_step.looks_itself = False
+
+    def wrap(self, micro_step: MicroStep, world: World) -> None:
+        super().wrap(micro_step, world)
+        micro_step.lane.start = 1 / world.size  # the sum over ranks is then their mean
+        self._plan = None  # it may have another, now that other parameters are trained
+
+    def describe(self) -> str:
+        size = self._world.size
+        what = words_of(self._blocks) or "the model as a whole, for no repeated blocks were found"
+        rest = ", and the rest" if self._blocks else ""
+        over = f"over {size} ranks" if size > 1 else "not, on one rank"
+        how = "" if self._dtype is None else "; computed in bf16, summed in float32"
+        return f"parameters, gradients and moments: sharded {over}: {what}{rest}{how} (fsdp)"
+
+    def make_equal(self, model: nn.Module, world: World) -> bool:
+        held = {n: t for n, t in tensors_of_state(model).items() if not is_sharded(t)}
+        return give_rank_0s(held, world)
+
+    # -- what is trained ------------------------------------------------------------------------
+
+    def adopt(self, *, in_step: bool = False, waited: bool = False) -> None:
+        trained, comm = self._micro_step.trained, self._world.comm
+        error = None
+        if self._sharding is not None and (
+            trained.added() or len(trained.params) != len([*self._micro_step.model.parameters()])
+        ):
+            error = ConfigError(
+                "parameters were added, replaced or removed since the Trainer was made, and with "
+                "strategy='fsdp' those are sharded already: change the model before, or use 'ddp'"
+            )
+        try:
+            comm.raise_failures("what is sharded", error, comm.activity.phase.name)
+        finally:
+            del error  # its traceback has this frame
+        super().adopt(in_step=in_step, waited=waited)
+
+    def _reduce_new(self, params: list[nn.Parameter]) -> None:
+        """Does nothing: what was thawed before its forward is reduced with all others."""
+
+    def _share(self) -> float:
+        return 1.0  # backward began with that
+
+    def clear(self, optimizer: Optimizer) -> None:
+        super().clear(optimizer)
+        if self._sharding is not None:
+            self._sharding.place.grad = None
+            if self._left_over:
+                self._left_over = False
+                self._sharding.recorder.forget_gradients()
+
+    # -- a micro-step ---------------------------------------------------------------------------
+
+    def run(self, step: Step, feed: MicroBatches, last: bool) -> None:
+        if step.micro == 0:
+            self._spoke = False
+        if self._sharding is None:
+            self._run_alone(step, feed, last)
+        else:
+            self._run_sharded(self._sharding, step, feed, last)
+
+    def _run_alone(self, step: Step, feed: MicroBatches, last: bool) -> None:
+        micro_step = self._micro_step
+        terms = micro_step.forward(step, feed, last)
+        self._spoke |= micro_step.has_loss
+        self._backward(terms[1:] if last else terms)
+        if not last:
+            return
+        params = micro_step.trainable
+        if (
+            self._spoke
+            and micro_step.agreement.trouble is None
+            and any(p.grad is None for p in params)
+        ):
+            micro_step.fail(self.unused(), "backward")
+        if micro_step.agreement.trouble is not None or not self._spoke:
+            self._give_zeros()
+
+    def _give_zeros(self) -> None:
+        for p in self._micro_step.trainable:
+            p.grad = torch.zeros_like(p)
+
+    def _run_sharded(self, sharding: Sharding, step: Step, feed: MicroBatches, last: bool) -> None:
+        micro_step, tape = self._micro_step, sharding.tape
+        if step.micro == 0:
+            tape.begin_step()
+        if last:  # before the forward, in which some parameters are unsharded ones
+            micro_step.changed = micro_step.trained.changed()
+        tape.adds_up = step.micro > 0
+        sharding.root.set_requires_gradient_sync(last)
+        tells = self._plan is None
+        try:
+            terms, plan = self._forward(
+                sharding,
+                # What carries the lane elsewhere is left out.
+                lambda: micro_step.forward(step, feed, last)[int(last) :],
+                tells=tells,
+            )
+            self._spoke |= micro_step.has_loss
+            plan = plan if micro_step.has_loss else None
+            if tells:
+                self._plan = self._follow(sharding, plan)
+                self._reduced = self._plan is not None
+                if self._plan is None:  # no rank had a loss
+                    sharding.root.reset_iter_state()
+                    if last:
+                        self._give_zeros()
+                    return
+            elif plan is not None:
+                self._plan = plan
+            self._reduced = True
+            if micro_step.has_loss and self._backward(terms):
+                return
+            del terms
+            self._left_over = True
+            self._activity.enter(BACKWARD)
+            sharding.play(self._plan)
+        finally:
+            tape.close()
+
+    def _forward(
+        self, sharding: Sharding, fn: Callable[[], Any], *, tells: bool
+    ) -> tuple[Any, Node | None]:
+        """Runs ``fn`` within the root's forward; returns also which modules ran, if it ended."""
+        sharding.tape.open()
+        self._parted = None
+        if tells:
+            sharding.tape.announce = lambda name: self._announce(sharding, name)
+        sharding.recorder.begin()
+        returned = sharding.root(fn)
+        if self._parted is not None:
+            raise self._parted
+        return returned, sharding.recorder.end()
+
+    def _backward(self, terms: Sequence[Tensor]) -> bool:
+        """Returns whether backward came to its end; what it raises is kept for the others."""
+        if not terms:
+            return False
+        micro_step = self._micro_step
+        self._activity.enter(OWN_BACKWARD)
+        try:
+            micro_step.lane.backward(None, *terms, run=micro_step.backward)
+        except Exception as error:
+            if isinstance(error, RankMismatch) or self._world.comm.may_be_broken(error):
+                raise
+            micro_step.fail(of_backward(error), "backward")
+            return False
+        return True
+
+    def _message(self) -> Tensor:
+        """Returns what this rank says to the others, which goes with the root's gradients."""
+        sharding, micro_step = self._sharding, self._micro_step
+        assert sharding is not None
+        if not sharding.tape.is_phantom and micro_step.agreement.trouble is None:
+            names = sharding.recorder.without_gradient()
+            if names:
+                plain = sorted(name.removeprefix("micro_step.model.") for name in names)
+                micro_step.fail(self._unused(plain), "backward")
+        message = micro_step.lane.message()
+        return torch.cat([message, torch.tensor(sharding.tape.order(), dtype=message.dtype)])
+
+    # -- where the order of modules is not known yet: ranks tell it to one another ---------------
+
+    def _announce(self, sharding: Sharding, name: str) -> None:
+        """Tells which module this rank gathers next; all gather the same. Ranks: all."""
+        if not name:  # the root: all are there
+            return
+        self._compare(sharding, sharding.places[name])
+
+    def _compare(self, sharding: Sharding, mine: int) -> int:
+        """Returns what all gather next; negative where nobody does. Ranks: all, communicates."""
+        said = self._world.comm.all_gather(_NEXT, torch.tensor(mine)).tolist()
+        runs = {one for one in said if one != _FOLLOWS}
+        if len(runs) > 1:
+            names = {place: name for name, place in sharding.places.items()}
+            words = [
+                f"rank {rank}: {names.get(one, 'the end of its forward')}"
+                for rank, one in enumerate(said)
+                if one != _FOLLOWS
+            ]
+            self._parted = RankMismatch(
+                "ranks came to different sharded modules, and would compute with each other's "
+                f"weights ({'; '.join(words)}). Run the same ones, in the same order, on all ranks"
+            )
+            raise self._parted
+        return next(iter(runs), _RUNS)
+
+    def _follow(self, sharding: Sharding, plan: Node | None) -> Node | None:
+        """Does what others do whose forward is not over; returns a plan, if any rank has one.
+
+        Ranks: all, communicates.
+        """
+        tape, names = sharding.tape, [*sharding.places]
+        tape.announce = None
+        if plan is None:
+            sharding.root.reset_iter_state()
+        while (place := self._compare(sharding, _FOLLOWS if plan is None else _RUNS)) >= 0:
+            sharding.parts[names[place]].unshard()
+            sharding.parts[names[place]].reshard()
+        plans = self._world.comm.gather_objects("the order of the sharded modules", plan)
+        return plan or next((one for one in plans if one is not None), None)
+
+    # -- what all ranks said --------------------------------------------------------------------
+
+    def heard(self) -> Heard:
+        lane, world = self._micro_step.lane, self._world
+        if self._sharding is None:
+            return lane.listen()
+        if not self._reduced:  # no rank had a loss yet, so that there was no backward
+            message = lane.message()
+            world.gradients.all_reduce(message)
+            return lane.listen(message, parts=world.size)
+        row = self._sharding.said()
+        if not self._sharding.same_order(row):
+            raise RankMismatch(
+                "in this step the ranks ran sharded modules in different orders, so each computed "
+                "with other modules' weights; nothing was updated. Run the same modules, in the "
+                "same order, on all ranks, also where a forward depends on its batch"
+            )
+        heard = lane.listen(row[: lane.param.numel()].clone(), parts=world.size)
+        if heard.verdict().weight and any(p.grad is None for p in self._micro_step.trainable):
+            raise self.unused()
+        return heard
+
+    def check_arrived(self) -> None:
+        """Does nothing: each step is waited for."""
+
+    def unused(self) -> DtrainError:
+        return self._unused(self.missing())
+
+    def _unused(self, names: list[str]) -> UnusedParameters:
+        return UnusedParameters(
+            f"no gradient reached {some_of(names)}, and nothing was updated. Use the parameters in "
+            "every loss, or freeze them (`p.requires_grad_(False)`); or use "
+            "strategies.DDP(find_unused_parameters=True), which allows it"
+        )
+
+    def gradients(self, optimizer: Optimizer) -> list[Tensor]:
+        return [own_part(grad) for grad in super().gradients(optimizer)]
+
+    def norm_of(self, gradients: list[Tensor]) -> Tensor:
+        if self._sharding is None:
+            return joint_norm(gradients)
+        norm = joint_norm(gradients)
+        squares = norm.double().square()
+        self._world.gradients.all_reduce(squares)
+        return squares.sqrt().to(norm.dtype)
+
+    def gradient_norm(self, optimizer: Optimizer) -> Tensor:
+        return self.norm_of(self.gradients(optimizer))
+
+    def norm_is_of(self, gradients: list[Tensor]) -> bool:
+        return True
+
+    # -- evaluation -----------------------------------------------------------------------------
+
+    def meet(self, *, has: bool, ended: bool, first: bool) -> bool:
+        if first:
+            self._eval_plan = None
+        mine = torch.tensor([has, ended])
+        counts = self._world.comm.all_reduce("who has a batch", mine.int()).tolist()
+        self._all_have, self._any_has = counts[0] == self._world.size, counts[0] > 0
+        return counts[1] == self._world.size
+
+    def evaluate(self, fn: Callable[[], Any] | None) -> Any:
+        sharding = self._sharding
+        if sharding is None:
+            return fn() if fn is not None else None
+        if not self._any_has:
+            return None
+        tells = self._eval_plan is None or not self._all_have
+        box: list[Any] = []
+        error: Exception | None = None
+
+        def kept() -> None:
+            nonlocal error
+            try:
+                if fn is not None:
+                    box.append(fn())
+            except Exception as raised:  # noqa: BLE001 -- raised once the others are done
+                error = raised
+
+        try:
+            _, plan = self._forward(sharding, kept, tells=tells)
+            plan = plan if box else None
+            if tells:
+                self._eval_plan = self._follow(sharding, plan) or self._eval_plan
+            elif plan is None and self._eval_plan is not None:
+                sharding.play(self._eval_plan)
+            else:
+                self._eval_plan = plan
+            sharding.root.reset_iter_state()
+            if error is not None:
+                raise error
+        finally:
+            sharding.tape.close()
+            del error  # its traceback has this frame
+        return box[0] if box else None
