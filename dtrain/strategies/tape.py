@@ -49,7 +49,10 @@ class Tape:
         self.done: list[str] = []  # in this micro-step, by kind and module
         self._left: list[str] | None = None  # of what was done, not come to again by a phantom
         self._digest = 1  # of the whole step
-        self.unused: list[str] = []  # parameters that no gradient reached
+        #: In this micro-step: parameters that had no gradient when they were to be reduced, and
+        #: those that had. A module that is called twice is reduced twice.
+        self.unused: list[str] = []
+        self.used: set[str] = set()
         #: Called with a module's name before it is gathered.
         self.announce: Callable[[str], None] | None = None
 
@@ -58,7 +61,7 @@ class Tape:
 
     def open(self) -> None:
         """A micro-step begins, or a batch of an evaluation."""
-        self.done, self._left, self.unused = [], None, []
+        self.done, self._left, self.unused, self.used = [], None, [], set()
         self.is_open, self.is_phantom = True, False
 
     def close(self) -> None:
@@ -158,9 +161,19 @@ class Scatter(DefaultReduceScatter):
 
 
 class _Watched(FSDPParam):
-    """Says when it has no gradient, where FSDP takes zeros."""
+    """Says whether it has a gradient when it is reduced; FSDP takes zeros where it has none."""
 
     _tape: Tape
+
+    @property
+    def unsharded_grad_data(self) -> Tensor:
+        self._tape.used.add(str(self._param_fqn))
+        return super().unsharded_grad_data
+
+    @property
+    def unsharded_accumulated_grad_data(self) -> Tensor:
+        self._tape.used.add(str(self._param_fqn))
+        return super().unsharded_accumulated_grad_data
 
     @property
     def unsharded_zero_grad_data(self) -> Tensor:
@@ -253,7 +266,7 @@ class Recorder:
         with torch.set_grad_enabled(node.grad and torch.is_grad_enabled()):
             # Not by calling the module: hooks of the user's would see nothing.
             args, _ = state._pre_forward(module, (x,) if node.tied else (), {})
-            y: Tensor = args[0] if args else x.detach()
+            y: Tensor = args[0] if args else x
             for child in node.children:
                 y = self.play(child, y)
             if torch.is_grad_enabled():
@@ -271,13 +284,14 @@ class Recorder:
 
         To be asked before the root's are.
         """
-        names = [*self._tape.unused]
+        names = [name for name in self._tape.unused if name not in self._tape.used]
         for part, state in self._states.items():
             if not part or f"scatter {part}" in self._tape.done:
                 continue
             for group in state._fsdp_param_groups:
                 for param in group.fsdp_params:
-                    if not param.sharded_param.requires_grad or str(param._param_fqn) in names:
+                    known = str(param._param_fqn) in (*names, *self._tape.used)
+                    if known or not param.sharded_param.requires_grad:
                         continue
                     whole = getattr(param, "_unsharded_param", None)
                     has = whole is not None and whole.grad is not None
