@@ -256,7 +256,7 @@ class FSDP(Strategy):
             micro_step.changed = micro_step.trained.changed()
         tape.adds_up = step.micro > 0
         sharding.root.set_requires_gradient_sync(last)
-        tells = self._plan is None
+        micro_step.is_followed = tells = self._plan is None
         try:
             terms, plan = self._forward(
                 sharding,
@@ -283,8 +283,13 @@ class FSDP(Strategy):
             self._left_over = True
             self._activity.enter(BACKWARD)
             sharding.play(self._plan)
+        except BaseException:
+            self._left_over = True
+            sharding.root.reset_iter_state()  # hooks and the script find sharded parameters
+            raise
         finally:
             tape.close()
+            micro_step.is_followed = False
 
     def _forward(
         self, sharding: Sharding, fn: Callable[[], Any], *, tells: bool
@@ -362,10 +367,16 @@ class FSDP(Strategy):
         tape.announce = None
         if plan is None:
             sharding.root.reset_iter_state()
-        while (place := self._compare(sharding, _FOLLOWS if plan is None else _RUNS)) >= 0:
-            sharding.parts[names[place]].unshard()
-            sharding.parts[names[place]].reshard()
-        plans = self._world.comm.gather_objects("the order of the sharded modules", plan)
+        try:
+            while (place := self._compare(sharding, _FOLLOWS if plan is None else _RUNS)) >= 0:
+                sharding.parts[names[place]].unshard()
+                sharding.parts[names[place]].reshard()
+            plans = self._world.comm.gather_objects("the order of the sharded modules", plan)
+        except RankMismatch as mismatch:
+            # Others may be in a verb of their loss functions, which this rank's has not come to.
+            if (trouble := self._micro_step.agreement.trouble) is not None:
+                raise trouble[0] from mismatch
+            raise
         return plan or next((one for one in plans if one is not None), None)
 
     # -- what all ranks said --------------------------------------------------------------------
@@ -457,10 +468,10 @@ class FSDP(Strategy):
                 sharding.play(self._eval_plan)
             else:
                 self._eval_plan = plan
-            sharding.root.reset_iter_state()
             if error is not None:
                 raise error
         finally:
+            sharding.root.reset_iter_state()
             sharding.tape.close()
             del error  # its traceback has this frame
         return box[0] if box else None

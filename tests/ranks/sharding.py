@@ -88,7 +88,9 @@ def make(name="net"):
 def whole(model):
     """Returns the parameters by name. Ranks: all, communicates."""
     named = {name: p.detach() for name, p in model.named_parameters()}
-    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p.clone()) for n, p in named.items()}
+    return {
+        n: (p.full_tensor() if hasattr(p, "full_tensor") else p.clone()) for n, p in named.items()
+    }
 
 
 def trainer(strategy, *, model="net", micros=1, loss=loss_fn, callbacks=(), net=None, **more):
