@@ -91,10 +91,14 @@ class Sharding:
         self.places = {name: place for place, name in enumerate(n for n in self.parts if n)}
         self.recorder = Recorder(self.parts, self.tape)
         self.recorder.watch()
+        model.register_forward_pre_hook(self._look, prepend=True)
         if dtype is not None:
             # FSDP casts what its root is given, and that is not the model here.
             model.register_forward_pre_hook(self._cast_inputs, with_kwargs=True)
             model.register_forward_hook(self._cast_outputs)
+
+    def _look(self, module: nn.Module, args: Any) -> None:
+        self.tape.check_open("the model")
 
     def _cast_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         return tree_map(lambda x: _cast(x, self._dtype), (args, kwargs))

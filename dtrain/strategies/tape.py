@@ -21,7 +21,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
 )
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
-from dtrain.errors import RankMismatch
+from dtrain.errors import ConfigError, RankMismatch
 
 _DIGEST = 2**24  # what is kept of a step's order
 _PIECE = 64  # it travels in pieces, whose squares float32 can add up over 4096 ranks
@@ -71,14 +71,18 @@ class Tape:
         """A phantom begins, which does not do again what was done."""
         self._left, self.is_phantom, self.announce = self.done[::-1], True, None
 
+    def check_open(self, name: str) -> None:
+        """Raises ConfigError where a module is run that other ranks do not run now."""
+        if not self.is_open:
+            raise ConfigError(
+                f"a sharded module ({name}) was run outside of a training step and of an "
+                "evaluation, where other ranks do not run it: call the model in the loss function, "
+                "or use Trainer.evaluate and Trainer.predict"
+            )
+
     def goes_on(self, kind: str, name: str) -> bool:
         """Notes a collective; returns whether it is to be made, for it may have been."""
-        if not self.is_open:
-            raise RuntimeError(
-                f"a sharded module ({name or 'the model'}) was run outside of a training step and "
-                "of an evaluation, where other ranks do not run it: call the model in the loss "
-                "function, or use Trainer.evaluate and Trainer.predict"
-            )
+        self.check_open(name)
         event = f"{kind} {name}"
         if self._left:
             if (expected := self._left.pop()) != event:

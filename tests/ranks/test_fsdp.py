@@ -246,3 +246,432 @@ def test_a_failure_anywhere_is_agreed_in_its_step_and_fit_goes_on(micros, model,
             assert step == at[0], where
             assert same, where
             assert far <= EXACT, (where, far)
+
+
+class Swapping(sharding.Net):
+    """On one rank, from some forward on, equal blocks come in another order."""
+
+    swaps_from, forwards = 10**6, 0
+
+    def forward(self, x):
+        if self.training:
+            self.forwards += 1
+        x = self.first(x)
+        swapped = self.forwards > self.swaps_from
+        for block in self.blocks[::-1] if swapped else self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def diverge(how, at):
+    world = dtrain.init(seed=0)
+    torch.manual_seed(1)
+    model = Swapping().double()
+    odd_one = world.rank == world.size - 1
+
+    def loss(net, batch):
+        step = trainer.context.progress.step
+        if how == "stray" and odd_one and step == at:
+            net.blocks[0](batch[0])
+        found = loss_fn(net, batch)
+        if how == "unused" and odd_one and step == at:
+            found = dtrain.Loss(net.first(batch[0]).square().mean(), weight=1.0)
+        if how == "backward" and step == at:
+            found.mean.backward()
+        if how == "gathers":
+            trainer.context.comm.gather_with_grad("outputs", net(batch[0]))
+        if how == "nothing":
+            found.mean = torch.zeros((), requires_grad=True)
+        return found
+
+    class Calls(dtrain.Callback):
+        """What code of one rank may do: it uses the model where others do not."""
+
+        def on_step_end(self, ctx, step):
+            if how == "alone" and odd_one and step.number == at:
+                ctx.model(torch.zeros(1, sharding.WIDTH).double())
+
+    if how == "swap" and odd_one:
+        model.swaps_from = at
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    trainer = sharding.trainer(
+        FSDP(), net=(model, optimizer), loss=loss, callbacks=[Calls()], hang_after_s=6.0
+    )
+    before = whole(model)
+    try:
+        trainer.fit(sharding.dataset(), batch_size=6, epochs=2)
+    except Exception as error:
+        error.add_note(f"at step {trainer.context.progress.step}")
+        if at == 0 and how != "alone":
+            assert all(torch.equal(t, before[n]) for n, t in whole(model).items())
+        raise
+
+
+@pytest.mark.parametrize(
+    ("how", "at", "kind", "words"),
+    [
+        ("swap", 0, RankMismatch, "rank 1: micro_step.model.blocks.2"),
+        ("swap", 3, RankMismatch, "in different orders"),
+        ("alone", 2, ConfigError, "outside of a training step"),
+        ("nothing", 0, UnusedParameters, "no gradient reached"),
+        ("gathers", 0, ConfigError, "gather_with_grad does not work under strategy='fsdp' yet"),
+    ],
+)
+def test_ranks_that_part_are_told_so_in_that_step(how, at, kind, words):
+    outcomes = run_outcomes(diverge, 2, how, at, timeout_s=40)
+    kinds = [type(outcome.error) for outcome in outcomes]
+    assert kind in kinds, outcomes
+    assert set(kinds) <= {kind, RemoteError}, outcomes
+    assert all(words in str(outcome.error) for outcome in outcomes), outcomes
+    assert all(f"at step {at}" in outcome.trace for outcome in outcomes) or how == "alone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "at", "words"), [("unused", 3, "no gradient"), ("backward", 2, "a backward() ran")]
+)
+def test_a_step_that_cannot_be_reduced_ends_in_an_error_on_all(how, at, words):
+    outcomes = run_outcomes(diverge, 2, how, at, timeout_s=40)
+    assert all(outcome.error is not None for outcome in outcomes), outcomes
+
+
+# ------------------------------------------------------------------- evaluation, and predicting
+
+
+def evaluated(strategy):
+    """Ragged sets, before any training and after; a failure on one rank in the middle of it."""
+    world = dtrain.init(seed=0)
+    fails = [False]
+
+    def eval_fn(model, batch):
+        hidden = model(batch[0])
+        if fails[0] and 8 in batch[2].tolist():
+            model.blocks[1].a.weight.new_zeros(1).reshape(2)
+        return loss_fn(lambda x: hidden, batch)
+
+    trainer = sharding.trainer(strategy_of(strategy), eval_fn=eval_fn)
+    found = [trainer.evaluate(sharding.dataset(n), batch_size=4)["eval/loss"] for n in (1, 9)]
+    trainer.fit(sharding.dataset(), batch_size=5, max_steps=3, eval_set=sharding.dataset(10))
+    found.append(trainer.context.metrics["eval/loss"])
+    streams = dtrain.Data([sharding.dataset(30)[i : i + 3] for i in range(0, 4 * world.rank, 2)])
+    told = []
+    for _ in range(2):
+        fails[0] = not fails[0]
+        try:
+            found.append(trainer.evaluate(sharding.dataset(13), batch_size=3)["eval/loss"])
+        except Exception as error:  # noqa: BLE001 -- looked at by the test
+            told.append(f"{type(error).__name__}: {error}")
+    found.append(trainer.evaluate(streams)["eval/loss"])
+    rows = trainer.predict(sharding.dataset(11), batch_size=4, fn=lambda m, b: m(b[0]))
+    trainer.fit(sharding.dataset(), batch_size=5, max_steps=6)
+    return found, told, torch.stack(rows), whole(trainer.model)
+
+
+def test_evaluation_meets_in_each_forward_whoever_has_a_batch():
+    truth = run_processes(evaluated, 3, "flat")
+    ranks = run_processes(evaluated, 3, "fsdp")
+    for (found, told, rows, end), (expected, _, expected_rows, expected_end) in zip(
+        ranks, truth, strict=True
+    ):
+        assert found == pytest.approx(expected, rel=1e-12)
+        assert len(told) == 1
+        assert "invalid for input of size 1" in told[0]
+        assert (rows - expected_rows).abs().max() <= EXACT
+        assert distance(end, expected_end) <= EXACT
+
+
+# ------------------------------------------------------------------- checkpoints
+
+
+def moments(trainer):
+    """Returns the optimizer's state by name, whole. Ranks: all, communicates."""
+    named = {id(p): name for name, p in trainer.model.named_parameters()}
+    return {
+        f"{named[id(p)]}/{key}": (t.full_tensor() if hasattr(t, "full_tensor") else t).clone()
+        for p, held in trainer.optimizer.state.items()
+        for key, t in held.items()
+    }
+
+
+class Weigh(dtrain.Callback):
+    """Notes the parameters, and the optimizer's state, as a fit begins."""
+
+    begin = None
+
+    def on_epoch_start(self, ctx):
+        self.begin = self.begin or (whole(ctx.model), moments(ctx))
+
+
+def go_on(run_dir, strategy, epochs, model):
+    """Goes on with a run; returns what it began with, and what it ended with."""
+    dtrain.init(seed=0)
+    weigh = Weigh()
+    callbacks = [weigh, dtrain.callbacks.Checkpoint(every_epochs=1, keep=9)]
+    callbacks.append(dtrain.callbacks.EarlyStopping("eval/loss", patience=50))
+    trainer = sharding.trainer(
+        strategy_of(strategy), model=model, callbacks=callbacks, run_dir=run_dir
+    )
+    fit = {"batch_size": 5, "eval_set": sharding.dataset(9)}
+    trainer.fit(sharding.dataset(), epochs=epochs, **fit)
+    end = whole(trainer.model), moments(trainer)
+    plain, _ = make(model)
+    dtrain.load_model(run_dir, plain)
+    loaded = {name: p.detach() for name, p in plain.named_parameters()}
+    assert all(torch.equal(t, loaded[n]) for n, t in end[0].items())
+    names = {path.name for path in (run_dir / "checkpoints").glob("*/*")}
+    return weigh.begin, end, {name for name in names if not name.startswith("rank-")}
+
+
+CHAIN = [(2, "fsdp"), (3, "fsdp"), (1, "fsdp"), (2, "flat"), (2, "fsdp"), (2, "ddp")]
+
+
+@pytest.mark.parametrize("model", ["net", pytest.param("odd", marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_other_strategies_and_other_numbers_of_ranks(tmp_path, model):
+    chain = CHAIN if model == "odd" else CHAIN[:2] + CHAIN[3:5]
+    straight = run_processes(go_on, 2, tmp_path / "straight", "flat", len(chain), model)[0]
+    last_end = None
+    for epochs, (size, strategy) in enumerate(chain, 1):
+        ranks = run_processes(go_on, size, tmp_path / "run", strategy, epochs, model)
+        begin, end, files = ranks[0]
+        for found, expected in zip(begin, last_end, strict=True) if last_end else ():
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(t, expected[n]) for n, t in found.items()), (size, strategy)
+        last_end = end
+    assert distance(last_end[0], straight[1][0]) <= EXACT
+    assert distance(last_end[1], straight[1][1]) <= EXACT
+    assert files == straight[2]
+    exported = tmp_path / "whole.safetensors"
+    dtrain.export_model(tmp_path / "run", exported)
+    plain, _ = make(model)
+    dtrain.load_model(exported, plain)
+    assert all(torch.equal(p.detach(), last_end[0][n]) for n, p in plain.named_parameters())
+
+
+# ------------------------------------------------------------------- what a step costs
+
+COLLECTIVES = ["all_gather_single", "reduce_scatter_single", "all_reduce", "all_gather", "broadcast"]
+
+
+class Count(dtrain.Callback):
+    """Counts collectives in each step, but the first two."""
+
+    def __init__(self):
+        self.counts, self.found = dict.fromkeys(COLLECTIVES, 0), []
+        for name in COLLECTIVES:
+            setattr(torch.distributed, name, self.counted(name, getattr(torch.distributed, name)))
+
+    def counted(self, name, real):
+        def call(*args, **kwargs):
+            self.counts[name] += 1
+            return real(*args, **kwargs)
+
+        return call
+
+    def on_step_start(self, ctx, step):
+        self.counts.update(dict.fromkeys(self.counts, 0))
+
+    def on_step_end(self, ctx, step):
+        if step.number > 1:
+            self.found.append({name: n for name, n in self.counts.items() if n})
+
+
+def costs(clips):
+    world = dtrain.init(seed=0)
+    from torch.distributed.fsdp import fully_shard
+
+    count = Count()
+    callbacks = [count, *([dtrain.callbacks.ClipGradients(1.0)] if clips else [])]
+    model, optimizer = make()
+    trainer = dtrain.Trainer(
+        model, optimizer, loss_fn, callbacks=callbacks, sinks=[], strategy="fsdp"
+    )
+    # The last batch of an epoch has one sample: a rank is without.
+    trainer.fit(sharding.dataset(21), batch_size=4, epochs=2)
+    plain, optimizer = make()
+    for block in plain.blocks:
+        fully_shard(block)
+    fully_shard(plain)
+    for _ in range(3):
+        count.counts.update(dict.fromkeys(count.counts, 0))
+        plain(torch.ones(2, sharding.WIDTH, dtype=torch.float64)).sum().backward()
+    return count.found, {name: n for name, n in count.counts.items() if n}, world.size
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_a_step_has_the_collectives_of_plain_fsdp(clips):
+    for found, plain, _ in run_processes(costs, 2, clips):
+        assert plain == {"all_gather_single": 7, "reduce_scatter_single": 4}
+        assert len(found) == 10
+        norm = {"all_reduce": 1} if clips else {}
+        assert all(one == plain | norm for one in found)
+
+
+# ------------------------------------------------------------------- mixed precision, guards, votes
+
+
+class Asks(dtrain.Callback):
+    def __init__(self, asks):
+        self.asks = asks
+
+    def on_step_end(self, ctx, step):
+        if self.asks and step.number == 3:
+            ctx.request.stop("enough")
+
+
+class Poisons(dtrain.Callback):
+    """A NaN in the rows of one rank only."""
+
+    def __init__(self, poisons):
+        self.poisons = poisons
+
+    def on_grads_ready(self, ctx, step):
+        if self.poisons and step.number == 2:
+            for grad in ctx.gradients()[:1]:
+                grad.fill_(torch.nan)
+
+
+def mixed(strategy, options, *names):
+    world = dtrain.init(seed=0)
+    known = {
+        "bf16": lambda: dtrain.callbacks.MixedPrecision("bf16"),
+        "stop": lambda: Asks(world.rank == world.size - 1),
+        "poison": lambda: Poisons(world.rank == world.size - 1),
+        "guard": lambda: dtrain.callbacks.NonFiniteGuard("skip"),
+        "stats": lambda: dtrain.callbacks.GradientStats(),
+        "schedule": lambda: dtrain.callbacks.LRSchedule(
+            lambda opt, steps: torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+        ),
+    }
+    torch.manual_seed(1)
+    model = sharding.Net().float()
+
+    def loss(net, batch):
+        x, y, number = batch
+        assert not world.size > 1 or "params" not in options or net.head.weight.dtype is torch.bfloat16
+        out = net(x.float())
+        weights = 1.0 + (number % 3)
+        each = ((out.float() - y.float()) ** 2).mean(-1)
+        return dtrain.Loss((each * weights).sum() / weights.sum(), weight=weights.sum())
+
+    trainer = sharding.trainer(
+        strategy_of(strategy, **options),
+        net=(model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)),
+        callbacks=[known[name]() for name in names],
+        micros=2,
+        loss=loss,
+    )
+    result = trainer.fit(sharding.dataset(), batch_size=5, epochs=3)
+    every = {p.dtype for p in model.parameters()}
+    assert every == {torch.float32}
+    return whole(model), trainer.context.progress.updates, result.stop_reason, result.metrics
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "updates", "close"),
+    [
+        ({}, ("guard", "stop", "schedule", "stats"), 5, 1e-5),
+        ({}, ("poison", "guard"), 14, 1e-5),
+        ({}, ("bf16", "schedule"), 15, 2e-2),
+        ({"params": "bf16", "reduce": "float32"}, ("schedule",), 15, 2e-2),
+    ],
+    ids=["votes", "NaN on one rank", "autocast", "bf16"],
+)
+def test_callbacks_and_lower_precision(options, names, updates, close):
+    autocast = ("bf16",) if "params" in options else ()
+    expected = run_processes(mixed, 2, "flat", {}, *names, *autocast)[0]
+    for found in run_processes(mixed, 2, "fsdp", options, *names):
+        assert found[1] == updates
+        if "poison" not in names:  # there, all of a rank's gradients are
+            assert found[1] == expected[1]
+            assert found[2] == expected[2]
+            for name, value in expected[0].items():
+                assert torch.allclose(found[0][name], value, rtol=close, atol=close), name
+        for name in ("train/loss", "grad_norm"):
+            assert found[3][name] == pytest.approx(expected[3][name], rel=max(close, 1e-4)) or "poison" in names
+
+
+# ------------------------------------------------------------------- what is refused
+
+
+class Ema(dtrain.callbacks.EMA):
+    """One of the user's own, made from dtrain's."""
+
+
+def tied(model):
+    model.blocks[2].a.weight = model.blocks[0].a.weight
+
+
+def scalar(model):
+    model.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+
+REFUSED = {
+    "does not work with a loss scale": {"callbacks": ["fp16"]},
+    "EMA, SWA: works on whole weights": {"callbacks": ["ema", "swa"]},
+    "Ema: works on whole weights": {"callbacks": ["own ema"]},
+    "GradientNoise: works on whole": {"callbacks": ["noise"]},
+    "L1L2Penalty: works on whole": {"callbacks": ["penalty"]},
+    "EarlyStopping: works on whole": {"callbacks": ["best"]},
+    "LBFGS looks at whole parameters": {"optimizer": "lbfgs"},
+    "works with one optimizer only": {"optimizer": "two"},
+    "blocks.0.a.weight and blocks.2.a.weight are one parameter": {"change": tied},
+    "scale have no dimension to shard": {"change": scalar},
+    "must be all float32 or all float64": {"change": lambda model: model.head.bfloat16()},
+    "is compiled": {"change": lambda model: model.blocks[0].compile()},
+    "gradients of table are sparse": {
+        "change": lambda model: setattr(model, "table", nn.Embedding(3, 2, sparse=True).double())
+    },
+    "chose no part of the model, which has": {"options": {"blocks": [nn.Conv2d]}},
+    "are sharded already": {"twice": True},
+}
+
+
+def refused():
+    dtrain.init(seed=0)
+    known = {
+        "fp16": lambda: dtrain.callbacks.MixedPrecision("fp16"),
+        "ema": lambda: dtrain.callbacks.EMA(0.9),
+        "swa": lambda: dtrain.callbacks.SWA(start_epoch=1),
+        "own ema": lambda: Ema(0.9),
+        "noise": lambda: dtrain.callbacks.GradientNoise(eta=0.1),
+        "penalty": lambda: dtrain.callbacks.L1L2Penalty(l2=0.1),
+        "best": lambda: dtrain.callbacks.EarlyStopping("eval/loss", restore_best=True),
+    }
+    told = {}
+    for words, case in REFUSED.items():
+        model, optimizer = make()
+        case.get("change", lambda model: None)(model)
+        optimizer = {
+            "lbfgs": lambda net: torch.optim.LBFGS(net.parameters()),
+            "two": lambda net: {"a": torch.optim.SGD(net.parameters()), "b": torch.optim.SGD(net.first.parameters())},
+        }.get(case.get("optimizer"), lambda net: torch.optim.AdamW(net.parameters()))
+        try:
+            for _ in range(1 + case.get("twice", False)):
+                sharding.trainer(
+                    FSDP(**case.get("options", {})),
+                    net=(model, optimizer),
+                    callbacks=[known[name]() for name in case.get("callbacks", ())],
+                )
+            told[words] = "nothing"
+        except ConfigError as error:
+            told[words] = str(error)
+    return told
+
+
+def test_what_does_not_work_is_refused_in_words():
+    for told in run_processes(refused, 2):
+        for words, found in told.items():
+            assert words in found, found
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reshard": 2}, "a number is not supported"),
+        ({"params": "fp16"}, "'bf16', or None"),
+        ({"reduce": "bf16"}, "below float32 it would be rounded"),
+    ],
+)
+def test_options_that_do_not_work_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        FSDP(**options)
