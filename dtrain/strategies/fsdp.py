@@ -151,14 +151,14 @@ class FSDP(Strategy):
             )
         if has_updates(optimizer) or micro_step.update:
             raise ConfigError("strategy='fsdp' works with one optimizer only: use 'ddp' or 'flat'")
-        if micro_step.computed is not None:
-            raise ConfigError("strategy='fsdp' cannot be captured: leave graph=True out")
         if needs_closure(optimizer) or type(optimizer).__name__ in ("Adafactor", "LBFGS"):
             raise ConfigError(
                 f"{kind_of(optimizer)} looks at whole parameters, or evaluates the loss again, "
                 "which does not work with sharded ones: use AdamW, SGD or another whose update is "
                 "element by element; or strategy='ddp'"
             )
+        if micro_step.computed is not None:
+            raise ConfigError("strategy='fsdp' cannot be captured: leave graph=True out")
         if world.size == 1:
             return
         from dtrain.strategies.sharding import Sharding
@@ -167,6 +167,7 @@ class FSDP(Strategy):
             micro_step, self._blocks, world, self._message, reshard=self._reshard, dtype=self._dtype
         )
         micro_step.looks_itself = False
+        context.sharded = True
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
         super().wrap(micro_step, world)
@@ -255,7 +256,7 @@ class FSDP(Strategy):
         if last:  # before the forward, in which some parameters are unsharded ones
             micro_step.changed = micro_step.trained.changed()
         tape.adds_up = step.micro > 0
-        sharding.root.set_requires_gradient_sync(last)
+        sharding.reduces(last)
         micro_step.is_followed = tells = self._plan is None
         try:
             terms, plan = self._forward(
@@ -270,7 +271,7 @@ class FSDP(Strategy):
                 self._plan = self._follow(sharding, plan)
                 self._reduced = self._plan is not None
                 if self._plan is None:  # no rank had a loss
-                    sharding.root.reset_iter_state()
+                    sharding.reset()
                     if last:
                         self._give_zeros()
                     return
@@ -282,10 +283,11 @@ class FSDP(Strategy):
             del terms
             self._left_over = True
             self._activity.enter(BACKWARD)
+            assert self._plan is not None
             sharding.play(self._plan)
         except BaseException:
             self._left_over = True
-            sharding.root.reset_iter_state()  # hooks and the script find sharded parameters
+            sharding.reset()  # hooks and the script find sharded parameters
             raise
         finally:
             tape.close()
@@ -366,7 +368,7 @@ class FSDP(Strategy):
         tape, names = sharding.tape, [*sharding.places]
         tape.announce = None
         if plan is None:
-            sharding.root.reset_iter_state()
+            sharding.reset()
         try:
             while (place := self._compare(sharding, _FOLLOWS if plan is None else _RUNS)) >= 0:
                 sharding.parts[names[place]].unshard()
@@ -439,7 +441,7 @@ class FSDP(Strategy):
         mine = torch.tensor([has, ended])
         counts = self._world.comm.all_reduce("who has a batch", mine.int()).tolist()
         self._all_have, self._any_has = counts[0] == self._world.size, counts[0] > 0
-        return counts[1] == self._world.size
+        return bool(counts[1] == self._world.size)
 
     def evaluate(self, fn: Callable[[], Any] | None) -> Any:
         sharding = self._sharding
@@ -471,7 +473,7 @@ class FSDP(Strategy):
             if error is not None:
                 raise error
         finally:
-            sharding.root.reset_iter_state()
+            sharding.reset()
             sharding.tape.close()
             del error  # its traceback has this frame
         return box[0] if box else None

@@ -59,11 +59,12 @@ class Sharding:
         model, lane = micro_step.model, micro_step.lane
         self._size, self._dtype = world.size, dtype
         slots = lane.param.numel() + ORDER_SLOTS
-        form = {"dtype": lane.param.dtype, "device": lane.param.device}
-        self.place = nn.Parameter(torch.zeros(world.size, slots, **form))  # type: ignore[arg-type]
+        self.place = nn.Parameter(lane.param.new_zeros(world.size, slots))
         del micro_step.lane_param
         root = _Root(micro_step, self.place)
-        mesh = DeviceMesh.from_group(group.WORLD, world.device.type)
+        gradients = group.WORLD
+        assert gradients is not None
+        mesh = DeviceMesh.from_group(gradients, world.device.type)
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=None if dtype is None else lane.param.dtype
         )
@@ -72,24 +73,27 @@ class Sharding:
         for block in [*blocks.values()][::-1]:  # one within another comes first
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
         # The model's own rest, which backward needs at once, is kept as FSDP's root keeps it.
-        self.root = fully_shard(root, mesh=mesh, mp_policy=policy)
+        self._fsdp = fully_shard(root, mesh=mesh, mp_policy=policy)
+        self.root: nn.Module = root  # the same, of another class
         _exchange(optimizer, model, before)
         self.place = root.place
         self.tape = Tape()
         self.parts: dict[str, FSDPModule] = {}
+        modules: dict[str, nn.Module] = {}
         for name, module in self.root.named_modules():
             if isinstance(module, FSDPModule):
-                is_root = module is self.root
+                is_root = not name
                 self.parts[name] = module
+                modules[name] = self.root.get_submodule(name)
                 module.set_custom_all_gather(Gather(self.tape, name))
                 said = message if is_root else None
                 module.set_custom_reduce_scatter(Scatter(self.tape, name, said))
                 # A sum, and no division before it, which float64 would get.
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)
-        self.root.set_reduce_scatter_unused_params(True)
+        self._fsdp.set_reduce_scatter_unused_params(True)
         self.places = {name: place for place, name in enumerate(n for n in self.parts if n)}
-        self.recorder = Recorder(self.parts, self.tape)
+        self.recorder = Recorder(modules, self.tape)
         self.recorder.watch()
         model.register_forward_pre_hook(self._look, prepend=True)
         if dtype is not None:
@@ -112,11 +116,19 @@ class Sharding:
         Ranks: all, communicates.
         """
         self.tape.rewind()
-        self.root.reset_iter_state()
+        self.reset()
         zero = torch.zeros((), device=self.place.device, requires_grad=torch.is_grad_enabled())
         end = self.recorder.play(plan, zero)
         if end.requires_grad:
-            end.backward()  # type: ignore[no-untyped-call]
+            end.backward()
+
+    def reset(self) -> None:
+        """Has modules hold sharded parameters, wherever a forward or backward was left."""
+        self._fsdp.reset_iter_state()
+
+    def reduces(self, last: bool) -> None:
+        """Says whether the next backward reduces gradients, or adds them up."""
+        self._fsdp.set_requires_gradient_sync(last)
 
     def said(self) -> Tensor:
         """Returns the sum over ranks of what each has said."""

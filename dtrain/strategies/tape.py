@@ -152,11 +152,11 @@ class Scatter(DefaultReduceScatter):
         group: dist.ProcessGroup,
         op: Any,
         async_op: bool = False,
-    ) -> dist.Work:
+    ) -> Any:
         """Ranks: all, communicates."""
         if not self._tape.goes_on("scatter", self._name):
             output_tensor.zero_()
-            return None  # type: ignore[return-value] -- FSDP does not look at it
+            return None
         if self._message is not None:
             message = self._message()
             rows = input_tensor.view(group.size(), -1)
@@ -221,12 +221,10 @@ class Recorder:
         self._is_on = False
         for module in parts.values():
             module.register_forward_pre_hook(
-                torch._dynamo.disable(self._enter),  # type: ignore[no-untyped-call]
+                torch._dynamo.disable(self._enter),
                 with_kwargs=True,
             )
-            module.register_forward_hook(
-                torch._dynamo.disable(self._leave)  # type: ignore[no-untyped-call]
-            )
+            module.register_forward_hook(torch._dynamo.disable(self._leave))
 
     def _fsdp_parts(self) -> Iterable[tuple[str, FSDPModule]]:
         return ((n, m) for n, m in self._parts.items() if isinstance(m, FSDPModule))

@@ -171,6 +171,13 @@ class Plant(dtrain.Callback):
         self.is_due(step, "on_loss")
 
 
+class Keeps(dtrain.Callback):
+    """Keeps the parameters as a step begins."""
+
+    def on_step_start(self, ctx, step):
+        self.before = [p.detach().clone() for p in ctx.model.parameters()]
+
+
 def loss_with(plant):
     def loss(model, batch):
         try:
@@ -186,7 +193,7 @@ def loss_with(plant):
 
 
 def fail_and_go_on(places, micros, model, at):
-    """Fails, and calls fit again; returns what was raised, and how far the end is from a whole run."""
+    """Fails, and calls fit again; returns what was raised, and how far off the end is."""
     world = dtrain.init(seed=0)
     fit = {"batch_size": 6, "epochs": 2}
     straight = sharding.trainer(FSDP(), micros=micros, model=model)
@@ -196,17 +203,13 @@ def fail_and_go_on(places, micros, model, at):
     for place in places:
         for rank in range(world.size):
             plant = Plant(rank == world.rank, place, *at)
+            keeps = Keeps()
             trainer = sharding.trainer(
-                FSDP(), micros=micros, model=model, loss=loss_with(plant), callbacks=[plant]
-            )
-            before = []
-
-            class Keeps(dtrain.Callback):
-                def on_step_start(self, ctx, step, before=before):
-                    before[:] = [p.detach().clone() for p in ctx.model.parameters()]
-
-            trainer.hooks._bound[dtrain.Callback.on_step_start] += (
-                lambda ctx, step, keeps=Keeps(): keeps.on_step_start(ctx, step),
+                FSDP(),
+                micros=micros,
+                model=model,
+                loss=loss_with(plant),
+                callbacks=[plant, keeps],
             )
             try:
                 trainer.fit(sharding.dataset(), **fit)
@@ -215,7 +218,7 @@ def fail_and_go_on(places, micros, model, at):
                 told = f"{type(error).__name__}: {error}"
             same = all(
                 torch.equal(a.to_local(), b.to_local())
-                for a, b in zip(before, trainer.model.parameters(), strict=True)
+                for a, b in zip(keeps.before, trainer.model.parameters(), strict=True)
             )
             step = trainer.context.progress.step
             trainer.fit(sharding.dataset(), **fit)
@@ -241,7 +244,8 @@ def test_a_failure_anywhere_is_agreed_in_its_step_and_fit_goes_on(micros, model,
             kind, name = (
                 ("ValueError", "") if rank == failing else ("RemoteError", f"rank {failing}")
             )
-            assert told.startswith(kind) and name in told, (where, told)
+            assert told.startswith(kind), (where, told)
+            assert name in told, (where, told)
             assert "planted in" in told, where
             assert step == at[0], where
             assert same, where
@@ -449,7 +453,13 @@ def test_a_run_goes_on_with_other_strategies_and_other_numbers_of_ranks(tmp_path
 
 # ------------------------------------------------------------------- what a step costs
 
-COLLECTIVES = ["all_gather_single", "reduce_scatter_single", "all_reduce", "all_gather", "broadcast"]
+COLLECTIVES = [
+    "all_gather_single",
+    "reduce_scatter_single",
+    "all_reduce",
+    "all_gather",
+    "broadcast",
+]
 
 
 class Count(dtrain.Callback):
@@ -535,9 +545,9 @@ def mixed(strategy, options, *names):
     known = {
         "bf16": lambda: dtrain.callbacks.MixedPrecision("bf16"),
         "stop": lambda: Asks(world.rank == world.size - 1),
-        "poison": lambda: Poisons(world.rank == world.size - 1),
+        "poison": lambda: Poisons(strategy == "flat" or world.rank == world.size - 1),
         "guard": lambda: dtrain.callbacks.NonFiniteGuard("skip"),
-        "stats": lambda: dtrain.callbacks.GradientStats(),
+        "stats": lambda: dtrain.callbacks.GradientStats(every=2),
         "schedule": lambda: dtrain.callbacks.LRSchedule(
             lambda opt, steps: torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
         ),
@@ -547,7 +557,9 @@ def mixed(strategy, options, *names):
 
     def loss(net, batch):
         x, y, number = batch
-        assert not world.size > 1 or "params" not in options or net.head.weight.dtype is torch.bfloat16
+        assert (
+            not world.size > 1 or "params" not in options or net.head.weight.dtype is torch.bfloat16
+        )
         out = net(x.float())
         weights = 1.0 + (number % 3)
         each = ((out.float() - y.float()) ** 2).mean(-1)
@@ -581,13 +593,13 @@ def test_callbacks_and_lower_precision(options, names, updates, close):
     expected = run_processes(mixed, 2, "flat", {}, *names, *autocast)[0]
     for found in run_processes(mixed, 2, "fsdp", options, *names):
         assert found[1] == updates
-        if "poison" not in names:  # there, all of a rank's gradients are
-            assert found[1] == expected[1]
-            assert found[2] == expected[2]
-            for name, value in expected[0].items():
-                assert torch.allclose(found[0][name], value, rtol=close, atol=close), name
-        for name in ("train/loss", "grad_norm"):
-            assert found[3][name] == pytest.approx(expected[3][name], rel=max(close, 1e-4)) or "poison" in names
+        assert found[1:3] == expected[1:3]
+        for name, value in expected[0].items():
+            assert torch.allclose(found[0][name], value, rtol=close, atol=close), name
+        norms = [name for name in expected[3] if name.startswith("grad_norm/")]
+        assert len(norms) == 22 * ("stats" in names)
+        for name in ("train/loss", "grad_norm", *norms):
+            assert found[3][name] == pytest.approx(expected[3][name], rel=max(close, 1e-4)), name
 
 
 # ------------------------------------------------------------------- what is refused
@@ -607,7 +619,7 @@ def scalar(model):
 
 REFUSED = {
     "does not work with a loss scale": {"callbacks": ["fp16"]},
-    "EMA, SWA: works on whole weights": {"callbacks": ["ema", "swa"]},
+    "EMA, StochasticWeightAveraging: works on whole weights": {"callbacks": ["ema", "swa"]},
     "Ema: works on whole weights": {"callbacks": ["own ema"]},
     "GradientNoise: works on whole": {"callbacks": ["noise"]},
     "L1L2Penalty: works on whole": {"callbacks": ["penalty"]},
@@ -617,7 +629,7 @@ REFUSED = {
     "blocks.0.a.weight and blocks.2.a.weight are one parameter": {"change": tied},
     "scale have no dimension to shard": {"change": scalar},
     "must be all float32 or all float64": {"change": lambda model: model.head.bfloat16()},
-    "is compiled": {"change": lambda model: model.blocks[0].compile()},
+    "is compiled": {"change": lambda model: model.blocks[0].compile(backend="eager")},
     "gradients of table are sparse": {
         "change": lambda model: setattr(model, "table", nn.Embedding(3, 2, sparse=True).double())
     },
@@ -631,7 +643,7 @@ def refused():
     known = {
         "fp16": lambda: dtrain.callbacks.MixedPrecision("fp16"),
         "ema": lambda: dtrain.callbacks.EMA(0.9),
-        "swa": lambda: dtrain.callbacks.SWA(start_epoch=1),
+        "swa": lambda: dtrain.callbacks.StochasticWeightAveraging(start_epoch=1),
         "own ema": lambda: Ema(0.9),
         "noise": lambda: dtrain.callbacks.GradientNoise(eta=0.1),
         "penalty": lambda: dtrain.callbacks.L1L2Penalty(l2=0.1),
@@ -643,7 +655,10 @@ def refused():
         case.get("change", lambda model: None)(model)
         optimizer = {
             "lbfgs": lambda net: torch.optim.LBFGS(net.parameters()),
-            "two": lambda net: {"a": torch.optim.SGD(net.parameters()), "b": torch.optim.SGD(net.first.parameters())},
+            "two": lambda net: {
+                "a": torch.optim.SGD([*net.blocks.parameters(), *net.head.parameters()]),
+                "b": torch.optim.SGD(net.first.parameters()),
+            },
         }.get(case.get("optimizer"), lambda net: torch.optim.AdamW(net.parameters()))
         try:
             for _ in range(1 + case.get("twice", False)):
