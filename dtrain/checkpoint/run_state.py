@@ -20,6 +20,7 @@ from dtrain.checkpoint.optimizer_state import (
     check_override,
     differences,
     groups_of,
+    place,
     put_override,
 )
 from dtrain.checkpoint.status import renamed
@@ -29,11 +30,9 @@ from dtrain.distributed import (
     World,
     digest_of,
     digests,
-    is_sharded,
     load_named,
     named_parameters,
     named_state,
-    placed_like,
     random_state,
     random_state_of_host,
     restore_random_state,
@@ -325,7 +324,7 @@ class RunState:
         saved_groups, begun = state["optimizer"]["param_groups"], bool(state["optimizer"]["state"])
         put_override(self.override, saved_groups, there, begun=begun)
         self.groups = there
-        _place(context.optimizer, state["optimizer"])
+        place(context.optimizer, state["optimizer"])
         context.optimizer.load_state_dict(state["optimizer"])
         _undo_casts(context.optimizer, state["optimizer"])
         if renamed(state)["fingerprint"].get("precision") == self.fingerprint.get("precision"):
@@ -360,18 +359,6 @@ class RunState:
 
 def _tensors_in(held: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in held.items() if isinstance(value, Tensor)}
-
-
-def _place(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Takes of a saved state, which is whole, what this rank holds of sharded parameters."""
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, p in zip(numbers, parameters, strict=True):
-        if is_sharded(p) and number in saved["state"]:
-            saved["state"][number] = {
-                name: placed_like(value, p) if isinstance(value, Tensor) else value
-                for name, value in saved["state"][number].items()
-            }
 
 
 def _undo_casts(optimizer: Optimizer, saved: dict[str, Any]) -> None:

@@ -205,6 +205,13 @@ class Strategy(ABC):
         """
         return ended
 
+    def check_alone(self) -> None:  # noqa: B027
+        """Raises ConfigError where this rank cannot run the model by itself."""
+
+    def bring_home(self, model: nn.Module, world: World) -> None:
+        """Moves the model, which may have been away between two fits, to this rank's device."""
+        model.to(world.device)
+
     def evaluate(self, fn: Callable[[], Any] | None) -> Any:
         """Returns what ``fn`` returns, which runs the model; None where this rank has no batch.
 

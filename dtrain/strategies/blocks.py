@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dtrain.context import has_updates, kind_of, needs_closure
 from dtrain.distributed import is_sharded, named_parameters, plain_name, some_of
 from dtrain.errors import ConfigError
+from dtrain.step import MicroStep
+
+#: Optimizers of torch's whose update is not element by element.
+_WHOLE = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
 
 #: What is to be a block: module classes, their names, or a rule of a module and its name.
 Blocks = type[nn.Module] | Sequence[type[nn.Module] | str] | Callable[[str, nn.Module], bool]
@@ -103,6 +108,26 @@ def check_model(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
     """Raises ConfigError for what cannot be sharded."""
     if whys := [*_unsuited(model, blocks)]:
         raise ConfigError(f"strategy='fsdp' cannot train this model: {whys[0]}")
+
+
+def check_training(micro_step: MicroStep) -> None:
+    """Raises ConfigError for optimizers, precisions and captures that do not work with shards."""
+    optimizer = micro_step.context.optimizer
+    if micro_step.precision.scales_loss:
+        raise ConfigError(
+            "strategy='fsdp' does not work with a loss scale (fp16) yet: use "
+            "MixedPrecision('bf16') or FSDP(params='bf16')"
+        )
+    if has_updates(optimizer) or micro_step.update:
+        raise ConfigError("strategy='fsdp' works with one optimizer only: use 'ddp' or 'flat'")
+    if needs_closure(optimizer) or type(optimizer).__name__ in _WHOLE:
+        raise ConfigError(
+            f"{kind_of(optimizer)} looks at whole parameters, or evaluates the loss again, which "
+            "does not work with sharded ones: use AdamW, SGD or another whose update is element by "
+            "element; or strategy='ddp'"
+        )
+    if micro_step.computed is not None:
+        raise ConfigError("strategy='fsdp' cannot be captured: leave graph=True out")
 
 
 def _unsuited(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from dtrain import accelerator
 from dtrain.callback import Callback
-from dtrain.context import Step, has_updates, kind_of, needs_closure
+from dtrain.context import Step
 from dtrain.data import MicroBatches
 from dtrain.distributed import (
     BACKWARD,
@@ -30,15 +30,14 @@ from dtrain.distributed import (
 )
 from dtrain.errors import ConfigError, DtrainError, RankMismatch, UnusedParameters
 from dtrain.step import Heard, MicroStep, Strategy, joint_norm, of_backward
-from dtrain.strategies.blocks import Blocks, blocks_of, check_model, words_of
+from dtrain.strategies.blocks import Blocks, blocks_of, check_model, check_training, words_of
 
 if TYPE_CHECKING:
     from dtrain.strategies.sharding import Sharding
     from dtrain.strategies.tape import Node
+    from dtrain.strategies.turns import Turns
 
 _NEEDS = (2, 13)
-_RUNS, _FOLLOWS = -1, -2  # what a rank says where it gathers nothing: it is done, or has nothing
-_NEXT = "which sharded module comes next"
 _GATHERS = (
     "comm.gather_with_grad does not work under strategy='fsdp' yet: a rank without a batch could "
     "not take part. Use 'ddp' or 'flat', or a loss over each rank's own samples"
@@ -96,14 +95,11 @@ class FSDP(Strategy):
         self._dtype = _DTYPES[params]
         self._blocks: dict[str, nn.Module] = {}
         self._sharding: Sharding | None = None  # None where this rank is alone
+        self._turns: Turns | None = None  # of evaluations, likewise
         self._plan: Node | None = None  # in which order modules run; known to all ranks, or to none
-        self._eval_plan: Node | None = None
-        self._tells = False  # ranks tell one another what they gather next
-        self._parted: DtrainError | None = None  # they would gather different modules
         self._reduced = True  # the step's last micro-batch had a backward
         self._spoke = False  # this rank has had a loss in this step
         self._left_over = False  # a step was left in the middle
-        self._all_have = self._any_has = False  # a batch, in this turn of an evaluation
 
     # -- before anything runs -------------------------------------------------------------------
 
@@ -140,34 +136,27 @@ class FSDP(Strategy):
         return model
 
     def take(self, micro_step: MicroStep, world: World) -> None:
-        context, precision = micro_step.context, micro_step.precision
         self._micro_step, self._world = micro_step, world
         self._activity = world.comm.activity
-        optimizer = context.optimizer
-        if precision.scales_loss:
-            raise ConfigError(
-                "strategy='fsdp' does not work with a loss scale (fp16) yet: use "
-                "MixedPrecision('bf16') or FSDP(params='bf16')"
-            )
-        if has_updates(optimizer) or micro_step.update:
-            raise ConfigError("strategy='fsdp' works with one optimizer only: use 'ddp' or 'flat'")
-        if needs_closure(optimizer) or type(optimizer).__name__ in ("Adafactor", "LBFGS"):
-            raise ConfigError(
-                f"{kind_of(optimizer)} looks at whole parameters, or evaluates the loss again, "
-                "which does not work with sharded ones: use AdamW, SGD or another whose update is "
-                "element by element; or strategy='ddp'"
-            )
-        if micro_step.computed is not None:
-            raise ConfigError("strategy='fsdp' cannot be captured: leave graph=True out")
+        with world.comm.lockstep("Trainer(...)"):
+            check_training(micro_step)
         if world.size == 1:
             return
         from dtrain.strategies.sharding import Sharding
+        from dtrain.strategies.turns import Turns
 
-        self._sharding = Sharding(
-            micro_step, self._blocks, world, self._message, reshard=self._reshard, dtype=self._dtype
-        )
+        with world.comm.lockstep("Trainer(...)"):
+            self._sharding = Sharding(
+                micro_step,
+                self._blocks,
+                world,
+                self._message,
+                reshard=self._reshard,
+                dtype=self._dtype,
+            )
+        self._turns = Turns(self._sharding, micro_step, world)
         micro_step.looks_itself = False
-        context.sharded = True
+        micro_step.context.sharded = True
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
         super().wrap(micro_step, world)
@@ -259,16 +248,16 @@ class FSDP(Strategy):
         sharding.reduces(last)
         micro_step.is_followed = tells = self._plan is None
         try:
-            terms, plan = self._forward(
-                sharding,
-                # What carries the lane elsewhere is left out.
-                lambda: micro_step.forward(step, feed, last)[int(last) :],
-                tells=tells,
+            # What carries the lane elsewhere is left out.
+            terms, plan = sharding.run(
+                lambda: micro_step.forward(step, feed, last)[int(last) :], tells=tells
             )
             self._spoke |= micro_step.has_loss
             plan = plan if micro_step.has_loss else None
             if tells:
-                self._plan = self._follow(sharding, plan)
+                if plan is None:
+                    sharding.reset()
+                self._plan = sharding.following.follow(plan, micro_step)
                 self._reduced = self._plan is not None
                 if self._plan is None:  # no rank had a loss
                     sharding.reset()
@@ -292,20 +281,6 @@ class FSDP(Strategy):
         finally:
             tape.close()
             micro_step.is_followed = False
-
-    def _forward(
-        self, sharding: Sharding, fn: Callable[[], Any], *, tells: bool
-    ) -> tuple[Any, Node | None]:
-        """Runs ``fn`` within the root's forward; returns also which modules ran, if it ended."""
-        sharding.tape.open()
-        self._parted = None
-        if tells:
-            sharding.tape.announce = lambda name: self._announce(sharding, name)
-        sharding.recorder.begin()
-        returned = sharding.root(fn)
-        if self._parted is not None:
-            raise self._parted
-        return returned, sharding.recorder.end()
 
     def _backward(self, terms: Sequence[Tensor]) -> bool:
         """Returns whether backward came to its end; what it raises is kept for the others."""
@@ -333,53 +308,6 @@ class FSDP(Strategy):
                 micro_step.fail(self._unused(plain), "backward")
         message = micro_step.lane.message()
         return torch.cat([message, torch.tensor(sharding.tape.order(), dtype=message.dtype)])
-
-    # -- where the order of modules is not known yet: ranks tell it to one another ---------------
-
-    def _announce(self, sharding: Sharding, name: str) -> None:
-        """Tells which module this rank gathers next; all gather the same. Ranks: all."""
-        if not name:  # the root: all are there
-            return
-        self._compare(sharding, sharding.places[name])
-
-    def _compare(self, sharding: Sharding, mine: int) -> int:
-        """Returns what all gather next; negative where nobody does. Ranks: all, communicates."""
-        said = self._world.comm.all_gather(_NEXT, torch.tensor(mine)).tolist()
-        runs = {one for one in said if one != _FOLLOWS}
-        if len(runs) > 1:
-            names = {place: name for name, place in sharding.places.items()}
-            words = [
-                f"rank {rank}: {names.get(one, 'the end of its forward')}"
-                for rank, one in enumerate(said)
-                if one != _FOLLOWS
-            ]
-            self._parted = RankMismatch(
-                "ranks came to different sharded modules, and would compute with each other's "
-                f"weights ({'; '.join(words)}). Run the same ones, in the same order, on all ranks"
-            )
-            raise self._parted
-        return next(iter(runs), _RUNS)
-
-    def _follow(self, sharding: Sharding, plan: Node | None) -> Node | None:
-        """Does what others do whose forward is not over; returns a plan, if any rank has one.
-
-        Ranks: all, communicates.
-        """
-        tape, names = sharding.tape, [*sharding.places]
-        tape.announce = None
-        if plan is None:
-            sharding.reset()
-        try:
-            while (place := self._compare(sharding, _FOLLOWS if plan is None else _RUNS)) >= 0:
-                sharding.parts[names[place]].unshard()
-                sharding.parts[names[place]].reshard()
-            plans = self._world.comm.gather_objects("the order of the sharded modules", plan)
-        except RankMismatch as mismatch:
-            # Others may be in a verb of their loss functions, which this rank's has not come to.
-            if (trouble := self._micro_step.agreement.trouble) is not None:
-                raise trouble[0] from mismatch
-            raise
-        return plan or next((one for one in plans if one is not None), None)
 
     # -- what all ranks said --------------------------------------------------------------------
 
@@ -433,47 +361,22 @@ class FSDP(Strategy):
     def norm_is_of(self, gradients: list[Tensor]) -> bool:
         return True
 
+    def check_alone(self) -> None:
+        if self._sharding is not None:
+            raise ConfigError(
+                "ctx.loss_of does not work with strategy='fsdp': no rank has the whole model"
+            )
+
+    def bring_home(self, model: nn.Module, world: World) -> None:
+        if self._sharding is None:
+            super().bring_home(model, world)
+
     # -- evaluation -----------------------------------------------------------------------------
 
     def meet(self, *, has: bool, ended: bool, first: bool) -> bool:
-        if first:
-            self._eval_plan = None
-        mine = torch.tensor([has, ended])
-        counts = self._world.comm.all_reduce("who has a batch", mine.int()).tolist()
-        self._all_have, self._any_has = counts[0] == self._world.size, counts[0] > 0
-        return bool(counts[1] == self._world.size)
+        if self._turns is None:
+            return super().meet(has=has, ended=ended, first=first)
+        return self._turns.meet(has=has, ended=ended, first=first)
 
     def evaluate(self, fn: Callable[[], Any] | None) -> Any:
-        sharding = self._sharding
-        if sharding is None:
-            return fn() if fn is not None else None
-        if not self._any_has:
-            return None
-        tells = self._eval_plan is None or not self._all_have
-        box: list[Any] = []
-        error: Exception | None = None
-
-        def kept() -> None:
-            nonlocal error
-            try:
-                if fn is not None:
-                    box.append(fn())
-            except Exception as raised:  # noqa: BLE001 -- raised once the others are done
-                error = raised
-
-        try:
-            _, plan = self._forward(sharding, kept, tells=tells)
-            plan = plan if box else None
-            if tells:
-                self._eval_plan = self._follow(sharding, plan) or self._eval_plan
-            elif plan is None and self._eval_plan is not None:
-                sharding.play(self._eval_plan)
-            else:
-                self._eval_plan = plan
-            if error is not None:
-                raise error
-        finally:
-            sharding.reset()
-            sharding.tape.close()
-            del error  # its traceback has this frame
-        return box[0] if box else None
+        return super().evaluate(fn) if self._turns is None else self._turns.evaluate(fn)

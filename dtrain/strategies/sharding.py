@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from dtrain.distributed import World, named_parameters, placed_like
 from dtrain.step import MicroStep
+from dtrain.strategies.following import Following
 from dtrain.strategies.tape import ORDER_SLOTS, Gather, Node, Recorder, Scatter, Tape, same_order
 
 
@@ -41,7 +42,7 @@ class Sharding:
         root: runs a function within FSDP's root.
         place: what all ranks said comes back as its gradient.
         parts: the sharded modules by name; the root's is empty.
-        places: the number of each but the root, equal on all ranks.
+        following: how a rank takes part that does not know their order.
 
     Ranks: all, communicates.
     """
@@ -92,7 +93,7 @@ class Sharding:
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)
         self._fsdp.set_reduce_scatter_unused_params(True)
-        self.places = {name: place for place, name in enumerate(n for n in self.parts if n)}
+        self.following = Following(self.parts, self.tape, world.comm)
         self.recorder = Recorder(modules, self.tape)
         self.recorder.watch()
         model.register_forward_pre_hook(self._look, prepend=True)
@@ -109,6 +110,20 @@ class Sharding:
 
     def _cast_outputs(self, module: nn.Module, args: Any, output: Any) -> Any:
         return tree_map(lambda x: _cast(x, self.place.dtype), output)
+
+    def run(self, fn: Callable[[], Any], *, tells: bool) -> tuple[Any, Node | None]:
+        """Runs ``fn`` within the root's forward; returns also which modules ran, if all ended.
+
+        Where this rank ``tells``, it says of each module that it gathers it. Ranks: all,
+        communicates.
+        """
+        self.tape.open()
+        if tells:
+            self.following.begin()
+        self.recorder.begin()
+        returned = self.root(fn)
+        self.following.check()
+        return returned, self.recorder.end()
 
     def play(self, plan: Node) -> None:
         """Does what this rank has not done of a micro-step, as a phantom.

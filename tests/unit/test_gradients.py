@@ -24,6 +24,7 @@ def made(factor: Any, *, fused: bool) -> tuple[Gradients, list[Tensor]]:
     grads = [torch.tensor([GRADS[0]]), torch.tensor([GRADS[1]])]
     strategy: Any = SimpleNamespace(
         gradients=lambda _: grads,
+        norm_of=joint_norm,
         gradient_norm=lambda _: joint_norm(grads),
         norm_is_of=lambda given: given is grads,
     )
