@@ -147,10 +147,20 @@ def _unsuited(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[str]:
                 f"{plain_name(name) or 'it'} is compiled, which has not been tried with sharded "
                 "parameters: leave torch.compile out"
             )
+        if getattr(module, "max_norm", None) is not None:
+            yield (
+                f"the forward of {name or 'it'} writes its parameters (max_norm), which would be "
+                "lost: leave max_norm out, and bound all rows in on_step_end"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             yield f"{name or 'it'} is a ScriptModule: pass the module itself"
         if getattr(module, "parametrizations", None) is not None:
             yield f"{name or 'it'} is parametrized (torch.nn.utils.parametrize), not tried yet"
+    if hooked := [n for n, p in named.items() if p._backward_hooks or _has_post_hooks(p)]:
+        yield (
+            f"hooks on gradients ({some_of(hooked)}: register_hook) would not see sharded ones: "
+            "change gradients in a callback's on_grads_ready"
+        )
     if points := [name for name, p in named.items() if p.dim() == 0]:
         yield f"{some_of(points)} have no dimension to shard: give them the shape [1]"
     if meta := [name for name, p in named.items() if p.is_meta]:
@@ -165,6 +175,10 @@ def _unsuited(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[str]:
     if strange := [n for n, p in named.items() if not p.is_contiguous()]:
         yield f"{some_of(strange)} are not contiguous: call `.contiguous()` on their data"
     yield from _ties(model, blocks)
+
+
+def _has_post_hooks(p: nn.Parameter) -> bool:
+    return bool(p._post_accumulate_grad_hooks)
 
 
 def _ties(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[str]:

@@ -252,6 +252,9 @@ class FSDP(Strategy):
             terms, plan = sharding.run(
                 lambda: micro_step.forward(step, feed, last)[int(last) :], tells=tells
             )
+            if sharding.recorder.wrote is not None and micro_step.has_loss:
+                micro_step.fail(sharding.recorder.wrote, "loss_fn")
+                micro_step.has_loss = False
             self._spoke |= micro_step.has_loss
             plan = plan if micro_step.has_loss else None
             if tells:

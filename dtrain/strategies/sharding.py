@@ -1,5 +1,7 @@
 """A model that is sharded, within the module that is run in each micro-step."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -71,12 +73,19 @@ class Sharding:
         )
         optimizer = micro_step.context.optimizer
         before = _names_of(optimizer, model)
+        whole = [weakref.ref(p) for p in model.parameters()]
         for block in [*blocks.values()][::-1]:  # one within another comes first
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
         # The model's own rest, which backward needs at once, is kept as FSDP's root keeps it.
         self._fsdp = fully_shard(root, mesh=mesh, mp_policy=policy)
         self.root: nn.Module = root  # the same, of another class
         _exchange(optimizer, model, before)
+        if held := _still_there(whole):
+            micro_step.context.say(
+                f"note: {held} of the model's parameters are held elsewhere, as they were before "
+                "they were sharded (a list of them, or a closure): these stay in memory, whole, "
+                "and are not what is trained. Let go of them, and look at the model's own"
+            )
         self.place = root.place
         self.tape = Tape()
         self.parts: dict[str, FSDPModule] = {}
@@ -155,6 +164,13 @@ class Sharding:
     def same_order(self, row: Tensor) -> bool:
         """Says whether all ranks' modules came in the same order; equal on all ranks."""
         return same_order(row[-ORDER_SLOTS:].tolist(), self._size)
+
+
+def _still_there(params: list[weakref.ref[nn.Parameter]]) -> int:
+    """Says how many somebody holds still."""
+    if any(p() is not None for p in params):
+        gc.collect()  # a model that is let go of has loops
+    return sum(p() is not None for p in params)
 
 
 def _cast(x: Any, dtype: torch.dtype | None) -> Any:

@@ -216,9 +216,11 @@ class Recorder:
         self._parts = dict(parts)
         self._states = {n: m._get_fsdp_state() for n, m in self._fsdp_parts()}
         self._names = {id(module): name for name, module in parts.items()}
-        self._stack: list[tuple[str, bool, bool, list[Node]]] = []
+        self._stack: list[tuple[str, bool, bool, int, list[Node]]] = []
         self._top: list[Node] = []
         self._is_on = False
+        #: Where parameters of the root were written to, which is no error of the loss function's.
+        self.wrote: ConfigError | None = None
         for module in parts.values():
             module.register_forward_pre_hook(
                 torch._dynamo.disable(self._enter),
@@ -238,7 +240,7 @@ class Recorder:
                     param._tape = self._tape  # type: ignore[attr-defined]
 
     def begin(self) -> None:
-        self._is_on, self._stack, self._top = True, [], []
+        self._is_on, self._stack, self._top, self.wrote = True, [], [], None
 
     def end(self) -> Node | None:
         """Returns what was called since :meth:`begin`, if that came to its end."""
@@ -250,14 +252,29 @@ class Recorder:
             return  # computed again in backward
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         tied = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
-        self._stack.append((self._names[id(module)], tied, torch.is_grad_enabled(), []))
+        name = self._names[id(module)]
+        self._stack.append((name, tied, torch.is_grad_enabled(), self._written(name), []))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._is_on or torch._C._current_graph_task_id() != -1:
             return
-        name, tied, grad, children = self._stack.pop()
+        name, tied, grad, written, children = self._stack.pop()
+        if self._written(name) != written:
+            error = ConfigError(
+                f"parameters of {name.removeprefix('micro_step.model.') or 'the model'} were "
+                "written to in the middle of a forward (or in on_batch, on_loss), where they are "
+                "gathered, and that is lost: change them in on_step_end, or where a step begins"
+            )
+            if name:
+                raise error  # in the loss function, where it is caught
+            self.wrote = error
         siblings = self._stack[-1][-1] if self._stack else self._top
         siblings.append(Node(name, tied, grad, tuple(children)))
+
+    def _written(self, name: str) -> int:
+        """Counts writes to a module's gathered parameters."""
+        groups = self._states[name]._fsdp_param_groups
+        return sum(p._unsharded_param._version for group in groups for p in group.fsdp_params)
 
     def play(self, node: Node, x: Tensor) -> Tensor:
         """Runs FSDP's hooks as for the recorded calls, around forwards of nothing.

@@ -49,6 +49,9 @@ class Turns:
 
         try:
             _, plan = sharding.run(kept, tells=tells)
+            if sharding.recorder.wrote is not None and not raised:
+                returned.clear()
+                raised.append(sharding.recorder.wrote)
             plan = plan if returned else None
             if tells:
                 if plan is None:
