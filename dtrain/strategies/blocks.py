@@ -29,6 +29,11 @@ def blocks_of(model: nn.Module, given: Blocks | None) -> dict[str, nn.Module]:
     chosen = {
         name: module for name, module in _with_parameters(model) if _is_one(given, name, module)
     }
+    if lists := [name for name, module in chosen.items() if _is_list(module)]:
+        raise ConfigError(
+            f"FSDP(blocks=...): {lists[0]} is a list of modules, which is never called itself: "
+            "choose what is in it"
+        )
     if not chosen:
         kinds = Counter(type(module).__name__ for _, module in _with_parameters(model))
         raise ConfigError(

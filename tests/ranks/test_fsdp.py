@@ -1,5 +1,10 @@
 """Sharded models: the numbers of one process, and whatever one rank does is agreed by all."""
 
+import os
+import signal
+import threading
+import time
+
 import pytest
 import sharding
 import torch
@@ -60,11 +65,6 @@ CASES = {
     "streams": ({"stream": True}, {}),
     "streams, accumulated": ({"stream": True, "micros": 2, "model": "odd"}, {}),
 }
-SMALLER = {  # options of FSDP that change no number
-    "kept": {"reshard": False},
-    "in one": {"blocks": lambda name, module: name == "blocks"},
-    "by class": {"blocks": [sharding.Block]},
-}
 
 
 def callback_of(kind, what):
@@ -74,34 +74,25 @@ def callback_of(kind, what):
 def train(strategy, case, options=None):
     given, fit = CASES[case]
     given = dict(given)
-    stream = given.pop("stream", False)
+    streams = given.pop("stream", False)
     given["callbacks"] = [callback_of(*one) for one in given.get("callbacks", ())]
     rank = dtrain.init(seed=0).rank
-    data = dtrain.Data(Stream(rank)) if stream else sharding.dataset()
+    data = dtrain.Data(Stream(rank)) if streams else sharding.dataset()
+    evaluates = {} if streams else {"eval_set": sharding.dataset(9)}
     trainer = sharding.trainer(strategy_of(strategy, **options or {}), **given)
-    result = (
-        trainer.fit(
-            data,
-            **fit,
-            epochs=3,
-            eval_set=sharding.dataset(9),
-            **({} if fit else {"eval_every": None}),
-        )
-        if not stream
-        else trainer.fit(data, epochs=3)
-    )
-    return whole(trainer.model), result.metrics, trainer.optimizer.state_dict()["state"]
+    result = trainer.fit(data, **fit, epochs=2, **evaluates)
+    return whole(trainer.model), result.metrics
 
 
 def train_all(strategy, cases=tuple(CASES), options=None):
     dtrain.init(seed=0)
-    return {case: train(strategy, case, options)[:2] for case in cases}
+    return {case: train(strategy, case, options) for case in cases}
 
 
 WHOLE = [case for case in CASES if "skip" not in case and "stream" not in case]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_numbers_are_those_of_other_strategies(size):
     """Of one process, but for skips and streams, in which each rank has its own."""
     fsdp = run_processes(train_all, size, "fsdp", timeout_s=100)
@@ -134,7 +125,6 @@ class Planted(torch.autograd.Function):
 #: Where in a micro-step: before the model runs, at each of its parts, after it, and in backward.
 PLACES = ["on_batch", "first", "blocks.0", "blocks.1.a", "blocks.2.b", "head", "loss", "on_loss"]
 PLACES += [f"backward of {name}" for name in ("head", "blocks.2", "blocks.1.norm", "blocks.0.a")]
-PLACES += ["backward of first"]
 
 
 class Plant(dtrain.Callback):
@@ -229,11 +219,12 @@ def fail_and_go_on(places, micros, model, at):
 @pytest.mark.parametrize(
     ("micros", "model", "at", "places"),
     [
-        (1, "net", (0, 0), PLACES[2:10:4]),
-        (1, "net", (3, 0), PLACES),
-        (2, "odd", (3, 0), ["blocks.1.a", "backward of blocks.1.norm", "loss"]),
-        (2, "odd", (3, 1), ["blocks.1.a", "backward of blocks.1.norm", "on_batch"]),
-        (2, "odd", (0, 1), ["blocks.2.b", "backward of blocks.0.a"]),
+        (1, "net", (0, 0), ["blocks.0"]),
+        (2, "odd", (2, 1), ["blocks.1.a", "backward of blocks.1.norm"]),
+        pytest.param(1, "net", (0, 0), PLACES, marks=pytest.mark.slow),
+        pytest.param(1, "net", (3, 0), PLACES, marks=pytest.mark.slow),
+        pytest.param(2, "odd", (3, 0), PLACES[3:], marks=pytest.mark.slow),
+        pytest.param(2, "odd", (0, 1), PLACES[3:], marks=pytest.mark.slow),
     ],
 )
 def test_a_failure_anywhere_is_agreed_in_its_step_and_fit_goes_on(micros, model, at, places):
@@ -337,6 +328,204 @@ def test_ranks_that_part_are_told_so_in_that_step(how, at, kind, words):
 def test_a_step_that_cannot_be_reduced_ends_in_an_error_on_all(how, at, words):
     outcomes = run_outcomes(diverge, 2, how, at, timeout_s=40)
     assert all(outcome.error is not None for outcome in outcomes), outcomes
+
+
+def emergency(run_dir, mode):
+    """Fails on one rank; or goes on from what was saved then."""
+    world = dtrain.init(seed=0)
+    plant = Plant(mode == "fails" and world.rank == 1, "blocks.1", 3, 0)
+    trainer = sharding.trainer(
+        FSDP(), loss=loss_with(plant), callbacks=[plant], run_dir=run_dir if mode else None
+    )
+    resume = "emergency" if mode == "goes on" else "auto"
+    trainer.fit(sharding.dataset(), batch_size=6, epochs=2, resume=resume)
+    return whole(trainer.model)
+
+
+def test_what_was_saved_when_a_step_failed_is_gone_on_with(tmp_path):
+    outcomes = run_outcomes(emergency, 2, tmp_path, "fails")
+    assert [type(outcome.error) for outcome in outcomes] == [RemoteError, ValueError]
+    expected = run_processes(emergency, 2, tmp_path, "")[0]
+    (found, _) = run_processes(emergency, 3, tmp_path, "goes on")[:2]
+    assert distance(found, expected) <= EXACT
+
+
+def vanish(how, where):
+    world = dtrain.init(seed=0)
+
+    class Goes(dtrain.Callback):
+        def on_step_start(self, ctx, step):
+            self.due = world.rank == 1 and step.number == 3
+
+    goes = Goes()
+
+    def go(grad=None):
+        if goes.due and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if goes.due:
+            threading.Event().wait(30)
+
+    def loss(model, batch):
+        found = loss_fn(model, batch)
+        if where == "forward":
+            go()
+        else:
+            found.mean.register_hook(go)
+        return found
+
+    trainer = sharding.trainer(FSDP(), loss=loss, callbacks=[goes], hang_after_s=3.0)
+    began = time.monotonic()
+    try:
+        trainer.fit(sharding.dataset(), batch_size=6, epochs=2)
+    except Exception as error:
+        error.add_note(f"after {time.monotonic() - began:.1f} s")
+        raise
+
+
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        ("killed", "backward"),
+        pytest.param("killed", "forward", marks=pytest.mark.slow),
+        pytest.param("hangs", "forward", marks=pytest.mark.slow),
+        pytest.param("hangs", "backward", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_is_gone_or_stuck_is_named(how, where):
+    began = time.monotonic()
+    outcomes = run_outcomes(vanish, 2, how, where, timeout_s=40)
+    assert time.monotonic() - began < 20
+    told = f"{outcomes[0].error} {outcomes[0].output}"
+    assert "rank 1 on" in told, outcomes
+    assert "gone" in told or "no longer moves" in told or "hangs" in told or "waits" in told, told
+
+
+class Parts(nn.Module):
+    """Frozen blocks, checkpointed ones, a method that is no forward, and buffers."""
+
+    _no_split_modules = ("Block",)
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(sharding.WIDTH, sharding.WIDTH)
+        self.one = sharding.Block().requires_grad_(False)
+        self.two = nn.ModuleDict({"a": sharding.Block(), "b": sharding.Block()})
+        self.norm = nn.BatchNorm1d(sharding.WIDTH, affine=False)
+        self.head = nn.Linear(sharding.WIDTH, 2)
+
+    def encode(self, x):
+        hidden = self.one(self.first(x))
+        for block in self.two.values():
+            hidden = torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=False)
+        return hidden
+
+    def forward(self, x):
+        return self.head(self.norm(self.encode(x)) if len(x) > 99 else self.encode(x))
+
+
+def parts(strategy, options, optimizer):
+    dtrain.init(seed=0)
+    torch.manual_seed(1)
+    model = Parts().double()
+    made = {
+        "adamw": lambda net: torch.optim.AdamW(net.parameters(), lr=1e-2),
+        "sgd": lambda net: torch.optim.SGD(
+            [
+                {"params": net.head.parameters(), "lr": 0.1},
+                {"params": [*net.first.parameters(), *net.two.parameters()]},
+            ],
+            lr=0.05,
+            momentum=0.9,
+            nesterov=True,
+        ),
+        "rmsprop": lambda net: torch.optim.RMSprop(net.parameters(), lr=1e-3, centered=True),
+        "adagrad": lambda net: torch.optim.Adagrad(net.parameters(), lr=1e-2),
+    }[optimizer]
+
+    def loss(net, batch):
+        found = loss_fn(net, batch)
+        found.mean = found.mean + 1e-2 * net.encode(batch[0]).square().mean()
+        return found
+
+    trainer = sharding.trainer(
+        strategy_of(strategy, **options),
+        net=(model, made(model) if optimizer == "adamw" else made),
+        loss=loss,
+        micros=2,
+    )
+    for _ in range(2):  # a further fit of a live trainer
+        trainer.fit(sharding.dataset(), batch_size=5, epochs=1)
+    return whole(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "optimizer"),
+    [
+        ({}, "adamw"),
+        pytest.param({"reshard": False}, "sgd", marks=pytest.mark.slow),
+        pytest.param(
+            {"blocks": lambda name, module: name in ("two.a", "two.a.a")},
+            "rmsprop",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"blocks": [sharding.Block]}, "adagrad", marks=pytest.mark.slow),
+    ],
+)
+def test_options_and_optimizers_change_no_number(options, optimizer):
+    expected = run_processes(parts, 3, "flat", {}, optimizer)[0]
+    for found in run_processes(parts, 3, "fsdp", options, optimizer):
+        assert distance(found, expected) <= EXACT
+
+
+class Writes(dtrain.Callback):
+    def __init__(self, hook):
+        self.hook = hook
+
+    def write(self, ctx):
+        with torch.no_grad():
+            ctx.model.first.weight.mul_(0.5)
+
+    def on_batch(self, ctx, step):
+        if self.hook == "on_batch" and step.number == 1:
+            self.write(ctx)
+
+    def on_step_end(self, ctx, step):
+        if self.hook == "on_step_end" and step.number == 1:
+            self.write(ctx)
+
+
+def written(strategy, hook, on):
+    world = dtrain.init(seed=0)
+    callbacks = [Writes(hook if on in (None, world.rank) else "")]
+    trainer = sharding.trainer(strategy_of(strategy), callbacks=callbacks)
+    trainer.fit(sharding.dataset(), batch_size=5, epochs=1)
+    return whole(trainer.model)
+
+
+def test_a_write_stays_or_is_refused():
+    expected = run_processes(written, 2, "flat", "on_step_end", None)[0]
+    for found in run_processes(written, 2, "fsdp", "on_step_end", None):
+        assert distance(found, expected) <= EXACT
+    outcomes = run_outcomes(written, 2, "fsdp", "on_batch", 1)
+    assert all("written to in the middle of a forward" in str(o.error) for o in outcomes)
+
+
+def held():
+    dtrain.init(seed=0)
+    notes = []
+    for keeps in (True, False):
+        model, optimizer = make()
+        kept = [*model.parameters()] if keeps else []
+        trainer = sharding.trainer(FSDP(), net=(model, optimizer))
+        notes.append([note for note in trainer._outbox.notes if "held elsewhere" in note])
+        del kept
+    return notes
+
+
+def test_parameters_that_are_held_elsewhere_are_told_of():
+    for some, none in run_processes(held, 2):
+        assert some[0].startswith("note: 22 of the model's parameters are held elsewhere")
+        assert not none
 
 
 # ------------------------------------------------------------------- evaluation, and predicting
@@ -634,7 +823,14 @@ REFUSED = {
         "change": lambda model: setattr(model, "table", nn.Embedding(3, 2, sparse=True).double())
     },
     "chose no part of the model, which has": {"options": {"blocks": [nn.Conv2d]}},
+    "blocks is a list of modules": {"options": {"blocks": lambda name, module: name == "blocks"}},
     "are sharded already": {"twice": True},
+    "hooks on gradients (head.weight": {
+        "change": lambda model: model.head.weight.register_hook(lambda grad: grad)
+    },
+    "writes its parameters (max_norm)": {
+        "change": lambda model: setattr(model, "table", nn.Embedding(3, 2, max_norm=1.0).double())
+    },
 }
 
 
