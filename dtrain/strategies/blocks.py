@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain.context import has_updates, kind_of, needs_closure
+from dtrain.context import Together, kind_of, needs_closure
 from dtrain.distributed import is_sharded, named_parameters, plain_name, some_of
 from dtrain.errors import ConfigError
 from dtrain.step import MicroStep
@@ -123,7 +123,7 @@ def check_training(micro_step: MicroStep) -> None:
             "strategy='fsdp' does not work with a loss scale (fp16) yet: use "
             "MixedPrecision('bf16') or FSDP(params='bf16')"
         )
-    if has_updates(optimizer) or micro_step.update:
+    if isinstance(optimizer, Together) or micro_step.update:
         raise ConfigError("strategy='fsdp' works with one optimizer only: use 'ddp' or 'flat'")
     if needs_closure(optimizer) or type(optimizer).__name__ in _WHOLE:
         raise ConfigError(

@@ -423,6 +423,10 @@ class Parts(nn.Module):
         return self.head(self.norm(self.encode(x)) if len(x) > 99 else self.encode(x))
 
 
+def nested(name, module):
+    return name in ("two.a", "two.a.a")
+
+
 def parts(strategy, options, optimizer):
     dtrain.init(seed=0)
     torch.manual_seed(1)
@@ -464,7 +468,7 @@ def parts(strategy, options, optimizer):
         ({}, "adamw"),
         pytest.param({"reshard": False}, "sgd", marks=pytest.mark.slow),
         pytest.param(
-            {"blocks": lambda name, module: name in ("two.a", "two.a.a")},
+            {"blocks": nested},
             "rmsprop",
             marks=pytest.mark.slow,
         ),
