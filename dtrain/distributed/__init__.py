@@ -8,9 +8,11 @@ from dtrain.distributed.activity import (
     EVAL_LOSS_FN,
     EVALUATION,
     FIRST_DATA,
+    GATHERING,
     METRICS,
     OWN_BACKWARD,
     SAVING,
+    SCATTERING,
     UPDATE,
     Activity,
     Heartbeat,
@@ -72,6 +74,7 @@ from dtrain.distributed.world import (
 )
 
 __all__ = ["ARRIVAL", "BACKWARD", "BETWEEN", "DATA", "EVALUATION", "EVAL_LOSS_FN", "FIRST_DATA"]
+__all__ += ["GATHERING", "SCATTERING"]
 __all__ += ["METRICS", "OWN_BACKWARD", "SAVING", "UPDATE", "Activity", "Heartbeat", "Phase"]
 __all__ += ["Comm", "DataParallel", "Rule", "TransportOp", "World", "current", "inhabited", "init"]
 __all__ += ["check_same_call", "check_same_model", "digest_of", "on_main", "raw_bytes"]

@@ -165,11 +165,13 @@ class FSDP(Strategy):
 
     def describe(self) -> str:
         size = self._world.size
+        if size == 1:
+            return "nothing is sharded on one rank (fsdp)"
         what = words_of(self._blocks) or "the model as a whole, for no repeated blocks were found"
         rest = ", and the rest" if self._blocks else ""
-        over = f"over {size} ranks" if size > 1 else "not, on one rank"
         how = "" if self._dtype is None else "; computed in bf16, summed in float32"
-        return f"parameters, gradients and moments: sharded {over}: {what}{rest}{how} (fsdp)"
+        held = f"parameters, gradients and moments: sharded over {size} ranks"
+        return f"{held}: {what}{rest}{how} (fsdp)"
 
     def make_equal(self, model: nn.Module, world: World) -> bool:
         held = {n: t for n, t in tensors_of_state(model).items() if not is_sharded(t)}

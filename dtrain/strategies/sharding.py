@@ -87,7 +87,7 @@ class Sharding:
                 "and are not what is trained. Let go of them, and look at the model's own"
             )
         self.place = root.place
-        self.tape = Tape()
+        self.tape = Tape(world.comm.activity)
         self.parts: dict[str, FSDPModule] = {}
         modules: dict[str, nn.Module] = {}
         for name, module in self.root.named_modules():

@@ -21,6 +21,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
 )
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
+from dtrain.distributed import GATHERING, SCATTERING, Activity
 from dtrain.errors import ConfigError, RankMismatch
 
 _DIGEST = 2**24  # what is kept of a step's order
@@ -40,9 +41,14 @@ class Node(NamedTuple):
 
 
 class Tape:
-    """The order of this rank's collectives."""
+    """The order of this rank's collectives.
 
-    def __init__(self) -> None:
+    Args:
+        activity: told while this rank waits for others, within its forward or backward.
+    """
+
+    def __init__(self, activity: Activity) -> None:
+        self.activity = activity
         self.is_open = False  # all ranks are in a forward, or in its backward
         self.is_phantom = False
         self.adds_up = False  # gradients of earlier micro-batches are kept in the reduction's dtype
@@ -130,7 +136,10 @@ class Gather(DefaultAllGather):
     ) -> dist.Work | None:
         """Ranks: all, communicates."""
         if self._tape.goes_on("gather", self._name):
-            return super().__call__(output_tensor, input_tensor, group, async_op)
+            before = self._tape.activity.enter(GATHERING)
+            work = super().__call__(output_tensor, input_tensor, group, async_op)
+            self._tape.activity.enter(before)  # where it raised, it was in the gather
+            return work
         output_tensor.zero_()  # a phantom does not look at values
         return None
 
@@ -161,7 +170,10 @@ class Scatter(DefaultReduceScatter):
             message = self._message()
             rows = input_tensor.view(group.size(), -1)
             rows[:, -message.numel() :] = message.to(rows)
-        return super().__call__(output_tensor, input_tensor, group, op, async_op)
+        before = self._tape.activity.enter(SCATTERING)
+        work = super().__call__(output_tensor, input_tensor, group, op, async_op)
+        self._tape.activity.enter(before)
+        return work
 
 
 class _Watched(FSDPParam):
