@@ -43,6 +43,17 @@ def placed_like(whole: Tensor, like: Tensor) -> Tensor:
     return copied
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Returns all of a tensor, on each rank; itself, if it is not sharded.
+
+    Ranks: all, communicates.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    every: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    return every
+
+
 @torch.no_grad()
 def gathered(tensor: Tensor, owner: int) -> Tensor | None:
     """Returns a sharded tensor, whole and on the host, on the rank ``owner``; None on the others.
