@@ -13,9 +13,10 @@ from torch import nn
 
 import dtrain
 from dtrain.callbacks import Freeze
+from dtrain.checkpoint import writer
 from dtrain.errors import ConfigError, RankMismatch, RemoteError, UnusedParameters
 from dtrain.strategies import FSDP
-from dtrain.testing import run_outcomes, run_processes
+from dtrain.testing import RanksFailed, run_outcomes, run_processes, run_ranks
 
 EXACT = 1e-12
 
@@ -246,15 +247,15 @@ def test_a_failure_anywhere_is_agreed_in_its_step_and_fit_goes_on(micros, model,
 class Swapping(sharding.Net):
     """On one rank, from some forward on, equal blocks come in another order."""
 
-    swaps_from, forwards = 10**6, 0
+    swaps_from, forwards, left_out = 10**6, 0, None
 
     def forward(self, x):
         if self.training:
             self.forwards += 1
         x = self.first(x)
         swapped = self.forwards > self.swaps_from
-        for block in self.blocks[::-1] if swapped else self.blocks:
-            x = block(x)
+        for place in (2, 1, 0) if swapped else (0, 1, 2):
+            x = x if place == self.left_out else self.blocks[place](x)
         return self.head(x)
 
 
@@ -266,8 +267,8 @@ def diverge(how, at):
 
     def loss(net, batch):
         step = trainer.context.progress.step
-        if how == "stray" and odd_one and step == at:
-            net.blocks[0](batch[0])
+        drops = how == "drops" and odd_one and step == at
+        net.left_out = 1 if drops or how == "never" else None
         found = loss_fn(net, batch)
         if how == "unused" and odd_one and step == at:
             found = dtrain.Loss(net.first(batch[0]).square().mean(), weight=1.0)
@@ -309,6 +310,8 @@ def diverge(how, at):
         ("swap", 3, RankMismatch, "in different orders"),
         ("alone", 2, ConfigError, "outside of a training step"),
         ("nothing", 0, UnusedParameters, "no gradient reached"),
+        ("never", 0, UnusedParameters, "no gradient reached blocks.1.norm.weight"),
+        ("drops", 0, RankMismatch, "rank 1: micro_step.model.blocks.2"),
         ("gathers", 0, ConfigError, "gather_with_grad does not work under strategy='fsdp' yet"),
     ],
 )
@@ -323,11 +326,19 @@ def test_ranks_that_part_are_told_so_in_that_step(how, at, kind, words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "at", "words"), [("unused", 3, "no gradient"), ("backward", 2, "a backward() ran")]
+    ("how", "at", "words"),
+    [
+        ("unused", 3, "all ranks wait for one another"),
+        ("drops", 3, "all ranks wait for one another"),
+        ("backward", 2, "backward()"),
+    ],
 )
 def test_a_step_that_cannot_be_reduced_ends_in_an_error_on_all(how, at, words):
+    began = time.monotonic()
     outcomes = run_outcomes(diverge, 2, how, at, timeout_s=40)
+    assert time.monotonic() - began < 25
     assert all(outcome.error is not None for outcome in outcomes), outcomes
+    assert any(words in f"{o.error} {o.output}" for o in outcomes), outcomes
 
 
 def emergency(run_dir, mode):
@@ -644,6 +655,39 @@ def test_a_run_goes_on_with_other_strategies_and_other_numbers_of_ranks(tmp_path
     assert all(torch.equal(p.detach(), last_end[0][n]) for n, p in plain.named_parameters())
 
 
+def in_parts(run_dir):
+    """A checkpoint in several files, without the frozen layer; loaded into sharded models."""
+    dtrain.init(seed=0)
+    writer.PART_BYTES = 400
+    models = [make("odd") for _ in range(3)]
+    checkpoint = dtrain.callbacks.Checkpoint(every_steps=2, trainable_only=True)
+    first = sharding.trainer(FSDP(), net=models[0], run_dir=run_dir, callbacks=[checkpoint])
+    first.fit(sharding.dataset(), batch_size=6, epochs=1)
+    sharding.trainer(FSDP(), net=models[1])
+    for model, _ in models[1:]:
+        path = dtrain.load_model(run_dir, model, strict=False)
+    end, *others = [whole(model) for model, _ in models]
+    assert all(torch.equal(t, end[n]) for other in others for n, t in other.items())
+    checkpoint = dtrain.callbacks.Checkpoint(every_steps=2, trainable_only=True)
+    again = sharding.trainer(FSDP(), net=make("odd"), run_dir=run_dir, callbacks=[checkpoint])
+    again.fit(sharding.dataset(), batch_size=6, epochs=2)
+    return {file.name for file in path.iterdir()}, whole(again.model)
+
+
+def trained(strategy, model):
+    dtrain.init(seed=0)
+    trainer = sharding.trainer(strategy, model=model)
+    trainer.fit(sharding.dataset(), batch_size=6, epochs=2)
+    return whole(trainer.model)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_several_files_is_written_and_read(tmp_path):
+    (files, end), _ = run_processes(in_parts, 2, tmp_path / "run")
+    assert {"model-00002-of-00002.safetensors", "state-00001-of-00002.safetensors"} <= files
+    assert distance(end, run_processes(trained, 1, "flat", "odd")[0]) <= EXACT
+
+
 # ------------------------------------------------------------------- what a step costs
 
 COLLECTIVES = [
@@ -877,6 +921,24 @@ def test_what_does_not_work_is_refused_in_words():
     for told in run_processes(refused, 2):
         for words, found in told.items():
             assert words in found, found
+
+
+def test_torch_before_2_13_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
+    with pytest.raises(ConfigError, match=r"needs torch 2\.13 or newer, .* this is 2\.12\.1"):
+        FSDP().check(accumulates=False)
+
+
+def alone(options):
+    model, optimizer = make()
+    return sharding.trainer(FSDP(**options), net=(model, optimizer))
+
+
+def test_what_one_rank_or_threads_cannot_do_is_refused():
+    with pytest.raises(RanksFailed, match="one rank gathers nothing"):
+        run_ranks(alone, 1, {"params": "bf16"})
+    with pytest.raises(RanksFailed, match="needs ranks that are processes"):
+        run_ranks(alone, 2, {})
 
 
 @pytest.mark.parametrize(
