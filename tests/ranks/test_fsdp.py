@@ -93,12 +93,20 @@ def train_all(strategy, cases=tuple(CASES), options=None):
 WHOLE = [case for case in CASES if "skip" not in case and "stream" not in case]
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_numbers_are_those_of_other_strategies(size):
+QUICK = ["odd, a batch smaller than the world", "skips after", "streams, accumulated"]
+SLOW = {"marks": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    ("size", "cases"),
+    [(2, QUICK), pytest.param(2, [*CASES], **SLOW), pytest.param(3, [*CASES], **SLOW)],
+    ids=["some", "2", "3"],
+)
+def test_the_numbers_are_those_of_other_strategies(size, cases):
     """Of one process, but for skips and streams, in which each rank has its own."""
-    fsdp = run_processes(train_all, size, "fsdp", timeout_s=100)
-    truth = run_processes(train_all, size, "flat", timeout_s=100)[0]
-    truth |= run_processes(train_all, 1, "flat", WHOLE)[0]
+    fsdp = run_processes(train_all, size, "fsdp", cases, timeout_s=100)
+    truth = run_processes(train_all, size, "flat", cases, timeout_s=100)[0]
+    truth |= run_processes(train_all, 1, "flat", [case for case in cases if case in WHOLE])[0]
     for case, (expected, metrics) in truth.items():
         for found, figures in (ranks[case] for ranks in fsdp):
             assert distance(found, expected) <= EXACT, case
@@ -222,10 +230,10 @@ def fail_and_go_on(places, micros, model, at):
     [
         (1, "net", (0, 0), ["blocks.0"]),
         (2, "odd", (2, 1), ["blocks.1.a", "backward of blocks.1.norm"]),
-        pytest.param(1, "net", (0, 0), PLACES, marks=pytest.mark.slow),
-        pytest.param(1, "net", (3, 0), PLACES, marks=pytest.mark.slow),
-        pytest.param(2, "odd", (3, 0), PLACES[3:], marks=pytest.mark.slow),
-        pytest.param(2, "odd", (0, 1), PLACES[3:], marks=pytest.mark.slow),
+        pytest.param(1, "net", (0, 0), PLACES, **SLOW),
+        pytest.param(1, "net", (3, 0), PLACES, **SLOW),
+        pytest.param(2, "odd", (3, 0), PLACES[3:], **SLOW),
+        pytest.param(2, "odd", (0, 1), PLACES[3:], **SLOW),
     ],
 )
 def test_a_failure_anywhere_is_agreed_in_its_step_and_fit_goes_on(micros, model, at, places):
@@ -353,6 +361,7 @@ def emergency(run_dir, mode):
     return whole(trainer.model)
 
 
+@pytest.mark.slow
 def test_what_was_saved_when_a_step_failed_is_gone_on_with(tmp_path):
     outcomes = run_outcomes(emergency, 2, tmp_path, "fails")
     assert [type(outcome.error) for outcome in outcomes] == [RemoteError, ValueError]
@@ -397,9 +406,9 @@ def vanish(how, where):
     ("how", "where"),
     [
         ("killed", "backward"),
-        pytest.param("killed", "forward", marks=pytest.mark.slow),
-        pytest.param("hangs", "forward", marks=pytest.mark.slow),
-        pytest.param("hangs", "backward", marks=pytest.mark.slow),
+        pytest.param("killed", "forward", **SLOW),
+        pytest.param("hangs", "forward", **SLOW),
+        pytest.param("hangs", "backward", **SLOW),
     ],
 )
 def test_a_rank_that_is_gone_or_stuck_is_named(how, where):
@@ -476,14 +485,14 @@ def parts(strategy, options, optimizer):
 @pytest.mark.parametrize(
     ("options", "optimizer"),
     [
-        ({}, "adamw"),
-        pytest.param({"reshard": False}, "sgd", marks=pytest.mark.slow),
+        pytest.param({}, "adamw", **SLOW),
+        pytest.param({"reshard": False}, "sgd", **SLOW),
         pytest.param(
             {"blocks": nested},
             "rmsprop",
             marks=pytest.mark.slow,
         ),
-        pytest.param({"blocks": [sharding.Block]}, "adagrad", marks=pytest.mark.slow),
+        pytest.param({"blocks": [sharding.Block]}, "adagrad", **SLOW),
     ],
 )
 def test_options_and_optimizers_change_no_number(options, optimizer):
@@ -575,9 +584,10 @@ def evaluated(strategy):
     return found, told, torch.stack(rows), whole(trainer.model)
 
 
-def test_evaluation_meets_in_each_forward_whoever_has_a_batch():
-    truth = run_processes(evaluated, 3, "flat")
-    ranks = run_processes(evaluated, 3, "fsdp")
+@pytest.mark.parametrize("size", [2, pytest.param(3, **SLOW)])
+def test_evaluation_meets_in_each_forward_whoever_has_a_batch(size):
+    truth = run_processes(evaluated, size, "flat")
+    ranks = run_processes(evaluated, size, "fsdp")
     for (found, told, rows, end), (expected, _, expected_rows, expected_end) in zip(
         ranks, truth, strict=True
     ):
@@ -633,7 +643,7 @@ def go_on(run_dir, strategy, epochs, model):
 CHAIN = [(2, "fsdp"), (3, "fsdp"), (1, "fsdp"), (2, "flat"), (2, "fsdp"), (2, "ddp")]
 
 
-@pytest.mark.parametrize("model", ["net", pytest.param("odd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["net", pytest.param("odd", **SLOW)])
 def test_a_run_goes_on_with_other_strategies_and_other_numbers_of_ranks(tmp_path, model):
     chain = CHAIN if model == "odd" else CHAIN[:2] + CHAIN[3:5]
     straight = run_processes(go_on, 2, tmp_path / "straight", "flat", len(chain), model)[0]
@@ -744,7 +754,7 @@ def costs(clips):
     return count.found, {name: n for name, n in count.counts.items() if n}, world.size
 
 
-@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("clips", [pytest.param(False, **SLOW), True])
 def test_a_step_has_the_collectives_of_plain_fsdp(clips):
     for found, plain, _ in run_processes(costs, 2, clips):
         assert plain == {"all_gather_single": 7, "reduce_scatter_single": 4}
@@ -820,7 +830,7 @@ def mixed(strategy, options, *names):
     [
         ({}, ("guard", "stop", "schedule", "stats"), 5, 1e-5),
         ({}, ("poison", "guard"), 14, 1e-5),
-        ({}, ("bf16", "schedule"), 15, 2e-2),
+        pytest.param({}, ("bf16", "schedule"), 15, 2e-2, **SLOW),
         ({"params": "bf16", "reduce": "float32"}, ("schedule",), 15, 2e-2),
     ],
     ids=["votes", "NaN on one rank", "autocast", "bf16"],
