@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._common_utils import collect_grad_tensors
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultAllGather,
     DefaultReduceScatter,
@@ -262,8 +263,7 @@ class Recorder:
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._is_on or torch._C._current_graph_task_id() != -1:
             return  # computed again in backward
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        tied = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+        tied = bool(collect_grad_tensors((args, kwargs)))  # as FSDP looks: also in dataclasses
         name = self._names[id(module)]
         self._stack.append((name, tied, torch.is_grad_enabled(), self._written(name), []))
 

@@ -1,5 +1,7 @@
 """Models with blocks, and their training in many cases, for tests of sharded strategies."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -61,7 +63,37 @@ class Odd(nn.Module):
         return self.out(self.head(h)) + 0.1 * teacher.sum(-1, keepdim=True)
 
 
-MODELS = {"net": Net, "odd": Odd}
+@dataclass
+class Box:
+    x: torch.Tensor
+
+
+class Boxed(nn.Module):
+    """Takes and returns something that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Block()
+
+    def forward(self, box, *, scale):
+        return Box(self.inner(box.x) * scale)
+
+
+class Boxes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Boxed() for _ in range(3))
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        box = Box(self.first(x))
+        for block in self.blocks:
+            box = block(box, scale=0.9)
+        return self.head(box.x)
+
+
+MODELS = {"net": Net, "odd": Odd, "boxes": Boxes}
 
 
 def dataset(samples=23):

@@ -60,6 +60,7 @@ CASES = {
     "odd, a batch smaller than the world": ({"model": "odd"}, {"batch_size": 2}),
     "accumulated": ({"micros": 2, "model": "odd"}, {"batch_size": 5}),
     "accumulated unevenly": ({"micros": 3}, {"batch_size": 7}),
+    "in boxes": ({"model": "boxes"}, {"batch_size": 2}),
     "skips before": ({"callbacks": [("skip", "on_batch")]}, {"batch_size": 5}),
     "skips after": ({"callbacks": [("skip", "on_loss")], "micros": 2}, {"batch_size": 6}),
     "frozen for an epoch": ({"callbacks": [("freeze", "blocks.1")]}, {"batch_size": 8}),
@@ -882,6 +883,7 @@ REFUSED = {
     },
     "chose no part of the model, which has": {"options": {"blocks": [nn.Conv2d]}},
     "blocks is a list of modules": {"options": {"blocks": lambda name, module: name == "blocks"}},
+    "lr_range_test does not work with strategy='fsdp' yet": {"tunes": True},
     "are sharded already": {"twice": True},
     "hooks on gradients (head.weight": {
         "change": lambda model: model.head.weight.register_hook(lambda grad: grad)
@@ -916,11 +918,13 @@ def refused():
         }.get(case.get("optimizer"), lambda net: torch.optim.AdamW(net.parameters()))
         try:
             for _ in range(1 + case.get("twice", False)):
-                sharding.trainer(
+                made = sharding.trainer(
                     FSDP(**case.get("options", {})),
                     net=(model, optimizer),
                     callbacks=[known[name]() for name in case.get("callbacks", ())],
                 )
+            if "tunes" in case:
+                dtrain.tuning.lr_range_test(made, sharding.dataset(), batch_size=6)
             told[words] = "nothing"
         except ConfigError as error:
             told[words] = str(error)
