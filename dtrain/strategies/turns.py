@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from dtrain.distributed import World
+from dtrain.errors import ConfigError
 from dtrain.step import MicroStep
 from dtrain.strategies.sharding import Sharding
 from dtrain.strategies.tape import Node
@@ -24,6 +25,11 @@ class Turns:
 
     def meet(self, *, has: bool, ended: bool, first: bool) -> bool:
         """Begins a turn; returns whether all ranks' data have ended."""
+        if self._sharding.tape.is_open:
+            raise ConfigError(
+                "evaluate and predict cannot be called in a loss function, on_batch or on_loss "
+                "with strategy='fsdp': the model is in a forward. Do it in on_step_end"
+            )
         if first:
             self._plan = None  # it may be another function
         mine = torch.tensor([has, ended]).int()

@@ -283,6 +283,8 @@ def diverge(how, at):
             found = dtrain.Loss(net.first(batch[0]).square().mean(), weight=1.0)
         if how == "backward" and step == at:
             found.mean.backward()
+        if how == "evaluates":
+            trainer.evaluate(sharding.dataset(4), batch_size=2)
         if how == "gathers":
             trainer.context.comm.gather_with_grad("outputs", net(batch[0]))
         if how == "nothing":
@@ -319,6 +321,7 @@ def diverge(how, at):
         ("swap", 3, RankMismatch, "in different orders"),
         ("alone", 2, ConfigError, "outside of a training step"),
         ("nothing", 0, UnusedParameters, "no gradient reached"),
+        ("evaluates", 0, ConfigError, "cannot be called in a loss function"),
         ("never", 0, UnusedParameters, "no gradient reached blocks.1.norm.weight"),
         ("drops", 0, RankMismatch, "rank 1: micro_step.model.blocks.2"),
         ("gathers", 0, ConfigError, "gather_with_grad does not work under strategy='fsdp' yet"),
