@@ -166,12 +166,12 @@ class Loop:
             due = self.checkpoint is not None and self.checkpoint.due_after_epoch(progress)
             if due or self._save_asked:
                 self._save_once()
-        with self.engine.together(Phase("the end of an epoch", slow=True)):
-            self.hooks.fire(Callback.on_epoch_end, context)
-        self._settle()
+        if self.hooks.has(Callback.on_epoch_end):
+            with self.engine.together(Phase("the end of an epoch", slow=True)):
+                self.hooks.fire(Callback.on_epoch_end, context)
+            self._settle()
         self.epoch_evaluated = self.epoch_is_cut = False
-        progress.epoch += 1
-        progress.step_in_epoch = 0
+        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
 
     def _after_step(self) -> None:
         progress = self.context.progress

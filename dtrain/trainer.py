@@ -328,11 +328,13 @@ class Trainer(Inference):
                 with comm.lockstep("the end of fit"):
                     state = "preempted" if loop.preempted else "finished"
                     phases.ended(loop.stop_reason, preempted=loop.preempted)
-                    self._files.finish(loop.stop_reason, preempted=loop.preempted)
                     words = describe_end(state, self.context, loop.stop_reason)
-                    loop.history.report("end", {}, words)
-                    comm.on_main("close sinks", dispatcher.finish)
-                    last, best = self._files.last_and_best()
+
+                    def tell() -> None:  # once that is noted
+                        loop.history.report("end", {}, words)
+                        dispatcher.finish()
+
+                    last, best = self._files.finish(loop.stop_reason, loop.preempted, tell)
         except BaseException as error:
             self._fail(loop, error, dispatcher)
             raise
@@ -363,7 +365,7 @@ class Trainer(Inference):
         self._run_state.fits.plan(context.progress)
         same |= {"fit": self._run_state.fits.words(context.progress.phase)}
         same |= {"override": self._run_state.override, "plan": plan, "updates": engine.ahead()}
-        check_same_call(same, self.world.comm)
+        check_same_call(same, self.world.comm, parted=engine.parted)
         engine.restart(data.batch_size or 0)
         context.has_eval = bool(evals)
         return Loop(
@@ -379,14 +381,14 @@ class Trainer(Inference):
 
     def _begin(self, loop: Loop, data: Data, dispatcher: Dispatcher) -> None:
         """Everything before the first step: resume, hooks, wrapping, the start block."""
-        comm, context, files, plan = self.world.comm, self.context, self._files, loop.plan
+        context, files, plan = self.context, self._files, loop.plan
         saved, live = self._phases.saved, self._phases.live
         self._run_state.begin(live=live, resumes=saved is not None)
         files.saver.flush = dispatcher.flush
         state = {} if saved is None else self._run_state.restore(saved, weights=True)
         tell = self.recorder.report if self.world.is_main else None
         loop.history = History(context.progress, self._outbox, dispatcher, tell, plan.history)
-        comm.on_main("open sinks", dispatcher.open)
+        files.open(dispatcher.open, live=live)
         self._engine.modes.wake()
         self.hooks.fire(Callback.on_fit_start, context)
         if live and self._phases.new:
@@ -400,9 +402,9 @@ class Trainer(Inference):
             self._phases.seed_rank()
         self._engine.begin()
         if not live:
-            files.open()
+            files.open_saver()
         self._phases.live = True
-        files.start()
+        files.start(live=live)
         words = describe_start(
             context,
             self.world,

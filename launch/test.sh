@@ -31,9 +31,11 @@ case ${1:-} in
 esac
 set -- .venv/bin/python -m pytest "$@"
 
-# Sixteen times a start each of them asks for that of 127.0.0.1, which hosts files do not have as IPv6
-# writes it. Where that is allowed, they find it in one that nobody else sees, and no server is asked.
-with_name() { # in a mount namespace of its own: adds the name, and does what it is asked
+# Where that is allowed, tests have two things of their own, which nobody else sees:
+# - A hosts file with the name of 127.0.0.1 as IPv6 writes it. Sixteen times a start each rank asks for
+#   that, and no server needs to be asked.
+# - Shared memory, so that what a test finds left there is not of tests that run at the same time.
+with_own() { # in a mount namespace of its own: does what it is asked, with both
     local folder
     folder=$(mktemp -d)
     mount -t tmpfs hosts "$folder"
@@ -41,9 +43,10 @@ with_name() { # in a mount namespace of its own: adds the name, and does what it
     mount --bind "$folder/hosts" /etc/hosts
     umount "$folder"
     rmdir "$folder"
+    mount -t tmpfs -o mode=1777 shm /dev/shm
     exec "$@"
 }
-if [[ $EUID == 0 ]] && unshare --mount mount -t tmpfs hosts /tmp 2>/dev/null; then
-    set -- unshare --mount bash -c "set -e; $(declare -f with_name); with_name \"\$@\"" test "$@"
+if [[ $EUID == 0 && -d /dev/shm ]] && unshare --mount mount -t tmpfs hosts /tmp 2>/dev/null; then
+    set -- unshare --mount bash -c "set -e; $(declare -f with_own); with_own \"\$@\"" test "$@"
 fi
 exec "$@"

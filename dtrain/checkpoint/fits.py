@@ -166,15 +166,20 @@ class Fits:
 
     def end(self, progress: Progress, reason: str, metrics: Mapping[str, float]) -> None:
         """Notes how the last one ended; it is over with a ``reason`` only."""
-        last = replace(self.known[-1], reason=reason, metrics=dict(metrics))
-        self.known[-1] = replace(
-            last, steps=progress.step, epochs=progress.epoch, updates=progress.updates
-        )
+        self.known[-1] = self.as_ended(progress, reason, metrics)
 
-    def as_text(self) -> str:
-        """Returns them as a checkpoint holds them: in one text, as there may be thousands."""
+    def as_ended(self, progress: Progress, reason: str, metrics: Mapping[str, float]) -> Fit:
+        """Returns the last one, ended so."""
+        last = replace(self.known[-1], reason=reason, metrics=dict(metrics))
+        return replace(last, steps=progress.step, epochs=progress.epoch, updates=progress.updates)
+
+    def as_text(self, last: Fit | None = None) -> str:
+        """Returns them as a checkpoint holds them: in one text, as there may be thousands.
+
+        ``last`` is to stand for the last one.
+        """
         self._texts += [fit.as_text() for fit in self.known[len(self._texts) : -1]]
-        return f"[{', '.join([*self._texts, self.known[-1].as_text()])}]"
+        return f"[{', '.join([*self._texts, (last or self.known[-1]).as_text()])}]"
 
     @classmethod
     def of_text(cls, text: str) -> "Fits":

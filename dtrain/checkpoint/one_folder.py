@@ -1,4 +1,4 @@
-"""Whether all ranks see one ``run_dir``: rank 0 leaves a mark there, and each looks for it.
+"""Whether ``run_dir`` can be written, and all ranks see one: rank 0 leaves a mark, each looks.
 
 A folder that every host has for itself, or that follows from a working directory, would take a
 run to its end, and then lack what the other ranks have saved.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.distributed import World, some_of
-from dtrain.errors import RankMismatch
+from dtrain.errors import ConfigError, RankMismatch
 
 #: How long a rank looks: a network file system may show a new file late.
 PATIENCE_S = 15.0
@@ -27,6 +27,17 @@ class _Place:
     host: str
     run_dir: str
     sees: bool = True
+
+
+def prepare(run_dir: Path) -> None:
+    """Makes ``run_dir`` and proves that it can be written, or raises ConfigError. Local."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".can-write"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written: {error}") from error
 
 
 def check_shared(run_dir: Path, world: World) -> None:

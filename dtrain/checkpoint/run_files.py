@@ -12,6 +12,7 @@ from typing import Any
 from dtrain import accelerator
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import one_folder, status
+from dtrain.checkpoint.comparison import Comparison, sharers_of
 from dtrain.checkpoint.fits import Fits
 from dtrain.checkpoint.format import Saved
 from dtrain.checkpoint.resume import (
@@ -28,9 +29,8 @@ from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.run_state import RunState
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.status import Failures, State, Status
-from dtrain.checkpoint.writer import Content
 from dtrain.context import Progress
-from dtrain.distributed import SAVING, Replicas, World, not_finite, share_buffers, some_of
+from dtrain.distributed import SAVING, Replicas, World, share_buffers, some_of
 from dtrain.errors import CheckpointError, ConfigError, DtrainError, RunTaken
 
 #: How long a failed run waits for the checkpoint under way, in seconds.
@@ -43,8 +43,8 @@ DataState = dict[str, Any] | None
 class RunFiles:
     """All that a run leaves in ``run_dir``; without one, nothing is written.
 
-    In order: :meth:`find` (or :meth:`take_again`, where the run goes on in memory), :meth:`open`,
-    :meth:`start`, any number of :meth:`save`, then :meth:`finish` or :meth:`save_emergency` and
+    In order: :meth:`find` (but where the run goes on in memory), :meth:`open`, :meth:`start`,
+    any number of :meth:`save`, then :meth:`finish` or :meth:`save_emergency` and
     :meth:`fail`, and :meth:`release` in any case.
 
     What checkpoints hold is ``run_state``'s; its ``fingerprint`` is set before :meth:`find`.
@@ -63,8 +63,8 @@ class RunFiles:
         self._progress = run_state.context.progress
         self.found: Decision | None = None  # in ``run_dir``, when this process began
         self._failures = Failures()  # of earlier starts; known on rank 0
-        self._broken: set[str] = set()  # weights that were not finite when the fit began
-        self._told: set[str] = set()  # whose state differs between ranks
+        self._comparison = Comparison(run_state, replicas)
+        self._told_of_broken = False
         self._saved = -1  # the step of the newest checkpoint; known on rank 0
         self._failed: Exception | None = None  # the last save that was told of
         self._tells_end = False
@@ -77,7 +77,7 @@ class RunFiles:
         run_dir, run_state = self._run_dir, self._run_state
         check_mode(mode)
         if self.found is not None:
-            self.take_again()
+            self._world.comm.on_main("run lock", self._take_again)
             return
         if run_dir is None:
             if mode == "must":
@@ -86,7 +86,7 @@ class RunFiles:
             return
 
         def take() -> None:
-            prepare(run_dir)
+            one_folder.prepare(run_dir)
             self.saver.run_lock = RunLock(run_dir)
             self.saver.run_lock.take()
 
@@ -134,31 +134,42 @@ class RunFiles:
         """Has the next call look anew what is in ``run_dir``. Ranks: all, local."""
         self.found, self._run_state.fits = None, Fits()
 
-    def take_again(self) -> None:
-        """Takes the run's folder for a further ``fit``, which goes on in memory."""
-        lock = self.saver.run_lock
-        if self._run_dir is not None:
-            self._world.comm.on_main("run lock", lambda: lock.take_again() if lock else None)
+    def _take_again(self) -> None:
+        """Takes the run's folder once more, on rank 0, if it was let go of."""
+        if self.saver.run_lock is not None:
+            self.saver.run_lock.take_again()
 
-    def open(self) -> None:
+    def open(self, open_sinks: Callable[[], None], *, live: bool) -> None:
+        """Opens sinks; where the run goes on in memory (``live``), says that it is under way."""
+
+        def write() -> None:
+            self._take_again()
+            open_sinks()
+            if live:
+                self._write_running()
+
+        self._world.comm.on_main("open sinks", write)
+
+    def open_saver(self) -> None:
         """Makes it possible to write checkpoints beside the training, if that is wanted."""
         if self._saves_beside:
             self.saver.open()
 
-    def start(self) -> None:
-        """Writes that the run is under way, and the user's settings."""
+    def start(self, *, live: bool) -> None:
+        """Says that the run is under way, unless that was said."""
         if self._run_dir is not None:
-            self._broken = {*not_finite(self._run_state.context.model)}
+            self._comparison.begin()
             if self._run_state.slot is not None:
                 self.saver.reserve(self._run_state.bulk())
+        if not live:
+            self._world.comm.on_main("status", self._write_running)
 
-        def write() -> None:
-            self._write_status("running")
-            if self._run_dir is not None and self._run_state.config:
-                text = json.dumps(self._run_state.config, indent=1) + "\n"
-                (self._run_dir / "config.json").write_text(text)
-
-        self._world.comm.on_main("status", write)
+    def _write_running(self) -> None:
+        """Writes that the run is under way, and the user's settings."""
+        self._write_status("running")
+        if self._run_dir is not None and self._run_state.config:
+            text = json.dumps(self._run_state.config, indent=1) + "\n"
+            (self._run_dir / "config.json").write_text(text)
 
     def save(self, loop_state: LoopState, data_state: DataState, *, ended: bool = False) -> None:
         """Makes a checkpoint, then deletes what need not be kept.
@@ -186,10 +197,9 @@ class RunFiles:
 
         self._replicas.settle(f"before the checkpoint of step {at.step}")
         content = run_state.take(loop_state, data_state, ended=ended)
-        sharers = [0] if self._tell_differing(content) else None
         folder, then = self._run_dir / "checkpoints", tidy
-        broken = [n for n in not_finite(run_state.context.model) if n not in self._broken]
-        if comm.vote("weights that are not finite", bool(broken)):
+        sharers, broken = self._comparison.of(content)
+        if broken is not None:
             folder = self._run_dir / NOT_FINITE
             then = partial(self._keep_only, folder, at.step)
             more = (
@@ -199,11 +209,12 @@ class RunFiles:
             )
             run_state.context.say(
                 f"warning: at step {at.step} weights are NaN or infinite ({some_of(broken)}): they "
-                f"are kept aside, in {folder}{'' if NOT_FINITE in self._told else more}"
+                f"are kept aside, in {folder}{'' if self._told_of_broken else more}"
             )
-            self._told.add(NOT_FINITE)
-        wait = not self._saves_beside
-        self.saver.save(folder, content, then=then, wait=wait, sharers=sharers)
+            self._told_of_broken = True
+        # The last one is waited for, and done sooner without a thread.
+        wait = ended or not self._saves_beside
+        self.saver.save(folder, content, then=then, sharers=sharers, wait=wait)
 
     def retry_failed_save(self) -> None:
         """Asks for another where a checkpoint could not be written; not where that failed, too."""
@@ -230,18 +241,6 @@ class RunFiles:
         for step in steps:
             if trouble := files.remove(folder, step):
                 self._run_state.context.say(f"warning: {trouble}. Saving goes on.")
-
-    def _tell_differing(self, content: Content) -> bool:
-        """Says whose state is not the same on all ranks; returns whether any is."""
-        differing = self._run_state.differing(content) if self._replicas.active else []
-        if new := [name for name in differing if name not in self._told]:
-            self._told |= {*new}
-            self._run_state.context.say(
-                f"warning: the state of {some_of(new)} differs between ranks, and a checkpoint "
-                "holds rank 0's. What is a rank's own belongs in a callback's rank_state_dict() "
-                "and load_rank_state_dict(state); all else must change alike on all ranks."
-            )
-        return bool(differing)
 
     def save_emergency(
         self,
@@ -271,14 +270,9 @@ class RunFiles:
                 content = self._run_state.take(
                     loop_state(), data_state(), device_is_well=not failed_here
                 )
-                sharers = [rank for rank, well in enumerate(healthy) if well]
-                self.saver.save(
-                    folder,
-                    content,
-                    then=partial(self._keep_only, folder, step),
-                    wait=True,
-                    sharers=sharers or None,
-                )
+                sharers = sharers_of(content, healthy, comm)
+                then = partial(self._keep_only, folder, step)
+                self.saver.save(folder, content, then=then, sharers=sharers, wait=True)
             if self.saver.failure is not None:
                 raise self.saver.failure
             if self._world.is_main:
@@ -289,22 +283,33 @@ class RunFiles:
         except (DtrainError, RuntimeError, OSError) as another:
             error.add_note(f"(the state before the failed step could not be saved: {another})")
 
-    def finish(self, reason: str, *, preempted: bool) -> None:
-        """Writes how the run ended, once no checkpoint is under way that would write otherwise."""
+    def finish(
+        self, reason: str, preempted: bool = False, then: Callable[[], None] = lambda: None
+    ) -> tuple[Path | None, Path | None]:
+        """Writes how the run ended, once no checkpoint is under way that would write otherwise.
+
+        ``then`` is called when that is done. Returns the newest checkpoint, and the best, if any.
+        """
         state: State = "preempted" if preempted else "finished"
         if self.saver.finish() is not None:
             self.tell_failed_save("when the next one is due")
 
-        def write() -> None:
+        def end() -> tuple[Path | None, Path | None]:
             try:
+                self._take_again()
                 self._write_status(state, reason)
                 self.tell_end_of_script()
             except RunTaken:
                 raise
             except CheckpointError as error:  # what was trained is worth more
                 self._run_state.context.say(f"warning: how the run ended is not noted: {error}")
+            then()
+            return self._last_and_best()
 
-        self._world.comm.on_main("status", write)
+        found = self._world.comm.on_main("the end of fit", end)
+        if not self._world.is_main:
+            then()
+        return found
 
     def tell_end_of_script(self) -> None:
         """Has status.json say, when Python ends, that the script has, too. Ranks: all, local."""
@@ -316,17 +321,16 @@ class RunFiles:
 
     def last_and_best(self) -> tuple[Path | None, Path | None]:
         """Returns the newest checkpoint, and the best, as far as there are such."""
+        return self._world.comm.on_main("checkpoints", self._last_and_best)
+
+    def _last_and_best(self) -> tuple[Path | None, Path | None]:
         run_dir, by = self._run_dir, self._run_state.best_by
         if run_dir is None:
             return None, None
-
-        def look() -> tuple[Path | None, Path | None]:
-            every = files.listed(run_dir / "checkpoints")
-            saved = [one for one in every if one.step <= self._progress.step]
-            best = files.best_of(saved, *by) if by else None
-            return saved[-1].path if saved else None, best.path if best else None
-
-        return self._world.comm.on_main("checkpoints", look)
+        every = files.listed(run_dir / "checkpoints")
+        saved = [one for one in every if one.step <= self._progress.step]
+        best = files.best_of(saved, *by) if by else None
+        return saved[-1].path if saved else None, best.path if best else None
 
     def fail(self, error: BaseException, cause: BaseException | None) -> None:
         """Ends the checkpoint under way, and writes that the run failed, and why.
@@ -387,14 +391,3 @@ class RunFiles:
             process=status.this_process(),
         )
         status.write(lock.run_dir, now)
-
-
-def prepare(run_dir: Path) -> None:
-    """Makes ``run_dir`` and proves that it can be written, or raises ConfigError."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".can-write"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written: {error}") from error

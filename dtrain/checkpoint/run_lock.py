@@ -66,9 +66,10 @@ class RunLock:
             disk.sync(self.run_dir)
 
     def take_again(self) -> None:
-        """Goes on after :meth:`release`; raises RunTaken where somebody wrote meanwhile."""
-        with disk.plain_words(self._token_file):
-            self._lock = _lock(self.run_dir)
+        """Goes on after :meth:`release`, if at all; RunTaken where somebody wrote meanwhile."""
+        if self._lock is None:
+            with disk.plain_words(self._token_file):
+                self._lock = _lock(self.run_dir)
         self.check()
 
     def check(self) -> None:

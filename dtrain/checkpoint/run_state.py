@@ -159,10 +159,9 @@ class RunState:
         the device is not well, no more of it is touched than names. Once ``fit`` has ``ended``,
         other weights may count.
         """
-        context, held, fits = self.context, self._held(), self.fits
-        if ended and loop["stop_reason"]:
-            fits = Fits(fits.known)
-            fits.end(context.progress, loop["stop_reason"], context.metrics)
+        context, held, last = self.context, self._held(), None
+        if ended and (reason := loop["stop_reason"]):
+            last = self.fits.as_ended(context.progress, reason, context.metrics)
         capture = random_state if device_is_well else random_state_of_host
         own = {c.name: state for c in self.callbacks if (state := c.rank_state_dict())}
         return Content(
@@ -175,7 +174,7 @@ class RunState:
                     "precision": self.precision.state_dict(),
                     "callbacks": {c.name: c.state_dict() for c in self.callbacks},
                     "progress": {name: getattr(context.progress, name) for name in _PROGRESS},
-                    "fits": fits.as_text(),
+                    "fits": self.fits.as_text(last),
                     "loop": loop,
                     "shared_rng": context.shared_rng.get_state(),
                     "metrics": context.metrics,
@@ -222,24 +221,23 @@ class RunState:
         model = self.context.model
         return named_state(model) if self.slot is None else self.slot.select(model)
 
-    def differing(self, content: Content) -> list[str]:
-        """Returns whose state, in ``content``, is not equal on all ranks, though it should be.
-
-        Ranks: all, communicates.
-        """
+    def digests(self, content: Content) -> dict[str, str]:
+        """Returns a digest of each state in ``content`` that is to be equal on all ranks. Local."""
         plain, tensors = content.state
         parts = {f"callbacks/{name}": state for name, state in plain["callbacks"].items()}
         parts |= {f"extra/{name}": state for name, state in plain["extra"].items()}
-        mine = {}
+        found = {}
         for path, state in parts.items():
             held = digests(t for name, t in tensors.items() if f"{name}/".startswith(f"{path}/"))
-            mine[path] = digest_of([json.dumps(state, sort_keys=True), held])
-        comm = self.world.comm
-        summed = torch.tensor(int(digest_of(list(mine.items())), 16) >> 1)
-        everyones = comm.all_gather("states of callbacks", summed)
-        if not bool((everyones != everyones[0]).any()):
-            return []
-        by_rank = comm.gather_objects("states of callbacks, by name", mine)
+            found[path] = digest_of([json.dumps(state, sort_keys=True), held])
+        return found
+
+    def differing(self, mine: Mapping[str, str]) -> list[str]:
+        """Returns whose state is not equal on all ranks, of which ``mine`` are this one's digests.
+
+        Ranks: all, communicates.
+        """
+        by_rank = self.world.comm.gather_objects("states of callbacks, by name", dict(mine))
         paths = {path: None for one in by_rank for path in one}
         return [
             path.partition("/")[2] for path in paths if len({one.get(path) for one in by_rank}) > 1

@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from dtrain import accelerator
 from dtrain.checkpoint import writer as writing
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.writer import Content, Stage, Staged
-from dtrain.distributed import SAVING, Comm, World, digest_of, end_with
+from dtrain.distributed import SAVING, Comm, World, end_with
 from dtrain.errors import CommError, RankMismatch
 
 _LOOK_EVERY_S = 1.0
@@ -68,27 +66,20 @@ class Saver:
         content: Content,
         *,
         then: Callable[[], None],
+        sharers: Sequence[int],
         wait: bool = False,
-        sharers: Sequence[int] | None = None,
     ) -> None:
         """Begins to make a checkpoint once the one before is done; ``content`` is copied.
 
-        ``then`` is called on rank 0 once it is in place, perhaps in another thread. ``sharers``
-        (all if None) divide what is equal on all ranks. Ranks: all, communicates.
+        ``then`` is called on rank 0 once it is in place, perhaps in another thread, unless all
+        ``wait`` for it. ``sharers`` divide what is equal on all ranks, and looks alike on these.
+        Ranks: all, communicates.
         """
         self.finish()
-        comm = self._world.comm
-        # What is divided among ranks must be the same on all. Callbacks see to theirs, and where
-        # one keeps something of its own on some ranks, rank 0's is what counts.
-        every = (*content.model.items(), *content.state.tensors.items())
-        layout = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in every]
-        mine = int(digest_of(layout), 16) >> 1
-        everyones = comm.all_gather("checkpoint: what it holds", torch.tensor(mine)).tolist()
-        sharers = sharers or range(self._world.size)
-        staged = self._stage.take(content, sharers if len(set(everyones)) == 1 else sharers[:1])
+        staged = self._stage.take(content, sharers)
         self.failure, self._left = None, False
         if wait or self._apart is None:
-            self._write(folder, staged, comm, then)
+            self._write(folder, staged, self._world.comm, then)
             return
         self._apart.in_use.acquire()  # of another Trainer, too
         self._thread = threading.Thread(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dtrain.errors import CheckpointError
 
+_PLAIN = {bool, str, int, float, type(None)}
 _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
 
 
@@ -77,7 +78,10 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor], known: dict[int, 
         return {_TENSOR: name}
     under = f"{path}/" if path else ""
     if isinstance(value, tuple | list):
-        items = [_encode(v, f"{under}{i}", tensors, known) for i, v in enumerate(value)]
+        if {*map(type, value)} <= _PLAIN:  # at once, as a random stream's state
+            items = [*value]
+        else:
+            items = [_encode(v, f"{under}{i}", tensors, known) for i, v in enumerate(value)]
         return {_TUPLE: items} if isinstance(value, tuple) else items
     if isinstance(value, dict):
         values = {k: _encode(v, f"{under}{k}", tensors, known) for k, v in value.items()}

@@ -23,7 +23,7 @@ from dtrain.checkpoint import format as files
 from dtrain.checkpoint.memory import HostMemory, Tensors, bytes_of
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.tree import Split
-from dtrain.distributed import Activity, Comm, gathered, is_sharded
+from dtrain.distributed import Activity, Comm, digest_of, gathered, is_sharded
 from dtrain.errors import CheckpointError
 
 #: What is smaller is not divided: a small model is one plain ``model.safetensors``.
@@ -42,6 +42,12 @@ class Content:
     state: Split  # everything else that is equal on all ranks
     rank_state: Split  # what is this rank's own
     metrics: dict[str, float]  # of these very weights
+
+    def layout(self) -> int:
+        """Returns a number of what is to be divided among ranks, without the numbers in it."""
+        every = (*self.model.items(), *self.state.tensors.items())
+        layout = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in every]
+        return int(digest_of(layout), 16) >> 1
 
 
 @dataclass(slots=True)
@@ -180,13 +186,11 @@ def write(
         aside.mkdir(parents=True, exist_ok=True)  # of a save that failed, and could not be deleted
         return aside
 
-    @disk.plain_words(final)
     def commit() -> None:
-        before()
-        facts = {name: fact for one in written for name, fact in sorted(one.items())}
-        files.commit(aside, final, staged.step, staged.metrics, facts, check)
-
-    def conclude() -> None:
+        with disk.plain_words(final):
+            before()
+            facts = {name: fact for one in written for name, fact in sorted(one.items())}
+            files.commit(aside, final, staged.step, staged.metrics, facts, check)
         check()
         then()
 
@@ -196,8 +200,7 @@ def write(
                 aside = comm.on_main("checkpoint: begin", begin)
                 share = _write_share(aside, staged, comm.activity)
                 written = comm.gather_objects("checkpoint: written", share)
-                comm.on_main("checkpoint: commit", commit)
-            comm.on_main("checkpoint: then", conclude)
+            comm.on_main("checkpoint: commit", commit)
     except Exception:
         if is_main:
             shutil.rmtree(aside, ignore_errors=True)  # it may be the disk that is full

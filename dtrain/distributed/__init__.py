@@ -19,6 +19,7 @@ from dtrain.distributed.activity import (
     Phase,
     heartbeat_key,
 )
+from dtrain.distributed.alike import check_same_call, check_same_lines
 from dtrain.distributed.comm import Comm, Rule
 from dtrain.distributed.exchange import digest_of, raw_bytes
 from dtrain.distributed.health import examine_job
@@ -47,9 +48,8 @@ from dtrain.distributed.random_streams import (
 from dtrain.distributed.rendezvous import local_store, read_all, serve_store
 from dtrain.distributed.replicas import (
     Replicas,
+    are_equal,
     as_bytes,
-    check_same_call,
-    check_same_lines,
     check_same_model,
     digests,
     give_rank_0s,
@@ -77,7 +77,7 @@ __all__ = ["ARRIVAL", "BACKWARD", "BETWEEN", "DATA", "EVALUATION", "EVAL_LOSS_FN
 __all__ += ["GATHERING", "SCATTERING"]
 __all__ += ["METRICS", "OWN_BACKWARD", "SAVING", "UPDATE", "Activity", "Heartbeat", "Phase"]
 __all__ += ["Comm", "DataParallel", "Rule", "TransportOp", "World", "current", "inhabited", "init"]
-__all__ += ["check_same_call", "check_same_model", "digest_of", "on_main", "raw_bytes"]
+__all__ += ["are_equal", "check_same_call", "check_same_model", "digest_of", "on_main", "raw_bytes"]
 __all__ += ["Replicas", "as_bytes", "digests", "not_finite", "own_memory", "some_of"]
 __all__ += ["heartbeat_key", "launcher_gone", "local_store", "read_all", "serve_store"]
 __all__ += ["share_buffers"]

@@ -299,6 +299,8 @@ class Comm:
             return False
         if isinstance(error, DtrainError) or not isinstance(error, RuntimeError):
             return isinstance(error, CommError)
+        if self.is_told(error):  # all ranks have heard of it as this one's
+            return False
         return self.activity.phase.waits or _BROKEN.search(str(error)) is not None
 
     def has_left(self, error: BaseException) -> bool:

@@ -29,6 +29,7 @@ from dtrain.errors import CommError, DtrainError, Failure, RankMismatch, RemoteE
 _HEADER_BYTES = 256  # equal for all calls: ranks that meet in different ones read them all the same
 _TOLD = 9  # of these, the digest, and whether this rank failed
 _CARRIED_BYTES = _HEADER_BYTES - 16  # what is small travels along, aligned for any dtype
+_SHARED_BYTES = 1024  # so much of what rank 0 has comes at once
 
 # dtrain's files, and one by which some of its functions are called.
 _OWN = (os.path.dirname(os.path.dirname(__file__)) + os.sep, contextlib.__file__)
@@ -189,9 +190,14 @@ class Exchange:
 
     def share(self, label: str, content: bytes = b"") -> Any:
         """Returns what rank 0 has pickled; the others give nothing."""
-        length = int(self.broadcast(label, torch.tensor(len(content))))
-        buffer = torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8)
-        return pickle.loads(self.broadcast(label, buffer).numpy().tobytes())  # noqa: S301 -- our own
+        told = self.broadcast(label, beginning(content, _SHARED_BYTES)).numpy().tobytes()
+        length, came = int.from_bytes(told[:8], sys.byteorder), told[8:]
+        if length > len(came):
+            rest = bytearray(content[len(came) :].ljust(length - len(came), b"\0"))
+            came += (
+                self.broadcast(label, torch.frombuffer(rest, dtype=torch.uint8)).numpy().tobytes()
+            )
+        return pickle.loads(came[:length])  # noqa: S301 -- our own
 
     def gather(self, label: str, mine: Tensor, call: str = "") -> Tensor:
         """Returns every rank's ``mine``, stacked; a header's is a ``call`` of all ranks."""
@@ -242,9 +248,9 @@ class Exchange:
             self.activity.enter(before)
 
 
-def beginning(content: bytes) -> Tensor:
-    """Returns the length, and as much of the content as travels with a header."""
-    room = _CARRIED_BYTES - 8
+def beginning(content: bytes, size: int = _CARRIED_BYTES) -> Tensor:
+    """Returns the length, and as much of the content as has room: as travels with a header."""
+    room = size - 8
     told = len(content).to_bytes(8, sys.byteorder) + content[:room].ljust(room, b"\0")
     return torch.frombuffer(bytearray(told), dtype=torch.uint8)
 

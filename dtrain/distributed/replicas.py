@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtrain.distributed.alike import check_same_lines
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.exchange import digest_of, raw_bytes
 from dtrain.distributed.names import named_parameters, named_state
@@ -31,9 +32,7 @@ def share_buffers(model: nn.Module, comm: Comm) -> list[str]:
     batches: that is left alone. Ranks: all, communicates.
     """
     buffers = own_memory(model)
-    layout = {
-        n: [list(b.shape), str(b.dtype), b.device.type, keep] for n, (b, keep) in buffers.items()
-    }
+    layout = _layout_of(buffers)
     everyones = comm.all_gather("buffers", torch.tensor(int(digest_of(layout), 16) >> 1))
     shared = list(layout)
     if bool((everyones != everyones[0]).any()):
@@ -50,6 +49,19 @@ def share_buffers(model: nn.Module, comm: Comm) -> list[str]:
             # A copy, because a part may begin where no number of that dtype may.
             buffer.copy_(values.clone().view(buffer.dtype).view(buffer.shape))
     return shared
+
+
+def _layout_of(buffers: Mapping[str, tuple[Tensor, bool]]) -> dict[str, list[Any]]:
+    return {
+        n: [list(b.shape), str(b.dtype), b.device.type, keep] for n, (b, keep) in buffers.items()
+    }
+
+
+def _digest_of_buffers(model: nn.Module) -> int:
+    """Returns a number that hardly any other buffers have, or of other shapes."""
+    buffers = own_memory(model)
+    layout = int(digest_of(_layout_of(buffers)), 16)
+    return hash((layout, *digests(buffer for buffer, _ in buffers.values())))
 
 
 def _common(by_rank: list[dict[str, list[Any]]]) -> list[str]:
@@ -191,12 +203,13 @@ class Replicas:
 
     def settle(self, when: str) -> None:
         """Gives all ranks rank 0's buffers; raises RankMismatch if their parameters differ."""
-        share_buffers(self.model, self.comm)
-        if not self.active:
-            return
-        mine = hash(tuple(digests(unsharded(self.model.parameters()))))
+        held = digests(unsharded(self.model.parameters())) if self.active else []
+        mine = [hash(tuple(held)), _digest_of_buffers(self.model)]
         everyones = self.comm.all_gather("model", torch.tensor(mine))
-        if bool((everyones != everyones[0]).any()):
+        parameters_differ, buffers_differ = (everyones != everyones[0]).any(0).tolist()
+        if buffers_differ:
+            share_buffers(self.model, self.comm)
+        if parameters_differ:
             self.tell(when)
 
     def tell(self, when: str) -> str:
@@ -322,11 +335,27 @@ def tensors_of_state(model: nn.Module) -> dict[str, Tensor]:
 
 def check_same_model(model: nn.Module, comm: Comm) -> None:
     """Raises RankMismatch where the ranks have different models. Ranks: all, communicates."""
-    shapes = shapes_of(model)
+    check_same_lines("the ranks have different models", _lines_of(model), comm)
+
+
+def _lines_of(model: nn.Module) -> list[str]:
+    """Returns what the ranks' models must have in common before any number is compared."""
     frozen = [name for name, p in named_parameters(model) if not p.requires_grad]
-    mine = [f"{name} {shape} {dtype}" for name, shape, dtype in shapes]
-    mine += [f"{name} (frozen)" for name in frozen]
-    check_same_lines("the ranks have different models", mine, comm)
+    lines = [f"{name} {shape} {dtype}" for name, shape, dtype in shapes_of(model)]
+    return lines + [f"{name} (frozen)" for name in frozen]
+
+
+def are_equal(model: nn.Module, comm: Comm) -> bool:
+    """Says whether all ranks' models are equal, bit by bit, with all buffers; but what is sharded.
+
+    Ranks: all, communicates once.
+    """
+    whole = {name: t for name, t in tensors_of_state(model).items() if not is_sharded(t)}
+    held = digests(as_dense(name, t) for name, t in whole.items())
+    lines = int(digest_of(_lines_of(model)), 16)
+    mine = hash((lines, _digest_of_buffers(model), *held))
+    everyones = comm.all_gather("model", torch.tensor(mine))
+    return not bool((everyones != everyones[0]).any())
 
 
 def give_rank_0s(tensors: Mapping[str, Tensor], world: World) -> bool:
@@ -345,33 +374,3 @@ def give_rank_0s(tensors: Mapping[str, Tensor], world: World) -> bool:
                 differed = True
                 tensor.copy_(sent.view(tensor.dtype).view(tensor.shape))
     return differed
-
-
-def check_same_lines(what: str, mine: list[str], comm: Comm) -> None:
-    """Raises RankMismatch where the ranks have different lines. Ranks: all, communicates."""
-    if len(set(comm.gather_objects("digests", digest_of(mine)))) == 1:
-        return
-    everyones = comm.gather_objects("lines", mine)
-    rows = []
-    for rank, lines in enumerate(everyones):
-        extra = [line for line in lines if line not in everyones[0]]
-        lacking = [line for line in everyones[0] if line not in lines]
-        words = [f"has {', '.join(extra[:5])}"] * bool(extra)
-        words += [f"lacks {', '.join(lacking[:5])}"] * bool(lacking)
-        rows.append(f"  rank {rank}: {'; '.join(words) or 'as rank 0'}")
-    raise RankMismatch(f"{what} (compared with rank 0):\n" + "\n".join(rows))
-
-
-def check_same_call(arguments: Mapping[str, object], comm: Comm, call: str = "fit") -> None:
-    """Raises RankMismatch where ``fit`` has different arguments. Ranks: all, communicates."""
-    everyones = comm.gather_objects(call, {name: str(value) for name, value in arguments.items()})
-    differing = [n for n in arguments if len({one.get(n) for one in everyones}) > 1]
-    if differing:
-        table = "\n".join(
-            f"  rank {rank}: " + ", ".join(f"{name}: {one.get(name)}" for name in differing)
-            for rank, one in enumerate(everyones)
-        )
-        raise RankMismatch(
-            f"the ranks called {call} with different arguments or data of different length:\n"
-            + table
-        )

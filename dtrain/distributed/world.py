@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,8 @@ class World:
     open_comm: Callable[[], Comm] | None = field(default=None, repr=False)
     #: Of those that ``connect`` has opened, the ones that nobody uses at the moment.
     idle_connections: list[Store] = field(default_factory=list, repr=False)
+    #: The watchdog's thread, between two fits; at most one, with a ``stop()``.
+    resting: list[Any] = field(default_factory=list, repr=False)
     #: Why this process is to end, once a fit of it was told to leave.
     told_to_leave: str = field(default="", repr=False)
     _alive: bool = field(default=False, repr=False)
@@ -125,6 +127,8 @@ class World:
             atexit.unregister(self._close_at_exit)
             # A process group ends its threads when the last reference to it goes. Should that
             # be while the interpreter ends, the process may abort: so it has to be here.
+            while self.resting:
+                self.resting.pop().stop()
             for release in self._closers:
                 release()
             self._closers.clear()

@@ -53,10 +53,7 @@ class Phases:
         Else the progress counts from its beginning, and the run stands where that was, or is.
         """
         fits, files, now = self.run_state.fits, self.files, self.context.progress
-        if self.live:
-            self.engine.check_whole()
-            files.take_again()
-        else:
+        if not self.live:
             where, world = {"run_dir": bool(self.context.run_dir)}, self.run_state.world
             check_same_call(where, world.comm)
             if world.told_to_leave:
@@ -98,7 +95,7 @@ class Phases:
         fits = self.run_state.fits
         fit, at = fits.returned(place), self.context.progress.step
         if place == len(fits.known) - 1:
-            self.files.finish(fit.reason, preempted=False)
+            self.files.finish(fit.reason)
         self.context.say(
             f"{fits.words(place)} of this run is over ({fit.reason}, at step {fit.steps}): its "
             "result is returned, and nothing is trained"
@@ -158,7 +155,7 @@ class Phases:
         self.engine.streams.begin()
         self.run_state.restore_rest(saved, state, self.seed_rank)
         self.engine.streams.rest()
-        self.files.open()
+        self.files.open_saver()
         self.live = True
 
     def restore(self) -> Progress:

@@ -121,19 +121,23 @@ class WatchdogStore:
 
         self._call("connect", connect)
 
-    def post(self, mine: Heartbeat) -> None:
-        """Leaves a heartbeat for the others."""
+    def post(self, mine: Heartbeat, *, begins: bool = False) -> None:
+        """Leaves a heartbeat for the others, perhaps the first of a further fit."""
         if self.store is None:
             self.open()
-        self._ask("post", lambda store: store.set(heartbeat_key(mine.rank), mine.to_json()))
 
-    def close(self, last: Heartbeat) -> None:
-        """Leaves the ``last`` heartbeat, and the connection to a later watchdog."""
+        def post(store: Store) -> None:
+            if begins:
+                self._old = _failure_in(store)
+            store.set(heartbeat_key(mine.rank), mine.to_json())
+
+        self._ask("post", post)
+
+    def close(self) -> None:
+        """Leaves the connection to a later watchdog."""
         if self.store is not None and not self.lost:
-            self.post(last)
-            if not self.lost:
-                # To connect may take seconds, where names of addresses are looked up.
-                self._idle.append(self.store)
+            # To connect may take seconds, where names of addresses are looked up.
+            self._idle.append(self.store)
 
     def look(self, others: "Others", now: float, *, silent_s: float = NAME_S) -> list[Seen]:
         """Returns all ranks as ``others`` see them; none where the store does not answer."""

@@ -1,11 +1,11 @@
 """The watchdog's thread: a rank that no longer moves is named on every rank, and the run ends.
 
-One daemon thread per rank, while ``fit`` or ``evaluate`` runs. Twice a second it reads where the
+One daemon thread per rank, while ``fit`` or ``evaluate`` runs, and a moment longer: where fits are
+short, the next one's is there already. Twice a second it reads where the
 main thread is (its ``Activity``), and posts that in the rendezvous store. It alone uses its
 connection. What a report looks like is in docs/hangs.md.
 """
 
-import faulthandler
 import itertools
 import math
 import multiprocessing
@@ -43,24 +43,22 @@ from dtrain.watchdog.judgement import (
     stuck,
     table,
 )
+from dtrain.watchdog.last_resort import Stacks, Timer
 from dtrain.watchdog.reach import Door
 from dtrain.watchdog.stacks import Stack, main_stack
 from dtrain.watchdog.store import CALL_S, TICK_S, Bounded, Others, WatchdogStore
+from dtrain.watchdog.turns import Turns
 
 HANG_EXIT_CODE = 70  # of a process that the watchdog ends
-# How long something may take, at least, outside of a step, in a fit's first, while torch compiles,
-# and for data.
+# How long what is outside of a step may take, a fit's first step, data, and while torch compiles.
 LONG_S = 300.0
 GRACE_S = 3.0  # for the main thread to raise what the watchdog has found
 _FLUSH_S = 1.0  # for what a report is written to
 _AT_EXIT_S = 10.0  # for a call that is still under way when the process ends
 _LINGER_S = 1.5  # for the other ranks to read it, before this one's end ends them too
 _SOON_S = 0.1  # how soon a rank that has come to where it waits is looked at again
+_REST_S = 2.0  # how long the thread waits for another fit
 _LOST_S = 8.0  # a store that does not answer for so long will not
-#: Where no other rank is left that could end it: a process whose interpreter is held for so many
-#: times its limit ends itself. (Another clock does not run then, so it counts a stop as well.)
-_LAST_RESORT = 10
-_ARM_EVERY_S = 30.0
 
 # Posts of all watchdogs of this process, so that a later fit's are told from an earlier one's.
 _numbers = itertools.count(1)
@@ -85,9 +83,10 @@ class Watch(threading.Thread):
             started=started(os.getpid()),
         )
         self.told = WatchdogStore(world, connect)
-        self._ended = threading.Event()
+        self._turns = Turns()
+        self._posted = self._outside.fit  # of which fit the last post was
         self._clock = 0.0  # seconds that this process really ran: a stop does not count
-        self._armed_at = -math.inf
+        self._stacks, self._timer = Stacks(), Timer()
         self._signs = -1
         self._quiet_s = 0.0
         self._others: Others | None = None
@@ -98,13 +97,10 @@ class Watch(threading.Thread):
         self._heeded_at: float | None = None
         self._worker_stopped_at: float | None = None
         self._told_wait = False
-        self._shows_stacks = False
 
     def start(self) -> None:
         """Begins; and has a process that is aborted write its stacks, as others may abort it."""
-        if not faulthandler.is_enabled():
-            faulthandler.enable(file=2)
-            self._shows_stacks = True
+        self._stacks.show()
         super().start()
 
     def run(self) -> None:
@@ -115,30 +111,52 @@ class Watch(threading.Thread):
             with suppress(TimeoutError):  # a name may have to be looked up
                 door = Bounded().call(Door, CALL_S)
                 self._outside = replace(self._outside, address=door.address, port=door.port)
-            # At once: a rank that is lost before it has posted would pass for one outside of fit.
-            self._tick()
-            while not self._ended.wait(self._pause_s):
+            goes_on = True
+            while goes_on:
+                # At once: who is lost before it has posted would pass for one outside of fit.
                 self._tick()
-                if door is not None:
-                    door.clear()
-            self._end_cause()
-            self.told.close(replace(self._outside, number=next(_numbers)))
+                while not self._turns.fit_ends(self._pause_s):
+                    self._tick()
+                    if door is not None:
+                        door.clear()
+                self._end_cause()
+                self._timer.disarm()
+                self.told.post(replace(self._outside, number=next(_numbers)))
+                goes_on = self._turns.another_begins(_REST_S)
+            self.told.close()
         except Exception:  # noqa: BLE001 -- told, and the training goes on without a watchdog
             _print_report(
                 f"dtrain: the watchdog of {self._who} failed and is off now, the training goes "
                 f"on:\n{traceback.format_exc()}"
             )
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            self._timer.disarm()
             if door is not None:
                 door.close()
             self.told.calls.join()  # one that is still under way
 
+    def rest(self) -> None:
+        """A fit has ended in order. Another one may go on with the thread, which ends if none does.
+
+        Nothing is waited for; :meth:`stop` still has to be called before the process ends.
+        """
+        self._stacks.hide()
+        self._turns.rest()
+
+    def go_on(self, hang_after_s: float) -> bool:
+        """Another fit begins; returns False where it needs a thread of its own."""
+
+        def prepare() -> None:
+            self._hang_after_s = hang_after_s
+            self._outside = replace(self._outside, fit=next(_fits))
+            self._stacks.show()
+
+        return self.is_alive() and self._turns.go_on(prepare)
+
     def stop(self) -> None:
         """Ends the thread, which tells that this rank is not in ``fit`` any more."""
-        self._ended.set()
-        if self._shows_stacks:
-            faulthandler.disable()
+        self._stacks.hide()
+        self._turns.stop()
         self.join(CALL_S)
         if self.is_alive():
             end_with("a call of the rendezvous store", self, timeout_s=_AT_EXIT_S)
@@ -157,23 +175,14 @@ class Watch(threading.Thread):
         if self._activity.signs != self._signs:
             stack = Stack(())  # it has gone on while it was read
         mine = self._heartbeat(stack)
-        self._arm(mine.limit_s)
-        self.told.post(mine)
+        self._timer.arm(max(mine.limit_s, LONG_S), self._clock)
+        begins, self._posted = self._posted != mine.fit, mine.fit
+        self.told.post(mine, begins=begins)
         # Whoever failed finds out by two posts that this rank waits, and where.
         just_came = mine.waits and not self._quiet_s and self._pause_s == TICK_S
         self._pause_s = _SOON_S if just_came else TICK_S
         if self._quiet_s >= self._name_s / 2 and not math.isinf(mine.limit_s):
             self._consult(mine, stack)
-
-    def _arm(self, limit_s: float) -> None:
-        """Sets a timer in C, which needs no interpreter, should this thread never run again."""
-        if math.isinf(limit_s):
-            faulthandler.cancel_dump_traceback_later()
-            self._armed_at = -math.inf
-        elif self._clock - self._armed_at > _ARM_EVERY_S:
-            self._armed_at = self._clock
-            within_s = _LAST_RESORT * max(limit_s, LONG_S)
-            faulthandler.dump_traceback_later(within_s, exit=True, file=2)
 
     def _heartbeat(self, stack: Stack) -> Heartbeat:
         phase = self._activity.phase
@@ -337,7 +346,7 @@ class Watch(threading.Thread):
             )
         self._tell(failure, report)
         # The other ranks read it meanwhile. If the main thread leaves fit by itself, it may.
-        if not self._ended.wait(_LINGER_S):
+        if not self._turns.fit_ends(_LINGER_S):
             self._end_cause(held=blame.held)
             self._leave()
 

@@ -33,18 +33,26 @@ class Watchdog:
             return self  # an evaluation inside of fit
         self._activity.restart()
         if self.hang_after_s is not None and self._world.connect is not None:
-            self._watch = watch = Watch(self._world, self.hang_after_s, self._world.connect)
             self._activity.watched = True
-            self._activity.are_in_a_verb = lambda: are_in_a_verb(watch.told, self._world)
-            watch.start()
+            resting: list[Watch] = self._world.resting
+            watch = resting.pop() if resting else None
+            if watch is None or not watch.go_on(self.hang_after_s):
+                watch = Watch(self._world, self.hang_after_s, self._world.connect)
+                watch.start()
+            told, self._watch = watch.told, watch
+            self._activity.are_in_a_verb = lambda: are_in_a_verb(told, self._world)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self._depth -= 1
         if self._watch is not None and not self._depth:
             self._activity.watched = False
             self._activity.are_in_a_verb = lambda: False
-            self._watch.stop()
+            if kind is None:
+                self._watch.rest()
+                self._world.resting.append(self._watch)
+            else:
+                self._watch.stop()
             self._watch = None
 
     def explain(self, error: BaseException) -> DtrainError | None:

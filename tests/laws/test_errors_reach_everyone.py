@@ -119,7 +119,10 @@ def processes_of(folder):
 
 
 def left_in_memory(before):
-    """Shared memory that is new, and that nobody uses: other tests may run at the same time."""
+    """Shared memory that is new, and that nobody uses.
+
+    Other tests may run at the same time, and be killed: launch/test.sh gives each call its own.
+    """
     new, used = {*os.listdir("/dev/shm")} - before, set()
     for process in Path("/proc").glob("[0-9]*") if new else ():
         try:

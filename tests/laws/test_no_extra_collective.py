@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import dtrain
 from dtrain.callbacks import (
     EMA,
+    Checkpoint,
     ClipGradients,
     EarlyStopping,
     GradientAccumulation,
@@ -328,3 +329,33 @@ def test_the_counter_sees_what_is_planted(by_rank):
         # A report is a sync point, here after step 3; no other step is.
         reported = [*plain, gather]
         assert found["reports"][1:] == [plain, reported, plain, plain]
+
+
+def short_fits(run_dir):
+    """Returns how many collectives a further fit of one step has, without a save and with one."""
+    dtrain.init(seed=0)
+    found = []
+    for callbacks in ([], [Checkpoint()]):
+        model = make_model()
+        trainer = dtrain.Trainer(
+            model,
+            torch.optim.SGD(model.parameters(), lr=1e-3),
+            loss_fn,
+            callbacks=callbacks,
+            sinks=[],
+            run_dir=run_dir if callbacks else None,
+        )
+        for _ in range(3):
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                trainer.fit(make_data(), batch_size=BATCH_SIZE, max_steps=1)
+            names = [event.name() for event in profiler.profiler.kineto_results.events()]
+        found.append(sum(name.startswith("c10d::") for name in names))
+    return found
+
+
+def test_a_short_fit_begins_and_ends_with_few_collectives(tmp_path):
+    # The gradients'; what is called, the lock and the sinks (2), the model, the data, what is
+    # trained, gathers; the figures twice, requests twice, the model, how it ended (2). And where a
+    # checkpoint is made: the model, what it holds, its folder (2), what was written (2), its place
+    # (2).
+    assert run_processes(short_fits, 2, str(tmp_path)) == [[15, 23]] * 2

@@ -645,9 +645,9 @@ def threads_in_fit(hang_after_s):
 
     class Looks(dtrain.Callback):
         def on_step_end(self, ctx, step):
-            found.append(sum(thread.name == "dtrain watchdog" for thread in threading.enumerate()))
+            found.append([one.ident for one in watchdogs()])
 
-    dtrain.init(seed=1)
+    world = dtrain.init(seed=1)
     model = nn.Linear(3, 1)
     optimizer = SGD(model.parameters(), lr=0.01)
     trainer = dtrain.Trainer(
@@ -655,7 +655,18 @@ def threads_in_fit(hang_after_s):
     )
     trainer.fit(dataset(), batch_size=16, max_steps=2)
     trainer.evaluate(dataset(), batch_size=16)
-    return found, sum(thread.name == "dtrain watchdog" for thread in threading.enumerate())
+    trainer.fit(dataset(), batch_size=16, max_steps=2)
+    quick = [*found]
+    for thread in watchdogs():  # that rest: each ends by itself
+        thread.join(TIMEOUT_S)
+    left = len(watchdogs())
+    trainer.fit(dataset(), batch_size=16, max_steps=2)
+    world.close()
+    return quick, left, found[4:], len(watchdogs())
+
+
+def watchdogs():
+    return [thread for thread in threading.enumerate() if thread.name == "dtrain watchdog"]
 
 
 @pytest.mark.parametrize(
@@ -663,7 +674,12 @@ def threads_in_fit(hang_after_s):
 )
 def test_it_is_there_only_while_it_is_wanted(size, hang_after_s, threads):
     found = run_processes(threads_in_fit, size, hang_after_s, timeout_s=TIMEOUT_S)
-    assert found == [([threads] * 2, 0)] * size
+    for quick, left, later, closed in found:
+        assert [len(idents) for idents in quick] == [threads] * 4
+        assert len({tuple(idents) for idents in quick}) == 1  # the same one: fits are short
+        assert left == 0
+        assert [len(idents) for idents in later] == [threads] * 2
+        assert closed == 0
 
 
 # -- under torchrun --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import dtrain
-from dtrain.testing import run_processes, run_ranks
+from dtrain.testing import run_outcomes, run_processes, run_ranks
 
 HOOKS = ["on_step_start", "on_grads_ready", "on_step_end", "on_epoch_end", "on_eval_end"]
 PLACES = [*HOOKS, "loss_fn", "update", "on_step_end at an epoch's end"]
@@ -108,8 +108,22 @@ def test_all_ranks_get_the_error_and_the_next_fit_works(where, strategy):
 def test_on_real_ranks_too(where):
     found = run_processes(caught, 2, where, "ddp")
     assert found[0][0][0].startswith("RemoteError: rank 1 on ")
+    assert found[1][0][0] == f"RuntimeError: out of memory in {where}"
     assert found[0][0][1:] == found[1][0][1:]
     assert found[0][1] == found[1][1]
+
+
+def not_caught(where):
+    dtrain.init(seed=0)
+    trainer_that_fails(where, "flat").fit(tiny.dataset(32), batch_size=8, epochs=2)
+
+
+@pytest.mark.parametrize("where", ["on_step_end", "update", "loss_fn"])
+def test_who_failed_is_not_told_that_those_are_gone_who_left_for_it(where):
+    first, second = run_outcomes(not_caught, 2, where)
+    assert str(second.error) == f"out of memory in {where}"
+    assert type(second.error) is RuntimeError
+    assert type(first.error) is dtrain.RemoteError
 
 
 class Meets(dtrain.Callback):

@@ -363,13 +363,12 @@ def test_sums_ride_in_the_packed_reduction():
     found = by_rank[0]
     sums, list_ = found["truth"]
     # Six flags, the loss's sum and weight, one count; the matrix from the second time on.
-    same = "digests"  # each evaluation first sees that all ranks have the same model
     first = "gathers of a loss function"  # a run's first evaluation finds out that there are none
     states = "eval: metric states"
-    assert found["sums", 0] == (sums, [same, first, "eval: new names"], [6])
-    assert found["sums", 1] == found["sums", 2] == (sums, [same], [6 + 2 + 1 + 40 * 40])
-    assert found["list", 0] == (list_, [same, first, "eval: new names", states], [6])
-    assert found["list", 1] == found["list", 2] == (list_, [same, states], [6 + 2 + 1])
+    assert found["sums", 0] == (sums, [first, "eval: new names"], [6])
+    assert found["sums", 1] == found["sums", 2] == (sums, [], [6 + 2 + 1 + 40 * 40])
+    assert found["list", 0] == (list_, [first, "eval: new names", states], [6])
+    assert found["list", 1] == found["list", 2] == (list_, [states], [6 + 2 + 1])
     assert "'eval/m' have the shapes [[2]] on one rank and [[5]] on another" in (found["shapes"])
 
 

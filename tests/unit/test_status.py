@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.checkpoint import status
-from dtrain.checkpoint.run_files import prepare
+from dtrain.checkpoint.one_folder import prepare
 from dtrain.checkpoint.status import Status
 from dtrain.errors import CheckpointError, ConfigError
 
