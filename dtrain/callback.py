@@ -52,6 +52,8 @@ class Callback:
             cannot exist is an error when ``fit`` begins.
         adds: what ``on_eval_end`` adds to the figures of each set, such as ``("auc",)``. Who judges
             by it must come later in the list.
+        whole_weights: it works on whole weights or gradients, of which a rank holds some rows only
+            under ``strategy="fsdp"``, where it is refused.
 
     Ranks: all.
     """
@@ -61,6 +63,7 @@ class Callback:
     asks_for_gradients: bool = False
     monitors: tuple[str, ...] = ()
     adds: tuple[str, ...] = ()
+    whole_weights: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -74,7 +74,8 @@ class Trainer(Inference):
         sinks: where figures go; ``[Console()]`` if None.
         strategy: how gradients meet: ``"flat"`` (at once, after backward), ``"ddp"`` (in buckets,
             during it), ``"auto"`` (flat up to 25 MiB of gradients, where DDP has nothing to
-            overlap), or a :class:`~dtrain.strategies.Strategy`.
+            overlap), ``"fsdp"`` (each rank holds a part of the model: docs/sharded.md), or a
+            :class:`~dtrain.strategies.Strategy`.
         run_dir: a folder for checkpoints, metrics and status (``~`` is expanded); None writes
             nothing.
         seed: of the order of data and the ranks' random streams; ``dtrain.init``'s if None.
@@ -141,7 +142,8 @@ class Trainer(Inference):
                 raise ConfigError("checkpoints need a place: pass Trainer(run_dir='runs/...')")
             model, told = unwrapped(model)
             strategy = choose(strategy, model, graphed=graph and world.size > 1)
-            strategy.check(accumulates=self._accumulation is not None)
+            accumulates = self._accumulation is not None
+            strategy.check(accumulates=accumulates, callbacks=callbacks)
             module, made, notes = take_model(model, optimizer, strategy, world)
             self._outbox.notes = told + notes
             self._trains_only = eval_fn is None
@@ -324,9 +326,8 @@ class Trainer(Inference):
                     self._begin(loop, data, dispatcher)
                 loop.run()
                 with comm.lockstep("the end of fit"):
-                    state = "preempted" if loop.preempted else "finished"
                     phases.ended(loop.stop_reason, preempted=loop.preempted)
-                    words = describe_end(state, self.context, loop.stop_reason)
+                    words = describe_end(self.context, loop.stop_reason, preempted=loop.preempted)
 
                     def tell() -> None:  # once that is noted
                         loop.history.report("end", {}, words)

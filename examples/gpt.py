@@ -5,6 +5,7 @@
 What it shows: a loss weighted by tokens (files end where they end, so windows differ in
 length), weight decay for matrices only, warm-up and cosine, clipping, accumulation by
 micro-batch size, averaged weights for evaluation, and text generated at each evaluation.
+With ``--strategy fsdp`` the model is sharded over the ranks, and without the last two.
 """
 
 import argparse
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="windows in a global batch")
     parser.add_argument("--micro-batch-size", type=int)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--strategy", choices=["auto", "ddp", "flat", "fsdp"], default="auto")
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", default="runs/gpt")
@@ -173,6 +175,8 @@ def main() -> None:
     world = dtrain.init(seed=args.seed)
     train_set, val_set = library(size.context)
     model = GPT(size)
+    # Sharded, no rank could write by itself, nor average. Write comes first, with the averages.
+    whole = [] if args.strategy == "fsdp" else [Write(), EMA(decay=0.99)]
     trainer = dtrain.Trainer(
         model,
         decay_groups(model, args.lr or size.lr),
@@ -183,11 +187,11 @@ def main() -> None:
             ClipGradients(max_norm=1.0),
             LRSchedule(schedules.warmup_cosine(max(1, steps // 20), final_fraction=0.1)),
             Throughput(tokens_per_sample=size.context),
-            Write(),  # before EMA: it writes with the averaged weights
-            EMA(decay=0.99),
+            *whole,
             Checkpoint(every_steps=max(1, steps // 4), keep=2),
         ],
         sinks=[Console(), JSONLines()],
+        strategy=args.strategy,
         run_dir=args.run_dir,
         config=vars(args),
     )

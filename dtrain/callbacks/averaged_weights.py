@@ -18,6 +18,8 @@ class AveragedWeights(Callback):
     is what it is: its average begins later. That of one that was replaced begins anew.
     """
 
+    whole_weights = True
+
     def __init__(self) -> None:
         self.averages: dict[str, Tensor] = {}  # by the parameter's name
         self._params: list[Tensor] = []  # in the order of `averages`; none if these were loaded

@@ -16,7 +16,7 @@ from dtrain.callbacks.argument_checks import (
     some_of,
 )
 from dtrain.context import Context, Progress
-from dtrain.distributed import named_parameters, named_state, own_memory, share_buffers
+from dtrain.distributed import named_parameters, named_state, own_memory, share_buffers, whole
 from dtrain.errors import CheckpointError
 
 
@@ -175,7 +175,8 @@ class Checkpoint(Callback):
         return {name: p for name, p in named if name not in self._trained}
 
     def _sums_of_left_out(self, model: nn.Module) -> dict[str, int]:
-        return {name: _sum_of_bits(p) for name, p in self._left_out(model).items()}
+        # One after the other, where a rank holds some rows: all ranks are here.
+        return {name: _sum_of_bits(whole(p)) for name, p in self._left_out(model).items()}
 
 
 def _sum_of_bits(tensor: Tensor) -> int:

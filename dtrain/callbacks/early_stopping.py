@@ -63,7 +63,7 @@ class EarlyStopping(Callback):
         self._judges_by = [self._metric, mode]  # what `best` is the best of
         self._patience = patience
         self._min_delta = min_delta
-        self._restore_best = restore_best
+        self._restore_best = self.whole_weights = restore_best
         self._vote: Rule = vote
         self.best = math.inf  # of sign * value: less is better
         self.bad_checks = 0

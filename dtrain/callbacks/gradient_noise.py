@@ -25,6 +25,8 @@ class GradientNoise(Callback):
         gamma: how fast it fades, 0 or more.
     """
 
+    whole_weights = True
+
     asks_for_gradients = True
 
     def __init__(self, eta: float, gamma: float = 0.55) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, check_counts
 from dtrain.context import Context, Key, Step
-from dtrain.distributed import named_parameters
+from dtrain.distributed import named_parameters, own_part
 
 
 class GradientStats(Callback):
@@ -56,7 +56,11 @@ class GradientStats(Callback):
         found = {n: _numbers(p.grad) for n, p in named if p.grad is not None}
         if not found:
             return
-        norms = dict(zip(found, _norms(list(found.values())), strict=True))
+        each = _norms([own_part(grad) for grad in found.values()])
+        if ctx.sharded:  # those are of this rank's rows
+            squares = torch.stack(each).square()
+            each = [*ctx.comm.all_reduce("norms of gradients", squares).sqrt()]
+        norms = dict(zip(found, each, strict=True))
         if self._per_module:
             by_module: dict[str, list[Tensor]] = {}
             for name, norm in norms.items():

@@ -31,6 +31,8 @@ class L1L2Penalty(Callback):
             dimensions, not biases and the scales of norms. Frozen ones never count.
     """
 
+    whole_weights = True
+
     def __init__(
         self,
         l1: float = 0.0,

@@ -349,6 +349,11 @@ def _finite_gradients(ctx: Context) -> bool:
     grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in ctx.gradients()]
     # One that is not finite makes a sum of all so: then, or where the sum overflowed by itself,
     # each is looked at. On CUDA, reading it waits for the device.
+    if ctx.sharded:  # a NaN may be in another rank's rows
+        if math.isfinite(float(ctx.gradient_check())):
+            return True
+        mine = all(bool(grad.isfinite().all()) for grad in grads)
+        return not ctx.comm.vote("gradients that are not finite", not mine)
     total = grads[0].sum() if len(grads) == 1 else torch.nn.utils.get_total_norm(grads)
     return math.isfinite(float(total)) or all(bool(grad.isfinite().all()) for grad in grads)
 

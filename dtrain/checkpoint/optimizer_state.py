@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.context import kinds_of_groups
-from dtrain.distributed import named_parameters, some_of
+from dtrain.distributed import is_sharded, named_parameters, placed_like, some_of
 from dtrain.errors import ConfigError, ResumeError
 
 Group = dict[str, Any]
@@ -153,6 +153,18 @@ def arrange(
     ]
     moved = {new.get(key, key): value for key, value in state["state"].items()}
     return {**state, "state": moved, "param_groups": groups}, there
+
+
+def place(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Takes of a saved state, which is whole, what this rank holds of sharded parameters."""
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, p in zip(numbers, parameters, strict=True):
+        if is_sharded(p) and number in saved["state"]:
+            saved["state"][number] = {
+                name: placed_like(value, p) if isinstance(value, Tensor) else value
+                for name, value in saved["state"][number].items()
+            }
 
 
 def _is_same(there: Group, here: Group) -> bool:

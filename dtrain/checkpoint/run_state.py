@@ -20,6 +20,7 @@ from dtrain.checkpoint.optimizer_state import (
     check_override,
     differences,
     groups_of,
+    place,
     put_override,
 )
 from dtrain.checkpoint.status import renamed
@@ -321,6 +322,7 @@ class RunState:
         saved_groups, begun = state["optimizer"]["param_groups"], bool(state["optimizer"]["state"])
         put_override(self.override, saved_groups, there, begun=begun)
         self.groups = there
+        place(context.optimizer, state["optimizer"])
         context.optimizer.load_state_dict(state["optimizer"])
         _undo_casts(context.optimizer, state["optimizer"])
         if renamed(state)["fingerprint"].get("precision") == self.fingerprint.get("precision"):

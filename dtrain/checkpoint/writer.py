@@ -23,7 +23,7 @@ from dtrain.checkpoint import format as files
 from dtrain.checkpoint.memory import HostMemory, Tensors, bytes_of
 from dtrain.checkpoint.run_lock import RunLock
 from dtrain.checkpoint.tree import Split
-from dtrain.distributed import Activity, Comm, digest_of
+from dtrain.distributed import Activity, Comm, digest_of, gathered, is_sharded
 from dtrain.errors import CheckpointError
 
 #: What is smaller is not divided: a small model is one plain ``model.safetensors``.
@@ -78,7 +78,7 @@ class Stage:
         for stem, tensors in held.items():
             _check(stem, tensors)
         parts = _parts(content, len(sharers))
-        share = self._share(own.tensors, parts, sharers)
+        share = _gathered(self._share(own.tensors, parts, sharers), parts, sharers)
         # Not of what others copy: they do where this rank's device is broken.
         devices = {tensor.device for tensors in share.values() for tensor in tensors.values()}
         beside = next(filter(None, map(accelerator.of, devices)), None)
@@ -116,6 +116,23 @@ class Stage:
         turns = {file: sharers[turn % len(sharers)] for turn, file in enumerate(parts)}
         mine = {file: held for file, held in parts.items() if turns[file] == self._rank}
         return {f"{files.rank_name(self._rank)}.safetensors": own} | mine
+
+
+def _gathered(
+    share: dict[str, Tensors], parts: Mapping[str, Tensors], sharers: Sequence[int]
+) -> dict[str, Tensors]:
+    """Returns what this rank copies, with the rows of sharded tensors that others hold.
+
+    One tensor after the other, to the rank that writes it. Ranks: all, communicates.
+    """
+    for turn, (file, tensors) in enumerate(parts.items()):
+        for name, tensor in tensors.items():
+            if (
+                is_sharded(tensor)
+                and (whole := gathered(tensor, sharers[turn % len(sharers)])) is not None
+            ):
+                share[file] = {**share[file], name: whole}
+    return share
 
 
 def _parts(content: Content, most: int) -> dict[str, Tensors]:

@@ -47,6 +47,7 @@ class Context:
         in_fit: whether a hook is part of a training: False in those of ``Trainer.evaluate``.
         loss_scaled: whether the precision scales the loss; then a gradient may overflow.
         reads_at_once: whether a tensor's number can be read without waiting: False on a GPU.
+        sharded: whether each rank holds rows of parameters and gradients only (strategy="fsdp").
         metrics: the newest agreed metrics, equal on all ranks. From an epoch's end to the next
             report, ``train/...`` are means of that epoch; they stay there as ``epoch/...``.
 
@@ -66,6 +67,7 @@ class Context:
     in_fit: bool = False
     loss_scaled: bool = False
     reads_at_once: bool = True
+    sharded: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     _made_at: dict[str, int] = field(default_factory=dict, repr=False)  # the step of each metric
     _taken: int = field(default=0, repr=False)  # how often parameters were taken to be trained
@@ -191,7 +193,8 @@ class Context:
         """In ``on_grads_ready``: tensors that hold all gradients, and otherwise zeros only.
 
         For what is done to all of them alike, such as a norm: there may be fewer of them than of
-        parameters. What is done to them in place is done to the gradients. Equal on all ranks.
+        parameters. What is done to them in place is done to the gradients. Equal on all ranks; but
+        of this rank's own rows, where ``ctx.sharded``.
 
         Args:
             optimizer: which of several optimizers', by its name or place; all if None.

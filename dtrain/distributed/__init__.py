@@ -8,9 +8,11 @@ from dtrain.distributed.activity import (
     EVAL_LOSS_FN,
     EVALUATION,
     FIRST_DATA,
+    GATHERING,
     METRICS,
     OWN_BACKWARD,
     SAVING,
+    SCATTERING,
     UPDATE,
     Activity,
     Heartbeat,
@@ -58,6 +60,7 @@ from dtrain.distributed.replicas import (
     some_of,
     tensors_of_state,
 )
+from dtrain.distributed.sharded import gathered, is_sharded, own_part, placed_like, unsharded, whole
 from dtrain.distributed.transport import DataParallel, TransportOp
 from dtrain.distributed.world import (
     World,
@@ -71,6 +74,7 @@ from dtrain.distributed.world import (
 )
 
 __all__ = ["ARRIVAL", "BACKWARD", "BETWEEN", "DATA", "EVALUATION", "EVAL_LOSS_FN", "FIRST_DATA"]
+__all__ += ["GATHERING", "SCATTERING"]
 __all__ += ["METRICS", "OWN_BACKWARD", "SAVING", "UPDATE", "Activity", "Heartbeat", "Phase"]
 __all__ += ["Comm", "DataParallel", "Rule", "TransportOp", "World", "current", "inhabited", "init"]
 __all__ += ["are_equal", "check_same_call", "check_same_model", "digest_of", "on_main", "raw_bytes"]
@@ -85,3 +89,4 @@ __all__ += ["derive_seed", "random_state", "random_state_kept", "random_state_of
 __all__ += ["StreamsOfFits", "restore_random_state", "seed_everything", "seeded_generator"]
 __all__ += ["Health", "examine_job"]
 __all__ += ["check_seeded", "init_late", "streams_apart"]
+__all__ += ["gathered", "is_sharded", "own_part", "placed_like", "unsharded", "whole"]

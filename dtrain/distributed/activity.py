@@ -35,6 +35,9 @@ DATA = Phase("data", reads=True, order=2)
 LOSS_FN = Phase("loss_fn", order=2)
 OWN_BACKWARD = Phase("backward", order=2)  # of a micro-batch whose gradients are not reduced yet
 BACKWARD = Phase("backward", waits=True, order=3, call="backward")
+# Within a forward or a backward: other ranks may still be waiting for their data.
+GATHERING = Phase("gathering parameters", waits=True)
+SCATTERING = Phase("reducing gradients", waits=True)
 ARRIVAL = Phase("agreeing on the step", waits=True, order=4)
 UPDATE = Phase("update", order=5)
 BETWEEN = Phase("between two steps", slow=True, order=9)

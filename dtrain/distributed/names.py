@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dtrain.distributed.sharded import is_sharded, placed_like
+
 
 def plain_name(name: str) -> str:
     """Returns a tensor's or module's name without what ``torch.compile`` puts into it."""
@@ -26,5 +28,9 @@ def named_parameters(
 
 def load_named(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
     """Loads tensors by plain names; with ``strict`` all of the model's, and no others."""
-    own = {plain_name(name): name for name in model.state_dict()}
-    model.load_state_dict({own.get(n, n): t for n, t in tensors.items()}, strict=strict)
+    held = model.state_dict()
+    own = {plain_name(name): name for name in held}
+    named = {own.get(n, n): t for n, t in tensors.items()}
+    both = [(n, t, held.get(n)) for n, t in named.items()]
+    placed = {n: placed_like(t, o) for n, t, o in both if isinstance(o, Tensor) and is_sharded(o)}
+    model.load_state_dict(named | placed, strict=strict)

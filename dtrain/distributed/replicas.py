@@ -13,6 +13,7 @@ from dtrain.distributed.alike import check_same_lines
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.exchange import digest_of, raw_bytes
 from dtrain.distributed.names import named_parameters, named_state
+from dtrain.distributed.sharded import is_sharded, own_part, unsharded
 from dtrain.distributed.world import World
 from dtrain.errors import ConfigError, RankMismatch
 
@@ -197,14 +198,15 @@ class Replicas:
         before, self.step = self.step, step
         if not self.active or (step >= _EVERY and step // _EVERY == before // _EVERY):
             return 0
-        return hash(tuple(digests([*self.model.parameters(), *self.model.buffers()]))) % 2**16
+        every = unsharded([*self.model.parameters(), *self.model.buffers()])
+        return hash(tuple(digests(every))) % 2**16
 
     def settle(self, when: str, asked: int = 0) -> int:
         """Gives all ranks rank 0's buffers; raises RankMismatch if their parameters differ.
 
         Returns how often all ranks have ``asked`` for something, which travels along.
         """
-        held = digests(self.model.parameters()) if self.active else []
+        held = digests(unsharded(self.model.parameters())) if self.active else []
         mine = [hash(tuple(held)), _digest_of_buffers(self.model), asked]
         everyones = self.comm.all_gather("model", torch.tensor(mine))
         parameters_differ, buffers_differ, _ = (everyones != everyones[0]).any(0).tolist()
@@ -219,7 +221,7 @@ class Replicas:
 
         Returns what to tell the user of these, the first time.
         """
-        parameters = dict(named_parameters(self.model))
+        parameters = {n: p for n, p in named_parameters(self.model) if not is_sharded(p)}
         buffers = dict(self.model.named_buffers())
         every = parameters | buffers
         # NaN is one thing, whatever its bits.
@@ -297,6 +299,7 @@ def not_finite(model: nn.Module) -> list[str]:
     (A mask is infinite.) The device is waited for once.
     """
     named = [*model.named_parameters(), *model.named_buffers()]
+    named = [(name, own_part(t)) for name, t in named]
     kinds = [(name, t) for name, t in named if t.is_floating_point() or t.is_complex()]
     found = {name: _largest(t) for name, t in kinds if t.numel() and _is_dense(t)}
     if not found:
@@ -347,11 +350,12 @@ def _lines_of(model: nn.Module) -> list[str]:
 
 
 def are_equal(model: nn.Module, comm: Comm) -> bool:
-    """Says whether all ranks' models are equal, bit by bit, with all buffers.
+    """Says whether all ranks' models are equal, bit by bit, with all buffers; but what is sharded.
 
     Ranks: all, communicates once.
     """
-    held = digests(as_dense(name, t) for name, t in tensors_of_state(model).items())
+    whole = {name: t for name, t in tensors_of_state(model).items() if not is_sharded(t)}
+    held = digests(as_dense(name, t) for name, t in whole.items())
     lines = int(digest_of(_lines_of(model)), 16)
     mine = hash((lines, _digest_of_buffers(model), *held))
     everyones = comm.all_gather("model", torch.tensor(mine))

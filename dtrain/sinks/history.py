@@ -156,11 +156,12 @@ def _fusable(optimizer: Optimizer) -> bool:
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in held)
 
 
-def describe_end(state: str, context: Context, stop_reason: str) -> str:
+def describe_end(context: Context, stop_reason: str, *, preempted: bool) -> str:
     """Returns the end block: why it ended, the evaluation's figures, where the files are."""
     step, epoch, metrics = context.progress.step, context.progress.epoch, context.metrics
     updates = context.progress.updates
     applied = f" ({updates:,} of them applied)" if updates != step else ""
+    state = "preempted" if preempted else "finished"
     lines = [
         f"{state} after {step:,} steps{applied}, {epoch} epoch{'s' * (epoch != 1)}: {stop_reason}"
     ]

@@ -74,7 +74,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         context, hooks, precision = self.context, self.hooks, self.precision
-        size, comm = self.world.size, self.world.comm
+        world, outbox, comm, size = self.world, self.outbox, self.world.comm, self.world.size
         names = [str(key) for key in context.optimizers] if has_updates(context.optimizer) else []
         if self.plan is not None and not names:
             raise ConfigError("Trainer(updates=...) is for named optimizers: optimizer={'a': ...}")
@@ -87,17 +87,15 @@ class Engine:
         self.agreement = Agreement(context.request, comm, self.world.host)
         self.stand_in = StandIn(context, hooks.callbacks)
         self.clock = StragglerClock(comm, host=self.world.host, size=size)
-        self.figures = Figures(
-            context, self.outbox, self.world, lanes, precision, self.replicas, self.clock
-        )
+        about = lanes, precision, self.replicas, self.clock
+        self.figures = Figures(context, outbox, world, *about)
         parts = {name: self._part(name, lane) for name, lane in lanes.items()}
         self.updates: Updates | None = None
         self.parts = (*parts.values(),)
         self._take(self.parts[0])
         if names:
-            self.updates = Updates(
-                context, self.loss_fn, precision, self.plan, parts, WeakMethod(self._take)
-            )
+            take = WeakMethod(self._take)
+            self.updates = Updates(context, self.loss_fn, precision, self.plan, parts, take)
         self.closures: Closures | None = None
         if needs_closure(context.optimizer):
             if precision.scales_loss or self.graph:
@@ -114,9 +112,10 @@ class Engine:
             self.micro_step.backward = self.graphed.backward
         self.modes = Modes(context.model, context.say, keep=self.keep_modes)
         self.streams = StreamsOfFits()
-        self.evaluation = Evaluation(
-            context, self.outbox, self.world, self.eval_fn, precision, hooks, self.figures.means
-        )
+        how = precision, hooks, self.figures.means, self.strategy
+        self.evaluation = Evaluation(context, outbox, world, self.eval_fn, *how)
+        for part in self.parts:
+            part.strategy.take(part.micro_step, world)
         self._wrapped = False  # a fit has begun
         self.parted = False  # a step was ended by a failure on this rank only
         hooks.carry = WeakMethod(self.carry)
@@ -132,7 +131,7 @@ class Engine:
             precision=self.precision,
             hooks=self.hooks,
             agreement=self.agreement,
-            gathers=Gathers(comm, self.world.rank, self.world.size),
+            gathers=Gathers(comm, self.world.rank, self.world.size, strategy.no_gathers),
             means=self.figures.means,
             clock=self.clock,
             find_unused=strategy.find_unused,
@@ -163,7 +162,7 @@ class Engine:
 
     def begin(self) -> None:
         """Takes model and optimizer as a fit finds them. Ranks: all, communicates."""
-        self.context.model.to(self.world.device)  # it may have been away
+        self.strategy.bring_home(self.context.model, self.world)
         now = self.context.optimizer
         names = [*self.context.optimizers] if has_updates(now) else [""]
         if {*names} != {part.micro_step.update for part in self.parts}:
@@ -352,6 +351,7 @@ class Engine:
     # -- what computes for hooks; see :class:`dtrain.Context` -----------------------------------
 
     def loss_of(self, ctx: Context, batch: Any) -> Loss:
+        self.strategy.check_alone()
         with self.precision.autocast():
             returned = self.loss_fn(ctx.model, batch, ctx)
             return as_loss(self.updates.replayed(returned) if self.updates else returned, 1)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from dtrain.step.loss_forms import LossFn, as_evaluated
 from dtrain.step.loss_words import explain
 from dtrain.step.memory_words import explain_memory
 from dtrain.step.precision import Precision, fresh_casts
+from dtrain.step.strategy import Strategy
 
 
 @dataclass(eq=False)
@@ -32,9 +34,11 @@ class Evaluation:
     precision: Precision
     hooks: Hooks
     training: Means  # of the training, which may be in the middle of a report
+    strategy: Strategy  # says whether ranks meet in the model
 
     def __post_init__(self) -> None:
-        self._gathers = Gathers(self.world.comm, self.world.rank, self.world.size)
+        world, refused = self.world, self.strategy.no_gathers
+        self._gathers = Gathers(world.comm, world.rank, world.size, refused)
         self._means: dict[str, Means] = {}  # kept: ranks agree on names only once
         self._runs = False
 
@@ -163,6 +167,7 @@ class Evaluation:
         context, comm, activity = self.context, self.context.comm, self.context.comm.activity
         request = context.request
         activity.restart_batches()
+        strategy, meets, all_ended = self.strategy, self.strategy.meets_in_forward, True
         for number, micro_batches in enumerate(feed.epoch(0, 0)):
             step = Step(number=number, micros=micro_batches.micros)
             ended = False
@@ -173,7 +178,12 @@ class Evaluation:
                     fetched = None if ended else micro_batches.next()
                 except EndOfStream:
                     fetched, ended = None, True
-                if fetched is not None and fetched[0] is not None:
+                has = fetched is not None and fetched[0] is not None
+                if meets:
+                    all_ended = strategy.meet(has=has, ended=ended, first=not (number or micro))
+                if meets and not has:
+                    strategy.evaluate(None)
+                if fetched is not None and has:
                     step.batch, step.samples = fetched
                     activity.enter(EVAL_LOSS_FN)
                     comm.serve_gathers(self._gathers)
@@ -182,7 +192,8 @@ class Evaluation:
                     request.skippable, request.skipped = skips, skipped
                     try:
                         with self.precision.autocast():
-                            returned = fn(context.model, step.batch, context)
+                            run = partial(fn, context.model, step.batch, context)
+                            returned = strategy.evaluate(run) if meets else run()
                     except Exception as error:
                         explain(error)
                         explain_memory(error, where, step, self, trains=False)
@@ -200,7 +211,7 @@ class Evaluation:
                 activity.end_lap(EVALUATION)
                 comm.look_for_failures()
             # Where loss functions gather, a rank whose stream has ended waits for the others.
-            if ended and all(one.ended for one in done):
+            if ended and all_ended and all(one.ended for one in done):
                 break
 
     @contextmanager

@@ -50,6 +50,7 @@ class Gathers:
     comm: Comm
     rank: int
     size: int
+    refused: str = ""  # why loss functions cannot gather, if so
     _used: bool | None = None  # whether loss functions gather; None until all ranks know
     _calls: int = 0
     _ties: list[Tensor] = field(default_factory=list)
@@ -58,9 +59,12 @@ class Gathers:
     anchors: list[Tensor] = field(default_factory=list)
     _anchors: list[Tensor] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.restart()
+
     def restart(self) -> None:
         """Forgets whether loss functions gather; must be called on all ranks."""
-        self._used = None
+        self._used = False if self.refused else None
 
     def gather(self, label: str, rows: Tensor) -> Tensor:
         """Returns all ranks' rows; see :meth:`dtrain.Comm.gather_with_grad`.
@@ -74,6 +78,8 @@ class Gathers:
             )
         if self.size == 1:
             return rows
+        if self.refused:
+            raise ConfigError(self.refused)
         if self._used is False:
             raise ConfigError(
                 f"gather_with_grad({label!r}) is called for the first time in a later micro-step: "

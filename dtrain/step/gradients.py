@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dtrain.step.precision import Factor, Precision
-from dtrain.step.strategy import Gate, Strategy, joint_norm
+from dtrain.step.strategy import Gate, Strategy
 from dtrain.step.taking import takes_a_veto
 
 
@@ -65,7 +65,7 @@ class Gradients:
         if self._norm is not None:
             return self._norm
         gradients = self.strategy.gradients(self.optimizer)
-        norm = joint_norm(gradients)
+        norm = self.strategy.norm_of(gradients)
         if self._waits and self.strategy.norm_is_of(gradients):
             self._norm = norm  # clipping need not compute it once more
         return norm

@@ -67,6 +67,8 @@ class MicroStep(nn.Module):
     #: What calls the loss function, if that is captured, or yields several.
     computed: Callable[[Step], Loss] | None = None
     backward: Backward = torch.autograd.backward  # what runs backward, likewise
+    is_followed: bool = False  # a verb that the others are in is one that this rank will come to
+    looks_itself: bool = True  # whether others are to be trained; else its strategy does before
     update: str = (
         ""  # of several, whose parameters are reduced: those of the optimizer of that name
     )
@@ -147,7 +149,8 @@ class MicroStep(nn.Module):
                 if not step.replayed:
                     self.agreement.say(self.lane)
                 self._look_ahead(feed)
-                self.changed = self.trained.changed()
+                if self.looks_itself:
+                    self.changed = self.trained.changed()
             if self.changed:
                 self.lane.say(Slot.CHANGED)
             if self.changed and self._tie is not None:
@@ -169,7 +172,8 @@ class MicroStep(nn.Module):
         comm = self.context.comm
         # The others may wait for this rank in a verb of their hooks or loss functions; or it is in
         # one that it has been told of another's failure, which has left.
-        if comm.has_left(error) or comm.activity.are_in_a_verb():
+        in_a_verb = not self.is_followed and comm.activity.are_in_a_verb()
+        if comm.has_left(error) or in_a_verb:
             comm.fail(error, where)
             try:
                 raise error

@@ -1,13 +1,15 @@
 """The strategy seam: how gradients of different ranks meet, and what comes of a step."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtrain.callback import Callback
 from dtrain.context import Progress, Step, Together
 from dtrain.data import MicroBatches
 from dtrain.distributed import (
@@ -36,8 +38,13 @@ class Strategy(ABC):
 
     find_unused = False  # True where the reduction itself looks for parameters without gradient
     may_idle = True  # False where ranks wait for one another inside of the model
+    #: True where no rank can run the model by itself; all then come to :meth:`evaluate`.
+    meets_in_forward = False
+    no_gathers = ""  # why loss functions cannot gather from other ranks, if so
 
-    def check(self, *, accumulates: bool) -> None:  # noqa: B027 -- most have nothing to refuse
+    def check(  # noqa: B027 -- most have nothing to refuse
+        self, *, accumulates: bool, callbacks: Sequence[Callback] = ()
+    ) -> None:
         """Raises ConfigError for what cannot work, such as steps of several micro-batches."""
 
     def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
@@ -51,6 +58,12 @@ class Strategy(ABC):
     def make_equal(self, model: nn.Module, world: World) -> bool:
         """Gives all ranks rank 0's tensors; says if any differed here. Ranks: all, communicates."""
         return give_rank_0s(tensors_of_state(model), world)
+
+    def take(self, micro_step: MicroStep, world: World) -> None:  # noqa: B027
+        """Changes model and optimizer where that has to be before any of it is restored.
+
+        Raises ConfigError for what of them cannot work. Ranks: all, communicates.
+        """
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
         """Takes what is to be run in each micro-step. Ranks: all, communicates."""
@@ -177,9 +190,34 @@ class Strategy(ABC):
         """Returns the joint Euclidean norm of the gradients, 0-dim; nobody waits for it."""
         return joint_norm(self.gradients(optimizer))
 
+    def norm_of(self, gradients: list[Tensor]) -> Tensor:
+        """Returns the joint norm over all ranks of what :meth:`gradients` returned, 0-dim."""
+        return joint_norm(gradients)
+
     def norm_is_of(self, gradients: list[Tensor]) -> bool:
         """Says whether :meth:`gradient_norm` is that of these :meth:`gradients`, bit by bit."""
         return type(self).gradient_norm is Strategy.gradient_norm
+
+    def meet(self, *, has: bool, ended: bool, first: bool) -> bool:
+        """Tells all, where an evaluation takes turns, whether this rank ``has`` a batch.
+
+        Returns whether all ranks' data have ended. Ranks: all, communicates.
+        """
+        return ended
+
+    def check_alone(self) -> None:  # noqa: B027
+        """Raises ConfigError where this rank cannot run the model by itself."""
+
+    def bring_home(self, model: nn.Module, world: World) -> None:
+        """Moves the model, which may have been away between two fits, to this rank's device."""
+        model.to(world.device)
+
+    def evaluate(self, fn: Callable[[], Any] | None) -> Any:
+        """Returns what ``fn`` returns, which runs the model; None where this rank has no batch.
+
+        Ranks: all, communicates.
+        """
+        return None if fn is None else fn()
 
     @abstractmethod
     def check_arrived(self) -> None:

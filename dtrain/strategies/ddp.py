@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from operator import attrgetter, is_
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from dtrain.callback import Callback
 from dtrain.context import Step
 from dtrain.data import MicroBatches
 from dtrain.distributed import BACKWARD, OWN_BACKWARD, DataParallel, World
@@ -73,7 +74,7 @@ class DDP(Strategy):
         self._homes: list[int] = []  # the same views, which nobody else has
         self._twins: list[Tensor] = []
 
-    def check(self, *, accumulates: bool) -> None:
+    def check(self, *, accumulates: bool, callbacks: Sequence[Callback] = ()) -> None:
         if self._static_graph and accumulates:  # where DDP's own assertion would fail
             raise ConfigError(
                 "DDP(static_graph=True) cannot work with gradient accumulation: its graph changes "

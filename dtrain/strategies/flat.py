@@ -18,6 +18,7 @@ from dtrain.distributed import BACKWARD, OWN_BACKWARD, World
 from dtrain.errors import ConfigError
 from dtrain.step import Heard, MicroStep, Strategy, of_backward
 from dtrain.strategies.ddp import DDP
+from dtrain.strategies.fsdp import FSDP
 
 #: The size of one of DDP's buckets: below, it has nothing to overlap with backward. Where gradients
 #: are larger, it may; on one rank, flat is quicker (docs/numbers.md).
@@ -266,7 +267,9 @@ def choose(strategy: str | Strategy, model: nn.Module, *, graphed: bool = False)
         return Flat()
     if strategy == "ddp":
         return DDP()
+    if strategy == "fsdp":
+        return FSDP()
     raise ConfigError(
-        f"strategy={strategy!r}: choose 'auto', 'flat' or 'ddp', or pass a "
+        f"strategy={strategy!r}: choose 'auto', 'flat', 'ddp' or 'fsdp', or pass a "
         "dtrain.strategies.Strategy"
     )

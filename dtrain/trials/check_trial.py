@@ -14,7 +14,7 @@ from dtrain.callbacks import GradientAccumulation, Mixup
 from dtrain.checkpoint import CheckpointSlot
 from dtrain.context import Context, Loss, Step
 from dtrain.data import AccumulationSlot, Data, fetch
-from dtrain.distributed import World, seed_everything, tensors_of_state
+from dtrain.distributed import World, seed_everything, tensors_of_state, whole
 from dtrain.errors import LossError
 from dtrain.plan import FitResult, Plan, Recorder
 from dtrain.step import LossFn, PrecisionSlot, UserLoss, adapt
@@ -140,7 +140,7 @@ class CheckTrial(Trial):
             at(result.steps)
         record.steps = result.steps
         record.seen = sorted({*record.seen, *self.overrides.seen})
-        parameters = dict(model.named_parameters())
+        parameters = {name: whole(p) for name, p in model.named_parameters()}
         record.own_parameters = of.digest_of_tensors(parameters)
         self._write("final", parameters)
         record.write(self.folder, self._rank)
@@ -199,8 +199,9 @@ class CheckTrial(Trial):
         ]
 
     def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        every = {key: whole(tensor) for key, tensor in tensors.items()}  # all ranks are here
         if self._rank == 0:
-            of.write_tensors(self.folder, name, tensors)
+            of.write_tensors(self.folder, name, every)
 
 
 def _widening(fn: UserLoss) -> LossFn:

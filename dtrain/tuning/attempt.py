@@ -30,6 +30,11 @@ def begin(trainer: Trainer, call: str, take: Callable[[], Data]) -> Data:
         check_trains(trainer.model, trainer.optimizer)
         if trainer._phases.live:
             raise ConfigError(f"{call} comes before the Trainer's first fit: make a new Trainer")
+        if trainer.context.sharded:
+            raise ConfigError(
+                f"{call} does not work with strategy='fsdp' yet: a sharded model cannot be put "
+                "into another Trainer, nor copied. Try it out with 'ddp', on a smaller model"
+            )
         data = take()
         if data.is_stream and isinstance(data.dataset, Iterator):
             raise ConfigError(

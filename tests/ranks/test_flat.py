@@ -245,7 +245,9 @@ def test_auto_takes_flat_up_to_a_bucket():
     assert isinstance(choose("auto", frozen), Flat)
     assert isinstance(choose("auto", nn.EmbeddingBag(9, 2, sparse=True)), DDP)
     assert isinstance(choose("auto", nn.Sequential(nn.SyncBatchNorm(2))), DDP)
-    with pytest.raises(ConfigError, match="strategy='horovod': choose 'auto', 'flat' or 'ddp'"):
+    with pytest.raises(
+        ConfigError, match="strategy='horovod': choose 'auto', 'flat', 'ddp' or 'fsdp'"
+    ):
         choose("horovod", nn.Linear(2, 2))
 
 

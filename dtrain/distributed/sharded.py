@@ -1,0 +1,71 @@
+"""Tensors of which each rank holds some rows only, as FSDP's parameters: DTensors of torch's."""
+
+import sys
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Says whether this rank holds a part of a tensor only."""
+    # Importing it takes half a second; nobody has made one before somebody did.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Returns what this rank holds of a tensor, which may have no rows: itself, if all of it."""
+    if not is_sharded(tensor):
+        return tensor
+    part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def unsharded(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Returns those of the tensors that each rank holds whole."""
+    return [tensor for tensor in tensors if not is_sharded(tensor)]
+
+
+def placed_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Returns of a whole tensor, equal on all ranks, what this rank is to hold; copied.
+
+    That is all of it, itself, where ``like`` is not sharded, or has another shape.
+    """
+    if not is_sharded(like) or is_sharded(whole) or whole.shape != like.shape:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    mine = distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)
+    copied: Tensor = mine.clone()  # its rows would keep all others in memory
+    return copied
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns all of a tensor, on each rank; itself, if it is not sharded.
+
+    Ranks: all, communicates.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    every: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    return every
+
+
+@torch.no_grad()
+def gathered(tensor: Tensor, owner: int) -> Tensor | None:
+    """Returns a sharded tensor, whole and on the host, on the rank ``owner``; None on the others.
+
+    Ranks: all, communicates; all at once, over what gradients travel over.
+    """
+    group = tensor.device_mesh.get_group()  # type: ignore[attr-defined]
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rows = -(-tensor.shape[0] // size)  # of each rank but the last ones, which may have fewer
+    part = own_part(tensor).detach().contiguous()
+    if part.shape[0] < rows:
+        part = torch.cat([part, part.new_zeros(rows - part.shape[0], *part.shape[1:])])
+    parts = [torch.empty_like(part) for _ in range(size)] if rank == owner else None
+    dist.gather(part, parts, group_dst=owner, group=group)
+    return None if parts is None else torch.cat(parts)[: tensor.shape[0]].cpu()

@@ -1,0 +1,199 @@
+"""Which parts of a model are sharded each by itself, and what of a model cannot be."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtrain.context import Together, kind_of, needs_closure
+from dtrain.distributed import is_sharded, named_parameters, plain_name, some_of
+from dtrain.errors import ConfigError
+from dtrain.step import MicroStep
+
+#: Optimizers of torch's whose update is not element by element.
+_WHOLE = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
+
+#: What is to be a block: module classes, their names, or a rule of a module and its name.
+Blocks = type[nn.Module] | Sequence[type[nn.Module] | str] | Callable[[str, nn.Module], bool]
+
+
+def blocks_of(model: nn.Module, given: Blocks | None) -> dict[str, nn.Module]:
+    """Returns the blocks by name, in the model's order; empty where there are none.
+
+    Raises ConfigError where ``given`` chooses none, or the whole model.
+    """
+    if given is None:
+        return _repeated(model)
+    chosen = {
+        name: module for name, module in _with_parameters(model) if _is_one(given, name, module)
+    }
+    if lists := [name for name, module in chosen.items() if _is_list(module)]:
+        raise ConfigError(
+            f"FSDP(blocks=...): {lists[0]} is a list of modules, which is never called itself: "
+            "choose what is in it"
+        )
+    if not chosen:
+        kinds = Counter(type(module).__name__ for _, module in _with_parameters(model))
+        raise ConfigError(
+            f"FSDP(blocks={given!r}) chose no part of the model, which has "
+            f"{', '.join(f'{count} x {kind}' for kind, count in kinds.most_common(8)) or 'none'}. "
+            "Pass the class of its repeated blocks, or leave it out"
+        )
+    return chosen
+
+
+def _with_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if name and any(True for _ in module.parameters()):
+            yield name, module
+
+
+def _is_one(given: Any, name: str, module: nn.Module) -> bool:
+    if isinstance(given, type):
+        return isinstance(module, given)
+    if callable(given):
+        return bool(given(name, module))
+    if not isinstance(given, str) and all(isinstance(one, type | str) for one in given):
+        return any(
+            type(module).__name__ == one if isinstance(one, str) else isinstance(module, one)
+            for one in given
+        )
+    raise ConfigError(
+        f"FSDP(blocks={given!r}): pass a module class, a list of classes or of their names, or a "
+        "function from a module's name and the module to whether it is a block"
+    )
+
+
+def _repeated(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the model's repeated blocks.
+
+    Those that it names itself (transformers' ``_no_split_modules``), or what has parts of its own
+    and comes several times, of one class, in one container.
+    """
+    named = getattr(model, "_no_split_modules", None)
+    if isinstance(named, list | tuple | set) and named:
+        found = {n: m for n, m in _with_parameters(model) if type(m).__name__ in named}
+        if found:
+            return found
+    blocks: dict[str, nn.Module] = {}
+    for name, container in model.named_modules():
+        if any(name == block or name.startswith(f"{block}.") for block in blocks):
+            continue
+        children = {
+            f"{name}.{key}" if name else key: child
+            for key, child in container.named_children()
+            if next(child.children(), None) is not None
+            and next(child.parameters(), None) is not None
+        }
+        counts = Counter(map(type, children.values()))
+        blocks |= {n: m for n, m in children.items() if counts[type(m)] > 1 and not _is_list(m)}
+    return blocks
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def words_of(blocks: dict[str, nn.Module]) -> str:
+    """Returns in words what the blocks are."""
+    kinds: dict[str, list[str]] = {}
+    for name, module in blocks.items():
+        # A class of a sharded module has another name in front.
+        kinds.setdefault(type(module).__name__.removeprefix("FSDP"), []).append(name)
+    told = [
+        f"{len(names)} x {kind} ({names[0]}{' ... ' + names[-1] if len(names) > 1 else ''})"
+        for kind, names in kinds.items()
+    ]
+    return ", ".join(told)
+
+
+def check_model(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
+    """Raises ConfigError for what cannot be sharded."""
+    if whys := [*_unsuited(model, blocks)]:
+        raise ConfigError(f"strategy='fsdp' cannot train this model: {whys[0]}")
+
+
+def check_training(micro_step: MicroStep) -> None:
+    """Raises ConfigError for optimizers, precisions and captures that do not work with shards."""
+    optimizer = micro_step.context.optimizer
+    if micro_step.precision.scales_loss:
+        raise ConfigError(
+            "strategy='fsdp' does not work with a loss scale (fp16) yet: use "
+            "MixedPrecision('bf16') or FSDP(params='bf16')"
+        )
+    if isinstance(optimizer, Together) or micro_step.update:
+        raise ConfigError("strategy='fsdp' works with one optimizer only: use 'ddp' or 'flat'")
+    if needs_closure(optimizer) or type(optimizer).__name__ in _WHOLE:
+        raise ConfigError(
+            f"{kind_of(optimizer)} looks at whole parameters, or evaluates the loss again, which "
+            "does not work with sharded ones: use AdamW, SGD or another whose update is element by "
+            "element; or strategy='ddp'"
+        )
+    if micro_step.computed is not None:
+        raise ConfigError("strategy='fsdp' cannot be captured: leave graph=True out")
+
+
+def _unsuited(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[str]:
+    named = dict(named_parameters(model))
+    if sharded := [name for name, p in named.items() if is_sharded(p)]:
+        yield (
+            f"{some_of(sharded)} are sharded already (DTensors), by another Trainer or the script: "
+            "pass a new model, which dtrain shards itself"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            yield f"ranks wait for one another in {name or 'it'} (SyncBatchNorm). Use GroupNorm"
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            yield f"gradients of {name or 'it'} are sparse: pass sparse=False"
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+            yield (
+                f"{plain_name(name) or 'it'} is compiled, which has not been tried with sharded "
+                "parameters: leave torch.compile out"
+            )
+        if getattr(module, "max_norm", None) is not None:
+            yield (
+                f"the forward of {name or 'it'} writes its parameters (max_norm), which would be "
+                "lost: leave max_norm out, and bound all rows in on_step_end"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            yield f"{name or 'it'} is a ScriptModule: pass the module itself"
+        if getattr(module, "parametrizations", None) is not None:
+            yield f"{name or 'it'} is parametrized (torch.nn.utils.parametrize), not tried yet"
+    if hooked := [n for n, p in named.items() if p._backward_hooks or _has_post_hooks(p)]:
+        yield (
+            f"hooks on gradients ({some_of(hooked)}: register_hook) would not see sharded ones: "
+            "change gradients in a callback's on_grads_ready"
+        )
+    if points := [name for name, p in named.items() if p.dim() == 0]:
+        yield f"{some_of(points)} have no dimension to shard: give them the shape [1]"
+    if meta := [name for name, p in named.items() if p.is_meta]:
+        yield f"{some_of(meta)} are on the meta device: make the model on a real one"
+    kinds = {p.dtype for p in named.values()}
+    if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
+        yield (
+            f"its parameters are {', '.join(sorted(str(kind) for kind in kinds))}, and must be all "
+            "float32 or all float64. For bfloat16, keep them in float32 and pass "
+            "FSDP(params='bf16')"
+        )
+    if strange := [n for n, p in named.items() if not p.is_contiguous()]:
+        yield f"{some_of(strange)} are not contiguous: call `.contiguous()` on their data"
+    yield from _ties(model, blocks)
+
+
+def _has_post_hooks(p: nn.Parameter) -> bool:
+    return bool(p._post_accumulate_grad_hooks)
+
+
+def _ties(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[str]:
+    homes: dict[int, dict[str, str]] = {}
+    for name, p in named_parameters(model, remove_duplicate=False):
+        within = [block for block in blocks if name.startswith(f"{plain_name(block)}.")]
+        homes.setdefault(id(p), {})[max(within, key=len, default="")] = name
+    for places in homes.values():
+        if len(places) > 1:
+            yield (
+                f"{' and '.join(places.values())} are one parameter (tied), in several blocks: "
+                "choose FSDP(blocks=...) so that they are in one, or untie them"
+            )

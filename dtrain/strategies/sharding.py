@@ -1,0 +1,197 @@
+"""A model that is sharded, within the module that is run in each micro-step."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import group
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from dtrain.distributed import World, named_parameters, placed_like
+from dtrain.step import MicroStep
+from dtrain.strategies.following import Following
+from dtrain.strategies.tape import ORDER_SLOTS, Gather, Node, Recorder, Scatter, Tape, same_order
+
+
+class _Root(nn.Module):
+    """What FSDP has for its root: the micro-step, and a place for what ranks say."""
+
+    def __init__(self, micro_step: MicroStep, place: nn.Parameter) -> None:
+        super().__init__()
+        self.micro_step, self.place = micro_step, place  # last: so it is in the reduction
+
+    def forward(self, fn: Callable[[], Any]) -> Any:
+        """Runs ``fn``, and returns what to call backward on, if that is what it returns."""
+        returned = fn()
+        if not isinstance(returned, tuple):
+            return None
+        # Of a view, FSDP warns.
+        terms = [term.clone() if term._base is not None else term for term in returned]
+        # With a gradient in each micro-batch: it is added up in the same dtype as all others.
+        return [*terms, self.place.sum() * 0] if terms else []
+
+
+class Sharding:
+    """Blocks and the root, sharded; the optimizer has the sharded parameters in place of the whole.
+
+    Attributes:
+        root: runs a function within FSDP's root.
+        place: what all ranks said comes back as its gradient.
+        parts: the sharded modules by name; the root's is empty.
+        following: how a rank takes part that does not know their order.
+
+    Ranks: all, communicates.
+    """
+
+    def __init__(
+        self,
+        micro_step: MicroStep,
+        blocks: dict[str, nn.Module],
+        world: World,
+        message: Callable[[], Tensor],
+        *,
+        reshard: bool,
+        dtype: torch.dtype | None,
+    ) -> None:
+        model, lane = micro_step.model, micro_step.lane
+        self._size, self._dtype = world.size, dtype
+        slots = lane.param.numel() + ORDER_SLOTS
+        self.place = nn.Parameter(lane.param.new_zeros(world.size, slots))
+        del micro_step.lane_param
+        root = _Root(micro_step, self.place)
+        gradients = group.WORLD
+        assert gradients is not None
+        mesh = DeviceMesh.from_group(gradients, world.device.type)
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=None if dtype is None else lane.param.dtype
+        )
+        optimizer = micro_step.context.optimizer
+        before = _names_of(optimizer, model)
+        whole = [weakref.ref(p) for p in model.parameters()]
+        for block in [*blocks.values()][::-1]:  # one within another comes first
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+        # The model's own rest, which backward needs at once, is kept as FSDP's root keeps it.
+        self._fsdp = fully_shard(root, mesh=mesh, mp_policy=policy)
+        self.root: nn.Module = root  # the same, of another class
+        _exchange(optimizer, model, before)
+        if held := _still_there(whole):
+            micro_step.context.say(
+                f"note: {held} of the model's parameters are held elsewhere, as they were before "
+                "they were sharded (a list of them, or a closure): these stay in memory, whole, "
+                "and are not what is trained. Let go of them, and look at the model's own"
+            )
+        self.place = root.place
+        self.tape = Tape(world.comm.activity)
+        self.parts: dict[str, FSDPModule] = {}
+        modules: dict[str, nn.Module] = {}
+        for name, module in self.root.named_modules():
+            if isinstance(module, FSDPModule):
+                is_root = not name
+                self.parts[name] = module
+                modules[name] = self.root.get_submodule(name)
+                module.set_custom_all_gather(Gather(self.tape, name))
+                said = message if is_root else None
+                module.set_custom_reduce_scatter(Scatter(self.tape, name, said))
+                # A sum, and no division before it, which float64 would get.
+                module.set_force_sum_reduction_for_comms(True)
+                module.set_gradient_divide_factor(1.0)
+        self._fsdp.set_reduce_scatter_unused_params(True)
+        self.following = Following(self.parts, self.tape, world.comm)
+        self.recorder = Recorder(modules, self.tape)
+        self.recorder.watch()
+        model.register_forward_pre_hook(self._look, prepend=True)
+        if dtype is not None:
+            # FSDP casts what its root is given, and that is not the model here.
+            model.register_forward_pre_hook(self._cast_inputs, with_kwargs=True)
+            model.register_forward_hook(self._cast_outputs)
+
+    def _look(self, module: nn.Module, args: Any) -> None:
+        self.tape.check_open("the model")
+
+    def _cast_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map(lambda x: _cast(x, self._dtype), (args, kwargs))
+
+    def _cast_outputs(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return tree_map(lambda x: _cast(x, self.place.dtype), output)
+
+    def run(self, fn: Callable[[], Any], *, tells: bool) -> tuple[Any, Node | None]:
+        """Runs ``fn`` within the root's forward; returns also which modules ran, if all ended.
+
+        Where this rank ``tells``, it says of each module that it gathers it. Ranks: all,
+        communicates.
+        """
+        self.tape.open()
+        if tells:
+            self.following.begin()
+        self.recorder.begin()
+        returned = self.root(fn)
+        self.following.check()
+        return returned, self.recorder.end()
+
+    def play(self, plan: Node) -> None:
+        """Does what this rank has not done of a micro-step, as a phantom.
+
+        Ranks: all, communicates.
+        """
+        self.tape.rewind()
+        self.reset()
+        zero = torch.zeros((), device=self.place.device, requires_grad=torch.is_grad_enabled())
+        end = self.recorder.play(plan, zero)
+        if end.requires_grad:
+            end.backward()
+
+    def reset(self) -> None:
+        """Has modules hold sharded parameters, wherever a forward or backward was left."""
+        self._fsdp.reset_iter_state()
+
+    def reduces(self, last: bool) -> None:
+        """Says whether the next backward reduces gradients, or adds them up."""
+        self._fsdp.set_requires_gradient_sync(last)
+
+    def said(self) -> Tensor:
+        """Returns the sum over ranks of what each has said."""
+        grad = self.place.grad
+        assert grad is not None
+        row: Tensor = grad.to_local()[0]  # type: ignore[attr-defined]
+        return row
+
+    def same_order(self, row: Tensor) -> bool:
+        """Says whether all ranks' modules came in the same order; equal on all ranks."""
+        return same_order(row[-ORDER_SLOTS:].tolist(), self._size)
+
+
+def _still_there(params: list[weakref.ref[nn.Parameter]]) -> int:
+    """Says how many somebody holds still."""
+    if any(p() is not None for p in params):
+        gc.collect()  # a model that is let go of has loops
+    return sum(p() is not None for p in params)
+
+
+def _cast(x: Any, dtype: torch.dtype | None) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _names_of(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:
+    """Returns the names of the optimizer's parameters, by identity."""
+    names = {id(p): name for name, p in named_parameters(model)}
+    return {id(p): names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+
+
+def _exchange(optimizer: Optimizer, model: nn.Module, names: dict[int, str]) -> None:
+    """Gives the optimizer the sharded parameters, and of its state this rank's rows."""
+    now = dict(named_parameters(model))
+    states = {names[id(p)]: state for p, state in optimizer.state.items() if id(p) in names}
+    for held in optimizer.param_groups:
+        held["params"] = [now[names[id(p)]] for p in held["params"]]
+    optimizer.state.clear()
+    for name, state in states.items():
+        optimizer.state[now[name]] = {
+            key: placed_like(value, now[name]) if isinstance(value, Tensor) else value
+            for key, value in state.items()
+        }
