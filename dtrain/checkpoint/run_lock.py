@@ -44,6 +44,7 @@ class RunLock:
         self.token = uuid.uuid4().hex  # names this start, and what it writes aside
         self._token_file = run_dir / TOKEN
         self._lock: int | None = None
+        self._is_held = False  # perhaps by the token only
 
     def take(self) -> None:
         """Makes this start the one that writes; every start before it no longer may.
@@ -51,7 +52,7 @@ class RunLock:
         Raises RunTaken where another one is alive on this machine, and does not end in time.
         """
         with disk.plain_words(self._token_file):
-            self._lock = _lock(self.run_dir)
+            self._lock, self._is_held = _lock(self.run_dir), True
             facts = {
                 "token": self.token,
                 "host": socket.gethostname(),
@@ -67,9 +68,9 @@ class RunLock:
 
     def take_again(self) -> None:
         """Goes on after :meth:`release`, if at all; RunTaken where somebody wrote meanwhile."""
-        if self._lock is None:
+        if not self._is_held:
             with disk.plain_words(self._token_file):
-                self._lock = _lock(self.run_dir)
+                self._lock, self._is_held = _lock(self.run_dir), True
         self.check()
 
     def check(self) -> None:
@@ -84,6 +85,7 @@ class RunLock:
 
     def release(self) -> None:
         """Lets another start begin at once; a second call does nothing."""
+        self._is_held = False
         if self._lock is not None:
             # Not by closing alone: a loader's worker may have been forked with a copy of it.
             fcntl.flock(self._lock, fcntl.LOCK_UN)

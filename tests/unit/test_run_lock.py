@@ -158,3 +158,15 @@ def test_a_commit_by_an_old_start_changes_nothing(tmp_path, no_locks):
     assert (final / "manifest.json").read_bytes() == before
     assert files.check(final).step == 5
     assert json.loads((tmp_path / ".writer").read_text())["token"] == new.token
+
+
+def test_who_writes_by_the_token_alone_does_not_ask_for_the_lock_again(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_lock, "_lock", asked.append)  # which cannot be had
+    mine = RunLock(tmp_path)
+    mine.take()
+    mine.take_again()
+    assert len(asked) == 1
+    mine.release()
+    mine.take_again()
+    assert len(asked) == 2
