@@ -17,8 +17,9 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -47,6 +48,22 @@ class Times(dtrain.Callback):
         if self._last is not None:
             self.seconds.append(now - self._last)
         self._last = now
+
+
+def median_step(step: Callable[[Any], None], batches: Iterator[Any], steps: int) -> float:
+    """Returns the median of so many steps' seconds, each with the fetching of its batch."""
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step(next(batches))
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def endless(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yields batches, one epoch after the other."""
+    while True:
+        yield from loader
 
 
 def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

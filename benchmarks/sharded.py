@@ -15,11 +15,10 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
 
 import torch
 import torch.distributed as dist
-from control import Times
+from control import Times, endless, median_step
 from lane import compare
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -76,24 +75,17 @@ class ByHand:
             fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         self.optimizer = optimizer_of(self.model)
-        self.loader = DataLoader(data, BATCH, sampler=DistributedSampler(data), drop_last=True)
-        self.batches = iter(self.loader)
+        loader = DataLoader(data, BATCH, sampler=DistributedSampler(data), drop_last=True)
+        self.batches = endless(loader)
 
     def median_step(self, steps: int) -> float:
-        seconds = []
-        for _ in range(steps):
-            began = time.perf_counter()
-            try:
-                batch = next(self.batches)
-            except StopIteration:
-                self.batches = iter(self.loader)
-                batch = next(self.batches)
-            loss_fn(self.model, batch).backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            seconds.append(time.perf_counter() - began)
-        return statistics.median(seconds)
+        return median_step(self.step, self.batches, steps)
+
+    def step(self, batch: list[Tensor]) -> None:
+        loss_fn(self.model, batch).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 class Training:

@@ -16,11 +16,10 @@ import argparse
 import math
 import random
 import statistics
-import time
 
 import torch
 import torch.distributed as dist
-from control import Times
+from control import Times, endless, median_step
 from lane import compare
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -73,23 +72,14 @@ class ByHand:
             for name in ("critic", "generator")
         )
         sampler = DistributedSampler(data) if several else None
-        self.loader = DataLoader(data, BATCH, sampler=sampler, shuffle=not several, drop_last=True)
-        self.batches = iter(self.loader)
+        loader = DataLoader(data, BATCH, sampler=sampler, shuffle=not several, drop_last=True)
+        self.batches = endless(loader)
 
     def median_step(self, steps: int) -> float:
-        seconds = []
-        for _ in range(steps):
-            began = time.perf_counter()
-            try:
-                real, noise = next(self.batches)
-            except StopIteration:
-                self.batches = iter(self.loader)
-                real, noise = next(self.batches)
-            self.step(real, noise)
-            seconds.append(time.perf_counter() - began)
-        return statistics.median(seconds)
+        return median_step(self.step, self.batches, steps)
 
-    def step(self, real: Tensor, noise: Tensor) -> None:
+    def step(self, batch: list[Tensor]) -> None:
+        real, noise = batch
         fake = self.generator(noise)
         self.optimizers["critic"].zero_grad()
         critic_loss(self.critic, real, fake.detach()).backward()
