@@ -31,6 +31,7 @@ from dtrain.distributed import (
 from dtrain.errors import ConfigError, DtrainError, RankMismatch, UnusedParameters
 from dtrain.step import Heard, MicroStep, Strategy, joint_norm, of_backward
 from dtrain.strategies.blocks import Blocks, blocks_of, check_model, check_training, words_of
+from dtrain.strategies.options import Options
 
 if TYPE_CHECKING:
     from dtrain.strategies.sharding import Sharding
@@ -42,8 +43,6 @@ _GATHERS = (
     "comm.gather_with_grad does not work under strategy='fsdp' yet: a rank without a batch could "
     "not take part. Use 'ddp' or 'flat', or a loss over each rank's own samples"
 )
-_DTYPES = {None: None, "bf16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
-_REDUCES = (None, "float32", torch.float32)
 
 
 class FSDP(Strategy):
@@ -80,19 +79,7 @@ class FSDP(Strategy):
         params: Literal["bf16"] | torch.dtype | None = None,
         reduce: Literal["float32"] | torch.dtype | None = None,
     ) -> None:
-        if not isinstance(reshard, bool):
-            raise ConfigError(
-                f"FSDP(reshard={reshard!r}): True or False; a number is not supported"
-            )
-        if params not in _DTYPES:
-            raise ConfigError(f"FSDP(params={params!r}): 'bf16', or None for their own precision")
-        if reduce not in _REDUCES:
-            raise ConfigError(
-                f"FSDP(reduce={reduce!r}): 'float32'. What ranks tell one another travels with the "
-                "gradients, and below float32 it would be rounded"
-            )
-        self._given, self._reshard = blocks, reshard
-        self._dtype = _DTYPES[params]
+        self._options = Options(blocks, reshard, params, reduce)
         self._blocks: dict[str, nn.Module] = {}
         self._sharding: Sharding | None = None  # None where this rank is alone
         self._turns: Turns | None = None  # of evaluations, likewise
@@ -126,12 +113,12 @@ class FSDP(Strategy):
                 f"strategy='fsdp' has been run on CPUs only so far, and this rank computes on "
                 f"{world.device}: use 'ddp' until it has been measured there"
             )
-        if world.size == 1 and self._dtype is not None:
+        if world.size == 1 and self._options.dtype is not None:
             raise ConfigError(
                 "FSDP(params='bf16') casts what is gathered, and one rank gathers nothing: leave "
                 "it out here, or use MixedPrecision('bf16')"
             )
-        self._blocks = blocks_of(model, self._given)
+        self._blocks = blocks_of(model, self._options.blocks)
         check_model(model, self._blocks)
         return model
 
@@ -146,14 +133,7 @@ class FSDP(Strategy):
         from dtrain.strategies.turns import Turns
 
         with world.comm.lockstep("Trainer(...)"):
-            self._sharding = Sharding(
-                micro_step,
-                self._blocks,
-                world,
-                self._message,
-                reshard=self._reshard,
-                dtype=self._dtype,
-            )
+            self._sharding = Sharding(micro_step, self._blocks, world, self._message, self._options)
         self._turns = Turns(self._sharding, micro_step, world)
         micro_step.looks_itself = False
         micro_step.context.sharded = True
@@ -169,7 +149,7 @@ class FSDP(Strategy):
             return "nothing is sharded on one rank (fsdp)"
         what = words_of(self._blocks) or "the model as a whole, for no repeated blocks were found"
         rest = ", and the rest" if self._blocks else ""
-        how = "" if self._dtype is None else "; computed in bf16, summed in float32"
+        how = "" if self._options.dtype is None else "; computed in bf16, summed in float32"
         held = f"parameters, gradients and moments: sharded over {size} ranks"
         return f"{held}: {what}{rest}{how} (fsdp)"
 

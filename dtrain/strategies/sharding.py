@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from dtrain.distributed import World, named_parameters, placed_like
 from dtrain.step import MicroStep
 from dtrain.strategies.following import Following
+from dtrain.strategies.options import Options
 from dtrain.strategies.tape import ORDER_SLOTS, Gather, Node, Recorder, Scatter, Tape, same_order
 
 
@@ -55,11 +56,10 @@ class Sharding:
         blocks: dict[str, nn.Module],
         world: World,
         message: Callable[[], Tensor],
-        *,
-        reshard: bool,
-        dtype: torch.dtype | None,
+        options: Options,
     ) -> None:
         model, lane = micro_step.model, micro_step.lane
+        dtype = options.dtype
         self._size, self._dtype = world.size, dtype
         slots = lane.param.numel() + ORDER_SLOTS
         self.place = nn.Parameter(lane.param.new_zeros(world.size, slots))
@@ -75,7 +75,7 @@ class Sharding:
         before = _names_of(optimizer, model)
         whole = [weakref.ref(p) for p in model.parameters()]
         for block in [*blocks.values()][::-1]:  # one within another comes first
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+            fully_shard(block, mesh=mesh, reshard_after_forward=options.reshard, mp_policy=policy)
         # The model's own rest, which backward needs at once, is kept as FSDP's root keeps it.
         self._fsdp = fully_shard(root, mesh=mesh, mp_policy=policy)
         self.root: nn.Module = root  # the same, of another class

@@ -1,0 +1,48 @@
+"""What FSDP(...) can be told, checked when it is made."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dtrain.errors import ConfigError
+from dtrain.strategies.blocks import Blocks
+
+_DTYPES = {None: None, "bf16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
+_REDUCES = (None, "float32", torch.float32)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of FSDP, by their names there.
+
+    Raises:
+        ConfigError: one has a value that it cannot have.
+
+    Ranks: all, local.
+    """
+
+    blocks: Blocks | None
+    reshard: bool
+    params: Any
+    reduce: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reshard, bool):
+            raise ConfigError(
+                f"FSDP(reshard={self.reshard!r}): True or False; a number is not supported"
+            )
+        if self.params not in _DTYPES:
+            raise ConfigError(
+                f"FSDP(params={self.params!r}): 'bf16', or None for their own precision"
+            )
+        if self.reduce not in _REDUCES:
+            raise ConfigError(
+                f"FSDP(reduce={self.reduce!r}): 'float32'. What ranks tell one another travels "
+                "with the gradients, and below float32 it would be rounded"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What parameters are gathered in; None for their own."""
+        return _DTYPES[self.params]
