@@ -255,6 +255,14 @@ class Hooks:
         """Says whether any callback overrides ``hook``."""
         return bool(self._bound[hook])
 
+    def by_name(self) -> dict[str, tuple[str, ...]]:
+        """Returns the callbacks' names by hook, in the order in which they are called."""
+        names: dict[str, tuple[str, ...]] = {}
+        for hook in HOOK_NAMES:
+            overriding = tuple(c.name for c in self.callbacks if _overrides(c, hook))
+            names |= {hook: overriding} if overriding else {}
+        return names
+
     def come_after_steps(self) -> bool:
         """Says whether any is called, and may log, between a fit's last step and its end."""
         return self.has(Callback.on_epoch_end) or self.has(Callback.on_save)

@@ -413,7 +413,7 @@ class Trainer(Inference):
             split=self._split,
             fit=self._run_state.fits.words(context.progress.phase),
         )
-        loop.history.report("start", {}, words, config=self._run_state.config)
+        loop.history.start(words, self._run_state.config, self.world, self.hooks.by_name())
 
     # -- failures -------------------------------------------------------------------------------
 

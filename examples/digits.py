@@ -8,7 +8,9 @@ The figures come out the same: the batch size is that of one step, over all rank
 """
 
 import argparse
+import os
 import sys
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -26,7 +28,7 @@ from dtrain.callbacks import (
     LRSchedule,
     MixedPrecision,
 )
-from dtrain.sinks import Console, JSONLines
+from dtrain.sinks import Console, Journal, JSONLines
 
 
 def load_data():
@@ -77,7 +79,7 @@ def main():
         torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True),
         loss_fn,
         callbacks=callbacks,
-        sinks=[Console(), JSONLines()],
+        sinks=[Console(), JSONLines(), Journal()],
         run_dir=args.run_dir,
     )
     trainer.fit(
@@ -92,12 +94,14 @@ def main():
     metrics = trainer.evaluate(val_set, batch_size=args.batch_size)
     if world.is_main:
         ranks = 4 if world.device.type == "cpu" and world.size < 4 else 1
+        command = os.path.relpath(Path(sys.executable).with_name("dtrain"))
         again = f"launch/torchrun.sh {sys.argv[0]} --run-dir {args.run_dir}-again"
         print(
             f"\nBest weights: accuracy {metrics['eval/accuracy']:.2%}, "
             f"loss {metrics['eval/loss']:.6f}\n"
             "What next?\n"
             f"  all figures of this run        {args.run_dir}/metrics.jsonl\n"
+            f"  a page with its curves         {command} report {args.run_dir}\n"
             f"  the same, RANKS={ranks}              RANKS={ranks} bash {again}\n"
             "  write a callback of your own   examples/custom_callback.py"
         )

@@ -7,6 +7,6 @@ set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd -- "$root"
-launch/setup.sh examples
+launch/setup.sh examples report
 exec launch/torchrun.sh examples/digits.py \
     --run-dir "runs/quickstart-$(date +%Y%m%d-%H%M%S)" "$@"

@@ -8,6 +8,7 @@ import typer
 
 from dtrain.cli.ablate import InOrder, ablate
 from dtrain.cli.health import health
+from dtrain.cli.report import report
 from dtrain.cli.submit import submit
 from dtrain.cli.tables import compare
 from dtrain.cli.trials import check, drill, refusing
@@ -28,6 +29,7 @@ for command in (check, drill, submit):
 app.command(cls=InOrder, context_settings={"ignore_unknown_options": True})(ablate)
 app.command()(compare)
 app.command()(health)
+app.command()(report)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from dtrain.sinks.console import Console
 from dtrain.sinks.csv_file import CSV
 from dtrain.sinks.dispatcher import Dispatcher
 from dtrain.sinks.history import History, describe_end, describe_start
+from dtrain.sinks.journal import Journal
 from dtrain.sinks.json_lines import JSONLines
 from dtrain.sinks.sink import FIGURES, Report, Sink
 from dtrain.sinks.tensorboard import TensorBoard
@@ -19,6 +20,7 @@ __all__ = [
     "Dispatcher",
     "History",
     "JSONLines",
+    "Journal",
     "Report",
     "Sink",
     "TensorBoard",

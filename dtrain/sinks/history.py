@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -13,6 +13,7 @@ from dtrain.context import Context, Outbox, Progress
 from dtrain.distributed import World
 from dtrain.sinks.console import Console
 from dtrain.sinks.dispatcher import Dispatcher
+from dtrain.sinks.facts import facts_of
 from dtrain.sinks.sink import FIGURES, Report, ReportKind, Sink
 
 
@@ -39,8 +40,7 @@ class History:
         kind: ReportKind,
         values: Mapping[str, float],
         text: str = "",
-        *,
-        config: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> None:
         """Sends figures or a text to the sinks, after what callbacks had to say."""
         self.say()
@@ -53,7 +53,18 @@ class History:
         elif kind in FIGURES:
             rows.append({"step": step, "epoch": self.progress.epoch, **values})
         # A copy of the values, because callbacks may keep and change theirs.
-        self._send(kind, values=dict(values), text=text, config=config or {})
+        self._send(kind, values=dict(values), text=text, **more)
+
+    def start(
+        self,
+        text: str,
+        config: Mapping[str, Any],
+        world: World,
+        hooks: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Reports that the run begins or goes on, and what with."""
+        facts = facts_of(world, hooks) if world.is_main else {}
+        self.report("start", {}, text, config=config, facts=facts)
 
     def say(self) -> None:
         """Sends what callbacks had to say."""

@@ -33,6 +33,8 @@ class Report:
         steps_per_epoch: steps planned in an epoch, or None.
         total_epochs: epochs planned, or None.
         config: for ``start``: the user's own settings.
+        facts: for ``start``: ``hooks`` (callbacks' names by hook, in their order) and
+            ``environment`` (ranks, device, versions), as JSON values.
         sample: for ``sample``: what to show.
     """
 
@@ -48,6 +50,7 @@ class Report:
     steps_per_epoch: int | None = None
     total_epochs: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
     sample: Shown | None = None
 
 
