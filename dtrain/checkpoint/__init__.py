@@ -6,6 +6,7 @@ from dtrain.checkpoint.format import Saved, load_plain, load_state
 from dtrain.checkpoint.format import find as find_checkpoint
 from dtrain.checkpoint.format import load_model as load_tensors
 from dtrain.checkpoint.format import load_tensors as read_tensors
+from dtrain.checkpoint.one_folder import check_shared
 from dtrain.checkpoint.resume import Asked, ResumeMode, compare_fits
 from dtrain.checkpoint.run_files import RunFiles
 from dtrain.checkpoint.run_state import CheckpointSlot, RunState, json_values
@@ -25,6 +26,7 @@ __all__ = [
     "RunState",
     "Saved",
     "Which",
+    "check_shared",
     "compare_fits",
     "copy_state",
     "describe_run",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dtrain.cli.ablate import InOrder, ablate
+from dtrain.cli.doctor import doctor
 from dtrain.cli.health import health
 from dtrain.cli.report import report
 from dtrain.cli.submit import submit
@@ -28,6 +29,7 @@ for command in (check, drill, submit):
 
 app.command(cls=InOrder, context_settings={"ignore_unknown_options": True})(ablate)
 app.command()(compare)
+app.command()(doctor)
 app.command()(health)
 app.command()(report)
 
