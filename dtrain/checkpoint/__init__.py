@@ -6,6 +6,7 @@ from dtrain.checkpoint.format import Saved, load_plain, load_state
 from dtrain.checkpoint.format import find as find_checkpoint
 from dtrain.checkpoint.format import load_model as load_tensors
 from dtrain.checkpoint.format import load_tensors as read_tensors
+from dtrain.checkpoint.listing import RunLine, list_runs
 from dtrain.checkpoint.one_folder import check_shared
 from dtrain.checkpoint.resume import Asked, ResumeMode, compare_fits
 from dtrain.checkpoint.run_files import RunFiles
@@ -23,6 +24,7 @@ __all__ = [
     "Fits",
     "ResumeMode",
     "RunFiles",
+    "RunLine",
     "RunState",
     "Saved",
     "Which",
@@ -37,6 +39,7 @@ __all__ = [
     "find_checkpoint",
     "join",
     "json_values",
+    "list_runs",
     "load_model",
     "load_plain",
     "load_state",

@@ -10,6 +10,7 @@ from dtrain.cli.ablate import InOrder, ablate
 from dtrain.cli.doctor import doctor
 from dtrain.cli.health import health
 from dtrain.cli.report import report
+from dtrain.cli.runs import ls
 from dtrain.cli.submit import submit
 from dtrain.cli.tables import compare
 from dtrain.cli.trials import check, drill, refusing
@@ -32,6 +33,7 @@ app.command()(compare)
 app.command()(doctor)
 app.command()(health)
 app.command()(report)
+app.command()(ls)
 
 
 @app.command()
