@@ -19,8 +19,7 @@ from dtrain.callbacks import (
     LRSchedule,
     StochasticWeightAveraging,
 )
-from dtrain.errors import ConfigError, RemoteError
-from dtrain.testing import run_outcomes, run_processes
+from dtrain.testing import run_processes
 
 EXACT = 1e-12
 SLOW = {"marks": pytest.mark.slow}
@@ -132,3 +131,91 @@ def test_they_do_as_on_one_process(size, reshard, cases):
             assert distance(found, weights) <= EXACT, case
             assert told == pytest.approx(figures, rel=1e-11), case
             assert all(torch.equal(t, ranks[0][case][0][n]) for n, t in found.items()), case
+
+
+# ------------------------------------------------------------------- checkpoints
+
+
+class Stops(dtrain.Callback):
+    """Has the run saved and left at a step; and keeps what callbacks hold as a fit begins."""
+
+    def __init__(self, at, held):
+        self.at, self.held, self.begin = at, held, None
+
+    def on_epoch_start(self, ctx):
+        self.begin = self.begin or self.held(ctx.model)
+
+    def on_step_start(self, ctx, step):
+        if step.number == self.at:
+            ctx.request.preempt("enough")
+
+
+def go_on(run_dir, strategy, epochs, at):
+    """Goes on with a run; returns what callbacks held as it began and as it ended, and the files.
+
+    At the end, what can be loaded is what they held.
+    """
+    dtrain.init(seed=0)
+    ema, swa = EMA(0.8), StochasticWeightAveraging(0, every_steps=2)
+    best = EarlyStopping("eval/loss", patience=50, restore_best=True)
+
+    def held(model):
+        every = {"ema": ema.averages, "swa": swa.averages, "best": best._weights}
+        return {f"{kind} {n}": full(t) for kind, one in every.items() for n, t in one.items()}
+
+    stops = Stops(at, held)
+    callbacks = [swa, best, ema, L1L2Penalty(l2=1e-2), GradientNoise(0.01)]
+    trainer = sharding.trainer(
+        strategy_of(strategy),
+        model="odd",
+        callbacks=[*callbacks, Checkpoint(every_epochs=1, keep=9), stops],
+        run_dir=run_dir,
+    )
+    fit = {"batch_size": 6, "eval_set": sharding.dataset(9)}
+    result = trainer.fit(sharding.dataset(), epochs=epochs, name="main", **fit)
+    end, left = held(trainer.model), whole(trainer.model)
+    which = {"averaged": "ema"} if result.preempted else {"averaged": "ema", "best": "best"}
+    for role, kind in which.items():
+        plain, _ = make("odd")
+        dtrain.load_model(run_dir, plain, which=role)
+        for name, p in plain.named_parameters():
+            if f"{kind} {name}" in end:
+                assert torch.equal(p.detach(), end[f"{kind} {name}"]), (role, name)
+    exported = run_dir / f"{trainer.world.rank}-{epochs}.safetensors"
+    dtrain.export_model(run_dir, exported)
+    plain, _ = make("odd")
+    dtrain.load_model(exported, plain)
+    if not result.preempted:
+        loaded = {name: p.detach() for name, p in plain.named_parameters()}
+        assert all(torch.equal(t, loaded[n]) for n, t in left.items())
+    names = {path.name for path in (run_dir / "checkpoints").glob("*/*")}
+    return stops.begin, end, left, {name for name in names if not name.startswith("rank-")}
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+#: By how many ranks, with which strategy, up to which epoch; and where that was interrupted.
+CHAIN = [(2, "fsdp", 1, -1), (3, "fsdp", 3, 6), (2, "ddp", 3, -1), (1, "fsdp", 4, -1)]
+CHAIN += [(2, "fsdp", 5, -1), (3, "fsdp", 5, -1)]  # the last finds the run over
+
+
+@pytest.mark.parametrize("chain", [CHAIN[:3], pytest.param(CHAIN, **SLOW)], ids=["some", "all"])
+def test_averages_and_best_weights_go_on_with_other_strategies_and_ranks(tmp_path, chain):
+    last = None
+    for size, strategy, epochs, at in chain:
+        ranks = run_processes(go_on, size, tmp_path / "run", strategy, epochs, at, timeout_s=60)
+        begin, end, left, files = ranks[0]
+        if begin is None:  # nothing was left to train
+            assert all(torch.equal(t, before[n]) for n, t in left.items())
+            continue
+        if last is not None:
+            assert begin.keys() == last.keys()
+            assert all(torch.equal(t, last[n]) for n, t in begin.items()), (size, strategy)
+        last, before = end, left
+    args = tmp_path / "straight", "flat", max(epochs for _, _, epochs, _ in chain), -1
+    _, end, left, expected = run_processes(go_on, 1, *args)[0]
+    assert distance(last, end) <= EXACT
+    assert distance(before, left) <= EXACT
+    assert files == expected
