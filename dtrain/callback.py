@@ -48,6 +48,8 @@ class Callback:
             ``ctx.gradients()`` before it looks at any ``p.grad``. On CUDA, gradients that nobody
             asks for are normalised and clipped by the optimizer itself. Not inherited by a class
             with an ``on_grads_ready`` of its own.
+        completes_gradients: ``on_grads_ready`` adds what belongs to the loss, and is called before
+            that of all others, which look at the gradients of the whole loss.
         monitors: the metrics that the callback judges by, such as ``("eval/loss",)``. One that
             cannot exist is an error when ``fit`` begins.
         adds: what ``on_eval_end`` adds to the figures of each set, such as ``("auc",)``. Who judges
@@ -61,6 +63,7 @@ class Callback:
     name: str = ""
     late_step_end: bool = False
     asks_for_gradients: bool = False
+    completes_gradients: bool = False
     monitors: tuple[str, ...] = ()
     adds: tuple[str, ...] = ()
     whole_weights: bool = False
@@ -204,6 +207,8 @@ class Hooks:
         for name in HOOK_NAMES:
             base = vars(Callback)[name]
             overriding = [c for c in self.callbacks if _overrides(c, name)]
+            if name == "on_grads_ready":
+                overriding.sort(key=lambda callback: not callback.completes_gradients)
             self._bound[base] = tuple(getattr(callback, name) for callback in overriding)
         ends = [c for c in self.callbacks if _overrides(c, "on_step_end")]
         self._prompt = tuple(c.on_step_end for c in ends if not c.late_step_end)

@@ -5,7 +5,7 @@
 What it shows: a loss weighted by tokens (files end where they end, so windows differ in
 length), weight decay for matrices only, warm-up and cosine, clipping, accumulation by
 micro-batch size, averaged weights for evaluation, and text generated at each evaluation.
-With ``--strategy fsdp`` the model is sharded over the ranks, and without the last two.
+With ``--strategy fsdp`` the model is sharded over the ranks, and without the last.
 """
 
 import argparse
@@ -175,8 +175,8 @@ def main() -> None:
     world = dtrain.init(seed=args.seed)
     train_set, val_set = library(size.context)
     model = GPT(size)
-    # Sharded, no rank could write by itself, nor average. Write comes first, with the averages.
-    whole = [] if args.strategy == "fsdp" else [Write(), EMA(decay=0.99)]
+    # Sharded, no rank could write by itself. It writes with the averages.
+    writes = [] if args.strategy == "fsdp" else [Write()]
     trainer = dtrain.Trainer(
         model,
         decay_groups(model, args.lr or size.lr),
@@ -187,7 +187,8 @@ def main() -> None:
             ClipGradients(max_norm=1.0),
             LRSchedule(schedules.warmup_cosine(max(1, steps // 20), final_fraction=0.1)),
             Throughput(tokens_per_sample=size.context),
-            *whole,
+            *writes,
+            EMA(decay=0.99),
             Checkpoint(every_steps=max(1, steps // 4), keep=2),
         ],
         sinks=[Console(), JSONLines()],

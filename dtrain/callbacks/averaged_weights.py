@@ -8,17 +8,16 @@ from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.context import Context
-from dtrain.distributed import named_parameters, plain_name
+from dtrain.distributed import named_parameters, own_part, placed_like, plain_name
 
 
 class AveragedWeights(Callback):
     """What averages of the parameters share, whatever their formula.
 
     Parameters that require a gradient are averaged, in float32 at least. While one is frozen, it
-    is what it is: its average begins later. That of one that was replaced begins anew.
+    is what it is: its average begins later. That of one that was replaced begins anew. Where they
+    are sharded, so are their averages.
     """
-
-    whole_weights = True
 
     def __init__(self) -> None:
         self.averages: dict[str, Tensor] = {}  # by the parameter's name
@@ -47,7 +46,8 @@ class AveragedWeights(Callback):
                 self.averages[name] = p.detach().to(wide, copy=True)
         self._params = [named[name] for name in self.averages]
         for name, average in self.averages.items():
-            self.averages[name] = average.to(named[name].device)  # from a checkpoint: the CPU
+            # From a checkpoint it is whole, and on the CPU.
+            self.averages[name] = placed_like(average.to(named[name].device), named[name])
 
     def _follow(self, ctx: Context) -> None:
         """After a step before which hooks thawed, replaced or added some, which it made equal."""
@@ -56,9 +56,9 @@ class AveragedWeights(Callback):
 
     def _average(self, formula: Callable[[Any, Any, Any], None], count: int) -> None:
         """Averages by one of torch's formulas, which is told how often that was done before."""
-        averages = list(self.averages.values())
         with torch.no_grad():
-            pairs = zip(self._params, averages, strict=True)
+            averages = [own_part(average) for average in self.averages.values()]
+            pairs = zip(map(own_part, self._params), averages, strict=True)
             current = [p if p.dtype is a.dtype else p.to(a.dtype) for p, a in pairs]
             formula(averages, current, count)
 

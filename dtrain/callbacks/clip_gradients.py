@@ -60,7 +60,11 @@ class ClipGradients(Callback):
             ctx.log(name, ctx.clip_gradient_norm(self._max_norm))
         elif self._max_norm is not None:  # some of those that are stepped together
             grads = ctx.gradients(key)
-            ctx.log(f"grad_norm/{key}", norm := joint_norm(grads))
+            norm = joint_norm(grads)
+            if ctx.sharded:  # that is of this rank's rows
+                squares = norm.double().square()
+                norm = ctx.comm.all_reduce("norm of gradients", squares).sqrt().to(norm.dtype)
+            ctx.log(f"grad_norm/{key}", norm)
             torch._foreach_mul_(grads, (self._max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 

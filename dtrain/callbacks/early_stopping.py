@@ -9,7 +9,7 @@ from torch import Tensor
 from dtrain.callback import Callback, CountAs
 from dtrain.callbacks.argument_checks import check_choice, find_metric
 from dtrain.context import Context
-from dtrain.distributed import Rule, named_state, plain_name
+from dtrain.distributed import Rule, named_state, placed_like, plain_name
 from dtrain.errors import ConfigError
 
 
@@ -63,7 +63,7 @@ class EarlyStopping(Callback):
         self._judges_by = [self._metric, mode]  # what `best` is the best of
         self._patience = patience
         self._min_delta = min_delta
-        self._restore_best = self.whole_weights = restore_best
+        self._restore_best = restore_best
         self._vote: Rule = vote
         self.best = math.inf  # of sign * value: less is better
         self.bad_checks = 0
@@ -83,6 +83,8 @@ class EarlyStopping(Callback):
         if self._told_later:
             ctx.say(self._told_later)
             self._told_later = ""
+        held = _tensors(ctx) if self._weights else {}  # from a checkpoint they are whole
+        self._weights = {n: placed_like(t, held.get(n, t)) for n, t in self._weights.items()}
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         if self._after_evaluation and ctx.in_fit:

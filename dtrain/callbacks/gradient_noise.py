@@ -6,6 +6,7 @@ import torch
 
 from dtrain.callback import Callback
 from dtrain.context import Context, Step
+from dtrain.distributed import own_part, placed_like
 from dtrain.errors import ConfigError
 
 
@@ -17,15 +18,14 @@ class GradientNoise(Callback):
     of the global batch, and all ranks draw the same, from ``ctx.shared_rng``: the parameters
     stay equal, and the variance is not divided by the number of ranks. It is drawn on the CPU,
     because two kinds of GPU would not draw the same: a second or so for 10^8 parameters. Of a
-    sparse gradient, the rows that it has get noise. Put it after ``ClipGradients`` in the list, or
-    it is clipped as well.
+    sparse gradient, the rows that it has get noise; of a sharded one, each rank draws all of it,
+    one after another, and keeps its own rows. Put it after ``ClipGradients`` in the list, or it is
+    clipped as well.
 
     Args:
         eta: the variance at the first step, above 0; the paper chose from 0.01, 0.3 and 1.
         gamma: how fast it fades, 0 or more.
     """
-
-    whole_weights = True
 
     asks_for_gradients = True
 
@@ -48,4 +48,5 @@ class GradientNoise(Callback):
                     p.grad = p.grad.coalesce()
                 grad = p.grad.values() if p.grad.is_sparse else p.grad
                 noise = torch.randn(grad.shape, generator=ctx.shared_rng, dtype=grad.dtype)
-                grad.add_(noise.to(grad.device, non_blocking=True), alpha=sigma)
+                mine = own_part(placed_like(noise, grad))
+                own_part(grad).add_(mine.to(grad.device, non_blocking=True), alpha=sigma)

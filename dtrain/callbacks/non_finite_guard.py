@@ -12,7 +12,7 @@ from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, check_counts, some_of
 from dtrain.context import Context, Number, Step, has_updates
 from dtrain.data import tensors_of
-from dtrain.distributed import random_state, restore_random_state
+from dtrain.distributed import own_part, random_state, restore_random_state
 from dtrain.errors import ConfigError
 
 Action = Literal["stop", "skip", "ignore"]
@@ -43,7 +43,7 @@ class NonFiniteGuard(Callback):
     Put it last in the list, so that it keeps batches as the model gets them. A step costs a copy
     of the buffers, the state of the random streams, references to the micro-batches and the norm
     of the gradient. On CUDA the device decides, nothing waits for it, and what was found is told a
-    step later. Models with SyncBatchNorm are not replayed, because a replay is one rank's alone.
+    step later. Models with SyncBatchNorm, and sharded ones, are not replayed: a replay is one rank's alone.
 
     Args:
         action: ``"stop"``: the step is left out, and the run stops after the next; ``"skip"``:
@@ -191,14 +191,21 @@ class NonFiniteGuard(Callback):
 
     def _look(self, ctx: Context, step: Step) -> list[str]:
         """Returns what this rank finds, to follow its name."""
-        if bad := [repr(name) for name, p in ctx.model.named_parameters() if _kind(p)]:
+        named = dict(ctx.model.named_parameters())
+        if bad := [repr(name) for name, p in named.items() if _kind(own_part(p))]:
             return [f": NaN or infinite before the step: parameter {some_of(bad, 3)}"]
         kept = [one for one in self._kept if one.weight is None or float(one.weight) != 0]
         if step.nonfinite:
             kept = [one for one in kept if _kind(one.mean)]
-        if any(isinstance(module, nn.SyncBatchNorm) for module in ctx.model.modules()):
-            if not step.nonfinite:
+        waits = any(isinstance(module, nn.SyncBatchNorm) for module in ctx.model.modules())
+        if waits or ctx.sharded:  # one rank alone cannot run it again
+            if not step.nonfinite and waits:
                 return [": the gradient is not finite; not replayed, for SyncBatchNorm"]
+            if not step.nonfinite:
+                grads = {name: p.grad for name, p in named.items() if p.grad is not None}
+                bad = [repr(name) for name, grad in grads.items() if _kind(own_part(grad))]
+                told = f": the gradient of {some_of(bad, 3)} is not finite, in this rank's rows"
+                return [told] if bad else []
             return [f", micro-batch {one.micro}: the loss is {_kind(one.mean)}" for one in kept]
         streams, others = [g.get_state() for g in self._generators], random_state()
         now, found = _Copies(self._buffers_of_model()), []

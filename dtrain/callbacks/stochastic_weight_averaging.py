@@ -24,7 +24,7 @@ class StochasticWeightAveraging(AveragedWeights):
     the model's own weights; after ``fit`` it holds the average, which ``Trainer.evaluate`` sees and
     ``load_model`` gives. Its BatchNorm statistics are those of the last weights: first
     call ``torch.optim.swa_utils.update_bn(loader, trainer.model, device)`` on every rank, with the
-    same batches.
+    same batches; of a sharded model, in a whole one that ``load_model`` has filled.
 
     Args:
         start_epoch: the first epoch whose weights count; epochs are counted from 0.
@@ -65,10 +65,11 @@ class StochasticWeightAveraging(AveragedWeights):
             )
             return
         if any(isinstance(module, _BatchNorm) for module in ctx.model.modules()):
+            where = "after load_model, in a model that is not sharded, "
+            where = where if ctx.sharded else "on every rank, and after load_model, "
             ctx.say(
                 f"the model holds the average of {self.count} sets of weights; its BatchNorm "
-                "statistics are of the last one: call torch.optim.swa_utils.update_bn on every "
-                "rank, and after load_model"
+                f"statistics are of the last one: {where}call torch.optim.swa_utils.update_bn"
             )
 
     def weights(self, which: CountAs) -> Mapping[str, Tensor] | None:

@@ -38,6 +38,7 @@ from dtrain.distributed import (
     restore_random_state,
     shapes_of,
     some_of,
+    unsharded,
 )
 from dtrain.errors import CheckpointError, ConfigError
 
@@ -228,7 +229,8 @@ class RunState:
         parts |= {f"extra/{name}": state for name, state in plain["extra"].items()}
         found = {}
         for path, state in parts.items():
-            held = digests(t for name, t in tensors.items() if f"{name}/".startswith(f"{path}/"))
+            mine = (t for name, t in tensors.items() if f"{name}/".startswith(f"{path}/"))
+            held = digests(unsharded(mine))  # of others each rank has rows of its own
             found[path] = digest_of([json.dumps(state, sort_keys=True), held])
         return found
 

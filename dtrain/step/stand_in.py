@@ -1,8 +1,9 @@
 """Weights that stand in the model in place of its own: for an evaluation, or after a fit."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 from dtrain import accelerator
 from dtrain.callback import Callback, weights_of
 from dtrain.context import Context
-from dtrain.distributed import digests, named_parameters, named_state
+from dtrain.distributed import digests, named_parameters, named_state, own_part, placed_like
 from dtrain.errors import ConfigError
 
 
 class StandIn:
-    """Puts callbacks' weights into the model, and gives it its own back, bit for bit."""
+    """Puts callbacks' weights into the model, and gives it its own back, bit for bit.
+
+    Of a sharded model, a rank puts in its own rows, and ranks tell one another what was changed.
+    """
 
     def __init__(self, context: Context, callbacks: tuple[Callback, ...]) -> None:
         self._context = context
@@ -32,7 +36,7 @@ class StandIn:
         own = {n: t for n, t in self._tensors().items() if n in weights}
         # Buffers are shared anew by the evaluation itself.
         held = {n: t for n, t in own.items() if isinstance(t, nn.Parameter)}
-        before = digests(held.values()) if held else []
+        before = _digests(held.values())
         try:
             yield
             now = self._tensors()
@@ -41,8 +45,7 @@ class StandIn:
                     f"a hook of an evaluation replaced {gone[0]} while the model held the weights "
                     f"of {name}: do that in on_epoch_end, or where a step or an epoch begins"
                 )
-            after = digests(held.values()) if held else []
-            changed = [n for n, a, b in zip(held, before, after, strict=True) if a != b]
+            changed = self._anywhere(dict(zip(held, before, strict=True)), _digests(held.values()))
             if changed and not self._told:
                 self._told = True
                 self._context.say(
@@ -81,9 +84,10 @@ class StandIn:
         self._put_in(name, weights)
         if name:
             self._context.say(f"the model holds the weights of {name}, not the last step's")
-        versions = {n: t._version for n, t in self._tensors().items()}
+        versions = {n: own_part(t)._version for n, t in self._tensors().items()}
         yield
-        changed = [n for n, t in self._tensors().items() if t._version != versions.get(n)]
+        now = {n: own_part(t)._version for n, t in self._tensors().items()}
+        changed = [n for n, version in now.items() if version != versions.get(n)]
         if changed and self._context.run_dir is not None:
             self._context.say(
                 f"warning: a callback's on_fit_end changed the model ({changed[0]}), and no "
@@ -103,10 +107,8 @@ class StandIn:
         """Gives the model its own weights back where the same fit goes on; or says why not."""
         own, put, self._own, self._put = self._own, self._put, {}, {}
         now = self._tensors()
-        changed = [
-            n for n, t in put.items() if n not in now or not torch.equal(now[n], t.to(now[n]))
-        ]
-        if changed:
+        as_put = {n: n in now and _is_equal(now[n], t) for n, t in put.items()}
+        if changed := self._anywhere(as_put, [True] * len(as_put)):
             self._context.say(
                 "the model was changed since fit left averaged or best weights in it "
                 f"({len(changed)} tensors, such as {changed[0]}): training goes on from these"
@@ -130,7 +132,15 @@ class StandIn:
     def _copy(self, weights: Mapping[str, Tensor]) -> None:
         into = self._tensors() if weights else {}
         for name, values in weights.items():
-            into[name].copy_(values)
+            own_part(into[name]).copy_(own_part(placed_like(values, into[name])))
+
+    def _anywhere(self, before: Mapping[str, Any], after: list[Any]) -> list[str]:
+        """Returns the names of what differs: on any rank, where each holds some rows only."""
+        differs = [a != b for a, b in zip(before.values(), after, strict=True)]
+        if self._context.sharded and differs:
+            mine = torch.tensor(differs).int()
+            differs = self._context.comm.all_reduce("weights put in", mine, "max").tolist()
+        return [name for name, one in zip(before, differs, strict=True) if one]
 
     def _tensors(self) -> dict[str, Tensor]:
         """The model's own, also those that a hook keeps out of its ``state_dict``."""
@@ -139,6 +149,21 @@ class StandIn:
         return tensors | dict(named_parameters(model, remove_duplicate=False))
 
 
+@torch.no_grad()
+def _digests(tensors: Iterable[Tensor]) -> list[int]:
+    held = [own_part(tensor) for tensor in tensors]
+    return digests(held) if held else []
+
+
+@torch.no_grad()
+def _is_equal(now: Tensor, put: Tensor) -> bool:
+    mine = own_part(now)
+    return torch.equal(mine, own_part(placed_like(put, now)).to(mine))
+
+
+@torch.no_grad()
 def _is_same(now: Tensor | None, then: Tensor) -> bool:
     """Says whether it is in the same memory: a ``state_dict`` makes other objects of it."""
-    return now is not None and now.data_ptr() == then.data_ptr() and now.shape == then.shape
+    if now is None or now.shape != then.shape:
+        return False
+    return own_part(now).data_ptr() == own_part(then).data_ptr()

@@ -1,7 +1,8 @@
 """They mix: every pair of callbacks, and random subsets in random order, at two ranks.
 
 Each case trains three epochs of a small model twice: in one go, and stopped in the middle and
-resumed in a new Trainer. Both must end with the same bits, on both ranks, without a warning.
+resumed in a new Trainer. Both must end with the same bits, on both ranks, without a warning. Some
+of the cases run with a sharded model, too, and with the numbers of one that is not.
 """
 
 import itertools
@@ -45,7 +46,9 @@ from dtrain.callbacks import (
     TimeLimit,
     hard_labels,
 )
+from dtrain.distributed import whole
 from dtrain.errors import ConfigError
+from dtrain.strategies import FSDP
 from dtrain.testing import run_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
@@ -82,6 +85,8 @@ ONE_OF = [
     ("LRSchedule by step", "LRSchedule by epoch"),
     ("MixedPrecision bf16", "MixedPrecision fp16"),
 ]
+# A loss scale is refused.
+NOT_SHARDED = {"MixedPrecision fp16"}
 # Saves are many here, and not what is tested.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 # Batches kept in memory are gone in a new process; its documentation says so.
@@ -146,23 +151,30 @@ OF_TWO = {  # these look at one of them, or leave it something to train
 }
 
 
-def data():
+def data(dtype=torch.float32):
     generator = torch.Generator().manual_seed(5)
-    x = torch.randn(22, 5, generator=generator)
+    x = torch.randn(22, 5, generator=generator).to(dtype)
     return torch.utils.data.TensorDataset(x, x[:, :3].argmax(-1))
 
 
-def train(names, run_dir, interrupt_at=-1, *, updates=1):
+def train(names, run_dir, interrupt_at=-1, *, updates=1, sharded=False, dtype=torch.float32):
     interrupt = Interrupt(interrupt_at)  # before the model: it seeds
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 3))
+    net, samples = net.to(dtype), data(dtype)
     make = MAKE | (OF_TWO if updates == 2 else {})
     callbacks = [interrupt, *(make[n]() for n in names)]
     callbacks.append(Checkpoint(every_epochs=2, keep=1))
     trainer = dtrain.Trainer(
-        net, *JOBS[updates], eval_fn=loss_fn, callbacks=callbacks, sinks=[], run_dir=run_dir
+        net,
+        *JOBS[updates],
+        eval_fn=loss_fn,
+        callbacks=callbacks,
+        sinks=[],
+        run_dir=run_dir,
+        strategy=FSDP(blocks=[nn.Linear]) if sharded else "auto",
     )
-    result = trainer.fit(data(), batch_size=12, epochs=3, eval_set=data(), log_every=2)
-    bits = [p.detach().clone() for p in net.state_dict().values()]
+    result = trainer.fit(samples, batch_size=12, epochs=3, eval_set=samples, log_every=2)
+    bits = [whole(p) if sharded else p.detach().clone() for p in net.state_dict().values()]
     return bits, result.preempted, result.steps
 
 
@@ -170,31 +182,43 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def run_case(folder, names, interrupt_at, updates):
+def run_case(folder, names, interrupt_at, **how):
     """Returns what is wrong, or nothing."""
     world = dtrain.init(seed=0)
-    whole, _, steps = train(names, folder / "whole", updates=updates)
+    at_once, _, steps = train(names, folder / "whole", **how)
     if steps != 6:
         return f"took {steps} steps"
-    everyones = world.comm.gather_objects("bits", [t.double().sum().item() for t in whole])
+    everyones = world.comm.gather_objects("bits", [t.double().sum().item() for t in at_once])
     if everyones[0] != everyones[1]:
         return "the ranks have different parameters"
     if NOT_RESUMABLE & set(names):
         return ""
-    _, preempted, _ = train(names, folder / "parts", interrupt_at, updates=updates)
+    _, preempted, _ = train(names, folder / "parts", interrupt_at, **how)
     if not preempted:
         return "was not interrupted"
-    parts, _, steps = train(names, folder / "parts", updates=updates)
-    if steps != 6 or not same(whole, parts):
+    parts, _, steps = train(names, folder / "parts", **how)
+    if steps != 6 or not same(at_once, parts):
         return f"resumed after step {interrupt_at}: other bits, or steps {steps}"
     if set(names) <= COMMUTE:
-        backwards, _, _ = train(names[::-1], folder / "backwards", updates=updates)
-        if not same(whole, backwards):
+        backwards, _, _ = train(names[::-1], folder / "backwards", **how)
+        if not same(at_once, backwards):
             return "another order gives other bits"
     return ""
 
 
-def run_cases(cases, updates=1):
+def run_sharded(folder, names, interrupt_at, **how):
+    """As :func:`run_case`; the numbers must also be those of a model that is not sharded."""
+    how = {"sharded": True, "dtype": torch.float64}
+    if told := run_case(folder, names, interrupt_at, **how):
+        return told
+    ours, _, _ = train(names, folder / "ours", **how)
+    flat, _, _ = train(names, folder / "flat", dtype=torch.float64)
+    close = 1e-2 if "MixedPrecision bf16" in names else 1e-10
+    far = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, flat, strict=True))
+    return f"{far:.1e} off" if far > close else ""
+
+
+def run_cases(cases, updates=1, run_case=run_case):
     """Runs cases on this rank; rank 0 makes and removes the folder."""
     world = dtrain.init(seed=0)
     wrong = []
@@ -203,7 +227,7 @@ def run_cases(cases, updates=1):
             world.comm.on_main("folder", lambda: tempfile.mkdtemp(prefix="mix-", dir=MEMORY))
         )
         try:
-            told = run_case(folder, names, interrupt_at, updates)
+            told = run_case(folder, names, interrupt_at, updates=updates)
         except Exception as error:
             raise AssertionError(f"case {number}: {names}, stopped at {interrupt_at}") from error
         world.comm.on_main("tidy", lambda folder=folder: shutil.rmtree(folder))
@@ -260,6 +284,14 @@ def test_random_subsets_in_random_order_mix():
 
 def test_random_subsets_mix_in_steps_of_two_updates():
     assert run_processes(run_cases, 2, subsets(24), 2, timeout_s=100) == [[], []]
+
+
+def test_pairs_and_random_subsets_mix_where_the_model_is_sharded():
+    pairs_of_it = [case for case in pairs() if not NOT_SHARDED & {*case[0]}]
+    cases = random.Random(1).sample(pairs_of_it, 30)
+    cases += [([n for n in names if n not in NOT_SHARDED], at) for names, at in subsets(16)]
+    assert {name for names, _ in cases for name in names} == MAKE.keys() - NOT_SHARDED
+    assert run_processes(run_cases, 2, cases, 1, run_sharded, timeout_s=400) == [[], []]
 
 
 @pytest.mark.parametrize("names", ONE_OF)
