@@ -29,8 +29,8 @@ from dtrain.distributed import (
     tensors_of_state,
 )
 from dtrain.errors import ConfigError, DtrainError, RankMismatch, UnusedParameters
-from dtrain.step import Heard, MicroStep, Strategy, joint_norm, of_backward
-from dtrain.strategies.blocks import Blocks, blocks_of, check_model, check_training, words_of
+from dtrain.step import Blocks, Heard, MicroStep, Strategy, blocks_of, joint_norm, of_backward
+from dtrain.strategies.blocks import check_model, check_training, words_of
 from dtrain.strategies.options import Options
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dtrain.errors import ConfigError
-from dtrain.strategies.blocks import Blocks
+from dtrain.step import Blocks
 
 _DTYPES = {None: None, "bf16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
 _REDUCES = (None, "float32", torch.float32)
