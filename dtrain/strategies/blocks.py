@@ -66,8 +66,8 @@ def _unsuited(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[str]:
             yield f"gradients of {name or 'it'} are sparse: pass sparse=False"
         if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
             yield (
-                f"{plain_name(name) or 'it'} is compiled, which has not been tried with sharded "
-                "parameters: leave torch.compile out"
+                f"{plain_name(name) or 'it'} is compiled, together with what sharding does "
+                "around it: leave torch.compile out, and pass FSDP(compile=True)"
             )
         if getattr(module, "max_norm", None) is not None:
             yield (

@@ -7,6 +7,7 @@ import torch
 
 from dtrain.errors import ConfigError
 from dtrain.step import Blocks
+from dtrain.strategies.compiling import check_compile
 
 _DTYPES = {None: None, "bf16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
 _REDUCES = (None, "float32", torch.float32)
@@ -26,6 +27,7 @@ class Options:
     reshard: bool
     params: Any
     reduce: Any
+    compile: Any = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.reshard, bool):
@@ -41,6 +43,8 @@ class Options:
                 f"FSDP(reduce={self.reduce!r}): 'float32'. What ranks tell one another travels "
                 "with the gradients, and below float32 it would be rounded"
             )
+
+        check_compile(self.compile)
 
     @property
     def dtype(self) -> torch.dtype | None:
