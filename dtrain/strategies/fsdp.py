@@ -62,6 +62,8 @@ class FSDP(Strategy):
             The model's inputs are cast, and its outputs cast back.
         reduce: in what gradients are summed: ``"float32"`` (or the parameters' own, if None).
         compile: compile each block's forward: True, or a dict of torch.compile's arguments.
+        offload: keep parameters, gradients and moments on the host, where updates are made. On CPUs
+            they are there in any case.
 
     Raises:
         ConfigError: another value was given, or torch is too old.
@@ -81,8 +83,9 @@ class FSDP(Strategy):
         params: Literal["bf16"] | torch.dtype | None = None,
         reduce: Literal["float32"] | torch.dtype | None = None,
         compile: bool | dict[str, Any] = False,
+        offload: bool = False,
     ) -> None:
-        self._options = Options(blocks, reshard, params, reduce, compile)
+        self._options = Options(blocks, reshard, params, reduce, compile, offload)
         self._blocks: dict[str, nn.Module] = {}
         self._sharding: Sharding | None = None  # None where this rank is alone
         self._turns: Turns | None = None  # of evaluations, likewise
@@ -155,6 +158,7 @@ class FSDP(Strategy):
         rest = ", and the rest" if self._blocks else ""
         how = "" if self._options.dtype is None else "; computed in bf16, summed in float32"
         how += "; blocks compiled" if self._options.compile else ""
+        how += "; offloaded to the host, where they are anyway" if self._options.offload else ""
         held = f"parameters, gradients and moments: sharded over {size} ranks"
         return f"{held}: {what}{rest}{how} (fsdp)"
 

@@ -28,6 +28,7 @@ class Options:
     params: Any
     reduce: Any
     compile: Any = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.reshard, bool):
@@ -45,6 +46,8 @@ class Options:
             )
 
         check_compile(self.compile)
+        if not isinstance(self.offload, bool):
+            raise ConfigError(f"FSDP(offload={self.offload!r}): True or False")
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""Sharded models whose blocks are compiled: the same numbers, names and errors."""
+"""Sharded models that are compiled, or offloaded: the same numbers, names and errors."""
 
 import pytest
 import sharding
@@ -104,6 +104,9 @@ def train_all(backend):
     fails = [(who, how) for who in (0, 1) for how in ("forward", "backward")]
     plain = train({})
     found = [train(compiled), train(compiled, callbacks=[CheckpointActivations()])]
+    offloaded = train({"offload": True})
+    assert all(torch.equal(t, plain[0][n]) for n, t in offloaded[0].items())
+    assert offloaded[3].endswith("; offloaded to the host, where they are anyway (fsdp)")
     found += [train(compiled, one) for one in (fails if backend == "aot_eager" else ())]
     return plain, found, fails, graphs[0], dtrain.init().rank
 
@@ -132,7 +135,9 @@ def no_blocks():
     return "nothing"
 
 
-def test_what_cannot_be_compiled_is_refused():
+def test_what_cannot_be_compiled_or_offloaded_is_refused():
+    with pytest.raises(ConfigError, match=r"FSDP\(offload='cpu'\): True or False"):
+        FSDP(offload="cpu")
     assert "no repeated ones were found" in run_processes(no_blocks, 1)[0]
     with pytest.raises(ConfigError, match=r"FSDP\(compile='max-autotune'\): True, or a dict"):
         FSDP(compile="max-autotune")
