@@ -12,6 +12,7 @@ all ranks, and so is what becomes of them.
 """
 
 from dtrain.callbacks.checkpoint import Checkpoint
+from dtrain.callbacks.checkpoint_activations import CheckpointActivations
 from dtrain.callbacks.clip_gradients import ClipGradients
 from dtrain.callbacks.early_stopping import EarlyStopping
 from dtrain.callbacks.ema import EMA
@@ -39,6 +40,7 @@ from dtrain.callbacks.time_limit import TimeLimit
 __all__ = [
     "EMA",
     "Checkpoint",
+    "CheckpointActivations",
     "ClipGradients",
     "EarlyStopping",
     "EvalOutputs",

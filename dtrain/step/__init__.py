@@ -1,5 +1,6 @@
 """One step of training: what a rank does with a micro-batch, and how ranks agree on it."""
 
+from dtrain.step.blocks import Blocks, blocks_of, own_class
 from dtrain.step.engine import Engine
 from dtrain.step.lane import Heard, LaneSilent
 from dtrain.step.loss_forms import LossFn, UserLoss, adapt, as_loss
@@ -13,6 +14,7 @@ from dtrain.step.votes import Agreed
 __all__ = [
     "Agreed",
     "Autocast",
+    "Blocks",
     "Engine",
     "Factor",
     "Heard",
@@ -28,10 +30,12 @@ __all__ = [
     "UserLoss",
     "adapt",
     "as_loss",
+    "blocks_of",
     "check_trains",
     "joint_norm",
     "may_delay",
     "of_backward",
+    "own_class",
     "take_model",
     "unwrapped",
 ]

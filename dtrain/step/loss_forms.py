@@ -32,8 +32,10 @@ def as_loss(returned: object, samples: int, *, trains: bool = False) -> Loss:
                 "loss_fn returned dtrain.Metrics, which has no loss to train by: return "
                 "dtrain.Loss, and dtrain.Metrics from another function, Trainer(eval_fn=...)"
             )
+        has = " (it has one: return its .loss)" if hasattr(returned, "loss") else ""
         raise LossError(
             f"loss_fn returned {type(returned).__name__}; return a scalar tensor or dtrain.Loss"
+            + has
         )
     if not isinstance(loss.mean, Tensor):
         raise LossError(f"Loss.mean is {type(loss.mean).__name__}, not a tensor")

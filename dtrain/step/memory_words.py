@@ -60,8 +60,8 @@ _ACCUMULATION = (
     "(an iterable's own batches: make them smaller as well)"
 )
 _CHECKPOINTING = (
-    "activation checkpointing: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) "
-    "around the model's blocks"
+    "activation checkpointing: callbacks.CheckpointActivations(), which computes blocks again in "
+    "backward instead of keeping what is in them"
 )
 
 

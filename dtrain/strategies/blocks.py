@@ -1,8 +1,6 @@
-"""Which parts of a model are sharded each by itself, and what of a model cannot be."""
+"""What of a model, and of its training, cannot be sharded."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -10,98 +8,17 @@ from torch import nn
 from dtrain.context import Together, kind_of, needs_closure
 from dtrain.distributed import is_sharded, named_parameters, plain_name, some_of
 from dtrain.errors import ConfigError
-from dtrain.step import MicroStep
+from dtrain.step import MicroStep, own_class
 
 #: Optimizers of torch's whose update is not element by element.
 _WHOLE = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
-
-#: What is to be a block: module classes, their names, or a rule of a module and its name.
-Blocks = type[nn.Module] | Sequence[type[nn.Module] | str] | Callable[[str, nn.Module], bool]
-
-
-def blocks_of(model: nn.Module, given: Blocks | None) -> dict[str, nn.Module]:
-    """Returns the blocks by name, in the model's order; empty where there are none.
-
-    Raises ConfigError where ``given`` chooses none, or the whole model.
-    """
-    if given is None:
-        return _repeated(model)
-    chosen = {
-        name: module for name, module in _with_parameters(model) if _is_one(given, name, module)
-    }
-    if lists := [name for name, module in chosen.items() if _is_list(module)]:
-        raise ConfigError(
-            f"FSDP(blocks=...): {lists[0]} is a list of modules, which is never called itself: "
-            "choose what is in it"
-        )
-    if not chosen:
-        kinds = Counter(type(module).__name__ for _, module in _with_parameters(model))
-        raise ConfigError(
-            f"FSDP(blocks={given!r}) chose no part of the model, which has "
-            f"{', '.join(f'{count} x {kind}' for kind, count in kinds.most_common(8)) or 'none'}. "
-            "Pass the class of its repeated blocks, or leave it out"
-        )
-    return chosen
-
-
-def _with_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if name and any(True for _ in module.parameters()):
-            yield name, module
-
-
-def _is_one(given: Any, name: str, module: nn.Module) -> bool:
-    if isinstance(given, type):
-        return isinstance(module, given)
-    if callable(given):
-        return bool(given(name, module))
-    if not isinstance(given, str) and all(isinstance(one, type | str) for one in given):
-        return any(
-            type(module).__name__ == one if isinstance(one, str) else isinstance(module, one)
-            for one in given
-        )
-    raise ConfigError(
-        f"FSDP(blocks={given!r}): pass a module class, a list of classes or of their names, or a "
-        "function from a module's name and the module to whether it is a block"
-    )
-
-
-def _repeated(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the model's repeated blocks.
-
-    Those that it names itself (transformers' ``_no_split_modules``), or what has parts of its own
-    and comes several times, of one class, in one container.
-    """
-    named = getattr(model, "_no_split_modules", None)
-    if isinstance(named, list | tuple | set) and named:
-        found = {n: m for n, m in _with_parameters(model) if type(m).__name__ in named}
-        if found:
-            return found
-    blocks: dict[str, nn.Module] = {}
-    for name, container in model.named_modules():
-        if any(name == block or name.startswith(f"{block}.") for block in blocks):
-            continue
-        children = {
-            f"{name}.{key}" if name else key: child
-            for key, child in container.named_children()
-            if next(child.children(), None) is not None
-            and next(child.parameters(), None) is not None
-        }
-        counts = Counter(map(type, children.values()))
-        blocks |= {n: m for n, m in children.items() if counts[type(m)] > 1 and not _is_list(m)}
-    return blocks
-
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def words_of(blocks: dict[str, nn.Module]) -> str:
     """Returns in words what the blocks are."""
     kinds: dict[str, list[str]] = {}
     for name, module in blocks.items():
-        # A class of a sharded module has another name in front.
-        kinds.setdefault(type(module).__name__.removeprefix("FSDP"), []).append(name)
+        kinds.setdefault(own_class(type(module)).__name__, []).append(name)
     told = [
         f"{len(names)} x {kind} ({names[0]}{' ... ' + names[-1] if len(names) > 1 else ''})"
         for kind, names in kinds.items()
@@ -149,8 +66,8 @@ def _unsuited(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[str]:
             yield f"gradients of {name or 'it'} are sparse: pass sparse=False"
         if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
             yield (
-                f"{plain_name(name) or 'it'} is compiled, which has not been tried with sharded "
-                "parameters: leave torch.compile out"
+                f"{plain_name(name) or 'it'} is compiled, together with what sharding does "
+                "around it: leave torch.compile out, and pass FSDP(compile=True)"
             )
         if getattr(module, "max_norm", None) is not None:
             yield (

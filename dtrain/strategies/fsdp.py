@@ -29,8 +29,9 @@ from dtrain.distributed import (
     tensors_of_state,
 )
 from dtrain.errors import ConfigError, DtrainError, RankMismatch, UnusedParameters
-from dtrain.step import Heard, MicroStep, Strategy, joint_norm, of_backward
-from dtrain.strategies.blocks import Blocks, blocks_of, check_model, check_training, words_of
+from dtrain.step import Blocks, Heard, MicroStep, Strategy, blocks_of, joint_norm, of_backward
+from dtrain.strategies.blocks import check_model, check_training, words_of
+from dtrain.strategies.compiling import check_compile, compile_blocks
 from dtrain.strategies.options import Options
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ class FSDP(Strategy):
         params: ``"bf16"`` gathers and computes in bfloat16; parameters stay in their own precision.
             The model's inputs are cast, and its outputs cast back.
         reduce: in what gradients are summed: ``"float32"`` (or the parameters' own, if None).
+        compile: compile each block's forward: True, or a dict of torch.compile's arguments.
+        offload: keep parameters, gradients and moments on the host, where updates are made. On CPUs
+            they are there in any case.
 
     Raises:
         ConfigError: another value was given, or torch is too old.
@@ -78,8 +82,10 @@ class FSDP(Strategy):
         reshard: bool = True,
         params: Literal["bf16"] | torch.dtype | None = None,
         reduce: Literal["float32"] | torch.dtype | None = None,
+        compile: bool | dict[str, Any] = False,
+        offload: bool = False,
     ) -> None:
-        self._options = Options(blocks, reshard, params, reduce)
+        self._options = Options(blocks, reshard, params, reduce, compile, offload)
         self._blocks: dict[str, nn.Module] = {}
         self._sharding: Sharding | None = None  # None where this rank is alone
         self._turns: Turns | None = None  # of evaluations, likewise
@@ -120,6 +126,7 @@ class FSDP(Strategy):
             )
         self._blocks = blocks_of(model, self._options.blocks)
         check_model(model, self._blocks)
+        compile_blocks(self._blocks, check_compile(self._options.compile))
         return model
 
     def take(self, micro_step: MicroStep, world: World) -> None:
@@ -150,6 +157,8 @@ class FSDP(Strategy):
         what = words_of(self._blocks) or "the model as a whole, for no repeated blocks were found"
         rest = ", and the rest" if self._blocks else ""
         how = "" if self._options.dtype is None else "; computed in bf16, summed in float32"
+        how += "; blocks compiled" if self._options.compile else ""
+        how += "; offloaded to the host, where they are anyway" if self._options.offload else ""
         held = f"parameters, gradients and moments: sharded over {size} ranks"
         return f"{held}: {what}{rest}{how} (fsdp)"
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from dtrain.errors import ConfigError
-from dtrain.strategies.blocks import Blocks
+from dtrain.step import Blocks
+from dtrain.strategies.compiling import check_compile
 
 _DTYPES = {None: None, "bf16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
 _REDUCES = (None, "float32", torch.float32)
@@ -26,6 +27,8 @@ class Options:
     reshard: bool
     params: Any
     reduce: Any
+    compile: Any = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.reshard, bool):
@@ -41,6 +44,10 @@ class Options:
                 f"FSDP(reduce={self.reduce!r}): 'float32'. What ranks tell one another travels "
                 "with the gradients, and below float32 it would be rounded"
             )
+
+        check_compile(self.compile)
+        if not isinstance(self.offload, bool):
+            raise ConfigError(f"FSDP(offload={self.offload!r}): True or False")
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import group
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
@@ -71,13 +77,22 @@ class Sharding:
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=None if dtype is None else lane.param.dtype
         )
+        # Only an accelerator copies from pinned memory, and on CPUs there may be none to pin it.
+        pin = world.device.type != "cpu"
+        offload = CPUOffloadPolicy(pin_memory=pin) if options.offload else OffloadPolicy()
         optimizer = micro_step.context.optimizer
         before = _names_of(optimizer, model)
         whole = [weakref.ref(p) for p in model.parameters()]
         for block in [*blocks.values()][::-1]:  # one within another comes first
-            fully_shard(block, mesh=mesh, reshard_after_forward=options.reshard, mp_policy=policy)
+            fully_shard(
+                block,
+                mesh=mesh,
+                reshard_after_forward=options.reshard,
+                mp_policy=policy,
+                offload_policy=offload,
+            )
         # The model's own rest, which backward needs at once, is kept as FSDP's root keeps it.
-        self._fsdp = fully_shard(root, mesh=mesh, mp_policy=policy)
+        self._fsdp = fully_shard(root, mesh=mesh, mp_policy=policy, offload_policy=offload)
         self.root: nn.Module = root  # the same, of another class
         _exchange(optimizer, model, before)
         if held := _still_there(whole):

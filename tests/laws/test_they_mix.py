@@ -24,6 +24,7 @@ from dtrain import schedules
 from dtrain.callbacks import (
     EMA,
     Checkpoint,
+    CheckpointActivations,
     ClipGradients,
     EarlyStopping,
     Freeze,
@@ -55,6 +56,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 MAKE = {
     "EMA": lambda: EMA(0.9),
+    "CheckpointActivations": lambda: CheckpointActivations([torch.nn.Linear]),
     "ClipGradients": lambda: ClipGradients(max_norm=0.1),
     "ClipGradients by value": lambda: ClipGradients(max_value=0.01),
     "EarlyStopping": lambda: EarlyStopping("eval/loss", patience=9, restore_best=True),
@@ -93,6 +95,7 @@ MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 NOT_RESUMABLE = {"OverfitBatches"}
 # Among these, order does not matter: none looks at what another changes.
 COMMUTE = {
+    "CheckpointActivations",
     "GradientStats",
     "LogSamples",
     "LRSchedule by step",

@@ -82,7 +82,7 @@ def test_the_note_says_where_and_what(where, strategy):
         f"(out of memory in {where} at step 3, micro-batch 1 of 1, of 8 samples (float32 [8, 8], "
         "int64 [8]). What helps: GradientAccumulation(steps=2), the same training in micro-batches "
     )
-    assert '; MixedPrecision("bf16"); activation checkpointing: torch.utils.checkpoint' in note
+    assert '; MixedPrecision("bf16"); activation checkpointing: callbacks.Check' in note
     assert "GiB" not in note  # of the CPU's memory nothing is known
 
 
