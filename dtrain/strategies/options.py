@@ -26,6 +26,7 @@ class Options:
     reshard: bool
     params: Any
     reduce: Any
+    replicas: Any
 
     def __post_init__(self) -> None:
         if not isinstance(self.reshard, bool):
@@ -40,6 +41,13 @@ class Options:
             raise ConfigError(
                 f"FSDP(reduce={self.reduce!r}): 'float32'. What ranks tell one another travels "
                 "with the gradients, and below float32 it would be rounded"
+            )
+
+        is_number = type(self.replicas) is int and self.replicas > 0
+        if not is_number and self.replicas not in (None, "hosts"):
+            raise ConfigError(
+                f"FSDP(replicas={self.replicas!r}): 'hosts' for one on each host, how many there "
+                "are to be, or None for one over all ranks"
             )
 
     @property
