@@ -1,11 +1,10 @@
 """Which ranks hold a model among themselves, and which hold replicas of it."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch.distributed import group
 
 from dtrain.distributed import Groups, World, grid_of, hosts_of
-from dtrain.distributed.grid import Rows
 
 
 class Layout(NamedTuple):
@@ -28,7 +27,7 @@ class Layout(NamedTuple):
         return f"{where} on {self.hosts} hosts (with FSDP(replicas='hosts') over those of a host)"
 
 
-def layout_of(replicas: Rows, world: World) -> Layout:
+def layout_of(replicas: Literal["hosts"] | int | None, world: World) -> Layout:
     """Returns it; raises ConfigError, on all ranks, where ``replicas`` do not suit these.
 
     By default there is one, whose ranks are all: a model that needs them all would not fit into
