@@ -31,7 +31,9 @@ class Options:
     def __post_init__(self) -> None:
         if not isinstance(self.reshard, bool):
             raise ConfigError(
-                f"FSDP(reshard={self.reshard!r}): True or False; a number is not supported"
+                f"FSDP(reshard={self.reshard!r}): True or False; a number is not supported, for a "
+                "rank that sits a step out would have to hand on what it let go of. To keep gathers "
+                "within a host: FSDP(replicas='hosts')"
             )
         if self.params not in _DTYPES:
             raise ConfigError(
