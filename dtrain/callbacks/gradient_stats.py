@@ -8,7 +8,7 @@ from torch import Tensor
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import check_choice, check_counts
 from dtrain.context import Context, Key, Step
-from dtrain.distributed import named_parameters, own_part
+from dtrain.distributed import copies_of, named_parameters, own_part
 
 
 class GradientStats(Callback):
@@ -58,7 +58,9 @@ class GradientStats(Callback):
             return
         each = _norms([own_part(grad) for grad in found.values()])
         if ctx.sharded:  # those are of this rank's rows
-            squares = torch.stack(each).square()
+            # Each row counts once, also where several replicas of the model hold it.
+            copies = [copies_of(grad) for grad in found.values()]
+            squares = torch.stack([n * n / k for n, k in zip(each, copies, strict=True)])
             each = [*ctx.comm.all_reduce("norms of gradients", squares).sqrt()]
         norms = dict(zip(found, each, strict=True))
         if self._per_module:

@@ -22,6 +22,7 @@ from dtrain.distributed.activity import (
 from dtrain.distributed.alike import check_same_call, check_same_lines
 from dtrain.distributed.comm import Comm, Rule
 from dtrain.distributed.exchange import digest_of, raw_bytes
+from dtrain.distributed.grid import Grid, Groups, grid_of, hosts_of
 from dtrain.distributed.health import examine_job
 from dtrain.distributed.health_verdict import Health
 from dtrain.distributed.names import load_named, named_parameters, named_state, plain_name
@@ -60,7 +61,15 @@ from dtrain.distributed.replicas import (
     some_of,
     tensors_of_state,
 )
-from dtrain.distributed.sharded import gathered, is_sharded, own_part, placed_like, unsharded, whole
+from dtrain.distributed.sharded import (
+    copies_of,
+    gathered,
+    is_sharded,
+    own_part,
+    placed_like,
+    unsharded,
+    whole,
+)
 from dtrain.distributed.transport import DataParallel, TransportOp
 from dtrain.distributed.world import (
     World,
@@ -89,4 +98,5 @@ __all__ += ["derive_seed", "random_state", "random_state_kept", "random_state_of
 __all__ += ["StreamsOfFits", "restore_random_state", "seed_everything", "seeded_generator"]
 __all__ += ["Health", "examine_job"]
 __all__ += ["check_seeded", "init_late", "streams_apart"]
+__all__ += ["Grid", "Groups", "copies_of", "grid_of", "hosts_of"]
 __all__ += ["gathered", "is_sharded", "own_part", "placed_like", "unsharded", "whole"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtrain.distributed import copies
 from dtrain.distributed.alike import check_same_lines
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.exchange import digest_of, raw_bytes
@@ -193,13 +194,17 @@ class Replicas:
     def mark(self, step: int) -> int:
         """Returns a number of 16 bits that is to be equal on all ranks; 0 if it is not due.
 
-        It travels with a report's figures. Ranks: all, local.
+        It travels with a report's figures. Ranks: all; communicates where parts have copies.
         """
         before, self.step = self.step, step
         if not self.active or (step >= _EVERY and step // _EVERY == before // _EVERY):
             return 0
         every = unsharded([*self.model.parameters(), *self.model.buffers()])
-        return hash(tuple(digests(every))) % 2**16
+        mine, parts = digests(every), copies.say(self.model, digests)
+        if parts:
+            everyones = self.comm.all_gather("parts of the model", torch.tensor(parts))
+            mine += parts if copies.differ(everyones) else []  # which are not of equal names
+        return hash(tuple(mine)) % 2**16
 
     def settle(self, when: str, asked: int = 0) -> int:
         """Gives all ranks rank 0's buffers; raises RankMismatch if their parameters differ.
@@ -207,12 +212,13 @@ class Replicas:
         Returns how often all ranks have ``asked`` for something, which travels along.
         """
         held = digests(unsharded(self.model.parameters())) if self.active else []
-        mine = [hash(tuple(held)), _digest_of_buffers(self.model), asked]
+        parts = copies.say(self.model, digests) if self.active else []
+        mine = [hash(tuple(held)), _digest_of_buffers(self.model), asked, *parts]
         everyones = self.comm.all_gather("model", torch.tensor(mine))
-        parameters_differ, buffers_differ, _ = (everyones != everyones[0]).any(0).tolist()
+        parameters_differ, buffers_differ, *_ = (everyones != everyones[0]).any(0).tolist()
         if buffers_differ:
             share_buffers(self.model, self.comm)
-        if parameters_differ:
+        if parameters_differ or (parts and copies.differ(everyones[:, 3:])):
             self.tell(when)
         return int(everyones[:, 2].sum())
 
@@ -223,10 +229,15 @@ class Replicas:
         """
         parameters = {n: p for n, p in named_parameters(self.model) if not is_sharded(p)}
         buffers = dict(self.model.named_buffers())
-        every = parameters | buffers
         # NaN is one thing, whatever its bits.
-        mine = dict(zip(every, digests(map(_with_one_nan, every.values())), strict=True))
-        everyones = self.comm.gather_objects("model, by name", mine)
+        mine, parts = (
+            dict(zip(held, digests(map(_with_one_nan, held.values())), strict=True))
+            for held in (parameters | buffers, copies.copied_parts(self.model))
+        )
+        said = self.comm.gather_objects("model, by name", (mine, parts))
+        if parted := copies.apart([parts for _, parts in said]):
+            raise RankMismatch(copies.describe(parted, when) + _CAUSES)
+        everyones = [mine for mine, _ in said]
         names = {name: None for one in everyones for name in one}
         apart = [name for name in names if len({one.get(name) for one in everyones}) > 1]
         if changed := {name: parameters[name] for name in apart if name in parameters}:

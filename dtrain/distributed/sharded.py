@@ -1,5 +1,6 @@
 """Tensors of which each rank holds some rows only, as FSDP's parameters: DTensors of torch's."""
 
+import math
 import sys
 from collections.abc import Iterable
 
@@ -21,6 +22,16 @@ def own_part(tensor: Tensor) -> Tensor:
         return tensor
     part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return part
+
+
+def copies_of(tensor: Tensor) -> int:
+    """Returns how many ranks hold the part of a tensor that this one does; of processes."""
+    ranks = dist.get_world_size()
+    if not is_sharded(tensor):
+        return ranks
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    sizes = [mesh.size(dim) for dim, kind in enumerate(placements) if not kind.is_replicate()]
+    return int(ranks // math.prod(sizes))
 
 
 def unsharded(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -58,14 +69,17 @@ def whole(tensor: Tensor) -> Tensor:
 def gathered(tensor: Tensor, owner: int) -> Tensor | None:
     """Returns a sharded tensor, whole and on the host, on the rank ``owner``; None on the others.
 
-    Ranks: all, communicates; all at once, over what gradients travel over.
+    Ranks: all, communicates; all at once, over what gradients travel over. Of several replicas of
+    a model, only those of the owner's do.
     """
     group = tensor.device_mesh.get_group()  # type: ignore[attr-defined]
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if owner not in dist.get_process_group_ranks(group):
+        return None
+    rank, size = dist.get_rank(), dist.get_world_size(group)
     rows = -(-tensor.shape[0] // size)  # of each rank but the last ones, which may have fewer
     part = own_part(tensor).detach().contiguous()
     if part.shape[0] < rows:
         part = torch.cat([part, part.new_zeros(rows - part.shape[0], *part.shape[1:])])
     parts = [torch.empty_like(part) for _ in range(size)] if rank == owner else None
-    dist.gather(part, parts, group_dst=owner, group=group)
+    dist.gather(part, parts, dst=owner, group=group)
     return None if parts is None else torch.cat(parts)[: tensor.shape[0]].cpu()

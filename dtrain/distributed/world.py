@@ -19,6 +19,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from dtrain.distributed.activity import Heartbeat, heartbeat_key
 from dtrain.distributed.comm import Comm
 from dtrain.distributed.environment import allow_files, has_gpu, share_cores
+from dtrain.distributed.grid import Grid, Groups, open_groups
 from dtrain.distributed.health import look_over, wanted
 from dtrain.distributed.launchers import RENDEZVOUS, find_launcher, hint
 from dtrain.distributed.processes import is_failing, this_machine
@@ -71,6 +72,9 @@ class World:
     #: Opens labelled verbs for a thread beside the main one; all ranks call it. The same ones each
     #: time, so whoever uses them holds their lock. None where ranks are threads themselves.
     open_comm: Callable[[], Comm] | None = field(default=None, repr=False)
+    #: Opens, or returns, this rank's process groups in a grid of all ranks; all ranks call it. None
+    #: where ranks are threads, or one.
+    open_groups: Callable[[Grid], Groups] | None = field(default=None, repr=False)
     #: Of those that ``connect`` has opened, the ones that nobody uses at the moment.
     idle_connections: list[Store] = field(default_factory=list, repr=False)
     #: The watchdog's thread, between two fits; at most one, with a ``stop()``.
@@ -336,6 +340,7 @@ def _open(seed: int, timeout_s: float) -> World:
         return apart
 
     world.open_comm = open_comm
+    world.open_groups = cache(partial(open_groups, rank=rank, timeout=timeout))
     world._alive = True
     if not opens:
         atexit.register(_close_scripts_group)

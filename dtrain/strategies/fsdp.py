@@ -64,6 +64,8 @@ class FSDP(Strategy):
         compile: compile each block's forward: True, or a dict of torch.compile's arguments.
         offload: keep parameters, gradients and moments on the host, where updates are made. On CPUs
             they are there in any case.
+        replicas: how many groups of ranks hold the model, each among themselves, so that gathers
+            stay within a group; ``"hosts"``: one on each host. If None, all ranks are one group.
 
     Raises:
         ConfigError: another value was given, or torch is too old.
@@ -84,8 +86,9 @@ class FSDP(Strategy):
         reduce: Literal["float32"] | torch.dtype | None = None,
         compile: bool | dict[str, Any] = False,
         offload: bool = False,
+        replicas: Literal["hosts"] | int | None = None,
     ) -> None:
-        self._options = Options(blocks, reshard, params, reduce, compile, offload)
+        self._options = Options(blocks, reshard, params, reduce, compile, offload, replicas)
         self._blocks: dict[str, nn.Module] = {}
         self._sharding: Sharding | None = None  # None where this rank is alone
         self._turns: Turns | None = None  # of evaluations, likewise
@@ -136,11 +139,16 @@ class FSDP(Strategy):
             check_training(micro_step)
         if world.size == 1:
             return
+        from dtrain.strategies.layout import layout_of
         from dtrain.strategies.sharding import Sharding
         from dtrain.strategies.turns import Turns
 
+        layout = layout_of(self._options.replicas, world)
+        self._where = layout.words()
         with world.comm.lockstep("Trainer(...)"):
-            self._sharding = Sharding(micro_step, self._blocks, world, self._message, self._options)
+            self._sharding = Sharding(
+                micro_step, self._blocks, world, self._message, self._options, layout.groups
+            )
         self._turns = Turns(self._sharding, micro_step, world)
         micro_step.looks_itself = False
         micro_step.context.sharded = True
@@ -151,16 +159,15 @@ class FSDP(Strategy):
         self._plan = None  # it may have another, now that other parameters are trained
 
     def describe(self) -> str:
-        size = self._world.size
-        if size == 1:
+        if self._sharding is None:
             return "nothing is sharded on one rank (fsdp)"
         what = words_of(self._blocks) or "the model as a whole, for no repeated blocks were found"
         rest = ", and the rest" if self._blocks else ""
         how = "" if self._options.dtype is None else "; computed in bf16, summed in float32"
         how += "; blocks compiled" if self._options.compile else ""
         how += "; offloaded to the host, where they are anyway" if self._options.offload else ""
-        held = f"parameters, gradients and moments: sharded over {size} ranks"
-        return f"{held}: {what}{rest}{how} (fsdp)"
+        held = "parameters, gradients and moments"
+        return f"{held}: {self._where}: {what}{rest}{how} (fsdp)"
 
     def make_equal(self, model: nn.Module, world: World) -> bool:
         held = {n: t for n, t in tensors_of_state(model).items() if not is_sharded(t)}
@@ -345,7 +352,7 @@ class FSDP(Strategy):
         if self._sharding is None:
             return joint_norm(gradients)
         norm = joint_norm(gradients)
-        squares = norm.double().square()
+        squares = norm.double().square() / self._sharding.replicas  # each row counts once
         self._world.gradients.all_reduce(squares)
         return squares.sqrt().to(norm.dtype)
 

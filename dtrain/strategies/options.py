@@ -29,11 +29,14 @@ class Options:
     reduce: Any
     compile: Any = False
     offload: bool = False
+    replicas: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.reshard, bool):
             raise ConfigError(
-                f"FSDP(reshard={self.reshard!r}): True or False; a number is not supported"
+                f"FSDP(reshard={self.reshard!r}): True or False; a number is not supported, for a "
+                "rank that sits a step out would have to hand on what it let go of. To keep gathers "
+                "within a host: FSDP(replicas='hosts')"
             )
         if self.params not in _DTYPES:
             raise ConfigError(
@@ -48,6 +51,12 @@ class Options:
         check_compile(self.compile)
         if not isinstance(self.offload, bool):
             raise ConfigError(f"FSDP(offload={self.offload!r}): True or False")
+        is_number = type(self.replicas) is int and self.replicas > 0
+        if not is_number and self.replicas not in (None, "hosts"):
+            raise ConfigError(
+                f"FSDP(replicas={self.replicas!r}): 'hosts' for one on each host, how many there "
+                "are to be, or None for one over all ranks"
+            )
 
     @property
     def dtype(self) -> torch.dtype | None:

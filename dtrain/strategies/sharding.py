@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import group
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -19,7 +18,7 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from dtrain.distributed import World, named_parameters, placed_like
+from dtrain.distributed import Groups, World, named_parameters, placed_like
 from dtrain.step import MicroStep
 from dtrain.strategies.following import Following
 from dtrain.strategies.options import Options
@@ -51,6 +50,7 @@ class Sharding:
         root: runs a function within FSDP's root.
         place: what all ranks said comes back as its gradient.
         parts: the sharded modules by name; the root's is empty.
+        replicas: how many groups of ranks hold the model.
         following: how a rank takes part that does not know their order.
 
     Ranks: all, communicates.
@@ -63,17 +63,17 @@ class Sharding:
         world: World,
         message: Callable[[], Tensor],
         options: Options,
+        groups: Groups,
     ) -> None:
         model, lane = micro_step.model, micro_step.lane
         dtype = options.dtype
         self._size, self._dtype = world.size, dtype
+        self.replicas = world.size // groups.row.size()
         slots = lane.param.numel() + ORDER_SLOTS
-        self.place = nn.Parameter(lane.param.new_zeros(world.size, slots))
+        self.place = nn.Parameter(lane.param.new_zeros(groups.row.size(), slots))
         del micro_step.lane_param
         root = _Root(micro_step, self.place)
-        gradients = group.WORLD
-        assert gradients is not None
-        mesh = DeviceMesh.from_group(gradients, world.device.type)
+        mesh = DeviceMesh.from_group(groups.row, world.device.type)
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=None if dtype is None else lane.param.dtype
         )
@@ -112,7 +112,7 @@ class Sharding:
                 modules[name] = self.root.get_submodule(name)
                 module.set_custom_all_gather(Gather(self.tape, name))
                 said = message if is_root else None
-                module.set_custom_reduce_scatter(Scatter(self.tape, name, said))
+                module.set_custom_reduce_scatter(Scatter(self.tape, name, said, groups.column))
                 # A sum, and no division before it, which float64 would get.
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)

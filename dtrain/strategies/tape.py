@@ -149,11 +149,18 @@ class Scatter(DefaultReduceScatter):
     """Sums a module's gradients over ranks, and hands out rows, if the tape says so.
 
     With those of the root goes what this rank has to say to all others: written in each one's rows,
-    where they are last, in the precision of the reduction.
+    where they are last, in the precision of the reduction. Where several replicas of the model are
+    sharded, rows are then summed over those who hold the same, the ``column``.
     """
 
-    def __init__(self, tape: Tape, name: str, message: Callable[[], Tensor] | None) -> None:
-        self._tape, self._name, self._message = tape, name, message
+    def __init__(
+        self,
+        tape: Tape,
+        name: str,
+        message: Callable[[], Tensor] | None,
+        column: dist.ProcessGroup | None,
+    ) -> None:
+        self._tape, self._name, self._message, self._column = tape, name, message, column
 
     def __call__(
         self,
@@ -173,6 +180,11 @@ class Scatter(DefaultReduceScatter):
             rows[:, -message.numel() :] = message.to(rows)
         before = self._tape.activity.enter(SCATTERING)
         work = super().__call__(output_tensor, input_tensor, group, op, async_op)
+        if self._column is not None:
+            # Here, not by a mesh of two dimensions: a phantom does not make it up twice.
+            if work is not None:
+                work.wait()
+            dist.all_reduce(output_tensor, op, self._column)
         self._tape.activity.enter(before)
         return work
 

@@ -203,7 +203,7 @@ CHAIN += [(2, "fsdp", 5, -1), (3, "fsdp", 5, -1)]  # the last finds the run over
 
 @pytest.mark.parametrize("chain", [CHAIN[:3], pytest.param(CHAIN, **SLOW)], ids=["some", "all"])
 def test_averages_and_best_weights_go_on_with_other_strategies_and_ranks(tmp_path, chain):
-    last = None
+    last = before = None
     for size, strategy, epochs, at in chain:
         ranks = run_processes(go_on, size, tmp_path / "run", strategy, epochs, at, timeout_s=60)
         begin, end, left, files = ranks[0]
