@@ -35,8 +35,8 @@ class Options:
         if not isinstance(self.reshard, bool):
             raise ConfigError(
                 f"FSDP(reshard={self.reshard!r}): True or False; a number is not supported, for a "
-                "rank that sits a step out would have to hand on what it let go of. To keep gathers "
-                "within a host: FSDP(replicas='hosts')"
+                "rank that sits a step out would have to hand on what it let go of. To keep "
+                "gathers within a host: FSDP(replicas='hosts')"
             )
         if self.params not in _DTYPES:
             raise ConfigError(
