@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import some_of
 from dtrain.context import Context, Step
-from dtrain.distributed import named_parameters, own_part
+from dtrain.distributed import named_parameters, own_part, version_of
 from dtrain.errors import ConfigError
 
 
@@ -81,7 +81,7 @@ class L1L2Penalty(Callback):
             return
         # While the model runs, parameters are gathered, some at a time.
         self._counted = self._now(ctx)
-        self._began = _versions(self._counted)
+        self._began = [*map(version_of, self._counted)]
         with torch.no_grad():
             rows = [own_part(p) for p in self._counted]
             mine = self._of(rows, torch.zeros((), dtype=torch.float64, device=ctx.device))
@@ -102,7 +102,8 @@ class L1L2Penalty(Callback):
             return  # it is in the gradients already
         self._value = None
         now = self._now(ctx)
-        if [*map(id, now)] != [*map(id, self._counted)] or _versions(now) != self._began:
+        same = [*map(id, now)] == [*map(id, self._counted)]
+        if not same or [*map(version_of, now)] != self._began:
             raise ConfigError(
                 "parameters were changed, frozen or thawed in on_step_start after L1L2Penalty had "
                 "looked at them: put it after that callback in the list"
@@ -131,7 +132,3 @@ class L1L2Penalty(Callback):
                 real = torch.view_as_real(one) if one.is_complex() else one
                 penalty = penalty + self._l2 * real.square().sum()
         return penalty
-
-
-def _versions(params: list[nn.Parameter]) -> list[int]:
-    return [own_part(p)._version for p in params]

@@ -43,8 +43,8 @@ class NonFiniteGuard(Callback):
     Put it last in the list, so that it keeps batches as the model gets them. A step costs a copy
     of the buffers, the state of the random streams, references to the micro-batches and the norm
     of the gradient. On CUDA the device decides, nothing waits for it, and what was found is told a
-    step later. Models with SyncBatchNorm, and sharded ones, are not replayed: a replay is one
-    rank's alone.
+    step later. Models with SyncBatchNorm, and sharded ones, are not replayed, because a replay is
+    one rank's alone.
 
     Args:
         action: ``"stop"``: the step is left out, and the run stops after the next; ``"skip"``:

@@ -68,6 +68,7 @@ from dtrain.distributed.sharded import (
     own_part,
     placed_like,
     unsharded,
+    version_of,
     whole,
 )
 from dtrain.distributed.transport import DataParallel, TransportOp
@@ -99,4 +100,5 @@ __all__ += ["StreamsOfFits", "restore_random_state", "seed_everything", "seeded_
 __all__ += ["Health", "examine_job"]
 __all__ += ["check_seeded", "init_late", "streams_apart"]
 __all__ += ["Grid", "Groups", "copies_of", "grid_of", "hosts_of"]
-__all__ += ["gathered", "is_sharded", "own_part", "placed_like", "unsharded", "whole"]
+__all__ += ["gathered", "is_sharded", "own_part", "placed_like", "unsharded", "version_of"]
+__all__ += ["whole"]

@@ -34,6 +34,11 @@ def copies_of(tensor: Tensor) -> int:
     return int(ranks // math.prod(sizes))
 
 
+def version_of(tensor: Tensor) -> int:
+    """Returns a count of what was written into a tensor in place, or into this rank's rows."""
+    return tensor._version + (own_part(tensor)._version if is_sharded(tensor) else 0)
+
+
 def unsharded(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Returns those of the tensors that each rank holds whole."""
     return [tensor for tensor in tensors if not is_sharded(tensor)]

@@ -9,7 +9,16 @@ from dtrain.accelerator import is_lost
 
 
 def explain(error: Exception) -> None:
-    """Adds a note where one of torch's losses raised ``error``, or a table of embeddings did."""
+    """Adds a note where one of torch's losses raised ``error``, or a table of embeddings did.
+
+    And where sharded parameters were to be added to what is not.
+    """
+    if "got mixed torch.Tensor and DTensor" in str(error):
+        error.add_note(
+            "(with strategy='fsdp', parameters and their gradients are DTensors, of which this "
+            "rank has rows: a penalty is for callbacks.L1L2Penalty, and a hook computes with "
+            "`p.to_local()`, or with ctx.gradients())"
+        )
     span = (lambda tensor: "") if is_lost(error) else _range  # which reads it
     for frame, _ in walk_tb(error.__traceback__):
         if frame.f_globals.get("__name__") != "torch.nn.functional":

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from dtrain import accelerator
 from dtrain.callback import Callback, weights_of
 from dtrain.context import Context
-from dtrain.distributed import digests, named_parameters, named_state, own_part, placed_like
+from dtrain.distributed import (
+    digests,
+    named_parameters,
+    named_state,
+    own_part,
+    placed_like,
+    version_of,
+)
 from dtrain.errors import ConfigError
 
 
@@ -84,9 +91,9 @@ class StandIn:
         self._put_in(name, weights)
         if name:
             self._context.say(f"the model holds the weights of {name}, not the last step's")
-        versions = {n: own_part(t)._version for n, t in self._tensors().items()}
+        versions = {n: version_of(t) for n, t in self._tensors().items()}
         yield
-        now = {n: own_part(t)._version for n, t in self._tensors().items()}
+        now = {n: version_of(t) for n, t in self._tensors().items()}
         changed = [n for n, version in now.items() if version != versions.get(n)]
         if changed and self._context.run_dir is not None:
             self._context.say(

@@ -81,6 +81,7 @@ def take_model(
 
     Ranks: all, communicates.
     """
+    world.comm.mark_step(0)  # ranks may have left an earlier Trainer's fit in different steps
     if optimizer is None:
         optimizer = NoOptimizer()
     else:

@@ -222,12 +222,7 @@ class FSDP(Strategy):
         self._backward(terms[1:] if last else terms)
         if not last:
             return
-        params = micro_step.trainable
-        if (
-            self._spoke
-            and micro_step.agreement.trouble is None
-            and any(p.grad is None for p in params)
-        ):
+        if self._spoke and micro_step.agreement.trouble is None and self._lacks_gradients():
             micro_step.fail(self.unused(), "backward")
         if micro_step.agreement.trouble is not None or not self._spoke:
             self._give_zeros()
@@ -328,9 +323,13 @@ class FSDP(Strategy):
                 "same order, on all ranks, also where a forward depends on its batch"
             )
         heard = lane.listen(row[: lane.param.numel()].clone(), parts=world.size)
-        if heard.verdict().weight and any(p.grad is None for p in self._micro_step.trainable):
+        if heard.verdict().weight and self._lacks_gradients():
             raise self.unused()
         return heard
+
+    def _lacks_gradients(self) -> bool:
+        # One that was frozen since the last step has none.
+        return any(p.grad is None and p.requires_grad for p in self._micro_step.trainable)
 
     def check_arrived(self) -> None:
         """Does nothing: each step is waited for."""

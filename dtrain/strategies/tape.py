@@ -9,6 +9,7 @@ What of torch is used here is private to it; of 2.13.
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -213,6 +214,16 @@ class _Watched(FSDPParam):
         return torch.zeros_like(self.unsharded_param, dtype=dtype)
 
 
+def _refuse(name: str, grad: Tensor) -> None:
+    """Raises ConfigError: autograd came to rows, to which FSDP brings their gradients itself."""
+    raise ConfigError(
+        f"the loss was computed with rows of {name.removeprefix('micro_step.model.')}, outside of "
+        "the model's forward, and their gradient would be of this rank's loss only. For a penalty "
+        "use callbacks.L1L2Penalty, or compute it within the forward of the module that has the "
+        "parameter"
+    )
+
+
 class _Tie(torch.autograd.Function):
     """Hands on what it gets; in backward, every parameter gets zeros."""
 
@@ -257,12 +268,16 @@ class Recorder:
         return ((n, m) for n, m in self._parts.items() if isinstance(m, FSDPModule))
 
     def watch(self) -> None:
-        """Has parameters tell of it where no gradient reached them."""
+        """Has parameters tell of it where no gradient reached them, or one that nobody reduces."""
         for state in self._states.values():
             for group in state._fsdp_param_groups:
                 for param in group.fsdp_params:
                     param.__class__ = _Watched
                     param._tape = self._tape  # type: ignore[attr-defined]
+        for name, rows in self._parts[""].named_parameters():
+            trains = rows.requires_grad  # it may be thawed
+            rows.requires_grad_().register_hook(partial(_refuse, name))
+            rows.requires_grad_(trains)
 
     def begin(self) -> None:
         self._is_on, self._stack, self._top, self.wrote = True, [], [], None
