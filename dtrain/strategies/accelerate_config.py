@@ -93,9 +93,12 @@ def _strategy(found: _Found) -> Strategy:
             "distributed_type", found.kind, f"dtrain knows {', '.join(_KINDS)}: use one of these"
         )
     for name, value in found.parallel.items():
-        if name.endswith("_size") and name != "dp_shard_size" and value not in ("", "0", "1"):
+        data = name == "dp_shard_size" or (name == "dp_replicate_size" and found.kind == "FSDP")
+        if name.endswith("_size") and not data and value not in ("", "0", "1"):
             raise found.refuse(
-                f"parallelism_config.{name}", value, "that is not read from there: leave it out"
+                f"parallelism_config.{name}",
+                value,
+                "dtrain does not read that: leave it out",
             )
     if found.precision not in ("no", "bf16", "fp16"):
         raise found.refuse("mixed_precision", found.precision, "dtrain has 'bf16' and 'fp16'")
@@ -123,10 +126,8 @@ def _sharded(found: _Found, compiles: bool) -> Strategy | None:
     sharding = _sharding(found)
     if sharding == "NO_SHARD":
         return None
-    if sharding not in ("FULL_SHARD", "SHARD_GRAD_OP"):
-        raise found.refuse(
-            "fsdp_sharding_strategy", sharding, "that is not read from there: choose FULL_SHARD"
-        )
+    if sharding not in _SHARDINGS:
+        raise found.refuse("fsdp_sharding_strategy", sharding, f"dtrain knows {_SHARDINGS}")
     policy = fsdp.get("auto_wrap_policy", "").upper()
     if policy not in ("", "NO_WRAP", "TRANSFORMER_BASED_WRAP"):
         raise found.refuse(
@@ -139,12 +140,18 @@ def _sharded(found: _Found, compiles: bool) -> Strategy | None:
     classes = [one.strip() for one in fsdp.get("transformer_layer_cls_to_wrap", "").split(",")]
     return FSDP(
         blocks=[one for one in classes if one] or None,
-        reshard=sharding == "FULL_SHARD",
+        reshard=sharding in ("FULL_SHARD", "HYBRID_SHARD"),
         params="bf16" if found.precision == "bf16" else None,
         compile=_compiling(found.dynamo) if compiles else False,
         offload=fsdp.get("offload_params", "") == "true",
         checkpoint_activations=fsdp.get("activation_checkpointing", "") == "true",
+        replicas="hosts" if sharding.startswith("HYBRID") else _replicas(found),
     )
+
+
+def _replicas(found: _Found) -> int | None:
+    size = found.parallel.get("dp_replicate_size", "")
+    return int(size) if size.isdigit() and int(size) > 1 else None
 
 
 def _sharding(found: _Found) -> str:

@@ -66,7 +66,7 @@ def environment(file):
 
 def options(**changed):
     plain = {"blocks": None, "reshard": True, "params": None, "reduce": None}
-    plain |= {"compile": False, "offload": False, "checkpoint_activations": False}
+    plain |= {"compile": False, "offload": False, "checkpoint_activations": False, "replicas": None}
     return plain | changed
 
 
@@ -84,6 +84,12 @@ def fsdp(base, **changed):
         (fsdp(VERSION_2, reshard_after_forward=False), options(reshard=False)),
         (fsdp(VERSION_1, sharding_strategy="SHARD_GRAD_OP"), options(reshard=False)),
         (fsdp(VERSION_1, sharding_strategy=2), options(reshard=False)),
+        (fsdp(VERSION_1, sharding_strategy="HYBRID_SHARD"), options(replicas="hosts")),
+        (fsdp(VERSION_1, sharding_strategy=5), options(replicas="hosts", reshard=False)),
+        (
+            fsdp(VERSION_2) | {"parallelism_config": {"parallelism_config_dp_replicate_size": 2}},
+            options(replicas=2),
+        ),
         (
             fsdp(VERSION_1, sharding_strategy=None, reshard_after_forward="SHARD_GRAD_OP"),
             options(reshard=False),
@@ -122,8 +128,7 @@ def test_all_else_is_ddp(tmp_path, given):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (fsdp(VERSION_1, sharding_strategy="HYBRID_SHARD"), "fsdp_sharding_strategy: HYBRID_SHARD"),
-        (fsdp(VERSION_2, sharding_strategy=5), "fsdp_sharding_strategy: HYBRID_SHARD_ZERO2"),
+        (fsdp(VERSION_1, sharding_strategy="SHARDS"), "fsdp_sharding_strategy: SHARDS, and dtrain"),
         (fsdp(VERSION_1, auto_wrap_policy="SIZE_BASED_WRAP"), "not by size"),
         (fsdp(VERSION_1, forward_prefetch=True), "fsdp_forward_prefetch: true, and dtrain has no"),
         (fsdp(VERSION_1, state_dict_type="LOCAL_STATE_DICT"), "fsdp_state_dict_type: LOCAL_STATE"),
