@@ -262,6 +262,9 @@ class FSDP(Strategy):
                 self._plan = sharding.following.follow(plan, micro_step)
                 self._reduced = self._plan is not None
                 if self._plan is None:  # no rank had a loss
+                    self._left_over = (
+                        True  # of a backward in the loss function, if one failed there
+                    )
                     sharding.reset()
                     if last:
                         self._give_zeros()
