@@ -6,6 +6,7 @@ from dtrain.step.lane import Heard, LaneSilent
 from dtrain.step.loss_forms import LossFn, UserLoss, adapt, as_loss
 from dtrain.step.micro_step import MicroStep, of_backward
 from dtrain.step.precision import Autocast, Factor, Precision, PrecisionSlot, ScaledAutocast
+from dtrain.step.recomputing import recompute
 from dtrain.step.strategy import StepResult, Strategy, joint_norm
 from dtrain.step.taking import check_trains, may_delay, take_model, unwrapped
 from dtrain.step.updates import UpdatePlan
@@ -36,6 +37,7 @@ __all__ = [
     "may_delay",
     "of_backward",
     "own_class",
+    "recompute",
     "take_model",
     "unwrapped",
 ]

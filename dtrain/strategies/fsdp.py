@@ -31,7 +31,6 @@ from dtrain.distributed import (
 from dtrain.errors import ConfigError, DtrainError, RankMismatch, UnusedParameters
 from dtrain.step import Blocks, Heard, MicroStep, Strategy, blocks_of, joint_norm, of_backward
 from dtrain.strategies.blocks import check_model, check_training, words_of
-from dtrain.strategies.compiling import check_compile, compile_blocks
 from dtrain.strategies.options import Options
 
 if TYPE_CHECKING:
@@ -64,6 +63,8 @@ class FSDP(Strategy):
         compile: compile each block's forward: True, or a dict of torch.compile's arguments.
         offload: keep parameters, gradients and moments on the host, where updates are made. On CPUs
             they are there in any case.
+        checkpoint_activations: compute blocks again in backward, rather than keep what is in them;
+            as ``callbacks.CheckpointActivations``, but also beyond fits.
         replicas: how many groups of ranks hold the model, each among themselves, so that gathers
             stay within a group; ``"hosts"``: one on each host. If None, all ranks are one group.
 
@@ -86,9 +87,12 @@ class FSDP(Strategy):
         reduce: Literal["float32"] | torch.dtype | None = None,
         compile: bool | dict[str, Any] = False,
         offload: bool = False,
+        checkpoint_activations: bool = False,
         replicas: Literal["hosts"] | int | None = None,
     ) -> None:
-        self._options = Options(blocks, reshard, params, reduce, compile, offload, replicas)
+        self._options = Options(
+            *(blocks, reshard, params, reduce, compile, offload, checkpoint_activations, replicas)
+        )
         self._blocks: dict[str, nn.Module] = {}
         self._sharding: Sharding | None = None  # None where this rank is alone
         self._turns: Turns | None = None  # of evaluations, likewise
@@ -129,7 +133,7 @@ class FSDP(Strategy):
             )
         self._blocks = blocks_of(model, self._options.blocks)
         check_model(model, self._blocks)
-        compile_blocks(self._blocks, check_compile(self._options.compile))
+        self._options.apply(model, self._blocks)
         return model
 
     def take(self, micro_step: MicroStep, world: World) -> None:
@@ -163,11 +167,8 @@ class FSDP(Strategy):
             return "nothing is sharded on one rank (fsdp)"
         what = words_of(self._blocks) or "the model as a whole, for no repeated blocks were found"
         rest = ", and the rest" if self._blocks else ""
-        how = "" if self._options.dtype is None else "; computed in bf16, summed in float32"
-        how += "; blocks compiled" if self._options.compile else ""
-        how += "; offloaded to the host, where they are anyway" if self._options.offload else ""
         held = "parameters, gradients and moments"
-        return f"{held}: {self._where}: {what}{rest}{how} (fsdp)"
+        return f"{held}: {self._where}: {what}{rest}{self._options.words()} (fsdp)"
 
     def make_equal(self, model: nn.Module, world: World) -> bool:
         held = {n: t for n, t in tensors_of_state(model).items() if not is_sharded(t)}
@@ -256,6 +257,9 @@ class FSDP(Strategy):
                 self._plan = sharding.following.follow(plan, micro_step)
                 self._reduced = self._plan is not None
                 if self._plan is None:  # no rank had a loss
+                    self._left_over = (
+                        True  # of a backward in the loss function, if one failed there
+                    )
                     sharding.reset()
                     if last:
                         self._give_zeros()

@@ -1,13 +1,15 @@
 """What FSDP(...) can be told, checked when it is made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from dtrain.errors import ConfigError
-from dtrain.step import Blocks
-from dtrain.strategies.compiling import check_compile
+from dtrain.step import Blocks, recompute
+from dtrain.strategies.compiling import check_compile, compile_blocks
 
 _DTYPES = {None: None, "bf16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
 _REDUCES = (None, "float32", torch.float32)
@@ -29,6 +31,7 @@ class Options:
     reduce: Any
     compile: Any = False
     offload: bool = False
+    checkpoint_activations: bool = False
     replicas: Any = None
 
     def __post_init__(self) -> None:
@@ -49,8 +52,9 @@ class Options:
             )
 
         check_compile(self.compile)
-        if not isinstance(self.offload, bool):
-            raise ConfigError(f"FSDP(offload={self.offload!r}): True or False")
+        for name in ("offload", "checkpoint_activations"):
+            if not isinstance(value := vars(self)[name], bool):
+                raise ConfigError(f"FSDP({name}={value!r}): True or False")
         is_number = type(self.replicas) is int and self.replicas > 0
         if not is_number and self.replicas not in (None, "hosts"):
             raise ConfigError(
@@ -62,3 +66,19 @@ class Options:
     def dtype(self) -> torch.dtype | None:
         """What parameters are gathered in; None for their own."""
         return _DTYPES[self.params]
+
+    def apply(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+        """Changes how a model's blocks run; raises ConfigError where they cannot."""
+        compile_blocks(blocks, check_compile(self.compile))
+        if self.checkpoint_activations:
+            recompute(model, blocks, "FSDP(checkpoint_activations=True)")
+
+    def words(self) -> str:
+        """Returns what is done with blocks, for the start block."""
+        told = {
+            "computed in bf16, summed in float32": self.dtype is not None,
+            "blocks compiled": check_compile(self.compile) is not None,
+            "blocks computed again in backward": self.checkpoint_activations,
+            "offloaded to the host, where they are anyway": self.offload,
+        }
+        return "".join(f"; {words}" for words, holds in told.items() if holds)

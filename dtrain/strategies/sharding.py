@@ -22,6 +22,7 @@ from dtrain.distributed import Groups, World, named_parameters, placed_like
 from dtrain.step import MicroStep
 from dtrain.strategies.following import Following
 from dtrain.strategies.options import Options
+from dtrain.strategies.refusals import refuse_copies, refuse_early_backward
 from dtrain.strategies.tape import ORDER_SLOTS, Gather, Node, Recorder, Scatter, Tape, same_order
 
 
@@ -120,6 +121,10 @@ class Sharding:
         self.following = Following(self.parts, self.tape, world.comm)
         self.recorder = Recorder(modules, self.tape)
         self.recorder.watch()
+        self._in_forward = False
+        states = [part._get_fsdp_state() for part in self.parts.values()]
+        refuse_early_backward(states, lambda: self._in_forward)
+        refuse_copies(model)
         model.register_forward_pre_hook(self._look, prepend=True)
         if dtype is not None:
             # FSDP casts what its root is given, and that is not the model here.
@@ -145,7 +150,11 @@ class Sharding:
         if tells:
             self.following.begin()
         self.recorder.begin()
-        returned = self.root(fn)
+        self._in_forward = True
+        try:
+            returned = self.root(fn)
+        finally:
+            self._in_forward = False
         self.following.check()
         return returned, self.recorder.end()
 

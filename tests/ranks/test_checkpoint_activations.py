@@ -66,7 +66,7 @@ def made():
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def train(strategy, callbacks, run_dir=None, epochs=2, fails_on=None):
+def train(strategy, callbacks, run_dir=None, epochs=2, fails_on=None, **options):
     """Trains; if it is to fail on a rank, in the third step, it is called again."""
     rank = dtrain.init(seed=0).rank
     # A step that failed has drawn its random numbers, and is not what it would have been.
@@ -83,7 +83,7 @@ def train(strategy, callbacks, run_dir=None, epochs=2, fails_on=None):
             self.armed = model.blocks[1].fails = False
 
     trainer = sharding.trainer(
-        strategy_of(strategy),
+        strategy_of(strategy, **options),
         net=(model, optimizer),
         callbacks=[Fails(), *callbacks],
         micros=2,
@@ -99,6 +99,8 @@ def train(strategy, callbacks, run_dir=None, epochs=2, fails_on=None):
         trainer.fit(sharding.dataset(19), **fit)
     classes = {type(block).__name__ for block in model.blocks}
     assert classes == {"FSDPBlock" if trainer.context.sharded else "Block"}
+    if options:
+        assert "blocks computed again" in trainer._engine.strategy.describe()
     return whole(model), trainer.context.metrics["eval/loss"], Block.calls, told
 
 
@@ -113,10 +115,11 @@ def with_and_without(folder):
         fails = () if strategy == "ddp" else (0, 1, 2)  # the last is no rank
         failed = [train(strategy, [CheckpointActivations()], fails_on=who) for who in fails]
         resumed = plain
-        if strategy == "fsdp":  # half of a run with it, half without, from the same files
+        if strategy == "fsdp":  # half of a run with it, half by the strategy's option
             checkpoint = Checkpoint(every_epochs=1, keep=9)
             train(strategy, [CheckpointActivations(["Block"]), checkpoint], folder, epochs=1)
-            resumed = train(strategy, [Checkpoint(every_epochs=1, keep=9)], folder)
+            checkpoint = Checkpoint(every_epochs=1, keep=9)
+            resumed = train(strategy, [checkpoint], folder, checkpoint_activations=True)
         found[strategy] = plain, again, failed, resumed, kinds.same, rank
     return found
 
