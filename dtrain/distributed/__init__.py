@@ -60,7 +60,15 @@ from dtrain.distributed.replicas import (
     some_of,
     tensors_of_state,
 )
-from dtrain.distributed.sharded import gathered, is_sharded, own_part, placed_like, unsharded, whole
+from dtrain.distributed.sharded import (
+    fill_own_part,
+    gathered,
+    is_sharded,
+    own_part,
+    placed_like,
+    unsharded,
+    whole,
+)
 from dtrain.distributed.transport import DataParallel, TransportOp
 from dtrain.distributed.world import (
     World,
@@ -89,4 +97,5 @@ __all__ += ["derive_seed", "random_state", "random_state_kept", "random_state_of
 __all__ += ["StreamsOfFits", "restore_random_state", "seed_everything", "seeded_generator"]
 __all__ += ["Health", "examine_job"]
 __all__ += ["check_seeded", "init_late", "streams_apart"]
+__all__ += ["fill_own_part"]
 __all__ += ["gathered", "is_sharded", "own_part", "placed_like", "unsharded", "whole"]

@@ -1,7 +1,7 @@
 """Tensors of which each rank holds some rows only, as FSDP's parameters: DTensors of torch's."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,25 @@ def placed_like(whole: Tensor, like: Tensor) -> Tensor:
     mine = distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)
     copied: Tensor = mine.clone()  # its rows would keep all others in memory
     return copied
+
+
+def fill_own_part(tensor: Tensor, part_of: Callable[[tuple[slice, ...]], Tensor]) -> None:
+    """Writes into what this rank holds of a tensor what ``part_of`` returns for its place in it."""
+    own = own_part(tensor)
+    if not is_sharded(tensor):
+        own.copy_(part_of(()))
+        return
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if all(type(one) is Shard or one.is_replicate() for one in placements):
+        size, begin = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        at = tuple(slice(n, n + count) for n, count in zip(begin, size, strict=True))
+        if own.numel():
+            own.copy_(part_of(at))
+    else:  # as tensor parallel lays them out
+        own.copy_(own_part(placed_like(part_of(()), tensor)))
 
 
 def whole(tensor: Tensor) -> Tensor:

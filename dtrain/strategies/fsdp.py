@@ -29,8 +29,10 @@ from dtrain.distributed import (
     tensors_of_state,
 )
 from dtrain.errors import ConfigError, DtrainError, RankMismatch, UnusedParameters
+from dtrain.meta import Recipe, check_made, move_made, not_made, open_places, place
 from dtrain.step import Heard, MicroStep, Strategy, joint_norm, of_backward
 from dtrain.strategies.blocks import Blocks, blocks_of, check_model, check_training, words_of
+from dtrain.strategies.filling import check_alike, fill
 from dtrain.strategies.options import Options
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ class FSDP(Strategy):
         self._options = Options(blocks, reshard, params, reduce)
         self._blocks: dict[str, nn.Module] = {}
         self._sharding: Sharding | None = None  # None where this rank is alone
+        self._recipes: dict[str, Recipe] = {}  # what parameters become that are not made yet
         self._turns: Turns | None = None  # of evaluations, likewise
         self._plan: Node | None = None  # in which order modules run; known to all ranks, or to none
         self._reduced = True  # the step's last micro-batch had a backward
@@ -102,6 +105,15 @@ class FSDP(Strategy):
                 f"{some_of(whole)}: works on whole weights, and with strategy='fsdp' each rank "
                 "holds some rows only. Leave it out, or use 'ddp' or 'flat'"
             )
+
+    def bring(self, model: nn.Module, world: World) -> nn.Module:
+        if world.size == 1:
+            return super().bring(model, world)
+        check_made(model)
+        self._recipes = place(model)
+        check_alike(self._recipes, world.comm)
+        move_made(model, world.device)
+        return model
 
     def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
         if world.backend == "threads":
@@ -133,7 +145,10 @@ class FSDP(Strategy):
         from dtrain.strategies.turns import Turns
 
         with world.comm.lockstep("Trainer(...)"):
+            open_places(micro_step.model)
             self._sharding = Sharding(micro_step, self._blocks, world, self._message, self._options)
+            fill(micro_step.model, self._recipes)
+            self._recipes = {}
         self._turns = Turns(self._sharding, micro_step, world)
         micro_step.looks_itself = False
         micro_step.context.sharded = True
@@ -154,7 +169,9 @@ class FSDP(Strategy):
         return f"{held}: {what}{rest}{how} (fsdp)"
 
     def make_equal(self, model: nn.Module, world: World) -> bool:
-        held = {n: t for n, t in tensors_of_state(model).items() if not is_sharded(t)}
+        later = not_made(model, remove_duplicate=False)
+        state = tensors_of_state(model).items()
+        held = {n: t for n, t in state if not is_sharded(t) and n not in later}
         return give_rank_0s(held, world)
 
     # -- what is trained ------------------------------------------------------------------------
