@@ -21,6 +21,8 @@ _ASKED = {
     *(Tensor.__hash__, Tensor.__len__, Tensor.__repr__, Tensor.__format__, Tensor.is_signed),
     *(Tensor.is_conj, Tensor.is_neg, Tensor.is_inference, torch.is_inference),
 }
+#: What optimizers begin their state with, once a parameter has a place.
+_LIKE = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like}
 #: What attributes give, or take, that is of its values.
 _VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}
 
@@ -83,7 +85,8 @@ class Unmade(nn.Parameter):
         described = getattr(func, "__self__", None)
         attribute = getattr(described, "__name__", None)
         is_attribute = func.__name__ in ("__get__", "__set__", "__delete__")
-        if func in _ASKED or (is_attribute and attribute not in _VALUES):
+        is_asked = func in _ASKED or (is_attribute and attribute not in _VALUES)
+        if is_asked or (func in _LIKE and args[0].device.type != "meta"):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs or {})
         name = attribute if is_attribute else func.__name__

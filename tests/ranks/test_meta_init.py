@@ -1,12 +1,14 @@
-"""Models of dtrain.meta_init: the weights of one process, of which no rank holds more than its rows."""
+"""Models of dtrain.meta_init: the weights of one process, of which a rank holds its rows only."""
+
+import re
 
 import pytest
 import sharding
 import torch
-from torch import nn
 from sharding import distance, strategy_of, whole
 
 import dtrain
+from dtrain.errors import ConfigError, RankMismatch
 from dtrain.meta import recording
 from dtrain.testing import run_outcomes, run_processes
 
@@ -52,3 +54,78 @@ def test_the_weights_are_those_of_one_process(size, strategy, name):
         assert all(torch.equal(t, truth[0][n]) for n, t in before.items())
         assert distance(end, truth[1]) <= EXACT
         assert drawn == truth[2]
+
+
+def llama(strategy, meta):
+    """A model of transformers, which has its own loss, and buffers that are computed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    dtrain.init(seed=0)
+    sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(**sizes, **heads, tie_word_embeddings=True)
+    torch.manual_seed(2)
+    if meta:
+        recording.KEPT_BYTES = 3000
+        with dtrain.meta_init():
+            model = LlamaForCausalLM(config).double()
+    else:
+        model = LlamaForCausalLM(config).double()
+    trainer = dtrain.Trainer(
+        model, adamw, lambda net, batch: net(batch, labels=batch).loss, strategy=strategy, sinks=[]
+    )
+    tokens = torch.randint(31, (12, 6), generator=torch.Generator().manual_seed(3))
+    trainer.fit(tokens, batch_size=4, epochs=1)
+    return whole(trainer.model)
+
+
+def test_a_model_of_transformers_is_trained_as_ever():
+    expected = run_processes(llama, 1, "flat", False)[0]
+    for found in run_processes(llama, 2, "fsdp", True):
+        assert distance(found, expected) <= EXACT
+
+
+def begin(how):
+    rank = dtrain.init(seed=0).rank
+    torch.manual_seed(1 + (rank if how == "other seeds" else 0))
+    with torch.device("meta") if how == "bare" else dtrain.meta_init():
+        net = sharding.Net().double()
+    return sharding.trainer("fsdp", net=(net, adamw))
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "words"),
+    [
+        ("other seeds", RankMismatch, "would make other weights, .* blocks.0.a.weight"),
+        ("bare", ConfigError, "first.weight, .* are on the meta device, and nothing says what"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_on_all_ranks(how, kind, words):
+    for outcome in run_outcomes(begin, 2, how):
+        assert isinstance(outcome.error, kind), outcome
+        assert re.search(words, str(outcome.error))
+
+
+def try_again():
+    """A Trainer that could not be made, and another, of the same model; optimizers of all kinds."""
+    dtrain.init(seed=0)
+    expected = {n: p.detach() for n, p in make("net", meta=False).named_parameters()}
+    found = []
+    for strategy in ("ddp", "fsdp"):
+        model = make("net", meta=True)
+        with pytest.raises(ConfigError, match="LBFGS looks at whole parameters"):
+            sharding.trainer("fsdp", net=(model, lambda m: torch.optim.LBFGS(m.parameters())))
+        with pytest.raises(ConfigError, match=r"parameter of dtrain\.meta_init"):
+            model(torch.ones(1, sharding.WIDTH).double())
+        adagrad = sharding.trainer(
+            strategy, net=(model, lambda m: torch.optim.Adagrad(m.parameters()))
+        )
+        found.append(whole(adagrad.model))
+        adagrad.fit(sharding.dataset(), batch_size=5, max_steps=2)
+    return expected, *found
+
+
+def test_where_a_trainer_is_refused_another_may_take_the_model():
+    for expected, *found in run_processes(try_again, 2):
+        for one in found:
+            assert all(torch.equal(t, expected[n]) for n, t in one.items())
