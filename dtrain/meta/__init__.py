@@ -2,6 +2,7 @@
 
 from dtrain.meta.recording import meta_init
 from dtrain.meta.unmade import (
+    Given,
     Recipe,
     Unmade,
     check_made,
@@ -13,6 +14,7 @@ from dtrain.meta.unmade import (
 )
 
 __all__ = [
+    "Given",
     "Recipe",
     "Unmade",
     "check_made",

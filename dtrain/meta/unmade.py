@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dtrain.distributed import named_parameters, some_of
 from dtrain.errors import ConfigError
-from dtrain.meta.history import Content, Geometry
+from dtrain.meta.history import Content, Geometry, digest_of_bytes
 
 #: What may be asked of a parameter that is not made: nothing of its values.
 _ASKED = {
@@ -31,7 +32,10 @@ class Recipe(Protocol):
     """What a tensor is to become."""
 
     def mark(self) -> object:
-        """Returns what is equal only where the tensors to come are."""
+        """Returns what is equal only where the tensors to come are; JSON values."""
+
+    def digest(self) -> str:
+        """Returns what is equal where the tensors to come are, which takes longer."""
 
     def whole(self) -> Tensor:
         """Returns the tensor, on the CPU; nobody else has its memory."""
@@ -50,6 +54,10 @@ class Computed:
         """Returns a digest of its bits, and how they lie."""
         return self._content.digest, [*self._geometry.size], str(self._geometry.dtype)
 
+    def digest(self) -> str:
+        """Returns that, too."""
+        return str(self.mark())
+
     def whole(self) -> Tensor:
         """Returns it."""
         return self._geometry.on(self._content.compute())
@@ -57,6 +65,31 @@ class Computed:
     def part(self, at: tuple[slice, ...]) -> Tensor:
         """Returns a part of it; all of it is computed."""
         return self.whole()[at]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor that lies in a file, of which is read what is asked for."""
+
+    tensor: Tensor  # mapped into memory by safetensors
+    dtype: torch.dtype  # that it is to have
+    file: str  # by what two of equal content are told from others
+
+    def mark(self) -> object:
+        """Returns what is equal where the files are."""
+        return self.file, [*self.tensor.size()], str(self.dtype)
+
+    def digest(self) -> str:
+        """Returns that of its bits; all of it is read."""
+        return digest_of_bytes(self.whole().untyped_storage())
+
+    def whole(self) -> Tensor:
+        """Returns it."""
+        return self.part(())
+
+    def part(self, at: tuple[slice, ...]) -> Tensor:
+        """Returns a part of it, copied."""
+        return self.tensor[at].to(self.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 class Unmade(nn.Parameter):

@@ -16,15 +16,22 @@ def check_alike(recipes: Mapping[str, Recipe], comm: Comm) -> None:
     if not comm.vote("models to make", bool(recipes)):
         return
     marks = {name: digest_of(recipe.mark()) for name, recipe in recipes.items()}
-    by_rank = comm.gather_objects("what is to be made, by name", marks)
-    names = dict.fromkeys(name for one in by_rank for name in one)
-    apart = [name for name in names if len({one.get(name) for one in by_rank}) > 1]
+    apart = _apart(marks, comm)
+    if apart:  # files of other times, as copies on each host are, may hold the same
+        held = {name: recipes[name].digest() for name in apart if name in recipes}
+        apart = _apart(held, comm)
     if apart:
         raise RankMismatch(
             f"the ranks would make other weights, each for its own rows: {some_of(apart)}. Call "
             "dtrain.init(seed=...) before dtrain.meta_init(), draw alike on all ranks, and load "
             "the same files"
         )
+
+
+def _apart(marks: Mapping[str, str], comm: Comm) -> list[str]:
+    by_rank = comm.gather_objects("what is to be made, by name", dict(marks))
+    names = dict.fromkeys(name for one in by_rank for name in one)
+    return [name for name in names if len({one.get(name) for one in by_rank}) > 1]
 
 
 @torch.no_grad()

@@ -1,13 +1,16 @@
 """Models of dtrain.meta_init: the weights of one process, of which a rank holds its rows only."""
 
+import json
 import re
 
 import pytest
+import safetensors.torch
 import sharding
 import torch
 from sharding import distance, strategy_of, whole
 
 import dtrain
+from dtrain import meta
 from dtrain.errors import ConfigError, RankMismatch
 from dtrain.meta import recording
 from dtrain.testing import run_outcomes, run_processes
@@ -15,10 +18,10 @@ from dtrain.testing import run_outcomes, run_processes
 EXACT = 1e-12
 
 
-def make(name, *, meta):
+def make(name, *, later):
     """As a script does; of nothing that is let go of is much kept."""
     recording.KEPT_BYTES = recording.SMALL_BYTES = 0
-    if not meta:
+    if not later:
         torch.manual_seed(1)
         return sharding.MODELS[name]().double()
     torch.manual_seed(1)
@@ -30,9 +33,9 @@ def adamw(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
 
 
-def train(strategy, name, meta):
+def train(strategy, name, later):
     dtrain.init(seed=0)
-    model = make(name, meta=meta)
+    model = make(name, later=later)
     drawn = torch.rand(1).item()
     unmade = sum(p.is_meta for p in model.parameters())
     given = adamw if name == "odd" else torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -56,7 +59,7 @@ def test_the_weights_are_those_of_one_process(size, strategy, name):
         assert drawn == truth[2]
 
 
-def llama(strategy, meta):
+def llama(strategy, later):
     """A model of transformers, which has its own loss, and buffers that are computed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,7 +68,7 @@ def llama(strategy, meta):
     heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = LlamaConfig(**sizes, **heads, tie_word_embeddings=True)
     torch.manual_seed(2)
-    if meta:
+    if later:
         recording.KEPT_BYTES = 3000
         with dtrain.meta_init():
             model = LlamaForCausalLM(config).double()
@@ -109,10 +112,10 @@ def test_what_cannot_be_made_is_refused_on_all_ranks(how, kind, words):
 def try_again():
     """A Trainer that could not be made, and another, of the same model; optimizers of all kinds."""
     dtrain.init(seed=0)
-    expected = {n: p.detach() for n, p in make("net", meta=False).named_parameters()}
+    expected = {n: p.detach() for n, p in make("net", later=False).named_parameters()}
     found = []
     for strategy in ("ddp", "fsdp"):
-        model = make("net", meta=True)
+        model = make("net", later=True)
         with pytest.raises(ConfigError, match="LBFGS looks at whole parameters"):
             sharding.trainer("fsdp", net=(model, lambda m: torch.optim.LBFGS(m.parameters())))
         with pytest.raises(ConfigError, match=r"parameter of dtrain\.meta_init"):
@@ -129,3 +132,63 @@ def test_where_a_trainer_is_refused_another_may_take_the_model():
     for expected, *found in run_processes(try_again, 2):
         for one in found:
             assert all(torch.equal(t, expected[n]) for n, t in one.items())
+
+
+def starting_weights(folder):
+    """Loads weights that another run, or another library, has left; each rank reads its rows."""
+    dtrain.init(seed=0)
+    found = {}
+    for name in ("run", "plain", "parts", "run/checkpoints", "run again"):
+        model = make("odd", later=True)
+        if name == "run again":
+            sharding.trainer("fsdp", net=(model, adamw))  # sharded already
+        dtrain.load_model(folder / name.replace(" again", ""), model)
+        reads.clear()
+        if name != "run again":
+            assert all(p.is_meta for p in model.parameters())
+            sharding.trainer("fsdp", net=(model, adamw))
+        found[name] = whole(model), sum(reads)
+    return found
+
+
+reads = []
+
+
+def counted(part):
+    def call(self, at):
+        given = part(self, at)
+        reads.append(given.nbytes)
+        return given
+
+    return call
+
+
+meta.Given.part = counted(meta.Given.part)
+
+
+def train_plain(run_dir):
+    dtrain.init(seed=0)
+    callbacks = [dtrain.callbacks.Checkpoint(every_epochs=1)]
+    trainer = sharding.trainer("flat", model="odd", run_dir=run_dir, callbacks=callbacks)
+    trainer.fit(sharding.dataset(), batch_size=5, epochs=1)
+    return whole(trainer.model)
+
+
+def test_starting_weights_are_read_by_rows(tmp_path):
+    expected = run_processes(train_plain, 1, tmp_path / "run")[0]
+    for kind in ("plain", "parts"):
+        (tmp_path / kind).mkdir()
+    safetensors.torch.save_file(expected, tmp_path / "plain" / "model.safetensors")
+    names = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(expected)}
+    for file in {*names.values()}:
+        held = {n: t for n, t in expected.items() if names[n] == file}
+        safetensors.torch.save_file(held, tmp_path / "parts" / file)
+    index = json.dumps({"weight_map": names})
+    (tmp_path / "parts" / "model.safetensors.index.json").write_text(index)
+    ranks = run_processes(starting_weights, 3, tmp_path)
+    for name in ranks[0]:
+        for found, _ in (rank[name] for rank in ranks):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(t, expected[n]) for n, t in found.items()), name
+        if name != "run again":
+            assert sum(rank[name][1] for rank in ranks) == sum(t.nbytes for t in expected.values())
