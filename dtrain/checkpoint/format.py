@@ -39,6 +39,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dtrain.checkpoint import disk, tree
+from dtrain.checkpoint.stored import Stored, stored_in
 from dtrain.distributed import plain_name
 from dtrain.errors import CheckpointError
 
@@ -152,6 +153,11 @@ def load_model(path: Path) -> dict[str, Tensor]:
     return {plain_name(name): tensor for name, tensor in _load_parts(path, MODEL).items()}
 
 
+def stored_model(path: Path) -> dict[str, Stored]:
+    """Returns where parameters and buffers lie."""
+    return {plain_name(name): one for name, one in _stored_parts(path, MODEL).items()}
+
+
 def whose_weights(path: Path) -> dict[str, Any]:
     """Returns whose weights count as what in a checkpoint, and by which metric one is the best."""
     known: dict[str, Any] = load_plain(path).get("weights", {})
@@ -183,9 +189,16 @@ def best_of(saved: list[Saved], metric: str, mode: str) -> Saved | None:
     return min(scored, key=lambda one: (sign * one.metrics[metric], one.step), default=None)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Returns what was saved as ``state``."""
-    return _join(path / f"{STATE}.json", _load_parts(path, STATE))
+def load_state(path: Path, *, optimizer: bool = True) -> dict[str, Any]:
+    """Returns what was saved as ``state``; without ``optimizer``, of its tensors where they lie."""
+    tensors: dict[str, Any]
+    if optimizer:
+        tensors = dict(_load_parts(path, STATE))
+    else:
+        there = _stored_parts(path, STATE)
+        later = {name for name in there if name.startswith("optimizer/")}
+        tensors = {n: one if n in later else one.whole() for n, one in there.items()}
+    return _join(path / f"{STATE}.json", tensors)
 
 
 def load_rank_state(path: Path, rank: int) -> dict[str, Any] | None:
@@ -295,15 +308,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _load_parts(path: Path, stem: str, only: set[str] | None = None) -> dict[str, Tensor]:
-    part = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
-    names = [name for name in read_manifest(path)["files"] if part.fullmatch(name)]
     tensors: dict[str, Tensor] = {}
-    for name in names or [part_name(stem, 0, 1)]:
-        tensors |= load_tensors(path / name, only)
+    for file in _files_of(path, stem):
+        tensors |= load_tensors(file, only)
     return tensors
 
 
-def _join(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _stored_parts(path: Path, stem: str) -> dict[str, Stored]:
+    return {name: one for file in _files_of(path, stem) for name, one in stored_in(file).items()}
+
+
+def _files_of(path: Path, stem: str) -> list[Path]:
+    part = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    names = [name for name in read_manifest(path)["files"] if part.fullmatch(name)]
+    return [path / name for name in names or [part_name(stem, 0, 1)]]
+
+
+def _join(file: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     with disk.plain_words(file, "cannot be read", CheckpointError, *disk.DAMAGE):
         state = tree.join(json.loads(file.read_bytes()), tensors)
         if not isinstance(state, dict):

@@ -12,9 +12,10 @@ from torch.nn.parameter import is_lazy
 from dtrain.checkpoint import disk
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint.status import read as read_status
+from dtrain.checkpoint.stored import stored_in
 from dtrain.distributed import load_named, named_parameters, named_state, plain_name
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.meta import Given, not_made
+from dtrain.meta import Given, Unmade, not_made
 
 _NAMED = 10
 
@@ -66,7 +67,7 @@ def load_model(
 
     Ranks: all, local; each reads the file.
     """
-    file, found = _read(*_choose(Path(path).expanduser(), which))
+    file, found, averages = _read(*_choose(Path(path).expanduser(), which))
     own = {name: t for name, t in named_state(model).items() if isinstance(t, Tensor)}
     tied = {name: id(p) for name, p in named_parameters(model, remove_duplicate=False)}
     fitting = {name: t for name, t in found.items() if name in own and _fits(t, own[name])}
@@ -95,11 +96,26 @@ def load_model(
             "nothing was loaded):\n" + "\n".join(complaints) + f"\nWhat to do: {advice}."
         )
     later = not_made(model, remove_duplicate=False)
-    for name in (name for name in own if name in fitting and name in later):
-        later[name].recipe = Given(fitting[name], own[name].dtype, _which_file(file))
+    _defer(file, fitting, {n: p for n, p in later.items() if n in fitting}, averages)
     now = {name: t for name, t in fitting.items() if name not in later}
     load_named(model, now | _extra_state(file, model), strict=False)
     return file
+
+
+def _defer(
+    file: Path, found: dict[str, Tensor], later: dict[str, Unmade], averages: set[str]
+) -> None:
+    """Has parameters that are not made read what was found, once they are."""
+    if not later:
+        return
+    every = files.stored_model(file) if file.is_dir() and files.has_manifest(file) else {}
+    for one in () if every else [file] if file.is_file() else _plain_files(file):
+        every |= {plain_name(name): stored for name, stored in stored_in(one).items()}
+    which = _which_file(file)
+    for name, p in later.items():
+        # Averages have been cast, and are in memory.
+        read = found[name].__getitem__ if name in averages else every[name].part
+        p.recipe = Given(read, p.dtype, f"{which} {name}")
 
 
 def _which_file(file: Path) -> str:
@@ -132,7 +148,7 @@ def export_model(path: str | Path, file: str | Path, *, which: Which = "final") 
     Ranks: rank 0 only.
     """
     file = Path(file).expanduser()
-    _, tensors = _read(*_choose(Path(path).expanduser(), which))
+    _, tensors, _ = _read(*_choose(Path(path).expanduser(), which))
     aside = file.with_name(f".{file.name}.writing")
     try:
         with disk.plain_words(file):
@@ -178,12 +194,12 @@ def describe_run(run_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def _read(path: Path, which: str) -> tuple[Path, dict[str, Tensor]]:
-    """Returns what was read, and the tensors in it that count as ``which``."""
+def _read(path: Path, which: str) -> tuple[Path, dict[str, Tensor], set[str]]:
+    """Returns what was read, the tensors in it that count as ``which``, and which are averages."""
     if not path.is_dir() or not files.has_manifest(path):
         every = [path] if not path.is_dir() else _plain_files(path)
         loaded = [files.load_tensors(file).items() for file in every]
-        return path, {plain_name(n): t for held in loaded for n, t in held}
+        return path, {plain_name(n): t for held in loaded for n, t in held}, set()
     own = files.load_model(path)
     held = {} if which == "raw" else files.load_held(path, which)
     if not held and which in ("averaged", "best"):
@@ -194,7 +210,7 @@ def _read(path: Path, which: str) -> tuple[Path, dict[str, Tensor]]:
         )
     # In the model's dtypes: averages are kept in float32 at least. Copied: tied ones are one there.
     cast = {n: t.to(own[n].dtype if n in own else t.dtype, copy=True) for n, t in held.items()}
-    return path if held else files.model_file(path), own | cast
+    return path if held else files.model_file(path), own | cast, set(cast)
 
 
 def _choose(path: Path, which: Which) -> tuple[Path, str]:

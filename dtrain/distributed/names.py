@@ -34,7 +34,9 @@ def load_named(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool 
     named = {own.get(n, n): t for n, t in tensors.items()}
     for name, tensor in named.items():
         mine = held.get(name)
-        if isinstance(mine, Tensor) and is_sharded(mine) and tensor.shape == mine.shape:
+        if not isinstance(mine, Tensor) or not is_sharded(mine) or is_sharded(tensor):
+            continue
+        if tensor.shape == mine.shape:
             # One after the other, and no more of each than this rank's rows.
             fill_own_part(mine, partial(_part, tensor))
             named[name] = mine

@@ -69,15 +69,15 @@ class Computed:
 
 @dataclass(frozen=True)
 class Given:
-    """A tensor that lies in a file, of which is read what is asked for."""
+    """A tensor that lies elsewhere, as in a file, of which is read what is asked for."""
 
-    tensor: Tensor  # mapped into memory by safetensors
+    read: Callable[[tuple[slice, ...]], Tensor]
     dtype: torch.dtype  # that it is to have
     file: str  # by what two of equal content are told from others
 
     def mark(self) -> object:
         """Returns what is equal where the files are."""
-        return self.file, [*self.tensor.size()], str(self.dtype)
+        return self.file, str(self.dtype)
 
     def digest(self) -> str:
         """Returns that of its bits; all of it is read."""
@@ -89,7 +89,7 @@ class Given:
 
     def part(self, at: tuple[slice, ...]) -> Tensor:
         """Returns a part of it, copied."""
-        return self.tensor[at].to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        return self.read(at).to(self.dtype).contiguous()
 
 
 class Unmade(nn.Parameter):

@@ -10,7 +10,7 @@ import torch
 from sharding import distance, strategy_of, whole
 
 import dtrain
-from dtrain import meta
+from dtrain.checkpoint.stored import Stored
 from dtrain.errors import ConfigError, RankMismatch
 from dtrain.meta import recording
 from dtrain.testing import run_outcomes, run_processes
@@ -163,7 +163,7 @@ def counted(part):
     return call
 
 
-meta.Given.part = counted(meta.Given.part)
+Stored.part = counted(Stored.part)
 
 
 def train_plain(run_dir):
