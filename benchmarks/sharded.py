@@ -37,14 +37,14 @@ BATCH, CONTEXT, VOCABULARY, LAYERS = 4, 32, 256, 6
 class Transformer(nn.Module):
     """Of so many million parameters, nearly all of them in equal blocks."""
 
-    def __init__(self, millions: float) -> None:
+    def __init__(self, millions: float, layers: int = LAYERS) -> None:
         super().__init__()
         heads = 4
-        width = max(8, round((millions * 1e6 / LAYERS / 12) ** 0.5 / heads) * heads)
+        width = max(8, round((millions * 1e6 / layers / 12) ** 0.5 / heads) * heads)
         self.tokens = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, batch_first=True)
-            for _ in range(LAYERS)
+            for _ in range(layers)
         )
         self.head = nn.Linear(width, VOCABULARY)
 

@@ -43,6 +43,7 @@ from dtrain.errors import (
     UnusedParameters,
 )
 from dtrain.inference import load_predictions
+from dtrain.meta import meta_init
 from dtrain.plan import FitResult
 from dtrain.sinks import Report, Sink
 from dtrain.studies import Table, compare_runs
@@ -100,5 +101,6 @@ __all__ = [
     "load_model",
     "load_predictions",
     "lr_range_test",
+    "meta_init",
     "on_main",
 ]

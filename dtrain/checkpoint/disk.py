@@ -47,8 +47,8 @@ def write(file: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
     sync(file)
     size = sum(len(part) for piece in pieces for part in piece)
     if len(pieces) == 1:
-        return {"bytes": size, "sha256": digests[0].hex()}
-    return {"bytes": size, "sha256": _joint(digests), "piece": PIECE_BYTES}
+        return {"bytes": size, "sha256": joint(digests)}
+    return {"bytes": size, "sha256": joint(digests), "piece": PIECE_BYTES}
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -192,12 +192,11 @@ def digest(file: Path, piece: int = 0) -> str:
     if not piece or size <= piece:
         with file.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
-    return _joint(
-        at_once([partial(_digest_piece, file, at, piece) for at in range(0, size, piece)])
-    )
+    return joint(at_once([partial(digest_piece, file, at, piece) for at in range(0, size, piece)]))
 
 
-def _digest_piece(file: Path, at: int, piece: int) -> bytes:
+def digest_piece(file: Path, at: int, piece: int) -> bytes:
+    """Returns the sha256 of so many bytes of a file."""
     checksum, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
     with file.open("rb", buffering=0) as handle:
         handle.seek(at)
@@ -207,7 +206,10 @@ def _digest_piece(file: Path, at: int, piece: int) -> bytes:
     return checksum.digest()
 
 
-def _joint(digests: Iterable[bytes]) -> str:
+def joint(digests: Sequence[bytes]) -> str:
+    """Returns a file's checksum, by those of its pieces, of which it may have one."""
+    if len(digests) == 1:
+        return digests[0].hex()
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 

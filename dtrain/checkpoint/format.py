@@ -39,6 +39,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dtrain.checkpoint import disk, tree
+from dtrain.checkpoint.stored import Stored, stored_in
 from dtrain.distributed import plain_name
 from dtrain.errors import CheckpointError
 
@@ -118,7 +119,7 @@ def tidy(folder: Path) -> None:
 def find(folder: Path) -> tuple[Saved | None, list[str]]:
     """Returns the newest intact checkpoint, every byte read, and what is wrong with newer ones."""
     damage: list[str] = []
-    for path in reversed(_by_step(folder)):
+    for path in newest_first(folder):
         try:
             return check(path), damage
         except CheckpointError as error:
@@ -126,12 +127,17 @@ def find(folder: Path) -> tuple[Saved | None, list[str]]:
     return None, damage
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """Returns the folders of checkpoints, intact or not."""
+    return _by_step(folder)[::-1]
+
+
 def listed(folder: Path) -> list[Saved]:
     """Returns the checkpoints in ``folder``, oldest first, by their manifests alone."""
     saved = []
     for path in _by_step(folder):
         with suppress(CheckpointError):  # damaged: `find` says so when it matters
-            manifest = _read_manifest(path)
+            manifest = read_manifest(path)
             saved.append(Saved(path, manifest["step"], manifest["metrics"]))
     return saved
 
@@ -145,6 +151,11 @@ def model_file(path: Path) -> Path:
 def load_model(path: Path) -> dict[str, Tensor]:
     """Returns parameters and buffers, on the CPU; a CheckpointError names what cannot be read."""
     return {plain_name(name): tensor for name, tensor in _load_parts(path, MODEL).items()}
+
+
+def stored_model(path: Path) -> dict[str, Stored]:
+    """Returns where parameters and buffers lie."""
+    return {plain_name(name): one for name, one in _stored_parts(path, MODEL).items()}
 
 
 def whose_weights(path: Path) -> dict[str, Any]:
@@ -178,9 +189,16 @@ def best_of(saved: list[Saved], metric: str, mode: str) -> Saved | None:
     return min(scored, key=lambda one: (sign * one.metrics[metric], one.step), default=None)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Returns what was saved as ``state``."""
-    return _join(path / f"{STATE}.json", _load_parts(path, STATE))
+def load_state(path: Path, *, optimizer: bool = True) -> dict[str, Any]:
+    """Returns what was saved as ``state``; without ``optimizer``, of its tensors where they lie."""
+    tensors: dict[str, Any]
+    if optimizer:
+        tensors = dict(_load_parts(path, STATE))
+    else:
+        there = _stored_parts(path, STATE)
+        later = {name for name in there if name.startswith("optimizer/")}
+        tensors = {n: one if n in later else one.whole() for n, one in there.items()}
+    return _join(path / f"{STATE}.json", tensors)
 
 
 def load_rank_state(path: Path, rank: int) -> dict[str, Any] | None:
@@ -236,22 +254,34 @@ def has_manifest(path: Path) -> bool:
 
 def check(path: Path) -> Saved:
     """Compares each file with the manifest; a CheckpointError names the first that differs."""
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name, facts in manifest["files"].items():
         file = path / name
         with disk.plain_words(file, "cannot be read"):
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing")
-            if (size := file.stat().st_size) != facts["bytes"]:
-                raise CheckpointError(f"{file} has {size} bytes, not the {facts['bytes']} written")
-            if disk.digest(file, facts.get("piece", 0)) != facts["sha256"]:
-                raise CheckpointError(
-                    f"{file} was changed since it was written (its sha256 differs)"
-                )
+            check_size(file, facts)
+            if trouble := differs(file, disk.digest(file, facts.get("piece", 0)), facts):
+                raise CheckpointError(trouble)
     return Saved(path, manifest["step"], manifest["metrics"])
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def check_size(file: Path, facts: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a file is not there, or is not as long as it was written."""
+    with disk.plain_words(file, "cannot be read"):
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if (size := file.stat().st_size) != facts["bytes"]:
+            raise CheckpointError(f"{file} has {size} bytes, not the {facts['bytes']} written")
+
+
+def differs(file: Path, sha256: str, facts: Mapping[str, Any]) -> str:
+    """Returns in words that a file holds something else than was written, if so."""
+    if sha256 == facts["sha256"]:
+        return ""
+    return f"{file} was changed since it was written (its sha256 differs)"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Returns what a checkpoint's manifest says; a CheckpointError tells why it cannot be read."""
     file = path / _MANIFEST
     try:
         manifest = json.loads(file.read_bytes())
@@ -278,15 +308,23 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _load_parts(path: Path, stem: str, only: set[str] | None = None) -> dict[str, Tensor]:
-    part = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
-    names = [name for name in _read_manifest(path)["files"] if part.fullmatch(name)]
     tensors: dict[str, Tensor] = {}
-    for name in names or [part_name(stem, 0, 1)]:
-        tensors |= load_tensors(path / name, only)
+    for file in _files_of(path, stem):
+        tensors |= load_tensors(file, only)
     return tensors
 
 
-def _join(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _stored_parts(path: Path, stem: str) -> dict[str, Stored]:
+    return {name: one for file in _files_of(path, stem) for name, one in stored_in(file).items()}
+
+
+def _files_of(path: Path, stem: str) -> list[Path]:
+    part = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    names = [name for name in read_manifest(path)["files"] if part.fullmatch(name)]
+    return [path / name for name in names or [part_name(stem, 0, 1)]]
+
+
+def _join(file: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     with disk.plain_words(file, "cannot be read", CheckpointError, *disk.DAMAGE):
         state = tree.join(json.loads(file.read_bytes()), tensors)
         if not isinstance(state, dict):

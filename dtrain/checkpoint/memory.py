@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dtrain.accelerator import Accelerator
 from dtrain.checkpoint import disk
+from dtrain.distributed import is_sharded
 
 #: While an accelerator's driver pins a block, it launches nothing: blocks are small.
 BLOCK_BYTES = 8 * 2**20
@@ -29,6 +30,7 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
+        self._places: dict[tuple[str, str], int] = {}  # of tensors, by file and name
         self._growing = threading.Lock()
         self._thread: threading.Thread | None = None
         self._left = threading.Event()
@@ -39,6 +41,7 @@ class HostMemory:
         """Copies tensors, by the file that is to hold them; returns what to write into each.
 
         What was returned before is overwritten. With an accelerator, copies may be under way.
+        Sharded tensors get a place, into which :meth:`put` copies them.
         """
         while self._grow(bytes_of(files), beside):
             pass
@@ -46,10 +49,15 @@ class HostMemory:
         for file, tensors in files.items():
             names, begin = disk.order(tensors), at
             for name in names:
-                at = self._copy_one(tensors[name], at)
+                self._places[file, name], tensor = at, tensors[name]
+                at = at + tensor.nbytes if is_sharded(tensor) else self._copy_one(tensor, at)
             parts[file] = [memoryview(disk.header(tensors, names)), *self._between(begin, at)]
             at = _aligned(at)
         return parts
+
+    def put(self, file: str, name: str, tensor: Tensor) -> None:
+        """Copies a tensor into its place."""
+        self._copy_one(tensor, self._places[file, name])
 
     def reserve(self, wanted: Callable[[], int | None], beside: Accelerator) -> None:
         """Gets as many bytes as are ``wanted`` in a thread, once that is known."""

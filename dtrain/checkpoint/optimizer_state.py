@@ -9,11 +9,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtrain.checkpoint.stored import Stored
 from dtrain.context import kinds_of_groups
-from dtrain.distributed import is_sharded, named_parameters, placed_like, some_of
+from dtrain.distributed import fill_own_part, is_sharded, named_parameters, some_of
 from dtrain.errors import ConfigError, ResumeError
 
 Group = dict[str, Any]
@@ -156,15 +158,28 @@ def arrange(
 
 
 def place(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Takes of a saved state, which is whole, what this rank holds of sharded parameters."""
+    """Reads a saved state, of which is in files; of sharded parameters, this rank's part only."""
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, p in zip(numbers, parameters, strict=True):
-        if is_sharded(p) and number in saved["state"]:
+        if number in saved["state"]:
+            state = saved["state"][number].items()
             saved["state"][number] = {
-                name: placed_like(value, p) if isinstance(value, Tensor) else value
-                for name, value in saved["state"][number].items()
+                name: _placed(value, p) if isinstance(value, Stored) else value
+                for name, value in state
             }
+    for number in saved["state"].keys() - {*numbers}:  # of no parameter
+        for name, value in saved["state"][number].items():
+            if isinstance(value, Stored):
+                saved["state"][number][name] = value.whole()
+
+
+def _placed(stored: Stored, p: Tensor) -> Tensor:
+    if not is_sharded(p) or stored.shape != p.shape:
+        return stored.whole()
+    mine = torch.zeros_like(p, dtype=stored.dtype)
+    fill_own_part(mine, stored.part)
+    return mine
 
 
 def _is_same(there: Group, here: Group) -> bool:

@@ -61,16 +61,27 @@ def check_mode(mode: str) -> None:
         raise ConfigError(f"resume={mode!r}: choose one of {', '.join(get_args(ResumeMode))}")
 
 
-def look(run_dir: Path, mode: ResumeMode, own: Iterable[str] = ()) -> Decision:
+def folder_of(run_dir: Path, mode: ResumeMode) -> Path:
+    """Returns the folder of the checkpoints that a way to resume goes on from."""
+    return run_dir / (EMERGENCY if mode == EMERGENCY else "checkpoints")
+
+
+def look(
+    run_dir: Path,
+    mode: ResumeMode,
+    own: Iterable[str] = (),
+    found: tuple[Saved | None, list[str]] | None = None,
+) -> Decision:
     """Looks for the run in ``run_dir``: its newest intact checkpoint, and which fits it has had.
 
-    ``own`` are files in ``run_dir`` that are the run's beside the usual ones. A ResumeError says
-    that there is none, where ``mode`` insists on one. Ranks: rank 0 only.
+    ``own`` are files in ``run_dir`` that are the run's beside the usual ones; ``found`` is what
+    looking for checkpoints gave, if that was done. A ResumeError says that there is none, where
+    ``mode`` insists on one. Ranks: rank 0 only.
     """
     check_mode(mode)
     if mode == "never":
         return _set_aside(run_dir, {*_OWN, *own})
-    saved, damage = files.find(run_dir / (EMERGENCY if mode == EMERGENCY else "checkpoints"))
+    saved, damage = files.find(folder_of(run_dir, mode)) if found is None else found
     notes = [f"left out, because it is damaged: {what}" for what in damage]
     try:
         status = read(run_dir)

@@ -12,6 +12,7 @@ from typing import Any
 from dtrain import accelerator
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint import one_folder, status
+from dtrain.checkpoint.checking import find_together
 from dtrain.checkpoint.comparison import Comparison, sharers_of
 from dtrain.checkpoint.fits import Fits
 from dtrain.checkpoint.format import Saved
@@ -23,6 +24,7 @@ from dtrain.checkpoint.resume import (
     ResumeMode,
     check_mode,
     decide,
+    folder_of,
 )
 from dtrain.checkpoint.resume import look as look_for
 from dtrain.checkpoint.run_lock import RunLock
@@ -91,13 +93,16 @@ class RunFiles:
             self.saver.run_lock.take()
 
         def look() -> Decision:
-            decision = look_for(run_dir, mode, own)
+            decision = look_for(run_dir, mode, own, found)
             if self._world.restarted and decision.before is not None:
                 self._failures = status.failures_before(run_dir, decision.before)
             return decision
 
         self._world.comm.on_main("run lock", take)
         one_folder.check_shared(run_dir, self._world)
+        found: tuple[Saved | None, list[str]] = (None, [])
+        if mode != "never":
+            found = find_together(folder_of(run_dir, mode), self._world)
         self.found = decision = self._world.comm.on_main("resume", look)
         run_state.fits = Fits(decision.fits)
         self._saved = -1 if decision.saved is None else decision.saved.step

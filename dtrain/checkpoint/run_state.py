@@ -24,6 +24,7 @@ from dtrain.checkpoint.optimizer_state import (
     put_override,
 )
 from dtrain.checkpoint.status import renamed
+from dtrain.checkpoint.stored import fill_shards
 from dtrain.checkpoint.writer import Content
 from dtrain.context import Context, Progress, kind_of
 from dtrain.distributed import (
@@ -279,7 +280,7 @@ class RunState:
 
         Returns the rest, for :meth:`restore_rest`.
         """
-        state = files.load_state(saved.path)
+        state = files.load_state(saved.path, optimizer=False)
         run = str(saved.path.parent.parent)
         there, here = state.get("groups"), self.groups
         state["optimizer"], state["groups"] = arrange(state["optimizer"], there, here, run)
@@ -295,6 +296,7 @@ class RunState:
     ) -> None:
         """Restores the model: as training goes on; or, once a fit is over, as that has left it."""
         tensors: dict[str, Any] = files.load_model(saved.path) | dict(extra)
+        tensors |= fill_shards(self.context.model, files.stored_model(saved.path))
         if over:
             tensors |= files.load_held(saved.path, "final")
         missing = [name for name in named_state(self.context.model) if name not in tensors]

@@ -29,7 +29,7 @@ def split(state: Any) -> Split:
     return Split(_encode(state, "", tensors, {}), tensors)
 
 
-def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
+def join(plain: Any, tensors: dict[str, Any]) -> Any:
     """Returns what :func:`split` was given."""
     if isinstance(plain, list):
         return [join(value, tensors) for value in plain]

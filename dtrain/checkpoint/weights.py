@@ -1,5 +1,6 @@
 """Weights alone, out of a checkpoint or a safetensors file, into a model or one plain file."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,8 +12,10 @@ from torch.nn.parameter import is_lazy
 from dtrain.checkpoint import disk
 from dtrain.checkpoint import format as files
 from dtrain.checkpoint.status import read as read_status
-from dtrain.distributed import load_named, named_state, plain_name
+from dtrain.checkpoint.stored import stored_in
+from dtrain.distributed import load_named, named_parameters, named_state, plain_name
 from dtrain.errors import CheckpointError, ConfigError
+from dtrain.meta import Given, Unmade, not_made
 
 _NAMED = 10
 
@@ -36,10 +39,17 @@ def load_model(
         dtrain.load_model("runs/first/checkpoints/step-00000500", model)
         dtrain.load_model("weights.safetensors", model, strict=False)
 
+        with dtrain.meta_init():
+            model = GPT(config)
+        dtrain.load_model("pretrained", model)                          # read by the Trainer
+
     Args:
         path: a run's folder, of which the newest intact checkpoint is taken (newer, damaged ones
-            are told of in a warning); or a checkpoint's folder; or a ``.safetensors`` file.
-        model: a module, on any device; may be compiled, but not wrapped otherwise.
+            are told of in a warning); or a checkpoint's folder; or a ``.safetensors`` file, or a
+            folder with ``model.safetensors`` or its parts, as Hugging Face's libraries write it.
+        model: a module, on any device; may be compiled, but not wrapped otherwise. Of one that is
+            sharded each rank reads its rows; so it does of one of :func:`~dtrain.meta_init`, once
+            a Trainer takes it: until then the files must stay as they are.
         strict: the names must be the model's, all of them, and so must the shapes. False loads
             those tensors that fit, and leaves the others of the model as they are.
         which: ``"final"``, the weights that count (docs/checkpoints.md): what the model held after
@@ -57,14 +67,17 @@ def load_model(
 
     Ranks: all, local; each reads the file.
     """
-    file, found = _read(*_choose(Path(path).expanduser(), which))
+    file, found, averages = _read(*_choose(Path(path).expanduser(), which))
     own = {name: t for name, t in named_state(model).items() if isinstance(t, Tensor)}
+    tied = {name: id(p) for name, p in named_parameters(model, remove_duplicate=False)}
     fitting = {name: t for name, t in found.items() if name in own and _fits(t, own[name])}
     # Of weights that are tied, a file may hold one only; it fills all of them.
-    filled = {_memory(own[name]) for name in fitting}
+    filled = {_memory(own[name], tied.get(name)) for name in fitting}
     troubles = {
         "missing in the file": [
-            name for name, t in own.items() if name not in found and _memory(t) not in filled
+            name
+            for name, t in own.items()
+            if name not in found and _memory(t, tied.get(name)) not in filled
         ],
         "unexpected, for the model has none of that name": [n for n in found if n not in own],
         "of another shape or kind": [
@@ -82,8 +95,35 @@ def load_model(
             f"{file} does not fit the model ({len(fitting)} of the model's {len(own)} tensors do; "
             "nothing was loaded):\n" + "\n".join(complaints) + f"\nWhat to do: {advice}."
         )
-    load_named(model, fitting | _extra_state(file, model), strict=False)
+    later = not_made(model, remove_duplicate=False)
+    _defer(file, fitting, {n: p for n, p in later.items() if n in fitting}, averages)
+    now = {name: t for name, t in fitting.items() if name not in later}
+    load_named(model, now | _extra_state(file, model), strict=False)
     return file
+
+
+def _defer(
+    file: Path, found: dict[str, Tensor], later: dict[str, Unmade], averages: set[str]
+) -> None:
+    """Has parameters that are not made read what was found, once they are."""
+    if not later:
+        return
+    every = files.stored_model(file) if file.is_dir() and files.has_manifest(file) else {}
+    for one in () if every else [file] if file.is_file() else _plain_files(file):
+        every |= {plain_name(name): stored for name, stored in stored_in(one).items()}
+    which = _which_file(file)
+    for name, p in later.items():
+        # Averages have been cast, and are in memory.
+        read = found[name].__getitem__ if name in averages else every[name].part
+        p.recipe = Given(read, p.dtype, f"{which} {name}")
+
+
+def _which_file(file: Path) -> str:
+    """Returns what other files hardly have: of a checkpoint its manifest, else sizes and times."""
+    if file.is_dir() and files.has_manifest(file):
+        return str(files.read_manifest(file)["sha256"])
+    found = [file] if file.is_file() else sorted(file.glob("*.safetensors"))
+    return str([(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in found])
 
 
 def export_model(path: str | Path, file: str | Path, *, which: Which = "final") -> int:
@@ -108,7 +148,7 @@ def export_model(path: str | Path, file: str | Path, *, which: Which = "final") 
     Ranks: rank 0 only.
     """
     file = Path(file).expanduser()
-    _, tensors = _read(*_choose(Path(path).expanduser(), which))
+    _, tensors, _ = _read(*_choose(Path(path).expanduser(), which))
     aside = file.with_name(f".{file.name}.writing")
     try:
         with disk.plain_words(file):
@@ -154,10 +194,12 @@ def describe_run(run_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def _read(path: Path, which: str) -> tuple[Path, dict[str, Tensor]]:
-    """Returns what was read, and the tensors in it that count as ``which``."""
-    if not path.is_dir():
-        return path, {plain_name(n): t for n, t in files.load_tensors(path).items()}
+def _read(path: Path, which: str) -> tuple[Path, dict[str, Tensor], set[str]]:
+    """Returns what was read, the tensors in it that count as ``which``, and which are averages."""
+    if not path.is_dir() or not files.has_manifest(path):
+        every = [path] if not path.is_dir() else _plain_files(path)
+        loaded = [files.load_tensors(file).items() for file in every]
+        return path, {plain_name(n): t for held in loaded for n, t in held}, set()
     own = files.load_model(path)
     held = {} if which == "raw" else files.load_held(path, which)
     if not held and which in ("averaged", "best"):
@@ -168,7 +210,7 @@ def _read(path: Path, which: str) -> tuple[Path, dict[str, Tensor]]:
         )
     # In the model's dtypes: averages are kept in float32 at least. Copied: tied ones are one there.
     cast = {n: t.to(own[n].dtype if n in own else t.dtype, copy=True) for n, t in held.items()}
-    return path if held else files.model_file(path), own | cast
+    return path if held else files.model_file(path), own | cast, set(cast)
 
 
 def _choose(path: Path, which: Which) -> tuple[Path, str]:
@@ -189,6 +231,10 @@ def _choose(path: Path, which: Which) -> tuple[Path, str]:
         saved = files.check(path)
         if step not in (None, saved.step):
             raise CheckpointError(f"{path} is of step {saved.step}, not {step}")
+        return path, role
+    if _plain_files(path):
+        if role not in ("final", "raw") or step is not None:
+            raise CheckpointError(f"{path} has one set of weights, and no steps: leave which out")
         return path, role
     if step is not None:
         there = files.listed(_folder(path))
@@ -228,6 +274,22 @@ def _file(path: Path, role: str) -> Path:
     return path
 
 
+def _plain_files(path: Path) -> list[Path]:
+    """Returns the files of weights in a folder that is neither a run's nor a checkpoint's."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if (path / f"{files.STATE}.json").exists():
+        return []  # a checkpoint, without its manifest
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return []
+    with disk.plain_words(index, "cannot be read", CheckpointError, *disk.DAMAGE):
+        names = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+        if any("/" in name for name in names):
+            raise ValueError("a file outside of its folder")
+    return [path / name for name in sorted(names)]
+
+
 def _folder(path: Path) -> Path:
     inner = path / "checkpoints"
     return inner if inner.is_dir() else path
@@ -255,9 +317,11 @@ def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _memory(tensor: Tensor) -> object:
+def _memory(tensor: Tensor, parameter: int | None) -> object:
     """What tied weights have in common; an empty tensor has nothing in common with others."""
-    if is_lazy(tensor) or tensor.numel() == 0 or tensor.is_meta:
+    if tensor.is_meta:
+        return parameter
+    if is_lazy(tensor) or tensor.numel() == 0:
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 

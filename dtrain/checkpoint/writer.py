@@ -78,11 +78,12 @@ class Stage:
         for stem, tensors in held.items():
             _check(stem, tensors)
         parts = _parts(content, len(sharers))
-        share = _gathered(self._share(own.tensors, parts, sharers), parts, sharers)
+        share = self._share(own.tensors, parts, sharers)
         # Not of what others copy: they do where this rank's device is broken.
         devices = {tensor.device for tensors in share.values() for tensor in tensors.values()}
         beside = next(filter(None, map(accelerator.of, devices)), None)
         staged = Staged(content.step, dict(content.metrics), self.memory.copy(share, beside))
+        self._gather(parts, sharers)
         if beside is not None:
             staged.copied = beside.event()
             staged.copied.record()
@@ -117,22 +118,17 @@ class Stage:
         mine = {file: held for file, held in parts.items() if turns[file] == self._rank}
         return {f"{files.rank_name(self._rank)}.safetensors": own} | mine
 
+    def _gather(self, parts: Mapping[str, Tensors], sharers: Sequence[int]) -> None:
+        """Gathers sharded tensors, one after the other, to the rank that writes it.
 
-def _gathered(
-    share: dict[str, Tensors], parts: Mapping[str, Tensors], sharers: Sequence[int]
-) -> dict[str, Tensors]:
-    """Returns what this rank copies, with the rows of sharded tensors that others hold.
-
-    One tensor after the other, to the rank that writes it. Ranks: all, communicates.
-    """
-    for turn, (file, tensors) in enumerate(parts.items()):
-        for name, tensor in tensors.items():
-            if (
-                is_sharded(tensor)
-                and (whole := gathered(tensor, sharers[turn % len(sharers)])) is not None
-            ):
-                share[file] = {**share[file], name: whole}
-    return share
+        Ranks: all, communicates.
+        """
+        for turn, (file, tensors) in enumerate(parts.items()):
+            for name, tensor in tensors.items():
+                if not is_sharded(tensor):
+                    continue
+                if (whole := gathered(tensor, sharers[turn % len(sharers)])) is not None:
+                    self.memory.put(file, name, whole)
 
 
 def _parts(content: Content, most: int) -> dict[str, Tensors]:

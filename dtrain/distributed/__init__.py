@@ -63,6 +63,7 @@ from dtrain.distributed.replicas import (
 )
 from dtrain.distributed.sharded import (
     copies_of,
+    fill_own_part,
     gathered,
     is_sharded,
     own_part,
@@ -99,6 +100,6 @@ __all__ += ["derive_seed", "random_state", "random_state_kept", "random_state_of
 __all__ += ["StreamsOfFits", "restore_random_state", "seed_everything", "seeded_generator"]
 __all__ += ["Health", "examine_job"]
 __all__ += ["check_seeded", "init_late", "streams_apart"]
-__all__ += ["Grid", "Groups", "copies_of", "grid_of", "hosts_of"]
+__all__ += ["Grid", "Groups", "copies_of", "fill_own_part", "grid_of", "hosts_of"]
 __all__ += ["gathered", "is_sharded", "own_part", "placed_like", "unsharded", "version_of"]
 __all__ += ["whole"]

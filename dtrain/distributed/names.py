@@ -1,11 +1,12 @@
 """Names of a model's tensors: as the user gave them, also where parts of it are compiled."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from dtrain.distributed.sharded import is_sharded, placed_like
+from dtrain.distributed.sharded import fill_own_part, is_sharded
 
 
 def plain_name(name: str) -> str:
@@ -31,6 +32,16 @@ def load_named(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool 
     held = model.state_dict()
     own = {plain_name(name): name for name in held}
     named = {own.get(n, n): t for n, t in tensors.items()}
-    both = [(n, t, held.get(n)) for n, t in named.items()]
-    placed = {n: placed_like(t, o) for n, t, o in both if isinstance(o, Tensor) and is_sharded(o)}
-    model.load_state_dict(named | placed, strict=strict)
+    for name, tensor in named.items():
+        mine = held.get(name)
+        if not isinstance(mine, Tensor) or not is_sharded(mine) or is_sharded(tensor):
+            continue
+        if tensor.shape == mine.shape:
+            # One after the other, and no more of each than this rank's rows.
+            fill_own_part(mine, partial(_part, tensor))
+            named[name] = mine
+    model.load_state_dict(named, strict=strict)
+
+
+def _part(tensor: Tensor, at: tuple[slice, ...]) -> Tensor:
+    return tensor[at]

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -44,19 +44,47 @@ def unsharded(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor for tensor in tensors if not is_sharded(tensor)]
 
 
+def own_place(tensor: Tensor) -> tuple[slice, ...] | None:
+    """Returns where in a tensor lies what this rank holds of it; None where that is in pieces."""
+    if not is_sharded(tensor):
+        return ()
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if not all(type(one) is Shard or one.is_replicate() for one in placements):
+        return None  # as tensor parallel may lay them out
+    size, begin = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    return tuple(slice(n, n + count) for n, count in zip(begin, size, strict=True))
+
+
 def placed_like(whole: Tensor, like: Tensor) -> Tensor:
     """Returns of a whole tensor, equal on all ranks, what this rank is to hold; copied.
 
-    That is all of it, itself, where ``like`` is not sharded, or has another shape.
+    That is all of it, itself, where ``like`` is not sharded, or has another shape. Of a file, no
+    more is read.
     """
     if not is_sharded(like) or is_sharded(whole) or whole.shape != like.shape:
         return whole
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    mine = distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)
-    copied: Tensor = mine.clone()  # its rows would keep all others in memory
-    return copied
+    if (at := own_place(like)) is None:
+        mine = distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)
+        return mine.clone()  # its rows would keep all others in memory
+    part = whole[at].to(like.device, copy=True, memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def fill_own_part(tensor: Tensor, part_of: Callable[[tuple[slice, ...]], Tensor]) -> None:
+    """Writes into what this rank holds of a tensor what ``part_of`` returns for its place in it."""
+    own = own_part(tensor)
+    if (at := own_place(tensor)) is None:
+        own.copy_(own_part(placed_like(part_of(()), tensor)))
+    elif own.numel():
+        own.copy_(part_of(at))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from dtrain.distributed import (
     tensors_of_state,
 )
 from dtrain.errors import ConfigError, DtrainError, UnusedParameters
+from dtrain.meta import check_made, make
 from dtrain.step.device_lane import OnDevice
 from dtrain.step.lane import Heard, LaneSilent, Verdict
 from dtrain.step.micro_step import MicroStep
@@ -46,6 +47,12 @@ class Strategy(ABC):
         self, *, accumulates: bool, callbacks: Sequence[Callback] = ()
     ) -> None:
         """Raises ConfigError for what cannot work, such as steps of several micro-batches."""
+
+    def bring(self, model: nn.Module, world: World) -> nn.Module:
+        """Returns the model on this rank's device, with what dtrain.meta_init left made."""
+        check_made(model)
+        make(model)
+        return model.to(world.device)
 
     def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
         """Returns the model, changed in place where the strategy needs it."""

@@ -87,7 +87,7 @@ def take_model(
     else:
         check_trains(model, optimizer)
     own_memory(model)
-    model = strategy.prepare_model(model.to(world.device), world)
+    model = strategy.prepare_model(strategy.bring(model, world), world)
     made = _made(optimizer, model)
     _let_go_of_frames()
     lacks = [] if isinstance(made, NoOptimizer) else lacking(made, model)

@@ -6,7 +6,6 @@ reduction of its gradients, the last of a step, travels what ranks tell one anot
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,16 +28,17 @@ from dtrain.distributed import (
     tensors_of_state,
 )
 from dtrain.errors import ConfigError, DtrainError, RankMismatch, UnusedParameters
+from dtrain.meta import Recipe, check_made, move_made, not_made, open_places, place
 from dtrain.step import Blocks, Heard, MicroStep, Strategy, blocks_of, joint_norm, of_backward
 from dtrain.strategies.blocks import check_model, check_training, words_of
-from dtrain.strategies.options import Options
+from dtrain.strategies.filling import check_alike, fill
+from dtrain.strategies.options import Options, check_torch
 
 if TYPE_CHECKING:
     from dtrain.strategies.sharding import Sharding
     from dtrain.strategies.tape import Node
     from dtrain.strategies.turns import Turns
 
-_NEEDS = (2, 13)
 _GATHERS = (
     "comm.gather_with_grad does not work under strategy='fsdp' yet: a rank without a batch could "
     "not take part. Use 'ddp' or 'flat', or a loss over each rank's own samples"
@@ -95,6 +95,7 @@ class FSDP(Strategy):
         )
         self._blocks: dict[str, nn.Module] = {}
         self._sharding: Sharding | None = None  # None where this rank is alone
+        self._recipes: dict[str, Recipe] = {}  # what parameters become that are not made yet
         self._turns: Turns | None = None  # of evaluations, likewise
         self._plan: Node | None = None  # in which order modules run; known to all ranks, or to none
         self._reduced = True  # the step's last micro-batch had a backward
@@ -104,17 +105,21 @@ class FSDP(Strategy):
     # -- before anything runs -------------------------------------------------------------------
 
     def check(self, *, accumulates: bool, callbacks: Sequence[Callback] = ()) -> None:
-        found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
-        if found < _NEEDS:
-            raise ConfigError(
-                f"strategy='fsdp' needs torch 2.13 or newer, for what frees a step that failed in "
-                f"the middle; this is {torch.__version__}"
-            )
+        check_torch()
         if whole := [callback.name for callback in callbacks if callback.whole_weights]:
             raise ConfigError(
                 f"{some_of(whole)}: works on whole weights, and with strategy='fsdp' each rank "
                 "holds some rows only. Leave it out, or use 'ddp' or 'flat'"
             )
+
+    def bring(self, model: nn.Module, world: World) -> nn.Module:
+        if world.size == 1:
+            return super().bring(model, world)
+        check_made(model)
+        self._recipes = place(model)
+        check_alike(self._recipes, world.comm)
+        move_made(model, world.device)
+        return model
 
     def prepare_model(self, model: nn.Module, world: World) -> nn.Module:
         if world.backend == "threads":
@@ -150,9 +155,12 @@ class FSDP(Strategy):
         layout = layout_of(self._options.replicas, world)
         self._where = layout.words()
         with world.comm.lockstep("Trainer(...)"):
+            open_places(micro_step.model)
             self._sharding = Sharding(
                 micro_step, self._blocks, world, self._message, self._options, layout.groups
             )
+            fill(micro_step.model, self._recipes)
+            self._recipes = {}
         self._turns = Turns(self._sharding, micro_step, world)
         micro_step.looks_itself = False
         micro_step.context.sharded = True
@@ -171,7 +179,9 @@ class FSDP(Strategy):
         return f"{held}: {self._where}: {what}{rest}{self._options.words()} (fsdp)"
 
     def make_equal(self, model: nn.Module, world: World) -> bool:
-        held = {n: t for n, t in tensors_of_state(model).items() if not is_sharded(t)}
+        later = not_made(model, remove_duplicate=False)
+        state = tensors_of_state(model).items()
+        held = {n: t for n, t in state if not is_sharded(t) and n not in later}
         return give_rank_0s(held, world)
 
     # -- what is trained ------------------------------------------------------------------------

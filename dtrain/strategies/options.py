@@ -1,5 +1,6 @@
 """What FSDP(...) can be told, checked when it is made."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,19 @@ from dtrain.errors import ConfigError
 from dtrain.step import Blocks, recompute
 from dtrain.strategies.compiling import check_compile, compile_blocks
 
+_NEEDS = (2, 13)
 _DTYPES = {None: None, "bf16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
 _REDUCES = (None, "float32", torch.float32)
+
+
+def check_torch() -> None:
+    """Raises ConfigError where torch is too old for FSDP. Ranks: all, local."""
+    found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+    if found < _NEEDS:
+        raise ConfigError(
+            f"strategy='fsdp' needs torch 2.13 or newer, for what frees a step that failed in "
+            f"the middle; this is {torch.__version__}"
+        )
 
 
 @dataclass(frozen=True)
