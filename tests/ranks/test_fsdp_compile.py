@@ -101,7 +101,7 @@ def train(options, fails=None, callbacks=()):
 def train_all(backend):
     dtrain.init(seed=0)
     compiled = {"compile": True if backend == "inductor" else {"backend": counted}}
-    fails = [(who, how) for who in (0, 1) for how in ("forward", "backward")]
+    fails = [(0, "forward"), (1, "backward")]
     plain = train({})
     found = [train(compiled), train(compiled, callbacks=[CheckpointActivations()])]
     offloaded = train({"offload": True})

@@ -22,8 +22,9 @@ SLOW = pytest.mark.slow
 
 # ------------------------------------------------------------------- as transformers.Trainer
 
-QUICK = [("llama", {}), ("gpt2", {}), ("lora", {"ragged": True, "micros": 2})]
+QUICK = [("gpt2", {}), ("lora", {"ragged": True, "micros": 2})]
 OTHERS = [
+    ("llama", {}),
     ("lora", {}),
     ("gpt2", {"ragged": True}),
     ("llama", {"ragged": True, "micros": 2}),
