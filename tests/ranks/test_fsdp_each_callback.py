@@ -17,6 +17,7 @@ FREEZES = {"blocks.1": 1, "head.bias": 1}
 
 MAKE = {
     "Checkpoint": lambda: callbacks.Checkpoint(every_steps=2, best="eval/loss"),
+    "CheckpointActivations": lambda: callbacks.CheckpointActivations(),
     "ClipGradients": lambda: callbacks.ClipGradients(max_value=0.01),
     "EMA": lambda: callbacks.EMA(0.9),
     "EarlyStopping": lambda: callbacks.EarlyStopping("eval/loss", restore_best=True),
