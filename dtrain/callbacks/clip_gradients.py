@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.context import Context, Key, Step
+from dtrain.distributed import copies_of, own_part
 from dtrain.errors import ConfigError
 from dtrain.step import joint_norm
 
@@ -60,12 +61,19 @@ class ClipGradients(Callback):
             ctx.log(name, ctx.clip_gradient_norm(self._max_norm))
         elif self._max_norm is not None:  # some of those that are stepped together
             grads = ctx.gradients(key)
-            norm = joint_norm(grads)
-            if ctx.sharded:  # that is of this rank's rows
-                squares = norm.double().square()
-                norm = ctx.comm.all_reduce("norm of gradients", squares).sqrt().to(norm.dtype)
+            norm = _norm_of_rows(ctx, key) if ctx.sharded else joint_norm(grads)
             ctx.log(f"grad_norm/{key}", norm)
             torch._foreach_mul_(grads, (self._max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _norm_of_rows(ctx: Context, key: Key | None) -> Tensor:
+    """Returns the norm over all ranks, of which each holds rows. Ranks: all, communicates."""
+    groups = ctx.optimizer_of(key).param_groups
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    # Each row counts once, also where several replicas of the model hold it.
+    squares = [joint_norm([own_part(grad)]).double().square() / copies_of(grad) for grad in grads]
+    norm = ctx.comm.all_reduce("norm of gradients", torch.stack(squares).sum()).sqrt()
+    return norm.to(grads[0].dtype)
 
 
 def _clamp(grad: Tensor, largest: float) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import some_of
 from dtrain.context import Context, Step
-from dtrain.distributed import named_parameters, own_part, version_of
+from dtrain.distributed import copies_of, named_parameters, own_part, version_of
 from dtrain.errors import ConfigError
 
 
@@ -83,8 +83,10 @@ class L1L2Penalty(Callback):
         self._counted = self._now(ctx)
         self._began = [*map(version_of, self._counted)]
         with torch.no_grad():
-            rows = [own_part(p) for p in self._counted]
-            mine = self._of(rows, torch.zeros((), dtype=torch.float64, device=ctx.device))
+            zero = torch.zeros((), dtype=torch.float64, device=ctx.device)
+            # Each row counts once, also where several replicas of the model hold it.
+            each = [self._of([own_part(p)], zero) / copies_of(p) for p in self._counted]
+            mine = torch.stack([zero, *each]).sum()
         self._value = ctx.comm.all_reduce("penalty", mine)
 
     def on_loss(self, ctx: Context, step: Step) -> None:

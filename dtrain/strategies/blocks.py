@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from dtrain.context import Together, kind_of, needs_closure
+from dtrain.context import kind_of, needs_closure, parts_of
 from dtrain.distributed import is_sharded, named_parameters, plain_name, some_of
 from dtrain.errors import ConfigError
 from dtrain.step import MicroStep, own_class
@@ -40,11 +40,16 @@ def check_training(micro_step: MicroStep) -> None:
             "strategy='fsdp' does not work with a loss scale (fp16) yet: use "
             "MixedPrecision('bf16') or FSDP(params='bf16')"
         )
-    if isinstance(optimizer, Together) or micro_step.update:
-        raise ConfigError("strategy='fsdp' works with one optimizer only: use 'ddp' or 'flat'")
-    if needs_closure(optimizer) or type(optimizer).__name__ in _WHOLE:
+    if micro_step.update:
         raise ConfigError(
-            f"{kind_of(optimizer)} looks at whole parameters, or evaluates the loss again, which "
+            "strategy='fsdp' works with one update in a step only: pass a list of optimizers, "
+            "which are stepped together by one loss, or use 'ddp' or 'flat'"
+        )
+    parts = parts_of(optimizer).values()
+    whole = [one for one in parts if needs_closure(one) or type(one).__name__ in _WHOLE]
+    if whole:
+        raise ConfigError(
+            f"{kind_of(whole[0])} looks at whole parameters, or evaluates the loss again, which "
             "does not work with sharded ones: use AdamW, SGD or another whose update is element by "
             "element; or strategy='ddp'"
         )

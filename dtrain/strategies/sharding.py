@@ -18,6 +18,7 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from dtrain.context import parts_of
 from dtrain.distributed import Groups, World, named_parameters, placed_like
 from dtrain.step import MicroStep
 from dtrain.strategies.following import Following
@@ -213,9 +214,12 @@ def _exchange(optimizer: Optimizer, model: nn.Module, names: dict[int, str]) -> 
     states = {names[id(p)]: state for p, state in optimizer.state.items() if id(p) in names}
     for held in optimizer.param_groups:
         held["params"] = [now[names[id(p)]] for p in held["params"]]
-    optimizer.state.clear()
-    for name, state in states.items():
-        optimizer.state[now[name]] = {
-            key: placed_like(value, now[name]) if isinstance(value, Tensor) else value
-            for key, value in state.items()
-        }
+    for part in parts_of(optimizer).values():
+        part.state.clear()
+        mine = {id(p) for held in part.param_groups for p in held["params"]}
+        for name, state in states.items():
+            if id(now[name]) in mine:
+                part.state[now[name]] = {
+                    key: placed_like(value, now[name]) if isinstance(value, Tensor) else value
+                    for key, value in state.items()
+                }

@@ -12,6 +12,7 @@ GPT = Path(__file__).parents[2] / "examples" / "gpt.py"
 SHARDED = ["--size", "tiny", "--batch-size", "6", "--strategy", "fsdp"]
 
 
+@pytest.mark.slow
 def test_a_sharded_gpt_has_the_numbers_of_one_process():
     with Launcher(most_ranks=2) as launcher:
         found = Check(launcher, GPT, SHARDED, 2, 2, 100).run([2])

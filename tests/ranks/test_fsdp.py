@@ -874,7 +874,7 @@ REFUSED = {
     "does not work with a loss scale": {"callbacks": ["fp16"]},
     "Ema: works on whole weights": {"callbacks": ["own ema"]},
     "LBFGS looks at whole parameters": {"optimizer": "lbfgs"},
-    "works with one optimizer only": {"optimizer": "two"},
+    "works with one update in a step only": {"optimizer": "two"},
     "blocks.0.a.weight and blocks.2.a.weight are one parameter": {"change": tied},
     "scale have no dimension to shard": {"change": scalar},
     "must be all float32 or all float64": {"change": lambda model: model.head.bfloat16()},

@@ -90,10 +90,9 @@ def some(model):
     return whole(torch.nn.ModuleList([model.blocks[1].a, model.get_submodule(model.last)]))
 
 
-def train(strategy, case, reshard=True):
+def train(strategy, case, options):
     dtrain.init(seed=0)
     names, given, fit = CASES[case]
-    options = {"reshard": reshard} if strategy == "fsdp" else {}
     look, fit = Look(), dict(fit)
     model, optimizer = make(given.get("model", "net"))
     model.last = "out" if hasattr(model, "out") else "head"
@@ -119,27 +118,27 @@ def train(strategy, case, reshard=True):
     return weights, figures | {"outside": outside}
 
 
-def train_all(strategy, cases, reshard=True):
-    return {case: train(strategy, case, reshard) for case in cases}
+def train_all(strategy, cases, options):
+    return {case: train(strategy, case, options) for case in cases}
 
 
 QUICK = ["many", "others"]
 
 
 @pytest.mark.parametrize(
-    ("size", "reshard", "cases"),
+    ("size", "options", "cases"),
     [
-        (3, False, QUICK),
-        pytest.param(2, True, QUICK, **SLOW),
-        pytest.param(2, False, [*CASES], **SLOW),
-        pytest.param(3, True, [*CASES], **SLOW),
-        pytest.param(4, True, QUICK, **SLOW),
+        (3, {"reshard": False}, QUICK),
+        pytest.param(2, {}, QUICK, **SLOW),
+        pytest.param(2, {"reshard": False}, [*CASES], **SLOW),
+        pytest.param(3, {}, [*CASES], **SLOW),
+        pytest.param(4, {"replicas": 2}, QUICK, **SLOW),
     ],
-    ids=["3", "2", "2 all", "3 all", "4"],
+    ids=["3", "2", "2 all", "3 all", "replicas"],
 )
-def test_they_do_as_on_one_process(size, reshard, cases):
-    ranks = run_processes(train_all, size, "fsdp", cases, reshard, timeout_s=200)
-    (truth,) = run_processes(train_all, 1, "flat", cases, timeout_s=100)
+def test_they_do_as_on_one_process(size, options, cases):
+    ranks = run_processes(train_all, size, "fsdp", cases, options, timeout_s=200)
+    (truth,) = run_processes(train_all, 1, "flat", cases, {}, timeout_s=100)
     for case, (weights, figures) in truth.items():
         for found, told in (one[case] for one in ranks):
             assert distance(found, weights) <= EXACT, case

@@ -17,6 +17,7 @@ FREEZES = {"blocks.1": 1, "head.bias": 1}
 
 MAKE = {
     "Checkpoint": lambda: callbacks.Checkpoint(every_steps=2, best="eval/loss"),
+    "CheckpointActivations": lambda: callbacks.CheckpointActivations(),
     "ClipGradients": lambda: callbacks.ClipGradients(max_value=0.01),
     "EMA": lambda: callbacks.EMA(0.9),
     "EarlyStopping": lambda: callbacks.EarlyStopping("eval/loss", restore_best=True),
@@ -78,10 +79,14 @@ def train_all(strategy, run_dir):
     return {name: train(strategy, name, run_dir) for name in MAKE}
 
 
-def test_each_callback_does_the_same_where_the_model_is_sharded(tmp_path):
+def test_each_callback_is_compared():
     every = [one for _, one in inspect.getmembers(callbacks, inspect.isclass)]
     assert MAKE.keys() == {c.__name__ for c in every if issubclass(c, dtrain.Callback)}
     assert not any(make().whole_weights for make in MAKE.values())
+
+
+@pytest.mark.slow
+def test_each_callback_does_the_same_where_the_model_is_sharded(tmp_path):
     truth = run_processes(train_all, 2, "flat", tmp_path, timeout_s=100)[0]
     for found in run_processes(train_all, 2, "fsdp", tmp_path, timeout_s=100):
         for name, (weights, figures, *rest) in truth.items():
