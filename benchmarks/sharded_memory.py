@@ -1,12 +1,12 @@
 """What memory a rank of a sharded model takes at most, against the arithmetic of docs/sharded.md.
 
-    RANKS=2 launch/torchrun.sh benchmarks/sharded_memory.py
-    RANKS=2 launch/torchrun.sh benchmarks/sharded_memory.py --millions 1000 --layers 24
+    MALLOC_MMAP_THRESHOLD_=1048576 RANKS=2 launch/torchrun.sh benchmarks/sharded_memory.py
 
 A transformer in float32 with AdamW, in batches of one sample of a few tokens, so that activations
-are small. It is started from dtrain.meta_init, trained, saved, and restored. The peak of each phase
-is the kernel's (VmHWM, which is reset before it), less what the process had once a small model had
-gone through all of that: torch, gloo and all that is imported.
+are small. It is started from dtrain.meta_init, trained, saved, and restored by another Trainer. The
+peak of each phase is the kernel's (VmHWM, which is reset before it), less what the process had once
+a small model had gone through all of that: torch, gloo and all that is imported. Without the
+variable, glibc's heap keeps what large tensors leave, and the peaks are not those of tensors.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import argparse
 import gc
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
-from sharded import Transformer, loss_fn
+from sharded import VOCABULARY, Transformer, loss_fn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import dtrain
@@ -27,7 +27,7 @@ from dtrain.accelerator import give_back_heap
 from dtrain.callbacks import Checkpoint, ClipGradients
 from dtrain.strategies import FSDP
 
-VOCABULARY, CONTEXT, STEPS = 256, 4, 3
+CONTEXT, STEPS = 4, 3
 MIB = 2**20
 
 
@@ -38,32 +38,30 @@ def status(name: str) -> int:
 
 
 class Peaks(dtrain.Callback):
-    """Notes the peak of each phase: from one mark to the next."""
+    """Notes the peak of each phase."""
 
     def __init__(self) -> None:
         self.found: dict[str, int] = {}
-        self.left: dict[str, int] = {}
 
     def begin(self) -> None:
         gc.collect()
         give_back_heap()
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
 
     def end(self, phase: str) -> None:
         self.found[phase] = max(status("VmHWM"), self.found.get(phase, 0))
-        self.left[phase] = status("VmRSS")
+        self.begin()
 
     def on_step_start(self, ctx: dtrain.Context, step: dtrain.Step) -> None:
-        if step.number < STEPS:
-            self.begin()
+        if step.number == STEPS:  # of the second Trainer
+            self.end("restore")
 
     def on_step_end(self, ctx: dtrain.Context, step: dtrain.Step) -> None:
-        if step.number:  # the first makes the moments
-            self.end("step")
+        self.end("step")
 
 
-def trained(make: Callable[[], torch.nn.Module], run_dir: str, peaks: Peaks, steps: int) -> None:
-    """Trains so far; the last checkpoint is written at the end."""
+def trained(make: Callable[[], nn.Module], run_dir: str, peaks: Peaks, steps: int) -> None:
+    """Trains so far, and saves."""
     peaks.begin()
     with dtrain.meta_init():
         model = make()
@@ -78,9 +76,22 @@ def trained(make: Callable[[], torch.nn.Module], run_dir: str, peaks: Peaks, ste
     )
     peaks.end("start")
     tokens = torch.randint(VOCABULARY, (2, 64, CONTEXT))
-    peaks.begin()
     trainer.fit(TensorDataset(*tokens), batch_size=trainer.world.size, max_steps=steps)
-    peaks.end("save" if steps == STEPS else "restore")
+    peaks.end("save")
+
+
+def arithmetic(model: Transformer, ranks: int) -> dict[str, int]:
+    """Returns the bytes of each phase, as docs/sharded.md has them."""
+    count = sum(p.numel() for p in model.parameters())
+    largest = 4 * max(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    share = count // ranks
+    return {
+        "start": 4 * share + largest,
+        "step": 16 * share + 12 * block,
+        "save": (16 + 12) * share + largest,
+        "restore": 12 * share + largest // ranks,
+    }
 
 
 def main() -> None:
@@ -88,27 +99,27 @@ def main() -> None:
     parser.add_argument("--millions", type=float, default=100)
     parser.add_argument("--layers", type=int, default=12)
     arguments = parser.parse_args()
-    with dtrain.init(seed=0) as world, tempfile.TemporaryDirectory() as folder:
+    with dtrain.init(seed=0) as world, tempfile.TemporaryDirectory() as own:
         torch.set_num_threads(1)
-        at = dtrain.on_main("folder", lambda: folder)
-        for size, name in ((0.1, "small"), (arguments.millions, "large")):
-            peaks = Peaks()
-            make = partial(Transformer, size, arguments.layers)
+        folder, base, peaks = dtrain.on_main("folder", lambda: own), 0, Peaks()
+        for millions in (0.1, arguments.millions):
+            base, peaks = status("VmRSS"), Peaks()
+
+            def make(size: float = millions) -> Transformer:
+                return Transformer(size, arguments.layers)
+
             for steps in (STEPS, STEPS + 1):
-                trained(make, f"{at}/{name}", peaks, steps)
-            gc.collect()
-            give_back_heap()
-            if name == "small":
-                base = status("VmRSS")
+                trained(make, f"{folder}/{millions}", peaks, steps)
+            peaks.begin()
+        with torch.device("meta"):
+            expected = arithmetic(Transformer(arguments.millions, arguments.layers), world.size)
+        everyones = world.comm.gather_objects("peaks", peaks.found | {"base": base})
+        for phase, size in expected.items() if world.is_main else ():
+            most = max(one[phase] - one["base"] for one in everyones)
             print(
-                world.rank,
-                name,
-                {k: (v - base) // MIB for k, v in peaks.found.items()},
-                {k: (v - base) // MIB for k, v in peaks.left.items()},
-                base // MIB,
+                f"{phase:8} {most / MIB:7.0f} MiB, {most / size:.3f} of {size / MIB:.0f}",
                 flush=True,
             )
-        world.comm.barrier("end")
 
 
 if __name__ == "__main__":
