@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dtrain.callback import Callback
 from dtrain.callbacks.argument_checks import some_of
 from dtrain.context import Context, Step
-from dtrain.distributed import named_parameters, own_part
+from dtrain.distributed import copies_of, named_parameters, own_part
 from dtrain.errors import ConfigError
 
 
@@ -83,8 +83,13 @@ class L1L2Penalty(Callback):
         self._counted = self._now(ctx)
         self._began = _versions(self._counted)
         with torch.no_grad():
-            rows = [own_part(p) for p in self._counted]
-            mine = self._of(rows, torch.zeros((), dtype=torch.float64, device=ctx.device))
+            mine = torch.zeros((), dtype=torch.float64, device=ctx.device)
+            # Each row counts once, also where several ranks hold it.
+            held = [copies_of(p) for p in self._counted]
+            for copies in {*held}:
+                pairs = zip(self._counted, held, strict=True)
+                rows = [own_part(p) for p, of in pairs if of == copies]
+                mine += self._of(rows, torch.zeros_like(mine)) / copies
         self._value = ctx.comm.all_reduce("penalty", mine)
 
     def on_loss(self, ctx: Context, step: Step) -> None:

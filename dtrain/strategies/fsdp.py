@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,7 +25,6 @@ from dtrain.distributed import (
     World,
     give_rank_0s,
     is_sharded,
-    own_part,
     some_of,
     tensors_of_state,
 )
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dtrain.strategies.sharding import Sharding
     from dtrain.strategies.tape import Node
     from dtrain.strategies.turns import Turns
+    from dtrain.strategies.twins import SlicePlan
 
 _NEEDS = (2, 13)
 _GATHERS = (
@@ -66,6 +67,9 @@ class FSDP(Strategy):
             they are there in any case.
         replicas: how many groups of ranks hold the model, each among themselves, so that gathers
             stay within a group; ``"hosts"``: one on each host. If None, all ranks are one group.
+        tensor: how many ranks compute each batch together, with slices of layers (tensor parallel).
+        plan: which modules are sliced how: torch's ParallelStyles by the modules' names, or a
+            function from the model to that. If None, what transformers' models bring (``tp_plan``).
 
     Raises:
         ConfigError: another value was given, or torch is too old.
@@ -87,8 +91,12 @@ class FSDP(Strategy):
         compile: bool | dict[str, Any] = False,
         offload: bool = False,
         replicas: Literal["hosts"] | int | None = None,
+        tensor: int = 1,
+        plan: SlicePlan | None = None,
     ) -> None:
-        self._options = Options(blocks, reshard, params, reduce, compile, offload, replicas)
+        self._options = Options(
+            blocks, reshard, params, reduce, compile, offload, replicas, tensor, plan
+        )
         self._blocks: dict[str, nn.Module] = {}
         self._sharding: Sharding | None = None  # None where this rank is alone
         self._turns: Turns | None = None  # of evaluations, likewise
@@ -96,6 +104,11 @@ class FSDP(Strategy):
         self._reduced = True  # the step's last micro-batch had a backward
         self._spoke = False  # this rank has had a loss in this step
         self._left_over = False  # a step was left in the middle
+
+    def samples_of(self, world: World) -> World:
+        each = self._options.tensor
+        rank, number = divmod(world.rank, each)
+        return replace(world, rank=rank, size=world.size // each, counts=not number)
 
     # -- before anything runs -------------------------------------------------------------------
 
@@ -122,11 +135,7 @@ class FSDP(Strategy):
                 f"strategy='fsdp' has been run on CPUs only so far, and this rank computes on "
                 f"{world.device}: use 'ddp' until it has been measured there"
             )
-        if world.size == 1 and self._options.dtype is not None:
-            raise ConfigError(
-                "FSDP(params='bf16') casts what is gathered, and one rank gathers nothing: leave "
-                "it out here, or use MixedPrecision('bf16')"
-            )
+        self._options.check_world(world.size)
         self._blocks = blocks_of(model, self._options.blocks)
         check_model(model, self._blocks)
         compile_blocks(self._blocks, check_compile(self._options.compile))
@@ -143,11 +152,11 @@ class FSDP(Strategy):
         from dtrain.strategies.sharding import Sharding
         from dtrain.strategies.turns import Turns
 
-        layout = layout_of(self._options.replicas, world)
+        layout = layout_of(self._options.replicas, self._options.tensor, world)
         self._where = layout.words()
         with world.comm.lockstep("Trainer(...)"):
             self._sharding = Sharding(
-                micro_step, self._blocks, world, self._message, self._options, layout.groups
+                micro_step, self._blocks, world, self._message, self._options, layout
             )
         self._turns = Turns(self._sharding, micro_step, world)
         micro_step.looks_itself = False
@@ -155,7 +164,8 @@ class FSDP(Strategy):
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
         super().wrap(micro_step, world)
-        micro_step.lane.start = 1 / world.size  # the sum over ranks is then their mean
+        # The sum over ranks is then their mean.
+        micro_step.lane.start = 1 / self.samples_of(world).size
         self._plan = None  # it may have another, now that other parameters are trained
 
     def describe(self) -> str:
@@ -248,7 +258,7 @@ class FSDP(Strategy):
         try:
             # What carries the lane elsewhere is left out.
             terms, plan = sharding.run(
-                lambda: micro_step.forward(step, feed, last)[int(last) :], tells=tells
+                lambda: sharding.forward(step, feed, last)[int(last) :], tells=tells
             )
             if sharding.recorder.wrote is not None and micro_step.has_loss:
                 micro_step.fail(sharding.recorder.wrote, "loss_fn")
@@ -294,6 +304,8 @@ class FSDP(Strategy):
         except Exception as error:
             if isinstance(error, RankMismatch) or self._world.comm.may_be_broken(error):
                 raise
+            if self._sharding is not None and self._sharding.twins is not None:
+                raise  # they may wait for this rank
             micro_step.fail(of_backward(error), "backward")
             return False
         return True
@@ -307,8 +319,7 @@ class FSDP(Strategy):
             if names:
                 plain = sorted(name.removeprefix("micro_step.model.") for name in names)
                 micro_step.fail(self._unused(plain), "backward")
-        message = micro_step.lane.message()
-        return torch.cat([message, torch.tensor(sharding.tape.order(), dtype=message.dtype)])
+        return micro_step.lane.message()
 
     # -- what all ranks said --------------------------------------------------------------------
 
@@ -316,8 +327,9 @@ class FSDP(Strategy):
         lane, world = self._micro_step.lane, self._world
         if self._sharding is None:
             return lane.listen()
+        size = self.samples_of(world).size
         if not self._reduced:  # no rank had a loss yet, so that there was no backward
-            message = lane.message()
+            message = self._sharding.joined(lane.message())
             world.gradients.all_reduce(message)
             return lane.listen(message, parts=world.size)
         row = self._sharding.said()
@@ -327,7 +339,7 @@ class FSDP(Strategy):
                 "with other modules' weights; nothing was updated. Run the same modules, in the "
                 "same order, on all ranks, also where a forward depends on its batch"
             )
-        heard = lane.listen(row[: lane.param.numel()].clone(), parts=world.size)
+        heard = lane.listen(row[: lane.param.numel()].clone(), parts=size)
         if heard.verdict().weight and any(p.grad is None for p in self._micro_step.trainable):
             raise self.unused()
         return heard
@@ -346,15 +358,13 @@ class FSDP(Strategy):
         )
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
-        return [own_part(grad) for grad in super().gradients(optimizer)]
+        found = super().gradients(optimizer)
+        return found if self._sharding is None else self._sharding.own_parts(found)
 
     def norm_of(self, gradients: list[Tensor]) -> Tensor:
-        if self._sharding is None:
+        if self._sharding is None or not gradients:
             return joint_norm(gradients)
-        norm = joint_norm(gradients)
-        squares = norm.double().square() / self._sharding.replicas  # each row counts once
-        self._world.gradients.all_reduce(squares)
-        return squares.sqrt().to(norm.dtype)
+        return self._sharding.norm_of(gradients)
 
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
         return self.norm_of(self.gradients(optimizer))
@@ -379,5 +389,7 @@ class FSDP(Strategy):
             return super().meet(has=has, ended=ended, first=first)
         return self._turns.meet(has=has, ended=ended, first=first)
 
-    def evaluate(self, fn: Callable[[], Any] | None) -> Any:
-        return super().evaluate(fn) if self._turns is None else self._turns.evaluate(fn)
+    def evaluate(self, fn: Callable[[], Any] | None, batch: Any = None) -> Any:
+        if self._turns is None:
+            return super().evaluate(fn)
+        return self._turns.evaluate(fn, batch)
