@@ -60,8 +60,7 @@ class Loop:
             "weight": self.engine.expected(),
             "epoch_sums": self.engine.figures.epoch_sums,
             "stop_reason": "" if self.preempted else self.stop_reason,
-            "ranks": self.engine.world.size,
-        }
+        } | self.engine.shares()
 
     def data_state(self) -> dict[str, Any] | None:
         """Returns what a checkpoint must hold of this rank's data, at this place in the plan."""

@@ -154,7 +154,7 @@ class Trainer(Inference):
                 progress=Progress(),
                 comm=world.comm,
                 request=Request(),
-                rng=seeded_generator(self._seed, _OWN_STREAM, world.rank),
+                rng=seeded_generator(self._seed, _OWN_STREAM, strategy.samples_of(world).rank),
                 shared_rng=seeded_generator(self._seed, _SHARED_STREAM),
                 device=world.device,
                 run_dir=None if run_dir is None else Path(run_dir).expanduser().absolute(),
@@ -348,7 +348,7 @@ class Trainer(Inference):
         phase = (context.progress.phase,) if context.progress.phase else ()
         feed = open_feed(
             data,
-            self.recorder.samples_of(self.world),
+            self.recorder.samples_of(self._engine.seat),
             self._split,
             seed=derive_seed(self._seed, _ORDER_STREAM, *phase),
             batches_per_step=slot.batches_per_step() if slot and data.is_stream else 1,

@@ -5,7 +5,8 @@
 What it shows: a loss weighted by tokens (files end where they end, so windows differ in
 length), weight decay for matrices only, warm-up and cosine, clipping, accumulation by
 micro-batch size, averaged weights for evaluation, and text generated at each evaluation.
-With ``--strategy fsdp`` the model is sharded over the ranks, and without the last.
+With ``--strategy fsdp`` the model is sharded over the ranks, and without the last; with
+``--tensor 2`` layers are sliced over two neighbouring ranks besides (four are needed).
 """
 
 import argparse
@@ -13,6 +14,7 @@ import math
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +32,7 @@ from dtrain.callbacks import (
     Throughput,
 )
 from dtrain.sinks import Console, JSONLines
+from dtrain.strategies import FSDP
 
 VOCABULARY = 256
 PADDING = -100  # what cross_entropy leaves out
@@ -95,10 +98,11 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, length, width of a head]
+        # By heads first, of which a rank may have a slice: see `slices`.
+        qkv = self.qkv(self.norm1(x)).view(batch, length, -1, 3, width // self.heads)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [batch, heads, length, width of a head]
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.mix(heads.transpose(1, 2).reshape(batch, length, width))
+        x = x + self.mix(heads.transpose(1, 2).reshape(batch, length, -1))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
@@ -132,6 +136,18 @@ class GPT(nn.Module):
         return bytes(ids[0].tolist()).decode(errors="replace")
 
 
+def slices(model: nn.Module) -> dict[str, Any]:
+    """Which layers are sliced over neighbouring ranks, and how; for ``--tensor``.
+
+    Heads and hidden units are shared out: two sums over these ranks in each block.
+    """
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    first, then = ColwiseParallel, RowwiseParallel
+    plan = {"qkv": first(), "mix": then(), "up": first(), "down": then()}
+    return {f"blocks.*.{name}": style for name, style in plan.items()}
+
+
 def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> dtrain.Loss:
     inputs, targets = batch
     logits = model(inputs)
@@ -163,6 +179,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="windows in a global batch")
     parser.add_argument("--micro-batch-size", type=int)
     parser.add_argument("--lr", type=float)
+    parser.add_argument(
+        "--tensor", type=int, default=1, help="ranks for slices of layers, with fsdp"
+    )
     parser.add_argument("--strategy", choices=["auto", "ddp", "flat", "fsdp"], default="auto")
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16")
     parser.add_argument("--seed", type=int, default=0)
@@ -175,8 +194,9 @@ def main() -> None:
     world = dtrain.init(seed=args.seed)
     train_set, val_set = library(size.context)
     model = GPT(size)
+    sliced = FSDP(tensor=args.tensor, plan=slices) if args.tensor > 1 else None
     # Sharded, no rank could write by itself. It writes with the averages.
-    writes = [] if args.strategy == "fsdp" else [Write()]
+    writes = [] if sliced or args.strategy == "fsdp" else [Write()]
     trainer = dtrain.Trainer(
         model,
         decay_groups(model, args.lr or size.lr),
@@ -192,7 +212,7 @@ def main() -> None:
             Checkpoint(every_steps=max(1, steps // 4), keep=2),
         ],
         sinks=[Console(), JSONLines()],
-        strategy=args.strategy,
+        strategy=sliced or args.strategy,
         run_dir=args.run_dir,
         config=vars(args),
     )

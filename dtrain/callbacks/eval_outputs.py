@@ -50,7 +50,8 @@ class EvalOutputs(Callback):
             self._without.add(step.prefix)
             return
         outputs = self._sets.setdefault(step.prefix, Outputs("EvalOutputs"))
-        outputs.add(step.loss.outputs, step.samples, step.rows)
+        if ctx.counts:
+            outputs.add(step.loss.outputs, step.samples, step.rows)
 
     def on_eval_end(self, ctx: Context, metrics: dict[str, float]) -> None:
         everyones = ctx.comm.gather_objects("EvalOutputs: sets", ([*self._sets], self._without))

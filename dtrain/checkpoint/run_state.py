@@ -340,14 +340,16 @@ class RunState:
         context.shared_rng.set_state(state["shared_rng"])
         context.metrics.update(state["metrics"])
         context._take(saved.metrics)  # of these weights: another save at this step holds them, too
-        mine = files.load_rank_state(saved.path, self.world.rank)
+        # Ranks that compute the same samples (tensor parallel) have left the same.
+        of_rank = context.data_rank * state["loop"].get("each", 1)
+        mine = files.load_rank_state(saved.path, of_rank)
         if mine is None:
             new_rank()
             return None
         own = mine.get("callbacks", {})
-        if own and (ranks := state["loop"]["ranks"]) != self.world.size:  # rank 0 says it
+        if own and (ranks := state["loop"]["ranks"]) != context.data_size:  # rank 0 says it
             context.say(
-                f"the checkpoint is of {ranks} ranks, not of {self.world.size}: of what "
+                f"the checkpoint is of {ranks} ranks, not of {context.data_size}: of what "
                 f"{some_of([*own])} kept for each, a rank takes up what the rank of its number left"
             )
         for callback in self.callbacks:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from dtrain.context.optimizers import Key, parts_of
 from dtrain.context.outbox import Logged, Outbox, Reduce, Request, Shown, check_name
 from dtrain.context.step import Loss, Number, Progress
-from dtrain.distributed import Comm
+from dtrain.distributed import Comm, World
 from dtrain.errors import ConfigError
 
 
@@ -72,8 +72,28 @@ class Context:
     _made_at: dict[str, int] = field(default_factory=dict, repr=False)  # the step of each metric
     _taken: int = field(default=0, repr=False)  # how often parameters were taken to be trained
     _outbox: Outbox = field(default_factory=Outbox, repr=False)
+    #: Whose samples this rank has, of how many.
+    _seat: World | None = field(default=None, repr=False)
     #: Weak: the engine holds this context.
     _engine: Callable[[], _Engine | None] = field(default=lambda: None, repr=False)
+
+    @property
+    def data_rank(self) -> int:
+        """Whose samples this rank has, of ``data_size``: its own, or those of several ranks.
+
+        Several compute each batch together where layers are sliced (tensor parallel).
+        """
+        return self._seat.rank if self._seat is not None else 0
+
+    @property
+    def data_size(self) -> int:
+        """Among how many samples are shared out; see ``data_rank``."""
+        return self._seat.size if self._seat is not None else 1
+
+    @property
+    def counts(self) -> bool:
+        """False on a rank whose samples another one counts already; see ``data_rank``."""
+        return self._seat is None or self._seat.counts
 
     @property
     def optimizers(self) -> dict[Key, Optimizer]:

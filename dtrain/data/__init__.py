@@ -1,5 +1,6 @@
 """What to train on, in which order, and who gets which part."""
 
+from dtrain.data.alike import figure_of
 from dtrain.data.counting import parts_of, tensors_of
 from dtrain.data.feed import EndOfStream, Feed, MicroBatch, MicroBatches
 from dtrain.data.map_feed import fetch
@@ -23,6 +24,7 @@ __all__ = [
     "SizedSlot",
     "Weighted",
     "fetch",
+    "figure_of",
     "open_evals",
     "open_feed",
     "parts_of",

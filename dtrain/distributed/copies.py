@@ -22,8 +22,8 @@ def copied_parts(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _place(tensor: Tensor) -> str:
-    place = tensor.device_mesh.get_coordinate()  # type: ignore[attr-defined]
-    return ", ".join(map(str, place))
+    places = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)  # type: ignore[attr-defined]
+    return ", ".join(str(place) for place, kind in places if not kind.is_replicate())
 
 
 def say(model: nn.Module, digests: Callable[[Iterable[Tensor]], list[int]]) -> list[int]:

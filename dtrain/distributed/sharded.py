@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,7 +95,12 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if not is_sharded(tensor):
         return tensor
-    every: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    held: Any = tensor.detach()
+    if held.device_mesh.ndim > 1:  # rows first, then slices: at once, torch warns of the order
+        from torch.distributed.tensor import Replicate
+
+        held = held.redistribute(placements=[Replicate(), *held.placements[1:]])
+    every: Tensor = held.full_tensor()
     return every
 
 
@@ -105,6 +111,9 @@ def gathered(tensor: Tensor, owner: int) -> Tensor | None:
     Ranks: all, communicates; all at once, over what gradients travel over. Of several replicas of
     a model, only those of the owner's do.
     """
+    if tensor.device_mesh.ndim > 1:  # type: ignore[attr-defined]
+        every = whole(tensor).cpu()
+        return every if dist.get_rank() == owner else None
     group = tensor.device_mesh.get_group()  # type: ignore[attr-defined]
     if owner not in dist.get_process_group_ranks(group):
         return None

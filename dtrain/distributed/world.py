@@ -65,6 +65,8 @@ class World:
     launcher: str
     seed: int
     comm: Comm
+    #: False where a rank before has the same samples, whose figures count (tensor parallel).
+    counts: bool = field(default=True, repr=False)
     #: What gradients travel over; for strategies.
     gradients: Transport = field(default_factory=GroupTransport, repr=False)
     #: Opens a connection of its own to the rendezvous store; None where there is none.

@@ -133,7 +133,7 @@ class Inference:
             given = Data.of(data, batch_size, shuffle=False)
             slot = self._accumulation
             unit = slot.micro_batch_size if isinstance(slot, SizedSlot) else 0
-            feed = open_feed(given, self.world, self._split, cut=Cut(unit, apart=True))
+            feed = open_feed(given, self._engine.seat, self._split, cut=Cut(unit, apart=True))
             told = {"data": feed, "to": to, "batch size": given.batch_size}
             check_same_call(told, self.world.comm, "predict")
             outputs_of = _outputs_of(self._engine.eval_fn) if fn is None else _adapted(fn)
@@ -167,14 +167,16 @@ class Inference:
         outputs = Outputs("predict")
 
         def take(of: MicroBatches, samples: int, returned: Any) -> None:
-            outputs.add(returned, samples, of.rows() if by_row else None)
+            if self.context.counts:
+                outputs.add(returned, samples, of.rows() if by_row else None)
 
         self._engine.evaluation.run_through(feed, outputs_of, take)
         return listed(*in_order(outputs.gather(self.world.comm, keeps=True), "predict"))
 
     def _written(self, feed: Feed, outputs_of: LossFn, parts: Parts) -> int:
         def take(of: MicroBatches, samples: int, returned: Any) -> None:
-            parts.add(kept(returned, samples, "predict"), samples)
+            if self.context.counts:
+                parts.add(kept(returned, samples, "predict"), samples)
 
         try:
             parts.open()
@@ -194,7 +196,7 @@ class Inference:
             )
         slot = self._accumulation
         unit = slot.micro_batch_size if isinstance(slot, SizedSlot) else 0
-        return open_evals(given, batch_size, self.world, self._split, train, unit=unit)
+        return open_evals(given, batch_size, self._engine.seat, self._split, train, unit=unit)
 
     def _split(self, share: int) -> list[int]:
         return [share] if (slot := self._accumulation) is None else sizes_of(slot, share)

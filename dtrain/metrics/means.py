@@ -29,8 +29,15 @@ class Means:
     ``label`` names for the other ranks. ``names`` all ranks have, and need not agree on them.
     """
 
-    def __init__(self, label: str, device: torch.device, names: Sequence[str] = ()) -> None:
-        self._label = label
+    def __init__(
+        self,
+        label: str,
+        device: torch.device,
+        names: Sequence[str] = (),
+        *,
+        counts: bool = True,
+    ) -> None:
+        self._label, self._counts = label, counts  # False where another rank has the same samples
         self._device = device
         self._on_cpu = accelerator.of(device) is None
         self._sums: dict[str, list[float]] = {}
@@ -144,6 +151,8 @@ class Means:
         communicates: one packed reduction; an exchange when a name is new, one for maxima, and one
         for states of torchmetrics objects that are no sums, where there are any.
         """
+        if not self._counts:
+            self.drop()
         sums = self._sums
         _add_to(sums, {name: pair.tolist() for name, pair in self._device_sums.items()})
         self._sums, self._device_sums = {}, {}

@@ -105,7 +105,7 @@ class Phases:
 
     def seed_rank(self) -> None:
         """Gives this rank streams of its own; a later start of the run draws fresh ones."""
-        rank, step = self.run_state.world.rank, self.context.progress.step
+        rank, step = self.engine.seat.rank, self.context.progress.step
         seed_everything(self.seed, _RANK_STREAM, rank, step)
 
     def left_undone(self) -> FitResult:

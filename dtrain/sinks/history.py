@@ -123,19 +123,21 @@ def describe_start(
     where = f"{world.device.type}, {world.backend}" if world.size > 1 else world.device.type
     lines = [f"{name}: {count:,} trainable parameters, {precision}, {ranks} ({where})"]
     if batch_size is not None:
-        share = -(-batch_size // world.size)
+        size = context.data_size
+        shares = ranks if size == world.size else f"{size} (of {world.size // size} ranks each)"
+        share = -(-batch_size // size)
         sizes = split(share)
-        even = world.size * sum(sizes) == batch_size and len(set(sizes)) == 1
+        even = size * sum(sizes) == batch_size and len(set(sizes)) == 1
         lines.append(
-            f"global batch {batch_size} = {'' if even else 'up to '}{ranks} x {len(sizes)} x "
+            f"global batch {batch_size} = {'' if even else 'up to '}{shares} x {len(sizes)} x "
             f"{max(sizes)} samples"
         )
-        if batch_size < world.size:
+        if batch_size < size:
             lines.append(
                 "warning: the batch is smaller than the number of ranks; "
-                f"{world.size - batch_size} of them have nothing to do in a step"
+                f"{size - batch_size} of them have nothing to do in a step"
             )
-        elif share < 4 and world.size > 1:
+        elif share < 4 and size > 1:
             lines.append(
                 f"warning: a rank's share is only {share} samples; `batch_size=... * world.size` "
                 "keeps ranks busy"

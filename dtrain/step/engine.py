@@ -82,13 +82,13 @@ class Engine:
             raise ConfigError("Trainer(graph=True) cannot capture a loss function that yields")
         # What becomes of an update is waited for before the next one of the same step begins.
         context.reads_at_once = accelerator.of(self.world.device) is None or bool(names)
-        shares = 1 if precision.scales_loss else size
-        lanes = {name: make_lane(context.model, self.world, shares) for name in names or [""]}
+        self.seat = seat = context._seat = self.strategy.samples_of(self.world)
+        shares = 1 if precision.scales_loss else seat.size
+        lanes = {name: make_lane(context.model, seat, shares) for name in names or [""]}
         self.agreement = Agreement(context.request, comm, self.world.host)
         self.stand_in = StandIn(context, hooks.callbacks)
         self.clock = StragglerClock(comm, host=self.world.host, size=size)
-        about = lanes, precision, self.replicas, self.clock
-        self.figures = Figures(context, outbox, world, *about)
+        self.figures = Figures(context, outbox, seat, lanes, precision, self.replicas, self.clock)
         parts = {name: self._part(name, lane) for name, lane in lanes.items()}
         self.updates: Updates | None = None
         self.parts = (*parts.values(),)
@@ -113,7 +113,7 @@ class Engine:
         self.modes = Modes(context.model, context.say, keep=self.keep_modes)
         self.streams = StreamsOfFits()
         how = precision, hooks, self.figures.means, self.strategy
-        self.evaluation = Evaluation(context, outbox, world, self.eval_fn, *how)
+        self.evaluation = Evaluation(context, outbox, seat, self.eval_fn, *how)
         for part in self.parts:
             part.strategy.take(part.micro_step, world)
         self._wrapped = False  # a fit has begun
@@ -176,6 +176,10 @@ class Engine:
         # A later fit's first epoch looks what to wrap anew.
         for part in self.parts if first else ():
             part.strategy.wrap(part.micro_step, self.world)
+
+    def shares(self) -> dict[str, int]:
+        """Returns among how many samples are shared out, and how many ranks each of them is."""
+        return {"ranks": self.seat.size, "each": self.world.size // self.seat.size}
 
     def make_equal(self) -> None:
         """Gives all ranks rank 0's model, should the script have changed it since, and says so.

@@ -83,7 +83,9 @@ class Evaluation:
         share_buffers(context.model, context.comm)
         metrics: dict[str, float] = {}
         for label, feed in feeds.items():
-            means = self._means.setdefault(label, Means(label, context.device))
+            means = self._means.setdefault(
+                label, Means(label, context.device, counts=self.world.counts)
+            )
             means.drop()  # of an evaluation that failed
             feed.compare(label)
             with torch.no_grad(), _eval_mode(context.model):
@@ -193,7 +195,7 @@ class Evaluation:
                     try:
                         with self.precision.autocast():
                             run = partial(fn, context.model, step.batch, context)
-                            returned = strategy.evaluate(run) if meets else run()
+                            returned = strategy.evaluate(run, step.batch) if meets else run()
                     except Exception as error:
                         explain(error)
                         explain_memory(error, where, step, self, trains=False)

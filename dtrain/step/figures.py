@@ -26,7 +26,9 @@ class Figures:
     clock: StragglerClock
 
     def __post_init__(self) -> None:
-        self.means = Means("train", self.context.device, names=[SECONDS_METRIC])
+        self.means = Means(
+            "train", self.context.device, names=[SECONDS_METRIC], counts=self.world.counts
+        )
         #: Since the last report, by update: loss and weight, both agreed.
         self._losses = {name: [0.0, 0.0] for name in self.lanes}
         self._names = {name: f"train/{name}/loss".replace("//", "/") for name in self.lanes}

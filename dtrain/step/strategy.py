@@ -58,6 +58,10 @@ class Strategy(ABC):
         """Returns the model, changed in place where the strategy needs it."""
         return model
 
+    def samples_of(self, world: World) -> World:
+        """Returns whose samples and random streams this rank has, of how many; local."""
+        return world
+
     def describe(self) -> str:
         """Returns how gradients meet, in words, for the start block; or nothing."""
         return ""
@@ -219,8 +223,8 @@ class Strategy(ABC):
         """Moves the model, which may have been away between two fits, to this rank's device."""
         model.to(world.device)
 
-    def evaluate(self, fn: Callable[[], Any] | None) -> Any:
-        """Returns what ``fn`` returns, which runs the model; None where this rank has no batch.
+    def evaluate(self, fn: Callable[[], Any] | None, batch: Any = None) -> Any:
+        """Returns what ``fn`` returns, of the ``batch``; None where this rank has none.
 
         Ranks: all, communicates.
         """

@@ -7,6 +7,7 @@ reduction of its gradients, the last of a step, travels what ranks tell one anot
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,7 +24,6 @@ from dtrain.distributed import (
     World,
     give_rank_0s,
     is_sharded,
-    own_part,
     some_of,
     tensors_of_state,
 )
@@ -33,16 +33,13 @@ from dtrain.step import Blocks, Heard, MicroStep, Strategy, blocks_of, joint_nor
 from dtrain.strategies.blocks import check_model, check_training, words_of
 from dtrain.strategies.filling import check_alike, fill
 from dtrain.strategies.options import Options, check_torch
+from dtrain.strategies.refusals import GATHERS, refuse_whole_weights
 
 if TYPE_CHECKING:
     from dtrain.strategies.sharding import Sharding
     from dtrain.strategies.tape import Node
     from dtrain.strategies.turns import Turns
-
-_GATHERS = (
-    "comm.gather_with_grad does not work under strategy='fsdp' yet: a rank without a batch could "
-    "not take part. Use 'ddp' or 'flat', or a loss over each rank's own samples"
-)
+    from dtrain.strategies.twins import SlicePlan
 
 
 class FSDP(Strategy):
@@ -67,6 +64,9 @@ class FSDP(Strategy):
             as ``callbacks.CheckpointActivations``, but also beyond fits.
         replicas: how many groups of ranks hold the model, each among themselves, so that gathers
             stay within a group; ``"hosts"``: one on each host. If None, all ranks are one group.
+        tensor: how many ranks compute each batch together, with slices of layers (tensor parallel).
+        plan: which modules are sliced how: torch's ParallelStyles by the modules' names, or a
+            function from the model to that. If None, what transformers' models bring (``tp_plan``).
 
     Raises:
         ConfigError: another value was given, or torch is too old.
@@ -76,7 +76,7 @@ class FSDP(Strategy):
 
     find_unused = True  # a rank without a loss takes part as a phantom, not by a term of its loss
     meets_in_forward = True
-    no_gathers = _GATHERS
+    no_gathers = GATHERS
 
     def __init__(
         self,
@@ -89,9 +89,12 @@ class FSDP(Strategy):
         offload: bool = False,
         checkpoint_activations: bool = False,
         replicas: Literal["hosts"] | int | None = None,
+        tensor: int = 1,
+        plan: SlicePlan | None = None,
     ) -> None:
         self._options = Options(
-            *(blocks, reshard, params, reduce, compile, offload, checkpoint_activations, replicas)
+            *(blocks, reshard, params, reduce, compile, offload, checkpoint_activations, replicas),
+            *(tensor, plan),
         )
         self._blocks: dict[str, nn.Module] = {}
         self._sharding: Sharding | None = None  # None where this rank is alone
@@ -102,15 +105,16 @@ class FSDP(Strategy):
         self._spoke = False  # this rank has had a loss in this step
         self._left_over = False  # a step was left in the middle
 
+    def samples_of(self, world: World) -> World:
+        each = self._options.tensor
+        rank, number = divmod(world.rank, each)
+        return replace(world, rank=rank, size=world.size // each, counts=not number)
+
     # -- before anything runs -------------------------------------------------------------------
 
     def check(self, *, accumulates: bool, callbacks: Sequence[Callback] = ()) -> None:
         check_torch()
-        if whole := [callback.name for callback in callbacks if callback.whole_weights]:
-            raise ConfigError(
-                f"{some_of(whole)}: works on whole weights, and with strategy='fsdp' each rank "
-                "holds some rows only. Leave it out, or use 'ddp' or 'flat'"
-            )
+        refuse_whole_weights(callbacks)
 
     def bring(self, model: nn.Module, world: World) -> nn.Module:
         if world.size == 1:
@@ -131,11 +135,7 @@ class FSDP(Strategy):
                 f"strategy='fsdp' has been run on CPUs only so far, and this rank computes on "
                 f"{world.device}: use 'ddp' until it has been measured there"
             )
-        if world.size == 1 and self._options.dtype is not None:
-            raise ConfigError(
-                "FSDP(params='bf16') casts what is gathered, and one rank gathers nothing: leave "
-                "it out here, or use MixedPrecision('bf16')"
-            )
+        self._options.check_world(world.size)
         self._blocks = blocks_of(model, self._options.blocks)
         check_model(model, self._blocks)
         self._options.apply(model, self._blocks)
@@ -152,12 +152,12 @@ class FSDP(Strategy):
         from dtrain.strategies.sharding import Sharding
         from dtrain.strategies.turns import Turns
 
-        layout = layout_of(self._options.replicas, world)
+        layout = layout_of(self._options.replicas, self._options.tensor, world)
         self._where = layout.words()
         with world.comm.lockstep("Trainer(...)"):
             open_places(micro_step.model)
             self._sharding = Sharding(
-                micro_step, self._blocks, world, self._message, self._options, layout.groups
+                micro_step, self._blocks, world, self._message, self._options, layout
             )
             fill(micro_step.model, self._recipes)
             self._recipes = {}
@@ -167,7 +167,8 @@ class FSDP(Strategy):
 
     def wrap(self, micro_step: MicroStep, world: World) -> None:
         super().wrap(micro_step, world)
-        micro_step.lane.start = 1 / world.size  # the sum over ranks is then their mean
+        # The sum over ranks is then their mean.
+        micro_step.lane.start = 1 / self.samples_of(world).size
         self._plan = None  # it may have another, now that other parameters are trained
 
     def describe(self) -> str:
@@ -254,7 +255,7 @@ class FSDP(Strategy):
         try:
             # What carries the lane elsewhere is left out.
             terms, plan = sharding.run(
-                lambda: micro_step.forward(step, feed, last)[int(last) :], tells=tells
+                lambda: sharding.forward(step, feed, last)[int(last) :], tells=tells
             )
             if sharding.recorder.wrote is not None and micro_step.has_loss:
                 micro_step.fail(sharding.recorder.wrote, "loss_fn")
@@ -303,6 +304,8 @@ class FSDP(Strategy):
         except Exception as error:
             if isinstance(error, RankMismatch) or self._world.comm.may_be_broken(error):
                 raise
+            if self._sharding is not None and self._sharding.twins is not None:
+                raise  # they may wait for this rank
             micro_step.fail(of_backward(error), "backward")
             return False
         return True
@@ -316,8 +319,7 @@ class FSDP(Strategy):
             if names:
                 plain = sorted(name.removeprefix("micro_step.model.") for name in names)
                 micro_step.fail(self._unused(plain), "backward")
-        message = micro_step.lane.message()
-        return torch.cat([message, torch.tensor(sharding.tape.order(), dtype=message.dtype)])
+        return micro_step.lane.message()
 
     # -- what all ranks said --------------------------------------------------------------------
 
@@ -325,8 +327,9 @@ class FSDP(Strategy):
         lane, world = self._micro_step.lane, self._world
         if self._sharding is None:
             return lane.listen()
+        size = self.samples_of(world).size
         if not self._reduced:  # no rank had a loss yet, so that there was no backward
-            message = lane.message()
+            message = self._sharding.joined(lane.message())
             world.gradients.all_reduce(message)
             return lane.listen(message, parts=world.size)
         row = self._sharding.said()
@@ -336,7 +339,7 @@ class FSDP(Strategy):
                 "with other modules' weights; nothing was updated. Run the same modules, in the "
                 "same order, on all ranks, also where a forward depends on its batch"
             )
-        heard = lane.listen(row[: lane.param.numel()].clone(), parts=world.size)
+        heard = lane.listen(row[: lane.param.numel()].clone(), parts=size)
         if heard.verdict().weight and self._lacks_gradients():
             raise self.unused()
         return heard
@@ -359,15 +362,13 @@ class FSDP(Strategy):
         )
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
-        return [own_part(grad) for grad in super().gradients(optimizer)]
+        found = super().gradients(optimizer)
+        return found if self._sharding is None else self._sharding.own_parts(found)
 
     def norm_of(self, gradients: list[Tensor]) -> Tensor:
-        if self._sharding is None:
+        if self._sharding is None or not gradients:
             return joint_norm(gradients)
-        norm = joint_norm(gradients)
-        squares = norm.double().square() / self._sharding.replicas  # each row counts once
-        self._world.gradients.all_reduce(squares)
-        return squares.sqrt().to(norm.dtype)
+        return self._sharding.norm_of(gradients)
 
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
         return self.norm_of(self.gradients(optimizer))
@@ -392,5 +393,7 @@ class FSDP(Strategy):
             return super().meet(has=has, ended=ended, first=first)
         return self._turns.meet(has=has, ended=ended, first=first)
 
-    def evaluate(self, fn: Callable[[], Any] | None) -> Any:
-        return super().evaluate(fn) if self._turns is None else self._turns.evaluate(fn)
+    def evaluate(self, fn: Callable[[], Any] | None, batch: Any = None) -> Any:
+        if self._turns is None:
+            return super().evaluate(fn)
+        return self._turns.evaluate(fn, batch)

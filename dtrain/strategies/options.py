@@ -45,6 +45,8 @@ class Options:
     offload: bool = False
     checkpoint_activations: bool = False
     replicas: Any = None
+    tensor: int = 1
+    plan: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.reshard, bool):
@@ -73,6 +75,23 @@ class Options:
                 f"FSDP(replicas={self.replicas!r}): 'hosts' for one on each host, how many there "
                 "are to be, or None for one over all ranks"
             )
+        if type(self.tensor) is not int or self.tensor < 1:
+            raise ConfigError(f"FSDP(tensor={self.tensor!r}): how many ranks, or 1")
+        if self.plan is not None and self.tensor == 1:
+            raise ConfigError("FSDP(plan=...) says how to slice: pass tensor=2 (ranks), too")
+        beside = ("replicas", "params", "compile", "offload")
+        if self.tensor > 1 and (set_ := [name for name in beside if vars(self)[name]]):
+            raise ConfigError(f"FSDP(tensor=...) does not work with {set_[0]} yet: leave one out")
+
+    def check_world(self, size: int) -> None:
+        """Raises ConfigError where one rank alone cannot do what several can."""
+        if size == 1 and self.dtype is not None:
+            raise ConfigError(
+                "FSDP(params='bf16') casts what is gathered, and one rank gathers nothing: leave "
+                "it out here, or use MixedPrecision('bf16')"
+            )
+        if size == 1 and self.tensor > 1:
+            raise ConfigError("FSDP(tensor=...) needs several ranks: leave it out on one")
 
     @property
     def dtype(self) -> torch.dtype | None:

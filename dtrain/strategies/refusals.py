@@ -5,8 +5,14 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from dtrain.callback import Callback
+from dtrain.distributed import some_of
 from dtrain.errors import ConfigError
 
+GATHERS = (
+    "comm.gather_with_grad does not work under strategy='fsdp' yet: a rank without a batch could "
+    "not take part. Use 'ddp' or 'flat', or a loss over each rank's own samples"
+)
 _EARLY = (
     "the loss function (or on_batch, on_loss) took a gradient through the model, as by torch."
     "autograd.grad for a gradient penalty, a jvp or backward(), which does not work with "
@@ -18,6 +24,15 @@ _COPIES = (
     "make a new one, and load the run's weights (dtrain.load_model); or gather them one by one, on "
     "all ranks, by p.full_tensor(). For averaged weights use callbacks.EMA"
 )
+
+
+def refuse_whole_weights(callbacks: Iterable[Callback]) -> None:
+    """Raises ConfigError where a callback says that it works on whole weights."""
+    if whole := [callback.name for callback in callbacks if callback.whole_weights]:
+        raise ConfigError(
+            f"{some_of(whole)}: works on whole weights, and with strategy='fsdp' each rank "
+            "holds some rows only. Leave it out, or use 'ddp' or 'flat'"
+        )
 
 
 def refuse_early_backward(states: Iterable[Any], in_forward: Callable[[], bool]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -18,13 +17,16 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from dtrain.context import parts_of
-from dtrain.distributed import Groups, World, named_parameters, placed_like
-from dtrain.step import MicroStep
+from dtrain.context import Step, parts_of
+from dtrain.data import MicroBatches
+from dtrain.distributed import World, copies_of, named_parameters, own_part, placed_like
+from dtrain.step import MicroStep, joint_norm
 from dtrain.strategies.following import Following
+from dtrain.strategies.layout import Layout
 from dtrain.strategies.options import Options
 from dtrain.strategies.refusals import refuse_copies, refuse_early_backward
 from dtrain.strategies.tape import ORDER_SLOTS, Gather, Node, Recorder, Scatter, Tape, same_order
+from dtrain.strategies.twins import Twins, slice_model
 
 
 class _Root(nn.Module):
@@ -52,7 +54,7 @@ class Sharding:
         root: runs a function within FSDP's root.
         place: what all ranks said comes back as its gradient.
         parts: the sharded modules by name; the root's is empty.
-        replicas: how many groups of ranks hold the model.
+        twins: those that compute the same batches as this rank, if there are any.
         following: how a rank takes part that does not know their order.
 
     Ranks: all, communicates.
@@ -65,17 +67,20 @@ class Sharding:
         world: World,
         message: Callable[[], Tensor],
         options: Options,
-        groups: Groups,
+        layout: Layout,
     ) -> None:
         model, lane = micro_step.model, micro_step.lane
         dtype = options.dtype
-        self._size, self._dtype = world.size, dtype
-        self.replicas = world.size // groups.row.size()
+        groups, mesh = layout.groups, layout.mesh
+        self._size, self._dtype = layout.replicas * layout.ranks, dtype
+        self._message, self._micro_step, self._world = message, micro_step, world
+        self.twins: Twins | None = None
+        if layout.slices is not None:
+            self.twins = Twins(layout.slices.get_group(), world.comm.activity, micro_step)
         slots = lane.param.numel() + ORDER_SLOTS
         self.place = nn.Parameter(lane.param.new_zeros(groups.row.size(), slots))
         del micro_step.lane_param
         root = _Root(micro_step, self.place)
-        mesh = DeviceMesh.from_group(groups.row, world.device.type)
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=None if dtype is None else lane.param.dtype
         )
@@ -85,6 +90,8 @@ class Sharding:
         optimizer = micro_step.context.optimizer
         before = _names_of(optimizer, model)
         whole = [weakref.ref(p) for p in model.parameters()]
+        if layout.slices is not None:
+            slice_model(model, layout.slices, options.plan)
         for block in [*blocks.values()][::-1]:  # one within another comes first
             fully_shard(
                 block,
@@ -113,7 +120,7 @@ class Sharding:
                 self.parts[name] = module
                 modules[name] = self.root.get_submodule(name)
                 module.set_custom_all_gather(Gather(self.tape, name))
-                said = message if is_root else None
+                said = self._say if is_root else None
                 module.set_custom_reduce_scatter(Scatter(self.tape, name, said, groups.column))
                 # A sum, and no division before it, which float64 would get.
                 module.set_force_sum_reduction_for_comms(True)
@@ -158,6 +165,38 @@ class Sharding:
             self._in_forward = False
         self.following.check()
         return returned, self.recorder.end()
+
+    def forward(self, step: Step, feed: MicroBatches, last: bool) -> tuple[Tensor, ...]:
+        """Runs the micro-step's forward. Ranks: all, communicates."""
+        if self.twins is None:
+            return self._micro_step.forward(step, feed, last)
+        return self.twins.forward(self._micro_step, step, feed, last)
+
+    def joined(self, message: Tensor) -> Tensor:
+        """Returns what this rank and its twins say. Ranks: all, communicates."""
+        return message if self.twins is None else self.twins.joined(message)
+
+    def _say(self) -> Tensor:
+        message = self.joined(self._message())
+        return torch.cat([message, torch.tensor(self.tape.order(), dtype=message.dtype)])
+
+    def own_parts(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Returns what this rank holds of them. Local."""
+        self._copies = [copies_of(gradient) for gradient in gradients]
+        return [own_part(gradient) for gradient in gradients]
+
+    def norm_of(self, gradients: list[Tensor]) -> Tensor:
+        """Returns the joint norm of what :meth:`own_parts` has returned, 0-dim.
+
+        Each row counts once, on however many ranks it is. Ranks: all, communicates.
+        """
+        norms = []
+        for copies in {*self._copies}:
+            pairs = zip(gradients, self._copies, strict=True)
+            norms.append(joint_norm([own for own, of in pairs if of == copies]) / copies**0.5)
+        squares = torch.stack(norms).double().square().sum()
+        self._world.gradients.all_reduce(squares)
+        return squares.sqrt().to(norms[0].dtype)
 
     def play(self, plan: Node) -> None:
         """Does what this rank has not done of a micro-step, as a phantom.

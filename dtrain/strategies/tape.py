@@ -25,6 +25,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from dtrain.distributed import GATHERING, SCATTERING, Activity
 from dtrain.errors import ConfigError, RankMismatch
+from dtrain.strategies.twins import zeros_like_later
 
 _DIGEST = 2**24  # what is kept of a step's order
 _PIECE = 64  # it travels in pieces, whose squares float32 can add up over 4096 ranks
@@ -211,7 +212,8 @@ class _Watched(FSDPParam):
             self._tape.unused.append(str(self._param_fqn))
         # Of the dtype of the others', which may have been added up in that of the reduction.
         dtype = self.reduce_dtype if self._tape.adds_up else None
-        return torch.zeros_like(self.unsharded_param, dtype=dtype)
+        zeros = torch.zeros_like(self.unsharded_param, dtype=dtype)
+        return self._get_grad_inner_tensor(zeros)
 
 
 def _refuse(name: str, grad: Tensor) -> None:
@@ -229,14 +231,12 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *params: Tensor) -> Tensor:
-        # Not the parameters themselves: their memory is freed meanwhile.
-        ctx.forms = [(p.shape, p.dtype, p.device) for p in params]
+        ctx.zeros = [zeros_like_later(p) for p in params]
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        zeros = [torch.zeros(shape, dtype=d, device=at) for shape, d, at in ctx.forms]
-        return grads[0], *zeros
+        return grads[0], *(zeros() for zeros in ctx.zeros)
 
 
 class Recorder:

@@ -36,7 +36,7 @@ class Turns:
         self._have, done = self._world.comm.all_reduce("who has a batch", mine).tolist()
         return bool(done == self._world.size)
 
-    def evaluate(self, fn: Callable[[], Any] | None) -> Any:
+    def evaluate(self, fn: Callable[[], Any] | None, batch: Any) -> Any:
         """Returns what ``fn`` returns. What it raises is raised once the others are done."""
         if not self._have:
             return None
@@ -45,6 +45,11 @@ class Turns:
         tells = self._plan is None or self._have < self._world.size
         returned: list[Any] = []
         raised: list[Exception] = []
+        if sharding.twins is not None:
+            apart = sharding.twins.compare(fn is not None, "have a batch", batch)
+            if apart is not None:
+                raised.append(apart)
+                fn = None
 
         def kept() -> None:
             try:
