@@ -1,7 +1,7 @@
 """A step of a sharded model against the same by hand, with torch's fully_shard.
 
     RANKS=2 launch/torchrun.sh benchmarks/sharded.py
-    RANKS=2 launch/torchrun.sh benchmarks/sharded.py --millions 100 --rounds 5 --steps 3
+    RANKS=2 launch/torchrun.sh benchmarks/sharded.py --millions 100 --rounds 3 --steps 2
 
 A transformer of equal blocks, each of which is sharded, and then the rest, as torchtitan does it;
 fused AdamW, clipped by the joint norm, float32. Both live in the same processes and take turns in
