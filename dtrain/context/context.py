@@ -198,9 +198,11 @@ class Context:
     def loss_of(self, batch: Any) -> Loss:
         """Runs the loss function once more, as training would, for debugging.
 
-        The model's parameters get no gradient by this alone, and what it logs is forgotten.
+        The model's parameters get no gradient by this alone, and what it logs is forgotten. Where
+        they are sharded, all ranks call it, those without a batch with None, for a loss of weight
+        0; what is returned has no graph.
 
-        Ranks: all, local, unless the loss function communicates.
+        Ranks: all, local, unless the loss function communicates, or ``ctx.sharded``.
         """
         outbox, logged = self._outbox, self._outbox.logged
         outbox.logged = {}

@@ -74,7 +74,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         context, hooks, precision = self.context, self.hooks, self.precision
-        world, outbox, comm, size = self.world, self.outbox, self.world.comm, self.world.size
+        world, outbox, comm = self.world, self.outbox, self.world.comm
         names = [str(key) for key in context.optimizers] if has_updates(context.optimizer) else []
         if self.plan is not None and not names:
             raise ConfigError("Trainer(updates=...) is for named optimizers: optimizer={'a': ...}")
@@ -87,11 +87,10 @@ class Engine:
         lanes = {name: make_lane(context.model, seat, shares) for name in names or [""]}
         self.agreement = Agreement(context.request, comm, self.world.host)
         self.stand_in = StandIn(context, hooks.callbacks)
-        self.clock = StragglerClock(comm, host=self.world.host, size=size)
+        self.clock = StragglerClock(comm, host=world.host, size=world.size)
         self.figures = Figures(context, outbox, seat, lanes, precision, self.replicas, self.clock)
         parts = {name: self._part(name, lane) for name, lane in lanes.items()}
-        self.updates: Updates | None = None
-        self.parts = (*parts.values(),)
+        self.parts, self.updates = (*parts.values(),), None
         self._take(self.parts[0])
         if names:
             take = WeakMethod(self._take)
@@ -116,8 +115,7 @@ class Engine:
         self.evaluation = Evaluation(context, outbox, seat, self.eval_fn, *how)
         for part in self.parts:
             part.strategy.take(part.micro_step, world)
-        self._wrapped = False  # a fit has begun
-        self.parted = False  # a step was ended by a failure on this rank only
+        self._wrapped = self.parted = False  # a fit has begun; a step ended by a failure here only
         hooks.carry = WeakMethod(self.carry)
 
     def _part(self, name: str, lane: Lane) -> Update:
@@ -355,10 +353,12 @@ class Engine:
     # -- what computes for hooks; see :class:`dtrain.Context` -----------------------------------
 
     def loss_of(self, ctx: Context, batch: Any) -> Loss:
-        self.strategy.check_alone()
-        with self.precision.autocast():
+        def look() -> Loss:
             returned = self.loss_fn(ctx.model, batch, ctx)
             return as_loss(self.updates.replayed(returned) if self.updates else returned, 1)
+
+        with self.precision.autocast():
+            return self.strategy.look(look, batch)
 
     def gradients(self, optimizer: Optimizer | None) -> list[Tensor]:
         if not self.context.reads_at_once:  # else nothing is left to be done to them

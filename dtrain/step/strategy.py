@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.callback import Callback
-from dtrain.context import Progress, Step, Together
+from dtrain.context import Loss, Progress, Step, Together
 from dtrain.data import MicroBatches
 from dtrain.distributed import (
     World,
@@ -216,8 +216,9 @@ class Strategy(ABC):
         """
         return ended
 
-    def check_alone(self) -> None:  # noqa: B027
-        """Raises ConfigError where this rank cannot run the model by itself."""
+    def look(self, fn: Callable[[], Loss], batch: Any) -> Loss:
+        """Returns what ``fn`` returns, which runs the model once more, for a hook. All, local."""
+        return fn()
 
     def bring_home(self, model: nn.Module, world: World) -> None:
         """Moves the model, which may have been away between two fits, to this rank's device."""

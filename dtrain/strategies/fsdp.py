@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from dtrain import accelerator
 from dtrain.callback import Callback
-from dtrain.context import Step
+from dtrain.context import Loss, Step
 from dtrain.data import MicroBatches
 from dtrain.distributed import (
     BACKWARD,
@@ -376,11 +376,13 @@ class FSDP(Strategy):
     def norm_is_of(self, gradients: list[Tensor]) -> bool:
         return True
 
-    def check_alone(self) -> None:
-        if self._sharding is not None:
-            raise ConfigError(
-                "ctx.loss_of does not work with strategy='fsdp': no rank has the whole model"
-            )
+    def look(self, fn: Callable[[], Loss], batch: Any) -> Loss:
+        if self._turns is None:
+            return fn()
+        with torch.no_grad():
+            self._turns.meet(has=batch is not None, ended=False, first=True)
+            found: Loss | None = self._turns.evaluate(None if batch is None else fn, batch)
+        return found or Loss(torch.zeros((), device=self._world.device), weight=0)
 
     def bring_home(self, model: nn.Module, world: World) -> None:
         if self._sharding is None:

@@ -27,8 +27,8 @@ class Turns:
         """Begins a turn; returns whether all ranks' data have ended."""
         if self._sharding.tape.is_open:
             raise ConfigError(
-                "evaluate and predict cannot be called in a loss function, on_batch or on_loss "
-                "with strategy='fsdp': the model is in a forward. Do it in on_step_end"
+                "evaluate, predict and ctx.loss_of cannot be called in a loss function, on_batch "
+                "or on_loss with strategy='fsdp': the model is in a forward. Do it in on_step_end"
             )
         if first:
             self._plan = None  # it may be another function
