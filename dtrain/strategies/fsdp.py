@@ -377,12 +377,7 @@ class FSDP(Strategy):
         return True
 
     def look(self, fn: Callable[[], Loss], batch: Any) -> Loss:
-        if self._turns is None:
-            return fn()
-        with torch.no_grad():
-            self._turns.meet(has=batch is not None, ended=False, first=True)
-            found: Loss | None = self._turns.evaluate(None if batch is None else fn, batch)
-        return found or Loss(torch.zeros((), device=self._world.device), weight=0)
+        return fn() if self._turns is None else self._turns.look(fn, batch)
 
     def bring_home(self, model: nn.Module, world: World) -> None:
         if self._sharding is None:

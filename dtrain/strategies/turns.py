@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dtrain.context import Loss
 from dtrain.distributed import World
 from dtrain.errors import ConfigError
 from dtrain.step import MicroStep
@@ -35,6 +36,13 @@ class Turns:
         mine = torch.tensor([has, ended]).int()
         self._have, done = self._world.comm.all_reduce("who has a batch", mine).tolist()
         return bool(done == self._world.size)
+
+    def look(self, fn: Callable[[], Loss], batch: Any) -> Loss:
+        """Returns what ``fn`` returns, in a turn by itself; a loss of weight 0 without a batch."""
+        self.meet(has=batch is not None, ended=False, first=True)
+        with torch.no_grad():
+            found: Loss | None = self.evaluate(None if batch is None else fn, batch)
+        return found or Loss(torch.zeros((), device=self._world.device), weight=0)
 
     def evaluate(self, fn: Callable[[], Any] | None, batch: Any) -> Any:
         """Returns what ``fn`` returns. What it raises is raised once the others are done."""
