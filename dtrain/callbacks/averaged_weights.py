@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dtrain.callback import Callback
 from dtrain.context import Context
-from dtrain.distributed import named_parameters, own_part, placed_like, plain_name
+from dtrain.distributed import is_sharded, named_parameters, own_part, placed_like, plain_name
 
 
 class AveragedWeights(Callback):
@@ -22,6 +22,7 @@ class AveragedWeights(Callback):
     def __init__(self) -> None:
         self.averages: dict[str, Tensor] = {}  # by the parameter's name
         self._params: list[Tensor] = []  # in the order of `averages`; none if these were loaded
+        self._sharded = False
         self._taken = 0  # how often the context had been given others by then
         self._equal: set[Tensor] = set()  # what is equal on all ranks by now, as new ones are not
 
@@ -45,6 +46,7 @@ class AveragedWeights(Callback):
                 wide = torch.promote_types(p.dtype, torch.float32)
                 self.averages[name] = p.detach().to(wide, copy=True)
         self._params = [named[name] for name in self.averages]
+        self._sharded = any(is_sharded(p) for p in self._params)
         for name, average in self.averages.items():
             # From a checkpoint it is whole, and on the CPU.
             self.averages[name] = placed_like(average.to(named[name].device), named[name])
@@ -57,8 +59,10 @@ class AveragedWeights(Callback):
     def _average(self, formula: Callable[[Any, Any, Any], None], count: int) -> None:
         """Averages by one of torch's formulas, which is told how often that was done before."""
         with torch.no_grad():
-            averages = [own_part(average) for average in self.averages.values()]
-            pairs = zip(map(own_part, self._params), averages, strict=True)
+            params, averages = self._params, [*self.averages.values()]
+            if self._sharded:  # else a step is not to pay for it
+                params, averages = [*map(own_part, params)], [*map(own_part, averages)]
+            pairs = zip(params, averages, strict=True)
             current = [p if p.dtype is a.dtype else p.to(a.dtype) for p, a in pairs]
             formula(averages, current, count)
 

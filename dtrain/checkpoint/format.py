@@ -190,13 +190,14 @@ def best_of(saved: list[Saved], metric: str, mode: str) -> Saved | None:
 
 
 def load_state(path: Path, *, optimizer: bool = True) -> dict[str, Any]:
-    """Returns what was saved as ``state``; without ``optimizer``, of its tensors where they lie."""
+    """Returns what was saved as ``state``; without ``optimizer``, that of parameters is ``Stored``."""
     tensors: dict[str, Any]
     if optimizer:
         tensors = dict(_load_parts(path, STATE))
     else:
         there = _stored_parts(path, STATE)
-        later = {name for name in there if name.startswith("optimizer/")}
+        # What is deeper, such as LBFGS's lists, is of no one parameter; nor is a rate's tensor.
+        later = {name for name in there if re.fullmatch(r"optimizer/state/[^/]+/[^/]+", name)}
         tensors = {n: one if n in later else one.whole() for n, one in there.items()}
     return _join(path / f"{STATE}.json", tensors)
 

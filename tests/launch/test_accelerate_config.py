@@ -67,6 +67,7 @@ def environment(file):
 def options(**changed):
     plain = {"blocks": None, "reshard": True, "params": None, "reduce": None}
     plain |= {"compile": False, "offload": False, "checkpoint_activations": False, "replicas": None}
+    plain |= {"tensor": 1, "plan": None}
     return plain | changed
 
 

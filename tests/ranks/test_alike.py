@@ -13,6 +13,7 @@ import dtrain.callbacks
 from dtrain.callbacks import (
     EMA,
     Checkpoint,
+    CheckpointActivations,
     ClipGradients,
     EarlyStopping,
     EvalOutputs,
@@ -160,6 +161,7 @@ def first_logits(outputs, batch):
 CALLBACKS = {
     "EMA": functools.partial(EMA, 0.9, use_at_end=True),
     "Checkpoint": functools.partial(Checkpoint, every_steps=3),
+    "CheckpointActivations": functools.partial(CheckpointActivations, [torch.nn.Linear]),
     "ClipGradients": functools.partial(ClipGradients, 0.1),
     "EarlyStopping": functools.partial(
         EarlyStopping, "eval/loss", mode="max", patience=1, restore_best=True
