@@ -190,7 +190,7 @@ def best_of(saved: list[Saved], metric: str, mode: str) -> Saved | None:
 
 
 def load_state(path: Path, *, optimizer: bool = True) -> dict[str, Any]:
-    """Returns what was saved as ``state``; without ``optimizer``, that of parameters is ``Stored``."""
+    """Returns what was saved as ``state``; without ``optimizer``, parameters' as ``Stored``."""
     tensors: dict[str, Any]
     if optimizer:
         tensors = dict(_load_parts(path, STATE))
