@@ -27,6 +27,7 @@ from dtrain.errors import LaunchError
 _SERVED_ELSEWHERE = "TORCHELASTIC_USE_AGENT_STORE"  # tells torch that rank 0 is not to serve it
 _ANSWER_S = 5.0  # whoever takes a call at the port and says nothing for so long is no store
 _PATIENCE_S = 5.0  # a job that had the port before may just be ending
+_MUTE_S = 20.0  # rank 0's store listens, then imports torch, which a busy host may take long for
 _LOOK_S = 0.2
 _LOOK_UP_AGAIN_S = 2.0
 _SAY_S = 10.0  # who waits for so long says for whom; then after twice as long, and so on
@@ -312,7 +313,7 @@ def find_store(job: Job | None, ports: Sequence[int], timeout_s: float) -> int:
     """
     host, size = os.environ["MASTER_ADDR"], int(os.environ["WORLD_SIZE"])
     rank = int(os.environ["RANK"])
-    patience, strangers = Patience(timeout_s, rank), dict[int, str]()
+    patience, strangers, mute = Patience(timeout_s, rank), dict[int, str](), set[int]()
     answer_s = min(timeout_s, _ANSWER_S + size / 100)  # of many ranks at once, it takes longer
     asked = -_ANSWER_S
     at = f"{host}:{ports[0]}" + f" to {ports[-1]}" * (len(ports) > 1)
@@ -330,8 +331,9 @@ def find_store(job: Job | None, ports: Sequence[int], timeout_s: float) -> int:
             if job is None or (there is not None and there.is_same(job)):
                 return port
             strangers[port] = str(there or "something that is not this job's rendezvous store")
+            (mute.discard if there else mute.add)(port)
         asked = patience.so_far_s if again else asked
-        if len(strangers) == len(ports) and patience.so_far_s > _PATIENCE_S:
+        if len(strangers) == len(ports) and patience.so_far_s > (_MUTE_S if mute else _PATIENCE_S):
             raise LaunchError(f"rank {rank} has met {strangers[ports[0]]} at {at}. {_TAKEN}")
         patience.say(lambda: f"nobody serves the rendezvous store at {at} yet" if tells else "")
         patience.wait(size)

@@ -60,6 +60,7 @@ def at(monkeypatch):
 
     monkeypatch.setattr(rendezvous, "_ANSWER_S", 0.3)
     monkeypatch.setattr(rendezvous, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(rendezvous, "_MUTE_S", 0.5)
     return take
 
 
