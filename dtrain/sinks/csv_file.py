@@ -9,7 +9,7 @@ from typing import Any
 
 from dtrain.errors import ConfigError
 from dtrain.sinks.row_file import RowFile
-from dtrain.sinks.sink import OnError
+from dtrain.sinks.sink import OnError, Report
 
 _FIXED = ["step", "epoch", "kind", "seconds", "samples"]
 
@@ -47,7 +47,7 @@ class CSV(RowFile):
                 'move it away, or choose another name with CSV("figures.csv")'
             )
 
-    def _row(self, fixed: dict[str, Any], values: dict[str, float]) -> str:
+    def _row(self, fixed: dict[str, Any], values: dict[str, float], report: Report) -> str:
         if new := [name for name in values if name not in self._columns]:
             self._columns += new
             self._rewrite(self._upto(math.inf))

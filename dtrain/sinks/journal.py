@@ -5,11 +5,12 @@ import io
 import json
 import math
 import time
-from typing import Any
+from typing import Any, get_args
 
 from dtrain.context import Shown
+from dtrain.sinks.json_lines import parsed
 from dtrain.sinks.row_file import RowFile
-from dtrain.sinks.sink import FIGURES, OnError, Report
+from dtrain.sinks.sink import FIGURES, OnError, Report, ReportKind
 
 
 class Journal(RowFile):
@@ -29,24 +30,15 @@ class Journal(RowFile):
         on_error: ``"raise"`` ends the run if it cannot be written; see :class:`~dtrain.Sink`.
     """
 
+    kinds = get_args(ReportKind)
+
     def __init__(self, filename: str = "journal.jsonl", *, on_error: OnError = "warn") -> None:
         super().__init__(filename, on_error)
 
-    def write(self, report: Report) -> None:
-        if report.kind == "start":
-            super().write(report)  # which drops what is done again
-        if self._file is None:
-            raise RuntimeError("Journal.write() was called before open()")
-        line: dict[str, Any] = {
-            "kind": report.kind,
-            "step": report.step,
-            "epoch": report.epoch,
-            "seconds": round(report.seconds, 3),
-            "samples": report.samples,
-            "time": round(time.time(), 3),
-        }
+    def _row(self, fixed: dict[str, Any], values: dict[str, float], report: Report) -> str:
+        line = fixed | {"time": round(time.time(), 3)}
         if report.kind in FIGURES:
-            line["values"] = {n: _number(float(v)) for n, v in report.values.items()}
+            line["values"] = {name: _number(value) for name, value in values.items()}
         if report.text and report.sample is None:
             line["text"] = report.text
         if report.kind == "start":
@@ -54,16 +46,12 @@ class Journal(RowFile):
             line |= {"total_steps": report.total_steps, "steps_per_epoch": report.steps_per_epoch}
         if report.sample is not None:
             line["sample"] = _shown(report.sample)
-        self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False, default=str) + "\n")
-        self._file.flush()
-
-    def _row(self, fixed: dict[str, Any], values: dict[str, float]) -> str:
-        raise NotImplementedError  # each kind of report has a line, by `write`
+        return json.dumps(line, allow_nan=False, ensure_ascii=False, default=str) + "\n"
 
     def _upto(self, step: float) -> bytes:
         kept = []
         for line in self._path.read_bytes().splitlines(keepends=True):
-            found = _parse(line)
+            found = parsed(line)
             if found is None:
                 continue
             again = found.get("kind") in (*FIGURES, "sample") and found.get("step", 0) > step
@@ -71,7 +59,7 @@ class Journal(RowFile):
         return b"".join(kept)
 
     def _is_whole(self, row: bytes) -> bool:
-        return _parse(row) is not None
+        return parsed(row) is not None
 
 
 def _number(value: float) -> float | str:
@@ -92,11 +80,3 @@ def _shown(sample: Shown) -> dict[str, Any]:
         Image.fromarray(sample.image).save(png, "PNG", optimize=True)
         shown["png"] = base64.b64encode(png.getvalue()).decode()
     return shown
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from dtrain.sinks.row_file import RowFile
-from dtrain.sinks.sink import OnError
+from dtrain.sinks.sink import OnError, Report
 
 
 class JSONLines(RowFile):
@@ -27,7 +27,7 @@ class JSONLines(RowFile):
     def __init__(self, filename: str = "metrics.jsonl", *, on_error: OnError = "warn") -> None:
         super().__init__(filename, on_error)
 
-    def _row(self, fixed: dict[str, Any], values: dict[str, float]) -> str:
+    def _row(self, fixed: dict[str, Any], values: dict[str, float], report: Report) -> str:
         named = {name: v if math.isfinite(v) else str(v) for name, v in values.items()}
         row = fixed | named | fixed  # first in order, and not to be overwritten
         return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
@@ -37,15 +37,15 @@ class JSONLines(RowFile):
         return b"".join(line for line in lines if _step_of(line) <= step)
 
     def _is_whole(self, row: bytes) -> bool:
-        return _parse(row) is not None
+        return parsed(row) is not None
 
 
 def _step_of(line: bytes) -> float:
-    step = (_parse(line) or {}).get("step")
+    step = (parsed(line) or {}).get("step")
     return step if isinstance(step, int) else -math.inf
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
     """Returns the object in ``line``, or None if there is no whole one."""
     try:
         row = json.loads(line)

@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -9,7 +10,9 @@ from dtrain.sinks.sink import FIGURES, OnError, Report, Sink, place_in
 
 
 class RowFile(Sink, ABC):
-    """Appends a row for each report of figures; what CSV and JSONLines share."""
+    """Appends a row for each report of some kinds; what CSV, Journal and JSONLines share."""
+
+    kinds: Sequence[str] = FIGURES  # of reports that have a row
 
     def __init__(self, filename: str, on_error: OnError) -> None:
         self.filename = filename
@@ -30,7 +33,7 @@ class RowFile(Sink, ABC):
             raise RuntimeError(f"{type(self).__name__}.write() was called before open()")
         if report.kind == "start":
             self._rewrite(self._upto(report.step))
-        elif report.kind in FIGURES:
+        if report.kind in self.kinds:
             fixed = {
                 "step": report.step,
                 "epoch": report.epoch,
@@ -38,7 +41,8 @@ class RowFile(Sink, ABC):
                 "seconds": round(report.seconds, 6),
                 "samples": report.samples,
             }
-            row = self._row(fixed, {name: float(value) for name, value in report.values.items()})
+            values = {name: float(value) for name, value in report.values.items()}
+            row = self._row(fixed, values, report)
             self._file.write(row)
             self._file.flush()  # on its way to the disk before the next report is taken
 
@@ -52,7 +56,7 @@ class RowFile(Sink, ABC):
             self._file = None
 
     @abstractmethod
-    def _row(self, fixed: dict[str, Any], values: dict[str, float]) -> str:
+    def _row(self, fixed: dict[str, Any], values: dict[str, float], report: Report) -> str:
         """Returns a row: what each has first, and not to be overwritten, and a report's values."""
 
     @abstractmethod
