@@ -192,6 +192,22 @@ def loss_with(plant):
     return loss
 
 
+def fit_with(plant, strategy, fit, **more):
+    """Fits with a fault; returns the trainer, what it raised, and whether nothing was applied."""
+    keeps = Keeps()
+    trainer = sharding.trainer(strategy, loss=loss_with(plant), callbacks=[plant, keeps], **more)
+    try:
+        trainer.fit(sharding.dataset(), **fit)
+        told = "nothing"
+    except Exception as error:  # noqa: BLE001 -- looked at by the test
+        told = f"{type(error).__name__}: {error}"
+    same = all(
+        torch.equal(a.to_local(), b.to_local())
+        for a, b in zip(keeps.before, trainer.model.parameters(), strict=True)
+    )
+    return trainer, told, same
+
+
 def fail_and_go_on(places, micros, model, at):
     """Fails, and calls fit again; returns what was raised, and how far off the end is."""
     world = dtrain.init(seed=0)
@@ -203,23 +219,7 @@ def fail_and_go_on(places, micros, model, at):
     for place in places:
         for rank in range(world.size):
             plant = Plant(rank == world.rank, place, *at)
-            keeps = Keeps()
-            trainer = sharding.trainer(
-                FSDP(),
-                micros=micros,
-                model=model,
-                loss=loss_with(plant),
-                callbacks=[plant, keeps],
-            )
-            try:
-                trainer.fit(sharding.dataset(), **fit)
-                told = "nothing"
-            except Exception as error:  # noqa: BLE001 -- looked at by the test
-                told = f"{type(error).__name__}: {error}"
-            same = all(
-                torch.equal(a.to_local(), b.to_local())
-                for a, b in zip(keeps.before, trainer.model.parameters(), strict=True)
-            )
+            trainer, told, same = fit_with(plant, FSDP(), fit, micros=micros, model=model)
             step = trainer.context.progress.step
             trainer.fit(sharding.dataset(), **fit)
             found[place, rank] = told, step, same, distance(whole(trainer.model), expected)

@@ -14,12 +14,11 @@ from test_fsdp import (
     SLOW,
     WHOLE,
     Count,
-    Keeps,
     Plant,
     Stream,
     Weigh,
     callback_of,
-    loss_with,
+    fit_with,
     moments,
 )
 
@@ -99,23 +98,8 @@ def fail_and_go_on(places, micros, at):
     expected = whole(straight.model)
     found = {}
     for place, rank in places:
-        plant, keeps = Plant(rank == world.rank, place, *at), Keeps()
-        trainer = sharding.trainer(
-            FSDP(replicas=2),
-            micros=micros,
-            model="odd",
-            loss=loss_with(plant),
-            callbacks=[plant, keeps],
-        )
-        try:
-            trainer.fit(sharding.dataset(), **fit)
-            told = "nothing"
-        except Exception as error:  # noqa: BLE001 -- looked at by the test
-            told = f"{type(error).__name__}: {error}"
-        same = all(
-            torch.equal(a.to_local(), b.to_local())
-            for a, b in zip(keeps.before, trainer.model.parameters(), strict=True)
-        )
+        plant = Plant(rank == world.rank, place, *at)
+        trainer, told, same = fit_with(plant, FSDP(replicas=2), fit, micros=micros, model="odd")
         trainer.fit(sharding.dataset(), **fit)
         found[place, rank] = told, same, distance(whole(trainer.model), expected)
     return found
